@@ -1,0 +1,79 @@
+"""The command line's root: which commands exist, loaded one at a time, and how errors end.
+
+Only the command that was asked for is imported, so `llmlab --help` stays fast and free of torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from llmlab import __version__
+from llmlab.settings.errors import UserError
+
+# name: (module, what `build` or the function is called, one line of help, panel)
+COMMANDS = {
+    "pretrain": ("llmlab.cli.train:pretrain", "Train a decoder from nothing, or further, on plain text.", "Train"),
+    "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
+    "chat": ("llmlab.cli.chat:chat", "Talk to a model, reply by reply.", "Use"),
+    "generate": ("llmlab.cli.chat:generate", "Complete prompts from the command line or a file.", "Use"),
+    "model": ("llmlab.cli.model:app", "Look at architectures, and write untrained ones.", "Prepare"),
+    "tokenizer": ("llmlab.cli.tokenizer:app", "Train a tokenizer, or look at one.", "Prepare"),
+    "schema": ("llmlab.cli.schema:schema", "Print the JSON Schema of a stage's settings, for editors.", "Prepare"),
+}
+
+
+def build_app(requested: str | None) -> typer.Typer:
+    """Returns the app with the requested command imported and the others as names with a line of help."""
+    app = typer.Typer(
+        name="llmlab",
+        help="From an architecture to a model you can chat with: pretrain, fine-tune, align, chat.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, (path, help_line, panel) in COMMANDS.items():
+        target: Any = _placeholder
+        if name == requested:
+            module, _, attribute = path.partition(":")
+            target = getattr(import_module(module), attribute)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name, help=help_line, rich_help_panel=panel)
+        else:
+            app.command(name, help=_help_of(target, help_line), rich_help_panel=panel)(target)
+    return app
+
+
+def _help_of(target: Any, help_line: str) -> str:
+    return help_line if target is _placeholder else (target.__doc__ or help_line)
+
+
+def _placeholder() -> None:
+    """Stands in the list of commands for one that was not asked for."""
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"llmlab {__version__}")
+        raise typer.Exit()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    requested = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        build_app(requested)(args=arguments, prog_name="llmlab")
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,146 @@
+"""What this machine can do: device, arithmetic, memory and peak speed, probed and never assumed.
+
+Choosing settings for a kind of machine (presets) is not done here.
+"""
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmlab.settings.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Dense bf16 multiply-accumulate peaks in FLOP/s, from the makers' data sheets; matched in this order.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that a run uses and the arithmetic chosen for it.
+
+    `reason` says why that arithmetic, in words; `memory` is in bytes; `peak_flops` is None where no peak is known.
+    """
+
+    device: str
+    name: str
+    dtype: str
+    reason: str
+    memory: int
+    peak_flops: float | None
+    processes: int = 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def record(self) -> dict[str, Any]:
+        """Returns plain values for a run's record."""
+        return {**asdict(self), "platform": platform.platform(), "cores": os.cpu_count()}
+
+
+def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
+    """Probes the machine, and checks a wish for a device or an arithmetic against what is there.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+
+    Raises:
+        UserError: the device is not there, or cannot do that arithmetic.
+    """
+    available = [
+        name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.mps.is_available())) if there
+    ]
+    if device == "auto":
+        device = available[0] if available else "cpu"
+    elif device != "cpu" and device not in available:
+        raise UserError(
+            f"device = {device}: this machine has no such device; expected one of {', '.join([*available, 'cpu'])}"
+        )
+    name, memory = _identify(device)
+    chosen, reason = _choose_dtype(device, name, dtype)
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
+    return Hardware(device, name, chosen, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def free_disk(folder: Path) -> int:
+    """Returns the free bytes of the disk that holds a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _identify(device: str) -> tuple[str, int]:
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return properties.name, properties.total_memory
+    if device == "mps":
+        return _cpu_name() or "Apple GPU", torch.mps.recommended_max_memory()
+    return _cpu_name() or platform.processor() or platform.machine(), _system_memory()
+
+
+def _system_memory() -> int:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0
+
+
+def _cpu_info(key: str) -> str:
+    """Returns a field of the first processor in Linux's /proc/cpuinfo, empty on other systems."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+
+
+def _cpu_name() -> str:
+    if platform.system() == "Darwin":
+        import subprocess
+
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return _cpu_info("model name")
+
+
+def _choose_dtype(device: str, name: str, wish: str) -> tuple[str, str]:
+    has_bf16, why = _supports_bf16(device, name)
+    if wish == "auto":
+        if has_bf16:
+            return "bf16", why
+        return ("fp16", f"{why}, and CUDA has fp16") if device == "cuda" else ("fp32", why)
+    if wish == "fp16" and device == "cpu":
+        raise UserError("dtype = fp16: a CPU computes fp16 hundreds of times slower than fp32; expected bf16 or fp32")
+    if wish == "bf16" and not has_bf16:
+        raise UserError(f"dtype = bf16: {why}; expected {'fp16 or fp32' if device != 'cpu' else 'fp32'}")
+    return wish, "as asked"
+
+
+def _supports_bf16(device: str, name: str) -> tuple[bool, str]:
+    if device == "cuda":
+        there = torch.cuda.is_bf16_supported(including_emulation=False)
+        return there, "this GPU computes bf16" if there else "this GPU has no bf16"
+    if device == "mps":
+        there = torch.backends.mps.is_macos_or_newer(14, 0) and "M1" not in name
+        return there, "this chip computes bf16" if there else "bf16 needs an M2 or later and macOS 14"
+    there = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split()))
+    return there, "this CPU has bf16 instructions" if there else "this CPU has no bf16 instructions"

@@ -1,0 +1,80 @@
+"""Where training data comes from: sources in the form `name | subset | weight`, mixed by weight.
+
+Reading them is the business of `llmlab.data`.
+"""
+
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Gt
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmlab.settings.base import Alias, Settings
+from llmlab.settings.vocabulary import AllowDropped, CacheDir, NumProc, Streaming, ValidationFraction
+
+
+class DataSource(Settings):
+    """One data set: a hub id, a local file or folder, or `demo/...`.
+
+    Source of the form `name | subset | weight`: seed, LLM-Lab document, "Dataset Configuration".
+    """
+
+    type_name: ClassVar[str] = "name | subset | weight"
+
+    name: str = Field(
+        min_length=1, description="Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."
+    )
+    subset: str | None = Field(None, description="Configuration of a hub data set.")
+    weight: Annotated[float, Gt(0)] = Field(1.0, description="Relative share: [2.0, 1.0] gives 66.7 % and 33.3 %.")
+    split: str = Field("train", description="Split of a hub data set.")
+    column: str | None = Field(None, description="Column that holds the text; none recognizes it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split("|")]
+        if not parts[0] or len(parts) > 3:
+            raise ValueError("expected 'name | subset (optional) | weight (optional)'")
+        name, subset, weight = parts + [""] * (3 - len(parts))
+        return {"name": name, **({"subset": subset} if subset else {}), **({"weight": weight} if weight else {})}
+
+    def __str__(self) -> str:
+        return (
+            " | ".join([self.name, self.subset or "", f"{self.weight:g}"])
+            if self.weight != 1 or self.subset
+            else self.name
+        )
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+Datasets = Annotated[
+    list[DataSource],
+    BeforeValidator(_as_list),
+    Field(
+        min_length=1, description="Training data, one source an entry: name | subset (optional) | weight (optional)."
+    ),
+    Alias("dataset", "dataset_name"),
+]
+ValidationDatasets = Annotated[
+    list[DataSource] | None,
+    BeforeValidator(_as_list),
+    Field(description="Validation data; none holds out a share of each training source."),
+]
+
+
+class DataSettings(Settings):
+    """The text corpora of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
+
+    panel: ClassVar[str] = "Data"
+
+    datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
+    validation_datasets: ValidationDatasets = None
+    validation_fraction: ValidationFraction = 0.01
+    allow_dropped: AllowDropped = 0.05
+    streaming: Streaming = False
+    num_proc: NumProc = None
+    cache_dir: CacheDir = None

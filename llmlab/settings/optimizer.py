@@ -1,0 +1,26 @@
+"""Optimizer and learning-rate schedule of every training stage; building them is the business of `llmlab.optim`."""
+
+from typing import ClassVar
+
+from llmlab.settings import vocabulary as v
+from llmlab.settings.base import Settings
+
+
+class OptimizerSettings(Settings):
+    """Source: seed, LLM-Lab document, "Optimizer"; `sophia_update_every` from Liu et al. 2023 (arXiv:2305.14342)."""
+
+    panel: ClassVar[str] = "Optimizer"
+
+    optimizer: v.OptimizerName = "adamw"
+    adamw_beta1: v.AdamwBeta1 = 0.9
+    adamw_beta2: v.AdamwBeta2 = 0.999
+    adamw_eps: v.AdamwEps = 1e-8
+    lion_beta1: v.LionBeta1 = 0.9
+    lion_beta2: v.LionBeta2 = 0.99
+    sophia_beta1: v.SophiaBeta1 = 0.965
+    sophia_beta2: v.SophiaBeta2 = 0.99
+    sophia_rho: v.SophiaRho = 0.04
+    sophia_update_every: v.SophiaUpdateEvery = 10
+    muon_momentum: v.MuonMomentum = 0.95
+    muon_nesterov: v.MuonNesterov = True
+    scheduler: v.Scheduler = "cosine"

@@ -1,0 +1,43 @@
+"""Settings of `llmlab pretrain`. Source: seed, LLM-Lab document, "Base Training (Pretraining)"."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from llmlab.settings import vocabulary as v
+from llmlab.settings.base import Alias
+from llmlab.settings.data import DataSettings
+from llmlab.settings.hardware import HardwareSettings
+from llmlab.settings.model import ModelSettings
+from llmlab.settings.optimizer import OptimizerSettings
+
+
+class PretrainSettings(HardwareSettings, OptimizerSettings, DataSettings):
+    """Train a decoder from nothing, or further, on plain text."""
+
+    panel: ClassVar[str] = "Training"
+    inapplicable: ClassVar[dict[str, str]] = {
+        "use_lora": "a base model is trained whole; adapters are for the stages after it",
+        "lora_preset": "a base model is trained whole; adapters are for the stages after it",
+    }
+
+    model: ModelSettings = ModelSettings()
+    init_from: Annotated[str | None, Alias("policy_checkpoint", "model_name_or_path")] = Field(
+        None,
+        description="Run folder or hub id to pretrain further; its architecture and tokenizer are taken over.",
+    )
+    output_dir: v.OutputDir = "runs/pretrain"
+    max_steps: v.MaxSteps = 10000
+    lr: v.LearningRate = 3e-4
+    weight_decay: v.WeightDecay = 0.1
+    warmup_steps: v.WarmupSteps = 1000
+    batch_size: v.BatchSize = 1
+    gradient_accumulation_steps: v.GradientAccumulationSteps = 64
+    grad_clip: v.MaxGradNorm = 1.0
+    log_every: v.LogEvery = 10
+    eval_every: v.EvalEvery = 500
+    eval_steps: v.EvalSteps = 100
+    save_best_only: v.SaveBestOnly = True
+    save_total_limit: v.SaveTotalLimit = 2
+    seed: v.Seed = 42
+    trainer_args: v.TrainerArgs = Field(default_factory=dict)

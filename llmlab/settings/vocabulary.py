@@ -1,0 +1,164 @@
+"""The named types that settings are made of: bounds, spellings, TRL field and help, each written once.
+
+A stage picks only the name it uses and the default.  Nothing here imports more than pydantic.
+"""
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from llmlab.settings.base import Alias, Trl, When
+
+
+def conflict(message: str, *keys: str) -> PydanticCustomError:
+    """Returns the error of a check between fields; the loader prefixes where the last of the keys was given."""
+    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
+
+
+# Optimization -----------------------------------------------------------------------------------------------------
+
+LearningRate = Annotated[
+    float, Gt(0), Trl("learning_rate"), Alias("lr"), Field(description="Peak learning rate, reached after warmup.")
+]
+WeightDecay = Annotated[
+    float,
+    Ge(0),
+    Trl("weight_decay"),
+    Field(description="Decoupled weight decay; norms, biases and embeddings are spared."),
+]
+MaxGradNorm = Annotated[
+    float,
+    Ge(0),
+    Trl("max_grad_norm"),
+    Alias("grad_clip"),
+    Field(description="Gradients are scaled down to this norm; 0 turns clipping off."),
+]
+MaxSteps = Annotated[int, Gt(0), Trl("max_steps"), Field(description="Optimizer updates in all.")]
+BatchSize = Annotated[
+    int,
+    Gt(0),
+    Trl("per_device_train_batch_size"),
+    Alias("per_device_batch_size"),
+    Field(description="Sequences in one forward pass, on each device."),
+]
+GradientAccumulationSteps = Annotated[
+    int,
+    Gt(0),
+    Trl("gradient_accumulation_steps"),
+    Field(description="Forward passes added up before one update: the effective batch is batch_size times this."),
+]
+OptimizerName = Annotated[
+    Literal["adamw", "adafactor", "lion", "sophia", "muon"],
+    Field(description="Optimizer. muon takes 2-D hidden weights, and AdamW at 0.1 x the rate all others."),
+]
+Beta = Annotated[float, Ge(0), Lt(1)]
+AdamwBeta1 = Annotated[Beta, When("optimizer", "adamw"), Field(description="Decay of AdamW's first moment.")]
+AdamwBeta2 = Annotated[Beta, When("optimizer", "adamw"), Field(description="Decay of AdamW's second moment.")]
+AdamwEps = Annotated[
+    float, Gt(0), When("optimizer", "adamw"), Field(description="AdamW's term against division by 0.")
+]
+LionBeta1 = Annotated[
+    Beta, When("optimizer", "lion"), Field(description="Lion's weight of the momentum in the update.")
+]
+LionBeta2 = Annotated[Beta, When("optimizer", "lion"), Field(description="Decay of Lion's momentum.")]
+SophiaBeta1 = Annotated[Beta, When("optimizer", "sophia"), Field(description="Decay of Sophia's momentum.")]
+SophiaBeta2 = Annotated[Beta, When("optimizer", "sophia"), Field(description="Decay of Sophia's Hessian diagonal.")]
+SophiaRho = Annotated[float, Gt(0), When("optimizer", "sophia"), Field(description="Sophia's clipping threshold.")]
+SophiaUpdateEvery = Annotated[
+    int,
+    Gt(0),
+    When("optimizer", "sophia"),
+    Field(description="Steps between two estimates of Sophia's Hessian diagonal."),
+]
+MuonMomentum = Annotated[Beta, When("optimizer", "muon"), Field(description="Muon's momentum.")]
+MuonNesterov = Annotated[bool, When("optimizer", "muon"), Field(description="Nesterov's form of Muon's momentum.")]
+Scheduler = Annotated[
+    Literal["none", "cosine", "linear", "polynomial"],
+    Alias("lr_scheduler_type"),
+    Field(description="How the learning rate falls after warmup; none keeps it."),
+]
+WarmupSteps = Annotated[
+    int,
+    Ge(0),
+    Trl("warmup_steps"),
+    Field(description="Updates over which the learning rate rises from 0 to its peak."),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    Trl("gradient_checkpointing"),
+    Field(description="Recompute activations in the backward pass: about a third slower, much less memory."),
+]
+
+# Rhythm -----------------------------------------------------------------------------------------------------------
+
+LogEvery = Annotated[
+    int, Gt(0), Trl("logging_steps"), Alias("log_interval"), Field(description="Steps between two logged lines.")
+]
+EvalEvery = Annotated[
+    int,
+    Gt(0),
+    Alias("eval_interval"),
+    Field(description="Steps between two evaluations on the validation data."),
+]
+EvalSteps = Annotated[int, Gt(0), Field(description="Validation batches in one evaluation.")]
+SaveBestOnly = Annotated[
+    bool,
+    Field(
+        description="Save a checkpoint only when the validation loss improves, and end with the best weights. "
+        "The last step is always saved too, so that a run can be resumed or extended."
+    ),
+]
+SaveTotalLimit = Annotated[
+    int | None, Gt(0), Trl("save_total_limit"), Field(description="Checkpoints kept on disk; none keeps all.")
+]
+
+# Machine ----------------------------------------------------------------------------------------------------------
+
+Seed = Annotated[int, Ge(0), Trl("seed"), Field(description="Seed of weights, data order and dropout.")]
+OutputDir = Annotated[str, Trl("output_dir"), Field(description="The run folder to write.")]
+Dtype = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    Field(description="Arithmetic: auto is bf16 where the device has it, fp16 on older CUDA, else fp32."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"],
+    Field(description="Where to train; auto takes the accelerator that is there."),
+]
+Compile = Annotated[
+    Literal["auto", True, False],
+    Field(description="torch.compile; auto turns it on when the run is long enough to earn its warm-up back."),
+]
+DataloaderNumWorkers = Annotated[
+    int,
+    Ge(0),
+    Trl("dataloader_num_workers"),
+    Field(description="Processes that load batches beside the training one."),
+]
+TrainerArgs = Annotated[
+    dict[str, Any],
+    Field(description="Any further field of the underlying TRL or Transformers configuration, checked by name."),
+]
+
+# Data -------------------------------------------------------------------------------------------------------------
+
+Streaming = Annotated[bool, Field(description="Read the sources as they come, without a tokenized copy on disk.")]
+NumProc = Annotated[
+    int | None, Gt(0), Alias("dataset_num_proc"), Field(description="Processes that tokenize; none uses every core.")
+]
+CacheDir = Annotated[
+    str | None, Field(description="Folder of tokenized corpora; none is ~/.cache/llmlab (or $LLMLAB_CACHE).")
+]
+ValidationFraction = Annotated[
+    float,
+    Ge(0),
+    Lt(1),
+    Field(description="Share of the documents held out, chosen by hash, where no validation source is named."),
+]
+AllowDropped = Annotated[
+    float,
+    Ge(0),
+    Le(1),
+    Field(description="Share of unusable rows (empty, not text) above which a run refuses to start."),
+]

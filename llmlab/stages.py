@@ -1,0 +1,64 @@
+"""The stages of the pipeline: one literal table, name -> settings class and function, both by their import path.
+
+Importing this costs nothing; `settings_class` and `function` import what they name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from llmlab.settings.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: where its settings class and its function live, and one line of help."""
+
+    name: str
+    settings: str
+    run: str
+    help: str
+
+    @property
+    def settings_class(self) -> Any:
+        return _import(self.settings)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return _import(self.run)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "tokenizer",
+            "llmlab.settings.tokenizer:TokenizerSettings",
+            "llmlab.training.tokenizer:train_tokenizer",
+            "Train a byte-level BPE tokenizer on text.",
+        ),
+        Stage(
+            "pretrain",
+            "llmlab.settings.pretrain:PretrainSettings",
+            "llmlab.training.pretrain:pretrain",
+            "Train a decoder from nothing, or further, on plain text.",
+        ),
+    )
+}
+
+
+def find_stage(name: str) -> Stage:
+    """Returns the stage of that name.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    if name not in STAGES:
+        raise UserError(f"unknown stage '{name}': expected one of {', '.join(STAGES)}{did_you_mean(name, STAGES)}")
+    return STAGES[name]
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
