@@ -13,12 +13,16 @@ from llmlab.settings.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: where its settings class and its function live, and one line of help."""
+    """A stage: where its settings class and its function live, one line of help, and whether it can be resumed.
+
+    The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`.
+    """
 
     name: str
     settings: str
     run: str
     help: str
+    resumes: bool = False
 
     @property
     def settings_class(self) -> Any:
@@ -43,6 +47,7 @@ STAGES = {
             "llmlab.settings.pretrain:PretrainSettings",
             "llmlab.training.pretrain:pretrain",
             "Train a decoder from nothing, or further, on plain text.",
+            resumes=True,
         ),
     )
 }

@@ -120,7 +120,10 @@ def show_config(resolved: Resolved[Any]) -> None:
     for key, value, source in resolved.rows():
         style = "dim" if source == "default" else "bold"
         table.add_row(key, value, source, style=style)
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # a pipe has no width: rows stay whole
+    console.print(table)
 
 
 def _preset_layer(stage: str, preset: str) -> Layer:

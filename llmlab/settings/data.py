@@ -6,7 +6,7 @@ Reading them is the business of `llmlab.data`.
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 
 from llmlab.settings.base import Alias, Settings
 from llmlab.settings.vocabulary import AllowDropped, CacheDir, NumProc, Streaming, ValidationFraction
@@ -38,6 +38,10 @@ class DataSource(Settings):
             raise ValueError("expected 'name | subset (optional) | weight (optional)'")
         name, subset, weight = parts + [""] * (3 - len(parts))
         return {"name": name, **({"subset": subset} if subset else {}), **({"weight": weight} if weight else {})}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "description": cls.type_name}, handler(core_schema)]}
 
     def __str__(self) -> str:
         return (

@@ -89,7 +89,7 @@ def _canonical(
     found: dict[str, Given] = {}
     spelled: dict[str, str] = {}
 
-    def take(key: str, value: Any, where: str) -> None:
+    def take(key: str, value: Any, where: str, from_group_file: bool = False) -> None:
         if key in groups and isinstance(value, str):
             return take_file(key, value)
         if key in groups and isinstance(value, dict):
@@ -113,7 +113,8 @@ def _canonical(
             problems.append(
                 f"{where}: '{key}' and '{spelled[setting.key]}' are two spellings of one setting; keep one"
             )
-        spelled[setting.key] = key
+        if not from_group_file:  # a key beside a group's file overrides the file's
+            spelled[setting.key] = key
         if (
             isinstance(value, str)
             and value in NONE_WORDS
@@ -134,7 +135,7 @@ def _canonical(
             problems.append(f"{layer.where(key)}: {key} = {name}: {error}")
             return
         for inner, value in nested.values.items():
-            take(f"{key}.{inner}", value, nested.where(str(inner)))
+            take(f"{key}.{inner}", value, nested.where(str(inner)), from_group_file=True)
 
     # whole groups first: a key beside them is more specific than what their file says
     for key, value in sorted(layer.values.items(), key=lambda item: item[0] not in groups):

@@ -1,0 +1,83 @@
+"""From a stage's settings to its optimizer.
+
+Only the choice is made here: the parameters are sorted in `groups`, the schedule belongs to the trainer's arguments.
+"""
+
+from peft import PeftModel
+from torch.optim import AdamW, Optimizer
+from transformers import Adafactor, PreTrainedModel
+
+from llmlab.optim.groups import sort_parameters
+from llmlab.optim.muon import MuonWithAdamW
+from llmlab.optim.sophia import Sophia
+from llmlab.settings.errors import UserError
+from llmlab.settings.optimizer import OptimizerSettings
+
+
+def build_optimizer(
+    model: PreTrainedModel | PeftModel, settings: OptimizerSettings, *, learning_rate: float, weight_decay: float
+) -> Optimizer:
+    """Returns the optimizer that the settings name, over the model's trainable parameters.
+
+    Decay spares norms, biases and embeddings. Source: seed, LLM-Lab document, "Optimizer".
+
+    Args:
+        model: the model as it will be trained, adapters attached.
+        settings: a training stage's settings.
+        learning_rate: the peak rate.
+        weight_decay: decoupled weight decay of the weights that are decayed.
+
+    Raises:
+        UserError: nothing is trainable, or the optimizer has nothing that it can train.
+    """
+    kinds = sort_parameters(model)
+    if not any(kinds):
+        raise UserError("the model has no trainable parameter: every weight is frozen")
+    hidden = {"params": kinds.hidden, "weight_decay": weight_decay}
+    other_weights = {"params": kinds.other_weights, "weight_decay": weight_decay}
+    undecayed = {"params": kinds.undecayed, "weight_decay": 0.0}
+
+    if settings.optimizer == "muon":
+        return MuonWithAdamW(
+            [hidden],
+            [other_weights, undecayed],
+            lr=learning_rate,
+            momentum=settings.muon_momentum,
+            nesterov=settings.muon_nesterov,
+        )
+    decayed = {"params": kinds.hidden + kinds.other_weights, "weight_decay": weight_decay}
+    groups = [group for group in (decayed, undecayed) if group["params"]]
+    if settings.optimizer == "adamw":
+        betas = (settings.adamw_beta1, settings.adamw_beta2)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adamw_eps, fused=True)
+    if settings.optimizer == "adafactor":
+        # As Transformers' own Trainer sets it up: the rate comes from the schedule, not from the step count.
+        return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+    if settings.optimizer == "lion":
+        from pytorch_optimizer import Lion  # a second of import, for those who use it
+
+        return Lion(groups, lr=learning_rate, betas=(settings.lion_beta1, settings.lion_beta2))
+    return Sophia(
+        groups,
+        lr=learning_rate,
+        betas=(settings.sophia_beta1, settings.sophia_beta2),
+        rho=settings.sophia_rho,
+        update_every=settings.sophia_update_every,
+    )
+
+
+def check_supported(optimizer: str, distributed_type: str) -> None:
+    """Refuses an optimizer that the way of distributing the training cannot carry.
+
+    Args:
+        optimizer: the setting's value.
+        distributed_type: `accelerator.distributed_type`, such as `DEEPSPEED` or `FSDP`.
+
+    Raises:
+        UserError: Sophia or Muon under DeepSpeed's ZeRO, which hands optimizers flat slices of the weights.
+    """
+    if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
+        raise UserError(
+            f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "
+            "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
+        )

@@ -1,0 +1,159 @@
+"""Sophia with the Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Liu et al. 2023, arXiv:2305.14342).
+
+The estimate needs first derivatives only, so it works through fused attention and any wrapper of the model.
+It is for next-token models; the losses of reward models and of policies have other Gauss-Newton matrices.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+
+class Sophia(Optimizer):
+    """Momentum over a running Hessian diagonal, each entry of the step clipped to the learning rate.
+
+    With gradient g, momentum m and Hessian diagonal h, `m <- beta1 m + (1 - beta1) g` at every step,
+    `h <- beta2 h + (1 - beta2) estimate` at every `update_every`-th, and after decoupled weight decay
+    `parameter <- parameter - lr * clip(m / max(rho h, eps), -1, 1)`: the paper's algorithm 3, where rho is its gamma.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, the largest change of a parameter in one step.
+        betas: decays of the momentum and of the Hessian diagonal.
+        rho: a smaller one clips more entries.
+        eps: term against division by 0.
+        weight_decay: decoupled weight decay.
+        update_every: steps between two estimates.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        update_every: int = 10,
+    ):
+        # Steps are counted in the groups, so that an interrupted run keeps the rhythm of its estimates.
+        rhythm = {"update_every": update_every, "steps": 0, "next_estimate": 0}
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay, **rhythm}
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self.param_groups[0]["steps"]
+
+    @property
+    def estimate_is_due(self) -> bool:
+        """Whether the Hessian diagonal should be estimated before the next step."""
+        return self.steps >= self.param_groups[0]["next_estimate"]
+
+    @torch.no_grad()
+    def update_hessian(self) -> None:
+        """Takes the squares of the present gradients as an estimate of the Hessian's diagonal."""
+        for group in self.param_groups:
+            decay = group["betas"][1]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    hessian = self._state_of(parameter)["hessian"]
+                    hessian.mul_(decay).addcmul_(parameter.grad, parameter.grad, value=1 - decay)
+            group["next_estimate"] = group["steps"] + group["update_every"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Updates every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, decay = group["lr"], group["betas"][0]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self._state_of(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - decay)
+                curvature = (state["hessian"] * group["rho"]).clamp_(min=group["eps"])
+                update = torch.div(momentum, curvature, out=curvature).clamp_(-1, 1)
+                parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
+            group["steps"] += 1
+        return loss
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["hessian"] = torch.zeros_like(parameter)
+        return state
+
+
+def estimate_hessian(
+    model: nn.Module, batch: dict[str, Tensor], optimizer: Sophia, generator: torch.Generator | None = None
+) -> None:
+    """Updates Sophia's Hessian diagonal from one batch, by a forward and a backward pass of its own.
+
+    Labels are drawn from the model's own prediction at each of the batch's B scored positions; with g the gradient
+    of the mean loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  The pass computes it
+    as the square of the gradient of the *summed* loss over sqrt(B).  Processes that train together are one batch.
+
+    Args:
+        model: a causal language model, wrapped for training as it is; its gradients must be empty and stay empty.
+        batch: `input_ids` (batch, time), and `labels`, `attention_mask`, `position_ids` where there are any. Positions
+            whose label is -100 (without labels: whose mask is 0) are not scored.
+        optimizer: what holds the diagonal.
+        generator: source of the drawn labels, on the model's device; different in each process.
+
+    Raises:
+        RuntimeError: gradients are still there, which this pass would mix with its own.
+    """
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError("estimate_hessian must run between zero_grad() and the next backward()")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (batch, time - 1, vocabulary)
+    if "labels" in batch:
+        scored = batch["labels"][:, 1:] != -100
+    else:
+        scored = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:] != 0
+    logits = logits[scored].float()  # (B, vocabulary)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)  # (B,)
+
+    examples, processes = scored.sum(), 1
+    if dist.is_initialized():
+        processes = dist.get_world_size()
+        dist.all_reduce(examples)
+    # Data parallelism averages gradients over the processes; the factor turns that back into their sum.
+    loss = cross_entropy(logits, drawn, reduction="sum") * processes / examples.sqrt()
+    loss.backward()
+    optimizer.update_hessian()
+    optimizer.zero_grad()
+
+
+def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, seed: int) -> None:
+    """Runs `estimate_hessian` where the optimizer is Sophia and its rhythm asks for it.
+
+    The draws depend on the seed, the step and the process alone: a resumed run draws what the uninterrupted one drew,
+    and no other random state is touched.
+
+    Args:
+        model: as in `estimate_hessian`.
+        batch: as in `estimate_hessian`.
+        optimizer: any optimizer, possibly wrapped by Accelerate.
+        seed: the run's seed.
+    """
+    sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if not isinstance(sophia, Sophia) or not sophia.estimate_is_due:
+        return
+    process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    generator = torch.Generator(batch["input_ids"].device)
+    generator.manual_seed(seed + sophia.steps * processes + process)
+    estimate_hessian(model, batch, sophia, generator)

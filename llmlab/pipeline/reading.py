@@ -1,0 +1,137 @@
+"""A pipeline file: ordered stages, each with its settings, where `${stage}` stands for an earlier stage's run folder.
+
+```yaml
+output_dir: runs/quickstart
+stages:
+  tokenizer: {datasets: [demo/stories], vocab_size: 2048}
+  pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}
+```
+A stage's name is its kind, unless `stage: kind` says otherwise.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.files import Layer, parse_scalar, read_layer
+from llmlab.settings.sources import Resolved, resolve
+from llmlab.stages import STAGES, Stage
+
+REFERENCE = re.compile(r"\$\{([^}]*)\}")
+KEYS = ("output_dir", "stages")
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """One stage of a pipeline: its settings resolved, its run folder, and the earlier stages it refers to."""
+
+    name: str
+    stage: Stage
+    resolved: Resolved[Any]
+    folder: Path
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline file, read and checked as a whole before anything starts."""
+
+    path: Path
+    output_dir: Path
+    stages: tuple[PipelineStage, ...]
+
+
+def read_pipeline(path: str | Path, overrides: list[str] | None = None) -> Pipeline:
+    """Reads a pipeline file.
+
+    Args:
+        path: the YAML or JSON file.
+        overrides: `stage.key=value` from the command line, and `output_dir=...`.
+
+    Raises:
+        UserError: the file is no pipeline.
+        SettingsError: every problem of every stage.
+    """
+    layer = read_layer(path)
+    problems = [
+        f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {' and '.join(KEYS)}"
+        for key in layer.values
+        if key not in KEYS
+    ]
+    stages = layer.values.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise UserError(f"{layer.where('stages')}: expected 'stages', a mapping of stage names to their settings")
+    changes = _overrides(overrides or [], stages, problems)
+    output_dir = Path(str(changes.pop("output_dir", layer.values.get("output_dir", f"runs/{Path(path).stem}"))))
+
+    found: list[PipelineStage] = []
+    body = layer.section("stages")
+    for name in stages:
+        values = stages[name] or {}
+        if not isinstance(values, dict):
+            problems.append(f"{body.where(name)}: stage '{name}': expected a mapping of settings")
+            continue
+        kind = values.get("stage", name)
+        if kind not in STAGES:
+            hint = did_you_mean(str(kind), STAGES)
+            problems.append(f"{body.where(name)}: unknown stage '{kind}': expected one of {', '.join(STAGES)}{hint}")
+            continue
+        folders = {earlier.name: str(earlier.folder) for earlier in found}
+        needs: list[str] = []
+        section = body.section(name)
+        section = Layer(section.label, _substitute(section, folders, needs, problems), section.lines, section.path)
+        command_line = Layer("command line", {**changes.get(name, {}), "output_dir": str(output_dir / name)})
+        if "output_dir" in values:
+            problems.append(
+                f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
+            )
+        try:
+            resolved = resolve(STAGES[kind].settings_class, section, command_line)
+        except SettingsError as error:
+            problems += [f"{problem} (stage '{name}')" for problem in error.problems]
+            continue
+        found.append(PipelineStage(name, STAGES[kind], resolved, output_dir / name, tuple(dict.fromkeys(needs))))
+    if problems:
+        raise SettingsError(problems)
+    return Pipeline(Path(path), output_dir, tuple(found))
+
+
+def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        stage, dot, setting = key.partition(".")
+        if not equals or not (dot or key == "output_dir"):
+            problems.append(f"command line: '{word}': expected stage.key=value, such as pretrain.max_steps=100")
+        elif key == "output_dir":
+            changes["output_dir"] = text
+        elif stage not in stages:
+            problems.append(f"command line: '{word}': there is no stage '{stage}'{did_you_mean(stage, stages)}")
+        else:
+            changes.setdefault(stage, {})[setting] = parse_scalar(text)
+    return changes
+
+
+def _substitute(section: Layer, folders: dict[str, str], needs: list[str], problems: list[str]) -> dict[str, Any]:
+    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed."""
+
+    def replace(match: re.Match[str], key: str) -> str:
+        if match[1] not in folders:
+            known = ", ".join(folders) or "none comes before it"
+            problems.append(f"{section.where(key)}: {match[0]}: expected an earlier stage ({known})")
+            return match[0]
+        needs.append(match[1])
+        return folders[match[1]]
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, str):
+            return REFERENCE.sub(lambda match: replace(match, key), value)
+        if isinstance(value, dict):
+            return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [walk(inner, key) for inner in value]
+        return value
+
+    return walk(section.values, "")

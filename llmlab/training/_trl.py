@@ -1,0 +1,19 @@
+"""The only place that touches private names of TRL's and Transformers' trainers; a contract test guards each.
+
+A name is here because no public one serves; what it is for stands beside it.
+"""
+
+PRIVATE_NAMES = {
+    # restoring only weights and step count when a run switches its optimizer
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+}
+
+
+class SwitchableOptimizer:
+    """Mixin for a Trainer: resumes without the optimizer's state where `load_optimizer` is False."""
+
+    load_optimizer: bool = True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.load_optimizer:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

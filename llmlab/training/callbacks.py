@@ -1,0 +1,151 @@
+"""Trainer callbacks that every stage shares: when to save, how to stop, where the learning rate and the data go on.
+
+What people see of a run is in `progress.py`.
+"""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmlab.settings.files import write_atomically
+from llmlab.training.record import RunRecord
+
+STREAM_STATE = "stream_state.json"
+
+
+class Rhythm(TrainerCallback):
+    """Evaluates on the last step too, and saves on improvement (or at every evaluation), at the end and on interrupt.
+
+    Args:
+        best_only: save only when the validation loss improves (the seed's `save_best_only`).
+        evaluates: whether there is validation data.
+    """
+
+    def __init__(self, *, best_only: bool, evaluates: bool):
+        self.best_only = best_only
+        self.evaluates = evaluates
+        self.interrupted = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        last = state.global_step >= state.max_steps
+        if last and self.evaluates:
+            control.should_evaluate = True
+        if self.interrupted:
+            control.should_training_stop = True
+        if last or self.interrupted:
+            control.should_save = True
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> TrainerControl:
+        best = math.inf if state.best_metric is None else state.best_metric
+        if metrics["eval_loss"] < best or not self.best_only:
+            control.should_save = True
+        return control
+
+    @contextmanager
+    def listen(self, say: Any) -> Iterator[None]:
+        """Turns the first Ctrl+C (or SIGTERM) into a save after the current step; the second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread only
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            say("stopping: the current step is finished and saved first; once more stops at once")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class ScheduleAfterResume(TrainerCallback):
+    """Sets the learning rate that this run's schedule gives for the resumed step.
+
+    The saved optimizer carries the rate of the schedule it was saved under, which is stale when `max_steps` was
+    extended, and absent when the optimizer was switched.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scheduler = kwargs["lr_scheduler"]
+        scheduler.last_epoch = self.step
+        rates = [base * scale(self.step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class ResumableStream(Protocol):
+    """A stream of rows that can say where it was after so many rows, and go on from there."""
+
+    def state_at(self, rows: int) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StreamPosition(TrainerCallback):
+    """Saves with each checkpoint where a streaming source stands, so that resuming does not read it again.
+
+    Args:
+        stream: the training rows.
+        rows_per_step: rows that one update consumes on this process.
+    """
+
+    def __init__(self, stream: ResumableStream, rows_per_step: int, rank: int):
+        self.stream = stream
+        self.rows_per_step = rows_per_step
+        self.rank = rank
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        position = self.stream.state_at(state.global_step * self.rows_per_step)
+        write_atomically(checkpoint / f"{self.rank}-{STREAM_STATE}", json.dumps(position))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Moves the stream to where it was at a checkpoint."""
+        text = (checkpoint / f"{self.rank}-{STREAM_STATE}").read_text(encoding="utf-8")
+        self.stream.load_state_dict(json.loads(text))
+
+
+class MetricsLog(TrainerCallback):
+    """Writes every log event of the trainer into the run's record."""
+
+    def __init__(self, record: RunRecord, tokens_per_step: int):
+        self.record = record
+        self.tokens_per_step = tokens_per_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        metrics = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+        if "train_runtime" not in metrics:  # the trainer's closing summary is not an event of a step
+            self.record.log(state.global_step, state.global_step * self.tokens_per_step, metrics)

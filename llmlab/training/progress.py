@@ -1,0 +1,159 @@
+"""What a person sees of a run: the plan before it, one line while it trains, one line for each evaluation.
+
+On a terminal the line is redrawn in place; elsewhere every log event prints a line of its own.
+"""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def print_plan(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """Prints the short plan of a run: what will be trained, on what, for how long."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+
+
+def human(number: float, unit: str = "") -> str:
+    """Returns a number with a decimal prefix, such as `134.5 M` or `1.2 G`."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.1f} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip()
+
+
+class ProgressLine(TrainerCallback):
+    """Shows step, loss, learning rate, gradient norm, tokens per second, MFU where a peak is known, and the time.
+
+    Args:
+        console: where to print.
+        tokens_per_step: tokens that one update consumes on all processes.
+        flops_per_token: forward and backward; None leaves MFU out.
+        peak_flops: of all devices together; None leaves MFU out.
+    """
+
+    def __init__(
+        self, console: Console, *, tokens_per_step: int, flops_per_token: float | None, peak_flops: float | None
+    ):
+        self.console = console
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.training_seconds = 0.0
+        self.logged_seconds = 0.0
+        self.logged_step = 0
+        self._step_began = 0.0
+        self._best = float("inf")
+        self._values: dict[str, float] = {}
+        self._progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.logged_step = state.global_step
+        self._best = float("inf") if state.best_metric is None else state.best_metric
+        self._began = time.monotonic()
+        self._first_step = state.global_step
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=16),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+            self._progress.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training_seconds += time.monotonic() - self._step_began
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        steps, seconds = state.global_step - self.logged_step, self.training_seconds - self.logged_seconds
+        self.logged_step, self.logged_seconds = state.global_step, self.training_seconds
+        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
+        logs["tokens_per_second"] = round(rate, 1)
+        parts = [
+            f"loss {logs['loss']:.4f}",
+            f"lr {logs['learning_rate']:.2e}",
+            f"grad {logs['grad_norm']:.2f}" if "grad_norm" in logs else "",
+            f"{human(rate, 'tok/s')}",
+        ]
+        if self.flops_per_token and self.peak_flops:
+            logs["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
+            parts.append(f"MFU {logs['mfu']:.1%}")
+        text = "  ".join(part for part in parts if part)
+        if self._progress is not None:
+            self._progress.update(self._task, description=text)
+        else:
+            elapsed = time.monotonic() - self._began
+            done = max(state.global_step - self._first_step, 1)
+            left = elapsed / done * (state.max_steps - state.global_step)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {text}  {_clock(elapsed)} left {_clock(left)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        loss = metrics["eval_loss"]
+        note = "  [green]best so far[/green]" if loss < self._best else f"  (best {self._best:.4f})"
+        self._best = min(self._best, loss)
+        self.say(f"step {state.global_step}  validation loss [bold]{loss:.4f}[/bold]{note}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leaves the progress line as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,137 @@
+"""The run folder's own record: `llmlab.json` (what was run, from what, on what) and `metrics.jsonl` (its curves).
+
+The weights beside them are ordinary Transformers files, written by the trainer.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmlab import __version__
+from llmlab.settings.errors import UserError
+from llmlab.settings.files import write_atomically
+
+RECORD = "llmlab.json"
+METRICS = "metrics.jsonl"
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a stage returns: its run folder and the last value of every metric."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+class RunRecord:
+    """Writes a run folder's record as the run goes on; only the main process may hold one.
+
+    Args:
+        folder: the run folder.
+        stage: the stage's name.
+        settings: the resolved settings as plain values.
+        sources: key -> where its value came from.
+        parents: run folders or hub ids that this run starts from.
+        hardware: plain values of the probed machine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stage: str,
+        settings: dict[str, Any],
+        sources: dict[str, str],
+        parents: list[str],
+        hardware: dict[str, Any],
+    ):
+        self.folder = folder
+        self.values: dict[str, Any] = {
+            "stage": stage,
+            "status": "running",
+            "started": _now(),
+            "settings": settings,
+            "sources": sources,
+            "parents": parents,
+            "versions": library_versions(),
+            "hardware": hardware,
+            "git": git_revision(),
+        }
+        self._clock = time.monotonic()
+        self._seconds_before = 0.0
+
+    def start(self, resumed_step: int | None = None) -> None:
+        """Writes the record; when resuming, keeps the earlier start and drops metrics past the resumed step."""
+        if resumed_step is not None:
+            earlier = read_record(self.folder)
+            self.values["started"] = earlier.get("started", self.values["started"])
+            self.values["resumed"] = [*earlier.get("resumed", []), {"step": resumed_step, "at": _now()}]
+            lines = [line for line in read_metrics(self.folder) if line["step"] <= resumed_step]
+            self._seconds_before = lines[-1]["seconds"] if lines else 0.0
+            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        self._write()
+
+    def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`; `seconds` includes the earlier parts of a resumed run."""
+        seconds = round(self._seconds_before + time.monotonic() - self._clock, 3)
+        line = {"step": step, "tokens": tokens, "seconds": seconds, **metrics}
+        with (self.folder / METRICS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def finish(self, status: str, **results: Any) -> None:
+        """Writes how the run ended: `finished`, `interrupted` or `failed`, with its results."""
+        self.values.update(status=status, ended=_now(), **results)
+        self._write()
+
+    def _write(self) -> None:
+        write_atomically(self.folder / RECORD, json.dumps(self.values, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns a run folder's record, or an empty mapping where there is none (a plain Transformers folder)."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: this record is damaged: {error.msg}") from None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    path = folder / METRICS
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python, llmlab and the libraries that decide what a run does."""
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"python": sys.version.split()[0], "llmlab": __version__, **libraries}
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Returns the revision of the working directory's repository and whether it has changes, or None outside one."""
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision.stdout.strip(), "changed": bool(changes.stdout.strip())}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

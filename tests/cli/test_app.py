@@ -1,0 +1,109 @@
+"""The command line: lazy imports, generated options, sources shown, errors with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmlab.cli.app import COMMANDS, main
+from llmlab.cli.reference import render
+from llmlab.settings.base import fields_of
+from llmlab.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate")
+
+
+def cli(capsys, *words):
+    """Runs a command in this process; returns (exit code, output, errors)."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    output = capsys.readouterr()
+    return caught.value.code or 0, output.out, output.err
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words) or "root")
+def test_help_imports_nothing_heavy(words):
+    code = (
+        "import sys, llmlab\nfrom llmlab.cli.app import main\n"
+        f"try: main({[*words, '--help']!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+        f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\nassert not loaded, loaded"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: llmlab" in result.stdout
+
+
+def test_every_setting_is_an_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, output, _ = cli(capsys, "pretrain", "--help")
+    assert code == 0
+    for setting in fields_of(STAGES["pretrain"].settings_class):
+        assert f"--{setting.name.replace('_', '-')}" in output
+
+
+def test_options_aliases_and_trailing_values_meet(capsys, tmp_path):
+    saved = tmp_path / "saved.json"
+    words = ["--learning-rate", "1e-4", "--no-save-best-only", "--datasets", "a | | 2", "--dataset", "b"]
+    code, _, errors = cli(capsys, "pretrain", "d_model=64", "n_heads=4", *words[:5], "--save-config", saved)
+    assert code == 0, errors
+    values = json.loads(saved.read_text())
+    assert values["lr"] == 1e-4 and values["save_best_only"] is False and values["model"]["d_model"] == 64
+    assert values["stage"] == "pretrain" and values["datasets"][0]["weight"] == 2.0
+    code, output, _ = cli(capsys, "pretrain", "--config", saved, "lr=0.5", "--show-config")
+    assert code == 0 and "command line" in output and f"{saved}:" in output
+
+
+def test_show_config_names_each_source(capsys, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("max_steps: 7\n")
+    _, output, _ = cli(capsys, "pretrain", "-c", recipe, "--preset", "small", "lr=0.25", "--show-config")
+    rows = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert f"{recipe}:1" in rows["max_steps"]
+    assert "command line" in rows["lr"] and "0.25" in rows["lr"]
+    assert "preset small" in rows["batch_size"] and " 8 " in rows["batch_size"]
+    assert "default" in rows["grad_clip"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain", "lrr=1"], "error: command line: unknown key 'lrr'; did you mean 'lr'?"),
+        (["pretrain", "lr"], "expected key=value"),
+        (
+            ["pretrain", "--optimizer", "adamv"],
+            "expected one of adamw, adafactor, lion, sophia, muon; did you mean 'adamw'?",
+        ),
+        (["pretrain", "--lr", "1", "learning_rate=2"], "given twice"),
+        (["pretrain", "--preset", "smal"], "did you mean 'small'?"),
+        (["pretrain", "--config", "nowhere.yaml"], "there is no such file"),
+        (["pretrain", "--resume", "nowhere"], "there is no such run folder"),
+        (["schema", "pretran"], "did you mean 'pretrain'?"),
+        (["run", "nowhere.yaml"], "there is no such file"),
+        (["run", "quikstart"], "did you mean 'quickstart'?"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_code_2(capsys, words, message):
+    code, _, errors = cli(capsys, *words)
+    assert code == 2
+    assert message in errors and "Traceback" not in errors
+
+
+def test_unknown_option_and_command_end_with_code_2(capsys):
+    assert cli(capsys, "pretrain", "--learnin-rate", "1")[0] == 2
+    assert cli(capsys, "pretrian")[0] == 2
+
+
+def test_schema_accepts_what_the_settings_accept(capsys):
+    code, output, _ = cli(capsys, "schema", "pretrain")
+    schema = json.loads(output)
+    assert code == 0
+    assert {"lr", "learning_rate", "d_model", "hidden_size", "model", "stage"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["learning_rate"]["exclusiveMinimum"] == 0
+
+
+def test_the_options_page_is_current():
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == render(), "run `make docs`"
