@@ -1,3 +1,32 @@
-"""llmlab: from an architecture to a model you can chat with."""
+"""llmlab: from an architecture to a language model you can chat with.
+
+Public names are imported when they are first used, so that `import llmlab` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ModelSettings": "llmlab.settings.model",
+    "PretrainSettings": "llmlab.settings.pretrain",
+    "TokenizerSettings": "llmlab.settings.tokenizer",
+    "generate_text": "llmlab.inference",
+    "load": "llmlab.settings.sources",
+    "load_for_inference": "llmlab.inference",
+    "pretrain": "llmlab.training.pretrain",
+    "train_tokenizer": "llmlab.training.tokenizer",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmlab' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

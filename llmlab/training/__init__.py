@@ -1,0 +1,1 @@
+"""Training: one file a stage, read top to bottom; importing this package costs nothing."""

@@ -1,0 +1,54 @@
+"""What may change when a run is resumed, and what must not: the data's order and the weights' shape hang on the rest."""
+
+from pathlib import Path
+
+from llmlab.settings.base import Settings, fields_of, show
+from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.sources import resolve
+from llmlab.settings.files import Layer
+from llmlab.training import checkpoints
+from llmlab.training.record import read_record
+
+MAY_CHANGE = {
+    *("max_steps", "output_dir", "log_every", "eval_every", "eval_steps", "save_best_only", "save_total_limit"),
+    *("device", "dtype", "compile", "gradient_checkpointing", "dataloader_num_workers", "num_proc", "cache_dir"),
+    *("trainer_args", "allow_dropped"),
+}
+OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
+
+
+def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> Path:
+    """Returns the checkpoint to go on from, after checking that these settings can.
+
+    Args:
+        run: the run folder; checkpoints that were cut off while being written are removed from it.
+        settings: the settings of the resumed run.
+        load_optimizer: False allows another optimizer and other values of its settings.
+
+    Raises:
+        SettingsError: every setting that changed and must not.
+        UserError: there is no whole checkpoint, or nothing is left to do.
+    """
+    checkpoints.remove_partial(run)
+    checkpoint = checkpoints.last_checkpoint(run)
+    record = read_record(run)
+    before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
+    problems = []
+    for setting in fields_of(type(settings)):
+        of_optimizer = setting.owner is OptimizerSettings or setting.name in OF_THE_OPTIMIZER
+        if setting.name in MAY_CHANGE or setting.of(before) == setting.of(settings):
+            continue
+        if of_optimizer and not load_optimizer:
+            continue
+        hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
+        problems.append(
+            f"{setting.key} = {show(setting.of(settings))}: the run to resume has {show(setting.of(before))}, "
+            f"and this cannot change on the way{hint}"
+        )
+    if problems:
+        raise SettingsError(problems)
+    step = checkpoints.saved_step(checkpoint)
+    if step >= settings.max_steps:  # type: ignore[attr-defined]
+        raise UserError(f"--resume {run}: it already is at step {step}; give a larger max_steps to extend it")
+    return checkpoint
