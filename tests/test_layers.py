@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmlab"
 LAYERS = [  # a module may import from its own package and from the layers below its own
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"pipeline"},
     {"stages"},
     {"training", "inference"},

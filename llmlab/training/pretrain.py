@@ -4,8 +4,6 @@ The loop is Transformers' Trainer; here it gets our rows in their own order, our
 holds all logits.  Instruction data and adapters are later stages' business.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers import default_data_collator as stack_rows
 
-from llmlab import hardware as machine
 from llmlab.data import Corpus, build_corpus, load_tokenizer
-from llmlab.model import ModelSize, build_config, measure, new_model, load_model
-from llmlab.optim import build_optimizer, check_supported, estimate_hessian
+from llmlab.hardware import Hardware, probe
+from llmlab.model import ModelSize, build_config, load_model, measure, new_model
+from llmlab.optim.build import build_optimizer, check_supported
+from llmlab.optim.sophia import estimate_hessian_if_due
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
@@ -27,7 +26,8 @@ from llmlab.training._trl import SwitchableOptimizer
 from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
 from llmlab.training.compile import decide_compile
-from llmlab.training.progress import ProgressLine, human, print_plan
+from llmlab.training.failures import check_disk, failures_recorded
+from llmlab.training.progress import ProgressLine, human, print_plan, print_result
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
 
@@ -38,10 +38,7 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
     def __init__(self, settings: PretrainSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        self._hessian_step = -1
         super().__init__(**kwargs)
-        # the estimate's sampled labels have a generator of their own, so that dropout draws what it would without
-        self._hessian_generator = torch.Generator(device=self.args.device).manual_seed(settings.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -57,7 +54,241 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        step = self.state.global_step
-        if self.settings.optimizer == "sophia" and step % self.settings.sophia_update_every == 0 != self._hessian_step:
-            self._estimate_hessian_once(model, inputs, step)
+        inputs = self._prepare_inputs(inputs)
+        estimate_hessian_if_due(model, inputs, self.optimizer, self.settings.seed)
         return super().training_step(model, inputs, num_items_in_batch)
+
+
+def pretrain(
+    settings: PretrainSettings | Resolved[PretrainSettings],
+    *,
+    resume: str | Path | None = None,
+    load_optimizer: bool = True,
+    console: Console | None = None,
+) -> RunResult:
+    """Trains a decoder on plain text and writes its run folder.
+
+    Args:
+        settings: what to train, on what, for how long.
+        resume: a run folder of this stage to continue from its last checkpoint.
+        load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        console: where to print; None is the terminal.
+
+    Returns:
+        The run folder and its last metrics: `eval_loss` and `unigram_entropy` in nats per token, `loss`, ...
+
+    Raises:
+        UserError: anything that the settings, the data, the machine or the disk make impossible.
+        KeyboardInterrupt: after an interrupted run was saved.
+
+    Source: seed, LLM-Lab document, "Base Training (Pretraining)" and "Checkpointing and Resuming".
+    """
+    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    settings = resolved.settings
+    hardware = probe(settings.device, settings.dtype)
+    process = PartialState(cpu=hardware.device == "cpu")
+    console = console or Console(quiet=not process.is_main_process)
+    check_supported(settings.optimizer, process.distributed_type)
+
+    folder = checkpoints.claim(settings.output_dir, resume=resume is not None)
+    checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer) if resume is not None else None
+    set_seed(settings.seed)
+    tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
+    model, settings = build_model(settings, tokenizer)
+    sequence = settings.model.max_seq_len
+    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
+    tokens_per_step = rows_per_step * process.num_processes * sequence
+    with process.main_process_first():
+        corpus = build_corpus(
+            settings,
+            tokenizer,
+            max_seq_len=sequence,
+            rows_needed=settings.max_steps * rows_per_step * process.num_processes,
+            rank=process.process_index,
+            world_size=process.num_processes,
+        )
+    size = measure(model.config)
+    done = checkpoints.saved_step(checkpoint) if checkpoint else 0
+    compiled, compile_reason = decide_compile(
+        settings.compile,
+        device_type=hardware.device,
+        steps=settings.max_steps - done,
+        tokens_per_step=tokens_per_step // process.num_processes,
+        parameters=size.total,
+    )
+    rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
+    progress = ProgressLine(
+        console,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=size.training_flops_per_token(sequence),
+        peak_flops=hardware.peak_flops and hardware.peak_flops * process.num_processes,
+    )
+    trainer = PretrainTrainer(
+        settings,
+        load_optimizer=load_optimizer,
+        model=model,
+        args=_trainer_arguments(settings, hardware, corpus, compiled),
+        train_dataset=corpus.train,
+        eval_dataset=corpus.validation,
+        data_collator=stack_rows,
+        processing_class=tokenizer,
+        callbacks=[rhythm, progress],
+    )
+    record = None
+    if process.is_main_process:
+        check_disk(folder, needed=3 * 4 * size.total + 2 * size.optimizer_bytes(settings.optimizer))
+        record = _new_record(folder, resolved, settings, hardware, corpus)
+        record.start(done if checkpoint else None)
+        trainer.add_callback(MetricsLog(record, tokens_per_step))
+    if settings.streaming:
+        position = StreamPosition(corpus.train, rows_per_step, process.process_index)
+        trainer.add_callback(position)
+        if checkpoint is not None:
+            position.restore(checkpoint)
+    if checkpoint is not None:
+        trainer.add_callback(ScheduleAfterResume(done))
+    plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
+    print_plan(console, f"Pretraining into {folder}", plan)
+    with failures_recorded("pretrain", folder, record, progress), rhythm.listen(progress.say):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.accelerator.wait_for_everyone()
+        if rhythm.interrupted:
+            raise KeyboardInterrupt
+        checkpoints.publish(folder, lambda temporary: trainer.save_model(str(temporary)))
+    metrics = _last_metrics(trainer, corpus)
+    if record is not None:
+        record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+    print_result(console, folder, metrics)
+    return RunResult(folder, metrics)
+
+
+def build_model(
+    settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PretrainSettings]:
+    """Returns the model to train, and the settings with the vocabulary and sequence length that it really has.
+
+    Raises:
+        UserError: the vocabulary is smaller than the tokenizer's, or architecture settings stand beside `init_from`.
+    """
+    shape = settings.model
+    chosen = shape.model_fields_set
+    if settings.init_from:
+        beside = sorted(chosen - {"max_seq_len", "tokenizer_name"})
+        if beside:
+            raise UserError(
+                f"model.{beside[0]}: the architecture comes from init_from = {settings.init_from}; leave one out"
+            )
+        model = load_model(settings.init_from)
+        longest = model.config.max_position_embeddings
+        length = shape.max_seq_len if "max_seq_len" in chosen else min(shape.max_seq_len, longest)
+        if length > longest:
+            raise UserError(f"max_seq_len = {length}: {settings.init_from} was made for at most {longest} tokens")
+        vocabulary = model.get_input_embeddings().num_embeddings
+    else:
+        length = shape.max_seq_len
+        follows = "vocab_size" not in chosen and "tokenizer_name" in chosen
+        vocabulary = len(tokenizer) if follows else shape.vocab_size
+    if vocabulary < len(tokenizer):
+        raise UserError(
+            f"vocab_size = {vocabulary}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens; "
+            f"expected at least {len(tokenizer)}"
+        )
+    settings = settings.model_copy(
+        update={"model": shape.model_copy(update={"vocab_size": vocabulary, "max_seq_len": length})}
+    )
+    if not settings.init_from:
+        model = new_model(build_config(settings.model, tokenizer))
+    return model, settings
+
+
+def _trainer_arguments(
+    settings: PretrainSettings, hardware: Hardware, corpus: Corpus, compiled: bool
+) -> TrainingArguments:
+    evaluates = corpus.validation is not None
+    if evaluates:
+        # saves are decided by `Rhythm`, at evaluations; load_best_model_at_end wants a multiple of them all the same
+        rhythm = {
+            "eval_strategy": "steps",
+            "eval_steps": settings.eval_every,
+            "save_steps": settings.eval_every * 10**6,
+        }
+        rhythm |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+        rhythm |= {"load_best_model_at_end": settings.save_best_only}
+    else:
+        rhythm = {"eval_strategy": "no", "save_steps": settings.eval_every}
+    return build_arguments(
+        TrainingArguments,
+        settings,
+        hardware,
+        per_device_eval_batch_size=settings.batch_size,
+        torch_compile=compiled,
+        train_sampling_strategy="sequential",  # the rows come in the mixture's own order
+        ignore_data_skip=settings.streaming,  # a stream goes on from its saved position
+        remove_unused_columns=False,
+        save_strategy="steps",
+        prediction_loss_only=True,
+        **rhythm,
+    )
+
+
+def _plan(
+    settings: PretrainSettings,
+    size: ModelSize,
+    corpus: Corpus,
+    hardware: Hardware,
+    processes: int,
+    compile_reason: str,
+    checkpoint: Path | None,
+) -> list[tuple[str, str]]:
+    sequence = settings.model.max_seq_len
+    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
+    memory = size.training_memory(
+        settings.optimizer, rows=settings.batch_size, sequence=sequence, dtype=hardware.dtype
+    )
+    return [
+        ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
+        ("data", corpus.report.summary()),
+        ("steps", f"{settings.max_steps:,}" + (f", going on from {checkpoint.name}" if checkpoint else "")),
+        (
+            "batch",
+            f"{batch} sequences of {sequence} = {batch * sequence:,} tokens"
+            f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
+        ),
+        ("tokens", human(settings.max_steps * batch * sequence)),
+        ("optimizer", f"{settings.optimizer}, lr {settings.lr:g}, {settings.scheduler} after {settings.warmup_steps}"),
+        ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
+        ("device", f"{hardware.name} ({hardware.device})"),
+        ("dtype", f"{hardware.dtype}: {hardware.reason}"),
+        ("compile", compile_reason),
+    ]
+
+
+def _new_record(
+    folder: Path,
+    resolved: Resolved[PretrainSettings],
+    settings: PretrainSettings,
+    hardware: Hardware,
+    corpus: Corpus,
+) -> RunRecord:
+    record = RunRecord(
+        folder,
+        stage="pretrain",
+        settings=settings.model_dump(mode="json"),
+        sources=resolved.sources,
+        parents=[settings.init_from or settings.model.tokenizer_name],
+        hardware=hardware.record(),
+    )
+    record.values["data"] = corpus.report.record()
+    return record
+
+
+def _last_metrics(trainer: Trainer, corpus: Corpus) -> dict[str, float]:
+    """Returns the last value of each metric; `eval_loss` is that of the weights that were kept."""
+    metrics: dict[str, float] = {}
+    for line in trainer.state.log_history:
+        metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
+    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+        metrics["eval_loss"] = trainer.state.best_metric
+    if corpus.report.unigram_entropy is not None:
+        metrics["unigram_entropy"] = corpus.report.unigram_entropy
+    return metrics

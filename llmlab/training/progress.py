@@ -4,6 +4,7 @@ On a terminal the line is redrawn in place; elsewhere every log event prints a l
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -151,6 +152,16 @@ class ProgressLine(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def print_result(console: Console, folder: Path, metrics: dict[str, float]) -> None:
+    """Prints where a run was saved and how good it became."""
+    parts = [f"[green]saved[/green] {folder}"]
+    if "eval_loss" in metrics:
+        parts.append(f"validation loss [bold]{metrics['eval_loss']:.4f}[/bold]")
+    if "unigram_entropy" in metrics:
+        parts.append(f"(knowing only word counts: {metrics['unigram_entropy']:.4f})")
+    console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

@@ -1,12 +1,12 @@
-"""What may change when a run is resumed, and what must not: the data's order and the weights' shape hang on the rest."""
+"""What may change when a run is resumed; the order of the data and the shape of the weights hang on the rest."""
 
 from pathlib import Path
 
 from llmlab.settings.base import Settings, fields_of, show
 from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.files import Layer
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.sources import resolve
-from llmlab.settings.files import Layer
 from llmlab.training import checkpoints
 from llmlab.training.record import read_record
 

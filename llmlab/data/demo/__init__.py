@@ -1,0 +1,66 @@
+"""Corpora that llmlab generates itself, so that a first run and the tests need no network: `demo/<name>`.
+
+Each name has a train and a validation split that share no story, the same for everyone: a demo corpus is data with a
+name, so its seed is not the training seed.  Its grammar is in the module of its name.
+"""
+
+import re
+from collections.abc import Iterator
+from random import Random
+
+from llmlab.data.demo.stories import tell
+from llmlab.settings.errors import UserError, did_you_mean
+
+PREFIX = "demo/"
+CORPORA = {"stories": tell}
+SPLITS = ("train", "validation")
+VERSION = 1  # of the text: raise it with every change that alters what is generated
+
+DEFAULT_BYTES = 6_000_000
+VALIDATION_SHARE = 0.05
+CHUNK_BYTES = 250_000
+
+
+def demo_shards(name: str, *, split: str = "train", size: str | None = None, seed: int = 0) -> list[tuple]:
+    """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
+
+    Args:
+        name: `demo/stories`.
+        split: `train` or `validation` (a twentieth of the size).
+        size: bytes of text to generate, as in `2MB`; None is 6 MB.
+        seed: another seed is another corpus.
+
+    Raises:
+        UserError: there is no such corpus, split or size.
+    """
+    corpus = name.removeprefix(PREFIX)
+    if corpus not in CORPORA:
+        known = ", ".join(PREFIX + known for known in CORPORA)
+        raise UserError(f"{name}: there is no such demo corpus{did_you_mean(corpus, CORPORA)} (there is {known})")
+    if split not in SPLITS:
+        raise UserError(f"{name}: split = {split}: expected one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
+    total = DEFAULT_BYTES if size is None else _parse_size(name, size)
+    if split == "validation":
+        total = max(1, int(total * VALIDATION_SHARE))
+    return [
+        (corpus, split, seed, chunk, min(CHUNK_BYTES, total - start))
+        for chunk, start in enumerate(range(0, total, CHUNK_BYTES))
+    ]
+
+
+def read_shard(shard: tuple) -> Iterator[str]:
+    """Yields the documents of one part: about its share of bytes, never less than one document."""
+    corpus, split, seed, chunk, size = shard
+    random = Random(f"{corpus}/{seed}/{split}/{chunk}")
+    written = 0
+    while written < size:
+        story = CORPORA[corpus](random, validation=split == "validation")
+        written += len(story)
+        yield story
+
+
+def _parse_size(name: str, size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM])B", size)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"{name} | {size}: expected a size such as 2MB or 500kB after the name of a demo corpus")
+    return int(float(match[1]) * {"k": 1e3, "M": 1e6}[match[2]])

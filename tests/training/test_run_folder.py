@@ -1,0 +1,158 @@
+"""Records, checkpoints and failures of a run folder, without any training."""
+
+import errno
+import json
+import os
+
+import pytest
+from rich.console import Console
+
+from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.pretrain import PretrainSettings
+from llmlab.training import checkpoints
+from llmlab.training.failures import check_disk, failures_recorded
+from llmlab.training.progress import ProgressLine, human
+from llmlab.training.record import RunRecord, read_metrics, read_record
+from llmlab.training.resume import find_checkpoint
+
+
+def record_of(folder, settings=None):
+    settings = settings or PretrainSettings(output_dir=str(folder))
+    return RunRecord(
+        folder, stage="pretrain", settings=settings.model_dump(mode="json"), sources={}, parents=[], hardware={}
+    )
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"x")
+    if whole:
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+def progress():
+    return ProgressLine(Console(quiet=True), tokens_per_step=1, flops_per_token=None, peak_flops=None)
+
+
+def test_record_and_metrics(tmp_path):
+    record = record_of(tmp_path)
+    record.start()
+    assert read_record(tmp_path)["status"] == "running"
+    for step in (1, 2, 3):
+        record.log(step, step * 10, {"loss": 1 / step})
+    record.finish("finished", metrics={"loss": 1 / 3})
+    values = read_record(tmp_path)
+    assert values["status"] == "finished" and values["metrics"]["loss"] == 1 / 3 and values["versions"]["torch"]
+    assert [(line["step"], line["tokens"]) for line in read_metrics(tmp_path)] == [(1, 10), (2, 20), (3, 30)]
+
+
+def test_resuming_drops_metrics_past_the_checkpoint_and_keeps_the_clock(tmp_path):
+    record = record_of(tmp_path)
+    record.start()
+    for step in (1, 2, 3):
+        record.log(step, step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 4, "los')  # a crash in the middle of a line
+    seconds = read_metrics(tmp_path)[1]["seconds"]
+    resumed = record_of(tmp_path)
+    resumed.start(2)
+    resumed.log(3, 3, {"loss": 0.5})
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    assert lines[2]["seconds"] >= seconds
+    assert read_record(tmp_path)["resumed"][0]["step"] == 2
+
+
+def test_checkpoints_cut_off_are_not_resumed_from_and_are_removed(tmp_path):
+    for step in (2, 10):
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 12, whole=False)
+    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert [path.name for path in checkpoints.remove_partial(tmp_path)] == ["checkpoint-12"]
+    assert not (tmp_path / "checkpoint-12").exists()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoints.last_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_publishing_is_all_or_nothing(tmp_path):
+    def fail(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        checkpoints.publish(tmp_path, fail)
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.publish(tmp_path, lambda folder: (folder / "a").write_text("whole"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_claiming_a_folder(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    assert checkpoints.claim(str(folder), resume=False) == folder
+    (folder / "llmlab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a run; continue it with --resume"):
+        checkpoints.claim(str(folder), resume=False)
+    assert checkpoints.claim(str(folder), resume=True) == folder
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory|cannot be written: File exists"):
+        checkpoints.claim(str(tmp_path / "file"), resume=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="already holds other files"):
+        checkpoints.claim(str(tmp_path / "other"), resume=False)
+
+
+def test_what_may_change_on_resume(tmp_path):
+    before = PretrainSettings(output_dir=str(tmp_path), max_steps=10)
+    record_of(tmp_path, before).start()
+    path = checkpoint(tmp_path, 7)
+
+    def find(load_optimizer=True, **changes):
+        return find_checkpoint(tmp_path, before.model_copy(update=changes), load_optimizer=load_optimizer)
+
+    assert find() == path
+    assert find(max_steps=20, eval_every=3, log_every=1) == path
+    with pytest.raises(UserError, match="already is at step 7"):
+        find(max_steps=7)
+    with pytest.raises(SettingsError) as caught:
+        find(lr=1.0, batch_size=2, optimizer="lion")
+    assert len(caught.value.problems) == 3
+    assert "the run to resume has 0.0003" in str(caught.value) and "--no-load-optimizer" in str(caught.value)
+    assert find(load_optimizer=False, lr=1.0, optimizer="lion") == path
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
+    record = record_of(tmp_path)
+    record.start()
+    checkpoint(tmp_path, 2)
+    with (
+        pytest.raises(UserError, match="No space left on device"),
+        failures_recorded("x", tmp_path, record, progress()),
+    ):
+        checkpoint(tmp_path, 4, whole=False)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert read_record(tmp_path)["status"] == "failed"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
+    record = record_of(tmp_path)
+    record.start()
+    with pytest.raises(ZeroDivisionError), failures_recorded("x", tmp_path, record, progress()):
+        raise ZeroDivisionError
+    assert read_record(tmp_path)["status"] == "failed"
+
+
+def test_check_disk(tmp_path):
+    check_disk(tmp_path / "not" / "yet", needed=1)
+    with pytest.raises(UserError, match=r"writes about 1000\.0 PB"):
+        check_disk(tmp_path, needed=10**18)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12 B"), (1500, "1.5 kB"), (134_515_008, "134.5 MB"), (2e12, "2.0 TB")]
+)
+def test_human_numbers(number, text):
+    assert human(number, "B") == text
