@@ -19,7 +19,7 @@ COMMAND_LINE = "command line"
 
 
 def stage_command(
-    name: str, stage: type[Settings], execute: Callable[..., Any], *extra: inspect.Parameter
+    name: str, stage: type[Settings], execute: Callable[..., Any], *extra: inspect.Parameter, words: str | None = None
 ) -> Callable[..., None]:
     """Returns a typer command that resolves a stage's settings and calls `execute(resolved, **extra)`.
 
@@ -28,12 +28,16 @@ def stage_command(
         stage: the settings class whose fields become options.
         execute: what to do with the resolved settings.
         extra: further typer parameters that are not settings, such as `--resume`.
+        words: the list setting that arguments without `=` are entries of, such as `datasets`.
     """
     parameters = [
         _parameter(
             "overrides",
             list[str] | None,
-            typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as an alternative to options."),
+            typer.Argument(
+                metavar=f"[{words.upper()}]... [KEY=VALUE]..." if words else "[KEY=VALUE]...",
+                help="Settings, as an alternative to options.",
+            ),
         ),
         _parameter("config", Path | None, typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py.")),
         _parameter("preset", str | None, typer.Option("--preset", help=f"Named values: {', '.join(presets(name))}.")),
@@ -51,7 +55,7 @@ def stage_command(
             layers.append(_preset_layer(name, arguments["preset"]))
         if arguments["config"]:
             layers.append(read_layer(arguments["config"]))
-        layers.append(_command_line_layer(stage, arguments))
+        layers.append(_command_line_layer(stage, arguments, words))
         extras = {parameter.name: arguments[parameter.name] for parameter in extra}
         if extras.get("resume"):
             layers.insert(0, resume_layer(extras["resume"], name))
@@ -134,10 +138,13 @@ def _preset_layer(stage: str, preset: str) -> Layer:
     return Layer(f"preset {preset}", layer.values, path=layer.path)
 
 
-def _command_line_layer(stage: type[Settings], arguments: dict[str, Any]) -> Layer:
+def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words: str | None) -> Layer:
     values: dict[str, Any] = {}
     for word in arguments["overrides"] or ():
         key, equals, text = word.partition("=")
+        if not equals and words:
+            values[words] = [*values.get(words, []), word]
+            continue
         if not equals:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
         values[key] = _parse(spellings_of(stage).get(key), text)

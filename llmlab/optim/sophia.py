@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
@@ -114,8 +115,11 @@ def estimate_hessian(
         generator: source of the drawn labels, on the model's device; different in each process.
 
     Raises:
-        RuntimeError: gradients are still there, which this pass would mix with its own.
+        RuntimeError: gradients are still there, which this pass would mix with its own, or `no_sync` is in force,
+            under which the processes' diagonals would drift apart.
     """
+    if isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync:
+        raise RuntimeError("estimate_hessian must run outside no_sync()")
     if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError("estimate_hessian must run between zero_grad() and the next backward()")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}

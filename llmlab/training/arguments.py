@@ -3,6 +3,7 @@
 The `Trl` markers of the settings do most of it; here is what has no one-to-one field.
 """
 
+import warnings
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -36,24 +37,27 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
     checkpointing = (
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
     )
-    return config(
-        **{
-            **settings.trainer_arguments(),
-            "lr_scheduler_type": scheduler,
-            "lr_scheduler_kwargs": scheduler_kwargs,
-            "bf16": hardware.dtype == "bf16",
-            "fp16": hardware.dtype == "fp16",
-            "use_cpu": hardware.device == "cpu",
-            "dataloader_pin_memory": hardware.device == "cuda",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
-            "logging_first_step": True,
-            **checkpointing,
-            **fixed,
-            **checked_trainer_args(config, settings),
-        }
-    )
+    with warnings.catch_warnings():
+        # the new name of `gradient_checkpointing` is not known to the older versions that are supported
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        return config(
+            **{
+                **settings.trainer_arguments(),
+                "lr_scheduler_type": scheduler,
+                "lr_scheduler_kwargs": scheduler_kwargs,
+                "bf16": hardware.dtype == "bf16",
+                "fp16": hardware.dtype == "fp16",
+                "use_cpu": hardware.device == "cpu",
+                "dataloader_pin_memory": hardware.device == "cuda",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
+                "logging_first_step": True,
+                **checkpointing,
+                **fixed,
+                **checked_trainer_args(config, settings),
+            }
+        )
 
 
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:

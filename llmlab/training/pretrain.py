@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers import default_data_collator as stack_rows
 
 from llmlab.data import Corpus, build_corpus, load_tokenizer
@@ -27,7 +35,7 @@ from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
 from llmlab.training.compile import decide_compile
 from llmlab.training.failures import check_disk, failures_recorded
-from llmlab.training.progress import ProgressLine, human, print_plan, print_result
+from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
 
@@ -50,6 +58,12 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "return_logits": False}, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.settings.streaming:
+            return super().get_train_dataloader()
+        # each process has its own part of a stream already: Accelerate's sharding would drop the rest of it
+        return DataLoader(self.train_dataset, batch_size=self.settings.batch_size, collate_fn=self.data_collator)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -104,6 +118,7 @@ def pretrain(
             tokenizer,
             max_seq_len=sequence,
             rows_needed=settings.max_steps * rows_per_step * process.num_processes,
+            validation_rows=settings.eval_steps * settings.batch_size * process.num_processes,
             rank=process.process_index,
             world_size=process.num_processes,
         )
@@ -134,6 +149,7 @@ def pretrain(
         processing_class=tokenizer,
         callbacks=[rhythm, progress],
     )
+    trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     record = None
     if process.is_main_process:
         check_disk(folder, needed=3 * 4 * size.total + 2 * size.optimizer_bytes(settings.optimizer))
@@ -149,12 +165,12 @@ def pretrain(
         trainer.add_callback(ScheduleAfterResume(done))
     plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
     print_plan(console, f"Pretraining into {folder}", plan)
-    with failures_recorded("pretrain", folder, record, progress), rhythm.listen(progress.say):
+    with quiet_libraries(), failures_recorded("pretrain", folder, record, progress), rhythm.listen(progress.say):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
         if rhythm.interrupted:
             raise KeyboardInterrupt
-        checkpoints.publish(folder, lambda temporary: trainer.save_model(str(temporary)))
+        checkpoints.publish(folder, lambda temporary: save_final(trainer, temporary))
     metrics = _last_metrics(trainer, corpus)
     if record is not None:
         record.finish("finished", step=trainer.state.global_step, metrics=metrics)
@@ -280,6 +296,12 @@ def _new_record(
     )
     record.values["data"] = corpus.report.record()
     return record
+
+
+def save_final(trainer: Trainer, folder: Path) -> None:
+    """Writes weights, configuration and tokenizer, without the trainer's own arguments."""
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def _last_metrics(trainer: Trainer, corpus: Corpus) -> dict[str, float]:

@@ -4,6 +4,8 @@ On a terminal the line is redrawn in place; elsewhere every log event prints a l
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 
 def print_plan(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
@@ -29,6 +32,20 @@ def human(number: float, unit: str = "") -> str:
         if abs(number) >= size:
             return f"{number / size:.1f} {prefix}{unit}"
     return f"{number:.0f} {unit}".rstrip()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps Transformers' notices and bars off the screen while our own line tells the same."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class ProgressLine(TrainerCallback):

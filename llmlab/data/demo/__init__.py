@@ -7,6 +7,7 @@ name, so its seed is not the training seed.  Its grammar is in the module of its
 import re
 from collections.abc import Iterator
 from random import Random
+from typing import NamedTuple
 
 from llmlab.data.demo.stories import tell
 from llmlab.settings.errors import UserError, did_you_mean
@@ -21,7 +22,17 @@ VALIDATION_SHARE = 0.05
 CHUNK_BYTES = 250_000
 
 
-def demo_shards(name: str, *, split: str = "train", size: str | None = None, seed: int = 0) -> list[tuple]:
+class DemoShard(NamedTuple):
+    """A part of a demo corpus that is generated on its own."""
+
+    corpus: str
+    split: str
+    seed: int
+    chunk: int
+    size: int
+
+
+def demo_shards(name: str, *, split: str = "train", size: str | None = None, seed: int = 0) -> list[DemoShard]:
     """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
 
     Args:
@@ -43,18 +54,17 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     if split == "validation":
         total = max(1, int(total * VALIDATION_SHARE))
     return [
-        (corpus, split, seed, chunk, min(CHUNK_BYTES, total - start))
+        DemoShard(corpus, split, seed, chunk, min(CHUNK_BYTES, total - start))
         for chunk, start in enumerate(range(0, total, CHUNK_BYTES))
     ]
 
 
-def read_shard(shard: tuple) -> Iterator[str]:
+def read_shard(shard: DemoShard) -> Iterator[str]:
     """Yields the documents of one part: about its share of bytes, never less than one document."""
-    corpus, split, seed, chunk, size = shard
-    random = Random(f"{corpus}/{seed}/{split}/{chunk}")
+    random = Random(f"{shard.corpus}/{shard.seed}/{shard.split}/{shard.chunk}")
     written = 0
-    while written < size:
-        story = CORPORA[corpus](random, validation=split == "validation")
+    while written < shard.size:
+        story = CORPORA[shard.corpus](random, validation=shard.split == "validation")
         written += len(story)
         yield story
 

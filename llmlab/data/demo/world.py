@@ -35,9 +35,9 @@ class Break(NamedTuple):
 
 
 class Animal(NamedTuple):
-    """A shy animal, the food it likes, and the sound it makes."""
+    """A shy animal, the food it likes, the sound it makes, and where it lives."""
 
-    kind: str
+    animal: str
     food: str
     sound: str
     home: str
@@ -53,19 +53,80 @@ class Weather(NamedTuple):
     after: str
 
 
-_GIRLS = "Mia Anna Lily Rosa Emma Nora Ella Zoe Clara Ivy Ruth Sara Lucy Maya Tess Jane Alma Hana Wendy Poppy".split()
-_BOYS = "Tom Ben Max Leo Sam Jack Finn Oscar Hugo Noah Eli Dan Theo Luke Adam Paul Ravi Otto Felix Hans".split()
-_BEASTS = "rabbit fox bear mouse squirrel hedgehog badger otter duck frog".split()
+_GIRLS = (
+    "Mia",
+    "Anna",
+    "Lily",
+    "Rosa",
+    "Emma",
+    "Nora",
+    "Ella",
+    "Zoe",
+    "Clara",
+    "Ivy",
+    "Ruth",
+    "Sara",
+    "Lucy",
+    "Maya",
+    "Tess",
+    "Jane",
+    "Alma",
+    "Hana",
+    "Wendy",
+    "Poppy",
+)
+_BOYS = (
+    "Tom",
+    "Ben",
+    "Max",
+    "Leo",
+    "Sam",
+    "Jack",
+    "Finn",
+    "Oscar",
+    "Hugo",
+    "Noah",
+    "Eli",
+    "Dan",
+    "Theo",
+    "Luke",
+    "Adam",
+    "Paul",
+    "Ravi",
+    "Otto",
+    "Felix",
+    "Hans",
+)
+_BEASTS = ("rabbit", "fox", "bear", "mouse", "squirrel", "hedgehog", "badger", "otter", "duck", "frog")
 
 PEOPLE = tuple(
     [Person(name, kind, "she", "her", "her") for i, name in enumerate(_GIRLS) for kind in ("girl", _BEASTS[i % 10])]
     + [Person(name, kind, "he", "his", "him") for i, name in enumerate(_BOYS) for kind in ("boy", _BEASTS[-i % 10])]
 )
 
-TRAITS = "kind brave curious clever quiet cheerful patient careful friendly gentle".split()
-COLORS = "red blue green yellow white black orange purple silver brown".split()
-SIZES = "small big tiny old new shiny soft round little pretty".split()
-TOYS = "ball kite drum boat doll book whistle basket hat scarf lantern map key bell ring cup spoon ribbon".split()
+TRAITS = ("kind", "brave", "curious", "clever", "quiet", "cheerful", "patient", "careful", "friendly", "gentle")
+COLORS = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple", "silver", "brown")
+SIZES = ("small", "big", "tiny", "old", "new", "shiny", "soft", "round", "little", "pretty")
+TOYS = (
+    "ball",
+    "kite",
+    "drum",
+    "boat",
+    "doll",
+    "book",
+    "whistle",
+    "basket",
+    "hat",
+    "scarf",
+    "lantern",
+    "map",
+    "key",
+    "bell",
+    "ring",
+    "cup",
+    "spoon",
+    "ribbon",
+)
 WISHES = (
     "fly over the hills",
     "sail across the sea",
@@ -183,8 +244,8 @@ FEARS = (
     ("speaking aloud", "the whole school was waiting", "smiled from the first row", "read the poem to the end"),
 )
 
-FRUITS = "apples pears plums cherries cookies eggs nuts buns".split()
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+FRUITS = ("apples", "pears", "plums", "cherries", "cookies", "eggs", "nuts", "buns")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 TREATS = ("a honey cake", "an apple pie", "a pot of soup", "a loaf of bread", "a plate of pancakes", "a berry tart")
 TRADES = (
     ("an egg", "the baker", "needed an egg for a cake", "a loaf of bread"),
@@ -203,3 +264,4 @@ WARNINGS = (
     ("play with the clay pot", "played with the clay pot", "broke it into pieces"),
     ("walk on the thin ice", "walked on the thin ice", "fell into the cold water"),
 )
+ELDERS = (("mother", "she"), ("father", "he"), ("grandmother", "she"), ("grandfather", "he"))

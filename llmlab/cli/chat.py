@@ -1,0 +1,346 @@
+"""`llmlab chat` and `llmlab generate`: a model in the terminal, turn by turn or prompt by prompt.
+
+Loading and sampling are in `inference`; here are only reading, printing and the conversation's bookkeeping.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmlab.settings import vocabulary as v
+from llmlab.settings.base import fields_of
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import Layer, write_atomically
+from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.sources import resolve
+
+
+class UseSettings(SamplingSettings):
+    """Sampling, and the machine to do it on."""
+
+    device: v.Device = "auto"
+    dtype: v.Dtype = "auto"
+
+
+def _option(name: str) -> Any:
+    setting = next(setting for setting in fields_of(UseSettings) if setting.name == name)
+    metavar = setting.type_name.replace(" | ", "|").upper()
+    panel = "Machine" if setting.owner is UseSettings else setting.owner.panel
+    return typer.Option(help=setting.help, metavar=metavar, rich_help_panel=panel)
+
+
+DEFAULT = UseSettings()
+Run = Annotated[str, typer.Argument(help="Run folder, adapter folder or hub id.", show_default=False)]
+Temperature = Annotated[float, _option("temperature")]
+TopP = Annotated[float, _option("top_p")]
+TopK = Annotated[int, _option("top_k")]
+MaxNewTokens = Annotated[int, _option("max_new_tokens")]
+RepetitionPenalty = Annotated[float, _option("repetition_penalty")]
+Device = Annotated[str, _option("device")]
+Dtype = Annotated[str, _option("dtype")]
+System = Annotated[str | None, typer.Option(help="System prompt, for models that answer messages.")]
+Chats = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--complete",
+        help="Answer messages, or continue text. Without either: pretraining runs and models without a chat template "
+        "continue text, all others answer.",
+        show_default=False,
+    ),
+]
+
+
+def chat(
+    run: Run,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    top_k: TopK = DEFAULT.top_k,
+    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
+    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    seed: Annotated[int | None, typer.Option(help="Makes the replies repeatable.", min=0, metavar="INT")] = None,
+    system: System = None,
+    chats: Chats = None,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+) -> None:
+    """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
+    settings = _resolve(locals())
+    model, tokenizer, chats = _load(run, settings, chats, system)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    session = Session(model, tokenizer, settings, chats, system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - gives input() line editing and a history
+
+        notice(
+            f"{run}: {_describe(model)}; {'it answers messages' if chats else 'it continues text'}. /help for help."
+        )
+    while (line := _read_line(interactive)) is not None:
+        if not line.strip():
+            continue
+        try:
+            if line.strip() in ("/exit", "/quit"):
+                break
+            if not session.command(line.strip()):
+                session.reply(line)
+        except UserError as error:
+            if not interactive:
+                raise
+            notice(str(error))
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            notice("\n(stopped)")
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write .jsonl with `prompt` and `completion` here.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Completions made at the same time.", min=1, metavar="INT")] = 16,
+    temperature: Temperature = DEFAULT.temperature,
+    top_p: TopP = DEFAULT.top_p,
+    top_k: TopK = DEFAULT.top_k,
+    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
+    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, metavar="INT")] = 42,
+    system: System = None,
+    chats: Chats = None,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+) -> None:
+    """Complete prompts from the command line, a file or standard input."""
+    settings = _resolve(locals())
+    prompts = [*(prompt or ()), *(_read_prompts(file) if file else ())]
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UserError("there is no prompt: expected --prompt, --file, or prompts on standard input")
+    model, tokenizer, chats = _load(run, settings, chats, system)
+
+    from llmlab.inference import generate_text
+
+    head = [{"role": "system", "content": system}] if system else []
+    asked = [head + _messages(text) if chats or not isinstance(text, str) else text for text in prompts]
+    results = generate_text(
+        model, tokenizer, asked, settings, num_samples=num_samples, seed=seed, batch_size=batch_size
+    )
+    rows = []
+    for number, (text, completions) in enumerate(zip(prompts, results, strict=True), start=1):
+        for sample, completion in enumerate(completions, start=1):
+            rows.append(json.dumps({"prompt": text, "completion": completion}, ensure_ascii=False) + "\n")
+            if output is None:
+                if len(prompts) * num_samples > 1:
+                    notice(f"prompt {number}, sample {sample}")
+                continues = isinstance(text, str) and not chats
+                Writer().write((text if continues else "") + completion + "\n")
+        if output is not None and sys.stderr.isatty():
+            print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
+    if output is not None:
+        write_atomically(output, "".join(rows))
+        notice(f"\n{len(rows)} completions in {output}" if sys.stderr.isatty() else f"{len(rows)} in {output}")
+
+
+@dataclass
+class Session:
+    """A conversation with a model, or a series of texts that it continues."""
+
+    model: Any
+    tokenizer: Any
+    settings: UseSettings
+    chats: bool
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def command(self, line: str) -> bool:
+        """Obeys a line such as `/system Be brief`; returns whether it was a command."""
+        matched = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line, re.DOTALL)
+        if matched is None:
+            return False
+        word, rest = matched.groups()
+        if word == "help":
+            notice(HELP)
+        elif word == "reset":
+            self.turns = []
+            notice("The conversation starts anew.")
+        elif word == "system" and self.chats:
+            self.system, self.turns = rest, []
+            notice(f"The conversation starts anew, {'with this' if rest else 'without a'} system prompt.")
+        elif word == "system":
+            notice("This model continues text: it takes no system prompt.")
+        else:
+            notice(f"There is no command /{word}{did_you_mean(f'/{word}', COMMANDS)} (/help lists them)")
+        return True
+
+    def reply(self, text: str) -> None:
+        """Prints the model's answer to a message, or its continuation of a text, as it is made.
+
+        What a KeyboardInterrupt cuts off stays in the conversation.
+        """
+        from llmlab.inference import stream_reply
+
+        text = text.removeprefix("/") if text.startswith("//") else text
+        writer = Writer()
+        if not self.chats:
+            writer.write(text)
+        prompt = self._with(text) if self.chats else text
+        pieces: list[str] = []
+        try:
+            with closing(stream_reply(self.model, self.tokenizer, prompt, self.settings)) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    writer.write(piece)
+            writer.write("\n")
+        finally:
+            if self.chats and pieces:
+                self.turns = [message for message in prompt if message["role"] != "system"]
+                self.turns.append({"role": "assistant", "content": "".join(pieces)})
+        if not pieces:
+            notice("(no reply)")
+
+    def _with(self, text: str) -> list[dict[str, str]]:
+        """Returns the messages to answer: what fits of the conversation, and the new one."""
+        from llmlab.inference import drop_oldest_turns, prompt_room
+
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*head, *self.turns, {"role": "user", "content": text}]
+        room = prompt_room(self.model, self.settings.max_new_tokens)
+        if room is None:
+            return messages
+        messages, dropped = drop_oldest_turns(self.tokenizer, messages, room)
+        if dropped:
+            notice(f"(the context is full: the {dropped} oldest messages are forgotten)")
+        return messages
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+COMMANDS = ("/reset", "/system", "/help", "/exit")
+HELP = """\
+/reset           start the conversation anew
+/system [TEXT]   start anew with this system prompt, or without one
+/help            this list
+/exit            leave; so do Ctrl+D and Ctrl+C at the prompt
+Ctrl+C           during a reply: stop it
+//...            send a line that starts with a slash"""
+
+
+def notice(text: str) -> None:
+    """Prints a line about the conversation, dimmed, where it does not mix with what the model writes."""
+    typer.secho(text, dim=True, err=True)
+
+
+class Writer:
+    """Prints pieces of text at once: on a terminal wrapped between words and rid of control characters."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.column = 0
+
+    def write(self, text: str) -> None:
+        if self.terminal:
+            text = "".join(map(self._place, re.findall(r"\s*\S+|\s+", CONTROL.sub("", text))))
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def _place(self, word: str) -> str:
+        """Returns a word with the space before it, on a new line where it does not fit."""
+        from rich.cells import cell_len
+
+        if "\n" in word:
+            self.column = 0
+        elif self.column and self.column + cell_len(word) > shutil.get_terminal_size().columns:
+            word, self.column = "\n" + word.lstrip(), 0
+        self.column += cell_len(word.rpartition("\n")[2])
+        return word
+
+
+def _read_line(interactive: bool) -> str | None:
+    """Returns the next line of input, or None at its end or after Ctrl+C."""
+    try:
+        return input(">>> " if interactive else "")
+    except EOFError:
+        if interactive:
+            print()
+        return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print()
+        return None
+
+
+def _resolve(arguments: dict[str, Any]) -> UseSettings:
+    names = {setting.name for setting in fields_of(UseSettings)}
+    given = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
+    return resolve(UseSettings, Layer("command line", given)).settings
+
+
+def _load(run: str, settings: UseSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
+    from transformers.utils import logging
+
+    from llmlab.inference import answers_chats, load_for_inference
+
+    getLogger("bitsandbytes").setLevel(ERROR)  # which reports each kernel that a CPU lacks
+    logging.set_verbosity_error()  # progress bars and load reports have no place in a conversation
+    logging.disable_progress_bar()
+    model, tokenizer = load_for_inference(run, dtype=settings.dtype, device=settings.device)
+    chats = answers_chats(run, tokenizer) if chats is None else chats
+    if chats and tokenizer.chat_template is None:
+        raise UserError(f"--chat: the tokenizer of {run} has no chat template; leave --chat out to continue text")
+    if system and not chats:
+        raise UserError(f"--system: {run} continues text and takes no system prompt; --chat makes it answer messages")
+    return model, tokenizer, chats
+
+
+def _describe(model: Any) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    return f"{size} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
+
+
+def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--file {path}: this is not text") from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f"--file {path}: there is no prompt in it")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: this is no JSON: {error.msg}") from None
+        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
+            raise UserError(f"{path}:{number}: expected a mapping with `prompt` or `messages`")
+        yield row.get("prompt", row.get("messages"))

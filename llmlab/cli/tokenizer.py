@@ -1,0 +1,42 @@
+"""`llmlab tokenizer train` and `llmlab tokenizer show`: make a vocabulary, and see how it cuts text."""
+
+from typing import Annotated, Any
+
+import typer
+
+from llmlab.cli.options import stage_command
+from llmlab.settings.sources import Resolved
+from llmlab.settings.tokenizer import TokenizerSettings
+from llmlab.stages import STAGES
+
+app = typer.Typer(no_args_is_help=True)
+
+
+def _train(resolved: Resolved[TokenizerSettings]) -> Any:
+    return STAGES["tokenizer"].function(resolved)
+
+
+app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets"))
+
+
+@app.command()
+def show(
+    tokenizer: Annotated[str, typer.Argument(help="Hub id, folder or tokenizer.json.")],
+    text: Annotated[str, typer.Argument(help="Text to cut into tokens.")],
+) -> None:
+    """Show how a tokenizer cuts a text: each token and its id, and bytes per token."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from llmlab.data import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    ids = loaded.encode(text, add_special_tokens=False)
+    pieces = Text()
+    for number, token in enumerate(ids):
+        pieces.append(loaded.decode([token]), style="black on cyan" if number % 2 else "black on green")
+    console = Console(highlight=False)
+    console.print(pieces, soft_wrap=True)
+    console.print(" ".join(map(str, ids)), soft_wrap=True, style="dim")
+    per_token = len(text.encode()) / max(len(ids), 1)
+    console.print(f"{len(ids)} tokens of {len(loaded):,} entries, {per_token:.2f} bytes per token")

@@ -1,0 +1,177 @@
+"""Text to token ids, each distinct word once: the fast path under packing and streaming.
+
+A byte-level BPE never merges across the space before a word, so the ids of a word do not depend on what stands around
+it, and text is mostly words seen before.  Tokenizers for which that is not certain go through `encode_batch_fast` as
+they are.  The result is the same to the last id; nothing here reads or writes files.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from llmlab.settings.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORD = re.compile(r"\s*\S+(?:[^\S ]\s*\S*)*|\s+")
+"""Text between two places where a space follows something that is no space: none of `PATTERNS` matches across one."""
+
+_CONTRACTION, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_PATTERN = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+LLAMA_PATTERN = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+PATTERNS = (QWEN_PATTERN, LLAMA_PATTERN)
+"""How byte-level tokenizers cut text before merging, beside GPT-2's pattern, which `tokenizers` has built in."""
+
+MOST_WORDS = 400_000  # about 80 MB; the words are forgotten when there are more
+WORDS_TOGETHER = 500  # new words that are encoded as one text
+
+
+class Encoded(NamedTuple):
+    """Documents as token ids, each ended by eos.
+
+    Attributes:
+        tokens: (tokens,) ids of all documents, one after the other.
+        lengths: (documents,) tokens of each.
+        hashes: (documents,) uint64 of each document's text, the same on every machine.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+
+
+class TextEncoder:
+    """Turns documents into ids; small enough to send to another process.
+
+    Special tokens that are spelled out in a document are read as the text they are.
+
+    Args:
+        tokenizer: serialized tokenizer (`Tokenizer.to_str()`).
+        eos_token_id: what ends a document.
+    """
+
+    def __init__(self, tokenizer: str, eos_token_id: int):
+        self.serialized = tokenizer
+        self.eos_token_id = eos_token_id
+        self.tokenizer = Tokenizer.from_str(tokenizer)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+        size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
+        alone, framed = (self.tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True))
+        before = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
+        after = framed[before + len(alone) :]
+        self.prefix = np.array(framed[:before], self.dtype).tobytes()
+        self.suffix = np.array(after if eos_token_id in after else [*after, eos_token_id], self.dtype).tobytes()
+        self.by_words = splits_at_spaces(json.loads(tokenizer))
+        self.normalizes = self.tokenizer.normalizer is not None
+        self.words: dict[str, bytes] = {}
+        if self.by_words:
+            self.bytes_of = np.zeros(size, np.int64)  # bytes of text behind each id
+            for token, number in self.tokenizer.get_vocab(with_added_tokens=False).items():
+                self.bytes_of[number] = len(token)  # a byte-level vocabulary spells one character a byte
+            for number, token in self.tokenizer.get_added_tokens_decoder().items():
+                self.bytes_of[number] = len(token.content.encode())
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+        """Returns the encoder of a Transformers tokenizer.
+
+        Raises:
+            UserError: it has no end-of-text token to separate documents.
+        """
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{tokenizer.name_or_path}: this tokenizer has no eos token, which must separate documents"
+            )
+        return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextEncoder, (self.serialized, self.eos_token_id)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids."""
+        content = f"{self.eos_token_id} {self.tokenizer.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> Encoded:
+        """Returns the ids of the documents, each between the tokenizer's own special tokens and ended by eos."""
+        bodies = self._encode_words(texts) if self.by_words else self._encode_whole(texts)
+        documents = [self.prefix + body + self.suffix for body in bodies]
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // self.dtype.itemsize
+        hashes = np.fromiter(map(text_hash, texts), np.uint64, len(texts))
+        return Encoded(np.frombuffer(b"".join(documents), self.dtype), lengths, hashes)
+
+    def _encode_whole(self, texts: list[str]) -> list[bytes]:
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype).tobytes() for encoding in encodings]
+
+    def _encode_words(self, texts: list[str]) -> list[bytes]:
+        if self.normalizes:  # to NFC, which leaves no trace across a space
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        words = [WORD.findall(text) for text in texts]
+        if len(self.words) > MOST_WORDS:
+            self.words.clear()
+        new = set(chain.from_iterable(words)).difference(self.words)
+        together = [word for word in new if word[0] == " " and not word[-1].isspace()]
+        self._learn_together(together)
+        alone = list(new.difference(self.words))
+        self.words.update(zip(alone, self._encode_whole(alone), strict=True))
+        return [b"".join(map(self.words.__getitem__, each)) for each in words]
+
+    def _learn_together(self, words: list[str]) -> None:
+        """Encodes many words as one text, and cuts the ids apart where the words' bytes end."""
+        for start in range(0, len(words), WORDS_TOGETHER):
+            group = words[start : start + WORDS_TOGETHER]
+            ids = self._encode_whole(["".join(group)])[0]
+            token_ends = np.cumsum(self.bytes_of[np.frombuffer(ids, self.dtype)])
+            word_ends = np.fromiter(accumulate(len(word.encode()) for word in group), np.int64, len(group))
+            last = np.searchsorted(token_ends, word_ends)
+            if token_ends[-1] != word_ends[-1] or (token_ends[last] != word_ends).any():
+                continue  # characters that this vocabulary lacks: these words are encoded one by one
+            cuts = ((last + 1) * self.dtype.itemsize).tolist()
+            pieces = [ids[begin:end] for begin, end in zip([0, *cuts], cuts, strict=False)]
+            self.words.update(zip(group, pieces, strict=True))
+
+
+def splits_at_spaces(tokenizer: dict[str, Any]) -> bool:
+    """Whether a serialized tokenizer certainly treats each `WORD` of a text by itself."""
+    model, normalizer, pre = tokenizer["model"], tokenizer["normalizer"], tokenizer["pre_tokenizer"]
+    merges = model["type"] == "BPE" and not any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
+    kinds = [step["type"] for step in steps if step]
+    cuts = [step for step in steps if step and step["type"] == "Split"]
+    known = all(
+        cut["pattern"].get("Regex") in PATTERNS and cut["behavior"] == "Isolated" and not cut["invert"] for cut in cuts
+    )
+    byte_level = bool(kinds) and kinds[-1] == "ByteLevel" and not steps[-1]["add_prefix_space"]
+    added = [token for token in tokenizer["added_tokens"] if not token["special"]]
+    plain = all(
+        not (token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"]))
+        for token in added
+    )
+    return (
+        merges
+        and (normalizer is None or normalizer["type"] == "NFC")
+        and kinds in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"])
+        and byte_level
+        and known
+        and (bool(cuts) or steps[-1]["use_regex"])
+        and plain
+    )
+
+
+def text_hash(text: str) -> int:
+    """Returns 64 bits of a document's content."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,256 @@
+"""Local files of text: which files a path means, the shards they fall into, and the rows of each shard.
+
+Read here rather than by `datasets`' builders so that errors name the file and line, rows whose types do not agree are
+counted instead of cast, nothing is copied to disk, and a large file has shards that a resumed stream can skip.
+Nothing here decides what a row means: `sources.py` does.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from llmlab.settings.errors import UserError, did_you_mean
+
+FORMATS = ("txt", "json", "jsonl", "csv", "parquet")
+SEPARATOR = "<|endoftext|>"
+"""Ends a document in a text file; a text file without one is a single document."""
+
+SHARD_BYTES = 64_000_000
+LONGEST_DOCUMENT = 16_000_000  # characters; a longer text file is cut at a line end, so that memory stays bounded
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
+
+
+class Shard(NamedTuple):
+    """A part of a file that is read on its own: bytes of JSON lines, row groups of parquet, else the whole file."""
+
+    path: str
+    format: str
+    start: int = 0
+    end: int = sys.maxsize
+
+
+def format_of(path: Path) -> str | None:
+    """Returns which of `FORMATS` a file name ends in (before a `.gz`), or None."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for kind in FORMATS if name.endswith(f".{kind}")), None)
+
+
+def find_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
+    """Returns the files of a split, and the names of all splits that the path has.
+
+    A folder's files belong to the split that their names tell (`train-00.jsonl`, `validation/part.txt`, `dev.csv`);
+    those that tell none are training data.
+
+    Raises:
+        UserError: nothing there can be read as text, or the split does not exist.
+    """
+    if path.is_file():
+        if format_of(path) is None:
+            raise UserError(f"{path}: expected a file that ends in {_endings()}")
+        splits = {"train": [path]}
+    else:
+        splits = {}
+        for file in sorted(path.rglob("*")):
+            inside = file.relative_to(path)
+            if file.is_file() and format_of(file) and not any(part.startswith(".") for part in inside.parts):
+                words = re.findall("[a-z]+", str(inside).lower())
+                named = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), "train")
+                splits.setdefault(named, []).append(file)
+        if not splits:
+            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            raise UserError(f"{path}: no file in this folder ends in {_endings()} (found {found})")
+    if split not in splits:
+        raise UserError(f"{path}: there is no split '{split}' here (found {', '.join(sorted(splits))})")
+    return splits[split], set(splits)
+
+
+def missing_file(name: str) -> UserError:
+    """Returns the error for a file that does not exist, with the nearest name beside it."""
+    path = Path(name).expanduser()
+    while not path.parent.is_dir():
+        path = path.parent
+    siblings = sorted(entry.name for entry in path.parent.iterdir())
+    return UserError(f"{name}: there is no such file or folder{did_you_mean(path.name, siblings)}")
+
+
+def shards_of(files: Iterable[Path]) -> list[Shard]:
+    """Returns the shards of these files, in order."""
+    shards = []
+    for path in files:
+        kind, size = format_of(path), path.stat().st_size
+        packed = path.suffix.lower() == ".gz"
+        if kind == "json" and _starts_with_object(path):
+            kind = "jsonl"  # many corpora call JSON lines .json
+        if kind == "jsonl" and not packed:
+            starts = range(0, max(size, 1), SHARD_BYTES)
+            shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
+        elif kind == "parquet" and not packed:
+            groups = _parquet(path).num_row_groups
+            shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
+        else:
+            shards.append(Shard(str(path), str(kind)))
+    return shards
+
+
+def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a shard as plain mappings; `column` is all that is read of a parquet file.
+
+    Raises:
+        UserError: the file is not what its ending says, or is not UTF-8 text.
+    """
+    path = Path(shard.path)
+    try:
+        if shard.format == "parquet":
+            yield from _read_parquet(path, shard, column)
+        elif shard.format == "jsonl":
+            yield from _read_json_lines(path, shard)
+        elif shard.format == "json":
+            yield from _read_json_list(path)
+        elif shard.format == "csv":
+            yield from _read_csv(path)
+        else:
+            yield from _read_text(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: the compressed file is damaged: {error}") from None
+
+
+def _read_text(path: Path) -> Iterator[dict[str, Any]]:
+    pieces: list[str] = []
+    length, whole = 0, True
+    with _open_text(path) as handle:
+        for line in handle:
+            if SEPARATOR in line:
+                whole = False
+                *ends, line = line.split(SEPARATOR)
+                for end in ends:
+                    yield {"text": "".join([*pieces, end]).strip("\n")}
+                    pieces, length = [], 0
+            pieces.append(line)
+            length += len(line)
+            if length > LONGEST_DOCUMENT:
+                yield {"text": "".join(pieces)}
+                pieces, length = [], 0
+    rest = "".join(pieces)
+    if whole or rest.strip():  # what follows the last separator is usually nothing
+        yield {"text": rest if whole else rest.strip("\n")}
+
+
+def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+    with _open(path) as handle:
+        position = shard.start
+        if position > 0:  # the line that reaches into this shard belongs to the one before
+            handle.seek(position - 1)
+            position += len(handle.readline()) - 1
+        while position < shard.end and (line := handle.readline()):
+            if line.strip():
+                try:
+                    row = json.loads(line if position else line.removeprefix(b"\xef\xbb\xbf"))
+                except json.JSONDecodeError as error:
+                    number = _line_number(path, position)
+                    raise UserError(f"{path}:{number}: this line is not valid JSON: {error.msg}") from None
+                yield _as_row(row)
+            position += len(line)
+
+
+def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
+    with _open_text(path) as handle:
+        try:
+            rows = json.load(handle)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of objects, or one object a line; found {type(rows).__name__}")
+    yield from map(_as_row, rows)
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(LONGEST_DOCUMENT)
+    with _open_text(path, newline="") as handle:
+        reader = csv.DictReader(handle)
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: this is not valid CSV: {error}") from None
+
+
+def _read_parquet(path: Path, shard: Shard, column: str | None) -> Iterator[dict[str, Any]]:
+    file = _parquet(path)
+    columns = None if column is None else [column] if column in file.schema_arrow.names else []
+    groups = range(shard.start, min(shard.end, file.num_row_groups))
+    for batch in file.iter_batches(batch_size=512, row_groups=list(groups), columns=columns):
+        yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open_bytes(path) as handle:
+            source = io.BytesIO(handle.read()) if path.suffix.lower() == ".gz" else path
+        return pyarrow.parquet.ParquetFile(source)
+    except pyarrow.ArrowInvalid:
+        raise UserError(f"{path}: this is not a parquet file") from None
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _open(path: Path) -> IO[bytes]:
+    handle = _open_bytes(path)
+    head = handle.read(4096)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        handle.close()
+        raise UserError(f"{path}: this text is UTF-16; expected UTF-8")
+    if b"\0" in head:
+        handle.close()
+        raise UserError(f"{path}: this is a binary file; expected UTF-8 text")
+    handle.seek(0)
+    return handle
+
+
+def _open_text(path: Path, newline: str | None = None) -> IO[str]:
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
+
+
+def _starts_with_object(path: Path) -> bool:
+    with _open(path) as handle:
+        return handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _as_row(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"text": value}
+
+
+def _line_number(path: Path, position: int) -> int:
+    with _open(path) as handle:
+        return 1 + sum(block.count(b"\n") for block in _blocks(handle, position))
+
+
+def _blocks(handle: IO[bytes], length: int) -> Iterator[bytes]:
+    for size in itertools.chain(itertools.repeat(1 << 20, length >> 20), [length & ((1 << 20) - 1)]):
+        yield handle.read(size)
+
+
+def _endings() -> str:
+    return ", ".join(f".{kind}" for kind in FORMATS) + " (each also with .gz)"

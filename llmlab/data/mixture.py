@@ -1,0 +1,123 @@
+"""Several sources in fixed proportions: which source every row comes from, and map-style rows in that order.
+
+Shares are shares of rows, and rows are equally long, so they are shares of tokens.  The order depends on seed and
+weights alone, not on the length: row i stays row i when a run is extended, and no row must be read to reach it.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from llmlab.data.packing import PackedRows, as_example
+
+BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
+
+
+class Schedule:
+    """Says for every row which source it comes from, and the how manyth of that source it is.
+
+    In each block of rows every source appears as often as its weight says (off by less than one; the heaviest source
+    takes up the rounding), in an order shuffled by the seed.
+
+    Args:
+        weights: relative shares: [2.0, 1.0] gives 66.7 % and 33.3 %. Source: seed, "Dataset Configuration".
+        seed: of the order.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        self.weights = list(weights)
+        self.shares = np.array(weights, float) / np.sum(weights)
+        self.seed = seed
+        self.block = max(BLOCK, len(weights) ** 2)  # the heaviest source has room for everyone's rounding
+        self.heaviest = int(np.argmax(self.shares))
+        self._order = lru_cache(maxsize=4)(self._order_of_block)
+
+    def __reduce__(self):  # noqa: ANN204
+        return Schedule, (self.weights, self.seed)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Returns the source of a row, and its number among that source's rows."""
+        block, offset = divmod(row, self.block)
+        sources, numbers = self._order(block)
+        return int(sources[offset]), int(numbers[offset])
+
+    def counts(self, rows: int) -> np.ndarray:
+        """Returns how many of the first rows each source gives, (sources,)."""
+        block, offset = divmod(rows, self.block)
+        return self._before(block) + np.bincount(self._order(block)[0][:offset], minlength=len(self.shares))
+
+    def _before(self, block: int) -> np.ndarray:
+        """Rows of each source before a block, (sources,)."""
+        counts = np.floor(block * self.block * self.shares + 1e-9).astype(np.int64)
+        counts[self.heaviest] += block * self.block - counts.sum()
+        return counts
+
+    def _order_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each row of a block, and its number among that source's rows, (block,) each."""
+        before = self._before(block)
+        counts = self._before(block + 1) - before
+        sources = np.repeat(np.arange(len(counts)), counts)
+        np.random.default_rng([self.seed, block]).shuffle(sources)
+        numbers = np.empty(self.block, np.int64)
+        for source, count in enumerate(counts):
+            numbers[sources == source] = before[source] + np.arange(count)
+        return sources, numbers
+
+
+class Mixture(Dataset):
+    """Map-style rows of several packed sources; every pass over a source is shuffled anew.
+
+    Args:
+        sources: the rows to mix.
+        weights: relative shares.
+        seed: of all shuffling.
+        length: rows; None is one epoch, in which every source is seen whole at least once.
+    """
+
+    def __init__(
+        self, sources: Sequence[PackedRows], weights: Sequence[float], *, seed: int, length: int | None = None
+    ):
+        self.sources = list(sources)
+        self.schedule = Schedule(weights, seed)
+        self.seed = seed
+        self.length = self._epoch() if length is None else length
+        self._order: dict[int, tuple[int, np.ndarray]] = {}  # source -> its current pass and the order of its rows
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, row = self.locate(index)
+        return as_example(self.sources[source].row(row))
+
+    def sample_id(self, index: int) -> str:
+        """Returns the stable name of the row at a place, without reading it."""
+        source, row = self.locate(index)
+        return self.sources[source].sample_id(row)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Returns the source at a place, and which of its rows."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        source, number = self.schedule.locate(index)
+        rows = len(self.sources[source])
+        epoch, place = divmod(number, rows)
+        if self._order.get(source, (None,))[0] != epoch:
+            self._order[source] = epoch, np.random.default_rng([self.seed, source, epoch]).permutation(rows)
+        return source, int(self._order[source][1][place])
+
+    def _epoch(self) -> int:
+        longest = max(
+            math.ceil(len(rows) / share) for rows, share in zip(self.sources, self.schedule.shares, strict=True)
+        )
+        block = self.schedule.block if len(self.sources) > 1 else 1
+        return math.ceil(longest / block) * block
+
+    def epochs(self) -> list[float]:
+        """Returns how many times each source is gone through."""
+        counts = self.schedule.counts(self.length)
+        return [float(count) / len(rows) for count, rows in zip(counts, self.sources, strict=True)]

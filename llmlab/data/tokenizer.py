@@ -1,0 +1,208 @@
+"""Tokenizers: loaded from wherever they are, or learned from text as a byte-level BPE for ChatML.
+
+Which token ends what: `<|endoftext|>` is the eos token and ends a document, so a base model stops there; `<|im_end|>`
+ends a turn, so a chat model stops there.  Generation stops at either (`stop_token_ids`, which belongs into the
+generation configuration), so one vocabulary serves both and fine-tuning needs no new tokens.  `<|im_start|>` is the
+bos token, the first of every conversation; like `<|pad|>` it is never added to plain text.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmlab.data.encoding import QWEN_PATTERN
+from llmlab.data.files import missing_file
+from llmlab.data.sources import Tally, load_text
+from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS, BOS, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+SPECIAL_TOKENS = (EOS, BOS, END_OF_TURN, PAD)
+TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""One id each, but not special: decoding keeps them, so that calls can be read from what a model wrote."""
+
+SMALLEST = 256 + len(SPECIAL_TOKENS) + len(TOOL_TAGS)
+"""Entries of a vocabulary without merges: one token a byte, which is the character-level choice for English."""
+
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "llmlab.json"}
+
+KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "[EOS]")
+"""What a bare tokenizer.json, which does not name its eos token, probably ends documents with."""
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """Loads a tokenizer.
+
+    Args:
+        name: hub id, folder with a tokenizer, or the path of a `tokenizer.json`.
+
+    Raises:
+        UserError: there is none, it cannot be reached or read, or it is not backed by the `tokenizers` library.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name).expanduser()
+    if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
+        return _load_bare(path)
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise UserError(f"{name}: there is no tokenizer in this folder; expected tokenizer.json (found {found})")
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json" or len(path.parts) > 2):
+        raise missing_file(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent if path.is_file() else path if path.is_dir() else name)
+    except (OSError, ValueError) as error:
+        where = "" if path.exists() else "there is no such local folder, and the hub did not give it: "
+        raise UserError(
+            f"{name}: no tokenizer can be loaded: {where}{str(error).strip().partition(chr(10))[0]}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: this tokenizer has no tokenizer.json (the fast form), which llmlab needs")
+    return tokenizer
+
+
+def _load_bare(path: Path) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: this is not a tokenizer.json: {error}") from None
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    eos = next((token for token in KNOWN_EOS if token in special), None)
+    pad = next((token for token in (PAD, "<pad>", "[PAD]") if token in special), None)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=pad)
+
+
+def stop_token_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Returns the ids at which generation stops: the tokenizer's eos, and the end of a turn where it has one."""
+    vocabulary = tokenizer.get_vocab()
+    stops = [tokenizer.eos_token_id, vocabulary.get(END_OF_TURN)]
+    return list(dict.fromkeys(stop for stop in stops if stop is not None))
+
+
+def train_tokenizer(
+    sources: Sequence[DataSource],
+    vocab_size: int,
+    output_dir: str | Path,
+    *,
+    max_bytes: int = 200_000_000,
+    allow_dropped: float = 0.05,
+    show_progress: bool = True,
+) -> "PreTrainedTokenizerFast":
+    """Learns a byte-level BPE vocabulary and saves it in Transformers' layout, with the ChatML template.
+
+    Any text round-trips; digits stand alone, so that numbers are read digit by digit.  The text is cut as Qwen2 cuts
+    it, which llama.cpp and Ollama know.
+
+    Args:
+        sources: text to learn from, taken from the start of each in proportion to its weight.
+        vocab_size: entries in all; at least `SMALLEST`, which has no merges.
+        output_dir: new folder, or one that holds nothing but a tokenizer.
+        max_bytes: bytes of text to learn from.
+        allow_dropped: share of a source's rows that may be unusable.
+        show_progress: whether to show the learning's progress bars.
+
+    Raises:
+        UserError: the size cannot be reached with this text, or the folder holds something else.
+    """
+    folder = Path(output_dir).expanduser()
+    if vocab_size < SMALLEST:
+        raise UserError(
+            f"vocab_size = {vocab_size}: expected at least {SMALLEST}: 256 bytes, "
+            f"{len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
+        )
+    _check_replaceable(folder)
+    backend = _learn(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
+    reached = backend.get_vocab_size(with_added_tokens=True)
+    if reached < vocab_size:
+        names = ", ".join(source.name for source in sources)
+        raise UserError(
+            f"vocab_size = {vocab_size}: {names} has pairs enough for {reached} entries only; "
+            f"give more text, or vocab_size {reached}"
+        )
+    tokenizer = _as_chatml(backend)
+    _publish(tokenizer, folder)
+    return tokenizer
+
+
+def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool):  # noqa: ANN202 (a Tokenizer, imported lazily)
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TOOL_TAGS),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TOOL_TAGS])
+    return backend
+
+
+def _as_chatml(backend) -> "PreTrainedTokenizerFast":  # noqa: ANN001
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        bos_token=BOS,
+        pad_token=PAD,
+        extra_special_tokens=[END_OF_TURN],
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE.read_text(encoding="utf-8"),
+    )
+
+
+def _sample(sources: Sequence[DataSource], max_bytes: int, allow_dropped: float) -> Iterator[str]:
+    """Yields text from the start of each source, up to its share of the bytes."""
+    weights = sum(source.weight for source in sources)
+    for source in sources:
+        left, tally = max_bytes * source.weight / weights, Tally()
+        for text in load_text(source, streaming=True).texts(tally, allow_dropped):
+            yield text if len(text) <= left else text[: int(left)]
+            left -= len(text.encode())
+            if left <= 0:
+                break
+        tally.check(source.name, allow_dropped)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"output_dir = {folder}: it holds more than a tokenizer ({', '.join(others[:3])}); choose another"
+        )
+
+
+def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Saves into a temporary folder first, so that no half-written tokenizer is left behind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        try:
+            tokenizer.save_pretrained(temporary)
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(temporary)
+    except OSError as error:
+        raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,348 @@
+"""Loads any run folder, adapter or hub model, and lets it complete text or answer a conversation.
+
+The interactive loop is `cli/chat.py`; scoring models is `evaluation`; serving many users is other engines' work, which
+load the same folders.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+import llmlab.model
+from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.hardware import probe
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.generation import SamplingSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Model = Union[PreTrainedModel, "PeftModel"]
+Message = dict[str, str]
+Prompt = str | list[Message]
+"""A text to continue, or a conversation to answer: messages with `role` and `content`."""
+
+
+def load_for_inference(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Returns a model, ready to generate, and its tokenizer.
+
+    Args:
+        source: a run folder, any Transformers or PEFT adapter folder, or a hub id.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`; auto is bf16 where the device computes it.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        UserError: there is no such model, it is incomplete or of an unknown kind, or tokenizer and weights disagree.
+    """
+    hardware = probe(device, dtype)
+    source = str(source)
+    _check_folder(source)
+    if (Path(source) / "adapter_config.json").is_file():
+        from peft import PeftConfig, PeftModel  # a second or two, for those who need it
+
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        try:
+            model = _load_weights(base, hardware.torch_dtype)
+        except UserError as error:
+            raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
+        has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(source if has_tokenizer else base)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
+        model = PeftModel.from_pretrained(model, source)
+    else:
+        model = _load_weights(source, hardware.torch_dtype)
+        tokenizer = load_tokenizer(source)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; "
+            "expected the tokenizer that the model was trained with"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(hardware.device).eval(), tokenizer
+
+
+def answers_chats(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model answers messages; otherwise it continues text.
+
+    A chat template alone does not tell: a pretraining run's tokenizer has one for the stages that follow.
+    """
+    folder = Path(source)
+    for record in (folder / "llmlab.json", folder.parent / "llmlab.json"):  # a checkpoint lies in its run folder
+        if record.is_file():
+            with suppress(json.JSONDecodeError):  # a damaged record is no reason not to talk
+                if json.loads(record.read_text(encoding="utf-8")).get("stage") == "pretrain":
+                    return False
+    return tokenizer.chat_template is not None
+
+
+def context_length(model: Model) -> int | None:
+    """Returns the tokens that prompt and completion may hold together, or None where the architecture has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Returns the token ids of a text, or of a conversation up to where the assistant answers.
+
+    Raises:
+        UserError: there is no chat template, or it refuses the conversation.
+    """
+    if isinstance(prompt, str):
+        # With nothing to continue, a document starts where the one before it ended.
+        return tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    if tokenizer.chat_template is None:
+        raise UserError("this model's tokenizer has no chat template: it can complete text only")
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses this conversation: {error}") from None
+
+
+def drop_oldest_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], room: int
+) -> tuple[list[Message], int]:
+    """Returns a conversation that fits into so many tokens, and how many messages were dropped from its start.
+
+    Messages go in turns, a user's with the answers to it; the system prompt and the last turn stay.
+
+    Raises:
+        UserError: the last turn alone is too long.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    kept = messages[len(system) :]
+    while (length := len(encode_prompt(tokenizer, system + kept))) > room:
+        later = [k for k, message in enumerate(kept) if k > 0 and message["role"] == "user"]
+        if not later:
+            raise UserError(f"this message makes {length} tokens, and the model has room for {room}")
+        kept = kept[later[0] :]
+    return system + kept, len(messages) - len(system) - len(kept)
+
+
+def prompt_room(model: Model, max_new_tokens: int) -> int | None:
+    """Returns the tokens that a prompt may have: the context less the completion, but at least half of the context."""
+    context = context_length(model)
+    return None if context is None else max(context - max_new_tokens, context // 2)
+
+
+def generate_text(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    *,
+    num_samples: int = 1,
+    seed: int | None = None,
+    batch_size: int = 16,
+) -> Iterator[list[str]]:
+    """Yields the completions of each prompt, in order, as batches are done.
+
+    A completion ends with the end token, after `max_new_tokens`, or where the model's context is full.
+
+    Args:
+        model: from `load_for_inference`.
+        tokenizer: from `load_for_inference`.
+        prompts: texts to continue or conversations to answer.
+        sampling: how tokens are chosen.
+        num_samples: completions of each prompt.
+        seed: makes sampling repeatable; None leaves the random state as it is.
+        batch_size: completions generated at the same time.
+
+    Raises:
+        UserError: a prompt fills the whole context, or several samples are asked of greedy decoding.
+    """
+    if num_samples > 1 and sampling.temperature == 0:
+        raise UserError(f"num_samples = {num_samples}: with temperature 0 all samples are the same")
+    context = context_length(model)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(encoded, start=1):
+        if context is not None and len(ids) >= context:
+            raise UserError(f"prompt {number} has {len(ids)} tokens; the model's context is {context}")
+    if seed is not None:
+        torch.manual_seed(seed)
+    rows = [ids for ids in encoded for _ in range(num_samples)]
+    done: list[str] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, **_generation_arguments(model, tokenizer, sampling, batch))
+        new = output[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
+        done += tokenizer.batch_decode(new, skip_special_tokens=True)
+        while len(done) >= num_samples:
+            yield done[:num_samples]
+            del done[:num_samples]
+
+
+def stream_reply(
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: SamplingSettings
+) -> Iterator[str]:
+    """Yields one completion in pieces of whole words, as they are made.
+
+    Generation runs in a thread of its own; closing the iterator, or an exception such as Ctrl+C while it waits, stops
+    it at the next token.
+
+    Args:
+        model: from `load_for_inference`.
+        tokenizer: from `load_for_inference`.
+        prompt: a text to continue or a conversation to answer.
+        sampling: how tokens are chosen.
+
+    Raises:
+        UserError: the prompt fills the whole context.
+    """
+    ids, context = encode_prompt(tokenizer, prompt), context_length(model)
+    if context is not None and len(ids) >= context:
+        raise UserError(f"the prompt has {len(ids)} tokens; the model's context is {context}")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments = _generation_arguments(model, tokenizer, sampling, [ids])
+    stop = _Stop()
+    arguments["stopping_criteria"].append(stop)
+    inputs = torch.tensor([ids], device=model.device)  # (1, time)
+    failures: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, **arguments)
+        except Exception as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.event.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+class _Stop(StoppingCriteria):
+    """Stops generation from another thread."""
+
+    def __init__(self) -> None:
+        self.event = Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class _ContextFull(StoppingCriteria):
+    """Ends each row where its own tokens, padding not counted, fill the model's context."""
+
+    def __init__(self, lengths: list[int], context: int):
+        self.longest = max(lengths)
+        self.lengths = torch.tensor(lengths)
+        self.context = context
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids.shape[1] - self.longest
+        return (self.lengths + new >= self.context).to(input_ids.device)
+
+
+def _generation_arguments(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, batch: list[list[int]]
+) -> dict[str, Any]:
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), *stop_token_ids(tokenizer)} - {None}
+    choice: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        choice = {"do_sample": True, "temperature": sampling.temperature}
+        choice |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    config = GenerationConfig(
+        **choice,
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    context = context_length(model)
+    criteria = [] if context is None else [_ContextFull([len(ids) for ids in batch], context)]
+    return {"generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+
+def _check_folder(source: str) -> None:
+    """Raises for a local source that cannot hold a model; what does not exist here may be a hub id."""
+    folder = Path(source)
+    if folder.is_file():
+        raise UserError(f"{source}: this is a file; expected a run folder or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+            raise UserError(f"{source}: there is no such folder{_near(folder)}")
+        return
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if checkpoints:
+        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {checkpoints[-1]}")
+    raise UserError(f"{source}: this folder holds no model: it has neither config.json nor adapter_config.json")
+
+
+def _load_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    llmlab.model.register()
+    _check_folder(source)
+    _check_architecture(Path(source) / "config.json")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if not Path(source).is_dir():
+            reason = f"there is no such folder{_near(Path(source))}, and the hub gave none: {reason}"
+        raise UserError(f"{source}: {reason}") from None
+    except SafetensorError as error:
+        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        kind = ", ".join(model.config.architectures or ["unknown"])
+        raise UserError(
+            f"{source}: no complete language model: {len(missing)} weights are missing, such as {missing[0]} "
+            f"(architectures = {kind})"
+        )
+    return model
+
+
+def _check_architecture(path: Path) -> None:
+    if not path.is_file():
+        return  # a hub id: Transformers reads its configuration
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: this is no JSON: {error.msg}") from None
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
+        )
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
+
+
+def _near(folder: Path) -> str:
+    return did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])

@@ -1,0 +1,245 @@
+"""The configuration of llmlab's decoder: Hugging Face's names are its fields, the seed's names work as aliases.
+
+This file travels beside the weights, so it imports Transformers alone.  Choosing values is `build`'s business; here
+they are only completed, checked and saved, together with the code that reads them.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+TRAVELLING_FILES = ("configuration.py", "positions.py", "attention.py", "loss.py", "modeling.py")
+POSITIONAL_ENCODINGS = ("sinusoidal", "rope", "alibi", "yarn")
+ATTENTION_TYPES = ("mha", "mqa", "gqa")
+NORM_TYPES = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu", "swiglu")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class LLMLabConfig(PreTrainedConfig):
+    """Shape and options of the decoder. The defaults are Qwen2.5-0.5B's shape, about 494 million parameters.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: width of embeddings and hidden states (`d_model`).
+        intermediate_size: width of the feed-forward layers (`d_ff`).
+        num_hidden_layers: decoder layers (`n_layers`).
+        num_attention_heads: query heads (`n_heads`).
+        num_key_value_heads: key/value heads (`n_kv_heads`); None is what the attention type says, 2 for gqa.
+        head_dim: width of a head; None is hidden_size / num_attention_heads.
+        attention_type: `mha`, `mqa` or `gqa`.
+        positional_encoding: `sinusoidal`, `rope`, `alibi` or `yarn`.
+        norm_type: `layernorm` or `rmsnorm`.
+        hidden_act: `relu`, `gelu`, `silu`, `leaky_relu`, or the gated `swiglu` (`activation`).
+        max_position_embeddings: longest sequence in tokens (`max_seq_len`).
+        rope_parameters: Transformers' rope parameters (`rope_theta`, `rope_type`, `factor`, ...) for rope and yarn.
+        sliding_window: tokens that a token sees, itself among them; None is all.
+        layer_types: `full_attention` or `sliding_attention` a layer; None is one kind for all, by `sliding_window`.
+        attention_bias: biases in the query, key and value projections.
+        attention_output_bias: a bias in the output projection; None is as `attention_bias`.
+        dropout: share of embeddings and of each sublayer's output dropped in training.
+        attention_dropout: share of attention weights dropped in training; None is as `dropout`.
+        rms_norm_eps: term against division by 0 of either kind of norm (`norm_eps`).
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: share the input embedding with the output head.
+        use_cache: keep keys and values while generating.
+
+    Raises:
+        ValueError: the values contradict each other.
+
+    Source: seed, LLM-Lab document, "Model Configuration".
+    """
+
+    model_type = "llmlab"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "d_model": "hidden_size",
+        "d_ff": "intermediate_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "max_seq_len": "max_position_embeddings",
+        "activation": "hidden_act",
+        "norm_eps": "rms_norm_eps",
+    }
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 151936
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_type: str = "gqa"
+    positional_encoding: str = "rope"
+    norm_type: str = "rmsnorm"
+    hidden_act: str = "swiglu"
+    max_position_embeddings: int = 1024
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    dropout: float = 0.0
+    attention_dropout: float | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        self._check_choices()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = {"mha": self.num_attention_heads, "mqa": 1, "gqa": 2}[self.attention_type]
+        if self.head_dim is None:
+            self._check_divides("hidden_size", "num_attention_heads", "heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.attention_dropout is None:
+            self.attention_dropout = self.dropout
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        self._complete_rope_parameters()
+        super().__post_init__(**kwargs)
+        if not self.uses_rope:
+            self.rope_parameters = None  # the parent fills in defaults for every configuration that has the field
+        self.auto_map = {
+            "AutoConfig": "configuration.LLMLabConfig",
+            "AutoModel": "modeling.LLMLabModel",
+            "AutoModelForCausalLM": "modeling.LLMLabForCausalLM",
+            "AutoModelForSequenceClassification": "modeling.LLMLabForSequenceClassification",
+        }
+        self.check()
+
+    @property
+    def uses_rope(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.positional_encoding in ("rope", "yarn")
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layers have a gate."""
+        return self.hidden_act == "swiglu"
+
+    def check(self) -> None:
+        """Checks that the values fit each other; the model calls it again, since fields can be set one by one.
+
+        Raises:
+            ValueError: with the field, its value, and the nearest value that is valid.
+        """
+        self._check_choices()
+        self._check_divides("num_attention_heads", "num_key_value_heads", "key/value heads")
+        expected = {"mha": self.num_attention_heads, "mqa": 1}.get(self.attention_type, self.num_key_value_heads)
+        if self.num_key_value_heads != expected:
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} contradicts attention_type = "
+                f"{self.attention_type}, which has {expected}; expected attention_type = gqa, or leave one out"
+            )
+        if self.uses_rope and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim = {self.head_dim}: {self.positional_encoding} rotates pairs, so it must be even; "
+                f"the nearest is {self.head_dim + 1}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; "
+                f"expected num_hidden_layers = {self.num_hidden_layers}"
+            )
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
+            raise ValueError(
+                f"sliding_window = {self.sliding_window} contradicts layer_types = {sorted(set(self.layer_types))}; "
+                "expected a window where a layer is sliding_attention, and none elsewhere"
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("positional_encoding", POSITIONAL_ENCODINGS),
+            ("attention_type", ATTENTION_TYPES),
+            ("norm_type", NORM_TYPES),
+            ("hidden_act", ACTIVATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected one of {', '.join(choices)}")
+        for kind in self.layer_types or ():
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {kind}: expected {' or '.join(LAYER_TYPES)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        optional = ("num_key_value_heads", "head_dim", "sliding_window")
+        for name in (*sizes, "max_position_embeddings", *optional):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and not (name in optional and value is None):
+                raise ValueError(f"{name} = {value}: expected a whole number of at least 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and less than 1")
+
+    def _check_divides(self, whole: str, part: str, what: str) -> None:
+        number, wanted = getattr(self, whole), getattr(self, part)
+        if number % wanted:
+            near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
+            raise ValueError(
+                f"{whole} = {number} is not divisible by {part} = {wanted}; "
+                f"the nearest number of {what} that divides it is {near}"
+            )
+
+    def _complete_rope_parameters(self) -> None:
+        if not self.uses_rope:
+            if self.rope_parameters:
+                raise ValueError(
+                    f"rope_parameters has no meaning with positional_encoding = {self.positional_encoding}"
+                )
+            return
+        parameters = dict(self.rope_parameters or {})
+        if self.positional_encoding == "yarn":
+            parameters = {"rope_type": "yarn", "factor": 4.0, **parameters}
+            original = int(self.max_position_embeddings / parameters["factor"])
+            parameters.setdefault("original_max_position_embeddings", max(original, 1))
+        kind = parameters.get("rope_type", "default")
+        if (kind == "yarn") != (self.positional_encoding == "yarn"):
+            raise ValueError(
+                f"rope_parameters has rope_type = {kind} beside positional_encoding = {self.positional_encoding}; "
+                f"expected positional_encoding = {'yarn' if kind == 'yarn' else 'rope'}"
+            )
+        self.rope_parameters = parameters
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Saves the configuration, and beside it the code that it needs where llmlab is not installed.
+
+        A model saves its configuration through this method, so its folder gets the code too.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TRAVELLING_FILES:
+            source = Path(__file__).with_name(name)
+            # A configuration that was itself loaded from a folder may not have brought the model's files along.
+            if source.exists() and source.resolve() != (folder / name).resolve():
+                temporary = folder / f".{name}.{os.getpid()}"
+                shutil.copyfile(source, temporary)
+                os.replace(temporary, folder / name)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["LLMLabConfig"]

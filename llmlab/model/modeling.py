@@ -1,0 +1,274 @@
+"""llmlab's decoder: Llama's layout and weight names, with the seed's choices of positions, norms and activations.
+
+This file travels beside the weights, with the files it imports by relative paths; they need torch and Transformers
+alone.  Masks and attention are in `attention`, encodings in `positions`, the loss without logits in `loss`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import LLMLabAttention, attention_inputs
+from .configuration import LLMLabConfig
+from .loss import linear_cross_entropy
+from .positions import positions_from_mask, sinusoidal_encoding
+
+
+class LLMLabMLP(nn.Module):
+    """The feed-forward layer: gated with swiglu, plain with the other activations."""
+
+    def __init__(self, config: LLMLabConfig):
+        super().__init__()
+        if config.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN["silu" if config.is_gated else config.hidden_act]
+        self.is_gated = config.is_gated
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, time, hidden) in and out
+        if self.is_gated:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class LLMLabDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then feed-forward, each on a normalized copy and added to the residual stream."""
+
+    def __init__(self, config: LLMLabConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LLMLabAttention(config, layer_idx)
+        self.mlp = LLMLabMLP(config)
+        self.input_layernorm = _norm(config)
+        self.post_attention_layernorm = _norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (batch, time, hidden)
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+def _norm(config: LLMLabConfig) -> nn.Module:
+    norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class LLMLabPreTrainedModel(PreTrainedModel):
+    """What all heads share: the configuration's class and what Transformers may do with the model."""
+
+    config_class = LLMLabConfig
+    config: LLMLabConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLMLabDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LLMLabDecoderLayer, "attentions": LLMLabAttention}
+
+
+class LLMLabModel(LLMLabPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: LLMLabConfig):
+        super().__init__(config)
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([LLMLabDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = _norm(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.uses_rope else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Computes the last hidden states.
+
+        Args:
+            input_ids: tokens, (batch, time); or `inputs_embeds`, (batch, time, hidden).
+            attention_mask: 1 for tokens and 0 for padding, (batch, seen + time), or masks ready to use.
+            position_ids: positions, (batch, time). Without a mask, a position that does not follow on the one before
+                it starts another document, which sees nothing of the others in the row.
+            past_key_values: keys and values of earlier tokens.
+            use_cache: whether to return keys and values; None is as configured, and no while training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        inputs_of = attention_inputs(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if past_key_values is None and use_cache and not (self.gradient_checkpointing and self.training):
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states, position_embeddings = inputs_embeds, None
+        if self.config.positional_encoding != "alibi":
+            if position_ids is None:
+                position_ids = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+            if self.rotary_emb is not None:
+                position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+            else:
+                # Scaled as in section 3.4 of arXiv 1706.03762: else the encoding drowns the small initial embeddings.
+                encoding = sinusoidal_encoding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
+                hidden_states = inputs_embeds * self.config.hidden_size**0.5 + encoding
+        hidden_states = self.dropout(hidden_states)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **inputs_of[kind],
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _default_positions(
+        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        length = inputs_embeds.shape[1]
+        absolute = self.config.positional_encoding == "sinusoidal"  # rotation only tells distances
+        if absolute and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return positions_from_mask(attention_mask, length)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+
+
+class LanguageModelHead(nn.Linear):
+    """The output head, which can also give the loss without ever holding all logits.
+
+    It is called as a module for both, so that sharded weights are gathered for it.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Returns logits, (batch, time, vocabulary), or with labels, (batch, time), the loss of the next tokens."""
+        if labels is None:
+            return super().forward(hidden_states)
+        return linear_cross_entropy(hidden_states, self.weight, labels, num_items_in_batch=num_items_in_batch)
+
+
+class LLMLabForCausalLM(LLMLabPreTrainedModel, GenerationMixin):
+    """The decoder with a head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LLMLabConfig):
+        super().__init__(config)
+        self.model = LLMLabModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predicts next tokens, and their loss where labels are given.
+
+        Args:
+            labels: next-token labels, not shifted, (batch, time); -100 is ignored.
+            logits_to_keep: compute logits of so many last tokens only (0 is all), or of these places.
+            return_logits: with labels, False computes the loss in pieces and returns no logits, which saves time and
+                most of the memory where the vocabulary is large.
+            num_items_in_batch: what to divide the summed loss by; None is the labels that are not ignored.
+
+        The other arguments are `LLMLabModel`'s.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None and not return_logits:
+            if not isinstance(self.lm_head, LanguageModelHead) or "shift_labels" in kwargs:
+                reason = "shift_labels" if "shift_labels" in kwargs else type(self.lm_head).__name__
+                raise ValueError(f"return_logits = False: the loss in pieces knows no {reason}; expected True")
+            loss = self.lm_head(outputs.last_hidden_state, labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LLMLabForSequenceClassification(GenericForSequenceClassification, LLMLabPreTrainedModel):
+    """The decoder with a score on the last token, for reward models."""
+
+    def __init__(self, config: LLMLabConfig):
+        LLMLabPreTrainedModel.__init__(self, config)  # the generic one would look the decoder up by name
+        self.num_labels = config.num_labels
+        self.model = LLMLabModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+def register() -> None:
+    """Makes Transformers' Auto classes know the model; may be called again."""
+    AutoConfig.register(LLMLabConfig.model_type, LLMLabConfig, exist_ok=True)
+    AutoModel.register(LLMLabConfig, LLMLabModel, exist_ok=True)
+    AutoModelForCausalLM.register(LLMLabConfig, LLMLabForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(LLMLabConfig, LLMLabForSequenceClassification, exist_ok=True)
+
+
+if __name__ == "llmlab.model.modeling":  # a copy loaded from a run folder leaves the registry alone
+    register()
+
+__all__ = ["LLMLabConfig", "LLMLabForCausalLM", "LLMLabForSequenceClassification", "LLMLabModel"]

@@ -1,0 +1,86 @@
+"""Where a token stands, for the encodings that Transformers has no part for: added sines, and penalties on distance.
+
+Nothing here has weights or buffers, so nothing has to be saved, moved or initialized.  Rotation (rope, yarn) is
+Transformers' own.
+"""
+
+import math
+
+import torch
+from transformers.cache_utils import Cache
+
+
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns each token's position in its own text, padding not counted.
+
+    Args:
+        attention_mask: 1 for tokens, 0 for padding, (batch, seen + length).
+        length: how many last positions to return.
+
+    Returns:
+        Positions, (batch, length); padding has position 0.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def sinusoidal_encoding(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """Returns the fixed encoding that is added to the embeddings: sines in even, cosines in odd dimensions.
+
+    Args:
+        position_ids: positions in tokens, (batch, time).
+        hidden_size: width of the embeddings; an odd one ends with a sine.
+
+    Returns:
+        The encoding in fp32, (batch, time, hidden_size).
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    """
+    even = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float)
+    frequencies = torch.exp(even * (-math.log(10000.0) / hidden_size))  # (ceil(hidden / 2),)
+    angles = position_ids[..., None].float() * frequencies  # (batch, time, ceil(hidden / 2))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :hidden_size]
+
+
+def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:
+    """Returns each head's penalty on a distance of one token.
+
+    Powers of 2^(-8/n) for n heads where n is a power of 2; else those of the next lower power, filled up with every
+    second one of the next higher.
+
+    Args:
+        heads: attention heads.
+
+    Returns:
+        Slopes in fp32, (heads,).
+
+    Source: Press et al. 2021, arXiv 2108.12409, section 3, and the authors' released code for other head counts.
+    """
+    base = 2 ** math.floor(math.log2(heads))
+    exponents = torch.arange(1, base + 1, device=device, dtype=torch.float) * (-8.0 / base)
+    between = (torch.arange(heads - base, device=device, dtype=torch.float) * 2 + 1) * (-4.0 / base)
+    return torch.exp2(torch.cat((exponents, between)))
+
+
+def alibi_bias(heads: int, length: int, cache: Cache | None, layer: int, device: torch.device) -> torch.Tensor:
+    """Returns what ALiBi adds to the attention scores: minus slope times distance.
+
+    The distance is counted between places in the row, which equals the one between positions within a document,
+    whatever padding or other documents the row also holds.
+
+    Args:
+        heads: attention heads.
+        length: query tokens.
+        cache: keys of earlier tokens, or None.
+        layer: a layer of the cache that has the wanted kind of attention.
+
+    Returns:
+        The bias in fp32, (1, heads, query, key).
+    """
+    offset, key_length, key_offset = 0, length, 0
+    if cache is not None:
+        offset = cache.get_query_offset(layer)
+        key_length, key_offset = cache.get_mask_sizes(length, layer)
+    queries = torch.arange(length, device=device) + offset  # (query,)
+    keys = torch.arange(key_length, device=device) + key_offset  # (key,)
+    distance = queries[:, None] - keys  # (query, key)
+    return -alibi_slopes(heads, device)[:, None, None] * distance[None]  # broadcast to heads

@@ -1,0 +1,51 @@
+"""The tokenizer stage: text in, a run folder with a tokenizer out."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from llmlab.data.tokenizer import train_tokenizer as learn
+from llmlab.settings.sources import Resolved
+from llmlab.settings.tokenizer import TokenizerSettings
+from llmlab.training import checkpoints
+from llmlab.training.record import RunRecord, RunResult
+
+
+def train_tokenizer(
+    settings: TokenizerSettings | Resolved[TokenizerSettings], *, console: Console | None = None
+) -> RunResult:
+    """Learns a byte-level BPE vocabulary from text and writes its run folder.
+
+    Args:
+        settings: the text, and the size of the vocabulary.
+        console: where to print; None is the terminal.
+
+    Returns:
+        The run folder, and how many entries the vocabulary has.
+
+    Raises:
+        UserError: the text is missing or too small for the vocabulary, or the folder cannot be written.
+    """
+    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    settings = resolved.settings
+    console = console or Console()
+    folder = checkpoints.claim(settings.output_dir, resume=False)
+    tokenizer = learn(
+        settings.datasets,
+        settings.vocab_size,
+        folder,
+        max_bytes=settings.max_bytes,
+        show_progress=console.is_terminal,
+    )
+    metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
+    record = RunRecord(
+        folder,
+        stage="tokenizer",
+        settings=settings.model_dump(mode="json"),
+        sources=resolved.sources,
+        parents=[],
+        hardware={},
+    )
+    record.finish("finished", metrics=metrics)
+    console.print(f"[green]saved[/green] {folder}  {len(tokenizer):,} entries", highlight=False, soft_wrap=True)
+    return RunResult(Path(folder), metrics)

@@ -1,0 +1,36 @@
+"""A small tokenizer, trained once, and a way to write settings."""
+
+import pytest
+
+from llmlab.data.tokenizer import train_tokenizer
+from llmlab.settings.data import DataSettings, DataSource
+
+
+class Settings(DataSettings):
+    """A stage's data settings with the seed that every stage has."""
+
+    seed: int = 42
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([DataSource(name="demo/stories", subset="200kB")], 512, folder, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    from llmlab.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture
+def make_settings(tmp_path):
+    """Returns settings of the given fields whose cache is the test's own."""
+
+    def make(*datasets, **fields):
+        return Settings(datasets=list(datasets), cache_dir=str(tmp_path / "cache"), num_proc=1, **fields)
+
+    return make

@@ -1,0 +1,121 @@
+"""Folders: with llmlab they load through the Auto classes, without it through the code saved beside the weights."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from llmlab.model import (
+    LLMLabConfig,
+    LLMLabForCausalLM,
+    LLMLabForSequenceClassification,
+    LLMLabModel,
+    load_model,
+    register,
+)
+from llmlab.model.configuration import TRAVELLING_FILES
+from llmlab.settings.errors import UserError
+
+TOKENS = torch.arange(3, 12)[None]
+ENCODINGS = ["sinusoidal", "rope", "alibi", "yarn"]
+
+ELSEWHERE = """
+import importlib.util, sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+assert importlib.util.find_spec("llmlab") is None
+for encoding in sys.argv[1:]:
+    expected = torch.load(f"{encoding}.pt")
+    tokens = torch.arange(3, 12)[None]
+    model = AutoModelForCausalLM.from_pretrained(encoding, trust_remote_code=True)
+    assert torch.equal(model(tokens).logits, expected["logits"])
+    generated = model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated, expected["generated"])
+    model.save_pretrained(f"{encoding}-again")
+    again = AutoModelForCausalLM.from_pretrained(f"{encoding}-again", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, expected["logits"])
+headless = AutoModel.from_pretrained(encoding, trust_remote_code=True)
+assert headless(tokens).last_hidden_state.shape == (1, 9, 32)
+classifier = AutoModelForSequenceClassification.from_pretrained(encoding, trust_remote_code=True, num_labels=1)
+assert classifier(tokens).logits.shape == (1, 1)
+classifier.save_pretrained("classifier")
+assert AutoModel.from_pretrained("classifier", trust_remote_code=True)
+AutoConfig.from_pretrained(encoding, trust_remote_code=True).save_pretrained("configuration-alone")
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_exact(tiny_model, tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied, positional_encoding="yarn", sliding_window=5, dropout=0.1)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is LLMLabForCausalLM and not any(report.values())
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert loaded.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_folder_holds_the_code_and_nothing_half_written(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*TRAVELLING_FILES, "config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_auto_classes_know_the_model_and_prefer_it_to_saved_code(tiny_model, tmp_path):
+    register()
+    register()
+    tiny_model().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LLMLabConfig
+    assert type(AutoModel.from_pretrained(tmp_path)) is LLMLabModel
+    trusted = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(trusted) is LLMLabForCausalLM
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert type(classifier) is LLMLabForSequenceClassification
+    classifier.save_pretrained(tmp_path / "reward")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert again.config.num_labels == 1 and torch.equal(again(TOKENS).logits, classifier(TOKENS).logits)
+
+
+def test_folders_load_where_llmlab_is_not_installed(tiny_model, tmp_path):
+    for encoding in ENCODINGS:
+        model = tiny_model(positional_encoding=encoding, sliding_window=4 if encoding == "alibi" else None)
+        model.save_pretrained(tmp_path / encoding)
+        generated = model.generate(TOKENS, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        torch.save({"logits": model(TOKENS).logits, "generated": generated}, tmp_path / f"{encoding}.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    # -P keeps the checkout off the path; a development install is left out by its own directory
+    script = f"import sys; sys.path[:] = [p for p in sys.path if 'llmlab' not in p]\n{HIDE}{ELSEWHERE}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, *ENCODINGS],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# An editable install puts a finder or a path entry for llmlab in front: the child process must not see either.
+HIDE = """
+import importlib.abc
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        return None
+sys.meta_path = [f for f in sys.meta_path if "llmlab" not in repr(f).lower() and "editable" not in repr(f).lower()]
+import os
+sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p or ".", "llmlab"))]
+"""
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "broken"])
+def test_what_is_no_model_is_said(tmp_path, case):
+    source = tmp_path / case
+    if case != "missing":
+        source.mkdir()
+    if case == "broken":
+        (source / "config.json").write_text("{")
+    with pytest.raises(UserError, match=str(source)):
+        load_model(source)
