@@ -167,7 +167,7 @@ class Session:
 
     model: Any
     tokenizer: Any
-    settings: UseSettings
+    settings: SamplingSettings
     chats: bool
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)

@@ -148,11 +148,11 @@ def _settings(source: str | None, changes: dict[str, Any]) -> ModelSettings:
 
 
 def _config(words: list[str] | None) -> Any:
-    from llmlab.model import build_config, load_model
+    from llmlab.model import build_config, load_config
 
     source, changes = _split(words)
     if source and Path(source).is_dir():
         if changes:
             raise UserError(f"{next(iter(changes))}: {source} is a finished model, whose shape is fixed")
-        return load_model(source, dtype=None).config
+        return load_config(source)
     return build_config(_settings(source, changes))

@@ -13,6 +13,7 @@ _HOMES = {
     "LLMLabForSequenceClassification": "modeling",
     "register": "modeling",
     "build_config": "build",
+    "load_config": "build",
     "load_model": "build",
     "new_model": "build",
     "from_llmlab": "convert",

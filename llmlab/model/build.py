@@ -6,7 +6,7 @@ Training it is not done here, and neither is choosing a device.
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
@@ -76,6 +76,22 @@ def new_model(config: LLMLabConfig, *, dtype: torch.dtype = torch.float32) -> LL
     return LLMLabForCausalLM(config).to(dtype)
 
 
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """Loads a model's configuration.
+
+    Args:
+        source: a run folder or a hub id.
+
+    Raises:
+        UserError: there is no such model, or its folder is broken.
+    """
+    _check_folder(source)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
 def load_model(
     source: str | Path, *, dtype: torch.dtype | None = torch.float32, trust_remote_code: bool | None = None
 ) -> PreTrainedModel:
@@ -89,11 +105,15 @@ def load_model(
     Raises:
         UserError: there is no such model, or its folder is broken.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} holds no config.json: expected a run folder with a model, or a hub id")
+    _check_folder(source)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source, dtype="auto" if dtype is None else dtype, trust_remote_code=trust_remote_code
         )
     except OSError as error:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def _check_folder(source: str | Path) -> None:
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} holds no config.json: expected a run folder with a model, or a hub id")

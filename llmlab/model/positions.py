@@ -83,4 +83,4 @@ def alibi_bias(heads: int, length: int, cache: Cache | None, layer: int, device:
     queries = torch.arange(length, device=device) + offset  # (query,)
     keys = torch.arange(key_length, device=device) + key_offset  # (key,)
     distance = queries[:, None] - keys  # (query, key)
-    return -alibi_slopes(heads, device)[:, None, None] * distance[None]  # broadcast to heads
+    return -alibi_slopes(heads, device)[None, :, None, None] * distance

@@ -147,7 +147,7 @@ class ModelSize:
         return 3 * self.forward_flops_per_token(sequence)
 
     def kv_cache_bytes_per_token(self, dtype: str = "bf16") -> int:
-        """Returns the bytes that generation keeps of each token; a layer with a window keeps no more than the window."""
+        """Returns the bytes that generation keeps of each token; layers with a window keep no more than the window."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * BYTES[dtype]
 

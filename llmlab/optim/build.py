@@ -74,10 +74,15 @@ def check_supported(optimizer: str, distributed_type: str) -> None:
         distributed_type: `accelerator.distributed_type`, such as `DEEPSPEED` or `FSDP`.
 
     Raises:
-        UserError: Sophia or Muon under DeepSpeed's ZeRO, which hands optimizers flat slices of the weights.
+        UserError: Sophia or Muon under DeepSpeed's ZeRO, which hands optimizers flat slices of the weights, or
+            Transformers' Adafactor under FSDP, whose sharded weights it cannot mix with its own state.
     """
     if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
         raise UserError(
             f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "
             "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
+        )
+    if optimizer == "adafactor" and distributed_type == "FSDP":
+        raise UserError(
+            "optimizer = adafactor: it cannot update weights that FSDP shards; expected adamw, lion, sophia or muon"
         )

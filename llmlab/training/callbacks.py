@@ -93,8 +93,10 @@ class ScheduleAfterResume(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         scheduler = kwargs["lr_scheduler"]
-        scheduler.last_epoch = self.step
-        rates = [base * scale(self.step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        rates = [
+            base * scale(self.step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": self.step, "_last_lr": rates})
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -23,7 +22,7 @@ from transformers import default_data_collator as stack_rows
 
 from llmlab.data import Corpus, build_corpus, load_tokenizer
 from llmlab.hardware import Hardware, probe
-from llmlab.model import ModelSize, build_config, load_model, measure, new_model
+from llmlab.model import ModelSize, build_config, load_config, load_model, measure, new_model
 from llmlab.optim.build import build_optimizer, check_supported
 from llmlab.optim.sophia import estimate_hessian_if_due
 from llmlab.settings.errors import UserError
@@ -63,7 +62,12 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
         if not self.settings.streaming:
             return super().get_train_dataloader()
         # each process has its own part of a stream already: Accelerate's sharding would drop the rest of it
-        return DataLoader(self.train_dataset, batch_size=self.settings.batch_size, collate_fn=self.data_collator)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.settings.batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # else starting to iterate draws from the state that resuming just restored
+        )
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -105,10 +109,14 @@ def pretrain(
     check_supported(settings.optimizer, process.distributed_type)
 
     folder = checkpoints.claim(settings.output_dir, resume=resume is not None)
+    tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
+    settings = complete_shape(settings, tokenizer)
     checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer) if resume is not None else None
     set_seed(settings.seed)
-    tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
-    model, settings = build_model(settings, tokenizer)
+    if settings.init_from:
+        model = load_model(settings.init_from)
+    else:
+        model = new_model(build_config(settings.model, tokenizer))
     sequence = settings.model.max_seq_len
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
     tokens_per_step = rows_per_step * process.num_processes * sequence
@@ -178,15 +186,13 @@ def pretrain(
     return RunResult(folder, metrics)
 
 
-def build_model(
-    settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, PretrainSettings]:
-    """Returns the model to train, and the settings with the vocabulary and sequence length that it really has.
+def complete_shape(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainSettings:
+    """Returns the settings with the vocabulary and the sequence length that the model really has.
 
     Raises:
         UserError: the vocabulary is smaller than the tokenizer's, or architecture settings stand beside `init_from`.
     """
-    shape = settings.model
+    shape, length = settings.model, settings.model.max_seq_len
     chosen = shape.model_fields_set
     if settings.init_from:
         beside = sorted(chosen - {"max_seq_len", "tokenizer_name"})
@@ -194,27 +200,22 @@ def build_model(
             raise UserError(
                 f"model.{beside[0]}: the architecture comes from init_from = {settings.init_from}; leave one out"
             )
-        model = load_model(settings.init_from)
-        longest = model.config.max_position_embeddings
-        length = shape.max_seq_len if "max_seq_len" in chosen else min(shape.max_seq_len, longest)
-        if length > longest:
+        config = load_config(settings.init_from)
+        longest, vocabulary = config.max_position_embeddings, config.vocab_size
+        if length > longest and "max_seq_len" in chosen:
             raise UserError(f"max_seq_len = {length}: {settings.init_from} was made for at most {longest} tokens")
-        vocabulary = model.get_input_embeddings().num_embeddings
+        length = min(length, longest)
+        changes = {"max_seq_len": length}
     else:
-        length = shape.max_seq_len
         follows = "vocab_size" not in chosen and "tokenizer_name" in chosen
         vocabulary = len(tokenizer) if follows else shape.vocab_size
+        changes = {"vocab_size": vocabulary}
     if vocabulary < len(tokenizer):
         raise UserError(
             f"vocab_size = {vocabulary}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens; "
             f"expected at least {len(tokenizer)}"
         )
-    settings = settings.model_copy(
-        update={"model": shape.model_copy(update={"vocab_size": vocabulary, "max_seq_len": length})}
-    )
-    if not settings.init_from:
-        model = new_model(build_config(settings.model, tokenizer))
-    return model, settings
+    return settings.model_copy(update={"model": shape.model_copy(update=changes)})
 
 
 def _trainer_arguments(
@@ -289,7 +290,9 @@ def _new_record(
     record = RunRecord(
         folder,
         stage="pretrain",
-        settings=settings.model_dump(mode="json"),
+        # beside init_from, a shape would contradict the model's own when the run is resumed
+        settings=settings.model_dump(mode="json")
+        | ({"model": {"max_seq_len": settings.model.max_seq_len}} if settings.init_from else {}),
         sources=resolved.sources,
         parents=[settings.init_from or settings.model.tokenizer_name],
         hardware=hardware.record(),

@@ -1,9 +1,14 @@
 """A small tokenizer, trained once, and a way to write settings."""
 
+import hypothesis
 import pytest
 
 from llmlab.data.tokenizer import train_tokenizer
 from llmlab.settings.data import DataSettings, DataSource
+
+
+hypothesis.settings.register_profile("data", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("data")
 
 
 class Settings(DataSettings):

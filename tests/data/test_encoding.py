@@ -1,5 +1,6 @@
 """The word-by-word encoder gives the ids that the tokenizer itself gives, to the last one."""
 
+import json
 import pickle
 
 import numpy as np
@@ -170,8 +171,6 @@ def test_hashes_are_of_the_text(tokenizers):
 
 
 def test_splits_at_spaces_refuses_what_changes_merges(tokenizers):
-    import json
-
     serialized = json.loads(tokenizers["qwen"].to_str())
     assert splits_at_spaces(serialized)
     assert not splits_at_spaces({**serialized, "normalizer": {"type": "Lowercase"}})

@@ -1,4 +1,4 @@
-"""Sources: every local format reads the same, nothing is dropped unseen, and mistakes are answered with the way out."""
+"""Sources: every local format reads the same, nothing is dropped unseen, and mistakes are answered with a way out."""
 
 import csv
 import gzip

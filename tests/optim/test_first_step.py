@@ -172,3 +172,9 @@ def test_zero_refuses_what_needs_whole_matrices():
         check_supported(name, "FSDP")
     for name in ("adamw", "adafactor", "lion"):
         check_supported(name, "DEEPSPEED")
+
+
+def test_fsdp_refuses_adafactor():
+    with pytest.raises(UserError, match="optimizer = adafactor: it cannot update weights that FSDP shards"):
+        check_supported("adafactor", "FSDP")
+    check_supported("adafactor", "MULTI_GPU")

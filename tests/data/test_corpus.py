@@ -1,0 +1,137 @@
+"""The whole way from settings to rows, for map-style and streaming sources."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llmlab.data import build_corpus
+from llmlab.settings.errors import UserError
+
+LENGTH = 64
+
+
+@pytest.fixture
+def play(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("".join(f"First Citizen:\nThe number {i} is what we speak of.\n\n" for i in range(800)))
+    return str(path)
+
+
+@pytest.fixture
+def pages(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Page {i} of the web. " * (i % 5 + 1)}) + "\n" for i in range(400)))
+    return str(path)
+
+
+def test_two_sources_two_to_one(make_settings, tokenizer, play, pages):
+    settings = make_settings({"name": play, "weight": 2}, pages, validation_fraction=0.1)
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=960)
+    ids = [corpus.train.sample_id(i) for i in range(len(corpus.train))]
+    assert Counter(name.rpartition(":")[0] for name in ids) == {play: 640, pages: 320}
+    assert all(corpus.train[i]["input_ids"].shape == (LENGTH,) for i in range(0, 960, 97))
+    first, second = corpus.report.sources
+    assert (first.share, second.share) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert first.epochs == 640 / first.rows
+    assert first.rows == first.tokens // LENGTH
+    assert "documents by hash" in second.held_out
+    assert "the last" in first.held_out  # a single play has an end, not documents
+    record = json.loads(json.dumps(corpus.report.record()))
+    assert record["sources"][1]["documents"] == 400
+    assert "66.7%" in corpus.report.summary()
+
+
+def test_validation_rows_are_not_training_rows(make_settings, tokenizer, pages):
+    corpus = build_corpus(make_settings(pages, validation_fraction=0.2), tokenizer, max_seq_len=LENGTH)
+
+    def numbers(rows):
+        text = tokenizer.decode(torch.cat([rows[i]["input_ids"] for i in range(len(rows))]))
+        return {page.split(" of the web")[0] for page in text.split("Page ")[1:] if " of the web" in page}
+
+    train, validation = numbers(corpus.train), numbers(corpus.validation)
+    assert len(validation) > 40
+    assert len(train) > 200
+    crossed = train & validation  # a number that a row's edge cuts can look like a shorter one
+    assert len(crossed) <= 3
+
+
+def test_unigram_entropy_is_that_of_the_validation_rows(make_settings, tokenizer):
+    settings = make_settings({"name": "demo/stories", "subset": "300kB"})
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH)
+    counts = Counter()
+    for i in range(len(corpus.validation)):
+        counts.update(corpus.validation[i]["input_ids"].tolist())
+    total = sum(counts.values())
+    expected = -sum(count / total * math.log(count / total) for count in counts.values())
+    assert corpus.report.unigram_entropy == pytest.approx(expected)
+    assert 3 < expected < math.log(512)
+    assert corpus.report.sources[0].held_out == "its own validation split"
+    assert corpus.report.validation_rows == len(corpus.validation)
+
+
+def test_the_same_settings_give_the_same_rows(make_settings, tokenizer, play, pages):
+    def rows(seed):
+        settings = make_settings(play, pages, seed=seed)
+        corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=200)
+        return [corpus.train[i]["input_ids"].tolist() for i in range(200)]
+
+    assert rows(1) == rows(1) != rows(2)
+
+
+def test_named_validation_data_leaves_training_whole(make_settings, tokenizer, play, pages):
+    settings = make_settings(play, validation_datasets=[pages])
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, validation_rows=5)
+    assert len(corpus.validation) == 5
+    assert corpus.validation.sample_id(0).startswith(pages)
+    assert corpus.report.sources[0].held_out == "nothing"
+    whole = build_corpus(make_settings(play, validation_fraction=0), tokenizer, max_seq_len=LENGTH)
+    assert whole.validation is None
+    assert whole.report.unigram_entropy is None
+    assert len(whole.train) == len(corpus.train)
+
+
+def test_a_folder_brings_its_own_validation(make_settings, tokenizer, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.txt").write_text("Training is done with this sentence. " * 300)
+    (folder / "valid.txt").write_text("Validation is done with that sentence. " * 100)
+    for streaming in (False, True):
+        settings = make_settings(str(folder), streaming=streaming)
+        corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH)
+        assert "Validation" in tokenizer.decode(corpus.validation[0]["input_ids"])
+        assert "Training" in tokenizer.decode(next(iter(corpus.train))["input_ids"])
+        assert corpus.report.sources[0].held_out == "its own validation split"
+
+
+def test_streaming_gives_the_same_kind_of_corpus(make_settings, tokenizer, pages):
+    settings = make_settings({"name": "demo/stories", "weight": 3}, pages, streaming=True, validation_fraction=0.2)
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, validation_rows=12)
+    rows = list(itertools.islice(corpus.train, 64))
+    assert sum("stories" in corpus.train.sample_id(i) for i in range(64)) == 48
+    assert all(row["input_ids"].shape == (LENGTH,) for row in rows)
+    assert len(corpus.validation) == 12
+    assert corpus.report.sources[1].record()["documents"] > 100  # read so far
+    held = tokenizer.decode(torch.cat([corpus.validation[i]["input_ids"] for i in range(12)]))
+    trained = tokenizer.decode(torch.cat([row["input_ids"] for row in itertools.islice(corpus.train, 1200)]))
+    pages_held = [page.split(" ")[0] for page in held.split("<|endoftext|>Page ")[1:] if " of the web" in page]
+    assert pages_held
+    assert not any(f"<|endoftext|>Page {page} of the web" in trained for page in pages_held)
+
+
+def test_what_cannot_be_built_is_answered(make_settings, tokenizer, play, tmp_path):
+    with pytest.raises(UserError, match="play.txt: validation_fraction = 0.01 holds out none of its 1 documents"):
+        build_corpus(make_settings(play, streaming=True), tokenizer, max_seq_len=LENGTH)
+    (tmp_path / "short.txt").write_text("Too short.")
+    short = str(tmp_path / "short.txt")
+    with pytest.raises(UserError, match="short.txt: its [0-9]+ tokens are too few"):
+        build_corpus(make_settings(short), tokenizer, max_seq_len=LENGTH)
+    with pytest.raises(UserError, match="do not fill one row of max_seq_len = 64"):
+        build_corpus(make_settings(short, validation_fraction=0), tokenizer, max_seq_len=LENGTH)
+    without_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="no eos token"):
+        build_corpus(make_settings(play), without_eos, max_seq_len=LENGTH)
