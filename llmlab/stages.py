@@ -49,6 +49,12 @@ STAGES = {
             "Train a decoder from nothing, or further, on plain text.",
             resumes=True,
         ),
+        Stage(
+            "generate",
+            "llmlab.settings.generation:GenerateSettings",
+            "llmlab.training.samples:write_samples",
+            "Write completions of prompts, to see what a model learned.",
+        ),
     )
 }
 

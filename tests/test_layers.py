@@ -11,8 +11,9 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"cli"},
     {"pipeline"},
     {"stages"},
-    {"training", "inference"},
-    {"model", "data", "optim", "hardware"},
+    {"training"},
+    {"inference"},
+    {"model", "data", "optim", "adapters", "hardware"},
     {"settings"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

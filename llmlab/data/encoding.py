@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,14 +21,29 @@ from llmlab.settings.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORD = re.compile(r"\s*\S+(?:[^\S ]\s*\S*)*|\s+")
-"""Text between two places where a space follows something that is no space: none of `PATTERNS` matches across one."""
-
 _CONTRACTION, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_PATTERN = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
 LLAMA_PATTERN = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 PATTERNS = (QWEN_PATTERN, LLAMA_PATTERN)
 """How byte-level tokenizers cut text before merging, beside GPT-2's pattern, which `tokenizers` has built in."""
+
+
+class Words(NamedTuple):
+    """Where text may be cut so that no tokenizer pattern ever matches across the cut.
+
+    Attributes:
+        pattern: matches one word after the other, whitespace included; together they are the text.
+        begins: characters that a word may be put behind any other word with.
+    """
+
+    pattern: re.Pattern[str]
+    begins: str
+
+
+# GPT-2's pattern never goes on from a visible character into whitespace.  The others take line ends behind
+# punctuation, but stop there for good.  Python knows some whitespace that they do not: nothing is cut there.
+GPT2_WORDS = Words(re.compile(r"\s*\S+(?:[^\S \t\r\n]\s*\S*)*|\s+"), " \t\r\n")
+PATTERN_WORDS = Words(re.compile(r"\s*\S+(?:(?![\r\n]+\S)[^\S ]\s*\S*)*(?:[\r\n]+(?=\S))?|\s+"), " ")
 
 MOST_WORDS = 400_000  # about 80 MB; the words are forgotten when there are more
 WORDS_TOGETHER = 500  # new words that are encoded as one text
@@ -64,22 +80,23 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        size = 1 + max(vocabulary.values())
         self.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
         alone, framed = (self.tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True))
         before = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
         after = framed[before + len(alone) :]
         self.prefix = np.array(framed[:before], self.dtype).tobytes()
         self.suffix = np.array(after if eos_token_id in after else [*after, eos_token_id], self.dtype).tobytes()
-        self.by_words = splits_at_spaces(json.loads(tokenizer))
+        self.cut = words_of(json.loads(tokenizer))
         self.normalizes = self.tokenizer.normalizer is not None
         self.words: dict[str, bytes] = {}
-        if self.by_words:
-            self.bytes_of = np.zeros(size, np.int64)  # bytes of text behind each id
-            for token, number in self.tokenizer.get_vocab(with_added_tokens=False).items():
+        self.bytes_of = np.zeros(size, np.int64)  # bytes of text behind each id
+        if self.cut is not None:
+            for token, number in vocabulary.items():
                 self.bytes_of[number] = len(token)  # a byte-level vocabulary spells one character a byte
-            for number, token in self.tokenizer.get_added_tokens_decoder().items():
-                self.bytes_of[number] = len(token.content.encode())
+            for number, added in self.tokenizer.get_added_tokens_decoder().items():
+                self.bytes_of[number] = len(added.content.encode())
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
@@ -97,7 +114,7 @@ class TextEncoder:
     def __reduce__(self) -> tuple[Any, ...]:
         return TextEncoder, (self.serialized, self.eos_token_id)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides the ids."""
         content = f"{self.eos_token_id} {self.tokenizer.to_str()}"
@@ -105,7 +122,7 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> Encoded:
         """Returns the ids of the documents, each between the tokenizer's own special tokens and ended by eos."""
-        bodies = self._encode_words(texts) if self.by_words else self._encode_whole(texts)
+        bodies = self._encode_whole(texts) if self.cut is None else self._encode_words(texts, self.cut)
         documents = [self.prefix + body + self.suffix for body in bodies]
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // self.dtype.itemsize
         hashes = np.fromiter(map(text_hash, texts), np.uint64, len(texts))
@@ -115,14 +132,14 @@ class TextEncoder:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype).tobytes() for encoding in encodings]
 
-    def _encode_words(self, texts: list[str]) -> list[bytes]:
-        if self.normalizes:  # to NFC, which leaves no trace across a space
+    def _encode_words(self, texts: list[str], cut: Words) -> list[bytes]:
+        if self.normalizes:  # to NFC, which leaves no trace across whitespace
             texts = [unicodedata.normalize("NFC", text) for text in texts]
-        words = [WORD.findall(text) for text in texts]
+        words = [cut.pattern.findall(text) for text in texts]
         if len(self.words) > MOST_WORDS:
             self.words.clear()
         new = set(chain.from_iterable(words)).difference(self.words)
-        together = [word for word in new if word[0] == " " and not word[-1].isspace()]
+        together = [word for word in new if word[0] in cut.begins and not word[-1].isspace()]
         self._learn_together(together)
         alone = list(new.difference(self.words))
         self.words.update(zip(alone, self._encode_whole(alone), strict=True))
@@ -143,33 +160,32 @@ class TextEncoder:
             self.words.update(zip(group, pieces, strict=True))
 
 
-def splits_at_spaces(tokenizer: dict[str, Any]) -> bool:
-    """Whether a serialized tokenizer certainly treats each `WORD` of a text by itself."""
+def words_of(tokenizer: dict[str, Any]) -> Words | None:
+    """Returns how text can be cut for a serialized tokenizer without changing an id; None where that is uncertain."""
     model, normalizer, pre = tokenizer["model"], tokenizer["normalizer"], tokenizer["pre_tokenizer"]
-    merges = model["type"] == "BPE" and not any(
-        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    )
-    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
-    kinds = [step["type"] for step in steps if step]
-    cuts = [step for step in steps if step and step["type"] == "Split"]
-    known = all(
-        cut["pattern"].get("Regex") in PATTERNS and cut["behavior"] == "Isolated" and not cut["invert"] for cut in cuts
-    )
-    byte_level = bool(kinds) and kinds[-1] == "ByteLevel" and not steps[-1]["add_prefix_space"]
-    added = [token for token in tokenizer["added_tokens"] if not token["special"]]
-    plain = all(
-        not (token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"]))
-        for token in added
-    )
-    return (
-        merges
-        and (normalizer is None or normalizer["type"] == "NFC")
-        and kinds in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"])
-        and byte_level
-        and known
-        and (bool(cuts) or steps[-1]["use_regex"])
-        and plain
-    )
+    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre] if pre else []
+    kinds = [step["type"] for step in steps]
+    merging = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if (
+        model["type"] != "BPE"
+        or any(model.get(key) for key in merging)
+        or (normalizer is not None and normalizer["type"] != "NFC")
+        or kinds not in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"])
+        or steps[-1]["add_prefix_space"]
+        or any(_reaches_across(token) for token in tokenizer["added_tokens"])
+    ):
+        return None
+    if kinds[0] != "Split":
+        return GPT2_WORDS if steps[-1]["use_regex"] else None
+    cut = steps[0]
+    known = cut["pattern"].get("Regex") in PATTERNS and cut["behavior"] == "Isolated" and not cut["invert"]
+    return PATTERN_WORDS if known and not steps[-1]["use_regex"] else None
+
+
+def _reaches_across(token: dict[str, Any]) -> bool:
+    """Whether an added token can match whitespace; special ones are read as text here."""
+    reaches = token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"])
+    return bool(reaches) and not token["special"]
 
 
 def text_hash(text: str) -> int:

@@ -128,14 +128,23 @@ _operator = torch.library.custom_op("llmlab::linear_cross_entropy", loss_and_gra
 
 
 @_operator.register_fake
-def _shapes(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: Any, ignore: Any, dtype: Any, *wanted: bool):
+def _shapes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: Any,
+    ignore_index: Any,
+    dtype: Any,
+    *wanted: bool,
+) -> tuple[torch.Tensor, ...]:
     wide = torch.promote_types(dtype, torch.float32)
     bias = weight.new_empty(0, dtype=wide) if bias is None else bias
-    gradients = (torch.empty_like(x) if w else x.new_empty(0) for x, w in zip((hidden, weight, bias), wanted, strict=True))
-    return hidden.new_empty((), dtype=wide), *gradients
+    sources = zip((hidden, weight, bias), wanted, strict=True)
+    return hidden.new_empty((), dtype=wide), *(torch.empty_like(x) if w else x.new_empty(0) for x, w in sources)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the gradients handed out are no inputs of anything
     ctx.save_for_backward(*output[1:])
     ctx.wanted = inputs[-3:]
 

@@ -1,5 +1,94 @@
-"""Provisional."""
+"""Whether compiling a decoder pays for a run, and compiling it: each layer by itself, so that one warm-up serves all.
+
+The choice rests on times measured once (benchmarks/train_step.py), not on a trial in every run.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from llmlab.model import fast_attention
+from llmlab.settings.errors import UserError
+
+# Seconds until the first compiled step, training and evaluation together, with nothing of it cached on disk.
+WARM_UP = {"cpu": 40.0, "cuda": 40.0}
+# Share of a step that compiling saves.
+SAVED = {"cpu": 0.3, "cuda": 0.2}
+# Training FLOP/s without compiling, on the high side so that the time to be saved is not overrated.
+SPEED = {"cpu": 1e11, "cuda": 2e14}  # a CPU's for each core
+# A machine may be slower to compile than ours, and an interrupted run pays again.
+MARGIN = 2.0
 
 
-def decide_compile(setting, *, device_type, steps, tokens_per_step, parameters):
-    return bool(setting is True), "off"
+def decide_compile(
+    setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: int, parameters: int
+) -> tuple[bool, str]:
+    """Returns whether to compile, and why in a few words.
+
+    Args:
+        setting: the user's wish.
+        device_type: `cpu`, `cuda` or `mps`.
+        steps: optimizer steps still to do.
+        tokens_per_step: tokens that this process sees in each.
+        parameters: of the model.
+
+    Raises:
+        UserError: compiling is wanted and what it needs is not installed.
+    """
+    if setting is False:
+        return False, "off, as asked"
+    missing = missing_tool(device_type)
+    if setting is True:
+        if missing:
+            raise UserError(
+                f"compile = true: torch.compile needs {missing}, not found here; install it or leave it off"
+            )
+        return True, "on, as asked"
+    if device_type not in WARM_UP:
+        return False, f"off: not known to pay on {device_type}"
+    if missing:
+        return False, f"off: it needs {missing}, not found here"
+    speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)
+    saved = SAVED[device_type] * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
+    warm_up = WARM_UP[device_type]
+    if saved < MARGIN * warm_up:
+        return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(warm_up)} for it"
+    return True, f"on: saves about {_duration(saved)} for up to {_duration(warm_up)} of waiting at the start"
+
+
+def missing_tool(device_type: str) -> str | None:
+    """Returns what torch.compile lacks on this machine, None where nothing."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", default) if device_type == "cpu" else os.environ.get("CC", "gcc")
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        return f"a {'C++' if device_type == 'cpu' else 'C'} compiler ({compiler})"
+    if not any((Path(sysconfig.get_path(name)) / "Python.h").is_file() for name in ("include", "platinclude")):
+        return "Python's C headers (on Debian the package python3-dev)"
+    return None
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each decoder layer in place; names in the state dict stay as they are.
+
+    Layers of one shape share one compilation, which a whole model would repeat for each. On CPUs attention is
+    switched from sdpa to the faster `block_causal`.
+
+    Args:
+        model: a causal language model with its decoder layers in `model.model.layers`.
+    """
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        fast_attention.register()
+        model.set_attn_implementation(fast_attention.NAME)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

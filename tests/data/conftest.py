@@ -6,7 +6,6 @@ import pytest
 from llmlab.data.tokenizer import train_tokenizer
 from llmlab.settings.data import DataSettings, DataSource
 
-
 hypothesis.settings.register_profile("data", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("data")
 

@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.encoding import LLAMA_PATTERN, QWEN_PATTERN, TextEncoder, splits_at_spaces
+from llmlab.data.encoding import LLAMA_PATTERN, QWEN_PATTERN, TextEncoder, words_of
 
 EOS = "<eos>"
 
@@ -92,7 +92,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 def test_word_by_word_equals_the_tokenizer(tokenizers, texts):
     for name, tokenizer in tokenizers.items():
         encoder = encoder_of(tokenizer)
-        assert encoder.by_words, name
+        assert encoder.cut is not None, name
         for _ in range(2):  # once learning the words, once knowing them
             encoded = encoder.encode(texts)
             expected = [reference(tokenizer, text) for text in texts]
@@ -123,17 +123,17 @@ def test_tokenizers_that_look_across_spaces_are_encoded_whole():
     metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
     metaspace.train_from_iterator(TEXTS[:20], trainers.BpeTrainer(special_tokens=[EOS], show_progress=False))
     encoder = encoder_of(metaspace)
-    assert not encoder.by_words
+    assert encoder.cut is None
     assert encoder.encode([TEXTS[0]]).tokens.tolist() == reference(metaspace, TEXTS[0])
     for odd in (
         split(r"[^z]+"),
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ):
-        assert not encoder_of(train(odd, 300)).by_words
+        assert encoder_of(train(odd, 300)).cut is None
     spaced = train(GPT2, 300)
     spaced.add_tokens([AddedToken("two words", special=False)])
-    assert not encoder_of(spaced).by_words
+    assert encoder_of(spaced).cut is None
 
 
 def test_the_tokenizers_own_frame_is_kept_and_eos_is_not_doubled(tokenizers):
@@ -170,8 +170,9 @@ def test_hashes_are_of_the_text(tokenizers):
     assert first[0] == first[2] == second[0] != first[1]
 
 
-def test_splits_at_spaces_refuses_what_changes_merges(tokenizers):
+def test_what_changes_merges_is_encoded_whole(tokenizers):
     serialized = json.loads(tokenizers["qwen"].to_str())
-    assert splits_at_spaces(serialized)
-    assert not splits_at_spaces({**serialized, "normalizer": {"type": "Lowercase"}})
-    assert not splits_at_spaces({**serialized, "model": {**serialized["model"], "dropout": 0.1}})
+    assert words_of(serialized) is not None
+    assert words_of({**serialized, "normalizer": {"type": "Lowercase"}}) is None
+    assert words_of({**serialized, "model": {**serialized["model"], "dropout": 0.1}}) is None
+    assert words_of({**serialized, "pre_tokenizer": None}) is None

@@ -17,6 +17,7 @@ from llmlab.model import LLMLabForCausalLM, convert, from_llmlab, to_llmlab
 from llmlab.settings.errors import UserError
 
 SHAPE = {
+    "rms_norm_eps": 1e-3,
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,

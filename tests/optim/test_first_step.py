@@ -5,7 +5,9 @@ import torch
 
 from llmlab.optim.build import check_supported
 from llmlab.optim.sophia import Sophia
+from llmlab.settings.base import When, fields_of
 from llmlab.settings.errors import UserError
+from llmlab.settings.optimizer import OptimizerSettings
 
 LR, DECAY = 1e-2, 0.1
 
@@ -67,6 +69,22 @@ def test_adafactor_divides_by_factored_second_moments(step_once):
         update = update / max(1.0, update.square().mean().sqrt())
         kept = before * (1 - LR * DECAY) if key == "matrix" else before
         torch.testing.assert_close(after, kept - LR * update)
+
+
+OPTIONS = {s.name: s for s in fields_of(OptimizerSettings) if s.marker(When)}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_reaches_its_optimizer(option, tiny_llama, build):
+    setting = OPTIONS[option]
+    changed = not setting.default if isinstance(setting.default, bool) else setting.default / 2
+    (name,) = setting.marker(When).values
+
+    def numbers(**settings):
+        groups = build(tiny_llama(), name, **settings).param_groups
+        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+    assert numbers(**{option: type(setting.default)(changed)}) != numbers()
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

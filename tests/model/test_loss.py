@@ -1,0 +1,246 @@
+"""The loss in pieces equals the loss of full logits, gradients included, and never holds those logits."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmlab.model import loss as loss_module
+from llmlab.model.loss import linear_cross_entropy, loss_and_gradients
+
+IGNORED = -100
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Makes a few tokens need several pieces, and several rows of softmax in each."""
+    monkeypatch.setattr(loss_module, "PIECE_TOKENS", 4)
+    monkeypatch.setattr(loss_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(loss_module, "CACHED_ELEMENTS", 50)
+
+
+def full_logits(hidden, weight, labels, bias=None, reduction="mean"):
+    logits = F.linear(hidden, weight, bias)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+def inputs(batch, time, width, vocabulary, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, time, width, generator=generator).to(dtype)
+    weight, bias = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((vocabulary, width), (vocabulary,))
+    )
+    labels = torch.randint(0, vocabulary, (batch, time), generator=generator)
+    return [x.requires_grad_() for x in (hidden, weight, bias)], labels
+
+
+def value_and_gradients(function, tensors):
+    value = function()
+    return value.detach(), torch.autograd.grad(value, tensors)
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    time=st.integers(1, 11),
+    width=st.integers(1, 6),
+    vocabulary=st.integers(1, 40),
+    piece=st.integers(1, 12),
+    rows=st.integers(1, 5),
+    ignored=st.sets(st.integers(0, 32)),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_full_logits(batch, time, width, vocabulary, piece, rows, ignored, with_bias, seed):
+    (hidden, weight, bias), labels = inputs(batch, time, width, vocabulary, seed)
+    labels.view(-1)[[i for i in ignored if i < labels.numel()]] = IGNORED
+    scored = (labels[:, 1:] != IGNORED).sum()
+    tensors = [hidden, weight, bias] if with_bias else [hidden, weight]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "PIECE_TOKENS", piece)
+        patch.setattr(loss_module, "PIECE_BYTES", 1)
+        patch.setattr(loss_module, "CACHED_ELEMENTS", rows * vocabulary)
+        found = value_and_gradients(
+            lambda: linear_cross_entropy(hidden, weight, labels, bias=bias if with_bias else None), tensors
+        )
+    if scored == 0:
+        expected = torch.zeros(()), [torch.zeros_like(x) for x in tensors]
+    else:
+        expected = value_and_gradients(
+            lambda: full_logits(hidden, weight, labels, bias if with_bias else None), tensors
+        )
+    torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=1e-6)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert torch.equal(mine, theirs) or (mine - theirs).norm() <= 1e-6 * theirs.norm() + 1e-6
+
+
+def test_double_precision_stays_double(small_pieces):
+    tensors, labels = inputs(2, 7, 3, 11, dtype=torch.float64)
+    labels[0, 2] = IGNORED
+    hidden, weight, bias = tensors
+    mine = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels, bias=bias), tensors)
+    logits = F.linear(hidden, weight, bias)[:, :-1].flatten(0, 1)
+    theirs = value_and_gradients(lambda: F.cross_entropy(logits, labels[:, 1:].flatten()), tensors)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bf16_is_as_close_as_full_logits_in_bf16(small_pieces, weights):
+    exact, labels = inputs(4, 16, 32, 200)
+    truth, true_gradients = value_and_gradients(lambda: full_logits(*exact[:2], labels), exact[:2])
+    rounded = [x.detach().to(weights).requires_grad_() for x in exact[:2]]
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        found, gradients = value_and_gradients(lambda: linear_cross_entropy(*rounded, labels), rounded)
+        full, full_gradients = value_and_gradients(lambda: full_logits(*rounded, labels), rounded)
+    assert found.dtype == torch.float32
+    assert abs(found - truth) <= 2 * abs(full - truth) + 1e-3
+    for mine, theirs, true in zip(gradients, full_gradients, true_gradients, strict=True):
+        assert mine.dtype == weights
+        assert relative_error(mine.float(), true) <= 1.2 * relative_error(theirs.float(), true)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_eight_rows_at_once_equal_eight_accumulated(small_pieces, as_tensor):
+    (hidden, weight, _), labels = inputs(8, 6, 5, 30)
+    labels[torch.rand(8, 6, generator=torch.Generator().manual_seed(1)) < 0.4] = IGNORED
+    count = (labels[:, 1:] != IGNORED).sum()
+    count = count if as_tensor else int(count)
+    at_once = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels), [weight])
+    accumulated = [
+        value_and_gradients(
+            lambda row=row: linear_cross_entropy(
+                hidden[row : row + 1], weight, labels[row : row + 1], num_items_in_batch=count
+            ),
+            [weight],
+        )
+        for row in range(8)
+    ]
+    torch.testing.assert_close(sum(value for value, _ in accumulated), at_once[0])
+    torch.testing.assert_close(sum(gradient for _, (gradient,) in accumulated), at_once[1][0])
+
+
+def test_nothing_to_predict_gives_zero_and_zero_gradients():
+    (hidden, weight, _), labels = inputs(2, 5, 4, 9)
+    value, gradients = value_and_gradients(
+        lambda: linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORED)), [hidden, weight]
+    )
+    assert value == 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight = torch.full((1, 3, 2), 1e4), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    labels = torch.tensor([[0, 1, 0]])
+    found = linear_cross_entropy(hidden, weight, labels)
+    assert found == 1e4  # one of two predictions is 2e4 nats off
+
+
+def test_tied_weights_get_the_gradients_of_both_uses(small_pieces):
+    (_, weight, _), labels = inputs(2, 8, 5, 30)
+    mine = value_and_gradients(lambda: linear_cross_entropy(weight[labels].tanh(), weight, labels), [weight])
+    theirs = value_and_gradients(lambda: full_logits(weight[labels].tanh(), weight, labels), [weight])
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_frozen_head_gets_no_gradient(small_pieces):
+    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    weight.requires_grad_(False)
+    mine = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels), [hidden])
+    torch.testing.assert_close(mine, value_and_gradients(lambda: full_logits(hidden, weight, labels), [hidden]))
+    assert weight.grad is None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_holds_all_logits(small_pieces, dtype):
+    tokens, width, vocabulary = 64, 8, 100
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
+    with LargestTensor() as largest:
+        loss_and_gradients(
+            hidden, weight, None, torch.randint(0, vocabulary, (tokens,)), IGNORED, dtype, True, True, False
+        )
+    assert largest.elements <= max(vocabulary * width, loss_module.PIECE_TOKENS * vocabulary)
+
+
+def test_without_gradients_only_the_loss_is_computed(small_pieces):
+    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    with torch.no_grad(), LargestTensor() as largest:
+        found = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(found, full_logits(hidden, weight, labels).detach())
+    assert largest.elements < weight.numel()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_survives_gradient_checkpointing(small_pieces, reentrant):
+    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden.tanh(), weight, labels)
+
+    def checkpointed():
+        return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=reentrant)
+
+    def gradients(function):
+        hidden.grad = weight.grad = None
+        function().backward()
+        return hidden.grad, weight.grad
+
+    torch.testing.assert_close(gradients(checkpointed), gradients(lambda: loss(hidden, weight)))
+
+
+def test_a_second_backward_is_refused_not_wrong():
+    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_as_one_graph(autocast):
+    (hidden, weight, bias), labels = inputs(2, 8, 5, 30)
+
+    def loss(hidden, weight, bias):
+        return linear_cross_entropy(hidden * 2, weight, labels, bias=bias)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    tensors = [hidden, weight, bias]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mine = value_and_gradients(lambda: compiled(*tensors), tensors)
+        theirs = value_and_gradients(lambda: loss(*tensors), tensors)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_copy_of_the_file_works_beside_the_original():
+    """Run folders carry this file, and both may be imported in one process."""
+    spec = importlib.util.spec_from_file_location("travelled_loss", Path(loss_module.__file__))
+    travelled = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(travelled)
+    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    results = [
+        value_and_gradients(lambda f=f: f(hidden, weight, labels), [hidden, weight])
+        for f in (linear_cross_entropy, travelled.linear_cross_entropy, full_logits)
+    ]
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])

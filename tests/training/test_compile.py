@@ -1,0 +1,96 @@
+"""Compiling is chosen where a run is long enough, explained, and refused clearly where tools are missing."""
+
+import re
+
+import pytest
+import torch
+
+from llmlab.model import LLMLabConfig, LLMLabForCausalLM
+from llmlab.settings.errors import UserError
+from llmlab.training import compile as compiling
+from llmlab.training.compile import compile_layers, decide_compile
+
+RUN = {"device_type": "cpu", "tokens_per_step": 4096, "parameters": 135_000_000}
+
+
+@pytest.fixture
+def all_tools(monkeypatch):
+    monkeypatch.setattr(compiling, "missing_tool", lambda device_type: None)
+
+
+def test_long_runs_compile_and_short_ones_do_not(all_tools):
+    choices = [decide_compile("auto", steps=steps, **RUN)[0] for steps in (1, 10, 100, 1000, 10_000, 100_000)]
+    assert choices == sorted(choices)
+    assert not choices[0]
+    assert choices[-1]
+
+
+@pytest.mark.parametrize("more", [{"tokens_per_step": 2**20}, {"parameters": 10**11}])
+def test_more_work_a_step_tips_the_scale(all_tools, more):
+    assert not decide_compile("auto", steps=10, **RUN)[0]
+    assert decide_compile("auto", steps=10, **{**RUN, **more})[0]
+
+
+def test_the_time_saved_is_worth_the_wait_with_margin(all_tools):
+    for steps in range(1, 3000, 50):
+        chosen, reason = decide_compile("auto", steps=steps, **RUN)
+        times = re.findall(r"(\d+) (s|min|h)\b", reason)
+        saved, waited = (int(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number, unit in times)
+        rounding = 30 if saved >= 100 else 1
+        assert (saved + rounding >= 2 * waited) if chosen else (saved - rounding <= 2 * waited), reason
+
+
+def test_wishes_are_followed(all_tools):
+    assert decide_compile(True, steps=1, **RUN) == (True, "on, as asked")
+    assert decide_compile(False, steps=10**9, **RUN) == (False, "off, as asked")
+
+
+def test_unknown_devices_stay_eager(all_tools):
+    chosen, reason = decide_compile("auto", steps=10**9, **{**RUN, "device_type": "mps"})
+    assert not chosen
+    assert "mps" in reason
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "word"), [("cpu", "CXX", "C++ compiler"), ("cuda", "CC", "C compiler")]
+)
+def test_a_missing_compiler_turns_auto_off_and_true_down(monkeypatch, device, variable, word):
+    monkeypatch.setenv(variable, "no-such-compiler")
+    run = {**RUN, "device_type": device, "steps": 10**9}
+    chosen, reason = decide_compile("auto", **run)
+    assert not chosen
+    assert word in reason
+    assert "no-such-compiler" in reason
+    with pytest.raises(UserError, match=rf"compile = true.*{re.escape(word)} \(no-such-compiler\)"):
+        decide_compile(True, **run)
+    assert decide_compile(False, **run) == (False, "off, as asked")
+
+
+def test_missing_headers_turn_auto_off(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "headers" in decide_compile("auto", steps=10**9, **RUN)[1]
+    (tmp_path / "Python.h").touch()
+    assert decide_compile("auto", steps=10**9, **RUN)[0]
+
+
+def test_compiled_layers_keep_their_names_and_share_one_compilation(monkeypatch):
+    config = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LLMLabForCausalLM(LLMLabConfig(**config, num_hidden_layers=5, max_position_embeddings=16))
+    names = list(model.state_dict())
+    graphs = []
+    compile_one = torch.nn.Module.compile
+
+    def counting(module, **options):
+        compile_one(module, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    torch._dynamo.reset()
+    compile_layers(model)
+    tokens = torch.arange(12).view(2, 6)
+    model(tokens, labels=tokens, return_logits=False).loss.backward()
+    assert len(graphs) == 1
+    assert list(model.state_dict()) == names
