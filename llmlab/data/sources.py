@@ -173,7 +173,9 @@ def _load_hub(source: DataSource, split: str, streaming: bool) -> TextSource:
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
             f"({_first_line(error)}); without a network use local files or demo/stories"
         ) from None
-    except (OSError, ValueError) as error:  # not found, gated, unknown subset or split, disk too small
+    except (FileNotFoundError, ValueError) as error:  # not there, gated, or no such subset or split
+        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
+    except OSError as error:  # most of all a disk that is too small
         hint = "" if streaming else "; streaming: true reads it without a copy on disk"
         raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}{hint}") from None
     rows = rows.select_columns([column])

@@ -39,9 +39,10 @@ def block_causal_attention_forward(
     Returns:
         The mixed values, (batch, time, heads, head_dim), and None.
     """
+    causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
     plain = attention_mask is None and dropout == 0.0 and kwargs.get("position_bias") is None
-    causal = query.shape[2] == key.shape[2] > 1 and (kwargs.get("is_causal") or module.is_causal)
-    if not (plain and causal and query.device.type == "cpu" and torch.compiler.is_compiling()):
+    fresh = query.shape[2] == key.shape[2] > 1
+    if not (causal and plain and fresh and query.device.type == "cpu" and torch.compiler.is_compiling()):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

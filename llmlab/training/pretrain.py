@@ -32,7 +32,7 @@ from llmlab.training import checkpoints
 from llmlab.training._trl import SwitchableOptimizer
 from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
-from llmlab.training.compile import decide_compile
+from llmlab.training.compile import compile_layers, decide_compile
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
@@ -150,7 +150,7 @@ def pretrain(
         settings,
         load_optimizer=load_optimizer,
         model=model,
-        args=_trainer_arguments(settings, hardware, corpus, compiled),
+        args=_trainer_arguments(settings, hardware, corpus),
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
         data_collator=stack_rows,
@@ -158,6 +158,8 @@ def pretrain(
         callbacks=[rhythm, progress],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
+    if compiled:
+        compile_layers(model)
     record = None
     if process.is_main_process:
         check_disk(folder, needed=3 * 4 * size.total + 2 * size.optimizer_bytes(settings.optimizer))
@@ -218,9 +220,7 @@ def complete_shape(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBas
     return settings.model_copy(update={"model": shape.model_copy(update=changes)})
 
 
-def _trainer_arguments(
-    settings: PretrainSettings, hardware: Hardware, corpus: Corpus, compiled: bool
-) -> TrainingArguments:
+def _trainer_arguments(settings: PretrainSettings, hardware: Hardware, corpus: Corpus) -> TrainingArguments:
     evaluates = corpus.validation is not None
     if evaluates:
         # saves are decided by `Rhythm`, at evaluations; load_best_model_at_end wants a multiple of them all the same
@@ -238,7 +238,6 @@ def _trainer_arguments(
         settings,
         hardware,
         per_device_eval_batch_size=settings.batch_size,
-        torch_compile=compiled,
         train_sampling_strategy="sequential",  # the rows come in the mixture's own order
         ignore_data_skip=settings.streaming,  # a stream goes on from its saved position
         remove_unused_columns=False,

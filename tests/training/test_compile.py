@@ -84,10 +84,13 @@ def test_compiled_layers_keep_their_names_and_share_one_compilation(monkeypatch)
     graphs = []
     compile_one = torch.nn.Module.compile
 
-    def counting(module, **options):
-        compile_one(module, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, **options)
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_one(self, backend=backend, **options)
+    )
     torch._dynamo.reset()
     compile_layers(model)
     tokens = torch.arange(12).view(2, 6)

@@ -1,0 +1,165 @@
+"""Pipelines: read as a whole, skipped where nothing changed, rerun where something did, resumed where interrupted."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from llmlab.cli.options import recipe_folder
+from llmlab.pipeline import execute, plan, read_pipeline
+from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.files import read_layer
+from llmlab.settings.sources import resolve
+from llmlab.stages import STAGES
+from llmlab.training.record import RunResult
+
+PIPELINE = """
+output_dir: {output}
+stages:
+  tokenizer: {{datasets: [{text}], vocab_size: 300}}
+  pretrain:
+    tokenizer_name: ${{tokenizer}}
+    datasets: [{text}]
+    max_steps: 5
+  more:
+    stage: pretrain
+    init_from: ${{pretrain}}
+    datasets: [demo/stories]
+"""
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Replaces what stages do by a note of (folder, resumed); a folder named in `fails` is interrupted."""
+    ran, fails = [], set()
+
+    def function(resolved, resume=None):
+        folder = Path(resolved.settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        ran.append((folder.name, resume is not None))
+        if folder.name in fails:
+            (folder / "checkpoint-3").mkdir(exist_ok=True)
+            (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
+            raise KeyboardInterrupt
+        return RunResult(folder, {})
+
+    for stage in STAGES.values():
+        monkeypatch.setattr(type(stage), "function", property(lambda self: function))
+    return ran, fails
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.")
+    path = tmp_path / "p.yaml"
+    path.write_text(PIPELINE.format(output=tmp_path / "out", text=text))
+    return path
+
+
+def run(path, *overrides):
+    parsed = read_pipeline(path, list(overrides))
+    for _ in execute(parsed, plan(parsed)):
+        pass
+
+
+def actions(path, *overrides):
+    return {step.stage.name: step.action for step in plan(read_pipeline(path, list(overrides)))}
+
+
+def test_references_become_run_folders(pipeline, tmp_path):
+    tokenizer, pretrain, more = read_pipeline(pipeline).stages
+    assert pretrain.resolved.settings.model.tokenizer_name == str(tmp_path / "out" / "tokenizer")
+    assert more.resolved.settings.init_from == str(pretrain.folder) and more.needs == ("pretrain",)
+    assert more.stage.name == "pretrain" and tokenizer.resolved.sources["vocab_size"].startswith(str(pipeline))
+
+
+def test_a_rerun_skips_what_is_finished(pipeline, ran):
+    done, _ = ran
+    run(pipeline)
+    assert done == [("tokenizer", False), ("pretrain", False), ("more", False)]
+    assert set(actions(pipeline).values()) == {"skip"}
+    run(pipeline)
+    assert len(done) == 3
+
+
+def test_a_change_reruns_that_stage_and_what_depends_on_it(pipeline, ran, tmp_path):
+    run(pipeline)
+    assert actions(pipeline, "pretrain.max_steps=6") == {"tokenizer": "skip", "pretrain": "run", "more": "run"}
+    assert actions(pipeline, "more.lr=1") == {"tokenizer": "skip", "pretrain": "skip", "more": "run"}
+    (tmp_path / "text.txt").write_text("Other words, which the tokenizer has not seen.")
+    assert set(actions(pipeline).values()) == {"run"}
+    run(pipeline)
+    assert (tmp_path / "out" / "pretrain.previous").is_dir()
+
+
+def test_a_missing_run_folder_is_made_again(pipeline, ran, tmp_path):
+    run(pipeline)
+    os.rmdir(tmp_path / "out" / "pretrain")
+    assert actions(pipeline) == {"tokenizer": "skip", "pretrain": "run", "more": "run"}
+
+
+def test_an_interrupted_stage_resumes(pipeline, ran):
+    done, fails = ran
+    fails.add("pretrain")
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline)
+    assert actions(pipeline) == {"tokenizer": "skip", "pretrain": "resume", "more": "run"}
+    # changed in between: what was begun is of no use
+    assert actions(pipeline, "pretrain.lr=1")["pretrain"] == "run"
+    fails.clear()
+    run(pipeline)
+    assert done[-2:] == [("pretrain", True), ("more", False)]
+
+
+def test_all_problems_of_all_stages_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "outputdir: x\nstages:\n  tokenizer: {vocab: 3}\n  pretrain:\n    lrr: 1\n    tokenizer_name: ${tokenizr}\n"
+        "  dance: {}\n"
+    )
+    with pytest.raises(SettingsError) as caught:
+        read_pipeline(path, ["pretrian.lr=1"])
+    text = str(caught.value)
+    for part in (
+        f"{path}:1: unknown key 'outputdir'",
+        f"{path}:3: unknown key 'vocab'",
+        f"{path}:5: unknown key 'lrr'; did you mean 'lr'?",
+        f"{path}:6: ${{tokenizr}}: expected an earlier stage",
+        f"{path}:7: unknown stage 'dance'",
+        "there is no stage 'pretrian'; did you mean 'pretrain'?",
+    ):
+        assert part in text, text
+
+
+def test_no_pipeline(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("lr: 3\n")
+    with pytest.raises(UserError, match="expected 'stages'"):
+        read_pipeline(path)
+
+
+def test_a_damaged_record_is_a_sentence(pipeline, ran, tmp_path):
+    run(pipeline)
+    (tmp_path / "out" / "pipeline.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        actions(pipeline)
+
+
+RECIPES = sorted(recipe_folder().rglob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(recipe_folder())))
+def test_every_shipped_recipe_is_read(path, tmp_path):
+    layer = read_layer(path)
+    if "stages" in layer.values:
+        assert read_pipeline(path, [f"output_dir={tmp_path}"]).stages
+    else:
+        stage = STAGES[layer.values["stage"]]
+        resolved = resolve(stage.settings_class, layer)
+        assert json.loads(resolved.settings.model_dump_json())
