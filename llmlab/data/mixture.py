@@ -36,7 +36,7 @@ class Schedule:
         self.heaviest = int(np.argmax(self.shares))
         self._order = lru_cache(maxsize=4)(self._order_of_block)
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self) -> tuple[type["Schedule"], tuple[list[float], int]]:
         return Schedule, (self.weights, self.seed)
 
     def locate(self, row: int) -> tuple[int, int]:

@@ -199,6 +199,9 @@ def _encode_all(batches: Iterator[list[str]], encoder: TextEncoder, num_proc: in
         pool.shutdown(cancel_futures=True)
 
 
+_ENCODER: TextEncoder  # of a worker process, set when it starts
+
+
 def _start_worker(encoder: TextEncoder) -> None:
     global _ENCODER
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism

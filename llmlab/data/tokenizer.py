@@ -20,6 +20,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 EOS, BOS, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -134,7 +135,7 @@ def train_tokenizer(
     return tokenizer
 
 
-def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool):  # noqa: ANN202 (a Tokenizer, imported lazily)
+def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -156,7 +157,7 @@ def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool):  # noqa:
     return backend
 
 
-def _as_chatml(backend) -> "PreTrainedTokenizerFast":  # noqa: ANN001
+def _as_chatml(backend: "Tokenizer") -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
