@@ -200,7 +200,10 @@ def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
         try:
-            tokenizer.save_pretrained(temporary)
+            try:
+                tokenizer.save_pretrained(temporary)
+            except Exception as error:  # the library raises nothing narrower where the disk is full
+                raise UserError(f"output_dir = {folder}: cannot be written: {error}") from None
             for path in sorted(temporary.iterdir()):
                 os.replace(path, folder / path.name)
         finally:

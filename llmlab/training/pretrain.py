@@ -150,7 +150,7 @@ def pretrain(
         settings,
         load_optimizer=load_optimizer,
         model=model,
-        args=_trainer_arguments(settings, hardware, corpus),
+        args=trainer_arguments(settings, hardware, corpus),
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
         data_collator=stack_rows,
@@ -220,7 +220,8 @@ def complete_shape(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBas
     return settings.model_copy(update={"model": shape.model_copy(update=changes)})
 
 
-def _trainer_arguments(settings: PretrainSettings, hardware: Hardware, corpus: Corpus) -> TrainingArguments:
+def trainer_arguments(settings: PretrainSettings, hardware: Hardware, corpus: Corpus) -> TrainingArguments:
+    """Returns the arguments of Transformers' Trainer for these settings on this machine."""
     evaluates = corpus.validation is not None
     if evaluates:
         # saves are decided by `Rhythm`, at evaluations; load_best_model_at_end wants a multiple of them all the same

@@ -39,6 +39,9 @@ CUTS = {
 }
 TEXTS = [story for shard in demo_shards("demo/stories", size="60kB") for story in read_shard(shard)]
 CODE = "def f(x):\n    return  x + 1\t# don't\r\n\r\n\n\tif x: pass\n" * 3
+SPACED = (
+    "a.\n b.\n\n c \n d\n \n e  \n f\r\n g.\r\n\r\n\th\n\ni.\n'\n'\n\n1\n1\n\n. \n.\n \n" * 50
+)  # merged where it can be
 
 
 def train(cut, vocab_size=500, normalizer=None):
@@ -50,7 +53,7 @@ def train(cut, vocab_size=500, normalizer=None):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*TEXTS, CODE], trainer)
+    tokenizer.train_from_iterator([*TEXTS, CODE, SPACED], trainer)
     tokenizer.add_tokens([AddedToken("<tag>", special=False, normalized=False)])
     return tokenizer
 
@@ -103,7 +106,7 @@ def test_word_by_word_equals_the_tokenizer(tokenizers, texts):
 @pytest.mark.parametrize("name", [*CUTS, "nfc"])
 def test_long_texts_and_forgotten_words(tokenizers, name, monkeypatch):
     monkeypatch.setattr("llmlab.data.encoding.MOST_WORDS", 50)
-    texts = ["\n\n".join(TEXTS[:20]), CODE, *TEXTS[20:]]
+    texts = ["\n\n".join(TEXTS[:20]), CODE, SPACED, *TEXTS[20:]]
     encoder = encoder_of(tokenizers[name])
     for text in texts:
         assert encoder.encode([text]).tokens.tolist() == reference(tokenizers[name], text)

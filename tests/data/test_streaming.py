@@ -155,6 +155,22 @@ def test_every_pass_has_every_document_once_in_another_order(make, source, token
     assert rows[:half] != rows[half : 2 * half]
 
 
+def test_the_next_pass_takes_the_shards_in_another_order(make, source):
+    orders = []
+    for epoch in range(4):
+        reader = make([source]).readers[0]
+        texts, ended = reader._take(epoch, None)
+        while not ended:
+            more, ended = reader._take(epoch, None)
+            texts += more
+        orders.append(tuple(texts))
+    assert len({tuple(sorted(texts)) for texts in orders}) == 1
+    assert len(set(orders)) > 1
+    stream = make([source])
+    take(stream, 900)
+    assert stream.state_dict()["sources"][0]["epoch"] >= 2
+
+
 def test_proportions_hold_on_counts(make, tokenizer):
     rows = take(make(weights=[2.0, 1.0]), 640)
     from_table = sum(

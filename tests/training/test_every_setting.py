@@ -80,7 +80,7 @@ def digest(settings: PretrainSettings, monkeypatch) -> dict[str, str]:
     held = [] if corpus.validation is None else [corpus.validation[i]["input_ids"].tolist() for i in range(4)]
     optimizer = build_optimizer(model, settings, learning_rate=settings.lr, weight_decay=settings.weight_decay)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    arguments = stage._trainer_arguments(settings, hardware, corpus).to_dict()
+    arguments = stage.trainer_arguments(settings, hardware, corpus).to_dict()
     rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
     compiled = decide_compile(
         settings.compile, device_type="cpu", steps=settings.max_steps, tokens_per_step=10**6, parameters=10**8
