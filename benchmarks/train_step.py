@@ -40,11 +40,13 @@ def make_trainer(name, rows, options, callbacks, folder):
     from llmlab.hardware import probe
 
     set_seed(0)
+    machine = probe()
     shared = {
         "output_dir": folder,
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch,
-        "bf16": probe().dtype == "bf16",
+        "bf16": machine.dtype == "bf16",
+        "use_cpu": machine.device == "cpu",
         "optim": "adamw_torch_fused",
         "learning_rate": 3e-4,
         "weight_decay": 0.1,
@@ -231,8 +233,8 @@ def report(options, seconds, memory):
         f"## Training step, {date.today()}",
         "",
         f"SmolLM2-135M's shape, {options.batch} x {options.sequence} tokens, {machine.dtype}, {machine.name}, "
-        f"{platform.machine()}, torch {version('torch')}, transformers {version('transformers')}, trl {version('trl')}; "
-        f"median of {options.steps - 2} turns. `python benchmarks/train_step.py --record`",
+        f"{platform.machine()}, torch {version('torch')}, transformers {version('transformers')}, "
+        f"trl {version('trl')}; median of {options.steps - 2} turns. `python benchmarks/train_step.py --record`",
         "",
         "| trainer | tokens/s | speed of llmlab over it | peak memory, GB | llmlab's over its | first step, s |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -40,10 +40,13 @@ class Words(NamedTuple):
     begins: str
 
 
-# GPT-2's pattern never goes on from a visible character into whitespace.  The others take line ends behind
-# punctuation, but stop there for good.  Python knows some whitespace that they do not: nothing is cut there.
-GPT2_WORDS = Words(re.compile(r"\s*\S+(?:[^\S \t\r\n]\s*\S*)*|\s+"), " \t\r\n")
-PATTERN_WORDS = Words(re.compile(r"\s*\S+(?:(?![\r\n]+\S)[^\S ]\s*\S*)*(?:[\r\n]+(?=\S))?|\s+"), " ")
+# No pattern goes on from a letter into these marks, and GPT-2's none from a visible character into whitespace.  The
+# others take line ends behind punctuation, but stop there for good.  Python knows some whitespace that they do not:
+# nothing is cut there.
+_MARKS = r"[,.;:!?)'\"]"
+_LETTERS = rf"\s*[A-Za-z]+(?={_MARKS})"
+GPT2_WORDS = Words(re.compile(rf"{_LETTERS}|\s*\S+(?:[^\S \t\r\n]\s*\S*)*|\s+"), " \t\r\n")
+PATTERN_WORDS = Words(re.compile(rf"{_LETTERS}|\s*\S+(?:(?![\r\n]+\S)[^\S ]\s*\S*)*(?:[\r\n]+(?=\S))?|\s+"), " ")
 
 MOST_WORDS = 400_000  # about 80 MB; the words are forgotten when there are more
 WORDS_TOGETHER = 500  # new words that are encoded as one text
@@ -183,8 +186,9 @@ def words_of(tokenizer: dict[str, Any]) -> Words | None:
 
 
 def _reaches_across(token: dict[str, Any]) -> bool:
-    """Whether an added token can match whitespace; special ones are read as text here."""
-    reaches = token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"])
+    """Whether an added token can match across a cut; special ones are read as text here."""
+    cuts = re.search(rf"\s|[A-Za-z]{_MARKS}", token["content"])
+    reaches = token["lstrip"] or token["rstrip"] or token["single_word"] or cuts
     return bool(reaches) and not token["special"]
 
 

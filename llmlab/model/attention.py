@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+from .blocks import attend_in_blocks
 from .configuration import LLMLabConfig
 from .positions import alibi_bias
 
@@ -74,6 +75,9 @@ class LLMLabAttention(nn.Module):
             raise ValueError("positional_encoding = alibi: tensor parallelism splits heads away from their slopes")
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if attention_mask is None and not dropout and self._suits_blocks(query, key):
+            return self.o_proj(attend_in_blocks(query, key, value, self.scaling).flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, weights = attend(
             self,
@@ -81,12 +85,18 @@ class LLMLabAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )  # (batch, time, heads, head_dim)
         return self.o_proj(mixed.reshape(*shape, -1)), weights
+
+    def _suits_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether this is training in bf16 on a CPU: there our own causal product is twice as fast as sdpa's."""
+        narrow_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        trains = torch.is_grad_enabled() and query.requires_grad and query.shape[2] == key.shape[2] > 1
+        return narrow_on_cpu and trains and self.config._attn_implementation == "sdpa"
 
 
 def attention_inputs(

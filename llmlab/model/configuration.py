@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-TRAVELLING_FILES = ("configuration.py", "positions.py", "attention.py", "loss.py", "modeling.py")
+TRAVELLING_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
 POSITIONAL_ENCODINGS = ("sinusoidal", "rope", "alibi", "yarn")
 ATTENTION_TYPES = ("mha", "mqa", "gqa")
 NORM_TYPES = ("layernorm", "rmsnorm")

@@ -124,7 +124,7 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
-    Field(description="Where to train; auto takes the accelerator that is there."),
+    Field(description="Where to compute; auto takes the accelerator that is there."),
 ]
 Compile = Annotated[
     Literal["auto", True, False],

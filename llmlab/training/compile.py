@@ -7,9 +7,12 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+from torch._functorch import config as partitioning
 from transformers import PreTrainedModel
 
 from llmlab.model import fast_attention
@@ -85,7 +88,17 @@ def compile_layers(model: PreTrainedModel) -> None:
         fast_attention.register()
         model.set_attn_implementation(fast_attention.NAME)
     for layer in model.model.layers:
-        layer.compile(dynamic=False)
+        layer.compile(backend=keep_products_only, dynamic=False)
+
+
+def keep_products_only(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Compiles a graph as `inductor` does, but keeps only products and attention for the backward pass.
+
+    What lies between them (norms, rotations, activations, copies of weights in bf16) is computed again, which takes
+    no longer than reading it back and halves what a layer keeps.
+    """
+    with partitioning.patch(aggressive_recomputation=True):
+        return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
 
 
 def _duration(seconds: float) -> str:

@@ -69,12 +69,13 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
             generator=torch.Generator(),  # else starting to iterate draws from the state that resuming just restored
         )
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        inputs = self._prepare_inputs(inputs)
-        estimate_hessian_if_due(model, inputs, self.optimizer, self.settings.seed)
-        return super().training_step(model, inputs, num_items_in_batch)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        # before the micro-batches, which other processes do not see until the last one of a step
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            inputs = self._prepare_inputs(batches[0])
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.settings.seed)
+        return batches, items
 
 
 def pretrain(
