@@ -96,6 +96,12 @@ def test_unknown_option_and_command_end_with_code_2(capsys):
     assert cli(capsys, "pretrian")[0] == 2
 
 
+def test_version(capsys):
+    import llmlab
+
+    assert cli(capsys, "--version") == (0, f"llmlab {llmlab.__version__}\n", "")
+
+
 def test_schema_accepts_what_the_settings_accept(capsys):
     code, output, _ = cli(capsys, "schema", "pretrain")
     schema = json.loads(output)

@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.encoding import LLAMA_PATTERN, QWEN_PATTERN, TextEncoder, words_of
+from llmlab.data.encoding import GPT2_WORDS, LLAMA_PATTERN, PATTERN_WORDS, QWEN_PATTERN, TextEncoder, words_of
 
 EOS = "<eos>"
 
@@ -79,7 +79,7 @@ SPACES = st.text(st.sampled_from(list(" \n\t\r\u00a0\u2003\u3000\x1c\x85abst1.,'
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(deadline=None, max_examples=5000)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(ANY, SPACES), min_size=1, max_size=4))
 @example(
     [
@@ -102,6 +102,15 @@ def test_word_by_word_equals_the_tokenizer(tokenizers, texts):
             expected = [reference(tokenizer, text) for text in texts]
             assert encoded.tokens.tolist() == [number for ids in expected for number in ids], name
             assert encoded.lengths.tolist() == [len(ids) for ids in expected]
+
+
+@pytest.mark.parametrize("name", CUTS)
+@given(text=st.one_of(SPACES, ANY))
+def test_words_are_cut_as_the_text_is(name, text):
+    words = (GPT2_WORDS if name in ("gpt2", "digits") else PATTERN_WORDS).pattern.findall(text)
+    assert "".join(words) == text
+    apart = [piece for word in words for piece, _ in CUTS[name].pre_tokenize_str(word)]
+    assert apart == [piece for piece, _ in CUTS[name].pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("name", [*CUTS, "nfc"])
