@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers import default_data_collator as stack_rows
 
-from llmlab.data import Corpus, build_corpus, load_tokenizer
+from llmlab.data import Corpus, build_corpus, load_tokenizer, stop_token_ids
 from llmlab.hardware import Hardware, probe
 from llmlab.model import ModelSize, build_config, load_config, load_model, measure, new_model
 from llmlab.optim.build import build_optimizer, check_supported
@@ -118,6 +118,7 @@ def pretrain(
         model = load_model(settings.init_from)
     else:
         model = new_model(build_config(settings.model, tokenizer))
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     sequence = settings.model.max_seq_len
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
     tokens_per_step = rows_per_step * process.num_processes * sequence
