@@ -9,11 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# A piece has so many tokens that its products run at full speed, and more while its logits stay this small.
-PIECE_TOKENS = 512
+# A piece has at least so many tokens: the head's gradient is added up once a piece, which few tokens do not earn back,
+# the less so the faster the device multiplies.
+CPU_PIECE_TOKENS = 512
+PIECE_TOKENS = 2048
+# It has more while its logits stay this small.
 PIECE_BYTES = 2**26
-# On a CPU the softmax takes a few rows at a time, whose wide copies stay in the cache.
-CACHED_ELEMENTS = 2**20
+# The softmax takes so many elements at a time, that their wide copies stay in a CPU's cache, and small elsewhere.
+CPU_SOFTMAX_ELEMENTS = 2**20
+SOFTMAX_ELEMENTS = 2**25
 
 
 def linear_cross_entropy(
@@ -80,7 +84,8 @@ def loss_and_gradients(
     loss, grad_weight, grad_states = hidden.new_zeros((), dtype=wide), None, torch.empty_like(states)
     grad_bias = hidden.new_zeros(len(head) if bias_wanted else 0, dtype=wide)
 
-    longest = max(PIECE_TOKENS, PIECE_BYTES // (len(head) * dtype.itemsize))
+    least = CPU_PIECE_TOKENS if hidden.device.type == "cpu" else PIECE_TOKENS
+    longest = max(least, PIECE_BYTES // (len(head) * dtype.itemsize))
     pieces = max(1, -(-len(kept) // longest))
     room = hidden.new_empty(-(-len(kept) // pieces), len(head), dtype=dtype)  # one for all: fresh pages are slow
     for part, goals, grad_part in zip(*(x.chunk(pieces) for x in (states, targets, grad_states)), strict=True):
@@ -109,7 +114,8 @@ def loss_and_gradients(
 
 def _replace_by_gradient(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """Returns the summed loss of logits, (tokens, vocabulary), and leaves its gradient in their place."""
-    rows = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
+    rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)
     loss = logits.new_zeros((), dtype=wide)
     for part, goals in zip(logits.split(rows), targets.split(rows), strict=True):

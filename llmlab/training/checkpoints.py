@@ -54,6 +54,7 @@ def remove_partial(run: Path) -> list[Path]:
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary folder, then moves its files into the run folder one rename each."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
         write(temporary)
@@ -64,7 +65,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def claim(folder: str, *, resume: bool) -> Path:
-    """Creates the run folder and checks that it may be written.
+    """Checks that the run folder is free and can be written, and leaves nothing behind: a run may still be refused.
 
     Raises:
         UserError: it holds something already, or cannot be written.
@@ -72,16 +73,15 @@ def claim(folder: str, *, resume: bool) -> Path:
     path = Path(folder)
     if not resume and path.is_dir() and any(path.iterdir()):
         what = "a run" if (path / "llmlab.json").is_file() else "other files"
-        hint = (
-            f"continue it with --resume {path}, or choose another folder"
-            if what == "a run"
-            else "choose another folder"
-        )
-        raise UserError(f"output_dir = {folder}: it already holds {what}; {hint}")
+        go_on = f"continue it with --resume {path}, or " if what == "a run" else ""
+        raise UserError(f"output_dir = {folder}: it already holds {what}; {go_on}choose another folder")
+    made = [place for place in (path, *path.parents) if not place.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        for place in made:
+            place.rmdir()
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
     return path

@@ -19,9 +19,9 @@ IGNORED = -100
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Makes a few tokens need several pieces, and several rows of softmax in each."""
-    monkeypatch.setattr(loss_module, "PIECE_TOKENS", 4)
+    monkeypatch.setattr(loss_module, "CPU_PIECE_TOKENS", 4)
     monkeypatch.setattr(loss_module, "PIECE_BYTES", 1)
-    monkeypatch.setattr(loss_module, "CACHED_ELEMENTS", 50)
+    monkeypatch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", 50)
 
 
 def full_logits(hidden, weight, labels, bias=None, reduction="mean"):
@@ -66,9 +66,9 @@ def test_equals_full_logits(batch, time, width, vocabulary, piece, rows, ignored
     scored = (labels[:, 1:] != IGNORED).sum()
     tensors = [hidden, weight, bias] if with_bias else [hidden, weight]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "PIECE_TOKENS", piece)
+        patch.setattr(loss_module, "CPU_PIECE_TOKENS", piece)
         patch.setattr(loss_module, "PIECE_BYTES", 1)
-        patch.setattr(loss_module, "CACHED_ELEMENTS", rows * vocabulary)
+        patch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", rows * vocabulary)
         found = value_and_gradients(
             lambda: linear_cross_entropy(hidden, weight, labels, bias=bias if with_bias else None), tensors
         )
@@ -180,7 +180,7 @@ def test_never_holds_all_logits(small_pieces, dtype):
         loss_and_gradients(
             hidden, weight, None, torch.randint(0, vocabulary, (tokens,)), IGNORED, dtype, True, True, False
         )
-    assert largest.elements <= max(vocabulary * width, loss_module.PIECE_TOKENS * vocabulary)
+    assert largest.elements <= max(vocabulary * width, loss_module.CPU_PIECE_TOKENS * vocabulary)
 
 
 def test_without_gradients_only_the_loss_is_computed(small_pieces):

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,8 +226,10 @@ def test_in_a_thread_signals_are_left_alone(settings, quiet):
     ],
 )
 def test_mistakes_are_sentences(settings, quiet, changes, message):
+    wanted = settings(**changes)
     with pytest.raises(UserError, match=message):
-        pretrain(settings(**changes), console=quiet)
+        pretrain(wanted, console=quiet)
+    assert not Path(wanted.output_dir).exists()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(settings, quiet):

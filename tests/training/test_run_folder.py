@@ -91,6 +91,8 @@ def test_publishing_is_all_or_nothing(tmp_path):
 def test_claiming_a_folder(tmp_path):
     folder = tmp_path / "deep" / "run"
     assert checkpoints.claim(str(folder), resume=False) == folder
+    assert not folder.parent.exists()  # a run that is refused after this leaves nothing behind
+    folder.mkdir(parents=True)
     (folder / "llmlab.json").write_text("{}")
     with pytest.raises(UserError, match=r"already holds a run; continue it with --resume"):
         checkpoints.claim(str(folder), resume=False)
