@@ -21,7 +21,8 @@ MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+SDPA_LIKE = ("sdpa", "block_causal")  # the second is sdpa with kernels of our own, from `fast_attention`
+BIAS_IMPLEMENTATIONS = ("eager", *SDPA_LIKE, "flex_attention")
 
 
 class LLMLabAttention(nn.Module):
@@ -158,7 +159,7 @@ def _is_causal_enough(config: LLMLabConfig, kind: str, length: int) -> bool:
     Transformers leaves such masks out too, but not while torch compiles.
     """
     in_window = kind == "full_attention" or length <= config.sliding_window
-    return config._attn_implementation == "sdpa" and in_window
+    return config._attn_implementation in SDPA_LIKE and in_window
 
 
 def _with_alibi(

@@ -6,6 +6,7 @@ Training it is not done here, and neither is choosing a device.
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.model.configuration import LLMLabConfig
@@ -107,11 +108,17 @@ def load_model(
     """
     _check_folder(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if dtype is None else dtype, trust_remote_code=trust_remote_code
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+    if absent := sorted(report["missing_keys"]):  # Transformers would go on with random weights
+        raise UserError(f"{source} holds weights of another model: {len(absent)} are missing, such as {absent[0]}")
+    return model
 
 
 def _check_folder(source: str | Path) -> None:

@@ -20,6 +20,7 @@ from llmlab.settings.files import write_atomically
 
 STATE = "pipeline.json"
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
+WITHOUT_CONSEQUENCE = {"output_dir", "cache_dir", "num_proc"}  # settings that do not decide what is written
 Action = Literal["skip", "run", "resume"]
 
 
@@ -91,8 +92,7 @@ def _set_aside(folder: Path) -> None:
 
 def _fingerprint(stage: PipelineStage, earlier: dict[str, str]) -> str:
     """Returns a hash of everything that decides what a stage writes."""
-    settings = stage.resolved.settings.model_dump(mode="json")
-    settings.pop("output_dir", None)
+    settings = stage.resolved.settings.model_dump(mode="json", exclude=WITHOUT_CONSEQUENCE)
     material = {
         "stage": stage.stage.name,
         "settings": settings,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llmlab.model import (
@@ -96,12 +97,36 @@ def test_folders_load_where_llmlab_is_not_installed(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "broken"])
-def test_what_is_no_model_is_said(tmp_path, case):
-    source = tmp_path / case
-    if case != "missing":
-        source.mkdir()
-    if case == "broken":
-        (source / "config.json").write_text("{")
-    with pytest.raises(UserError, match=str(source)):
-        load_model(source)
+def break_folder(model, folder, case):
+    if case == "missing":
+        return
+    folder.mkdir()
+    if case == "broken configuration":
+        (folder / "config.json").write_text("{")
+    elif case != "empty":
+        model.save_pretrained(folder)
+    if case == "cut weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if case == "weights of another model":
+        save_file({"transformer.wte.weight": torch.zeros(64, 32)}, folder / "model.safetensors", {"format": "pt"})
+    if case == "unknown family":
+        (folder / "config.json").write_text('{"model_type": "perceptron"}')
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["missing", "empty", "broken configuration", "cut weights", "weights of another model", "unknown family"],
+)
+def test_what_is_no_model_is_said(tiny_model, tmp_path, case):
+    folder = tmp_path / case.replace(" ", "-")
+    break_folder(tiny_model(), folder, case)
+    with pytest.raises(UserError, match=str(folder)) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_model_gives_the_wanted_precision(tiny_model, tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float32
+    assert load_model(tmp_path, dtype=None).dtype == torch.bfloat16

@@ -87,6 +87,7 @@ def test_a_rerun_skips_what_is_finished(pipeline, ran):
 def test_a_change_reruns_that_stage_and_what_depends_on_it(pipeline, ran, tmp_path):
     run(pipeline)
     assert actions(pipeline, "pretrain.max_steps=6") == {"tokenizer": "skip", "pretrain": "run", "more": "run"}
+    assert set(actions(pipeline, f"pretrain.cache_dir={tmp_path}", "pretrain.num_proc=1").values()) == {"skip"}
     assert actions(pipeline, "more.lr=1") == {"tokenizer": "skip", "pretrain": "skip", "more": "run"}
     (tmp_path / "text.txt").write_text("Other words, which the tokenizer has not seen.")
     assert set(actions(pipeline).values()) == {"run"}

@@ -1,0 +1,109 @@
+"""`llmlab model ...`, `llmlab tokenizer ...` and `llmlab run` in a terminal's words."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmlab.cli.app import main
+
+TINY = ["d_model=32", "n_heads=2", "n_kv_heads=1", "d_ff=64", "n_layers=2", "max_seq_len=32"]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in words])
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def tokenizer(cli, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat meows. The dog barks. The cat and the dog play in the garden all day. " * 40)
+    code, output, errors = cli("tokenizer", "train", text, "--vocab-size", 290, "--output-dir", tmp_path / "tokenizer")
+    assert code == 0 and "290 entries" in output, errors
+    return tmp_path / "tokenizer"
+
+
+def test_default_model_info(cli):
+    code, output, _ = cli("model", "info")
+    assert code == 0
+    assert "494,005,120" in output and "136,134,656" in output  # Qwen2.5-0.5B without its attention biases
+    assert "12,288 bytes in bf16" in output  # 2 x 24 layers x 2 heads x 64 wide x 2 bytes
+    for optimizer in ("adamw", "adafactor", "lion", "sophia", "muon"):
+        assert optimizer in output
+
+
+def test_info_of_a_file_with_changes(cli, tmp_path):
+    path = tmp_path / "model_config.json"
+    path.write_text(json.dumps({"d_model": 64, "n_heads": 4, "vocab_size": 100, "n_layers": 1, "d_ff": 10}))
+    _, output, _ = cli("model", "info", path, "tie_word_embeddings=false")
+    # embedding, head, q and o, k and v of two heads, three feed-forward matrices, three norms
+    total = 2 * 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 10 + 3 * 64
+    assert f"{total:,}" in output
+
+
+def test_init_info_and_convert(cli, tokenizer, tmp_path):
+    code, _, errors = cli("model", "init", *TINY, f"tokenizer_name={tokenizer}", "--output-dir", tmp_path / "model")
+    assert code == 0, errors
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.vocab_size == 290 == len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    code, output, _ = cli("model", "info", tmp_path / "model")
+    assert code == 0 and f"{model.num_parameters():,}" in output
+    code, output, errors = cli("model", "convert", tmp_path / "model", "--to", "llama", "-o", tmp_path / "llama")
+    assert code == 0 and "the same logits" in output, errors
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "llama").config.model_type == "llama"
+    code, _, errors = cli("model", "convert", tmp_path / "llama", "-o", tmp_path / "back")
+    assert code == 0, errors
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "llmlab"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model", "info", "d_model=65"], "d_model = 65 is not divisible by n_heads = 14"),
+        (["model", "info", "heads=3"], "unknown key 'heads'"),
+        (["model", "info", "nowhere.json"], "there is no such file"),
+        (["model", "convert", "nowhere", "-o", "x"], "nowhere"),
+        (["tokenizer", "train", "nowhere.txt", "--vocab-size", "300"], "nowhere.txt"),
+        (["tokenizer", "train", "demo/stories", "--vocab-size", "100"], "vocab_size = 100: expected at least"),
+    ],
+)
+def test_mistakes(cli, words, message):
+    code, _, errors = cli(*words)
+    assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def test_an_option_that_a_family_cannot_express_is_refused_by_name(cli, tokenizer, tmp_path):
+    words = [*TINY, "positional_encoding=alibi", f"tokenizer_name={tokenizer}", "--output-dir", tmp_path / "model"]
+    assert cli("model", "init", *words)[0] == 0
+    code, _, errors = cli("model", "convert", tmp_path / "model", "--to", "llama", "-o", tmp_path / "llama")
+    assert code == 2 and "positional_encoding = alibi, which llama cannot express" in errors
+    assert not (tmp_path / "llama").exists()
+
+
+def test_tokenizer_show(cli, tokenizer):
+    code, output, _ = cli("tokenizer", "show", tokenizer, "The cat")
+    assert code == 0 and "The cat" in output and "of 290 entries" in output
+
+
+def test_a_pipeline_from_text_to_samples(cli, tmp_path):
+    """Trains for real, then shows that a rerun skips everything."""
+    overrides = ["pretrain.max_steps=3", "pretrain.eval_every=3", "pretrain.n_layers=1", "pretrain.d_ff=32"]
+    overrides += ["pretrain.batch_size=2", "pretrain.max_seq_len=64", "sample.max_new_tokens=4"]
+    words = ["run", "quickstart", f"output_dir={tmp_path / 'runs'}", f"pretrain.cache_dir={tmp_path / 'cache'}"]
+    code, output, errors = cli(*words, *overrides)
+    assert code == 0, errors
+    assert "Once upon a time" in output and "validation loss" in output
+    assert len((tmp_path / "runs" / "sample" / "samples.jsonl").read_text().splitlines()) == 2
+    _, output, _ = cli(*words, *overrides)
+    assert output.count("skip") == 3 and "Once upon a time" not in output
+    _, output, _ = cli(*words, *overrides, "sample.seed=2", "--dry-run")
+    assert output.count("skip") == 2
