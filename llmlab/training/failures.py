@@ -13,6 +13,9 @@ from llmlab.training import checkpoints
 from llmlab.training.progress import ProgressLine, human
 from llmlab.training.record import RunRecord
 
+# torch.save hides the system's error behind these words
+TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
+
 
 def check_disk(folder: Path, *, needed: int) -> None:
     """Refuses to start a run that could not write what it will have to keep, in bytes.
@@ -58,6 +61,8 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     except (OSError, SafetensorError) as error:
         ended("failed")
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
-    except Exception:
+    except Exception as error:
         ended("failed")
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_CANNOT_WRITE):
+            raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({error})") from error
         raise

@@ -22,7 +22,16 @@ from transformers import default_data_collator as stack_rows
 
 from llmlab.data import Corpus, build_corpus, load_tokenizer, stop_token_ids
 from llmlab.hardware import Hardware, probe
-from llmlab.model import ModelSize, build_config, load_config, load_model, measure, new_model
+from llmlab.model import (
+    LLMLabForCausalLM,
+    ModelSize,
+    build_config,
+    load_config,
+    load_model,
+    measure,
+    new_model,
+    to_llmlab,
+)
 from llmlab.optim.build import build_optimizer, check_supported
 from llmlab.optim.sophia import estimate_hessian_if_due
 from llmlab.settings.errors import UserError
@@ -116,6 +125,8 @@ def pretrain(
     set_seed(settings.seed)
     if settings.init_from:
         model = load_model(settings.init_from)
+        if not isinstance(model, LLMLabForCausalLM):
+            model = to_llmlab(model)
     else:
         model = new_model(build_config(settings.model, tokenizer))
         model.generation_config.eos_token_id = stop_token_ids(tokenizer)

@@ -89,7 +89,7 @@ def test_compiled_layers_keep_their_names_and_share_one_compilation(monkeypatch)
         return graph.forward
 
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **options: compile_one(self, backend=backend, **options)
+        torch.nn.Module, "compile", lambda self, **options: compile_one(self, **{**options, "backend": backend})
     )
     torch._dynamo.reset()
     compile_layers(model)

@@ -205,6 +205,30 @@ def test_pretraining_further_from_a_run_folder(settings, quiet, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(result.folder).config.d_model == 32
 
 
+def test_pretraining_further_from_a_llama(settings, quiet, tmp_path, tokenizer_folder):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, max_position_embeddings=24, tie_word_embeddings=True, **shape)
+    )
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
+    for name, model in (("llama", llama), ("gpt2", gpt2)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    values = {name: value for name, value in dict(settings(max_steps=2)).items() if name != "model"}
+    further = type(settings())(**values | {"init_from": str(tmp_path / "llama")})
+    result = pretrain(further, console=quiet)
+    assert AutoModelForCausalLM.from_pretrained(result.folder).config.model_type == "llmlab"
+    assert read_record(result.folder)["settings"]["model"]["max_seq_len"] == 24
+    # resuming such a run takes its shape from the model again
+    pretrain(further.model_copy(update={"max_steps": 3}), resume=result.folder, console=quiet)
+    other = type(settings())(**values | {"init_from": str(tmp_path / "gpt2"), "output_dir": str(tmp_path / "other")})
+    with pytest.raises(UserError, match="model_type = gpt2: expected one of llama, mistral, qwen2"):
+        pretrain(other, console=quiet)
+
+
 def test_in_a_thread_signals_are_left_alone(settings, quiet):
     results = []
     thread = threading.Thread(target=lambda: results.append(pretrain(settings(max_steps=2), console=quiet)))

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import torch
 from rich.console import Console
 
 from llmlab.settings.errors import SettingsError, UserError
@@ -137,6 +138,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert read_record(tmp_path)["status"] == "failed"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_full_disk_under_torch_save_is_a_sentence_too(tmp_path):
+    with (
+        pytest.raises(UserError, match="the disk is full or gone"),
+        failures_recorded("x", tmp_path, None, progress()),
+    ):
+        torch.save(torch.zeros(1_000_000), "/dev/full")
 
 
 def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
