@@ -97,7 +97,7 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         folder = tempfile.mkdtemp()
-        tokenizer = train_tokenizer([DataSource(name="demo/stories")], 2048, folder, show_progress=False)
+        tokenizer = train_tokenizer([DataSource(name="demo/stories")], 1024, folder, show_progress=False)
     table = Table(
         "source", "MB", "llmlab MB/s", "encode_batch_fast", "datasets.map", "ratio to map", "rows read, tokens/s"
     )

@@ -24,7 +24,8 @@ class PretrainSettings(HardwareSettings, OptimizerSettings, DataSettings):
     model: ModelSettings = ModelSettings()
     init_from: Annotated[str | None, Alias("policy_checkpoint", "model_name_or_path")] = Field(
         None,
-        description="Run folder or hub id to pretrain further, of llmlab, Llama, Mistral or Qwen2, with its shape and tokenizer.",
+        description="Model to pretrain further, with its shape and tokenizer: a run folder or hub id "
+        "(llmlab, Llama, Mistral, Qwen2).",
     )
     output_dir: v.OutputDir = "runs/pretrain"
     max_steps: v.MaxSteps = 10000
