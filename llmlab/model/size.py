@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llmlab.model.configuration import LLMLabConfig
+from llmlab.model.loss import PIECE_TOKENS
 from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 
@@ -114,11 +115,13 @@ class ModelSize:
         if gradient_checkpointing:
             per_token = c.num_hidden_layers * 4 * c.hidden_size + per_token // c.num_hidden_layers
         copies = 0 if dtype == "fp32" else BYTES[dtype] * self.matrix_parameters
+        # the head's gradient is taken with the loss, from one piece of logits after the other
+        loss = c.vocab_size * (4 * c.hidden_size + BYTES[dtype] * min(tokens, PIECE_TOKENS))
         return TrainingMemory(
             weights=4 * self.total + copies,
             gradients=4 * self.total,
             optimizer=self.optimizer_bytes(optimizer),
-            activations=tokens * per_token,
+            activations=tokens * per_token + loss,
         )
 
     @property

@@ -110,7 +110,7 @@ def test_training_memory():
     mixed = size.training_memory("adamw", rows=2, sequence=512, dtype="bf16")
     assert mixed.weights > plain.weights and mixed.activations < plain.activations
     saved = size.training_memory("adamw", rows=2, sequence=512, dtype="bf16", gradient_checkpointing=True)
-    assert saved.activations < 0.4 * mixed.activations
+    assert saved.activations < 0.5 * mixed.activations
     assert size.training_memory("adamw", rows=4, sequence=512).activations > 1.5 * plain.activations
 
 
