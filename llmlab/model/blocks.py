@@ -5,9 +5,13 @@ pass computes the weights again, so that memory stays linear in the length.  Pad
 Transformers' interface.  This file travels beside the weights and needs torch alone.
 """
 
+import re
 from typing import Any
 
 import torch
+
+# Each copy of this file registers operators of its own: torch drops those that were registered before under a name.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 BLOCK = 64  # queries: their weights over all keys still fit the cache
 
@@ -94,8 +98,8 @@ def _weights(part: torch.Tensor, keys: torch.Tensor, groups: int) -> torch.Tenso
 
 
 # Operators, so that torch.compile keeps each as one node instead of unrolling the blocks.
-_forward = torch.library.custom_op("llmlab::attend_in_blocks", mix, mutates_args=())
-_backward = torch.library.custom_op("llmlab::attend_in_blocks_backward", differentiate, mutates_args=())
+_forward = torch.library.custom_op(f"{NAMESPACE}::attend_in_blocks", mix, mutates_args=())
+_backward = torch.library.custom_op(f"{NAMESPACE}::attend_in_blocks_backward", differentiate, mutates_args=())
 
 
 @_forward.register_fake

@@ -4,10 +4,14 @@ Tokens go through the head in pieces, and each piece's gradients are taken while
 the backward pass only scales them.  This file travels beside the weights and needs torch alone.
 """
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+# Each copy of this file registers operators of its own: torch drops those that were registered before under a name.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # A piece has at least so many tokens: the head's gradient is added up once a piece, which few tokens do not earn back,
 # the less so the faster the device multiplies.
@@ -130,7 +134,7 @@ def _replace_by_gradient(logits: torch.Tensor, targets: torch.Tensor, wide: torc
 
 
 # An operator, so that torch.compile keeps it as one node instead of unrolling the pieces.
-_operator = torch.library.custom_op("llmlab::linear_cross_entropy", loss_and_gradients, mutates_args=())
+_operator = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", loss_and_gradients, mutates_args=())
 
 
 @_operator.register_fake

@@ -51,6 +51,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "dataloader_pin_memory": hardware.device == "cuda",
                 "report_to": "none",
                 "disable_tqdm": True,
+                "ddp_find_unused_parameters": False,  # every parameter takes part in every step
                 "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
                 "logging_first_step": True,
                 **checkpointing,
