@@ -40,7 +40,7 @@ def test_values_and_gradients(time, heads, key_value_heads, dtype, tolerance):
 
 def test_torchs_operator_checks():
     tensors = [heads_of(2, heads, 70, 8, torch.bfloat16) for heads in (4, 2, 2)]
-    torch.library.opcheck(torch.ops.llmlab.attend_in_blocks.default, (*tensors, 0.3))
+    torch.library.opcheck(torch.ops.llmlab_model_blocks.attend_in_blocks.default, (*tensors, 0.3))
 
 
 def test_training_in_bf16_takes_blocks_and_stays_near_fp32(tiny_model, monkeypatch):
