@@ -5,7 +5,6 @@ load the same folders.
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +13,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,10 +23,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-import llmlab.model
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import probe
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.model import check_folder, load_model
+from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
 
 if TYPE_CHECKING:
@@ -58,13 +53,13 @@ def load_for_inference(
     """
     hardware = probe(device, dtype)
     source = str(source)
-    _check_folder(source)
+    check_folder(source)
     if (Path(source) / "adapter_config.json").is_file():
         from peft import PeftConfig, PeftModel  # a second or two, for those who need it
 
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
         try:
-            model = _load_weights(base, hardware.torch_dtype)
+            model = load_model(base, dtype=hardware.torch_dtype)
         except UserError as error:
             raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
         has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
@@ -73,7 +68,7 @@ def load_for_inference(
             model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
         model = PeftModel.from_pretrained(model, source)
     else:
-        model = _load_weights(source, hardware.torch_dtype)
+        model = load_model(source, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(source)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -283,66 +278,3 @@ def _generation_arguments(
     context = context_length(model)
     criteria = [] if context is None else [_ContextFull([len(ids) for ids in batch], context)]
     return {"generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
-
-
-def _check_folder(source: str) -> None:
-    """Raises for a local source that cannot hold a model; what does not exist here may be a hub id."""
-    folder = Path(source)
-    if folder.is_file():
-        raise UserError(f"{source}: this is a file; expected a run folder or a hub id")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-            raise UserError(f"{source}: there is no such folder{_near(folder)}")
-        return
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if checkpoints:
-        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {checkpoints[-1]}")
-    raise UserError(f"{source}: this folder holds no model: it has neither config.json nor adapter_config.json")
-
-
-def _load_weights(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    llmlab.model.register()
-    _check_folder(source)
-    _check_architecture(Path(source) / "config.json")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if not Path(source).is_dir():
-            reason = f"there is no such folder{_near(Path(source))}, and the hub gave none: {reason}"
-        raise UserError(f"{source}: {reason}") from None
-    except SafetensorError as error:
-        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        kind = ", ".join(model.config.architectures or ["unknown"])
-        raise UserError(
-            f"{source}: no complete language model: {len(missing)} weights are missing, such as {missing[0]} "
-            f"(architectures = {kind})"
-        )
-    return model
-
-
-def _check_architecture(path: Path) -> None:
-    if not path.is_file():
-        return  # a hub id: Transformers reads its configuration
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: this is no JSON: {error.msg}") from None
-    if kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
-        )
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
-
-
-def _near(folder: Path) -> str:
-    return did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])

@@ -13,7 +13,7 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"stages"},
     {"training"},
     {"inference"},
-    {"model", "data", "optim", "hardware"},
+    {"model", "data", "optim", "adapters", "hardware"},
     {"settings"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

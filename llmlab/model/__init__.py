@@ -13,6 +13,7 @@ _HOMES = {
     "LLMLabForSequenceClassification": "modeling",
     "register": "modeling",
     "build_config": "build",
+    "check_folder": "build",
     "load_config": "build",
     "load_model": "build",
     "new_model": "build",

@@ -3,15 +3,26 @@
 Training it is not done here, and neither is choosing a device.
 """
 
+import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.model import ModelSettings
 
 
@@ -86,15 +97,20 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     Raises:
         UserError: there is no such model, or its folder is broken.
     """
-    _check_folder(source)
+    check_folder(source)
+    _check_architecture(Path(source) / "config.json")
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source}: {_reason(source, error)}") from None
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype | None = torch.float32, trust_remote_code: bool | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    trust_remote_code: bool | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model, llmlab's or any other that Transformers knows.
 
@@ -102,25 +118,77 @@ def load_model(
         source: a run folder or a hub id.
         dtype: of the weights; None is as saved.
         trust_remote_code: whether to run code that comes with the model; llmlab's own is never taken from there.
+        quantization_config: keeps the weights in fewer bits.
 
     Raises:
-        UserError: there is no such model, or its folder is broken.
+        UserError: there is no such model, it is incomplete or of an unknown kind, or its folder is broken.
     """
-    _check_folder(source)
+    check_folder(source)
+    _check_architecture(Path(source) / "config.json")
+    extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **extra,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
-    if absent := sorted(report["missing_keys"]):  # Transformers would go on with random weights
-        raise UserError(f"{source} holds weights of another model: {len(absent)} are missing, such as {absent[0]}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {_reason(source, error)}") from None
+    except SafetensorError as error:
+        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
+    if missing := sorted(info["missing_keys"]):  # Transformers would go on with random weights
+        kind = ", ".join(model.config.architectures or ["unknown"])
+        raise UserError(
+            f"{source}: no complete language model: {len(missing)} weights are missing, such as {missing[0]} "
+            f"(architectures = {kind})"
+        )
     return model
 
 
-def _check_folder(source: str | Path) -> None:
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} holds no config.json: expected a run folder with a model, or a hub id")
+def check_folder(source: str | Path) -> None:
+    """Raises UserError for a local source that cannot hold a model; what does not exist here may be a hub id."""
+    folder, source = Path(source), str(source)
+    if folder.is_file():
+        raise UserError(f"{source}: this is a file; expected a run folder or a hub id")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+            raise UserError(f"{source}: there is no such folder{_near(folder)}")
+        return
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if checkpoints:
+        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {checkpoints[-1]}")
+    raise UserError(f"{source}: this folder holds no model: it has neither config.json nor adapter_config.json")
+
+
+def _check_architecture(path: Path) -> None:
+    if not path.is_file():
+        return  # a hub id: Transformers reads its configuration
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: this is no JSON: {error.msg}") from None
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
+        )
+    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
+
+
+def _reason(source: str | Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if Path(source).is_dir():
+        return reason
+    return f"there is no such folder{_near(Path(source))}, and the hub gave none: {reason}"
+
+
+def _near(folder: Path) -> str:
+    return did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])

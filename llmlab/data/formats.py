@@ -1,0 +1,190 @@
+"""Recognizes instruction data by its columns and turns each row into messages (and tools).
+
+Every format becomes the same thing, so sources of different formats can be mixed.  Rendering messages to tokens is the
+chat template's business; preference pairs are not read here.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from llmlab.settings.errors import UserError, did_you_mean
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+ROLES = {
+    "user": ("user", "human", "prompter", "instruction", "question"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "answer"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "observation", "function_response", "function", "ipython"),
+    "call": ("function_call", "tool_call"),
+}
+ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
+
+
+class UnusableRow(ValueError):
+    """A row that cannot become messages; the reason is counted and reported."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of instruction data: the columns that tell it, those it may have besides, and how a row is read."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Row], list[Message]]
+    optional: tuple[str, ...] = ()
+
+
+def _messages(row: Row) -> list[Message]:
+    return _from_turns(row["messages"])
+
+
+def _conversations(row: Row) -> list[Message]:
+    return _from_turns(row["conversations"])
+
+
+def _alpaca(row: Row) -> list[Message]:
+    given = _text(row["input"]) if row.get("input") else ""
+    prompt = _text(row["instruction"]) + (f"\n\n{given}" if given.strip() else "")
+    past = [turn for pair in row.get("history") or () for turn in _pair(*pair)]
+    return [*past, *_pair(prompt, row["output"])]
+
+
+def _prompt_completion(row: Row) -> list[Message]:
+    if isinstance(row["prompt"], list):
+        return _from_turns([*row["prompt"], *row["completion"]])
+    return _pair(row["prompt"], row["completion"])
+
+
+def _transcript(row: Row) -> list[Message]:
+    return transcript_messages(_text(row["chosen"]))
+
+
+FORMATS = (
+    Format("messages", ("messages",), _messages, ("tools", "system")),
+    Format("ShareGPT conversations", ("conversations",), _conversations, ("tools", "system")),
+    Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    Format(
+        "instruction/response", ("instruction", "response"), lambda row: _pair(row["instruction"], row["response"])
+    ),
+    Format("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools", "system")),
+    Format("prompt/response", ("prompt", "response"), lambda row: _pair(row["prompt"], row["response"])),
+    Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"]), ("system",)),
+    Format("hh-rlhf transcript", ("chosen",), _transcript, ("rejected",)),
+)
+
+
+def recognize(columns: Iterable[str], where: str) -> Format:
+    """Returns the format that these columns tell.
+
+    Args:
+        columns: the columns found.
+        where: the source, for the message.
+
+    Raises:
+        UserError: none does; it shows the columns found, the schemas expected, and the closest match.
+    """
+    found = set(columns)
+    for candidate in FORMATS:
+        if set(candidate.columns) <= found:
+            return candidate
+    nearest = max(FORMATS, key=lambda f: sum(bool(did_you_mean(name, found)) or name in found for name in f.columns))
+    missing = [name for name in nearest.columns if name not in found]
+    schemas = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS)
+    raise UserError(
+        f"{where}: no format of instruction data has the columns {', '.join(sorted(found))}; "
+        f"expected one of: {schemas}. "
+        f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
+    )
+
+
+def to_messages(row: Row, form: Format) -> Row:
+    """Returns `{"messages": [...], "tools": [...] or None}` of a row.
+
+    Raises:
+        UnusableRow: it has no turn of the assistant, an unknown role, or text that is not text.
+    """
+    messages = form.read(row)
+    if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UnusableRow("no turn of the assistant")
+    return {"messages": messages, "tools": _tools(row.get("tools")) if "tools" in form.optional else None}
+
+
+def transcript_messages(text: str) -> list[Message]:
+    """Returns the turns of an Anthropic transcript: `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
+    parts = ("\n\n" + text.strip()).split("\n\nHuman:")
+    messages: list[Message] = []
+    for part in parts[1:]:
+        question, *answers = part.split("\n\nAssistant:")
+        messages.append({"role": "user", "content": question.strip()})
+        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    if not messages:
+        raise UnusableRow("no 'Human:' turn in the transcript")
+    return messages
+
+
+def _pair(prompt: Any, answer: Any) -> list[Message]:
+    return [{"role": "user", "content": _text(prompt)}, {"role": "assistant", "content": _text(answer)}]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UnusableRow(f"expected text, found {type(value).__name__}")
+    return value
+
+
+def _from_turns(turns: Any) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise UnusableRow("no turns")
+    return [_turn(turn) for turn in turns]
+
+
+def _turn(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise UnusableRow(f"expected a turn with a role, found {type(turn).__name__}")
+    spelled = turn.get("role") or turn.get("from") or turn.get("speaker")
+    role = ROLE_OF.get(str(spelled).lower())
+    content = turn["content"] if "content" in turn else turn.get("value", turn.get("text"))
+    if role is None:
+        raise UnusableRow(f"unknown role '{spelled}'")
+    calls = turn.get("tool_calls")
+    if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
+        return {"role": "assistant", "content": "", "tool_calls": _calls(_text(content))}
+    if calls:
+        return {"role": role, "content": content or "", "tool_calls": [_plain_call(call) for call in calls]}
+    return {"role": role, "content": _text(content)}
+
+
+def _calls(text: str) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise UnusableRow("a function call that is not JSON") from None
+    return [_plain_call(call) for call in (value if isinstance(value, list) else [value])]
+
+
+def _plain_call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UnusableRow("a function call without a name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            raise UnusableRow("a function call whose arguments are not JSON") from None
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError:
+            raise UnusableRow("tools that are not JSON") from None
+    return list(value) if value else None

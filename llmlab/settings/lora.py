@@ -1,0 +1,41 @@
+"""LoRA adapters in the words of the LLM-Lab document; the RL guide's (`r`, `target_modules`) are accepted too."""
+
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import Field
+
+from llmlab.settings.base import Alias, Settings, When
+
+ON = When("use_lora", True)
+
+
+class LoraSettings(Settings):
+    """Source: seed, LLM-Lab document, "LoRA Parameters"; RL guide, section 1 (its values are a preset)."""
+
+    panel: ClassVar[str] = "LoRA"
+
+    use_lora: bool = Field(False, description="Train small adapter matrices instead of the whole model.")
+    lora_preset: Annotated[Literal["minimal", "attention_only", "ffn_only", "all", "custom"], ON] = Field(
+        "minimal",
+        description="Where adapters go: queries and values, all of attention, feed-forward, both, or your list.",
+    )
+    lora_r: Annotated[int, Gt(0), Alias("r"), ON] = Field(8, description="Rank of the adapters.")
+    lora_alpha: Annotated[float, Gt(0), ON] = Field(
+        16, description="Scale of the adapters: alpha / r (usually 2 x r)."
+    )
+    lora_dropout: Annotated[float, Ge(0), Lt(1), ON] = Field(0.05, description="Dropout before the adapters.")
+    lora_target_modules: Annotated[list[str] | None, Alias("target_modules"), When("lora_preset", "custom")] = Field(
+        None, description="Endings of module names that get adapters, with lora_preset custom."
+    )
+    lora_bias: Annotated[Literal["none", "all", "lora_only"], Alias("bias"), ON] = Field(
+        "none", description="Which biases are trained too."
+    )
+    modules_to_save: Annotated[list[str] | None, ON] = Field(
+        None, description="Modules trained whole beside the adapters, such as embed_tokens and lm_head for new tokens."
+    )
+    use_dora: Annotated[bool, ON] = Field(False, description="DoRA: magnitude and direction apart (arXiv:2402.09353).")
+    use_rslora: Annotated[bool, ON] = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")
+    use_qlora: Annotated[bool, ON] = Field(
+        False, description="Keep the frozen weights in 4 bits (NF4, arXiv:2305.14314); needs bitsandbytes."
+    )
