@@ -9,13 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "MergeSettings": "llmlab.settings.merge",
     "ModelSettings": "llmlab.settings.model",
     "PretrainSettings": "llmlab.settings.pretrain",
+    "SFTSettings": "llmlab.settings.sft",
     "TokenizerSettings": "llmlab.settings.tokenizer",
     "generate_text": "llmlab.inference",
     "load": "llmlab.settings.sources",
     "load_for_inference": "llmlab.inference",
+    "merge": "llmlab.training.merge",
     "pretrain": "llmlab.training.pretrain",
+    "sft": "llmlab.training.sft",
     "train_tokenizer": "llmlab.training.tokenizer",
 }
 

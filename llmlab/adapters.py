@@ -111,8 +111,26 @@ def _names(modules: list[LinearModule]) -> list[str]:
     return sorted({module.leaf for module in modules})
 
 
-def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
-    """Returns the PEFT configuration of these settings for this model."""
+def lora_config(model: PreTrainedModel, settings: LoraSettings, new_tokens: Iterable[int] = ()) -> LoraConfig:
+    """Returns the PEFT configuration of these settings for this model.
+
+    Args:
+        model: what the adapters will be attached to.
+        settings: rank, scale, targets and the like.
+        new_tokens: ids whose embedding rows (and output rows) are trained beside the adapters.
+
+    Raises:
+        UserError: the targets, or `modules_to_save`, name nothing in this model.
+    """
+    for name in settings.modules_to_save or ():
+        if not any(module.rpartition(".")[2] == name for module, _ in model.named_modules()):
+            leaves = sorted({module.rpartition(".")[2] for module, _ in model.named_modules() if module})
+            raise UserError(
+                f"modules_to_save: no module is called '{name}'{did_you_mean(name, leaves)}; "
+                f"expected some of {', '.join(leaf for leaf in leaves if not leaf.isdigit())}"
+            )
+    whole = set(settings.modules_to_save or ())
+    rows = {leaf: list(new_tokens) for leaf in _embeddings(model) if leaf not in whole} if new_tokens else None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -123,10 +141,21 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
         use_dora=settings.use_dora,
         use_rslora=settings.use_rslora,
         modules_to_save=settings.modules_to_save,
+        trainable_token_indices=rows or None,
     )
 
 
+def _embeddings(model: PreTrainedModel) -> list[str]:
+    """Returns the last names of the input embedding and, where its weights are its own, of the output head."""
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is None or outputs.weight is inputs.weight
+    return [names[id(inputs)], *([] if tied else [names[id(outputs)]])]
+
+
 def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
-    """Returns (trainable parameters, all parameters) of a model."""
+    """Returns (trainable parameters, all parameters) of a model; 4-bit weights count as what they stand for."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import probe
@@ -66,6 +67,8 @@ def load_for_inference(
         tokenizer = load_tokenizer(source if has_tokenizer else base)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
+        if (Path(source) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source)
         model = PeftModel.from_pretrained(model, source)
     else:
         model = load_model(source, dtype=hardware.torch_dtype)

@@ -50,6 +50,19 @@ STAGES = {
             resumes=True,
         ),
         Stage(
+            "merge",
+            "llmlab.settings.merge:MergeSettings",
+            "llmlab.training.merge:merge",
+            "Fold LoRA adapters into their base model.",
+        ),
+        Stage(
+            "sft",
+            "llmlab.settings.sft:SFTSettings",
+            "llmlab.training.sft:sft",
+            "Fine-tune on instructions and conversations, whole or with LoRA.",
+            resumes=True,
+        ),
+        Stage(
             "generate",
             "llmlab.settings.generation:GenerateSettings",
             "llmlab.training.samples:write_samples",

@@ -3,6 +3,7 @@
 Only the command that was asked for is imported, so `llmlab --help` stays fast and free of torch.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,11 +17,15 @@ from llmlab.settings.errors import UserError
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
     "pretrain": ("llmlab.cli.train:pretrain", "Train a decoder from nothing, or further, on plain text.", "Train"),
+    "sft": ("llmlab.cli.train:sft", "Fine-tune on instructions and conversations, whole or with LoRA.", "Train"),
     "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
+    "merge": ("llmlab.cli.merge:merge", "Fold LoRA adapters into their base model.", "Use"),
     "chat": ("llmlab.cli.chat:chat", "Talk to a model, reply by reply.", "Use"),
     "generate": ("llmlab.cli.chat:generate", "Complete prompts from the command line or a file.", "Use"),
     "model": ("llmlab.cli.model:app", "Look at architectures, and write untrained ones.", "Prepare"),
+    "data": ("llmlab.cli.data:app", "Check data sources, and see rows as the model will.", "Prepare"),
     "tokenizer": ("llmlab.cli.tokenizer:app", "Train a tokenizer, or look at one.", "Prepare"),
+    "reward-check": ("llmlab.cli.rewards:reward_check", "Score completions with rewards before training.", "Prepare"),
     "schema": ("llmlab.cli.schema:schema", "Print the JSON Schema of a stage's settings, for editors.", "Prepare"),
 }
 
@@ -73,6 +78,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         build_app(requested)(args=arguments, prog_name="llmlab")

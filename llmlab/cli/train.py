@@ -1,22 +1,14 @@
 """The commands that train: each resolves its settings, then calls its stage's function."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmlab.cli.options import option, stage_command
-from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 from llmlab.stages import STAGES
 
-
-def _pretrain(resolved: Resolved[PretrainSettings], resume: Path | None, load_optimizer: bool) -> Any:
-    return STAGES["pretrain"].function(resolved, resume=resume, load_optimizer=load_optimizer)
-
-
-pretrain = stage_command(
-    "pretrain",
-    PretrainSettings,
-    _pretrain,
+RESUME = (
     option("resume", Path | None, "--resume", help="Continue this run folder from its last checkpoint."),
     option(
         "load_optimizer",
@@ -26,3 +18,16 @@ pretrain = stage_command(
         default=True,
     ),
 )
+
+
+def train_command(name: str) -> Callable[..., None]:
+    """Returns the command of a training stage."""
+
+    def execute(resolved: Resolved[Any], resume: Path | None, load_optimizer: bool) -> Any:
+        return STAGES[name].function(resolved, resume=resume, load_optimizer=load_optimizer)
+
+    return stage_command(name, STAGES[name].settings_class, execute, *RESUME)
+
+
+pretrain = train_command("pretrain")
+sft = train_command("sft")

@@ -17,7 +17,7 @@ from llmlab.data.packing import PackedRows, all_of, hold_out
 from llmlab.data.sources import Tally, TextSource, load_text
 from llmlab.data.store import TokenStore, open_store, write_store
 from llmlab.data.streaming import Reader, RowStream, is_held_out
-from llmlab.settings.data import DataSettings, DataSource
+from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError
 
 STREAM_VALIDATION_ROWS = 512  # collected from streams, where nothing says how many are wanted
@@ -107,7 +107,7 @@ class _Part:
 
 
 def build_corpus(
-    settings: DataSettings,
+    settings: TextDataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
@@ -162,7 +162,7 @@ def build_corpus(
 class _Builder:
     """What every source is built with."""
 
-    settings: DataSettings
+    settings: TextDataSettings
     encoder: TextEncoder
     length: int
     seed: int

@@ -59,12 +59,27 @@ def _prompt_completion(row: Row) -> list[Message]:
     return _pair(row["prompt"], row["completion"])
 
 
-def _transcript(row: Row) -> list[Message]:
-    return transcript_messages(_text(row["chosen"]))
+def _sharegpt_chosen(row: Row) -> list[Message]:
+    return [*_from_turns(row["conversations"]), _turn(row["chosen"])]
 
 
+def _prompt_chosen(row: Row) -> list[Message]:
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    if isinstance(row["chosen"], str):
+        return _from_turns([*prompt, {"role": "assistant", "content": row["chosen"]}])
+    chosen = _from_turns(row["chosen"])
+    return chosen if chosen[0]["role"] in ("system", "user") else [*_from_turns(prompt), *chosen]
+
+
+def _chosen(row: Row) -> list[Message]:
+    return _from_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(_text(row["chosen"]))
+
+
+PLAIN_TEXT = Format("plain text", ("text",), lambda row: [])
 FORMATS = (
     Format("messages", ("messages",), _messages, ("tools", "system")),
+    Format("ShareGPT preference", ("conversations", "chosen", "rejected"), _sharegpt_chosen, ("tools", "system")),
+    Format("preference", ("prompt", "chosen", "rejected"), _prompt_chosen, ("tools", "system")),
     Format("ShareGPT conversations", ("conversations",), _conversations, ("tools", "system")),
     Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
     Format(
@@ -73,8 +88,10 @@ FORMATS = (
     Format("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools", "system")),
     Format("prompt/response", ("prompt", "response"), lambda row: _pair(row["prompt"], row["response"])),
     Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"]), ("system",)),
-    Format("hh-rlhf transcript", ("chosen",), _transcript, ("rejected",)),
+    Format("hh-rlhf transcript", ("chosen", "rejected"), _chosen),
+    PLAIN_TEXT,
 )
+"""In the order in which they are tried; of a preference pair the chosen side is what fine-tuning learns."""
 
 
 def recognize(columns: Iterable[str], where: str) -> Format:
@@ -88,6 +105,11 @@ def recognize(columns: Iterable[str], where: str) -> Format:
         UserError: none does; it shows the columns found, the schemas expected, and the closest match.
     """
     found = set(columns)
+    if {"message_id", "parent_id", "text", "role"} <= found:
+        raise UserError(
+            f"{where}: not supported: its rows are single messages of trees, as in OpenAssistant/oasst1; "
+            "use conversations made of them, such as OpenAssistant/oasst_top1_2023-08-25"
+        )
     for candidate in FORMATS:
         if set(candidate.columns) <= found:
             return candidate
@@ -102,11 +124,18 @@ def recognize(columns: Iterable[str], where: str) -> Format:
 
 
 def to_messages(row: Row, form: Format) -> Row:
-    """Returns `{"messages": [...], "tools": [...] or None}` of a row.
+    """Returns `{"messages": [...], "tools": [...] or None}` of a row, or `{"text": ...}` of plain text.
 
     Raises:
-        UnusableRow: it has no turn of the assistant, an unknown role, or text that is not text.
+        UnusableRow: it lacks a column, has no turn of the assistant, an unknown role, or text that is not text.
     """
+    for column in form.columns:
+        if row.get(column) is None:
+            raise UnusableRow(f"without '{column}'")
+    if form is PLAIN_TEXT:
+        if not _text(row["text"]).strip():
+            raise UnusableRow("empty")
+        return {"text": row["text"]}
     messages = form.read(row)
     if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
         messages = [{"role": "system", "content": row["system"]}, *messages]

@@ -6,7 +6,7 @@ elsewhere.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,53 @@ def _unusable(text: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class RowSource:
+    """A source that was found, its rows not yet understood.
+
+    Attributes:
+        name: as the user wrote it.
+        rows: all columns of the rows, in a fixed order, with a `state_dict` to resume from and shards to distribute.
+        identity: what another content would change; plain values for a cache key.
+        splits: the splits that the source has.
+        size: bytes on disk, about those of the text; None where unknown.
+        select: returns the rows with one column alone, which some files are read faster for.
+    """
+
+    name: str
+    rows: "IterableDataset"
+    identity: dict[str, Any]
+    splits: tuple[str, ...]
+    size: int | None
+    select: Callable[[str], "IterableDataset"]
+
+    def first(self) -> list[dict[str, Any]]:
+        """Returns the rows that formats and columns are recognized from."""
+        return list(itertools.islice(self.rows, LOOK_AT))
+
+
+def load_rows(source: DataSource, *, streaming: bool = False, split: str | None = None) -> RowSource:
+    """Finds a source, whatever its rows are.
+
+    Args:
+        source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
+        streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
+        split: another split than the source names.
+
+    Raises:
+        UserError: there is no such source, or it cannot be reached or read.
+    """
+    split = split or source.split
+    path = Path(source.name).expanduser()
+    if source.name.startswith(demo.PREFIX):
+        return _find_demo(source, split)
+    if path.exists():
+        return _find_local(source, path, split)
+    if _looks_local(source.name):
+        raise files.missing_file(source.name)
+    return _find_hub(source, split, streaming)
+
+
 def load_text(source: DataSource, *, streaming: bool = False, split: str | None = None) -> TextSource:
     """Finds a text source and its text column.
 
@@ -116,28 +163,22 @@ def load_text(source: DataSource, *, streaming: bool = False, split: str | None 
     Raises:
         UserError: there is no such source, it cannot be reached or read, or its text column is not clear.
     """
-    split = split or source.split
-    path = Path(source.name).expanduser()
-    if source.name.startswith(demo.PREFIX):
-        return _load_demo(source, split)
-    if path.exists():
-        return _load_local(source, path, split)
-    if _looks_local(source.name):
-        raise files.missing_file(source.name)
-    return _load_hub(source, split, streaming)
+    found = load_rows(source, streaming=streaming, split=split)
+    column = choose_column(source, found.first())
+    identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
+    return TextSource(source.name, found.select(column), column, identity, found.size, found.splits)
 
 
-def _load_demo(source: DataSource, split: str) -> TextSource:
+def _find_demo(source: DataSource, split: str) -> RowSource:
     from datasets import IterableDataset
 
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_demo_rows, gen_kwargs={"shards": shards})
-    column = choose_column(source, itertools.islice(_demo_rows(shards[:1]), 1))
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    return TextSource(source.name, rows, column, identity, sum(shard.size for shard in shards), demo.SPLITS)
+    return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
 
 
-def _load_local(source: DataSource, path: Path, split: str) -> TextSource:
+def _find_local(source: DataSource, path: Path, split: str) -> RowSource:
     from datasets import IterableDataset
 
     if source.subset:
@@ -148,26 +189,23 @@ def _load_local(source: DataSource, path: Path, split: str) -> TextSource:
     if sum(file.stat().st_size for file in found) == 0:
         raise UserError(f"{source.name}: the file is empty")
     shards = files.shards_of(found)
-    column = choose_column(source, itertools.islice(_file_rows(shards, None), LOOK_AT))
-    rows = IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": shards, "column": column})
-    identity = {
-        "files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found],
-        "column": column,
-    }
+
+    def select(column: str | None) -> IterableDataset:
+        return IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": shards, "column": column})
+
+    identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     plain = all(shard.format in ("txt", "json", "jsonl", "csv") and not shard.path.endswith(".gz") for shard in shards)
     size = sum(file.stat().st_size for file in found) if plain else None
-    return TextSource(source.name, rows, column, identity, size, tuple(sorted(splits)))
+    return RowSource(source.name, select(None), identity, tuple(sorted(splits)), size, select)
 
 
-def _load_hub(source: DataSource, split: str, streaming: bool) -> TextSource:
+def _find_hub(source: DataSource, split: str, streaming: bool) -> RowSource:
     import datasets
 
     try:
         data = datasets.load_dataset(source.name, source.subset, split=split, streaming=streaming)
         rows = data if streaming else data.to_iterable_dataset(num_shards=min(64, max(1, len(data))))
-        column = choose_column(source, itertools.islice(rows, LOOK_AT))
-    except UserError:
-        raise
+        next(iter(rows), None)  # a stream is reached only now
     except ConnectionError as error:
         raise UserError(
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
@@ -178,15 +216,14 @@ def _load_hub(source: DataSource, split: str, streaming: bool) -> TextSource:
     except OSError as error:  # most of all a disk that is too small
         hint = "" if streaming else "; streaming: true reads it without a copy on disk"
         raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}{hint}") from None
-    rows = rows.select_columns([column])
     identity = {
         "hub": source.name,
         "subset": source.subset,
         "split": split,
-        "column": column,
         "content": None if streaming else data._fingerprint,
     }
-    return TextSource(source.name, rows, column, identity, None, tuple(data.info.splits or (split,)))
+    splits = tuple(data.info.splits or (split,))
+    return RowSource(source.name, rows, identity, splits, None, lambda column: rows.select_columns([column]))
 
 
 def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
@@ -212,14 +249,15 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
     for name in (*TEXT_COLUMNS, *(textual if len(textual) == 1 else ())):
         if str in kinds.get(name, ()):
             return name
+    if "messages" in kinds or "conversations" in kinds:
+        raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")
     why = f"several could be ({', '.join(textual)})" if textual else "none holds text"
     raise UserError(f"{source.name}: cannot tell which column is the text: {why}; set column: ... ({found})")
 
 
 def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        for text in demo.read_shard(shard):
-            yield {"text": text}
+        yield from demo.read_shard(shard)
 
 
 def _file_rows(shards: list[files.Shard], column: str | None) -> Iterator[dict[str, Any]]:

@@ -58,6 +58,11 @@ class Settings(BaseModel):
     inapplicable: ClassVar[dict[str, str]] = {}
     """Keys of the seeds that cannot mean anything here, and why: accepted from a file only, with one warning."""
 
+    @classmethod
+    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns a layer's values with keys that have no field of their own put into this class's words."""
+        return values
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""
         named = ((setting.marker(Trl), setting.of(self)) for setting in fields_of(type(self)))

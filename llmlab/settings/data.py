@@ -71,7 +71,7 @@ ValidationDatasets = Annotated[
 
 
 class DataSettings(Settings):
-    """The text corpora of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
+    """The data sets of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
 
     panel: ClassVar[str] = "Data"
 
@@ -79,6 +79,11 @@ class DataSettings(Settings):
     validation_datasets: ValidationDatasets = None
     validation_fraction: ValidationFraction = 0.01
     allow_dropped: AllowDropped = 0.05
-    streaming: Streaming = False
     num_proc: NumProc = None
     cache_dir: CacheDir = None
+
+
+class TextDataSettings(DataSettings):
+    """Plain text, which may also be read as it comes."""
+
+    streaming: Streaming = False

@@ -1,6 +1,6 @@
 """Where and in which arithmetic a stage runs; what the machine has is probed by `llmlab.hardware`."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Settings
@@ -13,6 +13,18 @@ class HardwareSettings(Settings):
 
     device: v.Device = "auto"
     dtype: v.Dtype = "auto"
+    tf32: v.Tf32 = None
     compile: v.Compile = "auto"
     gradient_checkpointing: v.GradientCheckpointing = False
     dataloader_num_workers: v.DataloaderNumWorkers = 0
+
+    @classmethod
+    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Reads the RL guide's `bf16` and `fp16` ("use BF16 if available", "fallback if no BF16") as a dtype."""
+        if not {"bf16", "fp16"} & set(values) or "dtype" in values:
+            return super().translate(values)
+        bf16, fp16 = values.get("bf16"), values.get("fp16")
+        rest = {key: value for key, value in values.items() if key not in ("bf16", "fp16")}
+        if bf16 is None and fp16 is False:
+            return super().translate(rest)
+        return super().translate({**rest, "dtype": "auto" if bf16 else "fp16" if fp16 else "fp32"})

@@ -6,13 +6,13 @@ from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias
-from llmlab.settings.data import DataSettings
+from llmlab.settings.data import TextDataSettings
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.optimizer import OptimizerSettings
 
 
-class PretrainSettings(HardwareSettings, OptimizerSettings, DataSettings):
+class PretrainSettings(HardwareSettings, OptimizerSettings, TextDataSettings):
     """Train a decoder from nothing, or further, on plain text."""
 
     panel: ClassVar[str] = "Training"

@@ -2,11 +2,11 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Alias, Trl
+from llmlab.settings.base import Trl
 from llmlab.settings.data import Datasets, DataSettings, DataSource
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
@@ -17,48 +17,46 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
     """Teach a base model to follow instructions and to hold a conversation."""
 
     panel: ClassVar[str] = "Training"
+    inapplicable: ClassVar[dict[str, str]] = {
+        **LoraSettings.inapplicable,
+        "streaming": "every row is proven before the first step, so sources are read whole",
+    }
 
-    policy_checkpoint: Annotated[str, Alias("model_name_or_path", "base_model", "init_from")] = Field(
-        "runs/pretrain", description="What to fine-tune: a run folder, a hub id, or a folder of LoRA adapters."
-    )
-    datasets: Datasets = [DataSource(name="HuggingFaceTB/smoltalk2")]
+    policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"
+    datasets: Datasets = [DataSource(name="HuggingFaceTB/smoltalk2", subset="SFT")]
+    validation_fraction: v.ValidationFraction = 0.05
     output_dir: v.OutputDir = "sft_checkpoints"
     batch_size: v.BatchSize = 4
     gradient_accumulation_steps: v.GradientAccumulationSteps = 16
     max_steps: v.MaxSteps = 5000
-    epochs: Annotated[float | None, Gt(0), Trl("num_train_epochs"), Alias("num_epochs")] = Field(
-        None, description="Passes over the data, instead of max_steps."
-    )
+    epochs: v.Epochs = None
     learning_rate: v.LearningRate = 5e-6
     weight_decay: v.WeightDecay = 0.01
     max_grad_norm: v.MaxGradNorm = 1.0
     warmup_steps: v.WarmupSteps = 100
-    max_seq_len: Annotated[int, Gt(1), Trl("max_length"), Alias("max_seq_length")] = Field(
-        1024, description="Longest row in tokens; longer ones are cut, counted and reported."
-    )
+    max_seq_len: v.MaxSeqLen = 1024
     packing: Annotated[bool, Trl("packing")] = Field(
         False, description="Put several conversations into one row; they never see each other."
     )
     loss_on: Literal["assistant", "completion", "all"] = Field(
         "assistant", description="Tokens that are trained: the assistant's turns, only the last one, or everything."
     )
-    log_every: v.LogEvery = 10
-    save_every: Annotated[int, Gt(0), Alias("save_steps", "save_interval")] = Field(
-        500, description="Steps between two checkpoints, where save_best_only is off."
+    chat_template: v.ChatTemplate = None
+    allow_truncated: Annotated[float, Ge(0), Le(1)] = Field(
+        0.05,
+        description="Share of rows that may lose all trained tokens to max_seq_len before a run refuses to start.",
     )
+    log_every: v.LogEvery = 10
+    save_every: v.SaveEvery = 500
     eval_every: v.EvalEvery = 500
     eval_steps: v.EvalSteps = 50
     save_best_only: v.SaveBestOnly = True
     save_total_limit: v.SaveTotalLimit = 2
-    allow_truncated: Annotated[float, Ge(0)] = Field(
-        0.05,
-        description="Share of rows that may lose all trained tokens to max_seq_len before the run refuses to start.",
-    )
     seed: v.Seed = 42
     trainer_args: v.TrainerArgs = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def check_adapters(self) -> "SFTSettings":
-        if self.lora_preset == "custom" and not self.lora_target_modules:
-            raise v.conflict("lora_preset = custom needs lora_target_modules", "lora_preset", "lora_target_modules")
+    def check_length(self) -> "SFTSettings":
+        if self.epochs is not None and "max_steps" in self.model_fields_set:
+            raise v.conflict("epochs and max_steps both say how long to train; keep one", "epochs", "max_steps")
         return self

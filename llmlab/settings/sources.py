@@ -138,7 +138,7 @@ def _canonical(
             take(f"{key}.{inner}", value, nested.where(str(inner)), from_group_file=True)
 
     # whole groups first: a key beside them is more specific than what their file says
-    for key, value in sorted(layer.values.items(), key=lambda item: item[0] not in groups):
+    for key, value in sorted(stage.translate(layer.values).items(), key=lambda item: item[0] not in groups):
         take(str(key), value, layer.where(str(key)))
     return found
 

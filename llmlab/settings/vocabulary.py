@@ -91,6 +91,14 @@ GradientCheckpointing = Annotated[
     Field(description="Recompute activations in the backward pass: about a third slower, much less memory."),
 ]
 
+Epochs = Annotated[
+    float | None,
+    Gt(0),
+    Trl("num_train_epochs"),
+    Alias("num_epochs"),
+    Field(description="Passes over the training rows, instead of max_steps."),
+]
+
 # Rhythm -----------------------------------------------------------------------------------------------------------
 
 LogEvery = Annotated[
@@ -103,6 +111,12 @@ EvalEvery = Annotated[
     Field(description="Steps between two evaluations on the validation data."),
 ]
 EvalSteps = Annotated[int, Gt(0), Field(description="Validation batches in one evaluation.")]
+SaveEvery = Annotated[
+    int,
+    Gt(0),
+    Alias("save_steps", "save_interval"),
+    Field(description="Steps between two checkpoints, where save_best_only is off or nothing validates."),
+]
 SaveBestOnly = Annotated[
     bool,
     Field(
@@ -116,11 +130,20 @@ SaveTotalLimit = Annotated[
 
 # Machine ----------------------------------------------------------------------------------------------------------
 
+PolicyCheckpoint = Annotated[
+    str,
+    Alias("model_name_or_path", "base_model", "init_from"),
+    Field(min_length=1, description="What to train: a run folder, a hub id, or a folder of LoRA adapters."),
+]
 Seed = Annotated[int, Ge(0), Trl("seed"), Field(description="Seed of weights, data order and dropout.")]
 OutputDir = Annotated[str, Trl("output_dir"), Field(description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     Field(description="Arithmetic: auto is bf16 where the device has it, fp16 on older CUDA, else fp32."),
+]
+Tf32 = Annotated[
+    bool | None,
+    Field(description="TF32 products on CUDA devices that have them; none leaves torch's choice."),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda", "mps"],
@@ -139,6 +162,23 @@ DataloaderNumWorkers = Annotated[
 TrainerArgs = Annotated[
     dict[str, Any],
     Field(description="Any further field of the underlying TRL or Transformers configuration, checked by name."),
+]
+
+# Conversations ----------------------------------------------------------------------------------------------------
+
+MaxSeqLen = Annotated[
+    int,
+    Gt(1),
+    Trl("max_length"),
+    Alias("max_seq_length"),
+    Field(description="Longest row in tokens; longer ones are cut, counted and reported."),
+]
+ChatTemplate = Annotated[
+    str | None,
+    Field(
+        description="How conversations are written: chatml, or a Jinja file; none keeps the tokenizer's own template, "
+        "and takes chatml where there is none."
+    ),
 ]
 
 # Data -------------------------------------------------------------------------------------------------------------

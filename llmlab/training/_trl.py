@@ -3,10 +3,20 @@
 A name is here because no public one serves; what it is for stands beside it.
 """
 
+from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
+
 PRIVATE_NAMES = {
     # restoring only weights and step count when a run switches its optimizer
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
+
+
+def show_head_bias(model: PeftModel) -> None:
+    """Lets TRL's loss, which reads weight and bias off the output head, read PEFT's wrapper of trained rows too."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        object.__setattr__(head, "bias", head.original_module.bias)  # not a second parameter of the module
 
 
 class SwitchableOptimizer:

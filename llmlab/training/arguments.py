@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from llmlab.hardware import Hardware
-from llmlab.settings.base import Settings, Trl, fields_of
+from llmlab.settings.base import Settings, spellings_of
 from llmlab.settings.errors import SettingsError, did_you_mean
 
 C = TypeVar("C")
@@ -18,6 +18,21 @@ SCHEDULERS = {
     "cosine": ("cosine", {}),
     "linear": ("linear", {}),
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
+}
+
+# fields of the trainer's configuration that a setting of another form decides
+OURS = {
+    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "dtype"),
+    **dict.fromkeys(("use_cpu", "no_cuda"), "device"),
+    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "optimizer"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "compile"),
+    **dict.fromkeys(("load_best_model_at_end", "save_strategy", "metric_for_best_model"), "save_best_only"),
+    **dict.fromkeys(("eval_strategy", "eval_on_start", "do_eval"), "eval_every"),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "loss_on"),
+    **dict.fromkeys(("chat_template_path", "eos_token"), "chat_template"),
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "datasets"),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "policy_checkpoint"),
+    "truncation_mode": "max_seq_len (rows lose their end)",
 }
 
 
@@ -47,6 +62,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "lr_scheduler_kwargs": scheduler_kwargs,
                 "bf16": hardware.dtype == "bf16",
                 "fp16": hardware.dtype == "fp16",
+                "tf32": settings.tf32 if hardware.device == "cuda" else None,
                 "use_cpu": hardware.device == "cpu",
                 "dataloader_pin_memory": hardware.device == "cuda",
                 "report_to": "none",
@@ -61,9 +77,31 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
         )
 
 
+def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
+    """Returns when the trainer evaluates; `Rhythm` decides when it saves.
+
+    Args:
+        settings: with `eval_every` and `save_best_only`.
+        evaluates: whether there is validation data.
+    """
+    # `Rhythm` asks for saves itself; load_best_model_at_end wants a multiple of the evaluations' steps all the same
+    never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
+    if not evaluates:
+        return {**never, "eval_strategy": "no"}
+    return {
+        **never,
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_every,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "load_best_model_at_end": settings.save_best_only,
+    }
+
+
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
-    covered = {setting.marker(Trl).name: setting.key for setting in fields_of(type(settings)) if setting.marker(Trl)}
+    covered = {name: setting.key for name, setting in spellings_of(type(settings)).items()}
+    covered = {**{name: word for name, word in OURS.items() if word.split()[0] in covered}, **covered}
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     problems = []
     for name in settings.trainer_args:

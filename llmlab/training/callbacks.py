@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmlab.settings.files import write_atomically
-from llmlab.training.record import RunRecord
+from llmlab.training.record import RunRecord, read_metrics
 
 STREAM_STATE = "stream_state.json"
+NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
 class Rhythm(TrainerCallback):
@@ -26,11 +27,13 @@ class Rhythm(TrainerCallback):
     Args:
         best_only: save only when the validation loss improves (the seed's `save_best_only`).
         evaluates: whether there is validation data.
+        save_every: steps between two saves where it is not only the best that is saved; None saves at evaluations.
     """
 
-    def __init__(self, *, best_only: bool, evaluates: bool):
-        self.best_only = best_only
+    def __init__(self, *, best_only: bool, evaluates: bool, save_every: int | None = None):
+        self.best_only = best_only and evaluates
         self.evaluates = evaluates
+        self.save_every = None if self.best_only else save_every
         self.interrupted = False
 
     def on_step_end(
@@ -41,7 +44,7 @@ class Rhythm(TrainerCallback):
             control.should_evaluate = True
         if self.interrupted:
             control.should_training_stop = True
-        if last or self.interrupted:
+        if last or self.interrupted or (self.save_every and state.global_step % self.save_every == 0):
             control.should_save = True
         return control
 
@@ -54,7 +57,7 @@ class Rhythm(TrainerCallback):
         **kwargs: Any,
     ) -> TrainerControl:
         best = math.inf if state.best_metric is None else state.best_metric
-        if metrics["eval_loss"] < best or not self.best_only:
+        if metrics["eval_loss"] < best if self.best_only else self.save_every is None:
             control.should_save = True
         return control
 
@@ -132,11 +135,25 @@ class StreamPosition(TrainerCallback):
 
 
 class MetricsLog(TrainerCallback):
-    """Writes every log event of the trainer into the run's record."""
+    """Writes every log event of the trainer into the run's record.
 
-    def __init__(self, record: RunRecord, tokens_per_step: int):
+    Args:
+        record: of the run.
+        tokens_per_step: where every row has the same length; None takes the trainer's own count, `num_tokens`.
+    """
+
+    def __init__(self, record: RunRecord, tokens_per_step: int | None):
         self.record = record
         self.tokens_per_step = tokens_per_step
+        self.tokens = 0
+        self.tokens_before = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # resumed: the trainer counts its tokens from nothing again
+            lines = read_metrics(self.record.folder)
+            self.tokens_before = self.tokens = lines[-1]["tokens"] if lines else 0
 
     def on_log(
         self,
@@ -146,6 +163,10 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        metrics = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+        metrics = {name: value for name, value in logs.items() if name not in NOT_METRICS}
+        if self.tokens_per_step is not None:
+            self.tokens = state.global_step * self.tokens_per_step
+        elif "num_tokens" in logs:
+            self.tokens = self.tokens_before + int(logs["num_tokens"])
         if "train_runtime" not in metrics:  # the trainer's closing summary is not an event of a step
-            self.record.log(state.global_step, state.global_step * self.tokens_per_step, metrics)
+            self.record.log(state.global_step, self.tokens, metrics)

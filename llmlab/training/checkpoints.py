@@ -53,12 +53,14 @@ def remove_partial(run: Path) -> list[Path]:
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary folder, then moves its files into the run folder one rename each."""
+    """Lets `write` fill a temporary folder, then moves what is in it into the run folder, one rename each."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
         write(temporary)
         for path in sorted(temporary.iterdir()):
+            if path.is_dir() and (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)  # only files are replaced in one rename
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary)

@@ -91,6 +91,20 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(backend=keep_products_only, dynamic=False)
 
 
+def compile_dynamic(model: torch.nn.Module, device_type: str) -> None:
+    """Compiles each decoder layer in place for batches of changing length.
+
+    Raises:
+        UserError: what compiling needs is not installed, or the model's layers are not where they are looked for.
+    """
+    decide_compile(True, device_type=device_type, steps=0, tokens_per_step=0, parameters=0)
+    layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
+    if layers is None:
+        raise UserError("compile = true: this architecture has no list of 'layers' to compile; leave it off")
+    for layer in layers.children():
+        layer.compile(dynamic=True)
+
+
 def keep_products_only(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Compiles a graph as `inductor` does, but keeps only products and attention for the backward pass.
 

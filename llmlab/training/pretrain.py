@@ -32,37 +32,23 @@ from llmlab.model import (
     new_model,
     to_llmlab,
 )
-from llmlab.optim.build import build_optimizer, check_supported
-from llmlab.optim.sophia import estimate_hessian_if_due
+from llmlab.optim.build import check_supported
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
-from llmlab.training._trl import SwitchableOptimizer
-from llmlab.training.arguments import build_arguments
+from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
 from llmlab.training.compile import compile_layers, decide_compile
 from llmlab.training.failures import check_disk, failures_recorded
+from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
 
 
-class PretrainTrainer(SwitchableOptimizer, Trainer):
+class PretrainTrainer(OurOptimizers, Trainer):
     """Transformers' Trainer with llmlab's optimizers and a loss without full logits."""
-
-    def __init__(self, settings: PretrainSettings, *, load_optimizer: bool = True, **kwargs: Any):
-        self.settings = settings
-        self.load_optimizer = load_optimizer
-        super().__init__(**kwargs)
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            settings = self.settings
-            self.optimizer = build_optimizer(
-                model or self.model, settings, learning_rate=settings.lr, weight_decay=settings.weight_decay
-            )
-        return self.optimizer
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "return_logits": False}, *args, **kwargs)
@@ -77,14 +63,6 @@ class PretrainTrainer(SwitchableOptimizer, Trainer):
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # else starting to iterate draws from the state that resuming just restored
         )
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        # before the micro-batches, which other processes do not see until the last one of a step
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        if batches:
-            inputs = self._prepare_inputs(batches[0])
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.settings.seed)
-        return batches, items
 
 
 def pretrain(
@@ -152,7 +130,10 @@ def pretrain(
         tokens_per_step=tokens_per_step // process.num_processes,
         parameters=size.total,
     )
-    rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
+    evaluates = corpus.validation is not None
+    rhythm = Rhythm(
+        best_only=settings.save_best_only, evaluates=evaluates, save_every=None if evaluates else settings.eval_every
+    )
     progress = ProgressLine(
         console,
         tokens_per_step=tokens_per_step,
@@ -235,18 +216,6 @@ def complete_shape(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBas
 
 def trainer_arguments(settings: PretrainSettings, hardware: Hardware, corpus: Corpus) -> TrainingArguments:
     """Returns the arguments of Transformers' Trainer for these settings on this machine."""
-    evaluates = corpus.validation is not None
-    if evaluates:
-        # saves are decided by `Rhythm`, at evaluations; load_best_model_at_end wants a multiple of them all the same
-        rhythm = {
-            "eval_strategy": "steps",
-            "eval_steps": settings.eval_every,
-            "save_steps": settings.eval_every * 10**6,
-        }
-        rhythm |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-        rhythm |= {"load_best_model_at_end": settings.save_best_only}
-    else:
-        rhythm = {"eval_strategy": "no", "save_steps": settings.eval_every}
     return build_arguments(
         TrainingArguments,
         settings,
@@ -255,9 +224,8 @@ def trainer_arguments(settings: PretrainSettings, hardware: Hardware, corpus: Co
         train_sampling_strategy="sequential",  # the rows come in the mixture's own order
         ignore_data_skip=settings.streaming,  # a stream goes on from its saved position
         remove_unused_columns=False,
-        save_strategy="steps",
         prediction_loss_only=True,
-        **rhythm,
+        **rhythm_arguments(settings, evaluates=corpus.validation is not None),
     )
 
 

@@ -4,11 +4,13 @@ On a terminal the line is redrawn in place; elsewhere every log event prints a l
 """
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,16 +38,25 @@ def human(number: float, unit: str = "") -> str:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps Transformers' notices and bars off the screen while our own line tells the same."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Keeps the libraries' notices and bars off the screen while our own line tells the same."""
+    level, bars, data_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if data_bars:
+            enable_progress_bars()
 
 
 class ProgressLine(TrainerCallback):
@@ -53,13 +64,13 @@ class ProgressLine(TrainerCallback):
 
     Args:
         console: where to print.
-        tokens_per_step: tokens that one update consumes on all processes.
+        tokens_per_step: tokens that one update consumes on all processes; None takes the trainer's own count.
         flops_per_token: forward and backward; None leaves MFU out.
         peak_flops: of all devices together; None leaves MFU out.
     """
 
     def __init__(
-        self, console: Console, *, tokens_per_step: int, flops_per_token: float | None, peak_flops: float | None
+        self, console: Console, *, tokens_per_step: int | None, flops_per_token: float | None, peak_flops: float | None
     ):
         self.console = console
         self.tokens_per_step = tokens_per_step
@@ -68,6 +79,7 @@ class ProgressLine(TrainerCallback):
         self.training_seconds = 0.0
         self.logged_seconds = 0.0
         self.logged_step = 0
+        self.logged_tokens = 0.0
         self._step_began = 0.0
         self._best = float("inf")
         self._values: dict[str, float] = {}
@@ -118,7 +130,9 @@ class ProgressLine(TrainerCallback):
             return
         steps, seconds = state.global_step - self.logged_step, self.training_seconds - self.logged_seconds
         self.logged_step, self.logged_seconds = state.global_step, self.training_seconds
-        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
+        tokens = steps * self.tokens_per_step if self.tokens_per_step else logs["num_tokens"] - self.logged_tokens
+        self.logged_tokens += tokens
+        rate = tokens / max(seconds, 1e-9)
         logs["tokens_per_second"] = round(rate, 1)
         parts = [
             f"loss {logs['loss']:.4f}",

@@ -13,7 +13,7 @@ from llmlab.training.record import read_record
 MAY_CHANGE = {
     *("max_steps", "output_dir", "log_every", "eval_every", "eval_steps", "save_best_only", "save_total_limit"),
     *("device", "dtype", "compile", "gradient_checkpointing", "dataloader_num_workers", "num_proc", "cache_dir"),
-    *("trainer_args", "allow_dropped"),
+    *("trainer_args", "allow_dropped", "allow_truncated", "epochs", "save_every", "tf32"),
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
 
@@ -49,6 +49,6 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> P
     if problems:
         raise SettingsError(problems)
     step = checkpoints.saved_step(checkpoint)
-    if step >= settings.max_steps:  # type: ignore[attr-defined]
+    if getattr(settings, "epochs", None) is None and step >= settings.max_steps:  # type: ignore[attr-defined]
         raise UserError(f"--resume {run}: it already is at step {step}; give a larger max_steps to extend it")
     return checkpoint

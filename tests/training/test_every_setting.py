@@ -1,12 +1,15 @@
 """An option that is accepted has an effect: each setting is flipped, and something that is built must differ."""
 
 import hashlib
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 
-from llmlab.data import build_corpus, load_tokenizer
+from llmlab.data import build_corpus, instructions, load_tokenizer
 from llmlab.data import corpus as corpus_module
 from llmlab.data.mixture import Mixture
 from llmlab.hardware import probe
@@ -14,14 +17,16 @@ from llmlab.model import build_config, new_model
 from llmlab.optim.build import build_optimizer
 from llmlab.settings.base import Setting, When, fields_of
 from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.sft import SFTSettings
 from llmlab.training import pretrain as stage
+from llmlab.training import sft as sft_stage
+from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import Rhythm
 from llmlab.training.compile import decide_compile
+from llmlab.training.policy import load_policy
 
-SETTINGS = fields_of(PretrainSettings)
 
-
-def other_value(setting: Setting, folder, corpus_file):
+def other_value(setting: Setting, folder, corpus_file, **special):
     """Returns a valid value that is not the one in use."""
     special = {
         "datasets": [{"name": str(corpus_file), "weight": 1.0}, {"name": "demo/stories", "weight": 3.0}],
@@ -41,6 +46,8 @@ def other_value(setting: Setting, folder, corpus_file):
         "compile": False,
         "allow_dropped": 0.5,
         "dtype": "bf16",
+        "tf32": True,
+        **special,
     }
     if setting.key in special:
         return special[setting.key]
@@ -109,9 +116,13 @@ def iter_rows(train):
 
 # device and init_from choose what is built at all, and have tests of their own in test_hardware and test_pretrain
 @pytest.mark.parametrize(
-    "setting", [s for s in SETTINGS if s.key not in ("device", "init_from")], ids=lambda setting: setting.key
+    "setting",
+    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32")],
+    ids=lambda setting: setting.key,
 )
-def test_each_setting_has_an_effect(setting, settings, corpus_file, tokenizer_folder, tmp_path, monkeypatch):
+def test_each_pretraining_setting_has_an_effect(
+    setting, settings, corpus_file, tokenizer_folder, tmp_path, monkeypatch
+):
     shutil.copytree(tokenizer_folder, tmp_path / "copy")
     monkeypatch.setattr("llmlab.training.compile.missing_tool", lambda device_type: None)
     monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
@@ -129,3 +140,109 @@ def test_each_setting_has_an_effect(setting, settings, corpus_file, tokenizer_fo
     after = digest(after, monkeypatch)
     differing = [name for name in before if before[name] != after[name]]
     assert differing, f"{setting.key} = {value} changes nothing that is built"
+
+
+def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
+    """The same for fine-tuning: the policy, its rows and its trainer."""
+    folders = []
+    original = instructions.cache_folder
+    monkeypatch.setattr(instructions, "cache_folder", lambda folder: folders.append(folder) or original(folder))
+    workers = []
+    render = Dataset.map
+    monkeypatch.setattr(
+        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
+    )
+    monkeypatch.setattr(instructions, "WORTH_PROCESSES", 1)
+    torch.manual_seed(settings.seed)
+    hardware = probe("cpu", settings.dtype)
+    policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
+    data = instructions.build_instructions(
+        settings,
+        policy.tokenizer,
+        max_seq_len=settings.max_seq_len,
+        loss_on=settings.loss_on,
+        allow_truncated=settings.allow_truncated,
+        seed=settings.seed,
+        stops=policy.stops,
+        validation_rows=settings.eval_steps * settings.batch_size,
+    )
+    monkeypatch.undo()
+    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    arguments = sft_stage.trainer_arguments(settings, hardware, evaluates=True).to_dict()
+    adapters = [str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]
+    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
+    return {
+        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
+        "names": str(named),
+        "adapters": str(adapters),
+        "template": policy.tokenizer.chat_template,
+        "train": str(data.train[:]),
+        "validation": str(None if data.validation is None else data.validation[:]),
+        "cache": str((folders, workers)),
+        "optimizer": str((type(optimizer), groups)),
+        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
+        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+    }
+
+
+# these are read in `sft` itself or only decide whether it refuses; test_sft and test_instructions show their effect
+OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32")
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s in fields_of(SFTSettings) if s.key not in OF_SFT_ITSELF], ids=lambda setting: setting.key
+)
+def test_each_fine_tuning_setting_has_an_effect(
+    setting, sft_settings, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    template = tmp_path / "other.jinja"
+    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
+    (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
+    turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(json.dumps({"messages": turns, "k": k}) + "\n" for k in range(60)))
+    changes = {"save_best_only": False} if setting.key == "save_every" else {}
+    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+    if setting.key == "lora_target_modules":
+        conditions = {"use_lora": True, "lora_preset": "custom"}
+        changes = {"lora_target_modules": ["q_proj"]}
+    before = sft_settings(datasets=[{"name": str(both)}], **{**conditions, **changes})
+    value = other_value(
+        setting,
+        tmp_path,
+        chat_file,
+        datasets=[{"name": str(chat_file)}],
+        validation_datasets=[{"name": str(tmp_path / "more.jsonl")}],
+        policy_checkpoint=str(wide_base_folder),
+        lora_preset="all",
+        lora_target_modules=["k_proj"],
+        modules_to_save=["norm"],
+        lora_bias="all",
+        chat_template=str(template),
+        max_seq_len=40,
+        loss_on="completion",
+        epochs=2.0,
+        validation_fraction=0.5,
+        eval_steps=1,
+        num_proc=2,
+        dataloader_num_workers=1,
+    )
+    given = {name: getattr(before, name) for name in before.model_fields_set}
+    if setting.key == "epochs":
+        del given["max_steps"]
+    first = digest_sft(before, pytest.MonkeyPatch())
+    second = digest_sft(SFTSettings(**{**given, setting.name: value}), pytest.MonkeyPatch())
+    assert [name for name in first if first[name] != second[name]], f"{setting.key} = {value} changes nothing"
+
+
+def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):
+    monkeypatch.setattr("llmlab.training.arguments.checked_trainer_args", lambda config, settings: {})
+    seen = []
+    hardware = probe("cpu", "fp32")
+    for device in ("cpu", "cuda"):
+        build_arguments(
+            lambda **values: seen.append(values["tf32"]), sft_settings(tf32=True), replace(hardware, device=device)
+        )
+    assert seen == [None, True]

@@ -2,13 +2,12 @@
 
 import json
 import math
-import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training import pretrain as stage
@@ -44,24 +43,6 @@ def seen(monkeypatch):
     return rows
 
 
-def interrupt_after(monkeypatch, step):
-    """Lets a run be interrupted as Ctrl+C does, in the middle of the step after `step`."""
-
-    class CtrlC(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == step - 1:
-                signal.raise_signal(signal.SIGINT)
-
-    original = stage.PretrainTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(CtrlC())
-
-    monkeypatch.setattr(stage.PretrainTrainer, "__init__", init)
-    return lambda: monkeypatch.setattr(stage.PretrainTrainer, "__init__", original)
-
-
 @pytest.mark.parametrize("optimizer", LEARNS)
 def test_each_optimizer_learns(settings, quiet, optimizer):
     rate, enough = LEARNS[optimizer]
@@ -93,14 +74,14 @@ def test_the_run_folder_is_a_transformers_folder_with_a_record(settings, quiet):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
-def test_twice_interrupted_is_as_if_never(settings, quiet, seen, monkeypatch, tmp_path, streaming):
+def test_twice_interrupted_is_as_if_never(settings, quiet, seen, interrupt_after, tmp_path, streaming):
     make = lambda name: settings(streaming=streaming, model={"dropout": 0.1}, output_dir=str(tmp_path / name))  # noqa: E731
     whole = pretrain(make("whole"), console=quiet)
     expected, rows = losses(whole.folder), list(seen)
     seen.clear()
     folder = tmp_path / "parts"
     for step, resume in ((7, None), (13, folder)):
-        undo = interrupt_after(monkeypatch, step)
+        undo = interrupt_after(stage.PretrainTrainer, step)
         with pytest.raises(KeyboardInterrupt):
             pretrain(make("parts"), resume=resume, console=quiet)
         undo()
@@ -116,10 +97,10 @@ def test_twice_interrupted_is_as_if_never(settings, quiet, seen, monkeypatch, tm
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "lion", "sophia", "muon"])
-def test_every_optimizers_state_survives_resuming(settings, quiet, monkeypatch, tmp_path, optimizer):
+def test_every_optimizers_state_survives_resuming(settings, quiet, interrupt_after, tmp_path, optimizer):
     make = lambda name: settings(optimizer=optimizer, max_steps=8, output_dir=str(tmp_path / name))  # noqa: E731
     expected = losses(pretrain(make("whole"), console=quiet).folder)
-    undo = interrupt_after(monkeypatch, 3)
+    undo = interrupt_after(stage.PretrainTrainer, 3)
     with pytest.raises(KeyboardInterrupt):
         pretrain(make("parts"), console=quiet)
     undo()

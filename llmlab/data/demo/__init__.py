@@ -1,25 +1,36 @@
 """Corpora that llmlab generates itself, so that a first run and the tests need no network: `demo/<name>`.
 
-Each name has a train and a validation split that share no story, the same for everyone: a demo corpus is data with a
-name, so its seed is not the training seed.  Its grammar is in the module of its name.
+Each name has a train and a validation split that share no story and no conversation, the same for everyone: a demo
+corpus is data with a name, so its seed is not the training seed.  Its grammar is in the module of its name.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from llmlab.data.demo.stories import tell
+from llmlab.data.demo import chat, stories
 from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
-CORPORA = {"stories": tell}
 SPLITS = ("train", "validation")
 VERSION = 1  # of the text: raise it with every change that alters what is generated
 
-DEFAULT_BYTES = 6_000_000
 VALIDATION_SHARE = 0.05
 CHUNK_BYTES = 250_000
+
+
+class DemoCorpus(NamedTuple):
+    """How a row of `demo/<name>` is written for a split, and how many bytes there are where none are asked for."""
+
+    write_row: Callable[..., dict[str, Any]]
+    default_bytes: int
+
+
+CORPORA = {
+    "stories": DemoCorpus(stories.write_row, 6_000_000),
+    "chat": DemoCorpus(chat.write_row, 2_000_000),
+}
 
 
 class DemoShard(NamedTuple):
@@ -36,9 +47,9 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
 
     Args:
-        name: `demo/stories`.
+        name: `demo/stories` or `demo/chat`.
         split: `train` or `validation` (a twentieth of the size).
-        size: bytes of text to generate, as in `2MB`; None is 6 MB.
+        size: bytes of text to generate, as in `2MB`; None is the corpus' own size.
         seed: another seed is another corpus.
 
     Raises:
@@ -50,7 +61,7 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
         raise UserError(f"{name}: there is no such demo corpus{did_you_mean(corpus, CORPORA)} (there is {known})")
     if split not in SPLITS:
         raise UserError(f"{name}: split = {split}: expected one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
-    total = DEFAULT_BYTES if size is None else _parse_size(name, size)
+    total = CORPORA[corpus].default_bytes if size is None else _parse_size(name, size)
     if split == "validation":
         total = max(1, int(total * VALIDATION_SHARE))
     return [
@@ -59,14 +70,20 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     ]
 
 
-def read_shard(shard: DemoShard) -> Iterator[str]:
-    """Yields the documents of one part: about its share of bytes, never less than one document."""
+def read_shard(shard: DemoShard) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one part: about its share of bytes, never less than one row."""
     random = Random(f"{shard.corpus}/{shard.seed}/{shard.split}/{shard.chunk}")
     written = 0
     while written < shard.size:
-        story = CORPORA[shard.corpus](random, validation=shard.split == "validation")
-        written += len(story)
-        yield story
+        row = CORPORA[shard.corpus].write_row(random, validation=shard.split == "validation")
+        written += _text_length(row)
+        yield row
+
+
+def _text_length(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return len(value) if isinstance(value, str) else sum(map(_text_length, value))
 
 
 def _parse_size(name: str, size: str) -> int:

@@ -20,6 +20,11 @@ Facts = dict[str, str]
 Step = tuple[float, tuple[str, ...]]  # how often it is told, and in which words
 
 
+def write_row(random: Random, *, validation: bool) -> dict[str, str]:
+    """Returns a row with one story."""
+    return {"text": tell(random, validation=validation)}
+
+
 def tell(random: Random, *, validation: bool) -> str:
     """Returns one story; those of the validation split have a plot, hero and friend that training never combines."""
     while True:
@@ -27,12 +32,20 @@ def tell(random: Random, *, validation: bool) -> str:
         cast = crc32(f"{number} {hero.name} {friend.name}".encode())
         if hero.name != friend.name and (cast % VALIDATION_IN == 0) is validation:
             break
-    choose, steps = PLOTS[number]
+    return narrate(random, number, invent(random, number, hero, friend))
+
+
+def invent(random: Random, number: int, hero: Person, friend: Person) -> Facts:
+    """Returns what happens to these two in a plot of this number: the values of every slot of its steps."""
     facts = {**_facts_of(hero, ""), **_facts_of(friend, "friend_"), "trait": pick(random, world.TRAITS)}
-    facts.update(choose(random, facts))
-    told = [
-        pick(random, wordings) for chance, wordings in (*OPENING, *steps, *ENDING) if random.random() < chance
-    ]  # fmt: skip
+    facts.update(PLOTS[number][0](random, facts))
+    return facts
+
+
+def narrate(random: Random, number: int, facts: Facts) -> str:
+    """Returns the story of a plot's facts in words chosen at random; what is always said, is said."""
+    steps = (*OPENING, *PLOTS[number][1], *ENDING)
+    told = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
     return " ".join(told).format_map(facts)
 
 

@@ -1,0 +1,80 @@
+"""Sources of instruction data: found, their format recognized, every row read as a conversation.
+
+Turning conversations into tokens is `rendering.py`; mixing, holding out and caching are `instructions.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmlab.data.formats import PLAIN_TEXT, Format, UnusableRow, recognize, to_messages
+from llmlab.data.sources import Tally, choose_column, load_rows
+from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+@dataclass(frozen=True)
+class ConversationSource:
+    """A source of instruction data that was found and understood.
+
+    Attributes:
+        name: as the user wrote it.
+        rows: the rows with all their columns.
+        form: the format that their columns tell.
+        identity: what another content would change; plain values for a cache key.
+        splits: the splits that the source has.
+        column: the column that holds plain text, where the format is that.
+    """
+
+    name: str
+    rows: "IterableDataset"
+    form: Format
+    identity: dict[str, Any]
+    splits: tuple[str, ...]
+    column: str | None = None
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}`.
+
+        Raises:
+            UnusableRow: it cannot be read so; the reason is for counting.
+        """
+        return to_messages({"text": row.get(self.column)} if self.column else row, self.form)
+
+    def conversations(self, tally: Tally) -> Iterator[dict[str, Any]]:
+        """Yields every row that can be read, counting those that cannot by reason."""
+        for row in self.rows:
+            try:
+                conversation = self.read(row)
+            except UnusableRow as reason:
+                tally.dropped[str(reason)] += 1
+            else:
+                tally.documents += 1
+                yield conversation
+
+
+def load_conversations(source: DataSource, *, split: str | None = None, streaming: bool = False) -> ConversationSource:
+    """Finds a source of instruction data and recognizes its format from its columns.
+
+    Args:
+        source: as in `load_rows`; with `column` its rows are plain text.
+        split: another split than the source names.
+        streaming: read a hub data set as it comes.
+
+    Raises:
+        UserError: there is no such source, or no format has its columns.
+    """
+    found = load_rows(source, streaming=streaming, split=split)
+    first = found.first()
+    columns = list(dict.fromkeys(name for row in first for name in row))
+    if not columns:
+        raise UserError(f"{source.name}: it has no rows")
+    if source.column is not None:
+        form, column = PLAIN_TEXT, choose_column(source, first)
+    else:
+        form = recognize(columns, source.name)
+        column = "text" if form is PLAIN_TEXT else None
+    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column)

@@ -1,0 +1,365 @@
+"""Conversations in the world of the demo stories: requests that a few million parameters can learn to follow.
+
+An exchange is one literal row: how it is asked, how it is answered, and what every good answer contains.  `follows`
+reads the same rows backwards, so it judges any answer, a model's too.  It compares words: it knows nothing of grammar
+or taste.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from random import Random
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from llmlab.data.demo import world
+from llmlab.data.demo.stories import ENDING, PLOTS, Facts, a, invent, narrate, pick
+
+VALIDATION_IN = 20  # one set of requests in so many is asked in the validation split only
+
+Message = dict[str, str]
+
+
+class Exchange(NamedTuple):
+    """A request and its answers, with slots of a plot's facts.
+
+    Attributes:
+        plot: the plot that has the facts; "" where those of the people are enough.
+        ask: the request.
+        answers: wordings of the answer; `{story}` is a whole story, `{told}` one without "The end."
+        must: what a good answer contains.
+        within: the people, colors and numbers that it may name besides; None is any.
+    """
+
+    plot: str
+    ask: str
+    answers: tuple[str, ...]
+    must: tuple[str, ...]
+    within: str | None = None
+
+
+class System(NamedTuple):
+    """A system prompt, and what it demands of every answer."""
+
+    prompt: str
+    obeyed: Callable[[str], bool] = lambda answer: True
+
+
+# For each plot: what a story is asked for with, and the story in one sentence.  The last fits any deed.
+STORIES = {
+    "lost": (
+        "who loses {her} {look} {thing}",
+        "{name} the {kind} lost {her} {look} {thing}, but {friend_name} found it {spot}.",
+    ),
+    "broken": (
+        "whose {color} {thing} {harm}",
+        "{name} the {kind} was sad because {her} {color} {thing} {harm}, but {friend_name} {mending}.",
+    ),
+    "shared": (
+        "who shares {total} {fruit} with {friend_name}",
+        "{name} the {kind} had {total} {fruit} and gave {given} of them to {friend_name}.",
+    ),
+    "weather": ("who needs {help}", "When {turns}, {friend_name} came with {help} for {name} the {kind}."),
+    "fear": (
+        "who is afraid of {what}",
+        "{name} the {kind} was afraid of {what}, but {friend_name} {helped} and {name} {deed}.",
+    ),
+    "animal": ("who finds {a_color} {pet}", "{name} the {kind} found {a_color} {pet} {home} and gave it {food}."),
+    "race": (
+        "who runs a race against {friend_name}",
+        "{name} the {kind} ran against {friend_name}, and {steady} won {prize} because {quick} fell asleep.",
+    ),
+    "trade": (
+        "who gets {goal} for {friend_name}",
+        "{name} the {kind} gave away {has} and got {gets}, and then {she} got {goal} for {friend_name}.",
+    ),
+    "wish": ("who wants to {dream}", "{name} the {kind} tried for {days} days, and at last {she} could {dream}."),
+    "warned": ("who {did}", "{name} the {kind} {did} and {harm}, but {her} {elder} was not angry."),
+}
+STORY_ASKS = (
+    "Tell me a story about {a_kind} named {name} ABOUT.",
+    "Write a story about {name}, {a_kind} ABOUT.",
+    "Can you tell me about {a_kind} called {name} ABOUT?",
+)
+
+# For each plot: a short story in two wordings, and what can be asked about it: question, answer, what it must say.
+SCENES: dict[str, tuple[tuple[str, str], tuple[tuple[str, str, str], ...]]] = {
+    "lost": (
+        (
+            "{name} the {kind} went {to} with {her} {look} {thing}. When it was time to go home, the {thing} was "
+            "gone. {friend_name} the {friend_kind} looked {spot}, and there was the {thing}!",
+            "{name} took {her} {look} {thing} and went {to}. Then {name} lost the {thing} and began to cry. "
+            "{friend_name} the {friend_kind} ran and looked {spot}. The {thing} was really there.",
+        ),
+        (
+            ("Who lost the {thing}?", "{name} lost the {thing}.", "{name}"),
+            ("Who found the {thing}?", "{friend_name} found the {thing}.", "{friend_name}"),
+            ("Where was the {thing}?", "The {thing} was {spot}.", "{spot}"),
+            ("What did {name} lose?", "{name} lost {her} {look} {thing}.", "{look} {thing}"),
+        ),
+    ),
+    "broken": (
+        (
+            "{name}'s {color} {thing} {harm}. {friend_name} the {friend_kind} went to get {tool}. "
+            "Together they {mending}.",
+            "One day something bad happened: the {color} {thing} of {name} the {kind} {harm}. {friend_name} brought "
+            "{tool} and {mending}.",
+        ),
+        (
+            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
+            ("What color was the {thing}?", "The {thing} was {color}.", "{color}"),
+            ("What did {friend_name} bring?", "{friend_name} brought {tool}.", "{tool}"),
+        ),
+    ),
+    "shared": (
+        (
+            "{name} the {kind} had {fruit} in a basket. There was {friend_name} the {friend_kind}, who had nothing to "
+            'eat. "Take {given} of my {fruit}," said {name}.',
+            '{name} walked {to} with {fruit}. "I am so hungry," said {friend_name} the {friend_kind}. {name} gave '
+            "{friend_them} {given} of the {fruit}.",
+        ),
+        (
+            ("Who was hungry?", "{friend_name} was hungry.", "{friend_name}"),
+            ("Who had {fruit}?", "{name} had {fruit}.", "{name}"),
+            ("How many {fruit} did {name} give away?", "{name} gave away {given}.", "{given}"),
+        ),
+    ),
+    "fear": (
+        (
+            '{name} the {kind} was afraid of {what}. "I will stay with you," said {friend_name} the {friend_kind}. In '
+            "the end {name} {deed}.",
+            "{friend_name} the {friend_kind} saw that {name} was afraid of {what}. {friend_name} {helped}, and step "
+            "by step {name} grew calm.",
+        ),
+        (
+            ("Who was afraid?", "{name} was afraid of {what}.", "{name}"),
+            ("What was {name} afraid of?", "{name} was afraid of {what}.", "{what}"),
+            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
+        ),
+    ),
+    "animal": (
+        (
+            "{name} the {kind} found {a_color} {pet} {home}. The {pet} was shy. {friend_name} brought {food}, and "
+            "slowly the {pet} came and ate it all up.",
+            'A little {color} {pet} was {home}. "{sound}!" it said. {name} saw it first. {friend_name} the '
+            "{friend_kind} put {food} on the ground, and the {pet} came and ate.",
+        ),
+        (
+            ("What color was the {pet}?", "The {pet} was {color}.", "{color}"),
+            ("Where was the {pet}?", "The {pet} was {home}.", "{home}"),
+            ("What did the {pet} eat?", "The {pet} ate {food}.", "{food}"),
+            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
+        ),
+    ),
+    "race": (
+        (
+            "There was a race {to}. {quick} was soon far ahead, lay down under a tree and fell asleep. But {steady} "
+            "did not rest once and came in first.",
+            "{steady} wanted to run against {quick}. {quick} ran like the wind, but stopped to pick berries and fell "
+            "asleep. {steady} walked on and won {prize}.",
+        ),
+        (
+            ("Who won the race?", "{steady} won the race.", "{steady}"),
+            ("Who fell asleep?", "{quick} fell asleep.", "{quick}"),
+        ),
+    ),
+}
+
+GREETINGS = (
+    ("", "Say hello to {name} and {friend_name}.", "Hello, {name} and {friend_name}!", ("hello",)),
+    ("", "Say hello to {name} the {kind}.", "Hello, {name}! You are a nice {kind}.", ("hello",)),
+    ("", "Say good night to {name} and {friend_name}.", "Good night, {name} and {friend_name}!", ("good night",)),
+    ("wish", "Thank {name} for {treat}.", "Thank you for {treat}, {name}!", ("thank you",)),
+    ("warned", "Tell {name} not to {deed}.", "Please do not {deed}, {name}.", ("please do not",)),
+    ("lost", "Ask {name} to go {to} with you.", "{name}, will you go {to} with me?", ("will you",)),
+)
+KNOWLEDGE = (
+    ("animal", "What does {a_pet} like to eat?", "{A_pet} likes {food}.", ("{food}",)),
+    ("animal", "What does {a_pet} say?", '{A_pet} says "{sound}!"', ("{sound}",)),
+    ("broken", "A {thing} {harm}. What do I need?", "You need {tool}.", ("{tool}",)),
+)
+
+_NAMES = {"name", "friend_name", "quick", "steady"}
+_PRONOUNS = {"she", "her", "friend_them"}
+_CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
+_KNOWN = {
+    **{each.animal: each._asdict() for each in world.ANIMALS},
+    **{each.thing: each._asdict() for each in world.BREAKS},
+}
+
+
+def _slots(template: str) -> list[str]:
+    return re.findall(r"\{(?:a_|A_)?(\w+)\}", template)
+
+
+def _named(template: str) -> tuple[str, ...]:
+    return tuple(f"{{{slot}}}" for slot in dict.fromkeys(_slots(template)) if slot not in _PRONOUNS)
+
+
+def _stories(answer: str) -> tuple[Exchange, ...]:
+    return tuple(
+        Exchange(plot, ask, (answer or short,), _named(ask))
+        for plot, (about, short) in STORIES.items()
+        for ask in (wording.replace("ABOUT", about) for wording in STORY_ASKS)
+    )
+
+
+def _questions() -> tuple[Exchange, ...]:
+    return tuple(
+        Exchange(plot, ask, (answer,), (must,), question)
+        for plot, (scenes, questions) in SCENES.items()
+        for question, answer, must in questions
+        for scene in scenes
+        for ask in (f"{scene}\n\n{question}", f"{question}\n\n{scene}")
+    )
+
+
+def _endings() -> tuple[Exchange, ...]:
+    answers = tuple(wording for wording in ENDING[0][1] if "{name}" in wording)
+    return tuple(
+        Exchange(plot, ask, answers, ("{name}",), scene)
+        for plot, (scenes, _) in SCENES.items()
+        for scene in scenes
+        for ask in (f"Write the ending of this story. {scene}", f"How does this story end?\n\n{scene}")
+        if "{name}" in scene
+    )
+
+
+def _direct(rows: Sequence[tuple[str, str, str, tuple[str, ...]]], *, repeat: bool = False) -> tuple[Exchange, ...]:
+    return tuple(
+        Exchange(plot, ask, (answer,), must + (_named(answer) if repeat else ()), ask)
+        for plot, ask, answer, must in rows
+    )
+
+
+TELL, TELL_SHORT, TELL_TO_THE_END = _stories("{story}"), _stories(""), _stories("{told} The end.")
+ANSWER, FINISH = _questions(), _endings()
+GREET, KNOW = _direct(GREETINGS, repeat=True), _direct(KNOWLEDGE)
+WHO_IS_IT = _direct((("", "Who is the story about?", "It is about {name} the {kind}.", ("{name}", "{kind}")),))
+MEET = _direct((("", "My name is {friend_name}.", "Hello, {friend_name}!", ("{friend_name}",)),))
+RECALL = _direct((("", "What is my name?", "Your name is {friend_name}.", ("{friend_name}",)),))
+SHOW = _direct((("broken", "I have {a_color} {thing}.", "I like your {color} {thing}.", ("{thing}",)),))
+COLOR = _direct((("broken", "What color is my {thing}?", "Your {thing} is {color}.", ("{color}",)),))
+ROLE = _direct(
+    (
+        ("", "Who are you?", "I am {name} the {kind}.", ("{name}", "{kind}")),
+        ("", "What is your name?", "My name is {name}.", ("{name}",)),
+    )
+)
+
+PLAIN = System("")
+IN_ONE_SENTENCE = System("Answer in one sentence.", lambda answer: len(re.findall(r"[.!?]+(?=\W|$)", answer)) == 1)
+TO_THE_END = System('Say "The end." at the end.', lambda answer: answer.endswith("The end."))
+AS_SOMEBODY = System("You are {name} the {kind}.")
+SYSTEMS = (IN_ONE_SENTENCE, TO_THE_END, AS_SOMEBODY)
+
+PLANS: tuple[tuple[int, System, tuple[tuple[Exchange, ...], ...]], ...] = (  # in a hundred conversations
+    (26, PLAIN, (TELL,)),
+    (28, PLAIN, (ANSWER,)),
+    (8, PLAIN, (FINISH,)),
+    (10, PLAIN, (GREET,)),
+    (2, PLAIN, (KNOW,)),
+    (4, PLAIN, (TELL, WHO_IS_IT)),
+    (2, PLAIN, (TELL, GREET)),
+    (3, PLAIN, (MEET, RECALL)),
+    (2, PLAIN, (MEET, TELL, RECALL)),
+    (3, PLAIN, (SHOW, COLOR)),
+    (5, IN_ONE_SENTENCE, (TELL_SHORT,)),
+    (1, IN_ONE_SENTENCE, (ANSWER,)),
+    (3, TO_THE_END, (TELL_TO_THE_END,)),
+    (3, AS_SOMEBODY, (ROLE,)),
+)
+REQUESTS = tuple({exchange.ask: exchange for _, _, groups in PLANS for group in groups for exchange in group}.values())
+
+_DRAWN = tuple(number for number, (share, *_) in enumerate(PLANS) for _ in range(share))
+_NUMBER = {choose.__name__: number for number, (choose, _) in enumerate(PLOTS)}
+
+
+def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
+    """Returns one conversation; what is asked in those of the validation split, training never asks."""
+    while True:
+        _, system, groups = PLANS[pick(random, _DRAWN)]
+        exchanges = _choose(random, groups)
+        plot = next((exchange.plot for exchange in exchanges if exchange.plot), None)
+        hero = pick(random, world.PEOPLE)
+        friend = pick(random, world.PEOPLE)
+        number = _NUMBER[plot] if plot else 0
+        facts = invent(random, number, hero, friend)
+        if "color" in facts:
+            facts["a_color"] = a(facts["color"])
+        asked = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
+        if hero.name != friend.name and (crc32(asked.encode()) % VALIDATION_IN == 0) is validation:
+            break
+    facts["story"] = narrate(random, number, facts)
+    facts["told"] = facts["story"].removesuffix(" The end.")
+    messages = [{"role": "system", "content": system.prompt.format_map(facts)}] if system.prompt else []
+    for exchange in exchanges:
+        messages.append({"role": "user", "content": exchange.ask.format_map(facts)})
+        messages.append({"role": "assistant", "content": pick(random, exchange.answers).format_map(facts)})
+    return {"messages": messages}
+
+
+def _choose(random: Random, groups: Sequence[Sequence[Exchange]]) -> list[Exchange]:
+    """Returns an exchange of each group, all of which can be about the same plot."""
+    while True:
+        exchanges = [pick(random, group) for group in groups]
+        if len({exchange.plot for exchange in exchanges if exchange.plot}) <= 1:
+            return exchanges
+
+
+def follows(messages: Sequence[Message]) -> bool:
+    """Tells whether the last message, an answer, does what the conversation before it asks.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, the last one the assistant's; requests worded as in this corpus,
+            about any names and things.
+
+    Raises:
+        ValueError: a request is worded like none of this corpus.
+    """
+    *before, last = messages
+    answer, facts, exchange = last["content"], {}, None
+    obeyed = True
+    for message in before:
+        if message["role"] == "system":
+            for system in SYSTEMS:
+                if match := _reader(system.prompt).fullmatch(message["content"]):
+                    facts.update(match.groupdict())
+                    obeyed = obeyed and system.obeyed(answer)
+        elif message["role"] == "user":
+            exchange, found = _understand(message["content"])
+            facts.update(found)
+    if exchange is None:
+        raise ValueError("there is no request before the answer")
+    must = [needed.format_map(facts) for needed in exchange.must]
+    good = obeyed and all(re.search(rf"(?<!\w){re.escape(needed)}(?!\w)", answer, re.I) for needed in must)
+    if exchange.within is not None:
+        allowed = " ".join([*must, *(facts[slot] for slot in _slots(exchange.within))])
+        good = good and _claims(answer) <= _claims(allowed)
+    return good
+
+
+def _understand(request: str) -> tuple[Exchange, Facts]:
+    """Returns the exchange that a request is worded as, and the facts it gives; animals and things have their own."""
+    for exchange in REQUESTS:
+        if match := _reader(exchange.ask).fullmatch(request):
+            facts = match.groupdict()
+            return exchange, {**_KNOWN.get(facts.get("pet") or facts.get("thing", ""), {}), **facts}
+    raise ValueError(f"this is worded like no request of demo/chat: {request}")
+
+
+@cache
+def _reader(template: str) -> re.Pattern[str]:
+    """Returns a pattern that reads a template's slots back, each the same wherever it stands."""
+    pattern, seen = "", set()
+    for literal, article, slot in re.findall(r"([^{]*)(?:\{([aA]_)?(\w+)\})?", template):
+        pattern += re.escape(literal) + (f"{article[0]}n? " if article else "")
+        if slot:
+            value = r"[A-Z]\w*" if slot in _NAMES else r"[\w' ]+?"
+            pattern += f"(?P={slot})" if slot in seen else f"(?P<{slot}>{value})"
+            seen.add(slot)
+    return re.compile(pattern)
+
+
+def _claims(text: str) -> set[str]:
+    return _CLAIMABLE.intersection(re.findall(r"\w+", text))

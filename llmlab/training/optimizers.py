@@ -1,0 +1,39 @@
+"""What every trainer of llmlab's shares, whatever its loss: our optimizers, and Sophia's estimates between steps."""
+
+from typing import Any
+
+import torch
+
+from llmlab.optim.build import build_optimizer
+from llmlab.optim.sophia import estimate_hessian_if_due
+from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.training._trl import SwitchableOptimizer
+
+
+class OurOptimizers(SwitchableOptimizer):
+    """Mixin for a trainer of Transformers' or TRL's; rate, decay and seed are those of the trainer's arguments.
+
+    Args:
+        settings: the stage's settings, which name the optimizer.
+        load_optimizer: when resuming, whether to restore the optimizer's state.
+        kwargs: of the trainer.
+    """
+
+    def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
+        self.settings = settings
+        self.load_optimizer = load_optimizer
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rates = {"learning_rate": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = build_optimizer(model or self.model, self.settings, **rates)
+        return self.optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        # before the micro-batches, which other processes do not see until the last one of a step
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches:
+            inputs = self._prepare_inputs(batches[0])
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed)
+        return batches, items

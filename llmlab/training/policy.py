@@ -1,0 +1,207 @@
+"""The model that a stage after pretraining starts from: whole or with adapters, its tokenizer and its chat template.
+
+What it is trained on, and how, is each stage's own business.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmlab.adapters import lora_config, trainable_share
+from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.data.rendering import add_chat_template
+from llmlab.hardware import Hardware
+from llmlab.model import check_folder, load_model
+from llmlab.settings.base import fields_of, show
+from llmlab.settings.errors import UserError
+from llmlab.settings.lora import LoraSettings
+from llmlab.training._trl import show_head_bias
+from llmlab.training.progress import human
+
+ADAPTER_CONFIG = "adapter_config.json"
+OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configuration's field
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_bias": "bias",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model ready to be trained.
+
+    Attributes:
+        model: in training form, with adapters where there are any.
+        tokenizer: with a chat template.
+        parents: the folder or hub id it comes from, and the base of an adapter.
+        stops: ids at which it stops.
+        new_tokens: tokens that were added for the chat template.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    parents: list[str]
+    stops: tuple[int, ...]
+    new_tokens: list[str]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the lines about it for the plan of a run."""
+        trainable, total = trainable_share(self.model)
+        rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
+        if isinstance(self.model, PeftModel):
+            adapter = self.model.active_peft_config
+            kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
+            targets = ", ".join(sorted(adapter.target_modules))
+            rows.append(("adapter", f"{kind} r {adapter.r}, alpha {adapter.lora_alpha:g} on {targets}"))
+            rows.append(("trained", f"{human(trainable)} parameters, {trainable / total:.2%} of all"))
+        if self.new_tokens:
+            rows.append(("new tokens", f"{', '.join(self.new_tokens)}: their embeddings are trained"))
+        return rows
+
+
+def load_policy(source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None) -> Policy:
+    """Loads what a stage trains.
+
+    Whole models are held in fp32 and trained under autocast; under adapters the frozen weights stay in the arithmetic
+    of the run.  An adapter folder brings its base, and its adapter is trained further.
+
+    Args:
+        source: a run folder, a hub id, or a folder of LoRA adapters.
+        settings: whether and how adapters are attached.
+        hardware: where it will run.
+        chat_template: as in `add_chat_template`.
+
+    Raises:
+        UserError: there is no such model, a preset matches nothing in it, the LoRA settings contradict the adapter, or
+            the device cannot hold 4-bit weights.
+    """
+    check_folder(source)
+    adapter = read_adapter(source)
+    if adapter is not None:
+        _check_same_adapter(source, adapter, settings)
+    base = source if adapter is None else adapter.base_model_name_or_path
+    quantization = None
+    if settings.use_qlora:
+        check_quantization(hardware)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.torch_dtype,
+        )
+    frozen = adapter is not None or settings.use_lora
+    try:
+        model = load_model(
+            base, dtype=hardware.torch_dtype if frozen else torch.float32, quantization_config=quantization
+        )
+    except UserError as error:
+        if adapter is None:
+            raise
+        raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
+    tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
+    new_tokens = add_chat_template(tokenizer, chat_template)
+    if new_tokens and adapter is not None:
+        raise UserError(
+            f"chat_template = {chat_template}: it adds tokens ({', '.join(new_tokens)}), which the adapter in "
+            f"{source} cannot train; merge it first: llmlab merge"
+        )
+    fit_vocabulary(model, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stops = stop_at(model, tokenizer)
+    if quantization is not None:
+        keep_packing(model)
+        # the trainer turns checkpointing on itself where it is wanted
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, source, is_trainable=True)
+    elif settings.use_lora:
+        ids = tokenizer.convert_tokens_to_ids(new_tokens)
+        model = get_peft_model(model, lora_config(model, settings, ids))
+    if isinstance(model, PeftModel):
+        show_head_bias(model)
+    parents = [source] if adapter is None else [source, base]
+    return Policy(model, tokenizer, parents, stops, new_tokens)
+
+
+def read_adapter(source: str) -> PeftConfig | None:
+    """Returns the configuration of an adapter folder, or None where the source is a whole model.
+
+    Raises:
+        UserError: the adapter is of another kind than LoRA, or its configuration is damaged.
+    """
+    if not (Path(source) / ADAPTER_CONFIG).is_file():
+        return None
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}/{ADAPTER_CONFIG}: could not load the LoRA config: {error}") from None
+    if config.peft_type != "LORA":
+        raise UserError(f"{source}: an adapter of type {config.peft_type}; expected LoRA")
+    return config
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether a folder has a tokenizer of its own; what is no folder is a hub id, which must have one."""
+    return not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file()
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model rows for every token; new ones start from the mean of the others."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Lets the model's saved generation settings stop at the end of a turn too, and returns all ids it stops at."""
+    config = model.generation_config
+    known = config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    stops = tuple(dict.fromkeys(stop for stop in [*stop_token_ids(tokenizer), *known] if stop is not None))
+    config.eos_token_id = list(stops)
+    config.pad_token_id = tokenizer.pad_token_id
+    return stops
+
+
+def check_quantization(hardware: Hardware) -> None:
+    """Raises UserError where weights cannot be kept in 4 bits."""
+    try:
+        import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
+    except ImportError:
+        raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
+    if hardware.device == "mps":
+        raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
+
+
+def keep_packing(model: PreTrainedModel) -> None:
+    """Keeps evaluation on CPUs from repacking 4-bit weights, which rounds their scales in the middle of a run."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
+    """Refuses LoRA settings that say something else than the adapter to go on with."""
+    for setting in fields_of(type(settings)):
+        field = OF_AN_ADAPTER.get(setting.name)
+        value = setting.of(settings)
+        if field is not None and value not in (setting.default, getattr(adapter, field)):
+            raise UserError(
+                f"{setting.key} = {show(value)}: {source} is trained further, whose adapter has "
+                f"{show(getattr(adapter, field))}; leave it out, or merge the adapter first: llmlab merge"
+            )
+        asked: Iterable[str] | None = value if setting.name == "lora_target_modules" else None
+        if asked and set(asked) != set(adapter.target_modules):
+            raise UserError(
+                f"lora_target_modules: {source} is trained further, whose adapter has "
+                f"{', '.join(sorted(adapter.target_modules))}; leave it out, or merge the adapter first: llmlab merge"
+            )

@@ -1,0 +1,161 @@
+"""Instruction rows: formats mixed by weight, held out, proven, cut, cached, and what stops a run before it starts."""
+
+import json
+
+import pytest
+
+from llmlab.data import instructions
+from llmlab.data.instructions import build_instructions
+from llmlab.data.tokenizer import load_tokenizer
+from llmlab.settings.data import DataSettings
+from llmlab.settings.errors import UserError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count, word="Yes"):
+    return [{"prompt": f"Question {k}?", "completion": f"{word} {k}."} for k in range(count)]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    """One of our own: its template is changed here."""
+    return load_tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    def make(*sources, **changes):
+        names = ("max_seq_len", "loss_on", "allow_truncated", "seed", "validation_rows")
+        options = {"max_seq_len": 128, "loss_on": "assistant", "allow_truncated": 0.05, "seed": 3}
+        options |= {name: changes.pop(name) for name in names if name in changes}
+        values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
+        return build_instructions(DataSettings(datasets=list(sources), **values), tokenizer, **options)
+
+    return make
+
+
+def texts(rows, tokenizer):
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows["input_ids"]]
+
+
+def test_sources_of_any_formats_mix_in_the_proportions_of_their_weights(build, tokenizer, tmp_path):
+    one = write(tmp_path / "a.jsonl", pairs(300, "First"))
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Second"}]
+    two = write(tmp_path / "b.jsonl", [{"conversations": turns, "id": k} for k in range(50)])
+    data = build(f"{one} | | 2", f"{two} | | 1")
+    found = texts(data.train, tokenizer)
+    first = sum("First" in text for text in found)
+    assert first / len(found) == pytest.approx(2 / 3, abs=0.06)  # drawn: three standard deviations of 450 draws
+    assert len({text for text in found if "First" in text}) == 300  # the larger source is used whole
+    assert [report.form for report in data.reports] == ["prompt/completion", "ShareGPT conversations"]
+    assert [report.share for report in data.reports] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_held_out_rows_are_the_same_every_time_and_equal_rows_stay_together(build, tokenizer, tmp_path):
+    rows = pairs(100) + pairs(100)  # every row twice
+    source = write(tmp_path / "a.jsonl", rows)
+    data, again = build(source, validation_fraction=0.1), build(source, validation_fraction=0.1)
+    train, held = texts(data.train, tokenizer), texts(data.validation, tokenizer)
+    assert held == texts(again.validation, tokenizer)
+    assert len(held) == 20 and len(train) == 180
+    assert not set(train) & set(held)
+    assert texts(build(source, validation_fraction=0.1, seed=4).validation, tokenizer) != held
+    assert len(build(source, validation_fraction=0.5, validation_rows=6).train) == 194  # no more is held out than used
+    with pytest.raises(UserError, match="too few to hold out validation_fraction = 0.5"):
+        build(write(tmp_path / "one.jsonl", pairs(1)), validation_fraction=0.5)
+
+
+def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
+    one, two = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(7, "Held"))
+    data = build(one, validation_fraction=0.5, validation_datasets=[two])
+    assert len(data.train) == 20 and len(data.validation) == 7
+    assert all("Held" in text for text in texts(data.validation, tokenizer))
+
+
+def test_long_rows_are_cut_and_counted_and_those_that_lose_everything_left_out(build, tmp_path):
+    long_answer = [{"prompt": "Q?", "completion": "word " * 100}]
+    long_question = [{"prompt": "word " * 100, "completion": "A."}]
+    source = write(tmp_path / "a.jsonl", pairs(97) + long_answer + long_question)
+    data = build(source, max_seq_len=64)
+    report = data.reports[0]
+    assert (report.rows, report.cut, report.lost, report.trained_rows) == (99, 2, 1, 98)
+    assert max(map(len, data.train["input_ids"])) == 64
+    assert "2 cut, 1 of them left with nothing to train" in report.summary()
+    source = write(tmp_path / "b.jsonl", pairs(9) + long_question)
+    with pytest.raises(UserError, match=r"1 of 10 rows have nothing left .* first is row 10 with \d+ tokens; 95 %"):
+        build(source, max_seq_len=64)
+    assert len(build(source, max_seq_len=64, allow_truncated=0.1).train) == 9
+
+
+def test_unusable_rows_are_counted_and_too_many_stop_the_run(build, tmp_path):
+    bad = [{"prompt": "Q", "completion": None}]
+    data = build(write(tmp_path / "a.jsonl", pairs(39) + bad))
+    assert data.reports[0].dropped == {"without 'completion'": 1}
+    assert data.record()["sources"][0]["dropped"] == {"without 'completion'": 1}
+    source = write(tmp_path / "b.jsonl", pairs(4) + bad)
+    with pytest.raises(UserError, match="1 of 5 rows cannot be used, the first is row 5: 1 x without 'comp"):
+        build(source)
+    assert len(build(source, allow_dropped=0.5).train) == 4
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        # nothing marked as the assistant's
+        (
+            "{% for m in messages %}{% if m.role == 'model' %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+            "row 1 .* nothing in it is trained",
+        ),
+        # the end of the turn outside of the marks: a model trained so never stops
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
+            "row 1 .* end of its last turn is not trained.*expected .*<.im_end.>.*set chat_template=chatml",
+        ),
+        (
+            "<|im_start|><|im_start|>{% for m in messages %}"
+            "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+            "row 1 .* begins with <.im_start.> twice",
+        ),
+        (
+            "{% for m in messages %}{% generation %}<|pad|>{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+            "row 1 .* padding token <.pad.> is trained",
+        ),
+    ],
+)
+def test_wrong_masks_are_refused_with_row_and_fix(build, tokenizer, tmp_path, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        build(write(tmp_path / "a.jsonl", pairs(3)))
+
+
+def test_rendered_rows_are_cached_by_everything_that_decides_them(build, tokenizer, tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl", pairs(5))
+    rendered = []
+    original = instructions._RenderRow.__call__
+    monkeypatch.setattr(
+        instructions._RenderRow, "__call__", lambda self, row: rendered.append(1) or original(self, row)
+    )
+
+    def renders(**changes):
+        before = len(rendered)
+        build(source, **changes)
+        return len(rendered) > before
+
+    assert renders() and not renders() and not renders(seed=9)
+    assert renders(loss_on="all") and renders(max_seq_len=64)
+    tokenizer.chat_template = tokenizer.chat_template + "\n"
+    assert renders() and not renders()
+    write(tmp_path / "a.jsonl", pairs(6))
+    assert renders() and not renders()
+
+
+def test_what_no_format_has_is_explained(build, tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "Q", "complétion": "A"}])
+    with pytest.raises(UserError, match="closest is prompt/completion, which lacks completion; did you mean"):
+        build(source)
