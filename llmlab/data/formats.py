@@ -49,13 +49,19 @@ def _conversations(row: Row) -> list[Message]:
 def _alpaca(row: Row) -> list[Message]:
     given = _text(row["input"]) if row.get("input") else ""
     prompt = _text(row["instruction"]) + (f"\n\n{given}" if given.strip() else "")
-    past = [turn for pair in row.get("history") or () for turn in _pair(*pair)]
+    past = [turn for pair in _list(row.get("history"), "history") for turn in _past(pair)]
     return [*past, *_pair(prompt, row["output"])]
+
+
+def _past(pair: Any) -> list[Message]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise UnusableRow("expected history as pairs of request and answer")
+    return _pair(*pair)
 
 
 def _prompt_completion(row: Row) -> list[Message]:
     if isinstance(row["prompt"], list):
-        return _from_turns([*row["prompt"], *row["completion"]])
+        return _from_turns([*row["prompt"], *_list(row["completion"], "completion")])
     return _pair(row["prompt"], row["completion"])
 
 
@@ -113,7 +119,7 @@ def recognize(columns: Iterable[str], where: str) -> Format:
     for candidate in FORMATS:
         if set(candidate.columns) <= found:
             return candidate
-    nearest = max(FORMATS, key=lambda f: sum(bool(did_you_mean(name, found)) or name in found for name in f.columns))
+    nearest = max(FORMATS, key=lambda form: _nearness(form, found))
     missing = [name for name in nearest.columns if name not in found]
     schemas = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS)
     raise UserError(
@@ -121,6 +127,13 @@ def recognize(columns: Iterable[str], where: str) -> Format:
         f"expected one of: {schemas}. "
         f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
     )
+
+
+def _nearness(form: Format, found: set[str]) -> float:
+    """How well columns fit a format: one for each that is there, half for a near spelling, less what it lacks."""
+    there = sum(name in found for name in form.columns)
+    near = sum(name not in found and bool(did_you_mean(name, found)) for name in form.columns)
+    return there + near / 2 - (len(form.columns) - there - near) / 4
 
 
 def to_messages(row: Row, form: Format) -> Row:
@@ -164,7 +177,18 @@ def _pair(prompt: Any, answer: Any) -> list[Message]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise UnusableRow(f"expected text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        raise UnusableRow("not valid Unicode") from None
     return value
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """Returns a list that may be absent."""
+    if value is not None and not isinstance(value, list):
+        raise UnusableRow(f"expected {name} as a list, found {type(value).__name__}")
+    return value or []
 
 
 def _from_turns(turns: Any) -> list[Message]:
@@ -181,11 +205,11 @@ def _turn(turn: Any) -> Message:
     content = turn["content"] if "content" in turn else turn.get("value", turn.get("text"))
     if role is None:
         raise UnusableRow(f"unknown role '{spelled}'")
-    calls = turn.get("tool_calls")
+    calls = _list(turn.get("tool_calls"), "tool_calls")
     if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
         return {"role": "assistant", "content": "", "tool_calls": _calls(_text(content))}
     if calls:
-        return {"role": role, "content": content or "", "tool_calls": [_plain_call(call) for call in calls]}
+        return {"role": role, "content": _text(content or ""), "tool_calls": [_plain_call(call) for call in calls]}
     return {"role": role, "content": _text(content)}
 
 
@@ -216,4 +240,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError:
             raise UnusableRow("tools that are not JSON") from None
-    return list(value) if value else None
+    tools = _list([value] if isinstance(value, dict) else value, "tools")
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("expected tools as JSON schemas")
+    return tools or None

@@ -67,7 +67,11 @@ class Renderer:
             raise
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses it: {error}") from None
-        except (TypeError, ValueError, OverflowError) as error:  # templates that add text and None, or index what is not there
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+        ) as error:  # templates that add text and None, or index what is not there
             raise UnusableRow(f"the chat template fails: {error}") from None
         return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
 

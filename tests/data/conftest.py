@@ -4,13 +4,13 @@ import hypothesis
 import pytest
 
 from llmlab.data.tokenizer import train_tokenizer
-from llmlab.settings.data import DataSettings, DataSource
+from llmlab.settings.data import DataSource, TextDataSettings
 
 hypothesis.settings.register_profile("data", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("data")
 
 
-class Settings(DataSettings):
+class Settings(TextDataSettings):
     """A stage's data settings with the seed that every stage has."""
 
     seed: int = 42

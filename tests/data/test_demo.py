@@ -10,7 +10,7 @@ from llmlab.settings.errors import UserError
 
 
 def stories(**options):
-    return [story for shard in demo_shards("demo/stories", **options) for story in read_shard(shard)]
+    return [row["text"] for shard in demo_shards("demo/stories", **options) for row in read_shard(shard)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_right_tool_and_the_right_food(corpus):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("demo/chat", {}, "demo/chat: there is no such demo corpus .*there is demo/stories"),
+        ("demo/poems", {}, "demo/poems: there is no such demo corpus .*there is demo/stories, demo/chat"),
         ("demo/story", {}, "did you mean 'stories'"),
         ("demo/stories", {"size": "lots"}, "demo/stories . lots: expected a size such as 2MB"),
         ("demo/stories", {"size": "0MB"}, "expected a size"),

@@ -37,7 +37,7 @@ CUTS = {
     "qwen": split(QWEN_PATTERN),
     "llama": split(LLAMA_PATTERN),
 }
-TEXTS = [story for shard in demo_shards("demo/stories", size="60kB") for story in read_shard(shard)]
+TEXTS = [row["text"] for shard in demo_shards("demo/stories", size="60kB") for row in read_shard(shard)]
 CODE = "def f(x):\n    return  x + 1\t# don't\r\n\r\n\n\tif x: pass\n" * 3
 SPACED = (
     "a.\n b.\n\n c \n d\n \n e  \n f\r\n g.\r\n\r\n\th\n\ni.\n'\n'\n\n1\n1\n\n. \n.\n \na. a, a' 's 't b.a b's .a ,b"

@@ -1,0 +1,187 @@
+"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template.
+
+A plain callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the
+special tokens or the question-answer pair that such models were trained on. Here text is encoded as the model's own
+tokenizer says.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from llmlab.rewards.completions import Completion, answer, text_of
+from llmlab.settings.errors import UserError, did_you_mean
+
+
+class RewardModel:
+    """Scores completions with a sequence-classification model.
+
+    Text goes through the model's chat template where its tokenizer has one, else as the pair
+    `tokenizer(question, answer)`. Weights are loaded at the first call.
+
+    Args:
+        model: a folder or hub id with one output, or several of which `label` names one.
+        label: the output of a model that has several; the reward is its probability.
+        squash: map a single output to [0, 1] by the logistic function; false gives the bare number.
+        batch_size: completions in one forward pass.
+        max_length: longest input in tokens; none is what the model can read. Longer ones lose their beginning with a
+            chat template, the end of the longer part in a pair; `log_metric` is told the share.
+        device: where to compute; none is the current GPU where there is one.
+
+    Raises:
+        UserError: there is no such model, it is of another kind, or its label is not clear.
+
+    Source: Ouyang et al. 2022 (arXiv:2203.02155); seed, LLM-Lab document, "PPO", reward model.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        label: str | None = None,
+        squash: bool = True,
+        batch_size: Annotated[int, Ge(1)] = 8,
+        max_length: Annotated[int, Ge(1)] | None = None,
+        device: str | None = None,
+    ):
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.path, self.squash, self.batch_size, self.device = model, squash, batch_size, device
+        if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+            raise UserError(f"model = {model}: there is no such folder")
+        self.path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+        try:
+            self.config = AutoConfig.from_pretrained(self.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model = {model}: there is no model and tokenizer that can be read: {reason}") from None
+        kinds = self.config.architectures or []
+        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            found = ", ".join(kinds) or "nothing"
+            raise UserError(f"model = {model}: expected a sequence-classification model, found {found}")
+        self.index = self._index_of(label)
+        self.bounds = (0.0, 1.0) if squash or self.index is not None else None
+        self.max_length = max_length or self._longest()
+        self._model: Any = None
+
+    def __call__(
+        self, completions: list[Completion], prompts: list[Completion], log_metric: Any = None, **columns: Any
+    ) -> list[float | None]:
+        """Scores each completion as the reply to its prompt.
+
+        Args:
+            completions: texts or messages of the batch.
+            prompts: texts or messages that they reply to.
+            log_metric: TRL's, given by its trainers.
+            columns: not used.
+
+        Returns:
+            The model's scores, in order.
+        """
+        import torch
+
+        if self._model is None:
+            self._model = self._load()
+        encoded = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
+        if log_metric is not None and encoded:
+            log_metric("reward_model/truncated", sum(cut for _, cut in encoded) / len(encoded))
+        scores: list[float | None] = [None] * len(encoded)
+        for rows in self._batches([len(inputs["input_ids"]) for inputs, _ in encoded]):
+            batch = self._pad([encoded[row][0] for row in rows])
+            with torch.inference_mode():
+                logits = self._model(**batch).logits.float()  # (batch, labels)
+            if self.index is not None:
+                values = logits.softmax(-1)[:, self.index]
+            else:
+                values = logits[:, 0].sigmoid() if self.squash else logits[:, 0]
+            for row, value in zip(rows, values.tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Yields rows of about equal length together, so that little is padding."""
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _encode(self, prompt: Completion, completion: Completion) -> tuple[dict[str, Any], bool]:
+        """Returns the inputs of one row, and whether they were cut."""
+        if self.tokenizer.chat_template is not None:
+            messages = _messages(prompt, "user") + _messages(completion, "assistant")
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            whole = self.tokenizer(text, add_special_tokens=False)  # the template writes them
+            cut = len(whole["input_ids"]) > self.max_length
+            return {key: value[-self.max_length :] for key, value in whole.items()}, cut
+        pair = ([_question(prompt)], [answer(completion)])  # lists: of single texts an empty answer makes no pair
+        whole = self.tokenizer(*pair)
+        if cut := len(whole["input_ids"][0]) > self.max_length:
+            whole = self.tokenizer(*pair, truncation="longest_first", max_length=self.max_length)
+        return {key: value[0] for key, value in whole.items()}, cut
+
+    def _pad(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns tensors (batch, time), padded on the right.
+
+        Decoders read the score at the last token that is no padding. Where the model names no padding token, one that
+        does not occur is used, so that an end-of-text token at the end is read as the end.
+        """
+        import torch
+
+        pad = self.config.pad_token_id
+        if pad is None:
+            used = {token for row in inputs for token in row["input_ids"]}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+        self._model.config.pad_token_id = pad
+        longest = max(len(row["input_ids"]) for row in inputs)
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in inputs]
+        fill = {"input_ids": pad}
+        return {
+            key: torch.tensor(
+                [[*row[key], *[fill.get(key, 0)] * (longest - len(row[key]))] for row in rows],
+                device=self._model.device,
+            )
+            for key in rows[0]
+        }
+
+    def _load(self) -> Any:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device == "cpu" else "auto"
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model = {self.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        return model.to(device).eval().requires_grad_(False)
+
+    def _longest(self) -> int:
+        limits = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        return int(min(limit for limit in limits if limit))
+
+    def _index_of(self, label: str | None) -> int | None:
+        labels = {str(name): index for index, name in self.config.id2label.items()}
+        if label is None and len(labels) == 1:
+            return None
+        if label not in labels:
+            near = did_you_mean(label, labels) if label else ""
+            raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
+        return None if len(labels) == 1 else labels[label]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a child process loads its own
+
+
+def _messages(side: Completion, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": side}] if isinstance(side, str) else list(side)
+
+
+def _question(prompt: Completion) -> str:
+    """Returns a prompt as the text of a pair: that of its messages, one a paragraph."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(text for message in prompt if (text := text_of(message.get("content"))))

@@ -1,0 +1,95 @@
+"""What a completion is rewarded for: rewards in the form `name | weight` or a mapping with their parameters.
+
+Which rewards and parameters exist, and what they compute, is the business of `llmlab.rewards`.
+"""
+
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Gt
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, model_validator
+
+from llmlab.settings.base import Alias, Settings
+
+FIELDS = ("name", "weight", "min", "max", "cap", "parameters")
+
+
+class RewardSettings(Settings):
+    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
+
+    Every key that is none of these fields is a parameter of the reward.
+
+    Source: seed, RL guide, section 3, "Reward Function Weights".
+    """
+
+    type_name: ClassVar[str] = "name | weight"
+
+    name: str = Field(min_length=1, description="A reward of llmlab, or a function of your own: path/to/file.py:name.")
+    weight: float | None = Field(
+        None, allow_inf_nan=False, description="Factor of the value; none is the guide's weight of that reward, or 1."
+    )
+    min: float | None = Field(None, allow_inf_nan=False, description="Smaller values are raised to this.")
+    max: float | None = Field(None, allow_inf_nan=False, description="Larger values are lowered to this.")
+    cap: Annotated[float, Gt(0)] | None = Field(
+        None, allow_inf_nan=False, description="Largest size, positive or negative, of weight x value."
+    )
+    parameters: dict[str, JsonValue] = Field({}, description="The reward's own parameters.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            name, _, weight = (part.strip() for part in value.partition("|"))
+            if not name or "|" in weight:
+                raise ValueError("expected 'name | weight (optional)'")
+            return {"name": name, **({"weight": weight} if weight else {})}
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError("expected 'name | weight' or a mapping with a name")
+        inline = {key: part for key, part in value.items() if key not in FIELDS}
+        parameters = value.get("parameters", {})
+        if not inline or not isinstance(parameters, dict):
+            return value
+        if twice := sorted(inline.keys() & parameters.keys()):
+            raise ValueError(f"'{twice[0]}' stands beside `parameters` and in it; keep one")
+        fields = {key: part for key, part in value.items() if key in FIELDS}
+        return {**fields, "parameters": {**parameters, **inline}}
+
+    @model_validator(mode="after")
+    def check(self) -> "RewardSettings":
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        mapping = {**handler(core_schema), "additionalProperties": True}  # the parameters
+        return {"anyOf": [{"type": "string", "description": cls.type_name}, mapping]}
+
+    def __str__(self) -> str:
+        return self.name if self.weight is None else f"{self.name} | {self.weight:g}"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+Rewards = Annotated[
+    list[RewardSettings],
+    BeforeValidator(_as_list),
+    Field(min_length=1, description="What completions are rewarded for, one an entry: name | weight (optional)."),
+    Alias("reward_funcs", "reward_functions"),
+]
+NormalizeRewards = Annotated[
+    bool,
+    Field(description="Map the weighted sum to [0, 1] by its smallest and largest possible value."),
+]
+
+
+class RewardsSettings(Settings):
+    """The rewards of a stage, and how they become one number. Source: seed, RL guide, section 3."""
+
+    panel: ClassVar[str] = "Rewards"
+
+    rewards: Rewards
+    normalize_rewards: NormalizeRewards = True
