@@ -153,11 +153,18 @@ def make_rows(options):
     return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
 
 
-def take_turns(options):
-    """Runs all trainers step by step in turn; returns the seconds of each step by contender."""
+def take_turns(names, make):
+    """Runs trainers step by step in turn.
+
+    Args:
+        names: of the contenders.
+        make: returns the trainer of a name, given callbacks and an empty folder.
+
+    Returns:
+        The seconds of each step by contender.
+    """
     from transformers import TrainerCallback
 
-    names = options.contenders
     turns = {name: threading.Semaphore(0) for name in names}
     ready = threading.Barrier(len(names))
     seconds = {name: [] for name in names}
@@ -183,9 +190,8 @@ def take_turns(options):
             turns[self.name].acquire()
             self.began = time.perf_counter()  # the next batch is fetched within the turn
 
-    rows = make_rows(options)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: make_trainer(name, rows, options, [Turn(name)], folder) for name in names}
+        trainers = {name: make(name, [Turn(name)], folder) for name in names}
         threads = [threading.Thread(target=trainer.train, name=name) for name, trainer in trainers.items()]
         for thread in threads:
             thread.start()
@@ -226,7 +232,10 @@ def main():
         memory = {name: _memory_in_child(name, options) for name in options.contenders}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        seconds = take_turns(options)
+        rows = make_rows(options)
+        seconds = take_turns(
+            options.contenders, lambda name, callbacks, folder: make_trainer(name, rows, options, callbacks, folder)
+        )
     table = report(options, seconds, memory)
     print(table)
     if options.record:

@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": ("llmlab.cli.train:sft", "Fine-tune on instructions and conversations, whole or with LoRA.", "Train"),
     "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
     "merge": ("llmlab.cli.merge:merge", "Fold LoRA adapters into their base model.", "Use"),
+    "runs": ("llmlab.cli.runs:app", "List, show and compare run folders.", "Use"),
     "chat": ("llmlab.cli.chat:chat", "Talk to a model, reply by reply.", "Use"),
     "generate": ("llmlab.cli.chat:generate", "Complete prompts from the command line or a file.", "Use"),
     "model": ("llmlab.cli.model:app", "Look at architectures, and write untrained ones.", "Prepare"),

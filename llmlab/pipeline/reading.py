@@ -68,7 +68,7 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None) -> Pipel
 
     found: list[PipelineStage] = []
     body = layer.section("stages")
-    for name in stages:
+    for number, name in enumerate(stages):
         values = stages[name] or {}
         if not isinstance(values, dict):
             problems.append(f"{body.where(name)}: stage '{name}': expected a mapping of settings")
@@ -78,7 +78,7 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None) -> Pipel
             hint = did_you_mean(str(kind), STAGES)
             problems.append(f"{body.where(name)}: unknown stage '{kind}': expected one of {', '.join(STAGES)}{hint}")
             continue
-        folders = {earlier.name: str(earlier.folder) for earlier in found}
+        folders = {str(earlier): str(output_dir / str(earlier)) for earlier in list(stages)[:number]}
         needs: list[str] = []
         section = body.section(name)
         section = Layer(section.label, _substitute(section, folders, needs, problems), section.lines, section.path)
@@ -115,7 +115,10 @@ def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) ->
 
 
 def _substitute(section: Layer, folders: dict[str, str], needs: list[str], problems: list[str]) -> dict[str, Any]:
-    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed."""
+    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed.
+
+    A run folder that is written out is needed just as well.
+    """
 
     def replace(match: re.Match[str], key: str) -> str:
         if match[1] not in folders:
@@ -127,7 +130,9 @@ def _substitute(section: Layer, folders: dict[str, str], needs: list[str], probl
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, str):
-            return REFERENCE.sub(lambda match: replace(match, key), value)
+            text = REFERENCE.sub(lambda match: replace(match, key), value)
+            needs.extend(name for name, folder in folders.items() if Path(text).is_relative_to(folder))
+            return text
         if isinstance(value, dict):
             return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
         if isinstance(value, list):

@@ -7,61 +7,129 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from llmlab import __version__
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.settings.errors import UserError
+from llmlab.runs import flatten
+from llmlab.settings.base import show
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import write_atomically
 
 STATE = "pipeline.json"
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
 WITHOUT_CONSEQUENCE = {"output_dir", "cache_dir", "num_proc"}  # settings that do not decide what is written
+LONGEST_CHANGE = 40  # characters; of a longer change only the name is told
 Action = Literal["skip", "run", "resume"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What will be done with a stage, and why."""
+    """What will be done with a stage, and why.
+
+    Attributes:
+        changes: what differs from the recorded run, such as `lr 0.001 → 0.002`.
+        material: everything that decides what the stage writes; the fingerprint is its hash.
+    """
 
     stage: PipelineStage
     action: Action
     reason: str
     fingerprint: str
+    changes: tuple[str, ...] = ()
+    material: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-def plan(pipeline: Pipeline) -> list[Step]:
+def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
     """Decides for each stage whether it is skipped, resumed or run.
 
     A stage is finished when its recorded fingerprint (settings, inputs, versions, and those of the stages before it)
-    is the present one; an interrupted stage with the same fingerprint resumes where its kind can.
+    is the present one and no stage that it needs has run since; an interrupted stage with the same fingerprint
+    resumes where its kind can.
+
+    Args:
+        pipeline: the pipeline.
+        first: run this stage from its beginning, and every one after it, even if finished and unchanged.
+        only: run this stage alone, even if finished and unchanged; interrupted, it resumes.
+
+    Returns:
+        One step a stage, in the pipeline's order.
+
+    Raises:
+        UserError: there is no such stage, both are given, or a stage that `only` needs would have to run.
     """
+    names = [stage.name for stage in pipeline.stages]
+    for option, name in (("--from", first), ("--only", only)):
+        if name is not None and name not in names:
+            raise UserError(f"{option} {name}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
+    if first is not None and only is not None:
+        raise UserError(f"--from {first} and --only {only} contradict each other; keep one")
     state = _read_state(pipeline)
-    steps: list[Step] = []
-    fingerprints: dict[str, str] = {}
+    steps: dict[str, Step] = {}
     for stage in pipeline.stages:
-        fingerprint = fingerprints[stage.name] = _fingerprint(stage, fingerprints)
+        material = _material(stage, {name: steps[name].fingerprint for name in stage.needs})
+        fingerprint = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
         recorded = state.get(stage.name, {})
-        rerun = next((s.stage.name for s in steps if s.stage.name in stage.needs and s.action != "skip"), None)
-        if not recorded:
-            action, reason = "run", "not run yet"
-        elif recorded["fingerprint"] != fingerprint:
-            action, reason = "run", "its settings, inputs or versions changed"
+        changed, changes = _changes(recorded, material)
+        rerun = next((name for name in stage.needs if steps[name].action != "skip"), None)
+        replaced = next((name for name in stage.needs if _run_of(state, name) != _run_used(recorded, name)), None)
+        action: Action = "run"
+        if first is not None and names.index(stage.name) >= names.index(first):
+            reason = "asked for by --from" if stage.name == first else f"comes after '{first}' (--from)"
+        elif not recorded:
+            reason = "not run yet"
+        elif changed:
+            reason = f"its {' and '.join(changed)} changed"
         elif rerun:
-            action, reason = "run", f"'{rerun}' runs again"
+            reason = f"'{rerun}' runs again"
+        elif replaced:
+            reason = f"'{replaced}' has run again since"
+        elif recorded["fingerprint"] != fingerprint:  # a record of an earlier llmlab names no details
+            reason = "its settings, inputs or versions changed"
         elif recorded["status"] != "finished":
             resumable = stage.stage.resumes and any(stage.folder.glob("checkpoint-*/trainer_state.json"))
             action, reason = ("resume", "it was interrupted") if resumable else ("run", "it did not finish")
         elif not stage.folder.is_dir():
-            action, reason = "run", "its run folder is gone"
+            reason = "its run folder is gone"
         else:
             action, reason = "skip", "finished"
-        steps.append(Step(stage, action, reason, fingerprint))
-    return steps
+        steps[stage.name] = Step(stage, action, reason, fingerprint, changes, material)
+    return list(steps.values()) if only is None else _alone(steps, only)
+
+
+def _alone(steps: dict[str, Step], only: str) -> list[Step]:
+    """Returns the steps with every other stage left out.
+
+    Raises:
+        SettingsError: the stages that it needs and that are not finished and unchanged.
+    """
+    chosen = steps[only]
+    needed: set[str] = set()
+    for name in reversed(steps):
+        if name == only or name in needed:
+            needed |= set(steps[name].stage.needs)
+    problems = []
+    for name, step in steps.items():
+        if name in needed and step.action != "skip":
+            details = f" ({', '.join(step.changes)})" if step.changes else ""
+            problems.append(
+                f"--only {only}: it needs '{name}' finished and unchanged, and that has to {step.action}: "
+                f"{step.reason}{details}; leave --only out, or finish '{name}' first"
+            )
+    if problems:
+        raise SettingsError(problems)
+    if chosen.action == "skip":
+        chosen = replace(chosen, action="run", reason="asked for by --only")
+    left_out = f"left out: only '{only}' was asked for"
+    return [
+        chosen if name == only else replace(step, action="skip", reason=left_out, changes=())
+        for name, step in steps.items()
+    ]
 
 
 def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
@@ -71,14 +139,32 @@ def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
         yield step
         if step.action == "skip":
             continue
+        name = step.stage.name
         if step.action == "run":
             _set_aside(step.stage.folder)
-        state[step.stage.name] = {"fingerprint": step.fingerprint, "status": "started"}
+        state[name] = {
+            "status": "started",
+            # what later stages compare: a resumed run stays the same run
+            "run": uuid.uuid4().hex if step.action == "run" else state[name].get("run"),
+            "used": {need: _run_of(state, need) for need in step.stage.needs},
+            "fingerprint": step.fingerprint,
+            **step.material,
+        }
         _write_state(pipeline, state)
         resume = {"resume": step.stage.folder} if step.action == "resume" else {}
         step.stage.stage.function(step.stage.resolved, **resume)
-        state[step.stage.name]["status"] = "finished"
+        state[name]["status"] = "finished"
         _write_state(pipeline, state)
+
+
+def _run_of(state: dict[str, Any], name: str) -> str | None:
+    """Returns the id of a stage's last run; None in records of an earlier llmlab."""
+    return state.get(name, {}).get("run")
+
+
+def _run_used(recorded: dict[str, Any], need: str) -> str | None:
+    """Returns the id of the run of `need` that a recorded run started from."""
+    return recorded.get("used", {}).get(need)
 
 
 def _set_aside(folder: Path) -> None:
@@ -90,33 +176,66 @@ def _set_aside(folder: Path) -> None:
         os.replace(folder, previous)
 
 
-def _fingerprint(stage: PipelineStage, earlier: dict[str, str]) -> str:
-    """Returns a hash of everything that decides what a stage writes."""
+def _material(stage: PipelineStage, earlier: dict[str, str]) -> dict[str, Any]:
+    """Returns everything that decides what a stage writes, as plain values."""
     settings = stage.resolved.settings.model_dump(mode="json", exclude=WITHOUT_CONSEQUENCE)
-    material = {
+    made_here = [stage.folder.parent / name for name in stage.needs]
+    return {
         "stage": stage.stage.name,
         "settings": settings,
-        "needs": {name: earlier[name] for name in stage.needs},
-        "files": {path: _identity(Path(path)) for path in _local_paths(settings, stage)},
+        "needs": earlier,
+        "files": {path: _identity(Path(path).expanduser()) for path in _local_paths(settings, made_here)},
         "versions": {"llmlab": __version__, **{name: version(name) for name in VERSIONS}},
     }
-    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
 
 
-def _local_paths(value: Any, stage: PipelineStage) -> list[str]:
-    """Returns the texts in the settings that name existing files or folders, other stages' run folders left out."""
+def _changes(recorded: dict[str, Any], material: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """Returns which kinds of things differ from a recorded run, and each difference in a reader's words."""
+    if "settings" not in recorded:
+        return [], ()
+    kinds: list[str] = []
+    details: list[str] = []
+    for kind in ("stage", "settings", "files", "versions"):
+        before, now = flatten({kind: recorded[kind]}), flatten({kind: material[kind]})
+        if kind == "files":
+            before, now = recorded[kind], material[kind]
+        keys = [key for key in dict.fromkeys([*now, *before]) if before.get(key, ...) != now.get(key, ...)]
+        if not keys:
+            continue
+        kinds.append("input files" if kind == "files" else "kind" if kind == "stage" else kind)
+        for key in keys:
+            name = key.removeprefix(f"{kind}.")
+            change = f"{name} {show(before.get(key))} → {show(now.get(key))}"
+            details.append(name if kind == "files" or len(change) > LONGEST_CHANGE else change)
+    return kinds, tuple(details)
+
+
+def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
+    """Returns the texts in the settings that name existing files or folders, needed stages' run folders left out.
+
+    A function of one's own is named `path/to/file.py:name`: the file counts.
+    """
     if isinstance(value, dict):
-        return [path for inner in value.values() for path in _local_paths(inner, stage)]
+        return [path for inner in value.values() for path in _local_paths(inner, made_here)]
     if isinstance(value, list):
-        return [path for inner in value for path in _local_paths(inner, stage)]
-    if not isinstance(value, str) or len(value) > 1024 or "\n" in value or not value or not os.path.exists(value):
+        return [path for inner in value for path in _local_paths(inner, made_here)]
+    if not isinstance(value, str) or len(value) > 1024 or "\n" in value:
         return []
-    return [] if Path(value).is_relative_to(stage.folder.parent) else [value]
+    found = next((text for text in (value, value.rpartition(":")[0]) if text and _exists(text)), None)
+    if found is None or any(Path(found).is_relative_to(folder) for folder in made_here):
+        return []
+    return [found]
 
 
-def _identity(path: Path) -> list[Any]:
+def _exists(text: str) -> bool:
+    return os.path.exists(os.path.expanduser(text))
+
+
+def _identity(path: Path) -> str:
+    """Returns a hash of the names, sizes and times of a file, or of the files in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
 def _read_state(pipeline: Pipeline) -> dict[str, Any]:

@@ -6,13 +6,17 @@ The loop and the loss are TRL's SFTTrainer; the rows reach it as tokens and labe
 import math
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.instructions import Instructions, build_instructions
 from llmlab.hardware import Hardware, probe
@@ -36,6 +40,25 @@ BEST_ADAPTERS = "best_lora_adapters"
 
 class InstructionTrainer(OurOptimizers, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers."""
+
+
+class RowsApart:
+    """Packed rows as a batch of rows, for attention that has no kernel for one long row of everything.
+
+    TRL lays packed rows end to end, which flash attention reads in linear time and every other attention in quadratic.
+
+    Args:
+        collator: the trainer's own.
+    """
+
+    def __init__(self, collator: DataCollatorForLanguageModeling):
+        self.collator = replace(collator, padding_free=False, return_position_ids=True)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(examples)
+        batch["labels"][batch["position_ids"] == 0] = -100  # no conversation predicts the first token of the next
+        del batch["attention_mask"]  # the positions tell where each begins, and models look at them only without it
+        return batch
 
 
 def sft(
@@ -91,6 +114,7 @@ def sft(
         )
     if settings.compile is True:
         compile_dynamic(policy.model, hardware.device)
+    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * process.num_processes
     evaluates = data.validation is not None
     rhythm = Rhythm(best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every)
     progress = ProgressLine(console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
@@ -106,7 +130,11 @@ def sft(
             callbacks=[rhythm, progress],
         )
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * process.num_processes
+    if settings.packing and "flash" not in policy.model.config._attn_implementation:
+        trainer.data_collator = RowsApart(trainer.data_collator)
+        # the trainer would count one row of each batch
+        lengths = sum(map(len, trainer.train_dataset["input_ids"])) / len(trainer.train_dataset)
+        progress.tokens_per_step = round(rows_per_step * lengths)
     steps = total_steps(settings, len(trainer.train_dataset), process.num_processes)
     if done >= steps:
         raise UserError(f"--resume {folder}: it already is at step {done}; give more epochs to extend it")
@@ -118,7 +146,7 @@ def sft(
         check_disk(folder, needed=(3 * 4 + 2 * 8) * trained)
         record = _new_record(folder, resolved, hardware, policy, data)
         record.start(done if checkpoint else None)
-        trainer.add_callback(MetricsLog(record, None))
+        trainer.add_callback(MetricsLog(record, progress.tokens_per_step))
     if checkpoint is not None:
         trainer.add_callback(ScheduleAfterResume(done))
     print_plan(console, f"Fine-tuning into {folder}", _plan(settings, policy, data, hardware, steps, rows_per_step))

@@ -307,3 +307,27 @@ def test_qlora_learns_on_four_bit_weights(sft_settings, wide_base_folder, chat_f
     assert losses(result.folder) == pytest.approx(losses(plain.folder), abs=1e-5)
     assert losses(result.folder)[-1] < losses(result.folder)[0] - 0.3
     assert (result.folder / "best_lora_adapters" / "adapter_model.safetensors").is_file()
+
+
+def test_packed_conversations_never_see_each_other(sft_settings, chat_file, quiet, monkeypatch):
+    """A conversation's loss is the same whatever it is packed with, and rows of a batch stay rows."""
+    seen = []
+    original = InstructionTrainer.compute_loss
+
+    def watch(self, model, inputs, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(InstructionTrainer, "compute_loss", watch)
+    result = sft(sft_settings(packing=True, max_steps=1, max_seq_len=96, validation_fraction=0), console=quiet)
+    batch = seen[0]
+    assert batch["input_ids"].shape[0] == 4 and "attention_mask" not in batch
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 1
+    model, _ = load_for_inference(result.folder, dtype="fp32", device="cpu")
+    whole = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+    begin, end = starts[1], (starts + [batch["input_ids"].shape[1]])[2]
+    alone = model(input_ids=batch["input_ids"][:1, begin:end], use_cache=False).logits[0]
+    assert torch.allclose(whole[begin:end], alone, atol=1e-4)
+    assert (batch["labels"][0, starts] == -100).all()
+    assert read_metrics(result.folder)[0]["tokens"] == pytest.approx(batch["input_ids"].numel(), rel=0.15)

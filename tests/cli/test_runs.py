@@ -1,0 +1,189 @@
+"""`llmlab runs ...` in a terminal's words: tables that fit 80 columns, curves, JSON, errors."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmlab.cli.app import main
+from llmlab.cli.curves import Curve, draw, short_number
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as caught:
+            main(["runs", *map(str, words)])
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A tokenizer, two pretrainings from it and an unfinished SFT run that went silent, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write("runs/a/tokenizer", "tokenizer", metrics={"vocab_size": 1024})
+    for name, lr, slope in (("pretrain", 0.001, 0.01), ("again", 0.002, 0.02)):
+        write(
+            f"runs/a/{name}",
+            "pretrain",
+            [{"step": step, "tokens": 100 * step, "seconds": step, "loss": 4 - slope * step} for step in range(1, 101)]
+            + [{"step": 100, "tokens": 10000, "seconds": 101, "eval_loss": 3.5}],
+            parents=["runs/a/tokenizer"],
+            settings={"lr": lr, "seed": 1, "output_dir": f"runs/a/{name}"},
+            sources={"lr": "p.yaml:3", "seed": "default"},
+            versions={"torch": "2.0"},
+            hardware={"device": "cpu", "name": "A [fast] CPU", "memory": 8e9, "dtype": "bf16", "reason": "it can"},
+            git={"revision": "0123456789abcdef", "changed": True},
+            data={"sources": [{"name": "demo/stories", "rows": 1234, "dropped": {"empty": 3}}], "validation_rows": 8},
+        )
+    folder = write(
+        "runs/b/sft", "sft", [{"step": 5, "seconds": 1, "loss": 2}], status="running", parents=["runs/a/again"]
+    )
+    old = time.time() - 7200
+    for path in folder.iterdir():
+        os.utime(path, (old, old))
+    return tmp_path
+
+
+def write(folder, stage, lines=(), **record):
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    values = {"stage": stage, "status": "finished", "started": f"2026-01-01T10:0{len(str(folder)) % 10}:00+00:00"}
+    (folder / "llmlab.json").write_text(json.dumps({**values, **record}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_list_fits_and_tells_how_runs_went(cli, runs):
+    code, output, _ = cli("list")
+    lines = output.splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines)
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert lines[0].split() == ["run", "stage", "status", "steps", "result", "from", "started", "took"]
+    assert "runs/a/" in lines and "runs/b/" in lines
+    assert rows["tokenizer"][1:6] == ["tokenizer", "finished", "-", "vocab_size", "1,024"]
+    assert rows["again"][1:7] == ["pretrain", "finished", "100", "eval_loss", "3.5", "tokenizer"]
+    assert rows["again"][-2:] == ["1m", "41s"]
+    assert rows["sft"][2] == "died"
+    shortened = rows["sft"][6]  # the end of a path that has no room
+    assert shortened.startswith("…") and "runs/a/again".endswith(shortened[1:]) and len(shortened) >= 9
+
+
+def test_the_list_of_one_folder_and_of_none(cli, runs):
+    assert [entry["folder"] for entry in json.loads(cli("list", "runs/b", "--json")[1])] == ["runs/b/sft"]
+    (runs / "empty").mkdir()
+    assert "no runs in empty" in cli("list", "empty")[1]
+    assert json.loads(cli("list", "empty", "--json")[1]) == []
+
+
+def test_a_damaged_record_is_listed(cli, runs):
+    (runs / "runs/a/pretrain/llmlab.json").write_text("{")
+    code, output, _ = cli("list")
+    assert code == 0 and "this record is damaged" in output and "again" in output
+
+
+def test_show_tells_everything_at_80_columns(cli, runs):
+    code, output, _ = cli("show", "runs/b/sft")
+    assert code == 0 and "silent for 2h 00m" in output
+    lineage = output[output.index("Lineage") :].splitlines()
+    assert lineage[1].startswith("runs/b/sft") and lineage[2].startswith("└── runs/a/again  pretrain  eval_loss 3.5")
+    assert lineage[3].startswith("    └── runs/a/tokenizer  tokenizer  vocab_size 1,024")
+    code, output, _ = cli("show", "runs/a/pretrain")
+    assert all(len(line) <= 80 for line in output.splitlines())
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
+    assert rows["lr"] == ["lr", "0.001", "p.yaml:3"] and "seed" not in rows and "output_dir" not in rows
+    assert "rows 1,234  dropped.empty 3" in output and "A [fast] CPU (cpu, 8 GB), bf16: it can" in output
+    assert "git 0123456789ab, with changes" in output and "torch 2.0" in output
+    assert "● eval_loss" in output and "step 100" in output
+
+
+def test_show_as_json(cli, runs):
+    values = json.loads(cli("show", "runs/a/pretrain", "--json")[1])
+    assert values["settings"] == {"lr": {"value": 0.001, "source": "p.yaml:3"}}
+    assert values["metrics"]["loss"] == {"last": 3.0, "best": 3.0, "best_step": 100}
+    assert values["lineage"]["parents"][0]["stage"] == "tokenizer"
+
+
+def test_compare_leaves_out_what_is_equal(cli, runs):
+    code, output, _ = cli("compare", "runs/a/pretrain", "runs/a/again")
+    assert code == 0 and all(len(line) <= 80 for line in output.splitlines())
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
+    assert rows["lr"] == ["lr", "0.001", "0.002"] and "seed" not in rows
+    top, bottom = "3.99 ┤", "2 ┤"  # both curves on the scale of both: 4 - 0.01 and 4 - 0.02 * 100
+    assert output.count(top) == 2 and output.count(bottom) == 2
+    values = json.loads(cli("compare", "runs/a/pretrain", "runs/a/again", "--json")[1])
+    assert values["settings"] == {"lr": {"runs/a/pretrain": 0.001, "runs/a/again": 0.002}}
+
+
+def test_curves_are_overlaid_where_colors_tell_them_apart(cli, runs, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    output = cli("compare", "runs/a/pretrain", "runs/a/again")[1]
+    assert output.count("step 100") == 1 and "\x1b[36m" in output and "\x1b[35m" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "runs/a/pretrian"], "there is no such run folder; did you mean 'runs/a/pretrain'?"),
+        (["show", "runs/a"], "this is no run folder of llmlab"),
+        (["show", "runs/a/pretrain", "--metric", "los"], "did you mean 'loss'?"),
+        (["compare", "runs/a/pretrain"], "expected two runs or more"),
+        (["compare", "runs/a/pretrain", "runs/a/pretrain"], "given twice"),
+        (["compare", "runs/a/pretrain", "runs/a/agian"], "did you mean 'runs/a/again'?"),
+        (["list", "nowhere"], "nowhere: there is no such folder"),
+    ],
+)
+def test_mistakes_are_sentences(cli, runs, words, message):
+    code, _, errors = cli(*words)
+    assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def test_nothing_heavy_is_imported(runs):
+    code = (
+        "import sys\nfrom llmlab.cli.app import main\n"
+        "try: main(['runs', 'show', 'runs/a/pretrain'])\nexcept SystemExit as end: assert not end.code\n"
+        "loaded = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\nassert not loaded, loaded"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = {**os.environ, "PYTHONPATH": root}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+# The chart ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_falling_line_goes_from_corner_to_corner():
+    lines = [line.plain for line in draw([Curve([(0, 3.0), (10, 1.0)], "cyan")], width=20, height=4)]
+    assert len(lines) == 6 and all(len(line) <= 20 for line in lines)
+    assert lines[0].startswith("3 ┤") and lines[3].startswith("1 ┤") and lines[2].startswith("2 ┤")
+    drawing = [line[3:] for line in lines[:4]]
+    assert ord(drawing[0][0]) & 0x01 and not drawing[0][5:]  # the dot at the top left
+    assert len(drawing[3]) == 17 and ord(drawing[3][16]) & 0x80  # the dot at the bottom right
+    covered = {column for line in drawing for column, character in enumerate(line) if character != " "}
+    assert covered == set(range(17))  # without gaps
+
+
+def test_marks_are_points_and_a_flat_curve_is_a_line():
+    lines = [line.plain for line in draw([Curve([(0, 1.0), (10, 1.0)], "cyan", marks=True)], width=20, height=4)]
+    assert "".join(lines).count("●") == 2
+    assert draw([Curve([(5, 1.0)], "cyan")], width=20, height=4)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1024, "1,024"), (1434000.0, "1,434,000"), (0.46834, "0.4683"), (1e-8, "1e-08"), (16151.3, "16,151"), (2.0, "2")],
+)
+def test_numbers_are_short(value, text):
+    assert short_number(value) == text
