@@ -53,6 +53,10 @@ class Hardware:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the lines about it for the plan of a run."""
+        return [("device", f"{self.name} ({self.device})"), ("dtype", f"{self.dtype}: {self.reason}")]
+
     def record(self) -> dict[str, Any]:
         """Returns plain values for a run's record."""
         return {**asdict(self), "platform": platform.platform(), "cores": os.cpu_count()}

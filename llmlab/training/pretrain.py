@@ -255,8 +255,7 @@ def _plan(
         ("tokens", human(settings.max_steps * batch * sequence)),
         ("optimizer", f"{settings.optimizer}, lr {settings.lr:g}, {settings.scheduler} after {settings.warmup_steps}"),
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
-        ("device", f"{hardware.name} ({hardware.device})"),
-        ("dtype", f"{hardware.dtype}: {hardware.reason}"),
+        *hardware.rows(),
         ("compile", compile_reason),
     ]
 
