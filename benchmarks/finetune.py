@@ -27,7 +27,7 @@ def make_settings(options, folder, **changes):
     from llmlab.settings.sft import SFTSettings
 
     values = {
-        "policy_checkpoint": options.model,
+        "policy_checkpoint": str(options.model),
         "datasets": [{"name": str(options.train)}],
         "validation_fraction": 0,
         "chat_template": "chatml",
@@ -136,9 +136,9 @@ def learn(options):
         ),
         "",
         f"Largest difference {gap:.1e}. On {len(before)} held-out questions, greedily: answers in the trained form "
-        f"(`#### 42`) {form(before)} before and {form(after)} after, right answers {right(before)} and {right(after)}. "
-        f"The merged model gives the same answer to {same} of {len(after)}; its logits are off base and adapter by at "
-        f"most {merged.metrics['max_difference']:.1e}, off the base's by {merged.metrics['difference_to_base']:.1f}.",
+        f"(`#### 42`) {form(before)} before and {form(after)} after, right answers {right(before)} and "
+        f"{right(after)}. The merged model gives the same answer to {same} of {len(after)}; its logits are off base and "
+        f"adapter by at most {merged.metrics['max_difference']:.1e}, off the base's by {merged.metrics['difference_to_base']:.1f}.",
     ]
     return "\n".join(table) + "\n"
 
@@ -162,7 +162,8 @@ def is_right(text, answer):
 
 def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
-    from llmlab.data.instructions import build_instructions
+    from llmlab.data.instructions import InstructionMaker
+    from llmlab.data.rows import build_rows
     from llmlab.hardware import probe
     from llmlab.training.policy import load_policy
     from llmlab.training.sft import InstructionTrainer, trainer_arguments
@@ -173,9 +174,7 @@ def cost(options):
         machine = probe()
         settings = make_settings(options, folder, trainer_args={"train_sampling_strategy": "sequential"})
         policy = load_policy(settings.policy_checkpoint, settings, machine, chat_template="chatml")
-        data = build_instructions(
-            settings, policy.tokenizer, max_seq_len=512, loss_on="assistant", allow_truncated=0.05, seed=42
-        )
+        data = build_rows(settings, InstructionMaker(policy.tokenizer, max_seq_len=512), seed=42)
         return InstructionTrainer(
             settings,
             model=policy.model,

@@ -9,16 +9,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPOSettings": "llmlab.settings.dpo",
     "MergeSettings": "llmlab.settings.merge",
     "ModelSettings": "llmlab.settings.model",
+    "ORPOSettings": "llmlab.settings.orpo",
     "PretrainSettings": "llmlab.settings.pretrain",
+    "RewardModelSettings": "llmlab.settings.reward",
     "SFTSettings": "llmlab.settings.sft",
     "TokenizerSettings": "llmlab.settings.tokenizer",
+    "dpo": "llmlab.training.dpo",
     "generate_text": "llmlab.inference",
     "load": "llmlab.settings.sources",
     "load_for_inference": "llmlab.inference",
     "merge": "llmlab.training.merge",
+    "orpo": "llmlab.training.orpo",
     "pretrain": "llmlab.training.pretrain",
+    "reward": "llmlab.training.reward",
     "sft": "llmlab.training.sft",
     "train_tokenizer": "llmlab.training.tokenizer",
 }

@@ -111,13 +111,16 @@ def _names(modules: list[LinearModule]) -> list[str]:
     return sorted({module.leaf for module in modules})
 
 
-def lora_config(model: PreTrainedModel, settings: LoraSettings, new_tokens: Iterable[int] = ()) -> LoraConfig:
+def lora_config(
+    model: PreTrainedModel, settings: LoraSettings, new_tokens: Iterable[int] = (), *, task: str = "CAUSAL_LM"
+) -> LoraConfig:
     """Returns the PEFT configuration of these settings for this model.
 
     Args:
         model: what the adapters will be attached to.
         settings: rank, scale, targets and the like.
         new_tokens: ids whose embedding rows (and output rows) are trained beside the adapters.
+        task: PEFT's name of the model's task; with SEQ_CLS the head that scores is trained whole.
 
     Raises:
         UserError: the targets, or `modules_to_save`, name nothing in this model.
@@ -132,7 +135,7 @@ def lora_config(model: PreTrainedModel, settings: LoraSettings, new_tokens: Iter
     whole = set(settings.modules_to_save or ())
     rows = {leaf: list(new_tokens) for leaf in _embeddings(model) if leaf not in whole} if new_tokens else None
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -149,7 +152,7 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
     """Returns the last names of the input embedding and, where its weights are its own, of the output head."""
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outputs is None or outputs.weight is inputs.weight
+    tied = outputs is None or outputs.weight is inputs.weight  # a classifier has no output embedding
     return [names[id(inputs)], *([] if tied else [names[id(outputs)]])]
 
 

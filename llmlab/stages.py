@@ -63,6 +63,27 @@ STAGES = {
             resumes=True,
         ),
         Stage(
+            "dpo",
+            "llmlab.settings.dpo:DPOSettings",
+            "llmlab.training.dpo:dpo",
+            "Make a model prefer the better of two answers.",
+            resumes=True,
+        ),
+        Stage(
+            "orpo",
+            "llmlab.settings.orpo:ORPOSettings",
+            "llmlab.training.orpo:orpo",
+            "Fine-tune and prefer at once, without a reference model.",
+            resumes=True,
+        ),
+        Stage(
+            "reward",
+            "llmlab.settings.reward:RewardModelSettings",
+            "llmlab.training.reward:reward",
+            "Train a model that scores answers.",
+            resumes=True,
+        ),
+        Stage(
             "generate",
             "llmlab.settings.generation:GenerateSettings",
             "llmlab.training.samples:write_samples",

@@ -18,6 +18,9 @@ from llmlab.settings.errors import UserError
 COMMANDS = {
     "pretrain": ("llmlab.cli.train:pretrain", "Train a decoder from nothing, or further, on plain text.", "Train"),
     "sft": ("llmlab.cli.train:sft", "Fine-tune on instructions and conversations, whole or with LoRA.", "Train"),
+    "dpo": ("llmlab.cli.train:dpo", "Make a model prefer the better of two answers.", "Train"),
+    "orpo": ("llmlab.cli.train:orpo", "Fine-tune and prefer at once, without a reference model.", "Train"),
+    "reward": ("llmlab.cli.train:reward", "Train a model that scores answers.", "Train"),
     "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
     "merge": ("llmlab.cli.merge:merge", "Fold LoRA adapters into their base model.", "Use"),
     "runs": ("llmlab.cli.runs:app", "List, show and compare run folders.", "Use"),

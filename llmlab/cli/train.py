@@ -31,3 +31,6 @@ def train_command(name: str) -> Callable[..., None]:
 
 pretrain = train_command("pretrain")
 sft = train_command("sft")
+dpo = train_command("dpo")
+orpo = train_command("orpo")
+reward = train_command("reward")

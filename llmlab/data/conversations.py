@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmlab.data.formats import PLAIN_TEXT, Format, UnusableRow, recognize, to_messages
+from llmlab.data.pairs import recognize_pairs, to_pair
 from llmlab.data.sources import Tally, choose_column, load_rows
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -27,6 +28,7 @@ class ConversationSource:
         identity: what another content would change; plain values for a cache key.
         splits: the splits that the source has.
         column: the column that holds plain text, where the format is that.
+        pairs: whether rows are read as preference pairs.
     """
 
     name: str
@@ -35,13 +37,16 @@ class ConversationSource:
     identity: dict[str, Any]
     splits: tuple[str, ...]
     column: str | None = None
+    pairs: bool = False
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}`.
+        """Returns a row as `to_messages` or, of preference pairs, `to_pair` does.
 
         Raises:
             UnusableRow: it cannot be read so; the reason is for counting.
         """
+        if self.pairs:
+            return to_pair(row, self.form)
         return to_messages({"text": row.get(self.column)} if self.column else row, self.form)
 
     def conversations(self, tally: Tally) -> Iterator[dict[str, Any]]:
@@ -56,13 +61,16 @@ class ConversationSource:
                 yield conversation
 
 
-def load_conversations(source: DataSource, *, split: str | None = None, streaming: bool = False) -> ConversationSource:
+def load_conversations(
+    source: DataSource, *, split: str | None = None, streaming: bool = False, pairs: bool = False
+) -> ConversationSource:
     """Finds a source of instruction data and recognizes its format from its columns.
 
     Args:
         source: as in `load_rows`; with `column` its rows are plain text.
         split: another split than the source names.
         streaming: read a hub data set as it comes.
+        pairs: whether its rows are to be read as preference pairs.
 
     Raises:
         UserError: there is no such source, or no format has its columns.
@@ -72,6 +80,10 @@ def load_conversations(source: DataSource, *, split: str | None = None, streamin
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
+    if pairs:
+        return ConversationSource(
+            source.name, found.rows, recognize_pairs(columns, source.name), found.identity, found.splits, pairs=True
+        )
     if source.column is not None:
         form, column = PLAIN_TEXT, choose_column(source, first)
     else:

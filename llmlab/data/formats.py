@@ -39,11 +39,11 @@ class Format:
 
 
 def _messages(row: Row) -> list[Message]:
-    return _from_turns(row["messages"])
+    return read_turns(row["messages"])
 
 
 def _conversations(row: Row) -> list[Message]:
-    return _from_turns(row["conversations"])
+    return read_turns(row["conversations"])
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -61,24 +61,24 @@ def _past(pair: Any) -> list[Message]:
 
 def _prompt_completion(row: Row) -> list[Message]:
     if isinstance(row["prompt"], list):
-        return _from_turns([*row["prompt"], *_list(row["completion"], "completion")])
+        return read_turns([*row["prompt"], *_list(row["completion"], "completion")])
     return _pair(row["prompt"], row["completion"])
 
 
 def _sharegpt_chosen(row: Row) -> list[Message]:
-    return [*_from_turns(row["conversations"]), _turn(row["chosen"])]
+    return [*read_turns(row["conversations"]), _turn(row["chosen"])]
 
 
 def _prompt_chosen(row: Row) -> list[Message]:
     prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     if isinstance(row["chosen"], str):
-        return _from_turns([*prompt, {"role": "assistant", "content": row["chosen"]}])
-    chosen = _from_turns(row["chosen"])
-    return chosen if chosen[0]["role"] in ("system", "user") else [*_from_turns(prompt), *chosen]
+        return read_turns([*prompt, {"role": "assistant", "content": row["chosen"]}])
+    chosen = read_turns(row["chosen"])
+    return chosen if chosen[0]["role"] in ("system", "user") else [*read_turns(prompt), *chosen]
 
 
 def _chosen(row: Row) -> list[Message]:
-    return _from_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(_text(row["chosen"]))
+    return read_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(_text(row["chosen"]))
 
 
 PLAIN_TEXT = Format("plain text", ("text",), lambda row: [])
@@ -119,12 +119,17 @@ def recognize(columns: Iterable[str], where: str) -> Format:
     for candidate in FORMATS:
         if set(candidate.columns) <= found:
             return candidate
-    nearest = max(FORMATS, key=lambda form: _nearness(form, found))
+    raise closest(FORMATS, found, where, "instruction data")
+
+
+def closest(formats: Iterable[Format], found: set[str], where: str, kind: str) -> UserError:
+    """Returns the error for columns that no format has, with the format that comes closest."""
+    formats = list(formats)
+    nearest = max(formats, key=lambda form: _nearness(form, found))
     missing = [name for name in nearest.columns if name not in found]
-    schemas = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS)
-    raise UserError(
-        f"{where}: no format of instruction data has the columns {', '.join(sorted(found))}; "
-        f"expected one of: {schemas}. "
+    schemas = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in formats)
+    return UserError(
+        f"{where}: no format of {kind} has the columns {', '.join(sorted(found))}; expected one of: {schemas}. "
         f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
     )
 
@@ -149,12 +154,22 @@ def to_messages(row: Row, form: Format) -> Row:
         if not _text(row["text"]).strip():
             raise UnusableRow("empty")
         return {"text": row["text"]}
-    messages = form.read(row)
-    if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
-        messages = [{"role": "system", "content": row["system"]}, *messages]
+    messages = read_system(row, form) + form.read(row)
     if not any(message["role"] == "assistant" for message in messages):
         raise UnusableRow("no turn of the assistant")
-    return {"messages": messages, "tools": _tools(row.get("tools")) if "tools" in form.optional else None}
+    return {"messages": messages, "tools": read_tools(row, form)}
+
+
+def read_system(row: Row, form: Format) -> list[Message]:
+    """Returns the system prompt that stands in a column of its own, as no or one message."""
+    if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
+        return [{"role": "system", "content": _text(row["system"])}]
+    return []
+
+
+def read_tools(row: Row, form: Format) -> list[dict[str, Any]] | None:
+    """Returns the tools of a row where its format may have some."""
+    return _tools(row.get("tools")) if "tools" in form.optional else None
 
 
 def transcript_messages(text: str) -> list[Message]:
@@ -191,7 +206,8 @@ def _list(value: Any, name: str) -> list[Any]:
     return value or []
 
 
-def _from_turns(turns: Any) -> list[Message]:
+def read_turns(turns: Any) -> list[Message]:
+    """Returns turns as messages, whatever they call roles and text."""
     if not isinstance(turns, list) or not turns:
         raise UnusableRow("no turns")
     return [_turn(turn) for turn in turns]

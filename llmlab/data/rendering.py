@@ -75,6 +75,28 @@ class Renderer:
             raise UnusableRow(f"the chat template fails: {error}") from None
         return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
 
+    def render_pair(self, pair: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+        """Returns the ids of a pair's prompt and of its chosen and rejected completions.
+
+        Raises:
+            UnusableRow: the template refuses it, or rewrites the prompt when it is answered.
+        """
+        prompt, tools = pair["prompt"], pair["tools"]
+        whole = [self.render({"messages": prompt + pair[side], "tools": tools}) for side in ("chosen", "rejected")]
+        try:
+            start = self.tokenizer.apply_chat_template(
+                prompt, tools=tools, add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
+        ids = start["input_ids"]
+        shared = min(_shared(ids, row.input_ids) for row in whole)
+        if shared < len(ids):  # a merge over the boundary is no loss, other text is
+            text = self.tokenizer.decode(ids)
+            if not all(self.tokenizer.decode(row.input_ids).startswith(text.rstrip()) for row in whole):
+                raise UnusableRow("the chat template rewrites the prompt when it is answered")
+        return ids[:shared], whole[0].input_ids[shared:], whole[1].input_ids[shared:]
+
     @cached_property
     def _marked_template(self) -> str | None:
         """The tokenizer's template where it marks what the assistant wrote, or TRL's marked form of it."""
@@ -202,6 +224,11 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     return missing
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Returns the length of the common beginning."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _last_run(trained: list[bool]) -> list[bool]:

@@ -14,6 +14,7 @@ _HOMES = {
     "register": "modeling",
     "build_config": "build",
     "check_folder": "build",
+    "load_classifier": "build",
     "load_config": "build",
     "load_model": "build",
     "new_model": "build",

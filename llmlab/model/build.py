@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -149,6 +151,36 @@ def load_model(
             f"(architectures = {kind})"
         )
     return model
+
+
+def load_classifier(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization_config: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
+    """Loads a model with a head of one number, which is new where the source is a language model.
+
+    Args:
+        source: a run folder or a hub id.
+        dtype: of the weights.
+        quantization_config: keeps the weights in fewer bits.
+
+    Raises:
+        UserError: there is no such model, its architecture has no classification form, or its folder is broken.
+    """
+    check_folder(source)
+    config = load_config(source)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
+    config.num_labels = 1
+    extra = {} if quantization_config is None else {"quantization_config": quantization_config}
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {_reason(source, error)}") from None
+    except SafetensorError as error:
+        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
 
 
 def check_folder(source: str | Path) -> None:

@@ -63,6 +63,10 @@ class Settings(BaseModel):
         """Returns a layer's values with keys that have no field of their own put into this class's words."""
         return values
 
+    def recorded(self) -> dict[str, Any]:
+        """Returns plain values for a run's record, which the run can be resumed with."""
+        return self.model_dump(mode="json")
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""
         named = ((setting.marker(Trl), setting.of(self)) for setting in fields_of(type(self)))

@@ -1,9 +1,16 @@
 """Optimizer and learning-rate schedule of every training stage; building them is the business of `llmlab.optim`."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Settings
+
+HUGGING_FACE = {  # Transformers' names of these optimizers: implementations differ, the rule is the same
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adafactor": "adafactor",
+    "lion_32bit": "lion",
+}
 
 
 class OptimizerSettings(Settings):
@@ -24,3 +31,11 @@ class OptimizerSettings(Settings):
     muon_momentum: v.MuonMomentum = 0.95
     muon_nesterov: v.MuonNesterov = True
     scheduler: v.Scheduler = "cosine"
+
+    @classmethod
+    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Reads Transformers' `optim`, which the RL guide gives, as an optimizer of this name or of the same rule."""
+        if "optim" not in values or "optimizer" in values:
+            return super().translate(values)
+        rest = {key: value for key, value in values.items() if key != "optim"}
+        return super().translate({**rest, "optimizer": HUGGING_FACE.get(values["optim"], values["optim"])})

@@ -1,8 +1,7 @@
 """Settings of `llmlab sft`. Source: seed, LLM-Lab document, "Supervised Fine-Tuning (SFT)" and "LoRA for SFT"."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from llmlab.settings import vocabulary as v
@@ -42,10 +41,7 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
         "assistant", description="Tokens that are trained: the assistant's turns, only the last one, or everything."
     )
     chat_template: v.ChatTemplate = None
-    allow_truncated: Annotated[float, Ge(0), Le(1)] = Field(
-        0.05,
-        description="Share of rows that may lose all trained tokens to max_seq_len before a run refuses to start.",
-    )
+    allow_truncated: v.AllowTruncated = 0.05
     log_every: v.LogEvery = 10
     save_every: v.SaveEvery = 500
     eval_every: v.EvalEvery = 500
@@ -54,6 +50,10 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
     save_total_limit: v.SaveTotalLimit = 2
     seed: v.Seed = 42
     trainer_args: v.TrainerArgs = Field(default_factory=dict)
+
+    def recorded(self) -> dict[str, Any]:
+        """Leaves out max_steps beside epochs, which it would contradict when the run is resumed."""
+        return {k: value for k, value in super().recorded().items() if k != "max_steps" or self.epochs is None}
 
     @model_validator(mode="after")
     def check_length(self) -> "SFTSettings":

@@ -80,10 +80,11 @@ Scheduler = Annotated[
     Field(description="How the learning rate falls after warmup; none keeps it."),
 ]
 WarmupSteps = Annotated[
-    int,
+    int | Annotated[float, Lt(1)],
     Ge(0),
     Trl("warmup_steps"),
-    Field(description="Updates over which the learning rate rises from 0 to its peak."),
+    Alias("warmup_ratio"),
+    Field(description="Updates over which the learning rate rises to its peak; below 1 it is a share of all."),
 ]
 GradientCheckpointing = Annotated[
     bool,
@@ -178,6 +179,49 @@ ChatTemplate = Annotated[
     Field(
         description="How conversations are written: chatml, or a Jinja file; none keeps the tokenizer's own template, "
         "and takes chatml where there is none."
+    ),
+]
+
+# Preferences ------------------------------------------------------------------------------------------------------
+
+EffectiveBatchSize = Annotated[
+    int,
+    Gt(0),
+    Field(description="Rows of one update, over all processes and forward passes together."),
+]
+MiniBatchSize = Annotated[
+    int,
+    Gt(0),
+    Trl("per_device_train_batch_size"),
+    Alias("per_device_batch_size"),
+    Field(description="Rows in one forward pass, on each device."),
+]
+Accumulation = Annotated[
+    int | None,
+    Gt(0),
+    Field(description="Forward passes of an update; none follows from batch_size and mini_batch_size."),
+]
+MaxLength = Annotated[
+    int,
+    Gt(1),
+    Trl("max_length"),
+    Alias("max_seq_len", "max_seq_length"),
+    Field(description="Longest prompt and completion together, in tokens; completions lose their end."),
+]
+MaxPromptLength = Annotated[
+    int | None,
+    Gt(0),
+    Field(description="Longest prompt in tokens; longer ones lose their beginning, counted and reported."),
+]
+MaxSamples = Annotated[int | None, Gt(0), Field(description="Training rows at most, drawn by the seed; none is all.")]
+EvalBatches = Annotated[int, Gt(0), Field(description="Validation batches in one evaluation.")]
+
+AllowTruncated = Annotated[
+    float,
+    Ge(0),
+    Le(1),
+    Field(
+        description="Share of rows that a length limit may leave with nothing to learn before a run refuses to start."
     ),
 ]
 

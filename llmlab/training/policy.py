@@ -51,12 +51,18 @@ class Policy:
     stops: tuple[int, ...]
     new_tokens: list[str]
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Returns the lines about it for the plan of a run."""
-        trainable, total = trainable_share(self.model)
+    @property
+    def continues_adapter(self) -> bool:
+        """Whether the adapters are those of an earlier run."""
+        return isinstance(self.model, PeftModel) and len(self.parents) > 1
+
+    def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
+        """Returns the lines about it for the plan of a run; `model` is it with adapters attached since."""
+        model = model or self.model
+        trainable, total = trainable_share(model)
         rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
-        if isinstance(self.model, PeftModel):
-            adapter = self.model.active_peft_config
+        if isinstance(model, PeftModel):
+            adapter = model.active_peft_config
             kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
             targets = ", ".join(sorted(adapter.target_modules))
             rows.append(("adapter", f"{kind} r {adapter.r}, alpha {adapter.lora_alpha:g} on {targets}"))
@@ -66,7 +72,9 @@ class Policy:
         return rows
 
 
-def load_policy(source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None) -> Policy:
+def load_policy(
+    source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None, attach: bool = True
+) -> Policy:
     """Loads what a stage trains.
 
     Whole models are held in fp32 and trained under autocast; under adapters the frozen weights stay in the arithmetic
@@ -77,6 +85,7 @@ def load_policy(source: str, settings: LoraSettings, hardware: Hardware, *, chat
         settings: whether and how adapters are attached.
         hardware: where it will run.
         chat_template: as in `add_chat_template`.
+        attach: whether to attach new adapters; without, only the model for them is made ready.
 
     Raises:
         UserError: there is no such model, a preset matches nothing in it, the LoRA settings contradict the adapter, or
@@ -87,15 +96,7 @@ def load_policy(source: str, settings: LoraSettings, hardware: Hardware, *, chat
     if adapter is not None:
         _check_same_adapter(source, adapter, settings)
     base = source if adapter is None else adapter.base_model_name_or_path
-    quantization = None
-    if settings.use_qlora:
-        check_quantization(hardware)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.torch_dtype,
-        )
+    quantization = quantization_of(settings, hardware)
     frozen = adapter is not None or settings.use_lora
     try:
         model = load_model(
@@ -122,7 +123,7 @@ def load_policy(source: str, settings: LoraSettings, hardware: Hardware, *, chat
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, source, is_trainable=True)
-    elif settings.use_lora:
+    elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))
     if isinstance(model, PeftModel):
@@ -168,6 +169,23 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     config.eos_token_id = list(stops)
     config.pad_token_id = tokenizer.pad_token_id
     return stops
+
+
+def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+    """Returns how frozen weights are kept in 4 bits, or None where they are not.
+
+    Raises:
+        UserError: this machine cannot.
+    """
+    if not settings.use_qlora:
+        return None
+    check_quantization(hardware)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.torch_dtype,
+    )
 
 
 def check_quantization(hardware: Hardware) -> None:

@@ -140,12 +140,10 @@ class Run(Generic[S]):
         return RunResult(self.folder, metrics)
 
     def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
-        # beside epochs, max_steps would contradict them when the run is resumed
-        left_out = set() if self.settings.epochs is None else {"max_steps"}
         record = RunRecord(
             self.folder,
             stage=self.stage,
-            settings=self.settings.model_dump(mode="json", exclude=left_out),
+            settings=self.settings.recorded(),
             sources=self.resolved.sources,
             parents=parents,
             hardware=self.hardware.record(),

@@ -12,7 +12,8 @@ from rich.console import Console
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.instructions import build_instructions
+from llmlab.data.instructions import InstructionMaker
+from llmlab.data.rows import build_rows
 from llmlab.hardware import Hardware
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
@@ -81,14 +82,14 @@ def sft(
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
     with run.process.main_process_first(), run.reading():
-        data = build_instructions(
+        maker = InstructionMaker(
+            policy.tokenizer, max_seq_len=settings.max_seq_len, loss_on=settings.loss_on, stops=policy.stops
+        )
+        data = build_rows(
             settings,
-            policy.tokenizer,
-            max_seq_len=settings.max_seq_len,
-            loss_on=settings.loss_on,
-            allow_truncated=settings.allow_truncated,
+            maker,
             seed=settings.seed,
-            stops=policy.stops,
+            allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
         )
     if settings.compile is True:

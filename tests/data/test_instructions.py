@@ -4,11 +4,14 @@ import json
 
 import pytest
 
-from llmlab.data import instructions
-from llmlab.data.instructions import build_instructions
+from llmlab.data import rows as rows_module
+from llmlab.data.instructions import InstructionMaker
+from llmlab.data.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError
+
+OPTIONS = ("allow_truncated", "seed", "validation_rows", "max_samples")
 
 
 def write(path, rows):
@@ -28,12 +31,11 @@ def tokenizer(tokenizer_folder):
 
 @pytest.fixture
 def build(tokenizer, tmp_path):
-    def make(*sources, **changes):
-        names = ("max_seq_len", "loss_on", "allow_truncated", "seed", "validation_rows")
-        options = {"max_seq_len": 128, "loss_on": "assistant", "allow_truncated": 0.05, "seed": 3}
-        options |= {name: changes.pop(name) for name in names if name in changes}
+    def make(*sources, max_seq_len=128, loss_on="assistant", **changes):
+        options = {"seed": 3} | {k: changes.pop(k) for k in list(changes) if k in OPTIONS}
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        return build_instructions(DataSettings(datasets=list(sources), **values), tokenizer, **options)
+        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on)
+        return build_rows(DataSettings(datasets=list(sources), **values), maker, **options)
 
     return make
 
@@ -69,6 +71,15 @@ def test_held_out_rows_are_the_same_every_time_and_equal_rows_stay_together(buil
         build(write(tmp_path / "one.jsonl", pairs(1)), validation_fraction=0.5)
 
 
+def test_max_samples_draws_a_subset(build, tokenizer, tmp_path):
+    source = write(tmp_path / "a.jsonl", pairs(50))
+    few, other = build(source, max_samples=10), build(source, max_samples=10, seed=4)
+    assert len(set(texts(few.train, tokenizer))) == 10
+    assert texts(few.train, tokenizer) == texts(build(source, max_samples=10).train, tokenizer)
+    assert texts(few.train, tokenizer) != texts(other.train, tokenizer)
+    assert len(build(source, max_samples=99).train) == 50
+
+
 def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
     one, two = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(7, "Held"))
     data = build(one, validation_fraction=0.5, validation_datasets=[two])
@@ -82,9 +93,9 @@ def test_long_rows_are_cut_and_counted_and_those_that_lose_everything_left_out(b
     source = write(tmp_path / "a.jsonl", pairs(97) + long_answer + long_question)
     data = build(source, max_seq_len=64)
     report = data.reports[0]
-    assert (report.rows, report.cut, report.lost, report.trained_rows) == (99, 2, 1, 98)
+    assert (report.rows, report.counts["cut"], report.lost, report.trained_rows) == (99, 1, 1, 98)
     assert max(map(len, data.train["input_ids"])) == 64
-    assert "2 cut, 1 of them left with nothing to train" in report.summary()
+    assert "98 rows" in report.summary() and "1 cut, 1 left out: cut to nothing" in report.summary()
     source = write(tmp_path / "b.jsonl", pairs(9) + long_question)
     with pytest.raises(UserError, match=r"1 of 10 rows have nothing left .* first is row 10 with \d+ tokens; 95 %"):
         build(source, max_seq_len=64)
@@ -137,10 +148,8 @@ def test_wrong_masks_are_refused_with_row_and_fix(build, tokenizer, tmp_path, te
 def test_rendered_rows_are_cached_by_everything_that_decides_them(build, tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", pairs(5))
     rendered = []
-    original = instructions._RenderRow.__call__
-    monkeypatch.setattr(
-        instructions._RenderRow, "__call__", lambda self, row: rendered.append(1) or original(self, row)
-    )
+    original = rows_module._MakeRow.__call__
+    monkeypatch.setattr(rows_module._MakeRow, "__call__", lambda self, row: rendered.append(1) or original(self, row))
 
     def renders(**changes):
         before = len(rendered)

@@ -144,6 +144,50 @@ def sft_settings(base_folder, chat_file, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """The same questions; the better answer names the animal's own voice, the worse another's."""
+    draw = random.Random(2)
+    animals = {"cat": "meows", "dog": "barks", "cow": "moos", "duck": "quacks", "pig": "grunts", "hen": "clucks"}
+    rows = []
+    for number in range(160):
+        animal, other = draw.sample(sorted(animals), 2)
+        right, wrong = f"The {animal} {animals[animal]}.", f"The {animal} {animals[other]}."
+        rows.append({"prompt": f"How {number}: the {animal}?", "chosen": right, "rejected": wrong})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def preference_settings(base_folder, pairs_file, tmp_path):
+    """Returns a function that makes settings of a short preference run on the tiny model, in fp32."""
+
+    def make(kind, **changes):
+        values = {
+            "policy_checkpoint": str(base_folder),
+            "datasets": [{"name": str(pairs_file)}],
+            "output_dir": str(tmp_path / "run"),
+            "cache_dir": str(tmp_path.parent / "cache"),
+            "num_proc": 1,
+            "validation_fraction": 0.1,
+            "max_steps": 20,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "mini_batch_size": 4,
+            "max_length": 96,
+            "max_prompt_length": 64,
+            "log_every": 1,
+            "eval_every": 1000,
+            "dtype": "fp32",
+            "seed": 3,
+        }
+        return kind(**{**values, **changes})
+
+    return make
+
+
 @pytest.fixture
 def quiet():
     from rich.console import Console

@@ -9,8 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llmlab.data import build_corpus, instructions, load_tokenizer
+from llmlab.data import build_corpus, load_tokenizer
 from llmlab.data import corpus as corpus_module
+from llmlab.data import rows as rows_module
+from llmlab.data.instructions import InstructionMaker
 from llmlab.data.mixture import Mixture
 from llmlab.hardware import probe
 from llmlab.model import build_config, new_model
@@ -145,27 +147,20 @@ def test_each_pretraining_setting_has_an_effect(
 def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
     """The same for fine-tuning: the policy, its rows and its trainer."""
     folders = []
-    original = instructions.cache_folder
-    monkeypatch.setattr(instructions, "cache_folder", lambda folder: folders.append(folder) or original(folder))
+    original = rows_module.cache_folder
+    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
     workers = []
     render = Dataset.map
     monkeypatch.setattr(
         Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
     )
-    monkeypatch.setattr(instructions, "WORTH_PROCESSES", 1)
+    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
     torch.manual_seed(settings.seed)
     hardware = probe("cpu", settings.dtype)
     policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
-    data = instructions.build_instructions(
-        settings,
-        policy.tokenizer,
-        max_seq_len=settings.max_seq_len,
-        loss_on=settings.loss_on,
-        allow_truncated=settings.allow_truncated,
-        seed=settings.seed,
-        stops=policy.stops,
-        validation_rows=settings.eval_steps * settings.batch_size,
-    )
+    maker = InstructionMaker(policy.tokenizer, max_seq_len=settings.max_seq_len, loss_on=settings.loss_on)
+    wanted = settings.eval_steps * settings.batch_size
+    data = rows_module.build_rows(settings, maker, seed=settings.seed, validation_rows=wanted)
     monkeypatch.undo()
     optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -1,0 +1,129 @@
+"""Direct preference optimization: policy and reference, pairs, trainer, train, save.
+
+The loop and the loss are TRL's DPOTrainer; the pairs reach it as tokens, prompts already cut.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from llmlab.adapters import lora_config
+from llmlab.data import load_tokenizer
+from llmlab.model import load_model
+from llmlab.settings.dpo import DPOSettings
+from llmlab.settings.errors import UserError
+from llmlab.settings.sources import Resolved
+from llmlab.training._trl import PairsReady, show_head_bias
+from llmlab.training.compile import compile_dynamic
+from llmlab.training.optimizers import OurOptimizers
+from llmlab.training.policy import Policy, fit_vocabulary, load_policy
+from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.progress import quiet_libraries
+from llmlab.training.record import RunResult
+from llmlab.training.running import Run
+
+
+class PairTrainer(OurOptimizers, PairsReady, DPOTrainer):
+    """TRL's DPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
+
+
+def dpo(
+    settings: DPOSettings | Resolved[DPOSettings],
+    *,
+    resume: str | Path | None = None,
+    load_optimizer: bool = True,
+    console: Console | None = None,
+) -> RunResult:
+    """Makes a model prefer the better of two answers, and writes its run folder.
+
+    Args:
+        settings: which model, what pairs, for how long.
+        resume: a run folder of this stage to continue from its last checkpoint.
+        load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        console: where to print; None is the terminal.
+
+    Returns:
+        The run folder and its last metrics: `loss`, `win_rate`, `margin`, `kl`, `chosen_logp`, `rejected_logp`, and
+        the same of the validation pairs with `eval_` before them.
+
+    Raises:
+        UserError: anything that the settings, the models, the pairs, the machine or the disk make impossible.
+        KeyboardInterrupt: after an interrupted run was saved.
+
+    Source: seed, LLM-Lab document, "DPO" and "LoRA for RLHF"; arXiv:2305.18290.
+    """
+    run = Run("dpo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    settings = run.settings
+    with quiet_libraries():
+        policy = load_policy(
+            settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template, attach=False
+        )
+        reference, held = load_reference(settings, policy)
+    data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
+    evaluates = data.validation is not None
+    adapters = None
+    if settings.use_lora and not isinstance(policy.model, PeftModel):
+        ids = policy.tokenizer.convert_tokens_to_ids(policy.new_tokens)
+        adapters = lora_config(policy.model, settings, ids)
+    if settings.compile is True:
+        compile_dynamic(policy.model, run.hardware.device)
+    with quiet_libraries():
+        trainer = PairTrainer(
+            settings,
+            load_optimizer=load_optimizer,
+            model=policy.model,
+            ref_model=reference,
+            args=preference_arguments(
+                DPOConfig, settings, run.hardware, evaluates=evaluates, processes=run.process.num_processes
+            ),
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=policy.tokenizer,
+            peft_config=adapters,
+            callbacks=run.callbacks(evaluates=evaluates),
+        )
+    if isinstance(trainer.model, PeftModel):
+        show_head_bias(trainer.model)
+    steps, rows = count_steps(run, data, trainer.train_dataset)
+    return run.train(
+        trainer,
+        steps=steps,
+        plan=[*policy.rows(trainer.model), ("reference", held), *rows],
+        parents=policy.parents,
+        data=data.record(),
+        callbacks=[PreferenceMetrics(run.progress, beta=settings.beta)],
+    )
+
+
+def load_reference(settings: DPOSettings, policy: Policy) -> tuple[PreTrainedModel | None, str]:
+    """Returns the reference model, and what it is; None where the policy serves, its adapters off or as they began.
+
+    Raises:
+        UserError: there is no such model, or it has another vocabulary.
+    """
+    named = settings.reference_checkpoint
+    if named is None or named in policy.parents[:1]:
+        if policy.continues_adapter:
+            return None, "the adapters as they begin, a frozen copy"
+        if settings.use_lora:
+            return None, "the policy with its adapters off"
+        return copy.deepcopy(policy.model), "the starting policy, a frozen copy"
+    if policy.continues_adapter and named == policy.parents[1]:
+        raise UserError(
+            f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
+            "there; leave it out (the adapters as they begin), or merge them first: llmlab merge"
+        )
+    tokenizer = load_tokenizer(named)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"reference_checkpoint = {named}: it has another vocabulary ({len(tokenizer):,} tokens) than the policy "
+            f"({len(policy.tokenizer):,}), so their probabilities cannot be compared"
+        )
+    reference = load_model(named, dtype=next(policy.model.parameters()).dtype if settings.use_lora else torch.float32)
+    fit_vocabulary(reference, policy.tokenizer)
+    return reference, named
