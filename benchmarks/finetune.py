@@ -135,10 +135,10 @@ def learn(options):
             for line in lines
         ),
         "",
-        f"Largest difference {gap:.1e}. On {len(before)} held-out questions, greedily: answers in the trained form "
-        f"(`#### 42`) {form(before)} before and {form(after)} after, right answers {right(before)} and "
-        f"{right(after)}. The merged model gives the same answer to {same} of {len(after)}; its logits are off base and "
-        f"adapter by at most {merged.metrics['max_difference']:.1e}, off the base's by {merged.metrics['difference_to_base']:.1f}.",
+        f"Largest difference {gap:.1e}. On {len(before)} held-out questions, greedily, answers in the trained form"
+        f" (`#### 42`): {form(before)} before and {form(after)} after, right answers {right(before)} and {right(after)}.",
+        f"The merged model gives the same answer to {same} of {len(after)}; its logits are off base and adapter by at "
+        f"most {merged.metrics['max_difference']:.1e}, off the base's by {merged.metrics['difference_to_base']:.1f}.",
     ]
     return "\n".join(table) + "\n"
 

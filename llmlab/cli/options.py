@@ -119,11 +119,12 @@ def show_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value, source in resolved.rows():
         style = "dim" if source == "default" else "bold"
-        table.add_row(key, value, source, style=style)
+        table.add_row(key, Text(value), source, style=style)  # a list's brackets are no markup
     console = Console()
     if not console.is_terminal:
         console.width = 1000  # a pipe has no width: rows stay whole

@@ -118,8 +118,9 @@ class Setting:
     @property
     def spellings(self) -> tuple[str, ...]:
         """Every accepted name, the stage's own first."""
-        alias, trl = self.marker(Alias), self.marker(Trl)
-        names = [self.name, *(alias.names if alias else ()), *([trl.name] if trl else ())]
+        aliases = [name for mark in self.info.metadata if isinstance(mark, Alias) for name in mark.names]
+        trl = self.marker(Trl)
+        names = [self.name, *aliases, *([trl.name] if trl else ())]
         return tuple(dict.fromkeys(names))
 
     @property

@@ -46,7 +46,7 @@ class PreferenceSettings(HardwareSettings, LoraSettings, OptimizerSettings, Data
     save_every: v.SaveEvery = 500
     eval_every: Annotated[v.EvalEvery, Alias("eval_interval", "eval_steps")] = 500
     eval_batches: v.EvalBatches = 50
-    save_best_only: Annotated[v.SaveBestOnly, Alias("load_best_model_at_end")] = True
+    save_best_only: Annotated[v.SaveBestOnly, Alias("load_best_model_at_end")] = False
     save_total_limit: v.SaveTotalLimit = 2
     seed: v.Seed = 42
     trainer_args: v.TrainerArgs = Field(default_factory=dict)

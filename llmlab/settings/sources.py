@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmlab.settings.base import Settings, When, fields_of, is_group, show, spellings_of
+from llmlab.settings.base import Setting, Settings, When, fields_of, is_group, show, spellings_of
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, read_layer
 
@@ -72,8 +72,13 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
             settings, problems = _validate(stage, given)
     if problems or settings is None:
         raise SettingsError(problems)
-    sources = {s.key: given[s.key].where if s.key in given else "default" for s in fields_of(stage)}
+    sources = {s.key: given[s.key].where if s.key in given else _unsaid(s, settings) for s in fields_of(stage)}
     return Resolved(settings, sources, tuple(warnings))
+
+
+def _unsaid(setting: Setting, settings: Settings) -> str:
+    """Says where a value comes from that nobody gave."""
+    return "default" if setting.of(settings) == setting.default else "implied"
 
 
 def load(stage: type[S], path: str | Path, **overrides: Any) -> S:

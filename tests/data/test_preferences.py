@@ -106,14 +106,14 @@ def test_tools_are_in_the_prompt(make, tokenizer):
 def test_prompts_lose_their_beginning_and_completions_their_end(make):
     whole = make(pair(chosen="It is Mia the fox, and Tom the owl.", rejected="Tom."))
     prompt, chosen, rejected = (whole[name] for name in LENGTHS)
-    assert len(chosen) > 6 > len(rejected)
-    options = {"max_prompt_length": 5, "max_length": 5 + 6}
+    assert len(chosen) > 8 > len(rejected)
+    options = {"max_prompt_length": 5, "max_length": 5 + 8}
     row = make(pair(chosen="It is Mia the fox, and Tom the owl.", rejected="Tom."), **options)
     assert row["prompt_ids"] == prompt[-5:]
-    assert row["chosen_ids"] == chosen[:6]  # 11 tokens in all, 5 of them the prompt's
+    assert row["chosen_ids"] == chosen[:8]  # 13 tokens in all, 5 of them the prompt's
     assert row["rejected_ids"] == rejected
     assert (row["prompt_cut"], row["cut"], row["lost"]) == (1, 1, False)
-    assert row["tokens"] == 2 * 5 + 6 + len(rejected)
+    assert row["tokens"] == 2 * 5 + 8 + len(rejected)
     assert row["whole"] == len(prompt) + len(chosen)
     exact = make(pair(), max_prompt_length=len(prompt))
     assert exact["prompt_ids"] == prompt and exact["prompt_cut"] == 0
@@ -205,8 +205,8 @@ def test_templates_that_would_train_the_wrong_thing_stop_the_run(build, tokenize
 def test_a_token_over_the_boundary_belongs_to_the_completions(make, tokenizer):
     """Without a special token before the answer, the prompt's last space becomes a part of the answer's first word."""
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}\n"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     row = make(pair(chosen="the fox", rejected="and the owl"))
     assert tokenizer.decode(row["prompt_ids"]) == "user: Who is it?\nassistant:"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, NamedTuple
 
-from llmlab.data.demo import chat, stories
+from llmlab.data.demo import chat, preferences, stories
 from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
@@ -30,6 +30,7 @@ class DemoCorpus(NamedTuple):
 CORPORA = {
     "stories": DemoCorpus(stories.write_row, 6_000_000),
     "chat": DemoCorpus(chat.write_row, 2_000_000),
+    "preferences": DemoCorpus(preferences.write_row, 2_000_000),
 }
 
 
@@ -47,7 +48,7 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
 
     Args:
-        name: `demo/stories` or `demo/chat`.
+        name: `demo/stories`, `demo/chat` or `demo/preferences`.
         split: `train` or `validation` (a twentieth of the size).
         size: bytes of text to generate, as in `2MB`; None is the corpus' own size.
         seed: another seed is another corpus.

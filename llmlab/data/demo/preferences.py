@@ -1,0 +1,105 @@
+"""Preference pairs in the world of the demo stories: an answer of `demo/chat`, and one spoiled in a plain way.
+
+Some failures are shorter than the good answer and some longer, so length alone tells nothing.  `faults` names what is
+wrong with any answer, a model's too; like `follows` it compares words and knows nothing of taste.
+"""
+
+import re
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from llmlab.data.demo import chat, world
+from llmlab.data.demo.chat import STORY_ASKS, Message, follows
+from llmlab.data.demo.stories import pick
+
+LONGEST_STORY, LONGEST_ANSWER = 160, 24  # words of a good one; the corpus has at most 145 and 14
+NAMES = tuple(dict.fromkeys(person.name for person in world.PEOPLE))
+
+_STORY_BEGINNINGS = tuple(ask.partition("{")[0].removesuffix("a ") for ask in STORY_ASKS)
+
+
+def break_off(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Ends in the middle of a sentence."""
+    words = answer.split()
+    kept = 1 + int(random.random() * max(len(words) - 1, 1))
+    return " ".join(words[:kept]).rstrip('.,!?"')
+
+
+def name_somebody_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Calls one of the people by the name of somebody who is not there."""
+    asked = " ".join(message["content"] for message in prompt)
+    named = [name for name in NAMES if re.search(rf"\b{name}\b", answer)]
+    absent = [name for name in NAMES if name not in asked and name not in named]
+    return re.sub(rf"\b{pick(random, named)}\b", pick(random, absent), answer) if named else answer
+
+
+def answer_something_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Does what another request asked for."""
+    return other
+
+
+def repeat(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Says one sentence again and again."""
+    told = _sentences(answer)
+    last = int(random.random() * len(told))
+    return " ".join(told[: last + 1] + [told[last]] * (2 + int(random.random() * 3)))
+
+
+def go_on(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Answers, and then goes on with what nobody asked for."""
+    return f"{answer} {other}"
+
+
+FAILURES = ((25, break_off), (20, name_somebody_else), (20, answer_something_else), (20, repeat), (15, go_on))
+"""How a hundred answers are spoiled, before those that a way does not spoil are spoiled in another."""
+
+_DRAWN = tuple(spoil for share, spoil in FAILURES for _ in range(share))
+
+
+def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
+    """Returns one pair; what is asked in those of the validation split, training never asks."""
+    *prompt, answer = chat.write_row(random, validation=validation)["messages"]
+    while True:
+        spoil = pick(random, _DRAWN)
+        other = ""
+        if spoil in (answer_something_else, go_on):
+            other = chat.write_row(random, validation=validation)["messages"][-1]["content"]
+        rejected = {"role": "assistant", "content": spoil(random, prompt, answer["content"], other)}
+        if faults([*prompt, rejected]):
+            return {"prompt": prompt, "chosen": [answer], "rejected": [rejected]}
+
+
+def faults(messages: Sequence[Message]) -> tuple[str, ...]:
+    """Returns what is wrong with the last message, an answer; nothing is, with a good one.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, the last one the assistant's; requests worded as in `demo/chat`.
+
+    Raises:
+        ValueError: a request is worded like none of `demo/chat`.
+    """
+    answer, request = messages[-1]["content"], messages[-2]["content"] if len(messages) > 1 else ""
+    told = _sentences(answer)
+    longest = LONGEST_STORY if request.startswith(_STORY_BEGINNINGS) else LONGEST_ANSWER
+    found = {
+        "does not do what was asked": not follows(messages),
+        "breaks off": not re.search(r'[.!?]"?$', answer.strip()),
+        "repeats itself": len(set(told)) < len(told),
+        "is too long": len(answer.split()) > longest,
+    }
+    return tuple(fault for fault, there in found.items() if there)
+
+
+def is_better(prompt: Sequence[Message], one: str, other: str) -> bool:
+    """Tells whether one answer has fewer faults than another.
+
+    Raises:
+        ValueError: as `faults`.
+    """
+    first, second = ([*prompt, {"role": "assistant", "content": answer}] for answer in (one, other))
+    return len(faults(first)) < len(faults(second))
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+|(?<=[.!?]\")\s+", text.strip())
