@@ -136,7 +136,7 @@ def learn(options):
         ),
         "",
         f"Largest difference {gap:.1e}. On {len(before)} held-out questions, greedily, answers in the trained form"
-        f" (`#### 42`): {form(before)} before and {form(after)} after, right answers {right(before)} and {right(after)}.",
+        f" (`#### 42`): {form(before)} before and {form(after)} after; right: {right(before)} and {right(after)}.",
         f"The merged model gives the same answer to {same} of {len(after)}; its logits are off base and adapter by at "
         f"most {merged.metrics['max_difference']:.1e}, off the base's by {merged.metrics['difference_to_base']:.1f}.",
     ]

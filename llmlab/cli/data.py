@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
+from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import parse_scalar
@@ -127,6 +128,9 @@ def preview(
         f"\n[bold]Tokens a row[/] of {len(rendered):,}; {over:,} longer than {max_seq_len:,}{dropped}", soft_wrap=True
     )
     _print_histogram(console, lengths)
+
+
+app.command()(pairs)
 
 
 def _parse(text: str) -> DataSource:

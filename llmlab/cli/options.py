@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.settings.base import Setting, Settings, fields_of, show, spellings_of
+from llmlab.settings.base import Setting, Settings, fields_of, spellings_of
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
@@ -189,7 +189,7 @@ def _option(setting: Setting, spelling: str) -> tuple[Any, Any]:
     is_flag = setting.type_name == "true | false"
     info = typer.Option(
         f"{flag}/--no-{flag[2:]}" if is_flag else flag,
-        help=f"{setting.help} [dim]\\[{show(setting.default)}][/dim]",
+        help=f"{setting.help} [dim]\\[{setting.shown_default}][/dim]",
         hidden=spelling != setting.name,
         metavar=None if is_flag else _metavar(setting),
         show_default=False,

@@ -6,7 +6,7 @@ python -m llmlab.cli.reference docs/options.md
 import sys
 from pathlib import Path
 
-from llmlab.settings.base import Setting, When, fields_of, show, spellings_of
+from llmlab.settings.base import Setting, When, fields_of, spellings_of
 from llmlab.settings.files import write_atomically
 from llmlab.stages import STAGES
 
@@ -36,7 +36,7 @@ def _row(setting: Setting, table: dict[str, Setting]) -> str:
     condition = setting.marker(When)
     meaning = setting.help + (f" Only when {condition}." if condition else "")
     also = ", ".join(f"`{name}`" for name in setting.spellings[1:] if table[name] is setting)
-    cells = (f"`{setting.name}`", setting.type_name, f"`{show(setting.default)}`", meaning, also)
+    cells = (f"`{setting.name}`", setting.type_name, f"`{setting.shown_default}`", meaning, also)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

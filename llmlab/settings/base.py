@@ -105,6 +105,11 @@ class Setting:
     def default(self) -> Any:
         return self.info.get_default(call_default_factory=True)
 
+    @property
+    def shown_default(self) -> str:
+        """The default in a reader's words."""
+        return "required" if self.info.is_required() else show(self.default)
+
     def of(self, settings: Settings) -> Any:
         """Returns the value that these settings give it."""
         value: Any = settings

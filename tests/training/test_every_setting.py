@@ -3,11 +3,15 @@
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from trl import DPOConfig, RewardConfig
+from trl.experimental.orpo import ORPOConfig
 
 from llmlab.data import build_corpus, load_tokenizer
 from llmlab.data import corpus as corpus_module
@@ -18,14 +22,21 @@ from llmlab.hardware import probe
 from llmlab.model import build_config, new_model
 from llmlab.optim.build import build_optimizer
 from llmlab.settings.base import Setting, When, fields_of
+from llmlab.settings.dpo import DPOSettings
+from llmlab.settings.orpo import ORPOSettings
+from llmlab.settings.preference import PreferenceSettings
 from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.training import pretrain as stage
 from llmlab.training import sft as sft_stage
 from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import Rhythm
 from llmlab.training.compile import decide_compile
+from llmlab.training.dpo import load_reference
 from llmlab.training.policy import load_policy
+from llmlab.training.preference import preference_arguments, read_pairs
+from llmlab.training.reward import load_scorer
 
 
 def other_value(setting: Setting, folder, corpus_file, **special):
@@ -174,7 +185,8 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
         "template": policy.tokenizer.chat_template,
         "train": str(data.train[:]),
         "validation": str(None if data.validation is None else data.validation[:]),
-        "cache": str((folders, workers)),
+        "cache": str(folders),
+        "workers": str(workers),
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
@@ -227,9 +239,124 @@ def test_each_fine_tuning_setting_has_an_effect(
     given = {name: getattr(before, name) for name in before.model_fields_set}
     if setting.key == "epochs":
         del given["max_steps"]
-    first = digest_sft(before, pytest.MonkeyPatch())
+    first = digest_sft(SFTSettings(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
+    given |= fresh(tmp_path, 2, setting)
     second = digest_sft(SFTSettings(**{**given, setting.name: value}), pytest.MonkeyPatch())
-    assert [name for name in first if first[name] != second[name]], f"{setting.key} = {value} changes nothing"
+    check_differs(first, second, setting, value)
+
+
+def fresh(folder, number, setting) -> dict[str, str]:
+    """A cache of its own where rendering itself is watched, and not what it leaves."""
+    return {"cache_dir": str(folder / f"cache-{number}")} if setting.key == "num_proc" else {}
+
+
+def check_differs(first, second, setting, value):
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing & {"workers"} if setting.key == "num_proc" else differing, f"{setting.key} = {value}: no effect"
+
+
+def digest_preference(settings, monkeypatch) -> dict[str, str]:
+    """The same for the stages that learn from pairs."""
+    folders, workers = [], []
+    original, render = rows_module.cache_folder, Dataset.map
+    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
+    monkeypatch.setattr(
+        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
+    )
+    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
+    torch.manual_seed(settings.seed)
+    hardware = probe("cpu", settings.dtype)
+    run = SimpleNamespace(
+        settings=settings,
+        hardware=hardware,
+        process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
+        reading=nullcontext,
+    )
+    if isinstance(settings, RewardModelSettings):
+        policy, config = load_scorer(settings, run), RewardConfig
+    else:
+        policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
+        config = DPOConfig if isinstance(settings, DPOSettings) else ORPOConfig
+    data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
+    reference = load_reference(settings, policy)[1] if isinstance(settings, DPOSettings) else None
+    monkeypatch.undo()
+    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    arguments = preference_arguments(config, settings, hardware, evaluates=True, processes=1).to_dict()
+    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
+    return {
+        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
+        "names": str(named),
+        "adapters": str([str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]),
+        "template": policy.tokenizer.chat_template,
+        "reference": str(reference),
+        "train": str(data.train[:]),
+        "validation": str(None if data.validation is None else data.validation[:]),
+        "cache": str(folders),
+        "workers": str(workers),
+        "optimizer": str((type(optimizer), groups)),
+        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
+        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+    }
+
+
+PREFERENCE = [
+    pytest.param(kind, setting, id=f"{kind.__name__}-{setting.key}")
+    for kind in (DPOSettings, ORPOSettings, RewardModelSettings)
+    for setting in fields_of(kind)
+    # what the stages share is shown once
+    if setting.key not in OF_SFT_ITSELF and (kind is DPOSettings or setting.owner is not PreferenceSettings)
+    if kind is DPOSettings or setting.key in ("beta", "batch_size", "mini_batch_size", "epochs", "max_steps")
+]
+
+
+@pytest.mark.parametrize(("kind", "setting"), PREFERENCE)
+def test_each_preference_setting_has_an_effect(
+    kind, setting, preference_settings, pairs_file, base_folder, wide_base_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    template = tmp_path / "other.jinja"
+    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
+    more = tmp_path / "more.jsonl"
+    more.write_text(pairs_file.read_text().replace("The", "That"))
+    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+    changes = {}
+    if setting.key == "lora_target_modules":
+        conditions, changes = {"use_lora": True, "lora_preset": "custom"}, {"lora_target_modules": ["q_proj"]}
+    before = preference_settings(kind, **conditions, **changes)
+    value = other_value(
+        setting,
+        tmp_path,
+        pairs_file,
+        datasets=[{"name": str(more)}],
+        validation_datasets=[{"name": str(more)}],
+        policy_checkpoint=str(wide_base_folder),
+        reference_checkpoint=str(wide_base_folder),
+        lora_preset="all",
+        lora_target_modules=["k_proj"],
+        modules_to_save=["norm"],
+        lora_bias="all",
+        chat_template=str(template),
+        batch_size=16,
+        mini_batch_size=8,
+        gradient_accumulation_steps=6,
+        max_length=70,
+        max_prompt_length=20,
+        max_samples=11,
+        epochs=2.0,
+        validation_fraction=0.5,
+        eval_batches=1,
+        num_proc=2,
+        dataloader_num_workers=1,
+        label_smoothing=0.2,
+    )
+    given = {name: getattr(before, name) for name in before.model_fields_set}
+    for name in {"epochs": ["max_steps"], "gradient_accumulation_steps": ["batch_size"]}.get(setting.key, []):
+        del given[name]
+    first = digest_preference(kind(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
+    given |= fresh(tmp_path, 2, setting)
+    second = digest_preference(kind(**{**given, setting.name: value}), pytest.MonkeyPatch())
+    check_differs(first, second, setting, value)
 
 
 def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):

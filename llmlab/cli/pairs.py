@@ -1,0 +1,187 @@
+"""`llmlab data pairs`: a model's completions, scored by rewards, as preference pairs for `llmlab dpo` and `orpo`.
+
+Sampling, scoring and choosing are in `training/pairs.py`; here are only the options, the progress and the tables.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from llmlab.cli.rewards import _settings as reward_settings
+from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError
+from llmlab.settings.files import Layer
+from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.sources import resolve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmlab.training.pairs import PairsReport
+
+SHOWN = 2  # pairs that are printed
+LONGEST = 400  # characters of a text that is printed
+
+
+def pairs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id of a model that chats.")],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            "-p",
+            help="File, hub id or demo/...: a `prompt` column (text or messages), or conversations, whose last turn "
+            "of the user is the prompt. Rewards are given the other columns.",
+            metavar="FILE",
+        ),
+    ],
+    rewards: Annotated[
+        str | None,
+        typer.Option(
+            "--reward",
+            "--rewards",
+            "-r",
+            help="Names with commas between, each with | WEIGHT if wanted, or a YAML list: "
+            "'\\[json_valid, {name: length, target: 50}]'.",
+            metavar="NAMES",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Take `rewards` from a settings file or a recipe.")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Map the weighted sum to [0, 1]. [dim]\\[true][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run reward functions from Python files (path/to/file.py:function).")
+    ] = False,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
+    ] = 4,
+    min_difference: Annotated[
+        float, typer.Option(help="Smallest difference between the scores of a pair.", metavar="FLOAT")
+    ] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Sharpness of the choice of tokens.", metavar="FLOAT")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Choose among tokens of this probability.", metavar="FLOAT")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.", metavar="INT")] = 256,
+    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", metavar="INT")] = 42,
+    limit: Annotated[
+        int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, or to replace.")] = Path(
+        "pairs.jsonl"
+    ),
+) -> None:
+    """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
+    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    sampling = resolve(SamplingSettings, Layer("command line", given)).settings
+    settings, folder = reward_settings(rewards, config, normalize)
+    source = _source(prompts)
+    _check_output(output, source)
+
+    from llmlab.inference import answers_chats, load_for_inference
+    from llmlab.rewards.compose import compose
+    from llmlab.training.pairs import judge_samples, load_prompts, summarize, write_pairs
+    from llmlab.training.progress import quiet_libraries
+
+    reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
+    asked, unusable = load_prompts(source, limit=limit)
+    with quiet_libraries():
+        model, tokenizer = load_for_inference(run)
+        if not answers_chats(run, tokenizer):
+            raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
+        judged = judge_samples(
+            model,
+            tokenizer,
+            asked,
+            reward,
+            sampling,
+            num_samples=num_samples,
+            min_difference=min_difference,
+            seed=seed,
+        )
+        report = summarize(_progress(judged, len(asked)), unusable)
+    write_pairs(report, output)
+    _print(report, output)
+
+
+def _source(text: str) -> DataSource:
+    try:
+        return DataSource.model_validate(text)
+    except ValidationError as error:
+        raise UserError(f"--prompts {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
+def _check_output(output: Path, source: DataSource) -> None:
+    """Refuses before the sampling what would fail after it."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: this is a folder; expected a file, such as {output / 'pairs.jsonl'}")
+    if not output.name.endswith(".jsonl"):
+        raise UserError(f"--output {output}: pairs are JSON lines; expected a name that ends in .jsonl")
+    prompts = Path(source.name).expanduser()
+    if output.exists() and prompts.exists() and output.samefile(prompts):
+        raise UserError(f"--output {output}: these are the prompts; expected another file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror}") from None
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: cannot be written: the folder is read-only")
+
+
+def _progress(items: Iterable[Any], total: int) -> Iterator[Any]:
+    """Yields the items, with a bar on standard error where somebody may watch it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=total, description="Sampling")
+
+
+def _print(report: "PairsReport", output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for pair in report.pairs[:SHOWN]:
+        _print_pair(console, pair)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    for name, value in (("mean score", report.mean), ("best, mean", report.best), ("worst, mean", report.worst)):
+        table.add_row(name, "-" if value is None else f"{value:.3f}")
+    table.add_row("completions", f"{report.completions:,}")
+    table.add_row("prompts", f"{report.prompts:,}")
+    for reason, count in report.without.most_common():
+        table.add_row(f"[yellow]no pair: {reason}[/]", f"{count:,}")
+    table.add_row("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]")
+    console.print(table)
+    console.print(f"\nWritten to {output}", markup=False, soft_wrap=True)
+
+
+def _print_pair(console: "Console", pair: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    high, low = pair["scores"]
+    parts = (
+        ("prompt", "bold", pair["prompt"][-1]["content"]),
+        (f"chosen, {high:.3f}", "green", pair["chosen"][0]["content"]),
+        (f"rejected, {low:.3f}", "red", pair["rejected"][0]["content"]),
+    )
+    for name, style, content in parts:
+        content = re.sub(r"\s*\n\s*", "\n", content.strip())
+        text = "".join(each if each.isprintable() or each == "\n" else "?" for each in content[:LONGEST])
+        console.print(Text.assemble((f"{name}: ", style), text + (" ..." if len(content) > LONGEST else "")))
+    console.print()
