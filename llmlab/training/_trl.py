@@ -9,11 +9,11 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 
-PRIVATE_NAMES = {
+PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
-    "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
-    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 
 

@@ -1,0 +1,133 @@
+"""The arithmetic of PPO on tokens: rewards with KL charged, generalized advantages, value loss, whitening, KL estimates.
+
+Pure functions of tensors; sampling, models and the clipped policy loss (TRL's) are elsewhere.  A mask is 1 for tokens
+that the policy wrote, and 0 for padding and for what tools wrote, which every function here steps over.
+
+Source: arXiv:1707.06347 (PPO), arXiv:1506.02438 (GAE), arXiv:1909.08593 (KL in the reward, whitening).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def kl_charge(log_probs: Tensor, reference: Tensor, kind: Literal["kl", "abs"] = "kl") -> Tensor:
+    """Returns what each token is charged for leaving the reference, before its weight.
+
+    Args:
+        log_probs: of the policy that sampled, (batch, time).
+        reference: log-probabilities of the same tokens under the reference, (batch, time).
+        kind: `kl` is the log ratio, whose mean over samples is the divergence; `abs` its size, which never pays.
+
+    Source: arXiv:1909.08593, equation 2.
+    """
+    ratio = log_probs - reference
+    return ratio.abs() if kind == "abs" else ratio
+
+
+def k3(log_probs: Tensor, other: Tensor) -> Tensor:
+    """Returns an unbiased estimate a token of the divergence from `other`, which is never negative.
+
+    With r the log ratio other / sampled it is exp(r) - 1 - r.
+
+    Args:
+        log_probs: of the distribution that sampled, (batch, time).
+        other: log-probabilities of the same tokens under the other one, (batch, time).
+    """
+    ratio = other - log_probs
+    return (torch.expm1(ratio) - ratio).clamp(min=0)  # rounding alone could take it below
+
+
+def token_rewards(scores: Tensor, charges: Tensor, mask: Tensor) -> Tensor:
+    """Returns the reward of each token: minus its charge, and a completion's score at the last token of its policy.
+
+    Args:
+        scores: one a completion, (batch,).
+        charges: weighted charges, (batch, time).
+        mask: (batch, time).
+    """
+    return last_written(mask) * scores[:, None] - charges * mask
+
+
+def last_written(mask: Tensor) -> Tensor:
+    """Returns 1 at the last token of each row that the policy wrote, (batch, time); nowhere in a row with none."""
+    after = mask.flip(1).cumsum(1).flip(1)  # (batch, time): tokens written from here on
+    return mask * (after == 1)
+
+
+def at_turn_ends(mask: Tensor, factor: float) -> Tensor:
+    """Returns the factor at the last token of each turn and 1 within turns, (batch, time).
+
+    A turn is an unbroken run of tokens that the policy wrote.  As `gamma` and `lam` of `gae` they make a turn one
+    step of a tool-using episode: discounting per token would leave nothing of a reward some hundred tokens away.
+    """
+    ends = mask * (1 - torch.nn.functional.pad(mask[:, 1:], (0, 1)))
+    return torch.where(ends.bool(), factor, 1.0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float | Tensor, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and returns of the policy's tokens, 0 elsewhere: what tools wrote takes no step of time.
+
+    With t' the next token that the policy wrote (and a value of 0 after the last one),
+    `A_t = r_t + gamma V_t' - V_t + gamma lam A_t'`, and the return is `A_t + V_t`.
+
+    Args:
+        rewards: (batch, time).
+        values: of the state in which each token was chosen, (batch, time).
+        mask: (batch, time).
+        gamma: discount from a token to the next, a number or (batch, time).
+        lam: 0 trusts the values, 1 the rewards alone; a number or (batch, time).
+
+    Source: arXiv:1506.02438, equation 16.
+    """
+    written = mask.bool()
+    gammas, lams = torch.ones_like(values) * gamma, torch.ones_like(values) * lam
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (batch,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gammas[:, t] * next_value - values[:, t]
+        advantage = delta + gammas[:, t] * lams[:, t] * next_advantage
+        advantages[:, t] = torch.where(written[:, t], advantage, 0.0)
+        next_value = torch.where(written[:, t], values[:, t], next_value)
+        next_advantage = torch.where(written[:, t], advantage, next_advantage)
+    return advantages, torch.where(written, advantages + values, 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Returns x shifted and scaled to mean 0 and variance 1 over the masked tokens, 0 elsewhere.
+
+    Args:
+        x: (batch, time).
+        mask: (batch, time).
+        add_up: sums a tensor over processes; the default is one process alone.
+    """
+    count, total = add_up(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
+    centered = (x - total / count.clamp(min=1)) * mask
+    variance = add_up(centered.square().sum()) / count.clamp(min=1)
+    return centered * torch.rsqrt(variance + 1e-8)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Returns the loss of each value, (batch, time), and where clipping decided it.
+
+    Half the squared error, and where `clip` is given the larger one of that and of the error of the value held within
+    `clip` of what it was at sampling: a value that already moved that far towards its return gets no gradient.
+
+    Args:
+        values: now, (batch, time).
+        old_values: at sampling, (batch, time).
+        returns: (batch, time).
+        clip: largest change; None does not clip.
+
+    Source: arXiv:1707.06347's reference code (OpenAI baselines, ppo2).
+    """
+    error = (values - returns).square()
+    if clip is None:
+        return 0.5 * error, torch.zeros_like(error)
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    held_error = (held - returns).square()
+    return 0.5 * torch.maximum(error, held_error), (held_error > error).to(error.dtype)

@@ -1,0 +1,101 @@
+"""The value function of PPO: a head on hidden states, its own trunk or the policy's, and where it is kept.
+
+What it learns from, and its loss, are in `ppo_trainer.py`.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+FILE = "critic.safetensors"
+
+
+class Critic(nn.Module):
+    """Predicts at each token what the policy will yet earn; it listens to the policy's forward passes.
+
+    It is a child of the policy, so one optimizer and one distributed wrapper hold both, and it runs inside the
+    policy's forward.  It is no part of the policy's state: checkpoints hold it in a file of its own, exports not at all.
+
+    Args:
+        policy: what to attach to, with adapters where there are any.
+        separate: whether it has a trunk of its own.  That is a copy of the policy's trunk which shares every frozen
+            tensor with it: under LoRA it is a second set of adapters on the same base, and little memory.
+        scorer: a sequence classifier with one label whose trunk and head a separate critic starts from instead.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel | PeftModel, *, separate: bool, scorer: PreTrainedModel | PeftModel | None = None
+    ):
+        super().__init__()
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        self.trunk = None
+        if separate and scorer is not None:
+            self.trunk = (scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer).base_model
+        elif separate:
+            frozen = [p for p in base.base_model.parameters() if not p.requires_grad]
+            self.trunk = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
+        width = (base.config if self.trunk is None else self.trunk.config).get_text_config().hidden_size
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)  # what it would say of an unknown state is nothing, not noise
+        nn.init.zeros_(self.head.bias)
+        if separate and scorer is not None:
+            learned = next(module for module in reversed(list(scorer.modules())) if _gives_one_number(module))
+            with torch.no_grad():
+                self.head.weight.copy_(learned.weight)
+        self.to(next(base.parameters()).device)
+        self.heard: list[Tensor] | None = None
+        base.base_model.register_forward_hook(self._listen, with_kwargs=True)
+        policy.critic = self
+
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Collects the values, (batch, time), of every forward pass of the policy's trunk within."""
+        self.heard = []
+        try:
+            yield self.heard
+        finally:
+            self.heard = None
+
+    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.heard is not None:
+            self.heard.append(self._values(output if self.trunk is None else self.trunk(*args, **kwargs)))
+
+    def _values(self, output: Any) -> Tensor:
+        hidden = output.last_hidden_state  # (batch, time, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def trained(self) -> dict[str, Tensor]:
+        """Returns what it learned, by name; the rest comes from where it started."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Writes what it learned into a folder."""
+        save_file({name: tensor.contiguous() for name, tensor in self.trained().items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+        saved, mine = load_file(folder / FILE), self.trained()
+        if saved.keys() != mine.keys():
+            raise ValueError(f"{folder / FILE}: a critic of another kind: {sorted(saved.keys() ^ mine.keys())[:3]} ...")
+        for name, tensor in mine.items():
+            tensor.copy_(saved[name])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Is empty, so that no export of the policy has a part of the critic in it."""
+        return kwargs.get("destination", args[0] if args else {})
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a critic is restored with load(folder)")
+
+
+def _gives_one_number(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features == 1
