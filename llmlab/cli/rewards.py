@@ -72,7 +72,7 @@ def reward_check(
         return _print_list()
     if file is None:
         raise UserError("FILE is missing: expected a file with a `completion` in each row (--list shows the rewards)")
-    settings, folder = _settings(rewards, config, normalize)
+    settings, folder = reward_settings(rewards, config, normalize)
 
     from llmlab.rewards.compose import compose
 
@@ -88,7 +88,7 @@ def reward_check(
         _print_tables(composed, scores, groups, completions, rows)
 
 
-def _settings(rewards: str | None, config: Path | None, normalize: bool | None) -> tuple[RewardsSettings, Path]:
+def reward_settings(rewards: str | None, config: Path | None, normalize: bool | None) -> tuple[RewardsSettings, Path]:
     layers = []
     if config is not None:
         layer = read_layer(config)

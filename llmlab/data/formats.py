@@ -73,8 +73,11 @@ def _prompt_chosen(row: Row) -> list[Message]:
     prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     if isinstance(row["chosen"], str):
         return read_turns([*prompt, {"role": "assistant", "content": row["chosen"]}])
-    chosen = read_turns(row["chosen"])
-    return chosen if chosen[0]["role"] in ("system", "user") else [*read_turns(prompt), *chosen]
+    start, chosen = read_turns(prompt), read_turns(row["chosen"])
+    if chosen[0]["role"] not in ("system", "user"):
+        return [*start, *chosen]
+    system = start[:1] if start[0]["role"] == "system" and chosen[0]["role"] != "system" else []
+    return [*system, *chosen]  # it repeats the prompt
 
 
 def _chosen(row: Row) -> list[Message]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from datasets import Dataset, Features, Value, interleave_datasets, load_from_disk
+from datasets import Dataset, Features, List, Value, interleave_datasets, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.conversations import ConversationSource
@@ -310,7 +310,8 @@ class _MakeRow:
         self.maker = maker
 
     def __call__(self, example: dict[str, str]) -> dict[str, Any]:
-        values: dict[str, Any] = {name: [] for name in self.maker.columns} | dict.fromkeys(self.maker.counts, 0)
+        columns = {name: [] if isinstance(kind, List) else None for name, kind in self.maker.columns.items()}
+        values: dict[str, Any] = columns | dict.fromkeys(self.maker.counts, 0)
         values |= {"whole": 0, "hash": text_hash(example["row"]) - 2**63, "lost": False, "dropped": "", "problem": ""}
         try:
             return values | self.maker.make(self.read(json.loads(example["row"])))

@@ -14,6 +14,7 @@ MAY_CHANGE = {
     *("max_steps", "output_dir", "log_every", "eval_every", "eval_steps", "save_best_only", "save_total_limit"),
     *("device", "dtype", "compile", "gradient_checkpointing", "dataloader_num_workers", "num_proc", "cache_dir"),
     *("trainer_args", "allow_dropped", "allow_truncated", "epochs", "save_every", "tf32"),
+    *("allow_code", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
 
@@ -48,7 +49,13 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> P
         )
     if problems:
         raise SettingsError(problems)
+    if getattr(settings, "epochs", None) is not None:
+        return checkpoint
+    # a run that was killed between its last checkpoint and its final save goes on from the one before
+    last = settings.max_steps if record and record["status"] != "finished" else 2**62  # type: ignore[attr-defined]
+    open_ended = [path for path in checkpoints.checkpoints(run) if checkpoints.saved_step(path) < last]
+    checkpoint = open_ended[-1] if open_ended else checkpoint
     step = checkpoints.saved_step(checkpoint)
-    if getattr(settings, "epochs", None) is None and step >= settings.max_steps:  # type: ignore[attr-defined]
+    if step >= settings.max_steps:  # type: ignore[attr-defined]
         raise UserError(f"--resume {run}: it already is at step {step}; give a larger max_steps to extend it")
     return checkpoint

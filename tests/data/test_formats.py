@@ -279,3 +279,9 @@ def test_any_values_are_messages_or_a_reason(data, form):
         assert str(reason)
         return
     assert conversation.get("text") or any(message["role"] == "assistant" for message in conversation["messages"])
+
+
+def test_a_system_prompt_beside_a_whole_conversation_is_kept():
+    system = {"role": "system", "content": "Be short."}
+    row = {"prompt": [system, ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}
+    assert [message["role"] for message in read(row)["messages"]] == ["system", "user", "assistant"]

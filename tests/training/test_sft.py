@@ -332,3 +332,15 @@ def test_packed_conversations_never_see_each_other(sft_settings, chat_file, quie
     assert torch.allclose(whole[begin:end], alone, atol=1e-4)
     assert (batch["labels"][0, starts] == -100).all()
     assert read_metrics(result.folder)[0]["tokens"] == pytest.approx(batch["input_ids"].numel(), rel=0.15)
+
+
+def test_a_run_killed_before_its_final_save_goes_on_from_the_checkpoint_before(sft_settings, quiet):
+    settings = sft_settings(max_steps=6, save_best_only=False, save_every=3)
+    whole = sft(settings, console=quiet)
+    expected = losses(whole.folder)
+    record = read_record(whole.folder)
+    (whole.folder / "llmlab.json").write_text(json.dumps({**record, "status": "running"}))
+    again = sft(settings, resume=whole.folder, console=quiet)
+    assert losses(again.folder) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match="it already is at step 6"):
+        sft(settings, resume=whole.folder, console=quiet)
