@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from llmlab.cli.rewards import reward_settings as reward_settings
+from llmlab.cli.rewards import reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer

@@ -79,7 +79,12 @@ def dpo(
             model=policy.model,
             ref_model=reference,
             args=preference_arguments(
-                DPOConfig, settings, run.hardware, evaluates=evaluates, processes=run.process.num_processes
+                DPOConfig,
+                settings,
+                run.hardware,
+                evaluates=evaluates,
+                processes=run.process.num_processes,
+                eval_on_start=evaluates and run.checkpoint is None,
             ),
             train_dataset=data.train,
             eval_dataset=data.validation,

@@ -70,6 +70,7 @@ def orpo(
                 run.hardware,
                 evaluates=evaluates,
                 processes=run.process.num_processes,
+                eval_on_start=evaluates and run.checkpoint is None,
                 remove_unused_columns=False,  # its collator wants columns that the model does not
             ),
             train_dataset=data.train,

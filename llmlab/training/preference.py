@@ -115,6 +115,8 @@ class PreferenceMetrics(TrainerCallback):
         for theirs, ours in NAMES.items():
             if prefix + theirs in logs:
                 logs[prefix + ours] = logs.pop(prefix + theirs)
+        if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
+            logs[f"{prefix}win_rate"] = 0.5  # policy and reference are one yet: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
             sides = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
             logs[f"{prefix}kl"] = sides / (2 * self.beta)

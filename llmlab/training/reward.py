@@ -72,7 +72,12 @@ def reward(
             load_optimizer=load_optimizer,
             model=policy.model,
             args=preference_arguments(
-                RewardConfig, settings, run.hardware, evaluates=evaluates, processes=run.process.num_processes
+                RewardConfig,
+                settings,
+                run.hardware,
+                evaluates=evaluates,
+                processes=run.process.num_processes,
+                eval_on_start=evaluates and run.checkpoint is None,
             ),
             train_dataset=train,
             eval_dataset=whole_answers(data.validation) if evaluates else None,
