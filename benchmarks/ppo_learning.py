@@ -88,9 +88,10 @@ def report(curves, options, minutes):
     lines = [
         f"## PPO and GRPO at equal samples, {date.today()}",
         "",
-        f"Reward: share of one token of 16 in completions of up to {LENGTH}, optimum 1; a random decoder of 2 layers, 32 "
-        f"wide; rollouts of {ROLLOUT}, {PASSES} passes in minibatches of {MINIBATCH}, lr {SHARED['learning_rate']:g}, KL "
-        f"weight {SHARED['beta']:g}; {options.seeds} seeds (mean, worst to best); {minutes:.1f} minutes.",
+        f"Reward: share of one token of 16 in completions of up to {LENGTH}, optimum 1; a random decoder of 2 layers, "
+        f"32 wide; rollouts of {ROLLOUT}, {PASSES} passes in minibatches of {MINIBATCH}, lr "
+        f"{SHARED['learning_rate']:g}, KL weight {SHARED['beta']:g}; {options.seeds} seeds (mean, worst to best); "
+        f"{minutes:.1f} minutes.",
         "",
         f"| samples | {' | '.join(CONTENDERS)} |",
         f"|{' --- |' * (len(CONTENDERS) + 1)}",

@@ -116,6 +116,11 @@ class Rows:
     validation: Dataset | None
     reports: list[RowsReport]
 
+    def went_through(self, times: float) -> None:
+        """Notes in the reports how often each source is gone through, when the mixture is so many times."""
+        for report in self.reports:
+            report.passes = round(times * len(self.train) * report.share / report.trained_rows, 3)
+
     def summary(self) -> str:
         """Returns what went in, one line a source, and how many rows validate."""
         held = f"validation: {0 if self.validation is None else len(self.validation):,} rows"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
 from llmlab.model import load_model
 from llmlab.settings.errors import UserError
@@ -44,8 +45,6 @@ from llmlab.training.merge_sources import (
 )
 from llmlab.training.progress import human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",

@@ -67,11 +67,11 @@ def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tu
     rows_per_batch = settings.mini_batch_size * processes
     accumulation = settings.accumulation(processes)
     steps = total_steps(settings, len(train), rows_per_batch=rows_per_batch, accumulation=accumulation)
-    for report in data.reports:
-        report.passes = round(steps * rows_per_batch * accumulation / len(train), 3)
+    passes = steps * rows_per_batch * accumulation / len(train)
+    data.went_through(passes)
     return steps, [
         ("data", data.summary()),
-        ("steps", f"{steps:,} ({data.reports[0].passes:.2g} passes over the training pairs)"),
+        ("steps", f"{steps:,} ({passes:.2g} passes over the training pairs)"),
         (
             "batch",
             f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})",

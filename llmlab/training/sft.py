@@ -114,13 +114,13 @@ def sft(
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     accumulation = settings.gradient_accumulation_steps
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
-    for report in data.reports:
-        report.passes = round(steps * rows_per_step / rows, 3)
+    passes = steps * rows_per_step / rows
+    data.went_through(passes)
     plan = [
         *policy.rows(),
         ("data", data.summary()),
         ("trained on", TRAINED_ON[settings.loss_on]),
-        ("steps", f"{steps:,} ({data.reports[0].passes:.2g} passes over the training rows)"),
+        ("steps", f"{steps:,} ({passes:.2g} passes over the training rows)"),
         ("batch", f"{rows_per_step} rows of up to {settings.max_seq_len} tokens{', packed' * settings.packing}"),
         describe_optimizer(settings, steps),
         *run.hardware.rows(),

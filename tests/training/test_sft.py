@@ -262,6 +262,8 @@ def test_sources_of_different_formats_mix_by_weight(sft_settings, tmp_path, quie
     assert (first["form"], second["form"]) == ("Alpaca", "ShareGPT conversations")
     assert (first["trained_rows"], second["trained_rows"]) == (60, 30)
     assert first["share"] == pytest.approx(2 / 3)
+    # 8 rows of training, two thirds of them of 60 and one third of 30
+    assert (first["passes"], second["passes"]) == pytest.approx((8 * 2 / 3 / 60, 8 / 3 / 30), abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["sophia", "muon", "lion", "adafactor"])
