@@ -15,6 +15,7 @@ from llmlab.adapters import lora_config, trainable_share
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.rendering import add_chat_template
 from llmlab.hardware import Hardware
+from llmlab.inference import context_length
 from llmlab.model import check_folder, load_model
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
@@ -55,6 +56,10 @@ class Policy:
     def continues_adapter(self) -> bool:
         """Whether the adapters are those of an earlier run."""
         return isinstance(self.model, PeftModel) and len(self.parents) > 1
+
+    def fit(self, length: int) -> int:
+        """Returns a length in tokens, or the model's context where that is shorter."""
+        return min(length, context_length(self.model) or length)
 
     def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
         """Returns the lines about it for the plan of a run; `model` is it with adapters attached since."""

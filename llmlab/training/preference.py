@@ -30,8 +30,11 @@ ADVICE = (
 def read_pairs(run: Run[Any], policy: Policy, *, max_prompt_length: int | None) -> Rows:
     """Returns the pairs of a stage's sources as tokens."""
     settings = run.settings
+    length = policy.fit(settings.max_length)
+    if max_prompt_length is not None and max_prompt_length >= length:
+        max_prompt_length = length // 2  # a short context has room for an answer too
     maker = PreferenceMaker(
-        policy.tokenizer, max_length=settings.max_length, max_prompt_length=max_prompt_length, stops=policy.stops
+        policy.tokenizer, max_length=length, max_prompt_length=max_prompt_length, stops=policy.stops
     )
     with run.process.main_process_first(), run.reading():
         return build_rows(

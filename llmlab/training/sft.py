@@ -81,10 +81,9 @@ def sft(
     settings = run.settings
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
+    length = policy.fit(settings.max_seq_len)
     with run.process.main_process_first(), run.reading():
-        maker = InstructionMaker(
-            policy.tokenizer, max_seq_len=settings.max_seq_len, loss_on=settings.loss_on, stops=policy.stops
-        )
+        maker = InstructionMaker(policy.tokenizer, max_seq_len=length, loss_on=settings.loss_on, stops=policy.stops)
         data = build_rows(
             settings,
             maker,
@@ -100,7 +99,7 @@ def sft(
             settings,
             load_optimizer=load_optimizer,
             model=policy.model,
-            args=trainer_arguments(settings, run.hardware, evaluates=evaluates),
+            args=trainer_arguments(settings, run.hardware, evaluates=evaluates, max_length=length),
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=policy.tokenizer,
@@ -121,14 +120,14 @@ def sft(
         ("data", data.summary()),
         ("trained on", TRAINED_ON[settings.loss_on]),
         ("steps", f"{steps:,} ({passes:.2g} passes over the training rows)"),
-        ("batch", f"{rows_per_step} rows of up to {settings.max_seq_len} tokens{', packed' * settings.packing}"),
+        ("batch", f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"),
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]
     return run.train(trainer, steps=steps, plan=plan, parents=policy.parents, data=data.record())
 
 
-def trainer_arguments(settings: SFTSettings, hardware: Hardware, *, evaluates: bool) -> SFTConfig:
+def trainer_arguments(settings: SFTSettings, hardware: Hardware, *, evaluates: bool, **fixed: Any) -> SFTConfig:
     """Returns the arguments of TRL's SFTTrainer for these settings on this machine."""
     return build_arguments(
         SFTConfig,
@@ -138,4 +137,5 @@ def trainer_arguments(settings: SFTSettings, hardware: Hardware, *, evaluates: b
         prediction_loss_only=True,
         **({} if settings.epochs is None else {"max_steps": -1}),
         **rhythm_arguments(settings, evaluates=evaluates),
+        **fixed,
     )

@@ -97,13 +97,16 @@ def test_tokenizer_show(cli, tokenizer):
 def test_a_pipeline_from_text_to_samples(cli, tmp_path):
     """Trains for real, then shows that a rerun skips everything."""
     overrides = ["pretrain.max_steps=3", "pretrain.eval_every=3", "pretrain.n_layers=1", "pretrain.d_ff=32"]
-    overrides += ["pretrain.batch_size=2", "pretrain.max_seq_len=64", "sample.max_new_tokens=4"]
+    overrides += ["pretrain.batch_size=2", "pretrain.max_seq_len=256", "chat.max_new_tokens=4"]
+    overrides += ["sft.datasets=demo/chat | 60kB", "sft.max_steps=2", "sft.batch_size=2", "sft.eval_steps=1"]
+    overrides += ["dpo.max_steps=1", "dpo.batch_size=2", "dpo.mini_batch_size=2", "dpo.eval_batches=1"]
+    overrides.append("dpo.datasets=demo/preferences | 60kB")
     words = ["run", "quickstart", f"output_dir={tmp_path / 'runs'}", f"pretrain.cache_dir={tmp_path / 'cache'}"]
     code, output, errors = cli(*words, *overrides)
     assert code == 0, errors
-    assert "Once upon a time" in output and "validation loss" in output
-    assert len((tmp_path / "runs" / "sample" / "samples.jsonl").read_text().splitlines()) == 2
+    assert "Say hello to Mia and Leo." in output and "validation loss" in output
+    assert len((tmp_path / "runs" / "chat" / "samples.jsonl").read_text().splitlines()) == 2
     _, output, _ = cli(*words, *overrides)
-    assert output.count("skip") == 3 and "Once upon a time" not in output
-    _, output, _ = cli(*words, *overrides, "sample.seed=2", "--dry-run")
-    assert output.count("skip") == 2
+    assert output.count("skip") == 6 and "Say hello" not in output
+    _, output, _ = cli(*words, *overrides, "chat.seed=2", "--dry-run")
+    assert output.count("skip") == 5

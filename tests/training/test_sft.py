@@ -346,3 +346,12 @@ def test_a_run_killed_before_its_final_save_goes_on_from_the_checkpoint_before(s
     assert losses(again.folder) == pytest.approx(expected, abs=1e-6)
     with pytest.raises(UserError, match="it already is at step 6"):
         sft(settings, resume=whole.folder, console=quiet)
+
+
+def test_rows_fit_into_the_models_context(sft_settings, tmp_path, quiet):
+    rows = [{"prompt": f"{k}?", "completion": "word " * 300} for k in range(4)]
+    settings = sft_settings(
+        datasets=[write_rows(tmp_path / "long.jsonl", rows)], max_seq_len=1024, validation_fraction=0, max_steps=1
+    )
+    source = read_record(sft(settings, console=quiet).folder)["data"]["sources"][0]
+    assert source["counts"]["cut"] == 4 and source["counts"]["tokens"] == 4 * 128
