@@ -84,6 +84,20 @@ STAGES = {
             resumes=True,
         ),
         Stage(
+            "grpo",
+            "llmlab.settings.grpo:GRPOSettings",
+            "llmlab.training.grpo:grpo",
+            "Sample groups of completions, and make the better ones likelier.",
+            resumes=True,
+        ),
+        Stage(
+            "ppo",
+            "llmlab.settings.ppo:PPOSettings",
+            "llmlab.training.ppo:ppo",
+            "Learn from rewards with a value function, held to a reference.",
+            resumes=True,
+        ),
+        Stage(
             "generate",
             "llmlab.settings.generation:GenerateSettings",
             "llmlab.training.samples:write_samples",

@@ -21,6 +21,8 @@ COMMANDS = {
     "dpo": ("llmlab.cli.train:dpo", "Make a model prefer the better of two answers.", "Train"),
     "orpo": ("llmlab.cli.train:orpo", "Fine-tune and prefer at once, without a reference model.", "Train"),
     "reward": ("llmlab.cli.train:reward", "Train a model that scores answers.", "Train"),
+    "grpo": ("llmlab.cli.train:grpo", "Sample groups of completions, and make the better ones likelier.", "Train"),
+    "ppo": ("llmlab.cli.train:ppo", "Learn from rewards with a value function, held to a reference.", "Train"),
     "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
     "merge": ("llmlab.cli.merge:merge", "Fold LoRA adapters into their base model.", "Use"),
     "runs": ("llmlab.cli.runs:app", "List, show and compare run folders.", "Use"),

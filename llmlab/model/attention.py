@@ -35,6 +35,7 @@ class LLMLabAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         width = config.num_attention_heads * config.head_dim
@@ -76,7 +77,7 @@ class LLMLabAttention(nn.Module):
             raise ValueError("positional_encoding = alibi: tensor parallelism splits heads away from their slopes")
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         if attention_mask is None and not dropout and self._suits_blocks(query, key):
             return self.o_proj(attend_in_blocks(query, key, value, self.scaling).flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

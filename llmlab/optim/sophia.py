@@ -142,6 +142,12 @@ def estimate_hessian(
     optimizer.zero_grad()
 
 
+def estimate_is_due(optimizer: Optimizer | None) -> bool:
+    """Whether the optimizer, possibly wrapped by Accelerate, is Sophia and its rhythm asks for an estimate."""
+    sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return isinstance(sophia, Sophia) and sophia.estimate_is_due
+
+
 def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, seed: int) -> None:
     """Runs `estimate_hessian` where the optimizer is Sophia and its rhythm asks for it.
 
@@ -154,9 +160,9 @@ def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimize
         optimizer: any optimizer, possibly wrapped by Accelerate.
         seed: the run's seed.
     """
-    sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    if not isinstance(sophia, Sophia) or not sophia.estimate_is_due:
+    if not estimate_is_due(optimizer):
         return
+    sophia: Sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator(batch["input_ids"].device)
     generator.manual_seed(seed + sophia.steps * processes + process)

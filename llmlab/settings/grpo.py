@@ -2,11 +2,11 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from pydantic import Field
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Trl
+from llmlab.settings.base import Alias, Trl, When
 from llmlab.settings.rl import OnlineSettings, Temperature
 
 NO_VALUES = "GRPO compares completions with each other, and has no value function"
@@ -32,6 +32,10 @@ class GRPOSettings(OnlineSettings):
         "group_mean",
         description="What a completion's reward is compared with: the mean of its group, or of the whole rollout "
         "(then also scaled by the deviation in the rollout).",
+    )
+
+    target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = Field(
+        0.1, description="Wanted KL divergence from the reference, in nats a token."
     )
 
     @property

@@ -180,6 +180,12 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
                 "adaptive_kl",
                 "init_kl_coef",
             )
+        if self.reference_checkpoint is not None and self.init_kl_coef == 0:
+            raise v.conflict(
+                "reference_checkpoint needs init_kl_coef above 0: where it is 0 there is no reference",
+                "reference_checkpoint",
+                "init_kl_coef",
+            )
         if self.rewards is not None and not self.rewards and self.reward_model is None:
             raise v.conflict("rewards: expected at least one", "rewards")
         try:

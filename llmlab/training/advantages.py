@@ -1,4 +1,4 @@
-"""The arithmetic of PPO on tokens: rewards with KL charged, generalized advantages, value loss, whitening, KL estimates.
+"""The arithmetic of PPO on tokens: rewards with KL charged, generalized advantages, whitening, value loss.
 
 Pure functions of tensors; sampling, models and the clipped policy loss (TRL's) are elsewhere.  A mask is 1 for tokens
 that the policy wrote, and 0 for padding and for what tools wrote, which every function here steps over.
@@ -97,8 +97,8 @@ def gae(
     return advantages, torch.where(written, advantages + values, 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Returns x shifted and scaled to mean 0 and variance 1 over the masked tokens, 0 elsewhere.
+def center(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[Tensor, Tensor]:
+    """Returns x less its mean over the masked tokens, 0 elsewhere, and its variance, a scalar.
 
     Args:
         x: (batch, time).
@@ -107,8 +107,21 @@ def whiten(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda 
     """
     count, total = add_up(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
     centered = (x - total / count.clamp(min=1)) * mask
-    variance = add_up(centered.square().sum()) / count.clamp(min=1)
+    return centered, add_up(centered.square().sum()) / count.clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Returns x shifted and scaled to mean 0 and variance 1 over the masked tokens, 0 elsewhere; as `center`."""
+    centered, variance = center(x, mask, add_up)
     return centered * torch.rsqrt(variance + 1e-8)
+
+
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> float:
+    """Returns the share of the returns' variance that the values foretold: 1 is all, 0 no better than their mean."""
+    missed, spread = center(returns - values, mask, add_up)[1], center(returns, mask, add_up)[1]
+    return 1 - (missed / spread.clamp(min=1e-8)).item()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

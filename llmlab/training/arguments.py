@@ -32,6 +32,7 @@ OURS = {
     **dict.fromkeys(("chat_template_path", "eos_token"), "chat_template"),
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "datasets"),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "policy_checkpoint"),
+    **dict.fromkeys(("generation_batch_size", "steps_per_generation"), "batch_size"),
     "truncation_mode": "max_seq_len (rows lose their end)",
 }
 

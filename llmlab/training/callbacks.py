@@ -4,7 +4,6 @@ What people see of a run is in `progress.py`.
 """
 
 import json
-import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,10 +27,12 @@ class Rhythm(TrainerCallback):
         best_only: save only when the validation loss improves (the seed's `save_best_only`).
         evaluates: whether there is validation data.
         save_every: steps between two saves where it is not only the best that is saved; None saves at evaluations.
+        best_is: `reward` where the best is the largest reward on the validation data, not the smallest loss.
     """
 
-    def __init__(self, *, best_only: bool, evaluates: bool, save_every: int | None = None):
+    def __init__(self, *, best_only: bool, evaluates: bool, save_every: int | None = None, best_is: str = "loss"):
         self.best_only = best_only and evaluates
+        self.best_is = best_is
         self.evaluates = evaluates
         self.save_every = None if self.best_only else save_every
         self.interrupted = False
@@ -56,8 +57,11 @@ class Rhythm(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> TrainerControl:
-        best = math.inf if state.best_metric is None else state.best_metric
-        if metrics["eval_loss"] < best if self.best_only else self.save_every is None:
+        if state.global_step == 0:  # before training: a start to compare with
+            return control
+        value, best = metrics[f"eval_{self.best_is}"], state.best_metric
+        better = best is None or (value > best if self.best_is == "reward" else value < best)
+        if better if self.best_only else self.save_every is None:
             control.should_save = True
         return control
 

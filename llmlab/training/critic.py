@@ -4,8 +4,9 @@ What it learns from, and its loss, are in `ppo_trainer.py`.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ class Critic(nn.Module):
     """Predicts at each token what the policy will yet earn; it listens to the policy's forward passes.
 
     It is a child of the policy, so one optimizer and one distributed wrapper hold both, and it runs inside the
-    policy's forward.  It is no part of the policy's state: checkpoints hold it in a file of its own, exports not at all.
+    policy's forward.  It is no part of the policy's state: checkpoints hold it in its own file, exports not at all.
 
     Args:
         policy: what to attach to, with adapters where there are any.
         separate: whether it has a trunk of its own.  That is a copy of the policy's trunk which shares every frozen
             tensor with it: under LoRA it is a second set of adapters on the same base, and little memory.
-        scorer: a sequence classifier with one label whose trunk and head a separate critic starts from instead.
+        scorer: a sequence classifier whose trunk and head (`score`, one label) a separate critic starts from instead.
     """
 
     def __init__(
@@ -47,13 +48,16 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)  # what it would say of an unknown state is nothing, not noise
         nn.init.zeros_(self.head.bias)
         if separate and scorer is not None:
-            learned = next(module for module in reversed(list(scorer.modules())) if _gives_one_number(module))
             with torch.no_grad():
-                self.head.weight.copy_(learned.weight)
+                self.head.weight.copy_(scorer.score.weight)
         self.to(next(base.parameters()).device)
         self.heard: list[Tensor] | None = None
         base.base_model.register_forward_hook(self._listen, with_kwargs=True)
         policy.critic = self
+        object.__setattr__(self, "policy", policy)  # not a module of this one: that would be a circle
+        if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
+            policy.save_pretrained = self._aside(policy.save_pretrained)
+            policy.load_adapter = self._aside(policy.load_adapter)
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
@@ -63,6 +67,23 @@ class Critic(nn.Module):
             yield self.heard
         finally:
             self.heard = None
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Takes it out of the policy's modules for a while."""
+        del self.policy.critic
+        try:
+            yield
+        finally:
+            self.policy.critic = self
+
+    def _aside(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.hidden():
+                return method(*args, **kwargs)
+
+        return call
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.heard is not None:
@@ -85,7 +106,9 @@ class Critic(nn.Module):
         """Restores what `save` wrote."""
         saved, mine = load_file(folder / FILE), self.trained()
         if saved.keys() != mine.keys():
-            raise ValueError(f"{folder / FILE}: a critic of another kind: {sorted(saved.keys() ^ mine.keys())[:3]} ...")
+            raise ValueError(
+                f"{folder / FILE}: a critic of another kind: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
+            )
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
 
@@ -95,7 +118,3 @@ class Critic(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a critic is restored with load(folder)")
-
-
-def _gives_one_number(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.out_features == 1

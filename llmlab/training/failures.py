@@ -40,11 +40,11 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
         KeyboardInterrupt: the run was interrupted, and is ready to be resumed.
     """
 
-    def ended(status: str) -> None:
+    def ended(status: str, **results: str) -> None:
         progress.stop()
         checkpoints.remove_partial(folder)  # before the record: a full disk needs the room
         if record is not None:
-            record.finish(status)
+            record.finish(status, **results)
 
     try:
         yield
@@ -61,6 +61,9 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     except (OSError, SafetensorError) as error:
         ended("failed")
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
+    except UserError as error:
+        ended("failed", reason=str(error))
+        raise
     except Exception as error:
         ended("failed")
         if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_CANNOT_WRITE):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llmlab.optim.build import build_optimizer
-from llmlab.optim.sophia import estimate_hessian_if_due
+from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
 
@@ -33,7 +33,11 @@ class OurOptimizers(SwitchableOptimizer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         # before the micro-batches, which other processes do not see until the last one of a step
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        if batches:
-            inputs = self._prepare_inputs(batches[0])
+        if batches and estimate_is_due(self.optimizer):
+            inputs = self.estimated_from(batches[0])
             estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed)
         return batches, items
+
+    def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
+        return self._prepare_inputs(batch)

@@ -81,7 +81,7 @@ class ProgressLine(TrainerCallback):
         self.logged_step = 0
         self.logged_tokens = 0.0
         self._step_began = 0.0
-        self._best = float("inf")
+        self._best: float | None = None
         self._values: dict[str, float] = {}
         self._progress: Progress | None = None
 
@@ -89,7 +89,7 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.logged_step = state.global_step
-        self._best = float("inf") if state.best_metric is None else state.best_metric
+        self._best = state.best_metric
         self._began = time.monotonic()
         self._first_step = state.global_step
         if self.console.is_terminal:
@@ -135,10 +135,11 @@ class ProgressLine(TrainerCallback):
         rate = tokens / max(seconds, 1e-9)
         logs["tokens_per_second"] = round(rate, 1)
         parts = [
+            f"reward {logs['reward']:.3f}" if logs.get("reward") is not None else "",
             f"loss {logs['loss']:.4f}",
             f"lr {logs['learning_rate']:.2e}",
             f"grad {logs['grad_norm']:.2f}" if "grad_norm" in logs else "",
-            f"{human(rate, 'tok/s')}",
+            f"{human(rate, 'tok/s')}" if tokens else "",
         ]
         if self.flops_per_token and self.peak_flops:
             logs["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
@@ -164,10 +165,12 @@ class ProgressLine(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        loss = metrics["eval_loss"]
-        note = "  [green]best so far[/green]" if loss < self._best else f"  (best {self._best:.4f})"
-        self._best = min(self._best, loss)
-        self.say(f"step {state.global_step}  validation loss [bold]{loss:.4f}[/bold]{note}")
+        name = "reward" if "eval_reward" in metrics else "loss"
+        value, best = metrics[f"eval_{name}"], self._best
+        better = best is None or (value > best if name == "reward" else value < best)
+        self._best = value if better else best
+        note = "  [green]best so far[/green]" if better else f"  (best {best:.4f})"
+        self.say(f"step {state.global_step}  validation {name} [bold]{value:.4f}[/bold]{note}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,7 +191,9 @@ class ProgressLine(TrainerCallback):
 def print_result(console: Console, folder: Path, metrics: dict[str, float]) -> None:
     """Prints where a run was saved and how good it became."""
     parts = [f"[green]saved[/green] {folder}"]
-    if "eval_loss" in metrics:
+    if "eval_reward" in metrics:
+        parts.append(f"validation reward [bold]{metrics['eval_reward']:.4f}[/bold]")
+    elif "eval_loss" in metrics:
         parts.append(f"validation loss [bold]{metrics['eval_loss']:.4f}[/bold]")
     if "unigram_entropy" in metrics:
         parts.append(f"(knowing only word counts: {metrics['unigram_entropy']:.4f})")

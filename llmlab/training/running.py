@@ -75,10 +75,12 @@ class Run(Generic[S]):
         """Returns the context that data is read in: its progress shows on terminals alone."""
         return nullcontext() if self.console.is_terminal else quiet_libraries()
 
-    def callbacks(self, *, evaluates: bool) -> list[TrainerCallback]:
-        """Makes the callbacks that the trainer is built with."""
+    def callbacks(self, *, evaluates: bool, best_is: str = "loss") -> list[TrainerCallback]:
+        """Makes the callbacks that the trainer is built with; `best_is` as in `Rhythm`."""
         settings = self.settings
-        self.rhythm = Rhythm(best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every)
+        self.rhythm = Rhythm(
+            best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every, best_is=best_is
+        )
         self.progress = ProgressLine(self.console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
         return [self.rhythm, self.progress]
 
@@ -195,10 +197,10 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; `eval_loss` is that of the weights that were kept."""
+    """Returns the last value of each metric; what the best is chosen by is that of the weights that were kept."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
     if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-        metrics["eval_loss"] = trainer.state.best_metric
+        metrics[trainer.args.metric_for_best_model] = trainer.state.best_metric
     return metrics

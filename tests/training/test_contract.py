@@ -42,3 +42,20 @@ def test_preference_trainers_take_pairs_as_tokens():
 def test_fine_tuning_leaves_labels_alone():
     source = inspect.getsource(trl.SFTTrainer)
     assert 'is_processed = "input_ids" in column_names' in source and 'if "labels" not in column_names' in source
+
+
+def test_references_are_made_in_one_place():
+    """`reference_is` stands in for what GRPOTrainer reads from disk: its policy is given, so nothing else is read."""
+    source = inspect.getsource(trl.GRPOTrainer.__init__)
+    assert "if isinstance(model, str):" in source and source.count("create_model_from_path(") == 2
+    assert "self.ref_model = create_model_from_path(get_config_model_id(self.model.config)" in source
+
+
+def test_rollouts_are_kept_under_these_names():
+    source = inspect.getsource(trl.GRPOTrainer)
+    assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in source
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
+    assert 'self._logs["advantages"].extend(' in source and "self._metrics[mode][" in source
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+    assert all(f'"{name}": {name},' in source for name in names)
+    assert all(f'output["{name}"] =' in source for name in ("old_per_token_logps", "ref_per_token_logps"))

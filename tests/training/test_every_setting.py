@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig, RewardConfig
+from trl import DPOConfig, GRPOConfig, RewardConfig
 from trl.experimental.orpo import ORPOConfig
 
 from llmlab.data import build_corpus, load_tokenizer
@@ -23,6 +23,7 @@ from llmlab.model import build_config, new_model
 from llmlab.optim.build import build_optimizer
 from llmlab.settings.base import Setting, When, fields_of
 from llmlab.settings.dpo import DPOSettings
+from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.preference import PreferenceSettings
 from llmlab.settings.pretrain import PretrainSettings
@@ -34,6 +35,7 @@ from llmlab.training.arguments import build_arguments
 from llmlab.training.callbacks import Rhythm
 from llmlab.training.compile import decide_compile
 from llmlab.training.dpo import load_reference
+from llmlab.training.online import make_reward, online_arguments, read_prompts
 from llmlab.training.policy import load_policy
 from llmlab.training.preference import preference_arguments, read_pairs
 from llmlab.training.reward import load_scorer
@@ -356,6 +358,134 @@ def test_each_preference_setting_has_an_effect(
     first = digest_preference(kind(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
     given |= fresh(tmp_path, 2, setting)
     second = digest_preference(kind(**{**given, setting.name: value}), pytest.MonkeyPatch())
+    check_differs(first, second, setting, value)
+
+
+# test_grpo shows their effects: they are read by the trainer and its callbacks, or only let a run start
+OF_GRPO_ITSELF = (
+    *("baseline_mode", "kl_penalty", "adaptive_kl", "target_kl", "kl_horizon", "stop_patience", "allow_code"),
+)
+
+
+def digest_online(settings, monkeypatch) -> dict[str, str]:
+    """The same for the stages that learn from their own completions."""
+    folders, workers = [], []
+    original, render = rows_module.cache_folder, Dataset.map
+    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
+    monkeypatch.setattr(
+        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
+    )
+    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
+    torch.manual_seed(settings.seed)
+    settings = settings.in_steps(1)
+    hardware = probe("cpu", settings.dtype)
+    run = SimpleNamespace(
+        settings=settings,
+        hardware=hardware,
+        process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
+        reading=nullcontext,
+        resolved=SimpleNamespace(sources={}),
+    )
+    policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
+    reference = load_reference(settings, policy)[1]
+    data = read_prompts(run, policy)
+    reward = make_reward(run)
+    monkeypatch.undo()
+    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    arguments = online_arguments(GRPOConfig, settings, hardware, evaluates=True, processes=1).to_dict()
+    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
+    return {
+        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
+        "names": str(named),
+        "adapters": str([str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]),
+        "template": policy.tokenizer.chat_template,
+        "reference": str(reference),
+        "train": str(data.train[:]),
+        "validation": str(None if data.validation is None else data.validation[:]),
+        "tokens": str([report.counts for report in data.reports]),
+        "rewards": str([(name, part.weight) for name, part in reward.components.items()] + [reward.normalize]),
+        "cache": str(folders),
+        "workers": str(workers),
+        "optimizer": str((type(optimizer), groups)),
+        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
+        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+    }
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [s for s in fields_of(GRPOSettings) if s.key not in (*OF_SFT_ITSELF, *OF_GRPO_ITSELF)],
+    ids=lambda setting: setting.key,
+)
+def test_each_grpo_setting_has_an_effect(
+    setting, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch, request
+):
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    if setting.key == "reward_model":  # made where it is needed: a folder that is one
+        from llmlab.model import load_classifier
+
+        load_classifier(base_folder).save_pretrained(tmp_path / "scorer")
+        request.getfixturevalue("tokenizer_folder")
+        for path in request.getfixturevalue("tokenizer_folder").iterdir():
+            (tmp_path / "scorer" / path.name).write_bytes(path.read_bytes())
+    template = tmp_path / "other.jinja"
+    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
+    more = tmp_path / "more.jsonl"
+    more.write_text(chat_file.read_text().replace("How", "Why"))
+    uneven = tmp_path / "uneven.jsonl"
+    uneven.write_text(chat_file.read_text() + '{"question": "' + "Why? " * 30 + '", "answer": ""}\n')
+    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+    if setting.key == "lora_target_modules":
+        conditions = {"use_lora": True, "lora_preset": "custom", "lora_target_modules": ["q_proj"]}
+    given = {
+        "policy_checkpoint": str(base_folder),
+        "datasets": [{"name": str(uneven)}],
+        "output_dir": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path.parent / "cache"),
+        "num_proc": 1,
+        "validation_fraction": 0.1,
+        "rewards": ["json_valid"],
+        "batch_size": 8,
+        "mini_batch_size": 8,
+        "eval_batches": 2,
+        "dtype": "fp32",
+        **conditions,
+    }
+    value = other_value(
+        setting,
+        tmp_path,
+        chat_file,
+        datasets=[{"name": str(more)}],
+        validation_datasets=[{"name": str(more)}],
+        policy_checkpoint=str(wide_base_folder),
+        reference_checkpoint=str(wide_base_folder),
+        lora_preset="all",
+        lora_target_modules=["k_proj"],
+        modules_to_save=["norm"],
+        lora_bias="all",
+        chat_template=str(template),
+        rewards=["length"],
+        reward_model=str(tmp_path / "scorer"),
+        batch_size=16,
+        mini_batch_size=16,
+        gradient_accumulation_steps=2,
+        max_prompt_length=100,
+        max_samples=11,
+        num_episodes=640,
+        log_interval=64,
+        save_interval=64,
+        eval_interval=64,
+        validation_fraction=0.5,
+        eval_batches=1,
+        num_proc=2,
+        dataloader_num_workers=1,
+        group_size=8,
+        top_p=0.5,
+    )
+    first = digest_online(GRPOSettings(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
+    given |= fresh(tmp_path, 2, setting)
+    second = digest_online(GRPOSettings(**{**given, setting.name: value}), pytest.MonkeyPatch())
     check_differs(first, second, setting, value)
 
 

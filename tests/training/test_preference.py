@@ -326,7 +326,9 @@ def test_an_adapter_cannot_become_a_reward_model(preference_settings, sft_settin
 
 
 def test_the_win_rate_before_training_is_that_of_ties(preference_settings, quiet):
-    result = dpo(preference_settings(DPOSettings, max_steps=4, use_lora=True, eval_every=2, save_best_only=True), console=quiet)
+    result = dpo(
+        preference_settings(DPOSettings, max_steps=4, use_lora=True, eval_every=2, save_best_only=True), console=quiet
+    )
     lines = [line for line in read_metrics(result.folder) if "eval_win_rate" in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert lines[0]["eval_win_rate"] == 0.5 and lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
