@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, NamedTuple
 
-from llmlab.data.demo import chat, preferences, stories
+from llmlab.data.demo import arithmetic, chat, preferences, stories
 from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
@@ -31,6 +31,7 @@ CORPORA = {
     "stories": DemoCorpus(stories.write_row, 6_000_000),
     "chat": DemoCorpus(chat.write_row, 2_000_000),
     "preferences": DemoCorpus(preferences.write_row, 2_000_000),
+    "arithmetic": DemoCorpus(arithmetic.write_row, 1_000_000),
 }
 
 
@@ -48,7 +49,7 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
 
     Args:
-        name: `demo/stories`, `demo/chat` or `demo/preferences`.
+        name: `demo/stories`, `demo/chat`, `demo/preferences` or `demo/arithmetic`.
         split: `train` or `validation` (a twentieth of the size).
         size: bytes of text to generate, as in `2MB`; None is the corpus' own size.
         seed: another seed is another corpus.

@@ -1,0 +1,63 @@
+"""Sums and differences of one- and two-digit numbers, answered in a line that ends in `#### NUMBER`, as in GSM8K.
+
+What one split asks, the other never asks: not in another wording, nor a sum the other way round.  It may still be a
+step on the way to another answer.
+"""
+
+from random import Random
+from typing import Any
+from zlib import crc32
+
+from llmlab.data.demo.chat import VALIDATION_IN
+from llmlab.data.demo.stories import pick
+
+SIZES = ((9, 9), (9, 99), (99, 9), (99, 99))
+"""The largest the two numbers can be, each as likely; the smallest is 1."""
+
+WORDINGS = {
+    "+": (
+        "What is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "How much is {a} + {b}?",
+        "Add {a} and {b}.",
+        "{a} + {b} = ?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "How much is {a} - {b}?",
+        "Take {b} away from {a}.",
+        "{a} - {b} = ?",
+    ),
+}
+
+
+def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
+    """Returns one problem as a conversation, with its result in the column `answer`; no result is negative."""
+    while True:
+        sign = pick(random, tuple(WORDINGS))
+        a, b = (1 + int(random.random() * largest) for largest in pick(random, SIZES))
+        low, high = sorted((a, b))
+        if (crc32(f"{high} {sign} {low}".encode()) % VALIDATION_IN == 0) is validation:
+            break
+    if sign == "-":
+        a, b = high, low
+    worked, result = work(a, sign, b)
+    return {
+        "messages": [
+            {"role": "user", "content": pick(random, WORDINGS[sign]).format(a=a, b=b)},
+            {"role": "assistant", "content": f"{worked}. #### {result}"},
+        ],
+        "answer": str(result),
+    }
+
+
+def work(a: int, sign: str, b: int) -> tuple[str, int]:
+    """Returns how the tens of `b` and then its ones are added to `a` or taken from it, and what that makes."""
+    steps = []
+    for part in (b - b % 10, b % 10):
+        if part:
+            result = a + part if sign == "+" else a - part
+            steps.append(f"{a} {sign} {part} = {result}")
+            a = result
+    return ", ".join(steps), a
