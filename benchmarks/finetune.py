@@ -193,8 +193,7 @@ def cost(options):
         f"## Cost of a fine-tuning step over TRL's own, {date.today()}\n\n{options.model.name}, LoRA on all "
         f"projections, 4 rows a step, both in one process and in turns, {len(ratios)} turns in each order. llmlab's "
         f"step takes {statistics.geometric_mean(medians):.3f} of TRL's ({medians[0]:.3f} going first, "
-        f"{medians[1]:.3f} second).
-"
+        f"{medians[1]:.3f} second).\n"
     )
 
 
