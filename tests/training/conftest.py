@@ -91,8 +91,8 @@ def base_folder(tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wide_base_folder(tokenizer_folder, tmp_path_factory):
-    """The same, with the widths in blocks of 64 that 4-bit weights come in."""
-    return make_base(tokenizer_folder, tmp_path_factory.mktemp("wide") / "base", d_model=64, d_ff=128)
+    """The same with a longer context, and the widths in blocks of 64 that 4-bit weights come in."""
+    return make_base(tokenizer_folder, tmp_path_factory.mktemp("wide") / "base", d_model=64, d_ff=128, max_seq_len=512)
 
 
 def make_base(tokenizer_folder, folder, **shape):

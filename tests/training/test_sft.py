@@ -239,7 +239,7 @@ def test_save_every_counts_where_not_only_the_best_is_kept(sft_settings, quiet):
     ]
 
 
-def test_sources_of_different_formats_mix_by_weight(sft_settings, tmp_path, quiet):
+def test_sources_of_different_formats_mix_by_weight(sft_settings, wide_base_folder, tmp_path, quiet):
     chat = write_rows(tmp_path / "a.jsonl", [{"instruction": f"Say {k}.", "output": "Yes."} for k in range(60)])
     calls = [
         {"from": "human", "value": "Weather?"},
