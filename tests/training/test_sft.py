@@ -254,7 +254,11 @@ def test_sources_of_different_formats_mix_by_weight(sft_settings, wide_base_fold
     tools = write_rows(tmp_path / "b.jsonl", rows)
     result = sft(
         sft_settings(
-            datasets=[f"{chat} | | 2", f"{tools} | | 1"], validation_fraction=0, max_steps=2, max_seq_len=256
+            policy_checkpoint=str(wide_base_folder),
+            datasets=[f"{chat} | | 2", f"{tools} | | 1"],
+            validation_fraction=0,
+            max_steps=2,
+            max_seq_len=512,
         ),
         console=quiet,
     )
