@@ -104,9 +104,9 @@ def test_a_pipeline_from_text_to_samples(cli, tmp_path):
     words = ["run", "quickstart", f"output_dir={tmp_path / 'runs'}", f"pretrain.cache_dir={tmp_path / 'cache'}"]
     code, output, errors = cli(*words, *overrides)
     assert code == 0, errors
-    assert "Say hello to Mia and Leo." in output and "validation loss" in output
+    assert "Write a story about Lily" in output and "validation loss" in output
     assert len((tmp_path / "runs" / "chat" / "samples.jsonl").read_text().splitlines()) == 2
     _, output, _ = cli(*words, *overrides)
-    assert output.count("skip") == 6 and "Say hello" not in output
+    assert output.count("skip") == 6 and "Write a story" not in output
     _, output, _ = cli(*words, *overrides, "chat.seed=2", "--dry-run")
     assert output.count("skip") == 5
