@@ -186,7 +186,8 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
             # the active adapter alone: a frozen copy beside it is the reference of a preference loss
             model.save_pretrained(folder, selected_adapters=["default"])
             trainer.processing_class.save_pretrained(folder)
-            model.get_base_model().generation_config.save_pretrained(folder)
+            if model.get_base_model().can_generate():  # a model that scores cannot
+                model.get_base_model().generation_config.save_pretrained(folder)
             files = [path for path in folder.iterdir() if path.name != "README.md"]
             (folder / BEST_ADAPTERS).mkdir()
             for path in files:

@@ -333,3 +333,14 @@ def test_the_win_rate_before_training_is_that_of_ties(preference_settings, quiet
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert lines[0]["eval_win_rate"] == 0.5 and lines[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert not (result.folder / "checkpoint-0").exists()
+
+
+def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_settings, base_folder, quiet):
+    settings = preference_settings(
+        RewardModelSettings, max_steps=60, learning_rate=1e-2, lora_preset="all", use_lora=True
+    )
+    result = reward(settings, console=quiet)
+    assert result.metrics["eval_win_rate"] > 0.8
+    model = PeftModel.from_pretrained(load_classifier(base_folder), result.folder)
+    head = [name for name, _ in model.named_parameters() if "score.modules_to_save" in name]
+    assert head and not (result.folder / "generation_config.json").exists()
