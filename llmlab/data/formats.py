@@ -5,7 +5,7 @@ chat template's business; preference pairs are not read here.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,11 @@ def recognize(columns: Iterable[str], where: str) -> Format:
         if set(candidate.columns) <= found:
             return candidate
     raise closest(FORMATS, found, where, "instruction data")
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Returns the length of the common beginning."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def closest(formats: Iterable[Format], found: set[str], where: str, kind: str) -> UserError:

@@ -13,6 +13,7 @@ from llmlab.data.formats import (
     read_system,
     read_tools,
     read_turns,
+    shared_length,
     transcript_messages,
 )
 
@@ -80,9 +81,7 @@ def _split(
     start: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Returns prompt, chosen and rejected, where the sides may repeat the prompt."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    shared = shared_length(chosen, rejected)
     same = chosen[:shared]
     if same and same[0]["role"] == "user":  # the sides repeat the prompt, but for its system prompt
         start = [message for message in start[:1] if message["role"] == "system"]

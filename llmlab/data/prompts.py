@@ -24,6 +24,7 @@ from llmlab.data.formats import (
     read_system,
     read_tools,
     read_turns,
+    shared_length,
     transcript_messages,
 )
 from llmlab.data.sources import choose_column, load_rows
@@ -41,12 +42,13 @@ def _before_answer(turns: list[Message]) -> list[Message]:
     return turns
 
 
-def _user(text: Any) -> list[Message]:
+def user_turn(text: Any) -> list[Message]:
+    """Returns a text as a conversation that begins with it."""
     return read_turns([{"role": "user", "content": text}])
 
 
 def _prompt(row: Row) -> list[Message]:
-    return read_turns(row["prompt"]) if isinstance(row["prompt"], list) else _user(row["prompt"])
+    return read_turns(row["prompt"]) if isinstance(row["prompt"], list) else user_turn(row["prompt"])
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -61,14 +63,12 @@ def _transcripts(row: Row) -> list[Message]:
         transcript_messages(row[side]) if isinstance(row[side], str) else read_turns(row[side])
         for side in ("chosen", "rejected")
     ]
-    shared = 0
-    while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
-        shared += 1
-    return _before_answer(sides[0][:shared])
+    return _before_answer(sides[0][: shared_length(*sides)])
 
 
+PROMPT = Format("prompt", ("prompt",), _prompt, ("tools", "system"))
 PROMPT_FORMATS = (
-    Format("prompt", ("prompt",), _prompt, ("tools", "system")),
+    PROMPT,
     Format("messages", ("messages",), lambda row: _before_answer(read_turns(row["messages"])), ("tools", "system")),
     Format(
         "ShareGPT conversations",
@@ -76,7 +76,7 @@ PROMPT_FORMATS = (
         lambda row: _before_answer(read_turns(row["conversations"])),
         ("tools", "system"),
     ),
-    Format("question", ("question",), lambda row: _user(row["question"]), ("system",)),
+    Format("question", ("question",), lambda row: user_turn(row["question"]), ("system",)),
     Format("instruction", ("instruction",), _alpaca, ("input", "system", "history")),
     Format("hh-rlhf transcript", ("chosen", "rejected"), _transcripts),
 )
@@ -110,7 +110,7 @@ class PromptSource(ConversationSource):
             if row.get(column) is None:
                 raise UnusableRow(f"without '{column}'")
         if self.column is not None:
-            prompt = _user(row[self.column])
+            prompt = user_turn(row[self.column])
         else:
             prompt = read_system(row, self.form) + self.form.read(row)
         if not any(message["role"] != "system" and message["content"].strip() for message in prompt):

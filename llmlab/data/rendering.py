@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.formats import UnusableRow
+from llmlab.data.formats import UnusableRow, shared_length
 from llmlab.data.tokenizer import TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError
 
@@ -90,7 +90,7 @@ class Renderer:
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
         ids = start["input_ids"]
-        shared = min(_shared(ids, row.input_ids) for row in whole)
+        shared = min(shared_length(ids, row.input_ids) for row in whole)
         if shared < len(ids):  # a merge over the boundary is no loss, other text is
             text = self.tokenizer.decode(ids)
             if not all(self.tokenizer.decode(row.input_ids).startswith(text.rstrip()) for row in whole):
@@ -224,11 +224,6 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     return missing
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """Returns the length of the common beginning."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _last_run(trained: list[bool]) -> list[bool]:

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.model import load_model
 from llmlab.settings.dpo import DPOSettings
@@ -66,10 +65,6 @@ def dpo(
         reference, held = load_reference(settings, policy)
     data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
     evaluates = data.validation is not None
-    adapters = None
-    if settings.use_lora and not isinstance(policy.model, PeftModel):
-        ids = policy.tokenizer.convert_tokens_to_ids(policy.new_tokens)
-        adapters = lora_config(policy.model, settings, ids)
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
@@ -89,7 +84,7 @@ def dpo(
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=policy.tokenizer,
-            peft_config=adapters,
+            peft_config=policy.new_adapters(settings),
             callbacks=run.callbacks(evaluates=evaluates),
         )
     if isinstance(trainer.model, PeftModel):

@@ -17,22 +17,18 @@ from rich.console import Console
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.adapters import lora_config
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import RolloutSteps, WholeRollouts, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.dpo import load_reference
-from llmlab.training.kl import AdaptiveKL, KLController
 from llmlab.training.online import (
-    NothingToLearn,
-    OnlineMetrics,
-    RolloutState,
     check_vllm,
     locate_rewards,
     make_reward,
     online_arguments,
+    online_callbacks,
     plan_rows,
     read_prompts,
 )
@@ -198,10 +194,6 @@ def grpo(
         )
     data = read_prompts(run, policy)
     evaluates = data.validation is not None
-    adapters = None
-    if settings.use_lora and not isinstance(policy.model, PeftModel):
-        ids = policy.tokenizer.convert_tokens_to_ids(policy.new_tokens)
-        adapters = lora_config(policy.model, settings, ids)
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
@@ -215,26 +207,11 @@ def grpo(
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=policy.tokenizer,
-            peft_config=adapters,
+            peft_config=policy.new_adapters(settings),
             callbacks=run.callbacks(evaluates=evaluates, best_is="reward"),
         )
     if isinstance(trainer.model, PeftModel):
         show_head_bias(trainer.model)
-    callbacks = [
-        RolloutState(trainer, run.checkpoint),
-        NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
-    ]
-    if settings.adaptive_kl:
-        controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-        sampled = settings.rollout(processes)
-        callbacks.append(
-            AdaptiveKL(
-                trainer,
-                controller,
-                samples_per_step=sampled.completions / sampled.updates,
-                checkpoint=run.checkpoint,
-            )
-        )
     return run.train(
         trainer,
         steps=settings.max_steps,
@@ -245,5 +222,5 @@ def grpo(
         ],
         parents=policy.parents,
         data=data.record(),
-        callbacks=[*callbacks, OnlineMetrics()],  # the last is the first that is called
+        callbacks=online_callbacks(run, trainer),
     )

@@ -17,11 +17,11 @@ from transformers import PreTrainedConfig
 from llmlab.model import check_folder, load_config
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.training import checkpoints
+from llmlab.training.policy import ADAPTER_CONFIG as CONFIG
 from llmlab.training.record import read_record
+from llmlab.training.running import BEST_ADAPTERS as BEST
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-BEST = "best_lora_adapters"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
 

@@ -19,6 +19,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.arguments import build_arguments, rhythm_arguments
+from llmlab.training.kl import AdaptiveKL, KLController
 from llmlab.training.policy import Policy
 from llmlab.training.running import Run, describe_optimizer
 
@@ -142,6 +143,21 @@ def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature:
         describe_optimizer(settings, settings.max_steps),
         *run.hardware.rows(),
     ]
+
+
+def online_callbacks(run: Run[Any], trainer: Any) -> list[TrainerCallback]:
+    """Returns the callbacks of a stage's trainer; the last is the first that is called."""
+    settings = run.settings
+    callbacks: list[TrainerCallback] = [
+        RolloutState(trainer, run.checkpoint),
+        NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+    ]
+    if settings.adaptive_kl:
+        controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
+        sampled = settings.rollout(run.process.num_processes)
+        per_step = sampled.completions / sampled.updates
+        callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=run.checkpoint))
+    return [*callbacks, OnlineMetrics()]
 
 
 class OnlineMetrics(TrainerCallback):

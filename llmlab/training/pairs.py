@@ -22,9 +22,9 @@ from llmlab.data.formats import (
     UnusableRow,
     read_system,
     read_tools,
-    read_turns,
     recognize,
 )
+from llmlab.data.prompts import PROMPT, user_turn
 from llmlab.data.sources import load_rows
 from llmlab.inference import Model, context_length, encode_prompt, generate_text
 from llmlab.rewards.compose import ComposedReward
@@ -92,7 +92,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     columns = list(dict.fromkeys(name for row in found.first() for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
-    form = _PROMPT if "prompt" in columns else recognize(columns, source.name)
+    form = PROMPT if "prompt" in columns else recognize(columns, source.name)
     form = _TEXT if form is PLAIN_TEXT else form
     prompts, unusable = [], Counter[str]()
     for row in islice(found.rows, limit):
@@ -242,18 +242,8 @@ def _prompt_of(row: Row, form: Format) -> list[Message]:
     return messages[: last + 1]
 
 
-def _user(text: Any) -> list[Message]:
-    return read_turns([{"role": "user", "content": text}])
-
-
 def _reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
 
 
-_PROMPT = Format(
-    "prompt",
-    ("prompt",),
-    lambda row: read_turns(row["prompt"]) if isinstance(row["prompt"], list) else _user(row["prompt"]),
-    ("tools", "system"),
-)
-_TEXT = Format("text", ("text",), lambda row: _user(row["text"]))
+_TEXT = Format("text", ("text",), lambda row: user_turn(row["text"]))

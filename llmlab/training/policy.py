@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.adapters import lora_config, trainable_share
@@ -56,6 +56,12 @@ class Policy:
     def continues_adapter(self) -> bool:
         """Whether the adapters are those of an earlier run."""
         return isinstance(self.model, PeftModel) and len(self.parents) > 1
+
+    def new_adapters(self, settings: LoraSettings) -> LoraConfig | None:
+        """Returns what a trainer shall attach; None where adapters are not wanted, or there already."""
+        if not settings.use_lora or isinstance(self.model, PeftModel):
+            return None
+        return lora_config(self.model, settings, self.tokenizer.convert_tokens_to_ids(self.new_tokens))
 
     def fit(self, length: int) -> int:
         """Returns a length in tokens, or the model's context where that is shorter."""

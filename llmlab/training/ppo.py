@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
@@ -20,15 +20,12 @@ from llmlab.settings.sources import Resolved
 from llmlab.training._trl import WholeRollouts, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.dpo import load_reference
-from llmlab.training.kl import AdaptiveKL, KLController
 from llmlab.training.online import (
-    NothingToLearn,
-    OnlineMetrics,
-    RolloutState,
     check_vllm,
     locate_rewards,
     make_reward,
     online_arguments,
+    online_callbacks,
     plan_rows,
     read_prompts,
 )
@@ -96,10 +93,6 @@ def ppo(
         )
     data = read_prompts(run, policy)
     evaluates = data.validation is not None
-    adapters = None
-    if settings.use_lora and not isinstance(policy.model, PeftModel):
-        ids = policy.tokenizer.convert_tokens_to_ids(policy.new_tokens)
-        adapters = lora_config(policy.model, settings, ids)
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
@@ -123,20 +116,11 @@ def ppo(
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=policy.tokenizer,
-            peft_config=adapters,
+            peft_config=policy.new_adapters(settings),
             callbacks=run.callbacks(evaluates=evaluates, best_is="reward"),
         )
     if isinstance(trainer.model, PeftModel):
         show_head_bias(trainer.model)
-    callbacks: list[TrainerCallback] = [
-        RolloutState(trainer, run.checkpoint),
-        NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
-    ]
-    if settings.adaptive_kl:
-        controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-        sampled = settings.rollout(processes)
-        per_step = sampled.completions / sampled.updates
-        callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=run.checkpoint))
     return run.train(
         trainer,
         steps=settings.max_steps,
@@ -148,7 +132,7 @@ def ppo(
         ],
         parents=policy.parents + ([settings.value_checkpoint] if settings.value_checkpoint else []),
         data=data.record(),
-        callbacks=[*callbacks, OnlineMetrics()],  # the last is the first that is called
+        callbacks=online_callbacks(run, trainer),
     )
 
 
