@@ -12,31 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
-from llmlab.training._trl import RolloutSteps, WholeRollouts, show_head_bias
-from llmlab.training.compile import compile_dynamic
-from llmlab.training.dpo import load_reference
-from llmlab.training.online import (
-    check_vllm,
-    locate_rewards,
-    make_reward,
-    online_arguments,
-    online_callbacks,
-    plan_rows,
-    read_prompts,
-)
+from llmlab.training._trl import RolloutSteps, WholeRollouts
+from llmlab.training.online import OnlineRun
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import load_policy
-from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run
 
 
 class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
@@ -174,53 +159,6 @@ def grpo(
 
     Source: seed, LLM-Lab document, "GRPO" and "LoRA for RLHF"; arXiv:2402.03300.
     """
-    run = Run("grpo", locate_rewards(settings), resume=resume, load_optimizer=load_optimizer, console=console)
-    processes = run.process.num_processes
-    run.settings = settings = run.settings.in_steps(processes)
-    check_vllm(settings)
-    reward = make_reward(run)
-    with quiet_libraries():
-        policy = load_policy(
-            settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template, attach=False
-        )
-        reference, held = None, "none, since init_kl_coef is 0"
-        if settings.init_kl_coef > 0:
-            reference, held = load_reference(settings, policy)
-    with_adapters = settings.use_lora or isinstance(policy.model, PeftModel)
-    if with_adapters and reference is not None:
-        raise UserError(
-            f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is the "
-            "policy with its adapters off; leave it out, or set use_lora=false"
-        )
-    data = read_prompts(run, policy)
-    evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
-    with quiet_libraries():
-        trainer = GroupTrainer(
-            settings=settings,
-            load_optimizer=load_optimizer,
-            reference=reference,
-            model=policy.model,
-            reward_funcs=reward,
-            args=online_arguments(GRPOConfig, settings, run.hardware, evaluates=evaluates, processes=processes),
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            processing_class=policy.tokenizer,
-            peft_config=policy.new_adapters(settings),
-            callbacks=run.callbacks(evaluates=evaluates, best_is="reward"),
-        )
-    if isinstance(trainer.model, PeftModel):
-        show_head_bias(trainer.model)
-    return run.train(
-        trainer,
-        steps=settings.max_steps,
-        plan=[
-            *policy.rows(trainer.model),
-            ("reference", held),
-            *plan_rows(run, data, reward, temperature=settings.grpo_temperature),
-        ],
-        parents=policy.parents,
-        data=data.record(),
-        callbacks=online_callbacks(run, trainer),
-    )
+    run = OnlineRun("grpo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    trainer = run.make_trainer(GroupTrainer, GRPOConfig)
+    return run.learn(trainer, temperature=run.settings.grpo_temperature)

@@ -1,4 +1,4 @@
-"""What stages that learn from their own completions share: prompts, rewards, arguments, what is logged, when to stop.
+"""What stages that learn from their own completions share: policy, reference, prompts, rewards, arguments, plan.
 
 How a completion's reward becomes a gradient is each trainer's own business.
 """
@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from rich.console import Console
+from transformers import TrainerCallback
 
 from llmlab.data.prompts import PromptMaker, as_read
 from llmlab.data.rows import Rows, build_rows
@@ -18,19 +19,137 @@ from llmlab.rewards.compose import ComposedReward, compose
 from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sources import Resolved
+from llmlab.training._trl import show_head_bias
 from llmlab.training.arguments import build_arguments, rhythm_arguments
+from llmlab.training.compile import compile_dynamic
+from llmlab.training.dpo import load_reference
 from llmlab.training.kl import AdaptiveKL, KLController
-from llmlab.training.policy import Policy
-from llmlab.training.running import Run, describe_optimizer
+from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, RolloutState
+from llmlab.training.policy import Policy, load_policy
+from llmlab.training.progress import quiet_libraries
+from llmlab.training.record import RunResult
+from llmlab.training.running import Run, S, describe_optimizer
 
-ROLLOUT_STATE = "rollout.pt"
-NAMES = {  # the trainer's words for what people ask for
-    "completions/clipped_ratio": "clipped_share",
-    "completions/mean_length": "completion_length",
-    "clip_ratio/region_mean": "ratio_clipped_share",
-}
-TWICE = ("rewards/reward/mean", "rewards/reward/std", "frac_reward_zero_std")  # under better names already
-CUT_OFF = 0.9
+
+class OnlineRun(Run[S]):
+    """A run of a stage that samples: opened with its rewards, policy and reference, then given a trainer.
+
+    Args:
+        stage: the stage's name.
+        settings: of the stage, resolved or plain; `self.settings` tells everything in steps.
+        resume: a run folder of this stage to continue from its last checkpoint.
+        load_optimizer: with `resume`, whether to restore the optimizer's state.
+        console: where to print; None is the terminal of the main process.
+
+    Raises:
+        UserError: as in `Run`, and where a reward, the policy, its reference or vLLM cannot be had.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        settings: S | Resolved[S],
+        *,
+        resume: str | Path | None,
+        load_optimizer: bool,
+        console: Console | None,
+    ):
+        super().__init__(
+            stage, locate_rewards(settings), resume=resume, load_optimizer=load_optimizer, console=console
+        )
+        self.load_optimizer = load_optimizer
+        self.settings = settings = self.settings.in_steps(self.process.num_processes)
+        check_vllm(settings)
+        self.reward = make_reward(self)
+        self.reference, self.held = None, "none, since init_kl_coef is 0"
+        with quiet_libraries():
+            self.policy = load_policy(
+                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, attach=False
+            )
+            if settings.init_kl_coef > 0:
+                self.reference, self.held = load_reference(settings, self.policy)
+        self.with_adapters = settings.use_lora or isinstance(self.policy.model, PeftModel)
+        if self.with_adapters and self.reference is not None:
+            raise UserError(
+                f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
+                "the policy with its adapters off; leave it out, or set use_lora=false"
+            )
+
+    def make_trainer(
+        self, trainer: type, config: type, *, arguments: dict[str, Any] | None = None, **more: Any
+    ) -> Any:
+        """Reads the prompts and returns the stage's trainer.
+
+        Args:
+            trainer: its class.
+            config: the class of its arguments.
+            arguments: of the trainer, which only this stage has.
+            more: what only this stage's trainer is made with.
+
+        Raises:
+            UserError: as in `read_prompts`.
+        """
+        settings, policy = self.settings, self.policy
+        self.prompts = read_prompts(self, policy)
+        evaluates = self.prompts.validation is not None
+        if settings.compile is True:
+            compile_dynamic(policy.model, self.hardware.device)
+        with quiet_libraries():
+            made = trainer(
+                settings=settings,
+                load_optimizer=self.load_optimizer,
+                reference=self.reference,
+                model=policy.model,
+                reward_funcs=self.reward,
+                args=online_arguments(
+                    config,
+                    settings,
+                    self.hardware,
+                    evaluates=evaluates,
+                    processes=self.process.num_processes,
+                    eval_on_start=evaluates and self.checkpoint is None,
+                    **(arguments or {}),
+                ),
+                train_dataset=self.prompts.train,
+                eval_dataset=self.prompts.validation,
+                processing_class=policy.tokenizer,
+                peft_config=policy.new_adapters(settings),
+                callbacks=self.callbacks(evaluates=evaluates, best_is="reward"),
+                **more,
+            )
+        if isinstance(made.model, PeftModel):
+            show_head_bias(made.model)
+        return made
+
+    def learn(
+        self,
+        trainer: Any,
+        *,
+        temperature: float,
+        plan: list[tuple[str, str]] | None = None,
+        parents: list[str] | None = None,
+    ) -> RunResult:
+        """Trains what `make_trainer` returned, as `train` does.
+
+        Args:
+            trainer: of the stage.
+            temperature: of sampling, for the plan.
+            plan: lines that only this stage has.
+            parents: run folders or hub ids beside the policy's.
+        """
+        return self.train(
+            trainer,
+            steps=self.settings.max_steps,
+            plan=[
+                *self.policy.rows(trainer.model),
+                ("reference", self.held),
+                *(plan or []),
+                *plan_rows(self, self.prompts, self.reward, temperature=temperature),
+            ],
+            parents=self.policy.parents + (parents or []),
+            data=self.prompts.record(),
+            callbacks=online_callbacks(self, trainer),
+        )
 
 
 def read_prompts(run: Run[Any], policy: Policy) -> Rows:
@@ -119,9 +238,7 @@ def online_arguments(
 def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature: float) -> list[tuple[str, str]]:
     """Returns the lines about prompts, rewards, rollouts and steps for the plan of a run."""
     settings, rollout = run.settings, run.settings.rollout(run.process.num_processes)
-    rollouts = settings.max_steps / rollout.updates
-    for report in data.reports:
-        report.passes = round(rollouts * settings.batch_size / len(data.train), 3)
+    data.went_through(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
     sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
     if settings.top_p < 1 or settings.top_k:
         # the loss counts the probabilities of the whole distribution
@@ -158,109 +275,3 @@ def online_callbacks(run: Run[Any], trainer: Any) -> list[TrainerCallback]:
         per_step = sampled.completions / sampled.updates
         callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=run.checkpoint))
     return [*callbacks, OnlineMetrics()]
-
-
-class OnlineMetrics(TrainerCallback):
-    """Gives the trainer's metrics names that people ask for; `reward/NAME` is the mean of a component."""
-
-    def __init__(self) -> None:
-        self.tokens_before = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.tokens_before = state.num_input_tokens_seen
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for name in list(logs):
-            theirs = name.removeprefix(prefix)
-            if theirs in TWICE or logs[name] is None:
-                del logs[name]
-            elif theirs in NAMES:
-                logs[prefix + NAMES[theirs]] = logs.pop(name)
-            elif theirs.startswith("reward_components/"):
-                logs[f"{prefix}reward/{theirs.split('/')[1]}"] = logs.pop(name)
-        if "loss" in logs:
-            # the trainer logs it for the lines in which it sampled, and goes on counting when it is resumed
-            logs["num_tokens"] = state.num_input_tokens_seen - self.tokens_before
-        state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
-
-
-class NothingToLearn(TrainerCallback):
-    """Ends a run with advice when its completions give nothing to learn from.
-
-    Args:
-        patience: logged lines in a row, of those in which completions were sampled; None never ends a run.
-        max_new_tokens: for the advice.
-
-    Raises:
-        UserError: in each of so many lines no group had completions of different rewards, or over 90 % of the
-            completions were cut off.
-    """
-
-    def __init__(self, patience: int | None, *, max_new_tokens: int):
-        self.patience, self.max_new_tokens = patience, max_new_tokens
-        self.equal = 0
-        self.cut = 0
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        if self.patience is None or "loss" not in logs or "clipped_share" not in logs:
-            return
-        self.cut = self.cut + 1 if logs["clipped_share"] > CUT_OFF else 0
-        self.equal = self.equal + 1 if logs.get("zero_variance_share") == 1 else 0
-        lines = f"in each of the last {self.patience} logged lines"
-        if self.equal >= self.patience:
-            raise UserError(
-                f"step {state.global_step}: {lines} all completions of a prompt had the same reward (on average "
-                f"{logs['reward']:.3g}), so nothing can be learned: look at the rewards with llmlab reward-check, "
-                "raise the temperature or group_size, or start from a policy that succeeds now and then (llmlab sft); "
-                "stop_patience=none goes on all the same"
-            )
-        if self.cut >= self.patience:
-            raise UserError(
-                f"step {state.global_step}: {lines} over {CUT_OFF:.0%} of the completions were cut off at "
-                f"max_new_tokens = {self.max_new_tokens}, so that rewards see no endings: raise it, or fine-tune "
-                "first, so that the model ends its turns (llmlab sft); stop_patience=none goes on all the same"
-            )
-
-
-class RolloutState(TrainerCallback):
-    """Keeps the rollout that is learned from with the checkpoints, so that a resumed run goes on in its middle.
-
-    Args:
-        trainer: with `rollout_state` and `load_rollout_state`.
-        checkpoint: to go on from.
-    """
-
-    def __init__(self, trainer: Any, checkpoint: Path | None):
-        self.trainer, self.checkpoint = trainer, checkpoint
-
-    def _file(self, folder: Path) -> Path:
-        return folder / f"{self.trainer.accelerator.process_index}-{ROLLOUT_STATE}"
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.checkpoint is not None and self._file(self.checkpoint).is_file():
-            # the type alone, which is this process' device: torch has no place of the name `cpu:0`
-            kept = torch.load(self._file(self.checkpoint), map_location=self.trainer.accelerator.device.type)
-            self.trainer.load_rollout_state(kept)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.trainer.rollout_state(), self._file(folder))

@@ -17,24 +17,13 @@ from llmlab.model import load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
-from llmlab.training._trl import WholeRollouts, show_head_bias
-from llmlab.training.compile import compile_dynamic
-from llmlab.training.dpo import load_reference
-from llmlab.training.online import (
-    check_vllm,
-    locate_rewards,
-    make_reward,
-    online_arguments,
-    online_callbacks,
-    plan_rows,
-    read_prompts,
-)
+from llmlab.training._trl import WholeRollouts
+from llmlab.training.online import OnlineRun
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import Policy, fit_vocabulary, load_policy
+from llmlab.training.policy import fit_vocabulary
 from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.progress import human, quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run
 
 __all__ = ["EpisodeTrainer", "PPOConfig", "PPOTrainer", "load_scorer", "ppo"]
 
@@ -73,80 +62,39 @@ def ppo(
 
     Source: seed, LLM-Lab document, "PPO" and "LoRA for RLHF"; RL guide, section 4; arXiv:1707.06347.
     """
-    run = Run("ppo", locate_rewards(settings), resume=resume, load_optimizer=load_optimizer, console=console)
-    processes = run.process.num_processes
-    run.settings = settings = run.settings.in_steps(processes)
-    check_vllm(settings)
-    reward = make_reward(run)
+    run = OnlineRun("ppo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    settings = run.settings
     with quiet_libraries():
-        policy = load_policy(
-            settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template, attach=False
-        )
-        reference, held = None, "none, since init_kl_coef is 0"
-        if settings.init_kl_coef > 0:
-            reference, held = load_reference(settings, policy)
-        scorer = load_scorer(settings, policy)
-    if (settings.use_lora or isinstance(policy.model, PeftModel)) and reference is not None:
-        raise UserError(
-            f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is the "
-            "policy with its adapters off; leave it out, or set use_lora=false"
-        )
-    data = read_prompts(run, policy)
-    evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
-    with quiet_libraries():
-        trainer = EpisodeTrainer(
-            settings=settings,
-            load_optimizer=load_optimizer,
-            reference=reference,
-            scorer=scorer,
-            model=policy.model,
-            reward_funcs=reward,
-            args=online_arguments(
-                PPOConfig,
-                settings,
-                run.hardware,
-                evaluates=evaluates,
-                processes=processes,
-                kl_penalty=settings.kl_penalty,
-                cliprange_value=settings.cliprange_value,
-                stop_kl=TOO_FAR * settings.target_kl if settings.early_stop else None,
-            ),
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            processing_class=policy.tokenizer,
-            peft_config=policy.new_adapters(settings),
-            callbacks=run.callbacks(evaluates=evaluates, best_is="reward"),
-        )
-    if isinstance(trainer.model, PeftModel):
-        show_head_bias(trainer.model)
-    return run.train(
+        scorer = load_scorer(run)
+    trainer = run.make_trainer(
+        EpisodeTrainer,
+        PPOConfig,
+        arguments={
+            "kl_penalty": settings.kl_penalty,
+            "cliprange_value": settings.cliprange_value,
+            "stop_kl": TOO_FAR * settings.target_kl if settings.early_stop else None,
+        },
+        scorer=scorer,
+    )
+    return run.learn(
         trainer,
-        steps=settings.max_steps,
-        plan=[
-            *policy.rows(trainer.model),
-            ("reference", held),
-            ("critic", describe_critic(settings, trainer)),
-            *plan_rows(run, data, reward, temperature=settings.temperature),
-        ],
-        parents=policy.parents + ([settings.value_checkpoint] if settings.value_checkpoint else []),
-        data=data.record(),
-        callbacks=online_callbacks(run, trainer),
+        temperature=settings.temperature,
+        plan=[("critic", describe_critic(settings, trainer))],
+        parents=[settings.value_checkpoint] if settings.value_checkpoint else [],
     )
 
 
-def load_scorer(settings: PPOSettings, policy: Policy) -> PreTrainedModel | PeftModel | None:
+def load_scorer(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | None:
     """Returns the reward model that the critic starts from, with adapters where the policy has them; None is none.
 
     Raises:
         UserError: there is no such model, it does not score token by token, or it has another vocabulary.
     """
+    settings, policy = run.settings, run.policy
     source = settings.value_checkpoint
     if source is None:
         return None
-    with_adapters = settings.use_lora or isinstance(policy.model, PeftModel)
-    scorer = load_classifier(source, dtype=policy.model.dtype if with_adapters else torch.float32)
+    scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)
     if not isinstance(getattr(scorer, "score", None), nn.Linear):
         raise UserError(
             f"value_checkpoint = {source}: model_type = {scorer.config.model_type}: it does not score at each token; "
@@ -155,7 +103,7 @@ def load_scorer(settings: PPOSettings, policy: Policy) -> PreTrainedModel | Peft
     if load_tokenizer(source).get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(f"value_checkpoint = {source}: it has another vocabulary than the policy; leave it out")
     fit_vocabulary(scorer, policy.tokenizer)
-    return get_peft_model(scorer, lora_config(scorer, settings, task="SEQ_CLS")) if with_adapters else scorer
+    return get_peft_model(scorer, lora_config(scorer, settings, task="SEQ_CLS")) if run.with_adapters else scorer
 
 
 def describe_critic(settings: PPOSettings, trainer: PPOTrainer) -> str:

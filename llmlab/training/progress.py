@@ -170,6 +170,7 @@ class ProgressLine(TrainerCallback):
         better = best is None or (value > best if name == "reward" else value < best)
         self._best = value if better else best
         note = "  [green]best so far[/green]" if better else f"  (best {best:.4f})"
+        note = note if state.global_step else "  before the first step"
         self.say(f"step {state.global_step}  validation {name} [bold]{value:.4f}[/bold]{note}")
 
     def on_train_end(
@@ -188,13 +189,17 @@ class ProgressLine(TrainerCallback):
             self._progress = None
 
 
-def print_result(console: Console, folder: Path, metrics: dict[str, float]) -> None:
-    """Prints where a run was saved and how good it became."""
+def print_result(
+    console: Console, folder: Path, metrics: dict[str, float], *, before: dict[str, float] | None = None
+) -> None:
+    """Prints where a run was saved and how good it became, from what it was before where that is known."""
     parts = [f"[green]saved[/green] {folder}"]
-    if "eval_reward" in metrics:
-        parts.append(f"validation reward [bold]{metrics['eval_reward']:.4f}[/bold]")
-    elif "eval_loss" in metrics:
-        parts.append(f"validation loss [bold]{metrics['eval_loss']:.4f}[/bold]")
+    kinds = ("reward",) if "eval_reward" in metrics else ("loss", "win_rate")
+    for kind in kinds:
+        name = f"eval_{kind}"
+        if name in metrics:
+            start = f"{before[name]:.4f} -> " if before and name in before else ""
+            parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]")
     if "unigram_entropy" in metrics:
         parts.append(f"(knowing only word counts: {metrics['unigram_entropy']:.4f})")
     console.print("  ".join(parts), highlight=False, soft_wrap=True)

@@ -138,7 +138,7 @@ class Run(Generic[S]):
         metrics = last_metrics(trainer)
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-        print_result(self.console, self.folder, metrics)
+        print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
     def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
@@ -195,6 +195,11 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
         return
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def first_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Returns the metrics on the validation data before the first step; none where that was not asked."""
+    return next((line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
