@@ -16,6 +16,8 @@ class Stage:
     """A stage: where its settings class and its function live, one line of help, and whether it can be resumed.
 
     The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`.
+    `prepares` is a function of the resolved settings that returns them complete, and raises what can be known to be
+    wrong long before the stage starts.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Stage:
     run: str
     help: str
     resumes: bool = False
+    prepares: str = ""
 
     @property
     def settings_class(self) -> Any:
@@ -31,6 +34,10 @@ class Stage:
     @property
     def function(self) -> Callable[..., Any]:
         return _import(self.run)
+
+    def prepare(self, resolved: Any) -> Any:
+        """Returns the settings of a stage that may start much later, or raises SettingsError where it cannot work."""
+        return _import(self.prepares)(resolved) if self.prepares else resolved
 
 
 STAGES = {
@@ -89,6 +96,7 @@ STAGES = {
             "llmlab.training.grpo:grpo",
             "Sample groups of completions, and make the better ones likelier.",
             resumes=True,
+            prepares="llmlab.rewards.checking:check_rewards",
         ),
         Stage(
             "ppo",
@@ -96,6 +104,7 @@ STAGES = {
             "llmlab.training.ppo:ppo",
             "Learn from rewards with a value function, held to a reference.",
             resumes=True,
+            prepares="llmlab.rewards.checking:check_rewards",
         ),
         Stage(
             "generate",

@@ -29,6 +29,9 @@ def run(
         str | None,
         typer.Option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished."),
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and leave.")] = False,
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.
@@ -40,7 +43,7 @@ def run(
     from llmlab.pipeline import execute, plan, read_pipeline
 
     path = _find(pipeline)
-    parsed = read_pipeline(path, overrides)
+    parsed = read_pipeline(path, overrides, allow_code=allow_code)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)

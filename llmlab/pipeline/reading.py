@@ -43,12 +43,13 @@ class Pipeline:
     stages: tuple[PipelineStage, ...]
 
 
-def read_pipeline(path: str | Path, overrides: list[str] | None = None) -> Pipeline:
+def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False) -> Pipeline:
     """Reads a pipeline file.
 
     Args:
         path: the YAML or JSON file.
         overrides: `stage.key=value` from the command line, and `output_dir=...`.
+        allow_code: let every stage load reward functions from Python files.
 
     Raises:
         UserError: the file is no pipeline.
@@ -82,13 +83,16 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None) -> Pipel
         needs: list[str] = []
         section = body.section(name)
         section = Layer(section.label, _substitute(section, folders, needs, problems), section.lines, section.path)
-        command_line = Layer("command line", {**changes.get(name, {}), "output_dir": str(output_dir / name)})
+        given = {**changes.get(name, {}), "output_dir": str(output_dir / name)}
+        if allow_code and "allow_code" in STAGES[kind].settings_class.model_fields:
+            given["allow_code"] = True
+        command_line = Layer("command line", given)
         if "output_dir" in values:
             problems.append(
                 f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
             )
         try:
-            resolved = resolve(STAGES[kind].settings_class, section, command_line)
+            resolved = STAGES[kind].prepare(resolve(STAGES[kind].settings_class, section, command_line))
         except SettingsError as error:
             problems += [f"{problem} (stage '{name}')" for problem in error.problems]
             continue

@@ -23,7 +23,12 @@ from llmlab.settings.files import write_atomically
 
 STATE = "pipeline.json"
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
-WITHOUT_CONSEQUENCE = {"output_dir", "cache_dir", "num_proc"}  # settings that do not decide what is written
+WITHOUT_CONSEQUENCE = {
+    "output_dir",
+    "cache_dir",
+    "num_proc",
+    "allow_code",
+}  # settings that do not decide what is written
 LONGEST_CHANGE = 40  # characters; of a longer change only the name is told
 Action = Literal["skip", "run", "resume"]
 

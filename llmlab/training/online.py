@@ -3,7 +3,6 @@
 How a completion's reward becomes a gradient is each trainer's own business.
 """
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 from llmlab.data.prompts import PromptMaker, as_read
 from llmlab.data.rows import Rows, build_rows
 from llmlab.hardware import Hardware
+from llmlab.rewards.checking import locate_rewards, may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
 from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
@@ -177,25 +177,6 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
         return Rows(as_read(rows.train), validation, rows.reports)
 
 
-def locate_rewards(settings: OnlineSettings | Resolved[Any]) -> Resolved[Any]:
-    """Returns settings whose reward functions of the user's own have whole paths, so that a resumed run finds them.
-
-    Paths start at the folder of the file that names them, or at the working directory.
-    """
-    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
-    named_in = Path(resolved.sources.get("rewards", "").partition(":")[0])
-    folder = named_in.parent if named_in.suffix and named_in.is_file() else Path()
-    rewards = [
-        reward.model_copy(update={"name": str((folder / Path(reward.name).expanduser()).resolve())})
-        if ".py:" in reward.name
-        else reward
-        for reward in resolved.settings.rewards or ()
-    ]
-    if not rewards:
-        return resolved
-    return replace(resolved, settings=resolved.settings.model_copy(update={"rewards": rewards}))
-
-
 def make_reward(run: Run[Any]) -> ComposedReward:
     """Returns what completions are rewarded for.
 
@@ -203,10 +184,8 @@ def make_reward(run: Run[Any]) -> ComposedReward:
         UserError: there is no such reward, a parameter is wrong, or code would run that nobody allowed by hand.
     """
     settings = run.settings
-    allowed_by = run.resolved.sources.get("allow_code", "arguments")
-    if settings.allow_code and allowed_by not in ("arguments", "command line"):
-        raise UserError(f"{allowed_by}: allow_code cannot be set in a file; give --allow-code, having read the code")
-    return compose(settings.all_rewards(), normalize=settings.normalize_rewards, allow_code=settings.allow_code)
+    allow_code = may_run_code(run.resolved)
+    return compose(settings.all_rewards(), normalize=settings.normalize_rewards, allow_code=allow_code)
 
 
 def check_vllm(settings: OnlineSettings) -> None:

@@ -164,3 +164,50 @@ def test_every_shipped_recipe_is_read(path, tmp_path):
         stage = STAGES[layer.values["stage"]]
         resolved = resolve(stage.settings_class, layer)
         assert json.loads(resolved.settings.model_dump_json())
+
+
+REWARDED = """
+output_dir: {output}
+stages:
+  tokenizer: {{datasets: [{text}]}}
+  grpo:
+    policy_checkpoint: ${{tokenizer}}
+    datasets: [{text}]
+    rewards: [{reward}]
+    reward_model: ${{tokenizer}}
+"""
+
+
+def test_functions_of_ones_own_are_allowed_by_hand_alone(tmp_path, ran):
+    (tmp_path / "mine.py").write_text("def score(completions, **columns): return [0.0] * len(completions)\n")
+    path = tmp_path / "p.yaml"
+    values = {"output": tmp_path / "out", "text": path}
+    path.write_text(REWARDED.format(**values, reward="mine.py:score"))
+    with pytest.raises(SettingsError, match=r"p.yaml:8: reward .*mine.py:score': this is Python code.*--allow-code"):
+        read_pipeline(path)
+    pipeline = read_pipeline(path, allow_code=True)
+    assert pipeline.stages[1].resolved.settings.rewards[0].name == f"{tmp_path / 'mine.py'}:score"
+    assert read_pipeline(path, ["grpo.allow_code=true"]).stages[1].resolved.settings.allow_code
+    list(execute(pipeline, plan(pipeline)))
+    # the leave is no setting of the run, but the code is one of its inputs
+    assert [step.action for step in plan(read_pipeline(path, allow_code=True))] == ["skip", "skip"]
+    (tmp_path / "mine.py").write_text("def score(completions, **columns): return [1.0] * len(completions)  # more\n")
+    assert [step.action for step in plan(read_pipeline(path, allow_code=True))] == ["skip", "run"]
+    path.write_text(path.read_text() + "    allow_code: true\n")
+    with pytest.raises(SettingsError, match="allow_code cannot be set in a file"):
+        read_pipeline(path)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("numeric_mach", "p.yaml:8: .*did you mean 'numeric_match'"),
+        ("{name: length, tarket: 3}", "p.yaml:8: .*unknown parameter 'tarket'.*did you mean 'target'"),
+        ("your.py:score", "p.yaml:8: .*your.py: there is no such file"),
+    ],
+)
+def test_rewards_are_checked_before_the_first_stage(reward, message, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(REWARDED.format(output=tmp_path / "out", text=path, reward=reward))
+    with pytest.raises(SettingsError, match=message):
+        read_pipeline(path, allow_code=True)
