@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import DebertaV2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from llmlab.rewards import RewardModel
 from llmlab.rewards.compose import compose
@@ -21,41 +14,12 @@ PROMPTS = ["what is one", "what is two plus two", "maybe", "the answer"]
 COMPLETIONS = ["one", "the answer is four four four", "", "yes no yes no yes no yes no yes"]
 
 
-def new_tokenizer(words, **arguments):
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if "cls_token" in arguments:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", words.index("[CLS]")), ("[SEP]", words.index("[SEP]"))],
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **arguments)
-
-
 @pytest.fixture(scope="module")
-def deberta(tmp_path_factory):
-    """As `OpenAssistant/reward-model-deberta-v3-large-v2`: a pair of question and answer, no chat template."""
-    folder = tmp_path_factory.mktemp("deberta")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS]
-    tokenizer = new_tokenizer(words, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=24)
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"],
-        num_labels=1, pad_token_id=0, initializer_range=0.5,
-    )  # fmt: skip
-    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(tmp_path_factory, word_tokenizer):
     """A decoder with a chat template, no padding token and another vocabulary."""
     folder = tmp_path_factory.mktemp("llama")
     words = ["</s>", "[UNK]", "<user>", "<assistant>", *reversed(WORDS)]
-    tokenizer = new_tokenizer(words, eos_token="</s>")
+    tokenizer = word_tokenizer(words, eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(

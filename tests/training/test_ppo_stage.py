@@ -17,6 +17,7 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.reward import RewardModelSettings
+from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.critic import FILE
@@ -181,6 +182,8 @@ def test_options_reach_the_trainer(ppo_settings, monkeypatch, quiet):
         "top_k": 4,
         "top_p": 0.9,
     }
+    own = PPOSettings.model_fields.keys() - OnlineSettings.model_fields.keys()
+    assert own - {"value_checkpoint", "output_dir"} <= options.keys()  # other tests show what these do
     with pytest.raises(Seen) as caught:
         ppo(ppo_settings(**options), console=quiet)
     args = caught.value.args[0]
@@ -276,6 +279,16 @@ def test_adapters_and_those_of_an_earlier_run(ppo_settings, base_folder, chat_fi
     assert trunk and all(value.abs().max() > 0 for value in trunk.values())
     policy = PeftModel.from_pretrained(load_model(base_folder), again.folder)
     assert len(trunk) == sum("lora_B" in name for name, _ in policy.named_parameters()) == len(before) // 2
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own(ppo_settings, deberta, quiet):
+    """As the seed's recommended one: a DeBERTa, which reads question and answer as a pair of its own tokens."""
+    settings = ppo_settings(rewards=None, reward_model=str(deberta), allow_code=False, max_steps=4)
+    result = ppo(settings, console=quiet)
+    scores = logged(result.folder, "reward/reward_model")
+    assert len(scores) == 1 and 0 < scores[0] < 1 and logged(result.folder, "reward") == pytest.approx(scores)
+    assert all(value >= 0 for value in logged(result.folder, "reward_std"))
+    assert read_record(result.folder)["settings"]["reward_model"] == str(deberta)
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
