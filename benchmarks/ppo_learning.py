@@ -112,6 +112,7 @@ def plot(curves, path):
     except ImportError:
         print("matplotlib is not installed: no plot")
         return
+    pyplot.figure(figsize=(7, 4), layout="constrained")
     for contender, runs in curves.items():
         samples = [(i + 1) * ROLLOUT for i in range(len(runs[0]))]
         steps = list(zip(*runs, strict=True))
@@ -121,8 +122,9 @@ def plot(curves, path):
         )
     pyplot.axhline(1, color="grey", linewidth=0.5)
     pyplot.xlabel("completions sampled")
-    pyplot.ylabel("mean reward of a rollout (line: mean of seeds, band: worst to best)")
-    pyplot.legend()
+    pyplot.ylabel("mean reward of a rollout")
+    seeds = len(next(iter(curves.values())))
+    pyplot.legend(title=f"mean of {seeds} seeds, and from worst to best")
     pyplot.savefig(path, dpi=150)
     print(f"plot: {path}")
 

@@ -283,7 +283,7 @@ def test_adapters_and_those_of_an_earlier_run(ppo_settings, base_folder, chat_fi
 
 def test_a_reward_model_with_a_tokenizer_of_its_own(ppo_settings, deberta, quiet):
     """As the seed's recommended one: a DeBERTa, which reads question and answer as a pair of its own tokens."""
-    settings = ppo_settings(rewards=None, reward_model=str(deberta), allow_code=False, max_steps=4)
+    settings = ppo_settings(rewards=None, reward_model=str(deberta), allow_code=False, max_steps=4, early_stop=False)
     result = ppo(settings, console=quiet)
     scores = logged(result.folder, "reward/reward_model")
     assert len(scores) == 1 and 0 < scores[0] < 1 and logged(result.folder, "reward") == pytest.approx(scores)
