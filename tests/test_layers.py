@@ -13,8 +13,8 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"runs"},
     {"stages"},
     {"training"},
-    {"inference"},
-    {"model", "data", "optim", "rewards", "adapters", "hardware"},
+    {"inference", "rewards"},
+    {"model", "data", "optim", "adapters", "hardware"},
     {"settings"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

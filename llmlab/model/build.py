@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +27,8 @@ from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.model import ModelSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def build_config(
@@ -161,8 +164,10 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Loads a model with a head of one number, which is new where the source is a language model.
 
+    Adapters of such a model come merged into their base.
+
     Args:
-        source: a run folder or a hub id.
+        source: a run folder, a folder of adapters, or a hub id.
         dtype: of the weights.
         quantization_config: keeps the weights in fewer bits.
 
@@ -170,6 +175,8 @@ def load_classifier(
         UserError: there is no such model, its architecture has no classification form, or its folder is broken.
     """
     check_folder(source)
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        return _merged_classifier(str(source)).to(dtype)
     config = load_config(source)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
@@ -183,6 +190,28 @@ def load_classifier(
         raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
 
 
+def _merged_classifier(source: str) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel  # a second or two, for those who need it
+
+    adapter = PeftConfig.from_pretrained(source)
+    if adapter.task_type != "SEQ_CLS":
+        raise UserError(f"{source}: an adapter for {adapter.task_type}; expected one of llmlab reward")
+    base = adapter.base_model_name_or_path
+    try:
+        model = load_classifier(base)
+    except UserError as error:
+        raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(source if (Path(source) / "tokenizer_config.json").is_file() else base)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    try:
+        return PeftModel.from_pretrained(model, source).merge_and_unload(safe_merge=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{source}: this adapter does not fit {base}, or is damaged: {reason}") from None
+
+
 def check_folder(source: str | Path) -> None:
     """Raises UserError for a local source that cannot hold a model; what does not exist here may be a hub id."""
     folder, source = Path(source), str(source)
@@ -192,7 +221,7 @@ def check_folder(source: str | Path) -> None:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
             raise UserError(f"{source}: there is no such folder{_near(folder)}")
         return
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if checkpoints:

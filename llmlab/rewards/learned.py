@@ -48,22 +48,20 @@ class RewardModel:
         max_length: Annotated[int, Ge(1)] | None = None,
         device: str | None = None,
     ):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.path, self.squash, self.batch_size, self.device = model, squash, batch_size, device
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
             raise UserError(f"model = {model}: there is no such folder")
         self.path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
         try:
-            self.config = AutoConfig.from_pretrained(self.path)
+            self.config = self._configuration()
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model = {model}: there is no model and tokenizer that can be read: {reason}") from None
-        kinds = self.config.architectures or []
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            found = ", ".join(kinds) or "nothing"
-            raise UserError(f"model = {model}: expected a sequence-classification model, found {found}")
         self.index = self._index_of(label)
         self.bounds = (0.0, 1.0) if squash or self.index is not None else None
         self.max_length = max_length or self._longest()
@@ -102,6 +100,33 @@ class RewardModel:
             for row, value in zip(rows, values.tolist(), strict=True):
                 scores[row] = value
         return scores
+
+    def _configuration(self) -> Any:
+        """Returns the model's configuration; that of its base, with one output, where it is a folder of adapters."""
+        from transformers import AutoConfig
+
+        from llmlab.model import register
+
+        register()  # llmlab's own architecture
+        if not self._is_adapter():
+            config = AutoConfig.from_pretrained(self.path)
+            kinds = config.architectures or []
+            if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+                found = ", ".join(kinds) or "nothing"
+                raise UserError(f"model = {self.path}: expected a sequence-classification model, found {found}")
+            return config
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(self.path)
+        if adapter.task_type != "SEQ_CLS":
+            kind = f"an adapter for {adapter.task_type}"
+            raise UserError(f"model = {self.path}: expected a sequence-classification model, found {kind}")
+        config = AutoConfig.from_pretrained(adapter.base_model_name_or_path)
+        config.num_labels = 1
+        return config
+
+    def _is_adapter(self) -> bool:
+        return (Path(self.path) / "adapter_config.json").is_file()
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Yields rows of about equal length together, so that little is padding."""
@@ -153,6 +178,12 @@ class RewardModel:
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device == "cpu" else "auto"
+        if self._is_adapter():
+            from llmlab.model import load_classifier
+
+            model = load_classifier(self.path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+            self.config.pad_token_id = model.config.pad_token_id
+            return model.to(device).eval().requires_grad_(False)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
-from llmlab.model import load_model
+from llmlab.model import load_classifier, load_model
 from llmlab.settings.errors import UserError
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
 from llmlab.training.failures import check_disk
 from llmlab.training.merge_sources import (
+    SCORES,
     check_base,
     describe,
     find_adapter,
@@ -89,7 +90,7 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
         check_disk(folder, needed=sum(weight.nbytes for weight in merged.model.parameters()))
         with _staged(folder) as place:
             _write(merged.model, tokenizer, place)
-            rounding = _check_saved(merged, place, dtype)
+            rounding = _check_saved(merged, _loader(config)(place, dtype=torch.float32).eval(), dtype)
             size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
             metrics: dict[str, float] = {
                 "max_difference": merged.difference,
@@ -146,6 +147,9 @@ class Merged:
     def prepare_to_save(self, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> None:
         """Rounds the weights, and lets generation stop where the base or the tokenizer ends a text or a turn."""
         self.model.to(dtype)
+        if not self.model.can_generate():  # it scores
+            self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            return
         config = self.model.generation_config
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         stops = [stop for stop in dict.fromkeys([*ends, *stop_token_ids(tokenizer)]) if stop is not None]
@@ -159,7 +163,7 @@ class Merged:
 
 
 def _merge_weights(adapter: Path, config: PeftConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> Merged:
-    model = load_model(base, dtype=torch.float32).eval()
+    model = _loader(config)(base, dtype=torch.float32).eval()
     try:
         weights = load_peft_weights(
             str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
@@ -189,6 +193,11 @@ def _merge_weights(adapter: Path, config: PeftConfig, base: str, tokenizer: PreT
     if not difference <= max(TOLERANCE, 1e-5 * _largest(adapted)):
         raise RuntimeError(f"the merged model's logits differ by {difference:.2g} from those of base and adapter")
     return Merged(model, modules, probes, base_logits, logits, difference, effect, notes)
+
+
+def _loader(config: PeftConfig) -> Callable[..., PreTrainedModel]:
+    """Returns what loads the kind of model that an adapter belongs to."""
+    return load_classifier if config.task_type == SCORES else load_model
 
 
 def _fit_vocabulary(
@@ -320,7 +329,7 @@ def _probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_rows
 
 
 @torch.no_grad()
-def _logits(model: Any, probes: list[Tensor]) -> list[Tensor]:  # (1, time, vocabulary) each
+def _logits(model: Any, probes: list[Tensor]) -> list[Tensor]:  # (1, time, vocabulary) each, or (1, 1) scores
     return [model(input_ids=ids, use_cache=False).logits.float() for ids in probes]
 
 
@@ -333,14 +342,13 @@ def _largest(logits: list[Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
-def _check_saved(merged: Merged, folder: Path, dtype: torch.dtype) -> float:
-    """Returns how far rounding moved the logits, once what is on disk is what was merged.
+def _check_saved(merged: Merged, reloaded: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Returns how far rounding moved the logits, once what was read back from disk is what was merged.
 
     Raises:
         UserError: rounding lost the adapter, or a weight that is too large for the precision.
         RuntimeError: the model on disk is another.
     """
-    reloaded = load_model(folder, dtype=torch.float32).eval()
     written, kept = reloaded.state_dict(), merged.model.state_dict()
     wrong = list(written.keys() ^ kept.keys())
     wrong += [name for name in written.keys() & kept.keys() if not torch.equal(written[name], kept[name].float())]

@@ -21,6 +21,7 @@ from llmlab.training.policy import ADAPTER_CONFIG as CONFIG
 from llmlab.training.record import read_record
 from llmlab.training.running import BEST_ADAPTERS as BEST
 
+SCORES = "SEQ_CLS"  # the task of a reward model in PEFT's words
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
@@ -99,8 +100,10 @@ def read_config(adapter: Path) -> PeftConfig:
         raise UserError(
             f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights: it cannot be merged"
         )
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise UserError(f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models")
+    if config.task_type not in (None, "CAUSAL_LM", SCORES):
+        raise UserError(
+            f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models and reward models"
+        )
     for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
         if values.get(key):
             raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")

@@ -286,7 +286,7 @@ ADAPTER_MISTAKES = {
     "several": (split, r"several adapters \(one, two\).*can't merge multiple adapters .* \(they'd interfere\)"),
     "cut off": (cut_off, "damaged or incomplete"),
     "no base": (configure(base_model_name_or_path=None), "names no base model; give it with --base"),
-    "other task": (configure(task_type="SEQ_CLS"), "this adapter is for SEQ_CLS"),
+    "other task": (configure(task_type="TOKEN_CLS"), "this adapter is for TOKEN_CLS"),
     "replicated": (configure(layer_replication=[[0, 2]]), "layer_replication is set"),
     "unreachable base": (configure(base_model_name_or_path="nobody/nothing"), "nobody/nothing, which does not load"),
     "weights missing": (drop_a_weight, "does not fit base = .* not in the adapter"),

@@ -291,12 +291,15 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(ppo_settings, deberta, quiet
     assert read_record(result.folder)["settings"]["reward_model"] == str(deberta)
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
-def test_a_critic_from_a_reward_model(use_lora, ppo_settings, preference_settings, tmp_path, quiet):
-    scores = reward(
-        preference_settings(RewardModelSettings, output_dir=str(tmp_path / "scorer"), max_steps=4), console=quiet
+@pytest.mark.parametrize(("use_lora", "adapted"), [(False, False), (True, False), (True, True)])
+def test_a_critic_from_a_reward_model(use_lora, adapted, ppo_settings, preference_settings, tmp_path, quiet):
+    """`adapted`: the reward model itself is a folder of adapters."""
+    lora = {"use_lora": True, "lora_preset": "all"}
+    scorer = preference_settings(
+        RewardModelSettings, output_dir=str(tmp_path / "scorer"), max_steps=4, **(lora if adapted else {})
     )
-    lora = {"use_lora": True, "lora_preset": "all"} if use_lora else {}
+    scores = reward(scorer, console=quiet)
+    lora = lora if use_lora else {}
     settings = ppo_settings(value_checkpoint=str(scores.folder), reward_model=str(scores.folder), **lora)
     result = ppo(settings, console=quiet)
     assert read_record(result.folder)["parents"][-1] == str(scores.folder)

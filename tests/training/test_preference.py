@@ -15,6 +15,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
+from llmlab.rewards import RewardModel
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
@@ -335,7 +336,7 @@ def test_the_win_rate_before_training_is_that_of_ties(preference_settings, quiet
     assert not (result.folder / "checkpoint-0").exists()
 
 
-def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_settings, base_folder, quiet):
+def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_settings, base_folder, tmp_path, quiet):
     settings = preference_settings(
         RewardModelSettings, max_steps=60, learning_rate=1e-2, lora_preset="all", use_lora=True
     )
@@ -344,3 +345,23 @@ def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_sett
     model = PeftModel.from_pretrained(load_classifier(base_folder), result.folder)
     head = [name for name, _ in model.named_parameters() if "score.modules_to_save" in name]
     assert head and not (result.folder / "generation_config.json").exists()
+    # what scores with it, and what merges it, make the same numbers of it
+    prompts, answers = ["How does a cat sound?"] * 3, ["It meows.", "Red.", "meow meow meow"]
+    adapted = RewardModel(model=str(result.folder), squash=False)
+    scores = adapted(answers, prompts)
+    ids = torch.tensor([adapted._encode(prompts[2], answers[2])[0]["input_ids"]])
+    model.config.get_text_config().pad_token_id = load_tokenizer(str(result.folder)).pad_token_id
+    with torch.no_grad():
+        assert model.eval()(input_ids=ids).logits.item() == pytest.approx(scores[2], abs=1e-5)
+    merged = merge(MergeSettings(adapter=str(result.folder), output_dir=str(tmp_path / "merged")), console=quiet)
+    assert merged.metrics["max_difference"] < 1e-4 and (merged.folder / "config.json").is_file()
+    assert RewardModel(model=str(merged.folder), squash=False)(answers, prompts) == pytest.approx(scores, abs=1e-4)
+    assert len(set(scores)) == 3
+
+
+def test_adapters_that_speak_do_not_score(preference_settings, sft_settings, tmp_path, quiet):
+    first = sft(sft_settings(use_lora=True, max_steps=1, output_dir=str(tmp_path / "sft")), console=quiet)
+    with pytest.raises(UserError, match="expected a sequence-classification model, found an adapter for CAUSAL_LM"):
+        RewardModel(model=str(first.folder))
+    with pytest.raises(UserError, match="an adapter for CAUSAL_LM; expected one of llmlab reward"):
+        load_classifier(first.folder)
