@@ -52,6 +52,9 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
         ended("interrupted")
         progress.say(f"stopped; continue with: llmlab {stage} --resume {folder}")
         raise
+    except SystemExit:  # rich's, when what the output is piped into is gone
+        ended("interrupted", reason="its output was closed")
+        raise
     except torch.OutOfMemoryError as error:
         ended("failed")
         raise UserError(

@@ -124,12 +124,12 @@ class Run(Generic[S]):
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ScheduleAfterResume(self.done))
-        print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
         with (
             quiet_libraries(),
             failures_recorded(self.stage, self.folder, record, self.progress),
             self.rhythm.listen(self.progress.say),
         ):
+            print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             if self.rhythm.interrupted:

@@ -156,6 +156,19 @@ def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
     assert read_record(tmp_path)["status"] == "failed"
 
 
+def test_a_closed_output_is_an_interruption(tmp_path):
+    """As with `llmlab sft ... | head`: rich leaves the program then."""
+    record = record_of(tmp_path)
+    record.start()
+    reader, writer = os.pipe()
+    os.close(reader)
+    console = Console(file=os.fdopen(writer, "w"))
+    with pytest.raises(SystemExit), failures_recorded("x", tmp_path, record, progress()):
+        console.print("a line of progress")
+    ended = read_record(tmp_path)
+    assert ended["status"] == "interrupted" and ended["reason"] == "its output was closed"
+
+
 def test_check_disk(tmp_path):
     check_disk(tmp_path / "not" / "yet", needed=1)
     with pytest.raises(UserError, match=r"writes about 1000\.0 PB"):
