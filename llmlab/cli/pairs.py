@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from llmlab.cli.rewards import reward_settings
+from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer
@@ -40,31 +40,10 @@ def pairs(
             metavar="FILE",
         ),
     ],
-    rewards: Annotated[
-        str | None,
-        typer.Option(
-            "--reward",
-            "--rewards",
-            "-r",
-            help="Names with commas between, each with | WEIGHT if wanted, or a YAML list: "
-            "'\\[json_valid, {name: length, target: 50}]'.",
-            metavar="NAMES",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Take `rewards` from a settings file or a recipe.")
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option(
-            "--normalize/--no-normalize",
-            help="Map the weighted sum to [0, 1]. [dim]\\[true][/dim]",
-            show_default=False,
-        ),
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run reward functions from Python files (path/to/file.py:function).")
-    ] = False,
+    rewards: Named = None,
+    config: FromFile = None,
+    normalize: Normalize = None,
+    allow_code: AllowCode = False,
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
     ] = 4,

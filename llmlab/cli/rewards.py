@@ -29,6 +29,32 @@ BINS = 10
 LONGEST_BAR = 40
 Values = list[float | None]
 
+Named = Annotated[
+    str | None,
+    typer.Option(
+        "--rewards",
+        "--reward",
+        "-r",
+        help="Names with commas between, each with | WEIGHT if wanted, or a YAML list: "
+        "'\\[json_valid, {name: length, target: 50}]'.",
+        metavar="NAMES",
+    ),
+]
+FromFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Take `rewards` from a settings file or a recipe.")
+]
+Normalize = Annotated[
+    bool | None,
+    typer.Option(
+        "--normalize/--no-normalize",
+        help="Map the weighted sum to [0, 1]. [dim]\\[true][/dim]",
+        show_default=False,
+    ),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run reward functions from Python files (path/to/file.py:function).")
+]
+
 
 def reward_check(
     file: Annotated[
@@ -39,32 +65,12 @@ def reward_check(
             show_default=False,
         ),
     ] = None,
-    rewards: Annotated[
-        str | None,
-        typer.Option(
-            "--rewards",
-            "-r",
-            help="Names with commas between, each with | WEIGHT if wanted, or a YAML list: "
-            "'\\[json_valid, {name: length, target: 50}]'.",
-            metavar="NAMES",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Take `rewards` from a settings file or a recipe.")
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option(
-            "--normalize/--no-normalize",
-            help="Map the weighted sum to [0, 1]. [dim]\\[true][/dim]",
-            show_default=False,
-        ),
-    ] = None,
+    rewards: Named = None,
+    config: FromFile = None,
+    normalize: Normalize = None,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Rows to show.", min=0, metavar="INT")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run reward functions from Python files (path/to/file.py:function).")
-    ] = False,
+    allow_code: AllowCode = False,
     list_rewards: Annotated[bool, typer.Option("--list", help="Show the rewards and their parameters.")] = False,
 ) -> None:
     """Score completions in a file with rewards, and show each component: debug rewards before you train with them."""
@@ -76,8 +82,6 @@ def reward_check(
 
     from llmlab.rewards.compose import compose
 
-    if any(reward.name == "reward_model" for reward in settings.rewards):
-        import llmlab.model  # noqa: F401 - so that reward models of llmlab's own architecture load
     composed = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     prompts, completions, columns = _read(file)
     scores = composed.score(completions, prompts=prompts, **columns)
