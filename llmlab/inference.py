@@ -22,11 +22,10 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import probe
-from llmlab.model import check_folder, load_model
+from llmlab.model import check_folder, load_model, read_adapter
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
 
@@ -45,7 +44,7 @@ def load_for_inference(
     """Returns a model, ready to generate, and its tokenizer.
 
     Args:
-        source: a run folder, any Transformers or PEFT adapter folder, or a hub id.
+        source: a run folder, any Transformers or PEFT adapter folder, or a hub id of either.
         dtype: `auto`, `bf16`, `fp16` or `fp32`; auto is bf16 where the device computes it.
         device: `auto`, `cpu`, `cuda` or `mps`.
 
@@ -55,21 +54,19 @@ def load_for_inference(
     hardware = probe(device, dtype)
     source = str(source)
     check_folder(source)
-    if (Path(source) / "adapter_config.json").is_file():
-        from peft import PeftConfig, PeftModel  # a second or two, for those who need it
+    if (adapter := read_adapter(source)) is not None:
+        from peft import PeftModel  # a second or two, for those who need it
 
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
         try:
-            model = load_model(base, dtype=hardware.torch_dtype)
+            model = load_model(adapter.base, dtype=hardware.torch_dtype)
         except UserError as error:
-            raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
-        has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(source if has_tokenizer else base)
+            raise UserError(f"{source} is an adapter of {adapter.base}, which does not load: {error}") from None
+        tokenizer = load_tokenizer(adapter.tokenizer_home)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
-        if (Path(source) / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source)
-        model = PeftModel.from_pretrained(model, source)
+        with suppress(OSError):  # it has none, and the base's are kept
+            model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+        model = PeftModel.from_pretrained(model, adapter.folder)
     else:
         model = load_model(source, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(source)

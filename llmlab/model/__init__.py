@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "ADAPTER_CONFIG": "build",
+    "Adapter": "build",
     "LLMLabConfig": "configuration",
     "LLMLabModel": "modeling",
     "LLMLabForCausalLM": "modeling",
@@ -18,6 +20,7 @@ _HOMES = {
     "load_config": "build",
     "load_model": "build",
     "new_model": "build",
+    "read_adapter": "build",
     "from_llmlab": "convert",
     "to_llmlab": "convert",
     "ModelSize": "size",

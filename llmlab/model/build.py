@@ -5,9 +5,12 @@ Training it is not done here, and neither is choosing a device.
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -21,12 +24,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.model import ModelSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -175,8 +182,8 @@ def load_classifier(
         UserError: there is no such model, its architecture has no classification form, or its folder is broken.
     """
     check_folder(source)
-    if (Path(source) / ADAPTER_CONFIG).is_file():
-        return _merged_classifier(str(source)).to(dtype)
+    if (adapter := read_adapter(source)) is not None:
+        return _merged_classifier(str(source), adapter).to(dtype)
     config = load_config(source)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
@@ -190,26 +197,65 @@ def load_classifier(
         raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
 
 
-def _merged_classifier(source: str) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel  # a second or two, for those who need it
+def _merged_classifier(source: str, adapter: "Adapter") -> PreTrainedModel:
+    from peft import PeftModel  # a second or two, for those who need it
 
-    adapter = PeftConfig.from_pretrained(source)
-    if adapter.task_type != "SEQ_CLS":
-        raise UserError(f"{source}: an adapter for {adapter.task_type}; expected one of llmlab reward")
-    base = adapter.base_model_name_or_path
+    if adapter.config.task_type != "SEQ_CLS":
+        raise UserError(f"{source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
     try:
-        model = load_classifier(base)
+        model = load_classifier(adapter.base)
     except UserError as error:
-        raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(source if (Path(source) / "tokenizer_config.json").is_file() else base)
+        raise UserError(f"{source} is an adapter of {adapter.base}, which does not load: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer_home)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
-        return PeftModel.from_pretrained(model, source).merge_and_unload(safe_merge=True)
+        return PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(safe_merge=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{source}: this adapter does not fit {base}, or is damaged: {reason}") from None
+        raise UserError(f"{source}: this adapter does not fit {adapter.base}, or is damaged: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder of PEFT adapters: where it lies on this machine, and what it says of itself."""
+
+    folder: Path
+    config: "PeftConfig"
+
+    @property
+    def base(self) -> str:
+        """The folder or hub id of the model that it adapts."""
+        return self.config.base_model_name_or_path
+
+    @property
+    def tokenizer_home(self) -> str:
+        """Where the tokenizer is: beside the adapters, or with their base."""
+        return str(self.folder) if (self.folder / "tokenizer_config.json").is_file() else self.base
+
+
+def read_adapter(source: str | Path) -> Adapter | None:
+    """Finds adapters in a folder or on the hub, from where they are fetched; None where the source is none of these.
+
+    Raises:
+        UserError: their configuration is damaged.
+    """
+    try:
+        path = find_adapter_config_file(str(source))
+    except OSError:  # there is no such thing on the hub, which loading it will say
+        return None
+    if path is None:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(source), ignore_patterns=["*/*", "*.pt", "*.gguf"]))
+    from peft import PeftConfig  # a second or two, for those who need it
+
+    try:
+        return Adapter(folder, PeftConfig.from_pretrained(str(folder)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}/{ADAPTER_CONFIG}: could not load the LoRA config: {error}") from None
 
 
 def check_folder(source: str | Path) -> None:

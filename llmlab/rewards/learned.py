@@ -56,7 +56,7 @@ class RewardModel:
         self.path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
         try:
             self.config = self._configuration()
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_home)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -105,28 +105,25 @@ class RewardModel:
         """Returns the model's configuration; that of its base, with one output, where it is a folder of adapters."""
         from transformers import AutoConfig
 
-        from llmlab.model import register
+        from llmlab.model import read_adapter, register
 
         register()  # llmlab's own architecture
-        if not self._is_adapter():
+        adapter = read_adapter(self.path)
+        self._adapts = adapter is not None
+        self._tokenizer_home = self.path if adapter is None else adapter.tokenizer_home
+        if adapter is None:
             config = AutoConfig.from_pretrained(self.path)
             kinds = config.architectures or []
             if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
                 found = ", ".join(kinds) or "nothing"
                 raise UserError(f"model = {self.path}: expected a sequence-classification model, found {found}")
             return config
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(self.path)
-        if adapter.task_type != "SEQ_CLS":
-            kind = f"an adapter for {adapter.task_type}"
+        if adapter.config.task_type != "SEQ_CLS":
+            kind = f"an adapter for {adapter.config.task_type}"
             raise UserError(f"model = {self.path}: expected a sequence-classification model, found {kind}")
-        config = AutoConfig.from_pretrained(adapter.base_model_name_or_path)
+        config = AutoConfig.from_pretrained(adapter.base)
         config.num_labels = 1
         return config
-
-    def _is_adapter(self) -> bool:
-        return (Path(self.path) / "adapter_config.json").is_file()
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Yields rows of about equal length together, so that little is padding."""
@@ -178,7 +175,7 @@ class RewardModel:
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device == "cpu" else "auto"
-        if self._is_adapter():
+        if self._adapts:
             from llmlab.model import load_classifier
 
             model = load_classifier(self.path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)

@@ -4,6 +4,7 @@ Every way in which these are not what they should be is told apart here; folding
 """
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from llmlab.model import check_folder, load_config
+from llmlab.model import ADAPTER_CONFIG as CONFIG
+from llmlab.model import check_folder, load_config, read_adapter
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.training import checkpoints
-from llmlab.training.policy import ADAPTER_CONFIG as CONFIG
 from llmlab.training.record import read_record
 from llmlab.training.running import BEST_ADAPTERS as BEST
 
 SCORES = "SEQ_CLS"  # the task of a reward model in PEFT's words
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
 
 def find_adapter(source: str | Path) -> Path:
-    """Returns the adapter folder that a path means: itself, or the best adapters of a run folder.
+    """Returns the adapter folder that is meant: itself, the best adapters of a run folder, or those fetched by hub id.
 
     Raises:
         UserError: there is none, or several.
     """
     folder, where = Path(source).expanduser(), f"adapter = {source}"
+    if not folder.exists() and HUB_ID.fullmatch(str(source)) and (adapter := read_adapter(source)) is not None:
+        return adapter.folder
     if not folder.is_dir():
         what = "this is a file" if folder.is_file() else "there is no such folder"
         near = [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()]

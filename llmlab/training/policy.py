@@ -5,7 +5,6 @@ What it is trained on, and how, is each stage's own business.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -16,14 +15,13 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import check_folder, load_model
+from llmlab.model import Adapter, check_folder, load_model, read_adapter
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
 from llmlab.training._trl import show_head_bias
 from llmlab.training.progress import human
 
-ADAPTER_CONFIG = "adapter_config.json"
 OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configuration's field
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -92,7 +90,7 @@ def load_policy(
     of the run.  An adapter folder brings its base, and its adapter is trained further.
 
     Args:
-        source: a run folder, a hub id, or a folder of LoRA adapters.
+        source: a run folder or a hub id, of a whole model or of LoRA adapters.
         settings: whether and how adapters are attached.
         hardware: where it will run.
         chat_template: as in `add_chat_template`.
@@ -103,10 +101,10 @@ def load_policy(
             the device cannot hold 4-bit weights.
     """
     check_folder(source)
-    adapter = read_adapter(source)
+    adapter = read_lora(source)
     if adapter is not None:
-        _check_same_adapter(source, adapter, settings)
-    base = source if adapter is None else adapter.base_model_name_or_path
+        _check_same_adapter(source, adapter.config, settings)
+    base = source if adapter is None else adapter.base
     quantization = quantization_of(settings, hardware)
     frozen = adapter is not None or settings.use_lora
     try:
@@ -117,7 +115,7 @@ def load_policy(
         if adapter is None:
             raise
         raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
-    tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
+    tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_home)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
         raise UserError(
@@ -133,7 +131,7 @@ def load_policy(
         # the trainer turns checkpointing on itself where it is wanted
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, source, is_trainable=True)
+        model = PeftModel.from_pretrained(model, adapter.folder, is_trainable=True)
     elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))
@@ -143,26 +141,16 @@ def load_policy(
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
 
-def read_adapter(source: str) -> PeftConfig | None:
-    """Returns the configuration of an adapter folder, or None where the source is a whole model.
+def read_lora(source: str) -> Adapter | None:
+    """Returns LoRA adapters, or None where the source is a whole model.
 
     Raises:
-        UserError: the adapter is of another kind than LoRA, or its configuration is damaged.
+        UserError: the adapter is of another kind, or its configuration is damaged.
     """
-    if not (Path(source) / ADAPTER_CONFIG).is_file():
-        return None
-    try:
-        config = PeftConfig.from_pretrained(source)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source}/{ADAPTER_CONFIG}: could not load the LoRA config: {error}") from None
-    if config.peft_type != "LORA":
-        raise UserError(f"{source}: an adapter of type {config.peft_type}; expected LoRA")
-    return config
-
-
-def has_tokenizer(source: str) -> bool:
-    """Whether a folder has a tokenizer of its own; what is no folder is a hub id, which must have one."""
-    return not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file()
+    adapter = read_adapter(source)
+    if adapter is not None and adapter.config.peft_type != "LORA":
+        raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
+    return adapter
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

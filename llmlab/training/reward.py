@@ -21,7 +21,7 @@ from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import Policy, fit_vocabulary, quantization_of, read_adapter
+from llmlab.training.policy import Policy, fit_vocabulary, quantization_of, read_lora
 from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
@@ -98,7 +98,7 @@ def reward(
 def load_scorer(settings: RewardModelSettings, run: Run[Any]) -> Policy:
     """Returns the model to start from with a new head of one number, and its tokenizer."""
     source = settings.policy_checkpoint
-    if read_adapter(source) is not None:
+    if read_lora(source) is not None:
         raise UserError(
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )

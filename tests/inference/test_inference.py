@@ -22,6 +22,8 @@ from llmlab.inference import (
 )
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.merge import MergeSettings
+from llmlab.training.merge import merge
 
 ALPHABET = dict(zip("abcdefgh", "bcdefgha", strict=True))
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
@@ -58,6 +60,40 @@ def test_an_adapter_loads_over_its_base(run, tmp_path, tokenizer):
     shutil.rmtree(run)
     with pytest.raises(UserError, match="is an adapter of .*run, which does not load: .*there is no such folder"):
         load_for_inference(tmp_path / "adapter", dtype="fp32", device="cpu")
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_an_adapter_on_the_hub_loads_over_its_base_there(own_tokenizer, run, tmp_path, tokenizer, monkeypatch):
+    """The hub's cache is laid out as downloads leave it."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def publish(folder, name):
+        snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123abc"
+        shutil.copytree(folder, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
+
+    base, _ = load_for_inference(run, dtype="fp32", device="cpu")
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="maker/base")
+    if own_tokenizer:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    publish(run, "maker/base")
+    publish(tmp_path / "adapter", "maker/adapter")
+    ids = torch.tensor([tokenizer("some text")["input_ids"]])
+    model, found = load_for_inference("maker/adapter", dtype="fp32", device="cpu")
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    assert found.get_vocab() == tokenizer.get_vocab()
+    merged = merge(MergeSettings(adapter="maker/adapter", output_dir=str(tmp_path / "merged")))
+    whole, _ = load_for_inference(merged.folder, dtype="fp32", device="cpu")
+    torch.testing.assert_close(whole(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    assert not isinstance(load_for_inference("maker/base", dtype="fp32", device="cpu")[0], PeftModel)
+    with pytest.raises(UserError, match="maker/nothing.*the hub gave none"):
+        load_for_inference("maker/nothing")
 
 
 def test_llmlabs_own_model_loads(tmp_path, tokenizer):
