@@ -36,7 +36,8 @@ class KLController:
             samples: completions that were sampled since the last call.
         """
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * samples / self.horizon
+        whole, rest = divmod(samples, self.horizon)  # told of many at once, the weight still never reaches 0
+        self.coefficient *= (1 + error) ** whole * (1 + error * rest / self.horizon)
         return self.coefficient
 
     def state_dict(self) -> dict[str, float]:

@@ -255,6 +255,8 @@ def test_the_controller_by_hand():
     assert controller.update(50.0, 100) == pytest.approx(before * (1 + 0.2 * 0.1))  # the error is clipped
     before = controller.coefficient
     assert controller.update(0.0, 500) == pytest.approx(before * (1 - 0.2 * 0.5))
+    before = controller.coefficient
+    assert controller.update(0.0, 2500) == pytest.approx(before * 0.8**2 * 0.9)  # as if told in between
     other = KLController(1.0, target=0.5, horizon=1000)
     other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     assert other.coefficient == controller.coefficient
