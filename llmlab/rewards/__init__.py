@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float | str, float | str]] = {
 }
 """Smallest and largest value where that is not 0 and 1; a word is the parameter that says it."""
 
-_FUNCTIONS = {path.partition(":")[2]: path for path in REWARDS.values()}
+_FUNCTIONS = {path.partition(":")[2]: path for path in (*REWARDS.values(), "llmlab.rewards.reward:Reward")}
 
 
 def __getattr__(name: str) -> Any:

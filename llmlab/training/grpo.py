@@ -6,7 +6,7 @@ controller and what is logged of groups.
 Source: Shao et al. 2024 (arXiv:2402.03300); seed, LLM-Lab document, "GRPO"; RL guide, section 4.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import RolloutSteps, WholeRollouts
-from llmlab.training.online import OnlineRun
+from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.record import RunResult
 
@@ -138,6 +138,7 @@ def grpo(
     resume: str | Path | None = None,
     load_optimizer: bool = True,
     console: Console | None = None,
+    rewards: Sequence[RewardFunction] = (),
 ) -> RunResult:
     """Makes the better of a policy's own completions likelier, and writes its run folder.
 
@@ -146,6 +147,9 @@ def grpo(
         resume: a run folder of this stage to continue from its last checkpoint.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
         console: where to print; None is the terminal.
+        rewards: functions of one's own beside those of the settings, as TRL calls them: with `completions` and the
+            columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
+            weight and the range that `normalize_rewards` needs.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `best_of_group`,
@@ -159,6 +163,6 @@ def grpo(
 
     Source: seed, LLM-Lab document, "GRPO" and "LoRA for RLHF"; arXiv:2402.03300.
     """
-    run = OnlineRun("grpo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    run = OnlineRun("grpo", settings, resume=resume, load_optimizer=load_optimizer, console=console, rewards=rewards)
     trainer = run.make_trainer(GroupTrainer, GRPOConfig)
     return run.learn(trainer, temperature=run.settings.grpo_temperature)

@@ -3,6 +3,7 @@
 How a completion's reward becomes a gradient is each trainer's own business.
 """
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llmlab.data.rows import Rows, build_rows
 from llmlab.hardware import Hardware
 from llmlab.rewards.checking import locate_rewards, may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sources import Resolved
@@ -30,6 +32,8 @@ from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run, S, describe_optimizer
 
+RewardFunction = Reward | Callable[..., Any]
+
 
 class OnlineRun(Run[S]):
     """A run of a stage that samples: opened with its rewards, policy and reference, then given a trainer.
@@ -40,6 +44,7 @@ class OnlineRun(Run[S]):
         resume: a run folder of this stage to continue from its last checkpoint.
         load_optimizer: with `resume`, whether to restore the optimizer's state.
         console: where to print; None is the terminal of the main process.
+        rewards: functions beside those that the settings name.
 
     Raises:
         UserError: as in `Run`, and where a reward, the policy, its reference or vLLM cannot be had.
@@ -53,6 +58,7 @@ class OnlineRun(Run[S]):
         resume: str | Path | None,
         load_optimizer: bool,
         console: Console | None,
+        rewards: Sequence[RewardFunction] = (),
     ):
         super().__init__(
             stage, locate_rewards(settings), resume=resume, load_optimizer=load_optimizer, console=console
@@ -60,7 +66,7 @@ class OnlineRun(Run[S]):
         self.load_optimizer = load_optimizer
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         check_vllm(settings)
-        self.reward = make_reward(self)
+        self.reward = make_reward(self, rewards)
         self.reference, self.held = None, "none, since init_kl_coef is 0"
         with quiet_libraries():
             self.policy = load_policy(
@@ -147,7 +153,7 @@ class OnlineRun(Run[S]):
                 *plan_rows(self, self.prompts, self.reward, temperature=temperature),
             ],
             parents=self.policy.parents + (parents or []),
-            data=self.prompts.record(),
+            data={**self.prompts.record(), "rewards": weights_of(self.reward)},
             callbacks=online_callbacks(self, trainer),
         )
 
@@ -177,15 +183,21 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
         return Rows(as_read(rows.train), validation, rows.reports)
 
 
-def make_reward(run: Run[Any]) -> ComposedReward:
-    """Returns what completions are rewarded for.
+def make_reward(run: Run[Any], functions: Sequence[RewardFunction] = ()) -> ComposedReward:
+    """Returns what completions are rewarded for: what the settings name, and functions beside it.
 
     Raises:
         UserError: there is no such reward, a parameter is wrong, or code would run that nobody allowed by hand.
     """
     settings = run.settings
     allow_code = may_run_code(run.resolved)
-    return compose(settings.all_rewards(), normalize=settings.normalize_rewards, allow_code=allow_code)
+    named = settings.all_rewards() if settings.rewards or settings.reward_model or not functions else []
+    return compose([*named, *functions], normalize=settings.normalize_rewards, allow_code=allow_code)
+
+
+def weights_of(reward: ComposedReward) -> dict[str, float]:
+    """Returns the weight of each component."""
+    return {name: part.weight for name, part in reward.components.items()}
 
 
 def check_vllm(settings: OnlineSettings) -> None:
@@ -222,7 +234,7 @@ def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature:
     if settings.top_p < 1 or settings.top_k:
         # the loss counts the probabilities of the whole distribution
         sampling += " [yellow](top_p and top_k other than 1 and 0 bias the gradient)[/yellow]"
-    weights = ", ".join(f"{name} x {part.weight:g}" for name, part in reward.components.items())
+    weights = ", ".join(f"{name} x {weight:g}" for name, weight in weights_of(reward).items())
     return [
         ("data", data.summary()),
         ("rewards", weights + (", to [0, 1]" if reward.normalize else "")),

@@ -3,6 +3,7 @@
 The algorithm is `ppo_trainer.py`'s; prompts, rewards and metrics are what `llmlab grpo` has.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import WholeRollouts
-from llmlab.training.online import OnlineRun
+from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import fit_vocabulary
 from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
@@ -41,6 +42,7 @@ def ppo(
     resume: str | Path | None = None,
     load_optimizer: bool = True,
     console: Console | None = None,
+    rewards: Sequence[RewardFunction] = (),
 ) -> RunResult:
     """Makes those completions of a policy likelier that earn more than foreseen, and writes its run folder.
 
@@ -49,6 +51,9 @@ def ppo(
         resume: a run folder of this stage to continue from its last checkpoint.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
         console: where to print; None is the terminal.
+        rewards: functions of one's own beside those of the settings, as TRL calls them: with `completions` and the
+            columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
+            weight and the range that `normalize_rewards` needs.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `kl` (from the reference),
@@ -62,7 +67,7 @@ def ppo(
 
     Source: seed, LLM-Lab document, "PPO" and "LoRA for RLHF"; RL guide, section 4; arXiv:1707.06347.
     """
-    run = OnlineRun("ppo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    run = OnlineRun("ppo", settings, resume=resume, load_optimizer=load_optimizer, console=console, rewards=rewards)
     settings = run.settings
     with quiet_libraries():
         scorer = load_scorer(run)

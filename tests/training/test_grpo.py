@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_model
+from llmlab.rewards import Reward
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.grpo import GRPOSettings
@@ -454,6 +455,22 @@ def test_the_stage_is_public():
     assert llmlab.grpo is stage.grpo and llmlab.GRPOSettings is GRPOSettings
     with pytest.raises(SettingsError):
         resolve(GRPOSettings, Layer("x", {"group_size": 1}))
+
+
+def test_functions_in_a_notebook(grpo_settings, quiet):
+    def of_length(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    own = Reward(of_length, low=0, high=8, weight=0.5)
+    alone = grpo(grpo_settings(rewards=None, max_steps=2), rewards=[own], console=quiet)  # no reward model beside it
+    lines = read_metrics(alone.folder)
+    assert lines[0]["reward"] == pytest.approx(lines[0]["completion_length"] / 8)
+    assert read_record(alone.folder)["data"]["rewards"] == {"of_length": 0.5}
+    both = grpo_settings(max_steps=2, output_dir=str(alone.folder.with_name("both")))
+    result = grpo(both, rewards=[own], console=quiet)
+    assert {"reward/of_length", "reward/wanted_share"} <= result.metrics.keys()
+    with pytest.raises(UserError, match="reward 'of_length': its range is not known"):
+        grpo(grpo_settings(rewards=None, output_dir=str(alone.folder.with_name("x"))), rewards=[of_length])
 
 
 def test_adapters_of_an_earlier_run_are_trained_further(grpo_settings, tmp_path, quiet):
