@@ -246,11 +246,13 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
             )
         return source.column
     textual = [name for name, types in kinds.items() if str in types and types <= {str, type(None)}]
-    for name in (*TEXT_COLUMNS, *(textual if len(textual) == 1 else ())):
-        if str in kinds.get(name, ()):
-            return name
+    named = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
+    if named is not None:
+        return named
     if "messages" in kinds or "conversations" in kinds:
         raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")
+    if len(textual) == 1:
+        return textual[0]
     why = f"several could be ({', '.join(textual)})" if textual else "none holds text"
     raise UserError(f"{source.name}: cannot tell which column is the text: {why}; set column: ... ({found})")
 

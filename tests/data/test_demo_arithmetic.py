@@ -9,7 +9,7 @@ from llmlab.data.conversations import load_conversations
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
 from llmlab.data.demo.arithmetic import WORDINGS, work
 from llmlab.data.prompts import PromptMaker
-from llmlab.data.sources import Tally
+from llmlab.data.sources import Tally, load_text
 from llmlab.rewards.numeric import numeric_match
 from llmlab.settings.data import DataSource
 
@@ -107,6 +107,11 @@ def test_every_row_is_an_instruction():
     found = [one["messages"] for one in load_conversations(source).conversations(tally)]
     assert found == [row["messages"] for row in rows(size="20kB")]
     assert tally.documents == len(found) > 50 and not tally.dropped
+
+
+def test_every_row_is_text_to_pretrain_on():
+    read_texts = list(load_text(DataSource(name="demo/arithmetic", subset="20kB")).texts(Tally()))
+    assert read_texts == [" ".join(texts(row)) for row in rows(size="20kB")]
 
 
 def test_every_row_is_a_prompt_with_its_answer_beside_it():

@@ -210,3 +210,12 @@ def test_rows_resume_where_they_stood(tmp_path):
     state = json.loads(json.dumps(rows.state_dict()))
     rows.load_state_dict(state)
     assert first + [row["text"] for row in rows] == TEXTS
+
+
+def test_the_answers_beside_conversations_are_not_the_text(tmp_path):
+    row = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], "answer": "4"}
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="these are conversations, for llmlab sft"):
+        load_text(DataSource(name=str(path)))
+    assert list(load_text(DataSource(name=str(path), column="answer")).texts(Tally())) == ["4"]

@@ -14,7 +14,7 @@ from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
 SPLITS = ("train", "validation")
-VERSION = 1  # of the text: raise it with every change that alters what is generated
+VERSION = 2  # of the text: raise it with every change that alters what is generated
 
 VALIDATION_SHARE = 0.05
 CHUNK_BYTES = 250_000
@@ -31,7 +31,7 @@ CORPORA = {
     "stories": DemoCorpus(stories.write_row, 6_000_000),
     "chat": DemoCorpus(chat.write_row, 2_000_000),
     "preferences": DemoCorpus(preferences.write_row, 2_000_000),
-    "arithmetic": DemoCorpus(arithmetic.write_row, 1_000_000),
+    "arithmetic": DemoCorpus(arithmetic.write_row, 8_000_000),
 }
 
 

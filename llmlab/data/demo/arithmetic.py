@@ -33,7 +33,10 @@ WORDINGS = {
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
-    """Returns one problem as a conversation, with its result in the column `answer`; no result is negative."""
+    """Returns one problem as a conversation and as plain text, with its result in the column `answer`.
+
+    No result is negative.
+    """
     while True:
         sign = pick(random, tuple(WORDINGS))
         a, b = (1 + int(random.random() * largest) for largest in pick(random, SIZES))
@@ -43,11 +46,10 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
     if sign == "-":
         a, b = high, low
     worked, result = work(a, sign, b)
+    asked, answered = pick(random, WORDINGS[sign]).format(a=a, b=b), f"{worked}. #### {result}"
     return {
-        "messages": [
-            {"role": "user", "content": pick(random, WORDINGS[sign]).format(a=a, b=b)},
-            {"role": "assistant", "content": f"{worked}. #### {result}"},
-        ],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
+        "text": f"{asked} {answered}",
         "answer": str(result),
     }
 
