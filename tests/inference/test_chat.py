@@ -132,15 +132,24 @@ class Terminal:
         words = [sys.executable, "-m", "llmlab", *map(str, words)]
         environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            words, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True
+            words,
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env=environment,
+            start_new_session=True,
+            # where tests run in the background, Ctrl+C is ignored by all that they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(follower)
         self.leader, self.text = leader, ""
 
     def expect(self, words: str) -> None:
         """Waits until the words were printed, and forgets all up to them."""
+        deadline = time.monotonic() + 60
         while words not in self.text:
-            assert select.select([self.leader], [], [], 60)[0], f"waited for {words!r} after {self.text!r}"
+            left = max(deadline - time.monotonic(), 0)
+            assert select.select([self.leader], [], [], left)[0], f"waited for {words!r} after {self.text[-500:]!r}"
             self.text += os.read(self.leader, 4096).decode()
         self.text = self.text.partition(words)[2]
 
