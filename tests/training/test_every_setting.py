@@ -29,6 +29,7 @@ from llmlab.settings.preference import PreferenceSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sft import SFTSettings
+from llmlab.settings.sources import Resolved
 from llmlab.training import pretrain as stage
 from llmlab.training import sft as sft_stage
 from llmlab.training.arguments import build_arguments
@@ -384,7 +385,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
         hardware=hardware,
         process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
         reading=nullcontext,
-        resolved=SimpleNamespace(sources={}),
+        resolved=Resolved(settings, {}),
     )
     policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
     reference = load_reference(settings, policy)[1]
