@@ -100,13 +100,16 @@ def test_a_pipeline_from_text_to_samples(cli, tmp_path):
     overrides += ["pretrain.batch_size=2", "pretrain.max_seq_len=256", "chat.max_new_tokens=4"]
     overrides += ["sft.datasets=demo/chat | 60kB", "sft.max_steps=2", "sft.batch_size=2", "sft.eval_steps=1"]
     overrides += ["dpo.max_steps=1", "dpo.batch_size=2", "dpo.mini_batch_size=2", "dpo.eval_batches=1"]
-    overrides.append("dpo.datasets=demo/preferences | 60kB")
+    overrides += ["dpo.datasets=demo/preferences | 60kB", "grpo.datasets=demo/arithmetic | 20kB"]
+    overrides += ["grpo.max_steps=2", "grpo.batch_size=2", "grpo.group_size=2", "grpo.mini_batch_size=2"]
+    overrides += ["grpo.max_new_tokens=4", "grpo.eval_batches=1"]
     words = ["run", "quickstart", f"output_dir={tmp_path / 'runs'}", f"pretrain.cache_dir={tmp_path / 'cache'}"]
     code, output, errors = cli(*words, *overrides)
     assert code == 0, errors
     assert "Write a story about Lily" in output and "validation loss" in output
-    assert len((tmp_path / "runs" / "chat" / "samples.jsonl").read_text().splitlines()) == 2
+    assert "before the first step" in output and "validation reward 0.0000 -> 0.0000" in output
+    assert len((tmp_path / "runs" / "chat" / "samples.jsonl").read_text().splitlines()) == 3
     _, output, _ = cli(*words, *overrides)
-    assert output.count("skip") == 6 and "Write a story" not in output
+    assert output.count("skip") == 7 and "Write a story" not in output
     _, output, _ = cli(*words, *overrides, "chat.seed=2", "--dry-run")
-    assert output.count("skip") == 5
+    assert output.count("skip") == 6
