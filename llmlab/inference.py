@@ -25,7 +25,7 @@ from transformers import (
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import probe
-from llmlab.model import check_folder, load_model, read_adapter
+from llmlab.model import check_folder, fit_vocabulary, load_model, read_adapter
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
 
@@ -57,13 +57,9 @@ def load_for_inference(
     if (adapter := read_adapter(source)) is not None:
         from peft import PeftModel  # a second or two, for those who need it
 
-        try:
-            model = load_model(adapter.base, dtype=hardware.torch_dtype)
-        except UserError as error:
-            raise UserError(f"{source} is an adapter of {adapter.base}, which does not load: {error}") from None
+        model = adapter.load_base(load_model, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(adapter.tokenizer_home)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
+        fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
         with suppress(OSError):  # it has none, and the base's are kept
             model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
         model = PeftModel.from_pretrained(model, adapter.folder)

@@ -5,9 +5,10 @@ Training it is not done here, and neither is choosing a device.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -183,7 +184,7 @@ def load_classifier(
     """
     check_folder(source)
     if (adapter := read_adapter(source)) is not None:
-        return _merged_classifier(str(source), adapter).to(dtype)
+        return _merged_classifier(adapter).to(dtype)
     config = load_config(source)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
@@ -197,30 +198,35 @@ def load_classifier(
         raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
 
 
-def _merged_classifier(source: str, adapter: "Adapter") -> PreTrainedModel:
+def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:
     from peft import PeftModel  # a second or two, for those who need it
 
     if adapter.config.task_type != "SEQ_CLS":
-        raise UserError(f"{source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
-    try:
-        model = load_classifier(adapter.base)
-    except UserError as error:
-        raise UserError(f"{source} is an adapter of {adapter.base}, which does not load: {error}") from None
+        raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
+    model = adapter.load_base(load_classifier)
     tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer_home)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))  # tokens added in training; the adapter holds their rows
+    fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
         return PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(safe_merge=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{source}: this adapter does not fit {adapter.base}, or is damaged: {reason}") from None
+        raise UserError(
+            f"{adapter.source}: this adapter does not fit {adapter.base}, or is damaged: {reason}"
+        ) from None
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model rows for every token; new ones start from the mean of the others."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder of PEFT adapters: where it lies on this machine, and what it says of itself."""
+    """PEFT adapters: the folder or hub id asked for, their folder on this machine, and what they say of themselves."""
 
+    source: str
     folder: Path
     config: "PeftConfig"
 
@@ -233,6 +239,17 @@ class Adapter:
     def tokenizer_home(self) -> str:
         """Where the tokenizer is: beside the adapters, or with their base."""
         return str(self.folder) if (self.folder / "tokenizer_config.json").is_file() else self.base
+
+    def load_base(self, load: Callable[..., PreTrainedModel], **options: Any) -> PreTrainedModel:
+        """Returns the model that it adapts, loaded by `load_model` or `load_classifier` with these options.
+
+        Raises:
+            UserError: it does not load; the sentence names the adapter too.
+        """
+        try:
+            return load(self.base, **options)
+        except UserError as error:
+            raise UserError(f"{self.source} is an adapter of {self.base}, which does not load: {error}") from None
 
 
 def read_adapter(source: str | Path) -> Adapter | None:
@@ -253,7 +270,7 @@ def read_adapter(source: str | Path) -> Adapter | None:
     from peft import PeftConfig  # a second or two, for those who need it
 
     try:
-        return Adapter(folder, PeftConfig.from_pretrained(str(folder)))
+        return Adapter(str(source), folder, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{source}/{ADAPTER_CONFIG}: could not load the LoRA config: {error}") from None
 

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from llmlab.data import load_tokenizer
-from llmlab.model import load_model
+from llmlab.model import fit_vocabulary, load_model
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import PairsReady, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import Policy, fit_vocabulary, load_policy
+from llmlab.training.policy import Policy, load_policy
 from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult

@@ -15,7 +15,7 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import Adapter, check_folder, load_model, read_adapter
+from llmlab.model import Adapter, check_folder, fit_vocabulary, load_model, read_adapter
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
@@ -104,17 +104,13 @@ def load_policy(
     adapter = read_lora(source)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
-    base = source if adapter is None else adapter.base
     quantization = quantization_of(settings, hardware)
     frozen = adapter is not None or settings.use_lora
-    try:
-        model = load_model(
-            base, dtype=hardware.torch_dtype if frozen else torch.float32, quantization_config=quantization
-        )
-    except UserError as error:
-        if adapter is None:
-            raise
-        raise UserError(f"{source} is an adapter of {base}, which does not load: {error}") from None
+    options = {
+        "dtype": hardware.torch_dtype if frozen else torch.float32,
+        "quantization_config": quantization,
+    }
+    model = load_model(source, **options) if adapter is None else adapter.load_base(load_model, **options)
     tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_home)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
@@ -137,7 +133,7 @@ def load_policy(
         model = get_peft_model(model, lora_config(model, settings, ids))
     if isinstance(model, PeftModel):
         show_head_bias(model)
-    parents = [source] if adapter is None else [source, base]
+    parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
 
@@ -151,12 +147,6 @@ def read_lora(source: str) -> Adapter | None:
     if adapter is not None and adapter.config.peft_type != "LORA":
         raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
     return adapter
-
-
-def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model rows for every token; new ones start from the mean of the others."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
 
 
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

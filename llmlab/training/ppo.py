@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
-from llmlab.model import load_classifier
+from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import WholeRollouts
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import fit_vocabulary
 from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.progress import human, quiet_libraries
 from llmlab.training.record import RunResult

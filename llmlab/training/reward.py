@@ -15,13 +15,13 @@ from trl import RewardConfig, RewardTrainer
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.data.rendering import add_chat_template
-from llmlab.model import load_classifier
+from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import Policy, fit_vocabulary, quantization_of, read_lora
+from llmlab.training.policy import Policy, quantization_of, read_lora
 from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
