@@ -4,7 +4,11 @@ Only the command that was asked for is imported, so `llmlab --help` stays fast a
 """
 
 import logging
+import os
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -12,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable, reason_of
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
@@ -89,9 +93,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         build_app(requested)(args=arguments, prog_name="llmlab")
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
+        for line in str(error).split("\n"):
+            print(f"error: {printable(line)}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
+        print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _write_log(arguments: Sequence[str]) -> str:
+    """Writes the traceback of the present exception into a log and says where it is."""
+    text = f"llmlab {__version__}: {shlex.join(arguments)}\n\n{traceback.format_exc()}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="llmlab-error-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(text)
+    except OSError as error:
+        return f"no log could be written ({error.strerror})"
+    return f"please report it with {path}"

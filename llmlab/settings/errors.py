@@ -4,11 +4,20 @@ Programming errors are not these: they keep their own types and their tracebacks
 """
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# C0 without tab and newline, DEL, C1, bidirectional overrides, line separators, lone surrogates
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_REASON = 300  # characters of another library's message
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message names the key, the value and file, and what was expected."""
+
+    exit_code = 2
 
 
 class SettingsError(UserError):
@@ -27,3 +36,47 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the nearest of the choices, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def printable(text: str) -> str:
+    """Returns text that a terminal only shows: control characters become visible escapes."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+@contextmanager
+def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
+    """Turns whatever a library raises while it reads one file or setting of the user's into a sentence that names it.
+
+    Put it around the library's call alone: a mistake of our own inside it would be blamed on the user.
+
+    Args:
+        subject: the file, or the setting and its value (`model = runs/sft`).
+        expected: what it was read as, such as `a tokenizer`.
+
+    Raises:
+        UserError: anything but an interrupt went wrong; one that says so already passes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # the tokenizers library panics outside of Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{subject}: cannot be read{f' as {expected}' if expected else ''}: {reason_of(error)}"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of an error of the system or of a library, as part of a sentence."""
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    system = error.strerror if isinstance(error, OSError) else None
+    lines = (system or str(error)).strip().splitlines() or [""]
+    first = printable(lines[0].strip().rstrip(".:"))
+    named = f"{type(error).__name__}: {first}" if isinstance(error, (KeyError, IndexError)) or not first else first
+    return named if len(named) <= LONGEST_REASON else f"{named[:LONGEST_REASON]}..."

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
 
 
 class _Loader(yaml.SafeLoader):
@@ -153,6 +153,22 @@ def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
     except ValueError:
         raise UserError(f"{path}: only literal values are read from a Python file; it is never executed") from None
     return values, {str(ast.literal_eval(key)): key.lineno for key in mappings[0].keys}
+
+
+def read_json(path: str | Path, shape: type = dict) -> Any:
+    """Returns what a JSON file holds, checked to be a mapping or list.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    path = Path(path)
+    with reading(path, "JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, shape):
+        raise UserError(
+            f"{path}: expected a JSON {'list' if shape is list else 'object'}, found {type(value).__name__}"
+        )
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:

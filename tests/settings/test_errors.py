@@ -1,0 +1,60 @@
+"""What libraries raise while reading a user's file becomes one sentence; what is printed never steers a terminal."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmlab.settings.errors import UserError, printable, reading
+from llmlab.settings.files import read_json
+
+
+@given(st.text(alphabet=st.characters()))
+def test_printable_text_is_one_that_a_terminal_only_shows(text):
+    shown = printable(text)
+    shown.encode("utf-8")
+    assert all(letter in "\t\n" or (ord(letter) >= 32 and not 127 <= ord(letter) < 160) for letter in shown)
+
+
+def test_printable_keeps_what_is_text_and_escapes_the_rest():
+    assert printable("café 👩‍🚀\tπ\nend") == "café 👩‍🚀\tπ\nend"
+    assert printable("\x1b]0;title\x07\x9b2J\u202e\ud800") == r"\x1b]0;title\x07\x9b2J\u202e\ud800"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError(2, "No such file or directory"), "No such file or directory"),
+        (KeyError("model_type"), "KeyError: 'model_type'"),
+        (RecursionError("maximum recursion depth exceeded"), "it is nested too deeply"),
+        (MemoryError(), "it does not fit into memory"),
+        (ValueError("first line.\nsecond line"), "first line"),
+        (AssertionError(), "AssertionError: "),
+    ],
+)
+def test_what_a_library_raises_becomes_one_sentence(error, reason):
+    with pytest.raises(UserError) as caught, reading("a.json", "a configuration"):
+        raise error
+    assert str(caught.value) == f"a.json: cannot be read as a configuration: {reason}"
+
+
+def test_an_interrupt_and_a_sentence_that_says_it_already_pass():
+    with pytest.raises(KeyboardInterrupt), reading("a.json"):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="^this file is empty$"), reading("a.json"):
+        raise UserError("this file is empty")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null", b"\x00", b"9" * 5000])
+def test_a_damaged_json_file_is_a_sentence_with_its_name(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}: ") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_json_file_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([1]))
+    assert read_json(tmp_path / "a.json", list) == [1]
