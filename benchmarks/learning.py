@@ -138,9 +138,8 @@ def main():
         folder = Path(name)
         train_tokenizer([DataSource(name=options.text)], options.vocab_size, folder / "tokenizer", show_progress=False)
         began = time.monotonic()
-        words = [sys.executable, __file__, options.text, "--steps", str(options.steps)]
-        one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes = [subprocess.Popen([*words, "--only", which, name], env=one_core) for which in ("llmlab", "peer")]
+        words = [options.text, "--steps", str(options.steps)]
+        processes = [start([*words, "--only", which, name]) for which in ("llmlab", "peer")]
         assert [process.wait() for process in processes] == [0, 0]
         minutes = (time.monotonic() - began) / 60
         ours, theirs = (json.loads((folder / f"{which}.json").read_text()) for which in ("llmlab", "peer"))
@@ -149,6 +148,11 @@ def main():
     if options.record:
         path = Path(__file__).with_name("RESULTS.md")
         path.write_text(f"{path.read_text() if path.exists() else '# Results'}\n{text}")
+
+
+def start(words):
+    """Starts this script with other words, in a process and on a core of its own."""
+    return subprocess.Popen([sys.executable, __file__, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def report(options, ours, theirs, minutes):

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*", default=["demo/stories"])
     parser.add_argument(
-        "--tokenizer", help="hub id, folder or tokenizer.json; none trains one of 2048 on demo/stories"
+        "--tokenizer", help="hub id, folder or tokenizer.json; none trains one of 1024 on demo/stories"
     )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

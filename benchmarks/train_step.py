@@ -1,6 +1,6 @@
 """A pretraining step of llmlab against Transformers' Trainer and TRL's SFTTrainer with Llama, at SmolLM2-135M's shape.
 
-    python benchmarks/train_step.py [--record] [--steps 8] [--batch 4] [--sequence 512]
+    python benchmarks/train_step.py [--record] [--steps 8] [--batch 4] [--sequence 512] [--layers 30]
 
 All trainers run their own real loops in one process, on the same rows, and take turns step by step, so that changes
 of the machine's speed meet all of them; what is reported is the median of the ratios, turn by turn.  Compiling starts
@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-SHAPE = {"vocab": 49152, "hidden": 576, "inner": 1536, "layers": 30, "heads": 9, "kv_heads": 3}
+SHAPE = {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3}
 CONTENDERS = {
     "llmlab": "llmlab pretrain, compiled",
     "llmlab-eager": "llmlab pretrain, compile off",
@@ -65,7 +65,7 @@ def make_trainer(name, rows, options, callbacks, folder):
             vocab_size=SHAPE["vocab"],
             hidden_size=SHAPE["hidden"],
             intermediate_size=SHAPE["inner"],
-            num_hidden_layers=SHAPE["layers"],
+            num_hidden_layers=options.layers,
             num_attention_heads=SHAPE["heads"],
             num_key_value_heads=SHAPE["kv_heads"],
             tie_word_embeddings=True,
@@ -95,7 +95,7 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
             "vocab_size": SHAPE["vocab"],
             "d_model": SHAPE["hidden"],
             "d_ff": SHAPE["inner"],
-            "n_layers": SHAPE["layers"],
+            "n_layers": options.layers,
             "n_heads": SHAPE["heads"],
             "n_kv_heads": SHAPE["kv_heads"],
             "max_seq_len": options.sequence,
@@ -107,12 +107,14 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
         scheduler="linear",
         output_dir=folder,
         log_every=1000,
-        trainer_args={"save_strategy": "no", "logging_first_step": False},
+        trainer_args={"logging_first_step": False},
     )
+    arguments = trainer_arguments(settings, probe(), SimpleNamespace(validation=None))
+    arguments.save_strategy = "no"  # a checkpoint is no part of a step
     trainer = PretrainTrainer(
         settings,
         model=new_model(build_config(settings.model)),
-        args=trainer_arguments(settings, probe(), SimpleNamespace(validation=None)),
+        args=arguments,
         train_dataset=rows,
         data_collator=default_data_collator,
         callbacks=callbacks,
@@ -219,6 +221,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="steps of each; the first two are warm-up")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=30, help="fewer for a quick look")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=USUAL, metavar="NAME")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -245,7 +248,7 @@ def main():
 
 def _memory_in_child(name, options):
     words = [sys.executable, __file__, "--memory-of", name, "--steps", "3", "--batch", str(options.batch)]
-    words += ["--sequence", str(options.sequence)]
+    words += ["--sequence", str(options.sequence), "--layers", str(options.layers)]
     output = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     memory = json.loads(output.splitlines()[-1])
     print(f"{name}: {memory / 1e9:.2f} GB", file=sys.stderr)
@@ -261,7 +264,8 @@ def report(options, seconds, memory):
     lines = [
         f"## Training step, {date.today()}",
         "",
-        f"SmolLM2-135M's shape, {options.batch} x {options.sequence} tokens, {machine.dtype}, {machine.name}, "
+        f"SmolLM2-135M's shape, {options.layers} layers, {options.batch} x {options.sequence} tokens, "
+        f"{machine.dtype}, {machine.name}, "
         f"{platform.machine()}, torch {version('torch')}, transformers {version('transformers')}, "
         f"trl {version('trl')}; median of {options.steps - 2} turns. `python benchmarks/train_step.py --record`",
         "",

@@ -1,0 +1,139 @@
+"""Every benchmark runs, at toy sizes: its tables have the rows that RESULTS.md shows, and no figure is judged."""
+
+import importlib
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Returns a function that runs a benchmark with these words and constants, and returns what it printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *words, **constants):
+        module = importlib.import_module(name)
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    draw = random.Random(0)
+    sums = [(draw.randint(1, 9), draw.randint(1, 9)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in sums]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat_model(questions, tmp_path_factory):
+    """An untrained chat model in Llama's form, whose tokenizer has ChatML's tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmlab.data import stop_token_ids, train_tokenizer
+    from llmlab.settings.data import DataSource
+
+    folder = tmp_path_factory.mktemp("model") / "chat"
+    tokenizer = train_tokenizer([DataSource(name="demo/arithmetic", subset="100kB")], 300, folder, show_progress=False)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512))
+    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    return folder
+
+
+def rows_of(table):
+    """Returns the cells of a Markdown table's body."""
+    lines = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_train_step(benchmark):
+    words = ["--steps", 4, "--batch", 1, "--sequence", 16, "--layers", 1, "--contenders", "llmlab-eager", "trainer"]
+    shape = {"vocab": 64, "hidden": 16, "inner": 32, "heads": 2, "kv_heads": 1}
+    words += ["sft", "sft-plain"]
+    memory = {}
+
+    def here(name, options):
+        module = sys.modules["train_step"]
+        memory[name] = module.peak_memory(name, options) or 1  # of a process that has been larger before
+        return memory[name]
+
+    printed = benchmark("train_step", *words, SHAPE=shape, _memory_in_child=here)
+    rows = rows_of(printed)[1:]
+    assert [row[0] for row in rows] == [sys.modules["train_step"].CONTENDERS[name] for name in memory]
+    assert rows[0][2] == "1.00" and all(float(cell) > 0 for row in rows for cell in (row[1], row[2]))
+
+
+def test_tokenize_corpus(benchmark, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Line {i} of a short text. " * 40}) + "\n" for i in range(200)))
+    printed = benchmark("tokenize_corpus", text, "--rounds", 1)
+    assert "text.jsonl" in printed and re.search(r"\d x", printed)
+
+
+def test_learning(benchmark, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The cat number {i} sits on mat {i % 7}. " * 4 for i in range(300)))
+    sizes = {"BATCH": 2, "SEQUENCE": 32, "WARMUP": 2, "EVALUATIONS": 2}
+    words = [text, "--steps", "4", "--vocab-size", "270"]
+
+    def start(words):
+        benchmark("learning", *words, **sizes)
+        return SimpleNamespace(wait=lambda: 0)
+
+    rows = rows_of(benchmark("learning", *words, **sizes, start=start))[1:]
+    assert [row[:2] for row in rows] == [["2", "128"], ["4", "256"]]
+    assert all(0 < float(cell) < 10 for row in rows for cell in row[2:])
+
+
+@pytest.mark.slow
+def test_finetune_learns_as_trl(benchmark, chat_model, questions):
+    words = [chat_model, questions, "learn", "--rows", 40, "--held-out", 2, "--steps", 6]
+    printed = benchmark("finetune", *words)
+    assert float(re.search(r"Largest difference (\S+)\. ", printed)[1]) < 1e-4
+    assert "gives the same answer to 2 of 2" in printed
+
+
+def test_finetune_costs(benchmark, chat_model, questions):
+    printed = benchmark("finetune", chat_model, questions, "cost", "--rows", 40, "--held-out", 2, "--steps", 4)
+    assert float(re.search(r"step takes (\S+) of TRL's", printed)[1]) > 0
+
+
+def test_grpo(benchmark, chat_model, questions):
+    words = [chat_model, questions, "--rollouts", 2, "--compared", 1, "--max-new-tokens", 4]
+    printed = benchmark("grpo", *words, PROMPTS=2, GROUP=2)
+    step, *figures = rows_of(printed)[-1]
+    assert step == "1" and figures[0] == figures[1]  # the reward here and TRL's own
+
+
+def test_ppo_learning(benchmark, tmp_path):
+    plot = tmp_path / "plot.png"
+    printed = benchmark("ppo_learning", "--samples", 64, "--seeds", 1, "--plot", plot)
+    assert "seed 0, GRPO (TRL)" in printed and plot.is_file()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_preferences(benchmark, chat_model, tmp_path, stage):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"What is {i} + 1?", "chosen": f"{i + 1}", "rejected": f"{i}"} for i in range(40)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = benchmark("preferences", chat_model, pairs, stage, "--rows", 40, "--steps", 3, "--max-length", 64)
+    assert re.search(r"\d\.\d{3} \+- \d\.\d{3} of the held-out pairs", printed)
