@@ -1,0 +1,130 @@
+"""Every command and every program that README prints runs, in its order, after a quickstart.
+
+They are run as printed but for `SHORTER`: fewer steps, and smaller batches, of the same commands.
+"""
+
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmlab.cli.app import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+QUICKSTART = [
+    *("pretrain.max_steps=10", "pretrain.eval_every=10", "sft.max_steps=6"),
+    *("sft.eval_every=6", "dpo.max_steps=2", "grpo.max_steps=1", "grpo.batch_size=4", "grpo.group_size=2"),
+    *(
+        "grpo.mini_batch_size=8",
+        "grpo.gradient_accumulation_steps=1",
+        "grpo.max_new_tokens=4",
+        "chat.max_new_tokens=8",
+    ),
+]
+ROLLOUTS = ["batch_size=4", "mini_batch_size=4", "max_new_tokens=4", "eval_batches=1", "stop_patience=none"]
+SHORTER = {  # how a command begins: further words, which win
+    "llmlab pretrain --config examples/pretrain.yaml": ["max_steps=6", "eval_every=3"],
+    "llmlab pretrain --resume runs/stories --max-steps 400": ["max_steps=8"],
+    "llmlab pretrain --resume runs/stories --max-steps 500": ["max_steps=10"],
+    "llmlab sft": ["max_steps=4"],
+    "llmlab dpo": ["max_steps=2", "batch_size=4", "mini_batch_size=4", "eval_batches=1"],
+    "llmlab grpo": ["max_steps=2", "group_size=2", "gradient_accumulation_steps=2", *ROLLOUTS],
+    "llmlab reward ": ["max_steps=2", "batch_size=4", "mini_batch_size=4", "eval_batches=1"],
+    "llmlab ppo": ["max_steps=2", *ROLLOUTS],
+}
+
+
+def commands():
+    """Returns the commands of README's blocks, in order, comments off and continued lines joined."""
+    lines = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
+    words = [line.removeprefix(".venv/bin/") for line in lines]
+    return [re.split(r"\s+#", line)[0] for line in words if line.startswith(("llmlab ", "make "))]
+
+
+def shortened(command):
+    """Returns a command's words, with the further ones in place of those of the same key."""
+    extra = next((words for start, words in SHORTER.items() if command.startswith(start)), [])
+    keys = {word.partition("=")[0] for word in extra}
+    kept, given = [], shlex.split(command)[1:]
+    while given:
+        word = given.pop(0)
+        key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if key in keys and "=" not in word:
+            given.pop(0)
+        elif key not in keys:
+            kept.append(word)
+    return [*kept, *extra] if "--show-config" not in kept else kept
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with README's recipes and examples, in which a tiny quickstart has run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("recipes", "examples"):
+        shutil.copytree(ROOT / name, folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LLMLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        run(["run", "recipes/quickstart.yaml", *QUICKSTART])
+        yield folder
+
+
+def run(words):
+    """Runs a command in this process, and expects it to end well."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert not end.value.code, (words, end.value.code)
+
+
+def test_the_targets_of_make_are_there():
+    targets = [command.split()[1] for command in commands() if command.startswith("make ")]
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == ["quickstart", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_its_order(checkout, monkeypatch):
+    ran = [command for command in commands() if command.startswith("llmlab ")]
+    assert len(ran) > 12
+    for command in ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))  # what is said to a chat
+        run(shortened(command))
+    unused = [start for start in SHORTER if not any(command.startswith(start) for command in ran)]
+    assert not unused
+
+
+@pytest.mark.slow
+def test_every_python_program_runs(checkout):
+    programs = [text for language, text in BLOCKS if language == "python"]
+    assert programs
+    for text in programs:
+        assert "max_steps=200" in text
+        exec(compile(text.replace("max_steps=200", "max_steps=2"), "README", "exec"), {})  # as a reader would
+
+
+@pytest.mark.slow
+def test_the_command_for_several_processes_runs(checkout):
+    command = next(text for text in re.findall(r"`(accelerate launch [^`]+)`", README))
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(command)[1:]]
+    words += ["max_steps=2", "output_dir=runs/launched", "device=cpu"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (Path("runs/launched") / "llmlab.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_examples_run(checkout, monkeypatch):
+    for name, steps in (("pretrain.py", "max_steps=200"), ("own_reward.py", "max_steps=40")):
+        text = Path("examples", name).read_text()
+        assert steps in text
+        text = text.replace(steps, "max_steps=2").replace("batch_size=32", "batch_size=4").replace("=128", "=16")
+        exec(compile(text, name, "exec"), {"__name__": "__main__"})
