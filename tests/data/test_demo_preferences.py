@@ -14,7 +14,6 @@ from llmlab.data.demo.preferences import (
     break_off,
     faults,
     go_on,
-    is_better,
     name_somebody_else,
     repeat,
 )
@@ -56,11 +55,10 @@ def test_splits_share_no_request_nor_does_what_was_learned_from_demo_chat(corpus
 
 def test_the_chosen_answer_is_without_fault_and_the_rejected_one_is_not(corpus):
     for row in corpus:
-        prompt, (chosen, rejected) = row["prompt"], answers(row)
+        prompt = row["prompt"]
         assert prompt[-1]["role"] == "user"
         assert faults([*prompt, *row["chosen"]]) == ()
         assert faults([*prompt, *row["rejected"]])
-        assert is_better(prompt, chosen, rejected) and not is_better(prompt, rejected, chosen)
 
 
 def test_failures_are_of_several_kinds(corpus):
@@ -134,4 +132,4 @@ def test_ways_to_fail():
 
 def test_a_request_of_another_kind_is_no_verdict():
     with pytest.raises(ValueError, match="like no request of demo/chat: Sing"):
-        is_better([{"role": "user", "content": "Sing!"}], "La.", "Lo.")
+        faults([{"role": "user", "content": "Sing!"}, {"role": "assistant", "content": "La."}])

@@ -1,8 +1,8 @@
 """Conversations in the world of the demo stories: requests that a few million parameters can learn to follow.
 
-An exchange is one literal row: how it is asked, how it is answered, and what every good answer contains.  `follows`
-reads the same rows backwards, so it judges any answer, a model's too.  It compares words: it knows nothing of grammar
-or taste.
+An exchange is one row of `chat.yaml`: how it is asked, how it is answered, and what every good answer contains.
+`follows` reads the same rows backwards, so it judges any answer, a model's too.  It compares words: it knows nothing
+of grammar or taste.
 """
 
 import re
@@ -45,141 +45,9 @@ class System(NamedTuple):
     obeyed: Callable[[str], bool] = lambda answer: True
 
 
-# For each plot: what a story is asked for with, and the story in one sentence.  The last fits any deed.
-STORIES = {
-    "lost": (
-        "who loses {her} {look} {thing}",
-        "{name} the {kind} lost {her} {look} {thing}, but {friend_name} found it {spot}.",
-    ),
-    "broken": (
-        "whose {color} {thing} {harm}",
-        "{name} the {kind} was sad because {her} {color} {thing} {harm}, but {friend_name} {mending}.",
-    ),
-    "shared": (
-        "who shares {total} {fruit} with {friend_name}",
-        "{name} the {kind} had {total} {fruit} and gave {given} of them to {friend_name}.",
-    ),
-    "weather": ("who needs {help}", "When {turns}, {friend_name} came with {help} for {name} the {kind}."),
-    "fear": (
-        "who is afraid of {what}",
-        "{name} the {kind} was afraid of {what}, but {friend_name} {helped} and {name} {deed}.",
-    ),
-    "animal": ("who finds {a_color} {pet}", "{name} the {kind} found {a_color} {pet} {home} and gave it {food}."),
-    "race": (
-        "who runs a race against {friend_name}",
-        "{name} the {kind} ran against {friend_name}, and {steady} won {prize} because {quick} fell asleep.",
-    ),
-    "trade": (
-        "who gets {goal} for {friend_name}",
-        "{name} the {kind} gave away {has} and got {gets}, and then {she} got {goal} for {friend_name}.",
-    ),
-    "wish": ("who wants to {dream}", "{name} the {kind} tried for {days} days, and at last {she} could {dream}."),
-    "warned": ("who {did}", "{name} the {kind} {did} and {harm}, but {her} {elder} was not angry."),
-}
-STORY_ASKS = (
-    "Tell me a story about {a_kind} named {name} ABOUT.",
-    "Write a story about {name}, {a_kind} ABOUT.",
-    "Can you tell me about {a_kind} called {name} ABOUT?",
-)
-
-# For each plot: a short story in two wordings, and what can be asked about it: question, answer, what it must say.
-SCENES: dict[str, tuple[tuple[str, str], tuple[tuple[str, str, str], ...]]] = {
-    "lost": (
-        (
-            "{name} the {kind} went {to} with {her} {look} {thing}. When it was time to go home, the {thing} was "
-            "gone. {friend_name} the {friend_kind} looked {spot}, and there was the {thing}!",
-            "{name} took {her} {look} {thing} and went {to}. Then {name} lost the {thing} and began to cry. "
-            "{friend_name} the {friend_kind} ran and looked {spot}. The {thing} was really there.",
-        ),
-        (
-            ("Who lost the {thing}?", "{name} lost the {thing}.", "{name}"),
-            ("Who found the {thing}?", "{friend_name} found the {thing}.", "{friend_name}"),
-            ("Where was the {thing}?", "The {thing} was {spot}.", "{spot}"),
-            ("What did {name} lose?", "{name} lost {her} {look} {thing}.", "{look} {thing}"),
-        ),
-    ),
-    "broken": (
-        (
-            "{name}'s {color} {thing} {harm}. {friend_name} the {friend_kind} went to get {tool}. "
-            "Together they {mending}.",
-            "One day something bad happened: the {color} {thing} of {name} the {kind} {harm}. {friend_name} brought "
-            "{tool} and {mending}.",
-        ),
-        (
-            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
-            ("What color was the {thing}?", "The {thing} was {color}.", "{color}"),
-            ("What did {friend_name} bring?", "{friend_name} brought {tool}.", "{tool}"),
-        ),
-    ),
-    "shared": (
-        (
-            "{name} the {kind} had {fruit} in a basket. There was {friend_name} the {friend_kind}, who had nothing to "
-            'eat. "Take {given} of my {fruit}," said {name}.',
-            '{name} walked {to} with {fruit}. "I am so hungry," said {friend_name} the {friend_kind}. {name} gave '
-            "{friend_them} {given} of the {fruit}.",
-        ),
-        (
-            ("Who was hungry?", "{friend_name} was hungry.", "{friend_name}"),
-            ("Who had {fruit}?", "{name} had {fruit}.", "{name}"),
-            ("How many {fruit} did {name} give away?", "{name} gave away {given}.", "{given}"),
-        ),
-    ),
-    "fear": (
-        (
-            '{name} the {kind} was afraid of {what}. "I will stay with you," said {friend_name} the {friend_kind}. In '
-            "the end {name} {deed}.",
-            "{friend_name} the {friend_kind} saw that {name} was afraid of {what}. {friend_name} {helped}, and step "
-            "by step {name} grew calm.",
-        ),
-        (
-            ("Who was afraid?", "{name} was afraid of {what}.", "{name}"),
-            ("What was {name} afraid of?", "{name} was afraid of {what}.", "{what}"),
-            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
-        ),
-    ),
-    "animal": (
-        (
-            "{name} the {kind} found {a_color} {pet} {home}. The {pet} was shy. {friend_name} brought {food}, and "
-            "slowly the {pet} came and ate it all up.",
-            'A little {color} {pet} was {home}. "{sound}!" it said. {name} saw it first. {friend_name} the '
-            "{friend_kind} put {food} on the ground, and the {pet} came and ate.",
-        ),
-        (
-            ("What color was the {pet}?", "The {pet} was {color}.", "{color}"),
-            ("Where was the {pet}?", "The {pet} was {home}.", "{home}"),
-            ("What did the {pet} eat?", "The {pet} ate {food}.", "{food}"),
-            ("Who helped {name}?", "{friend_name} helped {name}.", "{friend_name}"),
-        ),
-    ),
-    "race": (
-        (
-            "There was a race {to}. {quick} was soon far ahead, lay down under a tree and fell asleep. But {steady} "
-            "did not rest once and came in first.",
-            "{steady} wanted to run against {quick}. {quick} ran like the wind, but stopped to pick berries and fell "
-            "asleep. {steady} walked on and won {prize}.",
-        ),
-        (
-            ("Who won the race?", "{steady} won the race.", "{steady}"),
-            ("Who fell asleep?", "{quick} fell asleep.", "{quick}"),
-        ),
-    ),
-}
-
-GREETINGS = (
-    ("", "Say hello to {name} and {friend_name}.", "Hello, {name} and {friend_name}!", ("hello",)),
-    ("", "Say hello to {name} the {kind}.", "Hello, {name}! You are a nice {kind}.", ("hello",)),
-    ("", "Say good night to {name} and {friend_name}.", "Good night, {name} and {friend_name}!", ("good night",)),
-    ("wish", "Thank {name} for {treat}.", "Thank you for {treat}, {name}!", ("thank you",)),
-    ("warned", "Tell {name} not to {deed}.", "Please do not {deed}, {name}.", ("please do not",)),
-    ("lost", "Ask {name} to go {to} with you.", "{name}, will you go {to} with me?", ("will you",)),
-)
-KNOWLEDGE = (
-    ("animal", "What does {a_pet} like to eat?", "{A_pet} likes {food}.", ("{food}",)),
-    ("animal", "What does {a_pet} say?", '{A_pet} says "{sound}!"', ("{sound}",)),
-    ("broken", "A {thing} {harm}. What do I need?", "You need {tool}.", ("{tool}",)),
-)
-
+_GRAMMAR = world.read_grammar("chat")
 _NAMES = {"name", "friend_name", "quick", "steady"}
+STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
 _CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
 _KNOWN = {
@@ -198,18 +66,18 @@ def _named(template: str) -> tuple[str, ...]:
 
 def _stories(answer: str) -> tuple[Exchange, ...]:
     return tuple(
-        Exchange(plot, ask, (answer or short,), _named(ask))
-        for plot, (about, short) in STORIES.items()
-        for ask in (wording.replace("ABOUT", about) for wording in STORY_ASKS)
+        Exchange(plot, ask, (answer or story["short"],), _named(ask))
+        for plot, story in _GRAMMAR["stories"].items()
+        for ask in (wording.replace("ABOUT", story["about"]) for wording in STORY_ASKS)
     )
 
 
 def _questions() -> tuple[Exchange, ...]:
     return tuple(
         Exchange(plot, ask, (answer,), (must,), question)
-        for plot, (scenes, questions) in SCENES.items()
-        for question, answer, must in questions
-        for scene in scenes
+        for plot, about in _GRAMMAR["scenes"].items()
+        for question, answer, must in about["questions"]
+        for scene in about["scenes"]
         for ask in (f"{scene}\n\n{question}", f"{question}\n\n{scene}")
     )
 
@@ -218,23 +86,23 @@ def _endings() -> tuple[Exchange, ...]:
     answers = tuple(wording for wording in ENDING[0][1] if "{name}" in wording)
     return tuple(
         Exchange(plot, ask, answers, ("{name}",), scene)
-        for plot, (scenes, _) in SCENES.items()
-        for scene in scenes
+        for plot, about in _GRAMMAR["scenes"].items()
+        for scene in about["scenes"]
         for ask in (f"Write the ending of this story. {scene}", f"How does this story end?\n\n{scene}")
         if "{name}" in scene
     )
 
 
-def _direct(rows: Sequence[tuple[str, str, str, tuple[str, ...]]], *, repeat: bool = False) -> tuple[Exchange, ...]:
+def _direct(rows: Sequence[Sequence[Any]], *, repeat: bool = False) -> tuple[Exchange, ...]:
     return tuple(
-        Exchange(plot, ask, (answer,), must + (_named(answer) if repeat else ()), ask)
+        Exchange(plot, ask, (answer,), (*must, *(_named(answer) if repeat else ())), ask)
         for plot, ask, answer, must in rows
     )
 
 
 TELL, TELL_SHORT, TELL_TO_THE_END = _stories("{story}"), _stories(""), _stories("{told} The end.")
 ANSWER, FINISH = _questions(), _endings()
-GREET, KNOW = _direct(GREETINGS, repeat=True), _direct(KNOWLEDGE)
+GREET, KNOW = _direct(_GRAMMAR["greetings"], repeat=True), _direct(_GRAMMAR["knowledge"])
 WHO_IS_IT = _direct((("", "Who is the story about?", "It is about {name} the {kind}.", ("{name}", "{kind}")),))
 MEET = _direct((("", "My name is {friend_name}.", "Hello, {friend_name}!", ("{friend_name}",)),))
 RECALL = _direct((("", "What is my name?", "Your name is {friend_name}.", ("{friend_name}",)),))

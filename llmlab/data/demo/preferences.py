@@ -91,15 +91,5 @@ def faults(messages: Sequence[Message]) -> tuple[str, ...]:
     return tuple(fault for fault, there in found.items() if there)
 
 
-def is_better(prompt: Sequence[Message], one: str, other: str) -> bool:
-    """Tells whether one answer has fewer faults than another.
-
-    Raises:
-        ValueError: as `faults`.
-    """
-    first, second = ([*prompt, {"role": "assistant", "content": answer}] for answer in (one, other))
-    return len(faults(first)) < len(faults(second))
-
-
 def _sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+|(?<=[.!?]\")\s+", text.strip())
