@@ -3,10 +3,10 @@
 A stage picks only the name it uses and the default.  Nothing here imports more than pydantic.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from pydantic import Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Trl, When
@@ -161,7 +161,7 @@ DataloaderNumWorkers = Annotated[
     Field(description="Processes that load batches beside the training one."),
 ]
 TrainerArgs = Annotated[
-    dict[str, Any],
+    dict[str, JsonValue],
     Field(description="Any further field of the underlying TRL or Transformers configuration, checked by name."),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import Diverged, UserError
 from llmlab.training import checkpoints
 from llmlab.training.progress import ProgressLine, human
 from llmlab.training.record import RunRecord
@@ -36,7 +36,7 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     """Records how a run that did not finish ended, and removes checkpoints that it half wrote.
 
     Raises:
-        UserError: memory or disk ran out.
+        UserError: memory or disk ran out, or (Diverged) numbers are no longer finite.
         KeyboardInterrupt: the run was interrupted, and is ready to be resumed.
     """
 
@@ -64,6 +64,13 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     except (OSError, SafetensorError) as error:
         ended("failed")
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
+    except Diverged as error:
+        ended("diverged", reason=str(error))
+        kept = checkpoints.checkpoints(folder)
+        if kept:
+            again = f"llmlab {stage} --resume {folder} --no-load-optimizer learning_rate=..."
+            progress.say(f"{kept[-1].name} is from before; to go on from it with a lower rate: {again}")
+        raise
     except UserError as error:
         ended("failed", reason=str(error))
         raise

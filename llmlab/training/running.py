@@ -134,6 +134,7 @@ class Run(Generic[S]):
             trainer.accelerator.wait_for_everyone()
             if self.rhythm.interrupted:
                 raise KeyboardInterrupt
+            trainer.check_weights()
             checkpoints.publish(self.folder, lambda temporary: (save or save_policy)(trainer, temporary))
         metrics = last_metrics(trainer)
         if record is not None:
