@@ -116,13 +116,13 @@ SaveEvery = Annotated[
     int,
     Gt(0),
     Alias("save_steps", "save_interval"),
-    Field(description="Steps between two checkpoints, where save_best_only is off or nothing validates."),
+    Field(description="Steps between two checkpoints to resume from, beside those of the best evaluations."),
 ]
 SaveBestOnly = Annotated[
     bool,
     Field(
-        description="Save a checkpoint only when the validation loss improves, and end with the best weights. "
-        "The last step is always saved too, so that a run can be resumed or extended."
+        description="End with the weights of the best evaluation, not the last ones, and save no evaluation but a new "
+        "best. The last step is always saved too, so that a run can be resumed or extended."
     ),
 ]
 SaveTotalLimit = Annotated[
