@@ -169,7 +169,11 @@ def pretrain(
     if checkpoint is not None:
         trainer.add_callback(ScheduleAfterResume(done))
     plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
-    with quiet_libraries(), failures_recorded("pretrain", folder, record, progress), rhythm.listen(progress.say):
+    with (
+        quiet_libraries(),
+        failures_recorded("pretrain", folder, record, progress, settings),
+        rhythm.listen(progress.say),
+    ):
         print_plan(console, f"Pretraining into {folder}", plan)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()

@@ -136,7 +136,7 @@ class Run(Generic[S]):
             trainer.add_callback(BestAdapters(trainer, self.folder))
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress),
+            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
             print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
