@@ -19,7 +19,7 @@ from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.stages import STAGES
 from llmlab.training.record import METRICS, RECORD, read_metrics, read_record
 
-Status = Literal["running", "finished", "interrupted", "failed", "died", "damaged"]
+Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
 
 KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; other stages by their losses
     "tokenizer": ("vocab_size",),
@@ -402,12 +402,3 @@ def _time(text: Any) -> datetime | None:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):
         return None
-
-
-def finite(value: Any) -> Any:
-    """Returns plain values with what JSON has no word for (NaN, infinity) as None."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,7 +23,6 @@ from llmlab.runs import (
     direction,
     find_parent,
     find_runs,
-    finite,
     flatten,
     given_settings,
     open_run,
@@ -32,6 +31,7 @@ from llmlab.runs import (
 )
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ app = typer.Typer(no_args_is_help=True)
 
 STATUS_STYLES = {
     **{"finished": "green", "running": "cyan", "interrupted": "yellow"},
-    **{"failed": "red", "died": "red", "damaged": "red"},
+    **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")

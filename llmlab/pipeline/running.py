@@ -18,7 +18,7 @@ from llmlab import __version__
 from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.runs import flatten
 from llmlab.settings.base import show
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import write_atomically
 
 STATE = "pipeline.json"
@@ -54,8 +54,8 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
     """Decides for each stage whether it is skipped, resumed or run.
 
     A stage is finished when its recorded fingerprint (settings, inputs, versions, and those of the stages before it)
-    is the present one and no stage that it needs has run since; an interrupted stage with the same fingerprint
-    resumes where its kind can.
+    is the present one and no stage that it needs has run since; an interrupted or diverged stage with the same
+    fingerprint resumes from its last checkpoint where its kind can.
 
     Args:
         pipeline: the pipeline.
@@ -99,6 +99,7 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
         elif recorded["status"] != "finished":
             resumable = stage.stage.resumes and any(stage.folder.glob("checkpoint-*/trainer_state.json"))
             action, reason = ("resume", "it was interrupted") if resumable else ("run", "it did not finish")
+            reason = "it diverged" if recorded["status"] == "diverged" else reason
         elif not stage.folder.is_dir():
             reason = "its run folder is gone"
         else:
@@ -157,7 +158,12 @@ def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
         }
         _write_state(pipeline, state)
         resume = {"resume": step.stage.folder} if step.action == "resume" else {}
-        step.stage.stage.function(step.stage.resolved, **resume)
+        try:
+            step.stage.stage.function(step.stage.resolved, **resume)
+        except Diverged:
+            state[name]["status"] = "diverged"
+            _write_state(pipeline, state)
+            raise
         state[name]["status"] = "finished"
         _write_state(pipeline, state)
 

@@ -50,7 +50,9 @@ class When:
 class Settings(BaseModel):
     """The base of every settings class: unknown keys are errors and values never change after they were resolved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     panel: ClassVar[str] = "Options"
     """Title under which help and docs show the fields that this class introduces."""

@@ -20,6 +20,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Diverged(UserError):
+    """A run whose loss, gradients or weights are no longer finite numbers: nothing of them was saved."""
+
+    exit_code = 4
+
+
 class SettingsError(UserError):
     """All problems of a set of settings at once.
 

@@ -6,6 +6,7 @@ ever executed.  What the keys mean is `sources.py`'s business.
 
 import ast
 import json
+import math
 import os
 import re
 import tempfile
@@ -169,6 +170,15 @@ def read_json(path: str | Path, shape: type = dict) -> Any:
             f"{path}: expected a JSON {'list' if shape is list else 'object'}, found {type(value).__name__}"
         )
     return value
+
+
+def finite(value: Any) -> Any:
+    """Returns plain values with what JSON has no word for (NaN, infinity) as None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

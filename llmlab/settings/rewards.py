@@ -25,12 +25,12 @@ class RewardSettings(Settings):
 
     name: str = Field(min_length=1, description="A reward of llmlab, or a function of your own: path/to/file.py:name.")
     weight: float | None = Field(
-        None, allow_inf_nan=False, description="Factor of the value; none is the guide's weight of that reward, or 1."
+        None, description="Factor of the value; none is the guide's weight of that reward, or 1."
     )
-    min: float | None = Field(None, allow_inf_nan=False, description="Smaller values are raised to this.")
-    max: float | None = Field(None, allow_inf_nan=False, description="Larger values are lowered to this.")
+    min: float | None = Field(None, description="Smaller values are raised to this.")
+    max: float | None = Field(None, description="Larger values are lowered to this.")
     cap: Annotated[float, Gt(0)] | None = Field(
-        None, allow_inf_nan=False, description="Largest size, positive or negative, of weight x value."
+        None, description="Largest size, positive or negative, of weight x value."
     )
     parameters: dict[str, JsonValue] = Field({}, description="The reward's own parameters.")
 

@@ -141,7 +141,7 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     warmup_steps: v.WarmupSteps = 0.1
     log_every: v.LogEvery = 10
     save_every: Annotated[int, Gt(0), Alias("save_steps")] = Field(
-        500, description="Gradient steps between two checkpoints, where save_best_only is off."
+        500, description="Gradient steps between two checkpoints to resume from, beside those of the best evaluations."
     )
     eval_every: Annotated[int, Gt(0), Alias("eval_steps")] = Field(
         500, description="Gradient steps between two evaluations on the validation prompts."
@@ -151,7 +151,7 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     eval_interval: EpisodesBetween = Field(None, description="Completions between two evaluations: for eval_every.")
     eval_batches: v.EvalBatches = 4
     save_best_only: Annotated[bool, Alias("load_best_model_at_end")] = Field(
-        False, description="Save a checkpoint only when the validation reward improves, and end with the best weights."
+        False, description="End with the weights of the highest validation reward, not the last ones."
     )
     save_total_limit: v.SaveTotalLimit = 2
     stop_patience: Annotated[int | None, Gt(0)] = Field(

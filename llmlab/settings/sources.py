@@ -17,6 +17,7 @@ from llmlab.settings.files import Layer, read_layer
 
 S = TypeVar("S", bound=Settings)
 NONE_WORDS = ("none", "None", "null")
+TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic says which part of a union refused a value
 NOT_SETTINGS = ("stage",)  # a recipe may say which stage it is for
 
 
@@ -159,7 +160,7 @@ def _validate(stage: type[S], given: dict[str, Given]) -> tuple[S | None, list[s
     try:
         return stage.model_validate(tree), []
     except ValidationError as error:
-        return None, [_sentence(stage, detail, given) for detail in error.errors()]
+        return None, list(dict.fromkeys(_sentence(stage, detail, given) for detail in error.errors()))
 
 
 def _sentence(stage: type[Settings], detail: ErrorDetails, given: dict[str, Given]) -> str:
@@ -172,7 +173,7 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, given: dict[str, Give
     setting = next((s for s in fields_of(stage) if list(s.path) == parts[: len(s.path)]), None)
     key = setting.key if setting else ".".join(parts)
     where = given[key].where if key in given else "defaults"
-    inner = parts[len(setting.path) :] if setting else []
+    inner = [part for part in parts[len(setting.path) :] if part not in TYPE_TAGS] if setting else []
     name = key + "".join(
         f"[{part}]" if part.isdigit() else f".{part}" for part in inner if part.isidentifier() or part.isdigit()
     )

@@ -3,10 +3,10 @@
 A stage picks only the name it uses and the default.  Nothing here imports more than pydantic.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from pydantic import Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Trl, When
@@ -116,13 +116,13 @@ SaveEvery = Annotated[
     int,
     Gt(0),
     Alias("save_steps", "save_interval"),
-    Field(description="Steps between two checkpoints, where save_best_only is off or nothing validates."),
+    Field(description="Steps between two checkpoints to resume from, beside those of the best evaluations."),
 ]
 SaveBestOnly = Annotated[
     bool,
     Field(
-        description="Save a checkpoint only when the validation loss improves, and end with the best weights. "
-        "The last step is always saved too, so that a run can be resumed or extended."
+        description="End with the weights of the best evaluation, not the last ones, and save no evaluation but a new "
+        "best. The last step is always saved too, so that a run can be resumed or extended."
     ),
 ]
 SaveTotalLimit = Annotated[
@@ -161,7 +161,7 @@ DataloaderNumWorkers = Annotated[
     Field(description="Processes that load batches beside the training one."),
 ]
 TrainerArgs = Annotated[
-    dict[str, Any],
+    dict[str, JsonValue],
     Field(description="Any further field of the underlying TRL or Transformers configuration, checked by name."),
 ]
 

@@ -3,6 +3,7 @@
 A name is here because no public one serves; what it is for stands beside it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 PRIVATE_NAMES = {  # where it is: its parameters
@@ -21,6 +23,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
+    # stopping before an update whose gradients are not finite: no callback is told their norm
+    "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
     # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
@@ -36,6 +40,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # a critic that resumes brings its own file: it is not missing from the policy's
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
+# how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
+NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
 EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
@@ -82,6 +88,20 @@ class SwitchableOptimizer:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.load_optimizer:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+class GradientNorms:
+    """Mixin for a Trainer: `on_gradients` gets the norm of an update's gradients before the update, if not finite."""
+
+    def on_gradients(self, norm: float) -> None:
+        pass
+
+    def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        value = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if value is not None and not math.isfinite(value):  # DeepSpeed has none before its first update
+            self.on_gradients(float(value))
+        return norm
 
 
 def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -217,6 +237,14 @@ class WholeRollouts:
             "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
             "labels": ids.masked_fill(scored == 0, -100),
         }
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        try:
+            return super()._generate(prompts)  # type: ignore[misc]
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_DISTRIBUTION):
+                raise
+            raise self.diverged("sum of a next token's probabilities", math.nan) from error  # type: ignore[attr-defined]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.prepared is not None:

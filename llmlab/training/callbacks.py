@@ -4,6 +4,7 @@ What people see of a run is in `progress.py`.
 """
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,20 +22,20 @@ NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
 class Rhythm(TrainerCallback):
-    """Evaluates on the last step too, and saves on improvement (or at every evaluation), at the end and on interrupt.
+    """Evaluates on the last step too, and saves each new best, every so many steps, at the end and on interrupt.
 
     Args:
-        best_only: save only when the validation loss improves (the seed's `save_best_only`).
+        best_only: save at an evaluation only when it is the best yet; False, without `save_every`, saves at each.
         evaluates: whether there is validation data.
-        save_every: steps between two saves where it is not only the best that is saved; None saves at evaluations.
+        save_every: steps between two saves beside those of new bests.
         best_is: `reward` where the best is the largest reward on the validation data, not the smallest loss.
     """
 
     def __init__(self, *, best_only: bool, evaluates: bool, save_every: int | None = None, best_is: str = "loss"):
-        self.best_only = best_only and evaluates
+        self.best_only = best_only
         self.best_is = best_is
         self.evaluates = evaluates
-        self.save_every = None if self.best_only else save_every
+        self.save_every = save_every
         self.interrupted = False
 
     def on_step_end(
@@ -59,9 +60,8 @@ class Rhythm(TrainerCallback):
     ) -> TrainerControl:
         if state.global_step == 0:  # before training: a start to compare with
             return control
-        value, best = metrics[f"eval_{self.best_is}"], state.best_metric
-        better = best is None or (value > best if self.best_is == "reward" else value < best)
-        if better if self.best_only else self.save_every is None:
+        better = is_better(metrics[f"eval_{self.best_is}"], state.best_metric, self.best_is)
+        if better or not (self.best_only or self.save_every):
             control.should_save = True
         return control
 
@@ -84,6 +84,32 @@ class Rhythm(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def is_better(value: float, best: float | None, name: str) -> bool:
+    """Returns whether a reward or loss on the validation data is finite and better than the best before."""
+    return math.isfinite(value) and (best is None or (value > best if name == "reward" else value < best))
+
+
+class Perplexity(TrainerCallback):
+    """Logs the perplexity beside each validation loss, where that is the mean of tokens in nats."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+            state.log_history[-1]["eval_perplexity"] = logs["eval_perplexity"]  # the trainer kept a copy
+
+
+def perplexity(loss: float) -> float:
+    """Returns e to the power of a loss in nats a token, as far as a float goes."""
+    return math.exp(min(loss, 700.0))
 
 
 class ScheduleAfterResume(TrainerCallback):

@@ -1,5 +1,7 @@
 """How runs fail: full disks and memories become sentences, and what was half written goes."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk
-from llmlab.settings.errors import UserError
+from llmlab.settings.base import Settings, fields_of
+from llmlab.settings.errors import Diverged, UserError, reason_of
 from llmlab.training import checkpoints
 from llmlab.training.progress import ProgressLine, human
 from llmlab.training.record import RunRecord
@@ -32,11 +35,13 @@ def check_disk(folder: Path, *, needed: int) -> None:
 
 
 @contextmanager
-def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine) -> Iterator[None]:
+def failures_recorded(
+    stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine, settings: Settings
+) -> Iterator[None]:
     """Records how a run that did not finish ended, and removes checkpoints that it half wrote.
 
     Raises:
-        UserError: memory or disk ran out.
+        UserError: memory or disk ran out, or (Diverged) numbers are no longer finite.
         KeyboardInterrupt: the run was interrupted, and is ready to be resumed.
     """
 
@@ -55,20 +60,57 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     except SystemExit:  # rich's, when what the output is piped into is gone
         ended("interrupted", reason="its output was closed")
         raise
-    except torch.OutOfMemoryError as error:
-        ended("failed")
-        raise UserError(
-            "out of memory: halve batch_size and double gradient_accumulation_steps, "
-            "or set gradient_checkpointing=true, or shorten max_seq_len"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        ended("failed")
-        raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
+    except Diverged as error:
+        ended("diverged", reason=str(error))
+        kept = checkpoints.checkpoints(folder)
+        if kept:
+            again = f"llmlab {stage} --resume {folder} --no-load-optimizer learning_rate=..."
+            progress.say(f"{kept[-1].name} is from before; to go on from it with a lower rate: {again}")
+        raise
     except UserError as error:
         ended("failed", reason=str(error))
         raise
     except Exception as error:
         ended("failed")
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_CANNOT_WRITE):
-            raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({error})") from error
+        reason = reason_of(error)
+        if _is_out_of_memory(error):
+            raise UserError(f"out of memory: {how_to_save_memory(settings)}") from error
+        if _is_cut_off(error, folder):
+            raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({reason})") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"{getattr(error, 'filename', None) or stage}: {reason}") from error
         raise
+
+
+def how_to_save_memory(settings: Settings) -> str:
+    """Returns what of a stage's own settings makes a step smaller."""
+    values = {setting.name: setting.of(settings) for setting in fields_of(type(settings))}
+    rows = "mini_batch_size" if "mini_batch_size" in values else "batch_size"
+    accumulation = values["gradient_accumulation_steps"]  # None follows from the other sizes
+    doubled = "" if accumulation is None else f" and double gradient_accumulation_steps = {accumulation}"
+    lengths = [
+        name for name in ("max_seq_len", "max_length", "max_prompt_length", "max_new_tokens") if values.get(name)
+    ]
+    lengths = lengths[-2:] if "max_new_tokens" in lengths else lengths[:1]  # a prompt alone or with its answer
+    ways = [f"halve {rows} = {values[rows]}{doubled}"] if values[rows] > 1 else []
+    ways += [f"shorten {' or '.join(f'{name} = {values[name]}' for name in lengths)}"]
+    ways += [f"set {name}=true" for name in ("gradient_checkpointing", "use_lora") if values.get(name) is False]
+    return ", or ".join(ways)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "MPS backend out of memory")  # torch's, for CPUs and Apple's GPUs
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    )
+
+
+def _is_cut_off(error: Exception, folder: Path) -> bool:
+    """Returns whether writing into the run folder failed, in contrast to reading something."""
+    if isinstance(error, OSError):
+        name = error.filename
+        inside = isinstance(name, (str, os.PathLike)) and Path(name).resolve().is_relative_to(folder.resolve())
+        return inside or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    if isinstance(error, SafetensorError):
+        return str(error).startswith("Error while serializing")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_CANNOT_WRITE)

@@ -1,4 +1,4 @@
-"""What every trainer of llmlab's shares, whatever its loss: our optimizers, and Sophia's estimates between steps."""
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, Sophia's estimates, finite numbers."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
+from llmlab.training.finite import FiniteNumbers
 
 
-class OurOptimizers(SwitchableOptimizer):
+class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
     """Mixin for a trainer of Transformers' or TRL's; rate, decay and seed are those of the trainer's arguments.
 
     Args:

@@ -10,6 +10,7 @@ from llmlab.data.rows import Rows, build_rows
 from llmlab.hardware import Hardware
 from llmlab.settings.preference import PreferenceSettings
 from llmlab.training.arguments import build_arguments, rhythm_arguments
+from llmlab.training.callbacks import perplexity
 from llmlab.training.policy import Policy
 from llmlab.training.progress import ProgressLine
 from llmlab.training.running import Run, describe_optimizer, total_steps
@@ -123,6 +124,8 @@ class PreferenceMetrics(TrainerCallback):
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
             sides = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
             logs[f"{prefix}kl"] = sides / (2 * self.beta)
+        if "eval_nll_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
         if not prefix and "chosen_logp" in logs:
             self._watch((logs["chosen_logp"], logs["rejected_logp"]))

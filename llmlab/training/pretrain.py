@@ -38,13 +38,14 @@ from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
 from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
+from llmlab.training.callbacks import MetricsLog, Perplexity, Rhythm, ScheduleAfterResume, StreamPosition
 from llmlab.training.compile import compile_layers, decide_compile
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
+from llmlab.training.running import describe_optimizer, last_metrics
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -149,7 +150,7 @@ def pretrain(
         eval_dataset=corpus.validation,
         data_collator=stack_rows,
         processing_class=tokenizer,
-        callbacks=[rhythm, progress],
+        callbacks=[Perplexity(), rhythm, progress],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     if compiled:
@@ -168,14 +169,20 @@ def pretrain(
     if checkpoint is not None:
         trainer.add_callback(ScheduleAfterResume(done))
     plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
-    with quiet_libraries(), failures_recorded("pretrain", folder, record, progress), rhythm.listen(progress.say):
+    with (
+        quiet_libraries(),
+        failures_recorded("pretrain", folder, record, progress, settings),
+        rhythm.listen(progress.say),
+    ):
         print_plan(console, f"Pretraining into {folder}", plan)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
         if rhythm.interrupted:
             raise KeyboardInterrupt
         checkpoints.publish(folder, lambda temporary: save_final(trainer, temporary))
-    metrics = _last_metrics(trainer, corpus)
+    metrics = last_metrics(trainer)
+    if corpus.report.unigram_entropy is not None:
+        metrics["unigram_entropy"] = corpus.report.unigram_entropy
     if record is not None:
         record.finish("finished", step=trainer.state.global_step, metrics=metrics)
     print_result(console, folder, metrics)
@@ -241,7 +248,11 @@ def _plan(
     sequence = settings.model.max_seq_len
     batch = settings.batch_size * settings.gradient_accumulation_steps * processes
     memory = size.training_memory(
-        settings.optimizer, rows=settings.batch_size, sequence=sequence, dtype=hardware.dtype
+        settings.optimizer,
+        rows=settings.batch_size,
+        sequence=sequence,
+        dtype=hardware.dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
@@ -253,7 +264,7 @@ def _plan(
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
-        ("optimizer", f"{settings.optimizer}, lr {settings.lr:g}, {settings.scheduler} after {settings.warmup_steps}"),
+        describe_optimizer(settings, settings.max_steps),
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
         *hardware.rows(),
         ("compile", compile_reason),
@@ -285,15 +296,3 @@ def save_final(trainer: Trainer, folder: Path) -> None:
     """Writes weights, configuration and tokenizer, without the trainer's own arguments."""
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
-
-
-def _last_metrics(trainer: Trainer, corpus: Corpus) -> dict[str, float]:
-    """Returns the last value of each metric; `eval_loss` is that of the weights that were kept."""
-    metrics: dict[str, float] = {}
-    for line in trainer.state.log_history:
-        metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-        metrics["eval_loss"] = trainer.state.best_metric
-    if corpus.report.unigram_entropy is not None:
-        metrics["unigram_entropy"] = corpus.report.unigram_entropy
-    return metrics

@@ -17,6 +17,8 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from llmlab.training.callbacks import is_better
+
 
 def print_plan(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     """Prints the short plan of a run: what will be trained, on what, for how long."""
@@ -167,11 +169,11 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         name = "reward" if "eval_reward" in metrics else "loss"
         value, best = metrics[f"eval_{name}"], self._best
-        better = best is None or (value > best if name == "reward" else value < best)
+        better = is_better(value, best, name)
         self._best = value if better else best
-        note = "  [green]best so far[/green]" if better else f"  (best {best:.4f})"
+        note = "  [green]best so far[/green]" if better else f"  (best {best:.4f})" if best is not None else ""
         note = note if state.global_step else "  before the first step"
-        self.say(f"step {state.global_step}  validation {name} [bold]{value:.4f}[/bold]{note}")
+        self.say(f"step {state.global_step}  validation {name} [bold]{value:.4f}[/bold]{_perplexity(metrics)}{note}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,10 +201,15 @@ def print_result(
         name = f"eval_{kind}"
         if name in metrics:
             start = f"{before[name]:.4f} -> " if before and name in before else ""
-            parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]")
+            more = _perplexity(metrics) if kind == "loss" else ""
+            parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]{more}")
     if "unigram_entropy" in metrics:
         parts.append(f"(knowing only word counts: {metrics['unigram_entropy']:.4f})")
     console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+def _perplexity(metrics: dict[str, float]) -> str:
+    return f", perplexity {metrics['eval_perplexity']:.4g}" if "eval_perplexity" in metrics else ""
 
 
 def _clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmlab import __version__
 from llmlab.settings.errors import UserError
-from llmlab.settings.files import write_atomically
+from llmlab.settings.files import finite, write_atomically
 
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
@@ -75,7 +75,7 @@ class RunRecord:
             self.values["resumed"] = [*earlier.get("resumed", []), {"step": resumed_step, "at": _now()}]
             lines = [line for line in read_metrics(self.folder) if line["step"] <= resumed_step]
             self._seconds_before = lines[-1]["seconds"] if lines else 0.0
-            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(self.folder / METRICS, "".join(_json(line) + "\n" for line in lines))
         self._write()
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
@@ -83,15 +83,15 @@ class RunRecord:
         seconds = round(self._seconds_before + time.monotonic() - self._clock, 3)
         line = {"step": step, "tokens": tokens, "seconds": seconds, **metrics}
         with (self.folder / METRICS).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+            handle.write(_json(line) + "\n")
 
     def finish(self, status: str, **results: Any) -> None:
-        """Writes how the run ended: `finished`, `interrupted` or `failed`, with its results."""
+        """Writes how the run ended: `finished`, `interrupted`, `diverged` or `failed`, with its results."""
         self.values.update(status=status, ended=_now(), **results)
         self._write()
 
     def _write(self) -> None:
-        write_atomically(self.folder / RECORD, json.dumps(self.values, indent=2) + "\n")
+        write_atomically(self.folder / RECORD, _json(self.values, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -131,6 +131,10 @@ def git_revision() -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"revision": revision.stdout.strip(), "changed": bool(changes.stdout.strip())}
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _now() -> str:

@@ -4,20 +4,28 @@ A stage makes its policy, its data and its trainer, and hands the trainer over; 
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from llmlab.hardware import probe
 from llmlab.optim.build import check_supported
-from llmlab.settings.base import Settings
+from llmlab.settings.base import Settings, spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
@@ -124,9 +132,11 @@ class Run(Generic[S]):
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ScheduleAfterResume(self.done))
+        if isinstance(trainer.model, PeftModel):
+            trainer.add_callback(BestAdapters(trainer, self.folder))
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress),
+            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
             print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
@@ -134,6 +144,7 @@ class Run(Generic[S]):
             trainer.accelerator.wait_for_everyone()
             if self.rhythm.interrupted:
                 raise KeyboardInterrupt
+            trainer.check_weights()
             checkpoints.publish(self.folder, lambda temporary: (save or save_policy)(trainer, temporary))
         metrics = last_metrics(trainer)
         if record is not None:
@@ -175,26 +186,43 @@ def describe_optimizer(settings: Any, steps: int) -> tuple[str, str]:
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
-    return "optimizer", f"{settings.optimizer}, lr {settings.learning_rate:g}, {schedule}"
+    rate = spellings_of(type(settings))["learning_rate"].of(settings)
+    return "optimizer", f"{settings.optimizer}, lr {rate:g}, {schedule}"
+
+
+class BestAdapters(TrainerCallback):
+    """Writes the adapters of each new best evaluation into `best_lora_adapters/`."""
+
+    def __init__(self, trainer: Trainer, folder: Path):
+        self.trainer, self.folder = trainer, folder
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.best_global_step == state.global_step:
+            write = partial(save_adapters, self.trainer)
+            checkpoints.publish(self.folder, lambda temporary: write(temporary / BEST_ADAPTERS))
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """Writes weights (or adapters, and these in `best_lora_adapters/` too), tokenizer and where generation stops."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        if trainer.accelerator.is_main_process:
-            # the active adapter alone: a frozen copy beside it is the reference of a preference loss
-            model.save_pretrained(folder, selected_adapters=["default"])
-            trainer.processing_class.save_pretrained(folder)
-            if model.get_base_model().can_generate():  # a model that scores cannot
-                model.get_base_model().generation_config.save_pretrained(folder)
-            files = [path for path in folder.iterdir() if path.name != "README.md"]
-            (folder / BEST_ADAPTERS).mkdir()
-            for path in files:
-                shutil.copy2(path, folder / BEST_ADAPTERS)
+    """Writes weights or adapters, tokenizer and where generation stops; `best_lora_adapters/` too if nothing did."""
+    if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
         return
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    save_adapters(trainer, folder)
+    if not (trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()):
+        save_adapters(trainer, folder / BEST_ADAPTERS)
+
+
+def save_adapters(trainer: Trainer, folder: Path) -> None:
+    """Writes adapters, tokenizer and where generation stops."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.accelerator.is_main_process:
+        return
+    # the active adapter alone: a frozen copy beside it is the reference of a preference loss
+    model.save_pretrained(folder, selected_adapters=["default"])
+    trainer.processing_class.save_pretrained(folder)
+    if model.get_base_model().can_generate():  # a model that scores cannot
+        model.get_base_model().generation_config.save_pretrained(folder)
 
 
 def first_evaluation(trainer: Trainer) -> dict[str, float]:
@@ -203,10 +231,12 @@ def first_evaluation(trainer: Trainer) -> dict[str, float]:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; what the best is chosen by is that of the weights that were kept."""
+    """Returns the last value of each metric; of the validation data those of the weights that were kept."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-        metrics[trainer.args.metric_for_best_model] = trainer.state.best_metric
+    state, best_by = trainer.state, trainer.args.metric_for_best_model
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_by in line)
+        metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
     return metrics

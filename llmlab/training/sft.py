@@ -18,6 +18,7 @@ from llmlab.hardware import Hardware
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.arguments import build_arguments, rhythm_arguments
+from llmlab.training.callbacks import Perplexity
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
@@ -124,7 +125,9 @@ def sft(
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]
-    return run.train(trainer, steps=steps, plan=plan, parents=policy.parents, data=data.record())
+    return run.train(
+        trainer, steps=steps, plan=plan, parents=policy.parents, data=data.record(), callbacks=[Perplexity()]
+    )
 
 
 def trainer_arguments(settings: SFTSettings, hardware: Hardware, *, evaluates: bool, **fixed: Any) -> SFTConfig:

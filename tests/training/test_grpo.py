@@ -380,16 +380,15 @@ def test_columns_reach_the_reward(grpo_settings, rewards_file, quiet):
     assert {"reward/of_animal", "reward/length"} <= set(result.metrics)
 
 
-def test_validation_prompts_and_the_best_reward(grpo_settings, quiet):
-    result = grpo(
-        grpo_settings(
-            validation_fraction=0.1, eval_every=4, save_best_only=True, eval_batches=1, max_steps=12, init_kl_coef=0
-        ),
-        console=quiet,
-    )
+@pytest.mark.parametrize("save_best_only", [False, True])
+def test_validation_prompts_and_the_best_reward(save_best_only, grpo_settings, quiet):
+    chosen = {"eval_every": 4, "eval_batches": 1, "max_steps": 12, "init_kl_coef": 0, "save_total_limit": 2}
+    result = grpo(grpo_settings(validation_fraction=0.1, save_best_only=save_best_only, **chosen), console=quiet)
     rewards = logged(result.folder, "eval_reward")
     assert len(rewards) == 4  # the first before training
-    assert result.metrics["eval_reward"] == pytest.approx(max(rewards[1:]))
+    assert result.metrics["eval_reward"] == pytest.approx(max(rewards[1:]) if save_best_only else rewards[3])
+    names = {path.name for path in result.folder.glob("checkpoint-*")}
+    assert names >= {f"checkpoint-{4 * max(range(1, 4), key=rewards.__getitem__)}", "checkpoint-12"}
     assert "eval_best_of_group" not in result.metrics and "eval_clipped_share" in result.metrics
 
 

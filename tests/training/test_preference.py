@@ -365,3 +365,17 @@ def test_adapters_that_speak_do_not_score(preference_settings, sft_settings, tmp
         RewardModel(model=str(first.folder))
     with pytest.raises(UserError, match="an adapter for CAUSAL_LM; expected one of llmlab reward"):
         load_classifier(first.folder)
+
+
+def test_the_best_is_kept_beside_the_last(preference_settings, quiet):
+    # the rate rises until the loss gets worse
+    chosen = preference_settings(
+        DPOSettings, max_steps=12, eval_every=3, learning_rate=1.0, warmup_steps=12, scheduler="none"
+    )
+    assert chosen.save_best_only is False
+    result = dpo(chosen, console=quiet)
+    evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(result.folder) if "eval_loss" in line}
+    best = min(list(evaluations)[1:], key=evaluations.get)
+    assert best < 12, evaluations
+    assert {path.name for path in result.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-12"}
+    assert result.metrics["eval_loss"] == evaluations[12]  # the result is the last, as save_best_only=false says

@@ -7,9 +7,13 @@ import os
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.sft import SFTSettings
 from llmlab.training import checkpoints
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, human
@@ -132,7 +136,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
     checkpoint(tmp_path, 2)
     with (
         pytest.raises(UserError, match="No space left on device"),
-        failures_recorded("x", tmp_path, record, progress()),
+        failures_recorded("x", tmp_path, record, progress(), PretrainSettings()),
     ):
         checkpoint(tmp_path, 4, whole=False)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -143,15 +147,79 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
 def test_a_full_disk_under_torch_save_is_a_sentence_too(tmp_path):
     with (
         pytest.raises(UserError, match="the disk is full or gone"),
-        failures_recorded("x", tmp_path, None, progress()),
+        failures_recorded("x", tmp_path, None, progress(), PretrainSettings()),
     ):
         torch.save(torch.zeros(1_000_000), "/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (
+            PretrainSettings(batch_size=4),
+            "halve batch_size = 4 and double gradient_accumulation_steps = 64, or shorten max_seq_len = 1024, or set "
+            "gradient_checkpointing=true",
+        ),
+        (
+            SFTSettings(use_lora=True, gradient_checkpointing=True),
+            "halve batch_size = 4 and double gradient_accumulation_steps = 16, or shorten max_seq_len = 1024",
+        ),
+        (
+            DPOSettings(),
+            "halve mini_batch_size = 32, or shorten max_length = 4096, or set gradient_checkpointing=true, or set "
+            "use_lora=true",
+        ),
+        (
+            GRPOSettings(use_lora=True),
+            "halve mini_batch_size = 32 and double gradient_accumulation_steps = 1, or shorten "
+            "max_prompt_length = 1024 or max_new_tokens = 128, or set gradient_checkpointing=true",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_names_the_stages_own_settings(settings, advice, error, tmp_path):
+    with pytest.raises(UserError) as caught, failures_recorded("x", tmp_path, None, progress(), settings):
+        raise error
+    assert str(caught.value) == f"out of memory: {advice}"
+
+
+def test_reading_that_fails_is_no_writing(tmp_path):
+    def told(error):
+        with pytest.raises(UserError) as caught, failures_recorded("sft", tmp_path, None, progress(), SFTSettings()):
+            raise error
+        return str(caught.value)
+
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "data/rows.parquet")
+    assert told(missing) == "data/rows.parquet: No such file or directory"
+    assert told(OSError("Can't load tokenizer for 'x'.")) == "sft: Can't load tokenizer for 'x'"
+    inside = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "checkpoint-3" / "x.bin"))
+    assert told(inside).startswith(f"output_dir = {tmp_path}: writing stopped")
+    with (
+        pytest.raises(UserError, match="writing stopped.*No such file"),
+        failures_recorded("sft", tmp_path, None, progress(), SFTSettings()),
+    ):
+        save_file({"x": torch.zeros(3)}, tmp_path / "gone" / "model.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    with (
+        pytest.raises(UserError, match="^sft: Error while deserializing"),
+        failures_recorded("sft", tmp_path, None, progress(), SFTSettings()),
+    ):
+        load_file(tmp_path / "broken.safetensors")
 
 
 def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
     record = record_of(tmp_path)
     record.start()
-    with pytest.raises(ZeroDivisionError), failures_recorded("x", tmp_path, record, progress()):
+    with pytest.raises(ZeroDivisionError), failures_recorded("x", tmp_path, record, progress(), PretrainSettings()):
         raise ZeroDivisionError
     assert read_record(tmp_path)["status"] == "failed"
 
@@ -163,7 +231,7 @@ def test_a_closed_output_is_an_interruption(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     console = Console(file=os.fdopen(writer, "w"))
-    with pytest.raises(SystemExit), failures_recorded("x", tmp_path, record, progress()):
+    with pytest.raises(SystemExit), failures_recorded("x", tmp_path, record, progress(), PretrainSettings()):
         console.print("a line of progress")
     ended = read_record(tmp_path)
     assert ended["status"] == "interrupted" and ended["reason"] == "its output was closed"

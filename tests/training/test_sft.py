@@ -1,6 +1,8 @@
 """Fine-tuning: the losses of TRL's trainer, what learns and what stays, stopping, resuming, and what is refused."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,14 +231,41 @@ def test_epochs_count_steps_and_exclude_max_steps(sft_settings, quiet):
         resolve(SFTSettings, Layer("file", {"epochs": 2, "max_steps": 10}))
 
 
-def test_save_every_counts_where_not_only_the_best_is_kept(sft_settings, quiet):
-    result = sft(
-        sft_settings(max_steps=10, save_best_only=False, save_every=3, eval_every=5, save_total_limit=None),
-        console=quiet,
-    )
-    assert sorted(path.name for path in result.folder.glob("checkpoint-*")) == [
-        f"checkpoint-{step}" for step in (10, 3, 6, 9)
-    ]
+@pytest.mark.parametrize("save_best_only", [False, True])
+def test_save_every_counts_beside_the_best(save_best_only, sft_settings, quiet):
+    chosen = sft_settings(max_steps=10, save_every=3, eval_every=5, save_total_limit=None)
+    result = sft(chosen.model_copy(update={"save_best_only": save_best_only}), console=quiet)
+    assert {path.name for path in result.folder.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (3, 6, 9, 5, 10)
+    }
+
+
+@pytest.mark.parametrize("save_best_only", [False, True])
+def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, interrupt_after):
+    # the rate rises until the loss gets worse: the best adapters are not the last ones
+    chosen = sft_settings(
+        max_steps=12, eval_every=3, use_lora=True, lora_preset="all", learning_rate=0.13, warmup_steps=12,
+        scheduler="none", save_best_only=save_best_only, save_total_limit=None,
+    )  # fmt: skip
+    undo = interrupt_after(InstructionTrainer, 5)
+    with pytest.raises(KeyboardInterrupt):
+        sft(chosen, console=quiet)
+    folder = Path(chosen.output_dir)
+    assert adapters(folder / "best_lora_adapters") == adapters(folder / "checkpoint-3")
+    undo()
+    result = sft(chosen, resume=folder, console=quiet)
+    evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line}
+    best = min(evaluations, key=evaluations.get)
+    assert 3 < best < 12, evaluations
+    assert adapters(folder / "best_lora_adapters") == adapters(folder / f"checkpoint-{best}")
+    assert adapters(folder) == adapters(folder / f"checkpoint-{best if save_best_only else 12}")
+    kept = evaluations[best if save_best_only else 12]
+    assert result.metrics["eval_loss"] == kept
+    assert result.metrics["eval_perplexity"] == pytest.approx(math.exp(kept))
+
+
+def adapters(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_sources_of_different_formats_mix_by_weight(sft_settings, wide_base_folder, tmp_path, quiet):
