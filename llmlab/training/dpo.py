@@ -21,13 +21,13 @@ from llmlab.training._trl import PairsReady, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, load_policy
-from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
 
 
-class PairTrainer(OurOptimizers, PairsReady, DPOTrainer):
+class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
     """TRL's DPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
 
 

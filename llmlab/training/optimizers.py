@@ -1,8 +1,13 @@
-"""What every trainer of llmlab's shares, whatever its loss: our optimizers, and Sophia's estimates between steps."""
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, Sophia's estimates, evaluation's random state."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
@@ -30,6 +35,11 @@ class OurOptimizers(SwitchableOptimizer):
             self.optimizer = build_optimizer(model or self.model, self.settings, **rates)
         return self.optimizer
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_states_kept(self.args.device):
+            set_seed(self.args.seed + self.args.process_index)  # equal weights are scored alike at every step
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         # before the micro-batches, which other processes do not see until the last one of a step
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -41,3 +51,19 @@ class OurOptimizers(SwitchableOptimizer):
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
         return self._prepare_inputs(batch)
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Puts the random states of Python, NumPy, torch and the device back to what they were."""
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device_state = on_device and on_device.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_device:
+            on_device.set_rng_state(device_state)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmlab.data.preferences import PreferenceMaker
@@ -82,6 +84,32 @@ def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tu
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]
+
+
+class WholeBatches:
+    """Mixin for a trainer of pairs: its loss is a mean over the pairs of an update, however these are split.
+
+    TRL averages the means of forward passes, which have fewer pairs where the data ends.
+    """
+
+    sizes: Tensor  # what `measure` says of a forward pass, a mean over those of the update on all processes
+
+    def measure(self, batch: dict[str, Any]) -> list[int]:
+        """Returns the number of pairs of a forward pass, perhaps times a constant, and whatever else is counted."""
+        return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches:
+            sizes = torch.tensor([self.measure(batch) for batch in batches], dtype=torch.float64).mean(0).float()
+            self.sizes = self.accelerator.reduce(sizes.to(self.args.device), reduction="mean")  # type: ignore[attr-defined]
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not model.training:
+            return loss  # evaluation counts each loss once for each of its rows
+        return loss * self.measure(inputs)[0] / self.sizes[0]
 
 
 class PreferenceMetrics(TrainerCallback):

@@ -22,13 +22,13 @@ from llmlab.settings.sources import Resolved
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, quantization_of, read_lora
-from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
 
 
-class ScoreTrainer(OurOptimizers, RewardTrainer):
+class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
 
 
