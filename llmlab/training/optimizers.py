@@ -1,4 +1,4 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, Sophia's estimates, evaluation's random state."""
+"""What every trainer of llmlab's shares, whatever its loss: our optimizers, Sophia's estimates, how it evaluates."""
 
 import random
 from collections.abc import Iterator

@@ -1,6 +1,8 @@
 """How work is split, and when it is evaluated, changes no result."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -23,7 +25,11 @@ def uneven_files(tmp_path_factory):
     """22 pairs to train on and 7 to validate with, whose answers are of very different lengths."""
     folder = tmp_path_factory.mktemp("uneven")
     rows = [
-        {"prompt": f"How {n}: the cat?", "chosen": "The cat meows. " * (1 + n * n % 5), "rejected": "The dog. " * (n % 4 + 1)}
+        {
+            "prompt": f"How {n}: the cat?",
+            "chosen": "The cat meows. " * (1 + n * n % 5),
+            "rejected": "The dog. " * (n % 4 + 1),
+        }
         for n in range(29)
     ]
     for name, part in (("train", rows[:22]), ("validation", rows[22:])):
@@ -35,10 +41,13 @@ PAIRS = [(dpo, DPOSettings), (orpo, ORPOSettings), (reward, RewardModelSettings)
 
 
 @pytest.mark.parametrize(("stage", "kind"), PAIRS)
-def test_the_split_of_a_batch_of_pairs_changes_nothing(stage, kind, preference_settings, uneven_files, tmp_path, quiet):
+def test_the_split_of_a_batch_of_pairs_changes_nothing(
+    stage, kind, preference_settings, uneven_files, tmp_path, quiet
+):
     """Three updates of 8, 8 and 6 pairs: in the last one forward passes have unequal numbers of pairs."""
     runs = {}
-    for size in (8, 4, 2, 1):
+    sizes = (8, 4, 2, 1) if stage is orpo else (8, 4)
+    for size in sizes:
         settings = preference_settings(
             kind,
             datasets=[str(uneven_files / "train.jsonl")],
@@ -52,18 +61,18 @@ def test_the_split_of_a_batch_of_pairs_changes_nothing(stage, kind, preference_s
     for name in ("loss", "grad_norm", "eval_loss"):
         whole = logged(runs[8], name)
         assert len(whole) == (2 if name == "eval_loss" else 3)
-        for size in (4, 2, 1):
+        for size in sizes[1:]:
             assert logged(runs[size], name) == pytest.approx(whole, abs=1e-5), (name, size)
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_split_of_a_batch_of_conversations_changes_nothing(packing, sft_settings, chat_file, uneven_files, tmp_path, quiet):
+def test_the_split_of_a_batch_of_conversations_changes_nothing(packing, sft_settings, uneven_files, tmp_path, quiet):
     runs = {}
     rows = [json.loads(line) for line in (uneven_files / "train.jsonl").read_text().splitlines()]
     for name, part in (("train", rows[:14]), ("validation", rows[14:])):
         text = "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in part)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    for size in (8, 4, 2, 1):
+    for size in (8, 2):
         settings = sft_settings(
             datasets=[str(tmp_path / "train.jsonl")],
             validation_datasets=[str(tmp_path / "validation.jsonl")],
@@ -76,6 +85,38 @@ def test_the_split_of_a_batch_of_conversations_changes_nothing(packing, sft_sett
         )
         runs[size] = sft(settings, console=quiet).folder
     for name in ("loss", "grad_norm", "eval_loss"):
-        whole = logged(runs[8], name)
-        for size in (4, 2, 1):
-            assert logged(runs[size], name) == pytest.approx(whole, abs=1e-5), (name, size)
+        assert logged(runs[2], name) == pytest.approx(logged(runs[8], name), abs=1e-5), name
+
+
+TWO_PROCESSES = """
+import json, sys
+from accelerate import PartialState
+from llmlab.settings.orpo import ORPOSettings
+from llmlab.training.orpo import orpo
+
+orpo(ORPOSettings(**json.load(open(sys.argv[1]))))
+assert PartialState().num_processes == 2, PartialState()
+"""
+
+
+def test_two_processes_learn_what_one_does(preference_settings, uneven_files, tmp_path, quiet):
+    values = {
+        "datasets": [str(uneven_files / "train.jsonl")],
+        "validation_datasets": [str(uneven_files / "validation.jsonl")],
+        "max_samples": 16,
+        "max_steps": 3,
+    }
+    make = lambda name, size, batches: preference_settings(  # noqa: E731
+        ORPOSettings, **values, mini_batch_size=size, eval_batches=batches, output_dir=str(tmp_path / name)
+    )
+    alone = orpo(make("alone", 8, 1), console=quiet).folder
+    (tmp_path / "together.json").write_text(json.dumps(make("together", 2, 2).recorded()))
+    (tmp_path / "together").mkdir()  # else both may make and remove it at once
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path / "together.json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "grad_norm", "nll_loss"):
+        assert logged(tmp_path / "together", name) == pytest.approx(logged(alone, name), abs=1e-5), name

@@ -141,6 +141,48 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, use_lora, ppo_sett
             assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_evaluation_changes_nothing(ppo_settings, tmp_path, quiet):
+    """Bit for bit: when it evaluates, on how many prompts, and whether the run was extended on the way."""
+    make = lambda name, **changes: ppo_settings(  # noqa: E731
+        **{"validation_fraction": 0.1, "adaptive_kl": True, **changes}, output_dir=str(tmp_path / name)
+    )
+    runs = [
+        ppo(make("whole", eval_every=1000, eval_batches=1), console=quiet),
+        ppo(make("often", eval_every=1, eval_batches=3), console=quiet),
+    ]
+    first = ppo(make("part", eval_every=3, max_steps=5), console=quiet)
+    runs.append(ppo(make("part", eval_every=2), resume=first.folder, console=quiet))
+    weights = [load_model(run.folder).state_dict() for run in runs]
+    critics = [load_file(run.folder / "checkpoint-8" / FILE) for run in runs]
+    assert len(logged(runs[1].folder, "eval_reward")) == 9
+    for run, other, critic in zip(runs[1:], weights[1:], critics[1:], strict=True):
+        for name in ("loss", "reward", "kl", "kl_coef", "value_loss", "grad_norm"):
+            assert logged(run.folder, name) == logged(runs[0].folder, name), name
+        assert all(torch.equal(weight, other[name]) for name, weight in weights[0].items())
+        assert all(torch.equal(weight, critic[name]) for name, weight in critics[0].items())
+
+
+def test_the_split_of_an_update_changes_nothing(ppo_settings, tmp_path, quiet):
+    """Eight completions an update, in one forward pass or in four, with the terms that each is a mean of its own."""
+    runs = [
+        ppo(
+            ppo_settings(
+                mini_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                eval_batches=8 // size,
+                validation_fraction=0.1,
+                ent_coef=0.3,
+                early_stop=True,
+                output_dir=str(tmp_path / str(size)),
+            ),
+            console=quiet,
+        ).folder
+        for size in (8, 2)
+    ]
+    for name in ("loss", "grad_norm", "reward", "kl", "value_loss", "policy_kl", "entropy"):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), abs=1e-5), name
+
+
 def test_the_early_stop_is_at_one_and_a_half_targets(ppo_settings, monkeypatch, quiet):
     seen = []
     original = EpisodeTrainer.__init__
