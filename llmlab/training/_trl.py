@@ -51,7 +51,16 @@ def show_head_bias(model: PeftModel) -> None:
 
 
 class PairsReady:
-    """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already."""
+    """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
+
+    It also logs `completion_length`, the mean number of tokens of an answer.
+    """
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]
+        metrics = self._metrics["train" if model.training else "eval"]  # type: ignore[attr-defined]
+        metrics["completion_length"].append(lengths.mean().item())
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

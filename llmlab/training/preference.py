@@ -117,8 +117,9 @@ class PreferenceMetrics(TrainerCallback):
 
     `win_rate` is the share of pairs whose better answer has the higher reward, `margin` the mean difference of the
     two, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats.  Where there is a reference,
-    `kl` is the mean log ratio of policy and reference over both answers, in nats an answer: 0 before the first step,
-    and an estimate of their divergence while the data resembles what the policy would say (it may be negative).
+    `kl` is the mean log ratio of policy and reference over the tokens of both answers, in nats a token: 0 before the
+    first step, and an estimate of their divergence while the data resembles what the policy would say (it may be
+    negative).
 
     Args:
         progress: where to warn.
@@ -150,7 +151,7 @@ class PreferenceMetrics(TrainerCallback):
             logs[f"{prefix}win_rate"] = 0.5  # policy and reference are one yet: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
             sides = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
-            logs[f"{prefix}kl"] = sides / (2 * self.beta)
+            logs[f"{prefix}kl"] = sides / (2 * self.beta * logs[f"{prefix}completion_length"])
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
         if not prefix and "chosen_logp" in logs:
             self._watch((logs["chosen_logp"], logs["rejected_logp"]))

@@ -50,6 +50,7 @@ TRL = {
     "disable_tqdm": True,
     "max_length": 96,
 }
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # where TRL averages over all tokens
 SHORT = {"max_steps": 8, "validation_fraction": 0}
 
 
@@ -124,7 +125,7 @@ def test_orpo_losses_are_trls(use_lora, preference_settings, pairs_file, base_fo
 
     theirs = WithLineBreak(
         model=load_model(base_folder),
-        args=ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.2, remove_unused_columns=False, **TRL),
+        args=ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.2, remove_unused_columns=False, **TRL | WHOLE),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS)
@@ -240,9 +241,30 @@ def test_a_named_reference_is_used_and_must_share_the_vocabulary(
     preference_settings, sft_settings, base_folder, tmp_path, quiet
 ):
     tuned = sft(sft_settings(output_dir=str(tmp_path / "sft")), console=quiet)
-    named = {"policy_checkpoint": str(tuned.folder), "reference_checkpoint": str(base_folder), "max_steps": 2}
+    few = tmp_path / "few.jsonl"  # one batch, of answers of different lengths
+    answers = ["Meows.", "The cat meows and meows.", "It", "The dog barks and the duck quacks."] * 2
+    pairs = [{"prompt": f"Q{n}", "chosen": text, "rejected": f"Not {n}: {text}"} for n, text in enumerate(answers)]
+    few.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    named = {"policy_checkpoint": str(tuned.folder), "reference_checkpoint": str(base_folder), "max_steps": 1}
+    named |= {"datasets": [str(few)], "validation_fraction": 0, "mini_batch_size": 8}
     result = dpo(preference_settings(DPOSettings, **named), console=quiet)
-    assert logged(result.folder, "kl")[0] > 1  # fine-tuned away from it
+    rows = [json.loads(line) for line in Path(named["datasets"][0]).read_text().splitlines()]
+    policy, reference = load_model(tuned.folder).eval(), load_model(base_folder).eval()
+    tokenizer = load_tokenizer(str(base_folder))
+    ratio = tokens = 0
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+            ids = torch.tensor([tokenizer.apply_chat_template(turns, return_dict=False)])
+            with torch.no_grad():
+                logps = [
+                    m(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]) for m in (policy, reference)
+                ]
+            ratio += (logps[0] - logps[1])[:, len(prompt) - 1 :].sum().item()
+            tokens += ids.shape[1] - len(prompt)
+    assert logged(result.folder, "kl")[0] == pytest.approx(ratio / tokens, abs=1e-5)  # nats a token
+    assert logged(result.folder, "completion_length")[0] == pytest.approx(tokens / 16)
     from llmlab.data import train_tokenizer
     from llmlab.settings.data import DataSource
 
@@ -282,9 +304,9 @@ def test_falling_together_warns_once_with_advice():
     state = SimpleNamespace(log_history=[{}], global_step=0)
     for step, value in enumerate([-10, -10.2, -12, -13, -14, -15, -16]):
         logs = {"logps/chosen": float(value), "logps/rejected": value - 1.0}
-        logs |= {"rewards/chosen": 0.2, "rewards/rejected": 0.1}
+        logs |= {"rewards/chosen": 0.2, "rewards/rejected": 0.1, "completion_length": 5.0}
         metrics.on_log(None, state, None, logs)
-        assert logs["kl"] == pytest.approx((0.2 + 0.1) / 2 / 0.1)
+        assert logs["kl"] == pytest.approx((0.2 + 0.1) / 2 / 0.1 / 5)
         assert len(said) == (step >= 4)
     assert "lower learning_rate, raise beta" in said[0]
     steady = PreferenceMetrics(Line(), beta=0.1, patience=3)
