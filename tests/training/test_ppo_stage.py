@@ -1,7 +1,6 @@
 """`llmlab ppo`: what a run leaves, that each option reaches the trainer, resuming, critics, and what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmlab.data import load_tokenizer
-from llmlab.model import load_model
+from llmlab.model import load_classifier, load_model
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.ppo import PPOSettings
@@ -353,12 +352,20 @@ def test_a_critic_from_a_reward_model(use_lora, adapted, ppo_settings, preferenc
 
 def test_a_critic_of_another_vocabulary_is_refused(ppo_settings, base_folder, tmp_path, quiet):
     other = tmp_path / "other"
-    shutil.copytree(base_folder, other)
-    tokenizer = load_tokenizer(str(other))
+    load_classifier(base_folder).save_pretrained(other)
+    tokenizer = load_tokenizer(str(base_folder))
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(UserError, match=f"value_checkpoint = {other}: it has another vocabulary"):
         ppo(ppo_settings(value_checkpoint=str(other)), console=quiet)
+
+
+def test_a_critic_does_not_start_from_what_cannot_score(ppo_settings, sft_settings, base_folder, tmp_path, quiet):
+    adapters = sft(sft_settings(use_lora=True, max_steps=1, output_dir=str(tmp_path / "sft")), console=quiet).folder
+    for source, found in ((base_folder, "LLMLabForCausalLM"), (adapters, "CAUSAL_LM")):
+        with pytest.raises(UserError, match=f"value_checkpoint = {source}: .*found {found}.* folder of llmlab reward"):
+            ppo(ppo_settings(value_checkpoint=str(source)), console=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from llmlab.training.merge import merge
 from llmlab.training.orpo import orpo
 from llmlab.training.preference import PreferenceMetrics
 from llmlab.training.record import read_metrics, read_record
-from llmlab.training.reward import reward
+from llmlab.training.reward import ScoreTrainer, reward
 from llmlab.training.sft import sft
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -379,6 +379,39 @@ def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_sett
     assert merged.metrics["max_difference"] < 1e-4 and (merged.folder / "config.json").is_file()
     assert RewardModel(model=str(merged.folder), squash=False)(answers, prompts) == pytest.approx(scores, abs=1e-4)
     assert len(set(scores)) == 3
+
+
+def test_a_reward_model_learns_on_four_bit_weights(
+    preference_settings, wide_base_folder, tmp_path, monkeypatch, quiet
+):
+    nn = pytest.importorskip("bitsandbytes.nn")
+    seen = []
+    original = ScoreTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        seen.append(self)
+
+    monkeypatch.setattr(ScoreTrainer, "__init__", init)
+    four_bits = {
+        "policy_checkpoint": str(wide_base_folder),
+        "use_qlora": True,
+        "lora_preset": "all",
+        "lora_dropout": 0,
+    }
+    make = lambda name, **changes: preference_settings(  # noqa: E731
+        RewardModelSettings, **four_bits, **changes, learning_rate=5e-3, output_dir=str(tmp_path / name)
+    )
+    plain, often = reward(make("plain"), console=quiet), reward(make("often", eval_every=5), console=quiet)
+    packed = [module for module in seen[0].model.modules() if isinstance(module, nn.Linear4bit)]
+    assert len(packed) == 2 * 7 and not any(module.support_avx512bf16_for_cpu for module in packed)
+    trained = {name: p.dtype for name, p in seen[0].model.named_parameters() if p.requires_grad}
+    assert trained.pop("base_model.model.score.modules_to_save.default.weight") == torch.float32 and trained
+    frozen = {p.dtype for p in seen[0].model.parameters() if not p.requires_grad}
+    assert frozen == {torch.uint8, torch.float32}
+    # evaluation on a CPU repacks 4-bit weights for inference: training must go on as if it had not
+    assert logged(often.folder) == logged(plain.folder)
+    assert logged(often.folder)[-1] < 0.5 * logged(often.folder)[0]
 
 
 def test_adapters_that_speak_do_not_score(preference_settings, sft_settings, tmp_path, quiet):
