@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from llmlab.optim.build import build_optimizer
-from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
+from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
 
@@ -45,12 +45,15 @@ class OurOptimizers(SwitchableOptimizer):
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches and estimate_is_due(self.optimizer):
             inputs = self.estimated_from(batches[0])
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed)
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
         return batches, items
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
         return self._prepare_inputs(batch)
+
+    predict = staticmethod(next_token_logits)
+    """The choices whose likelihood the loss is about."""
 
 
 @contextmanager

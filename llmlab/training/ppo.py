@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config
+from llmlab.optim.sophia import next_token_logits
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
@@ -34,6 +35,11 @@ TOO_FAR = 1.5
 
 class EpisodeTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which goes on in the middle of a rollout."""
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with self.critic.listening() as values:
+            logits = next_token_logits(model, batch)
+        return logits + 0 * values[0].sum()  # DDP wants every parameter in every pass
 
 
 def ppo(

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
+from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
 from llmlab.adapters import lora_config
@@ -36,6 +37,12 @@ class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
         for name, parameter in self.model.named_parameters():
             if "modules_to_save" in name:  # TRL turns the head on 4-bit weights into bf16, which fp32 cannot meet
                 parameter.data = parameter.data.float()
+
+    @staticmethod
+    def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the scores of both answers, (pairs, 2): Bradley and Terry's model is their softmax."""
+        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): the better answers come first
+        return torch.stack(scores.chunk(2), dim=1)
 
 
 def reward(

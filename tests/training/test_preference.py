@@ -15,6 +15,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
+from llmlab.optim.sophia import Sophia, estimate_hessian
 from llmlab.rewards import RewardModel
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
@@ -412,6 +413,21 @@ def test_a_reward_model_learns_on_four_bit_weights(
     # evaluation on a CPU repacks 4-bit weights for inference: training must go on as if it had not
     assert logged(often.folder) == logged(plain.folder)
     assert logged(often.folder)[-1] < 0.5 * logged(often.folder)[0]
+
+
+def test_sophia_estimates_the_curvature_of_comparisons():
+    """Scores that are linear in fixed features x: the Gauss-Newton diagonal of a pair is p (1 - p) (x1 - x2)^2."""
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))  # three better answers, three worse
+    model = torch.nn.Linear(4, 1, bias=False)
+    forward = lambda input_ids, use_cache: SimpleNamespace(logits=model(features[input_ids]))  # noqa: E731
+    optimizer = Sophia(model.parameters(), lr=1e-3, betas=(0.9, 0.0))
+    generator, total = torch.Generator().manual_seed(1), 0
+    for _ in range(2000):
+        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, ScoreTrainer.predict)
+        total = total + optimizer.state[model.weight]["hessian"] / 2000
+    difference = features[:3] - features[3:]
+    p = (difference @ model.weight.T).sigmoid()
+    assert torch.allclose(total, (p * (1 - p) * difference**2).mean(0), rtol=0.15)
 
 
 def test_adapters_that_speak_do_not_score(preference_settings, sft_settings, tmp_path, quiet):
