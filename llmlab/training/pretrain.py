@@ -45,6 +45,7 @@ from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
+from llmlab.training.running import save_policy
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -174,7 +175,7 @@ def pretrain(
         trainer.accelerator.wait_for_everyone()
         if rhythm.interrupted:
             raise KeyboardInterrupt
-        checkpoints.publish(folder, lambda temporary: save_final(trainer, temporary))
+        checkpoints.publish(folder, lambda temporary: save_policy(trainer, temporary))
     metrics = _last_metrics(trainer, corpus)
     if record is not None:
         record.finish("finished", step=trainer.state.global_step, metrics=metrics)
@@ -279,12 +280,6 @@ def _new_record(
     )
     record.values["data"] = corpus.report.record()
     return record
-
-
-def save_final(trainer: Trainer, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer, without the trainer's own arguments."""
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def _last_metrics(trainer: Trainer, corpus: Corpus) -> dict[str, float]:

@@ -179,22 +179,25 @@ def describe_optimizer(settings: Any, steps: int) -> tuple[str, str]:
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """Writes weights (or adapters, and these in `best_lora_adapters/` too), tokenizer and where generation stops."""
+    """Writes weights (or adapters, and these in `best_lora_adapters/` too), tokenizer and where generation stops.
+
+    Every process calls it, since each may hold a part of the weights; the main one writes.
+    """
+    if trainer.is_fsdp_enabled:  # else the trainer saves nothing but checkpoints of shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+    if not trainer.accelerator.is_main_process:
+        return
+    (folder / "training_args.bin").unlink(missing_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        if trainer.accelerator.is_main_process:
-            # the active adapter alone: a frozen copy beside it is the reference of a preference loss
-            model.save_pretrained(folder, selected_adapters=["default"])
-            trainer.processing_class.save_pretrained(folder)
-            if model.get_base_model().can_generate():  # a model that scores cannot
-                model.get_base_model().generation_config.save_pretrained(folder)
-            files = [path for path in folder.iterdir() if path.name != "README.md"]
-            (folder / BEST_ADAPTERS).mkdir()
-            for path in files:
-                shutil.copy2(path, folder / BEST_ADAPTERS)
-        return
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # a frozen copy: the reference of a preference loss
+        if model.get_base_model().can_generate():  # a model that scores cannot
+            model.get_base_model().generation_config.save_pretrained(folder)
+        files = [path for path in folder.iterdir() if path.name != "README.md"]
+        (folder / BEST_ADAPTERS).mkdir()
+        for path in files:
+            shutil.copy2(path, folder / BEST_ADAPTERS)
 
 
 def first_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -1,8 +1,6 @@
 """How work is split, and when it is evaluated, changes no result."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -86,37 +84,3 @@ def test_the_split_of_a_batch_of_conversations_changes_nothing(packing, sft_sett
         runs[size] = sft(settings, console=quiet).folder
     for name in ("loss", "grad_norm", "eval_loss"):
         assert logged(runs[2], name) == pytest.approx(logged(runs[8], name), abs=1e-5), name
-
-
-TWO_PROCESSES = """
-import json, sys
-from accelerate import PartialState
-from llmlab.settings.orpo import ORPOSettings
-from llmlab.training.orpo import orpo
-
-orpo(ORPOSettings(**json.load(open(sys.argv[1]))))
-assert PartialState().num_processes == 2, PartialState()
-"""
-
-
-def test_two_processes_learn_what_one_does(preference_settings, uneven_files, tmp_path, quiet):
-    values = {
-        "datasets": [str(uneven_files / "train.jsonl")],
-        "validation_datasets": [str(uneven_files / "validation.jsonl")],
-        "max_samples": 16,
-        "max_steps": 3,
-    }
-    make = lambda name, size, batches: preference_settings(  # noqa: E731
-        ORPOSettings, **values, mini_batch_size=size, eval_batches=batches, output_dir=str(tmp_path / name)
-    )
-    alone = orpo(make("alone", 8, 1), console=quiet).folder
-    (tmp_path / "together.json").write_text(json.dumps(make("together", 2, 2).recorded()))
-    (tmp_path / "together").mkdir()  # else both may make and remove it at once
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, tmp_path / "script.py", tmp_path / "together.json"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("loss", "grad_norm", "nll_loss"):
-        assert logged(tmp_path / "together", name) == pytest.approx(logged(alone, name), abs=1e-5), name
