@@ -196,8 +196,7 @@ class _Builder:
             if "validation" in source.splits and named.split != "validation":
                 validation = self.rows(named, split="validation")[0]
             else:
-                wanted = min(math.ceil(fraction * len(train)), math.ceil(share * self.validation_rows))
-                train, validation = self._hold_out(named, train, wanted)
+                train, validation = self._hold_out(named, train, math.ceil(share * self.validation_rows))
         report.trained_rows = len(train)
         report.counts = {name: int(np.sum(train[name][:])) for name in self.maker.counts}
         return train, validation, report
@@ -254,16 +253,21 @@ class _Builder:
                 f"95 % of the rows fit into {enough:,}, or raise allow_truncated = {self.allow_truncated:g}"
             )
 
-    def _hold_out(self, named: DataSource, rows: Dataset, wanted: int) -> tuple[Dataset, Dataset]:
-        """Splits by a seeded hash of the rows, so that equal rows stay on one side."""
+    def _hold_out(self, named: DataSource, rows: Dataset, limit: int) -> tuple[Dataset, Dataset]:
+        """Splits by a seeded hash of the rows, so that equal rows stay on one side; about `limit` of them validate.
+
+        What is trained on does not depend on how many rows validate.
+        """
         keys = seeded(np.array(rows["hash"], np.int64).view(np.uint64), self.seed)
-        held = keys <= np.sort(keys)[wanted - 1]
+        wanted = math.ceil(self.settings.validation_fraction * len(rows))
+        ordered = np.sort(keys)
+        held, used = keys <= ordered[wanted - 1], keys <= ordered[min(wanted, limit) - 1]
         if held.all():
             raise UserError(
                 f"{named.name}: its {len(rows):,} usable rows are too few to hold out validation_fraction = "
                 f"{self.settings.validation_fraction:g}; set validation_fraction=0, or name validation_datasets"
             )
-        return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+        return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(used))
 
     def _rendered(self, source: ConversationSource) -> Dataset:
         """Returns every row of a source as tokens, from the cache where the same was rendered before."""

@@ -4,6 +4,7 @@ Training it is not done here, and neither is choosing a device.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def load_model(
             f"{source}: no complete language model: {len(missing)} weights are missing, such as {missing[0]} "
             f"(architectures = {kind})"
         )
-    return model
+    return from_anywhere(model, source)
 
 
 def load_classifier(
@@ -191,11 +192,19 @@ def load_classifier(
     config.num_labels = 1
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **extra)
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **extra)
+        return from_anywhere(model, source)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {_reason(source, error)}") from None
     except SafetensorError as error:
         raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
+
+
+def from_anywhere(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    """Tells a model the absolute path of its folder, which adapters write down as that of their base."""
+    if Path(source).is_dir():
+        model.name_or_path = os.path.abspath(source)
+    return model
 
 
 def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Sophia with the Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Liu et al. 2023, arXiv:2305.14342).
 
 The estimate needs first derivatives only, so it works through fused attention and any wrapper of the model.
-It is for next-token models; the losses of reward models and of policies have other Gauss-Newton matrices.
+It is for losses that are log-likelihoods of a choice: of the next token, or of the better of two answers.
 """
 
 from collections.abc import Callable, Iterable
@@ -98,21 +98,40 @@ class Sophia(Optimizer):
         return state
 
 
+def next_token_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the logits of each scored token, (B, vocabulary).
+
+    Args:
+        model: a causal language model, perhaps wrapped.
+        batch: `input_ids` (batch, time), and `labels`, `attention_mask`, `position_ids` where there are any. Positions
+            whose label is -100 (without labels: whose mask is 0) are not scored.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (batch, time - 1, vocabulary)
+    if "labels" in batch:
+        return logits[batch["labels"][:, 1:] != -100]
+    return logits[batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:] != 0]
+
+
 def estimate_hessian(
-    model: nn.Module, batch: dict[str, Tensor], optimizer: Sophia, generator: torch.Generator | None = None
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    optimizer: Sophia,
+    generator: torch.Generator | None = None,
+    predict: Callable[[nn.Module, dict[str, Tensor]], Tensor] = next_token_logits,
 ) -> None:
     """Updates Sophia's Hessian diagonal from one batch, by a forward and a backward pass of its own.
 
-    Labels are drawn from the model's own prediction at each of the batch's B scored positions; with g the gradient
-    of the mean loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  The pass computes it
+    Labels are drawn from the model's own prediction of each of the batch's B choices; with g the gradient of the mean
+    loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  The pass computes it
     as the square of the gradient of the *summed* loss over sqrt(B).  Processes that train together are one batch.
 
     Args:
-        model: a causal language model, wrapped for training as it is; its gradients must be empty and stay empty.
-        batch: `input_ids` (batch, time), and `labels`, `attention_mask`, `position_ids` where there are any. Positions
-            whose label is -100 (without labels: whose mask is 0) are not scored.
+        model: wrapped for training as it is; its gradients must be empty and stay empty.
+        batch: what `predict` is given.
         optimizer: what holds the diagonal.
         generator: source of the drawn labels, on the model's device; different in each process.
+        predict: returns the logits of the choices, (B, alternatives), of a model and a batch.
 
     Raises:
         RuntimeError: gradients are still there, which this pass would mix with its own, or `no_sync` is in force,
@@ -122,16 +141,10 @@ def estimate_hessian(
         raise RuntimeError("estimate_hessian must run outside no_sync()")
     if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError("estimate_hessian must run between zero_grad() and the next backward()")
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]  # (batch, time - 1, vocabulary)
-    if "labels" in batch:
-        scored = batch["labels"][:, 1:] != -100
-    else:
-        scored = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:] != 0
-    logits = logits[scored].float()  # (B, vocabulary)
+    logits = predict(model, batch).float()  # (B, alternatives)
     drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)  # (B,)
 
-    examples, processes = scored.sum(), 1
+    examples, processes = torch.tensor(len(drawn), device=drawn.device), 1
     if dist.is_initialized():
         processes = dist.get_world_size()
         dist.all_reduce(examples)
@@ -148,7 +161,13 @@ def estimate_is_due(optimizer: Optimizer | None) -> bool:
     return isinstance(sophia, Sophia) and sophia.estimate_is_due
 
 
-def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, seed: int) -> None:
+def estimate_hessian_if_due(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    optimizer: Optimizer,
+    seed: int,
+    predict: Callable[[nn.Module, dict[str, Tensor]], Tensor] = next_token_logits,
+) -> None:
     """Runs `estimate_hessian` where the optimizer is Sophia and its rhythm asks for it.
 
     The draws depend on the seed, the step and the process alone: a resumed run draws what the uninterrupted one drew,
@@ -159,6 +178,7 @@ def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimize
         batch: as in `estimate_hessian`.
         optimizer: any optimizer, possibly wrapped by Accelerate.
         seed: the run's seed.
+        predict: as in `estimate_hessian`.
     """
     if not estimate_is_due(optimizer):
         return
@@ -166,4 +186,4 @@ def estimate_hessian_if_due(model: nn.Module, batch: dict[str, Tensor], optimize
     process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator(batch["input_ids"].device)
     generator.manual_seed(seed + sophia.steps * processes + process)
-    estimate_hessian(model, batch, sophia, generator)
+    estimate_hessian(model, batch, sophia, generator, predict)

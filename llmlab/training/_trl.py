@@ -42,6 +42,10 @@ PRIVATE_NAMES = {  # where it is: its parameters
 }
 # how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
 NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
+TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL's, and those of PPO
+    *("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+    *("policy_kl", "value_loss", "value_clip_ratio"),
+}
 EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
@@ -53,7 +57,16 @@ def show_head_bias(model: PeftModel) -> None:
 
 
 class PairsReady:
-    """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already."""
+    """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
+
+    It also logs `completion_length`, the mean number of tokens of an answer.
+    """
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]
+        metrics = self._metrics["train" if model.training else "eval"]  # type: ignore[attr-defined]
+        metrics["completion_length"].append(lengths.mean().item())
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -104,6 +117,11 @@ class GradientNorms:
         return norm
 
 
+def written(batch: dict[str, Any]) -> Tensor:
+    """Returns 1 for the tokens of a rollout that the policy wrote, (batch, time)."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
 def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Keeps parameters out of what a model saves, however its weights were gathered; names are exact."""
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
@@ -116,10 +134,11 @@ class RolloutSteps:
     that scores tokens: it is told the model, and gives what is to be told the result), `finish_rollout` (gets and
     returns TRL's rollout, on this process), `total_loss` (gets what computes TRL's loss, and its batch) and
     `load_beside` (gets a checkpoint's folder).  `all_rewards`, (completions of all processes, reward functions), are
-    those of the last rollout.
+    those of the last rollout; `token_share` is the tokens of this forward pass over the mean of its update's.
     """
 
     all_rewards: Tensor
+    token_share: float
 
     def sampling(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -154,7 +173,36 @@ class RolloutSteps:
         return self.finish_rollout(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        return self.total_loss(partial(super()._compute_loss, model, inputs), inputs)  # type: ignore[misc]
+        """Weighs by tokens what TRL averages over the forward passes of an update: the entropy bonus, and metrics."""
+        loss = partial(super()._compute_loss, model, inputs)  # type: ignore[misc]
+        if not self.model.training:  # type: ignore[attr-defined]
+            return self.total_loss(loss, inputs)
+        here, self.token_share = self.token_shares(inputs)
+        metrics, bonus = self._metrics["train"], self.entropy_coef  # type: ignore[attr-defined, has-type]
+        before = {name: len(metrics[name]) for name in TOKEN_MEANS & metrics.keys()}
+        if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+            self.entropy_coef = bonus * here
+        try:
+            total = self.total_loss(loss, inputs)
+        finally:
+            if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+                self.entropy_coef = bonus
+        for name in TOKEN_MEANS & metrics.keys():
+            if len(metrics[name]) > before.get(name, 0):
+                metrics[name][-1] *= self.token_share
+        return total
+
+    def token_shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
+        """Returns the tokens of this process' and of all processes' forward pass, over the mean of the update's."""
+        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        update = [inputs]
+        if passes > 1:
+            parts = self._buffered_inputs  # type: ignore[attr-defined]
+            first = self._step - self._step % passes  # type: ignore[has-type]
+            update = [parts[step % len(parts)] for step in range(first, first + passes)]
+        counts = torch.stack([written(inputs).sum(), sum(written(part).sum() for part in update) / passes])
+        everywhere, mean = self.accelerator.reduce(counts, reduction="mean").tolist()  # type: ignore[attr-defined]
+        return counts[0].item() / max(mean, 1), everywhere / max(mean, 1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -230,8 +278,7 @@ class WholeRollouts:
         part = self._prepare_inputs(batch)
         self.prepared = part  # the step itself must not sample again
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        written = part["completion_mask"] * part.get("tool_mask", 1)
-        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), written], dim=1)
+        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), written(part)], dim=1)
         return {
             "input_ids": ids,
             "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),

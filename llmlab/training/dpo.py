@@ -4,6 +4,7 @@ The loop and the loss are TRL's DPOTrainer; the pairs reach it as tokens, prompt
 """
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ from llmlab.training._trl import PairsReady, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, load_policy
-from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
 
 
-class PairTrainer(OurOptimizers, PairsReady, DPOTrainer):
+class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
     """TRL's DPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
 
 
@@ -107,13 +108,14 @@ def load_reference(settings: DPOSettings, policy: Policy) -> tuple[PreTrainedMod
         UserError: there is no such model, or it has another vocabulary.
     """
     named = settings.reference_checkpoint
-    if named is None or named in policy.parents[:1]:
+    same = [named is not None and os.path.abspath(named) == os.path.abspath(parent) for parent in policy.parents]
+    if named is None or same[0]:
         if policy.continues_adapter:
             return None, "the adapters as they begin, a frozen copy"
         if settings.use_lora:
             return None, "the policy with its adapters off"
         return copy.deepcopy(policy.model), "the starting policy, a frozen copy"
-    if policy.continues_adapter and named == policy.parents[1]:
+    if policy.continues_adapter and same[1]:
         raise UserError(
             f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
             "there; leave it out (the adapters as they begin), or merge them first: llmlab merge"

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
-from llmlab.training._trl import RolloutSteps, WholeRollouts
+from llmlab.training._trl import RolloutSteps, WholeRollouts, written
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.record import RunResult
@@ -60,7 +60,7 @@ class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
         finally:
             self.beta = beta
         log_ratio = self._logps - batch["ref_per_token_logps"]  # (rows, time)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        mask = written(batch)
         weight = self.sampled_weight(batch, mask)
         estimate = (torch.exp(-log_ratio) + log_ratio - 1) * weight  # what TRL logs and, with "kl", charges
         kl, tokens = self.accelerator.reduce(

@@ -1,11 +1,16 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, Sophia's estimates, finite numbers."""
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, evaluation apart."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import set_seed
 
 from llmlab.optim.build import build_optimizer
-from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
+from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
 from llmlab.training.finite import FiniteNumbers
@@ -31,14 +36,38 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
             self.optimizer = build_optimizer(model or self.model, self.settings, **rates)
         return self.optimizer
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_states_kept(self.args.device):
+            set_seed(self.args.seed + self.args.process_index)  # equal weights are scored alike at every step
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         # before the micro-batches, which other processes do not see until the last one of a step
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches and estimate_is_due(self.optimizer):
             inputs = self.estimated_from(batches[0])
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed)
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
         return batches, items
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
         return self._prepare_inputs(batch)
+
+    predict = staticmethod(next_token_logits)
+    """The choices whose likelihood the loss is about."""
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Puts the random states of Python, NumPy, torch and the device back to what they were."""
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device_state = on_device and on_device.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_device:
+            on_device.set_rng_state(device_state)

@@ -5,8 +5,11 @@ The loop and the loss are TRL's ORPOTrainer, which TRL calls experimental; the p
 
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when it is imported
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -17,14 +20,39 @@ from llmlab.training._trl import AnswerTokens
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
-from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
 
 
-class OddsTrainer(OurOptimizers, AnswerTokens, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
+class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
+    """TRL's ORPOTrainer with llmlab's optimizers, on pairs that are tokens already.
+
+    The likelihood term is a mean over the tokens of an update (TRL: of a forward pass), the odds-ratio term over its
+    pairs, so that neither depends on `mini_batch_size` or on the number of processes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.eval_dataset is not None:
+            masks = self.eval_dataset["chosen_attention_mask"]
+            self.eval_sizes = torch.tensor([len(masks), sum(len(mask) - 1 for mask in masks)], device=self.args.device)
+
+    def measure(self, batch: dict[str, Any]) -> list[int]:
+        """Returns the number of pairs, and of tokens that the better answers' rows predict."""
+        mask = batch["chosen_attention_mask"]  # (pairs, time)
+        return [len(mask), int(mask[:, 1:].sum())]
+
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
+        *results, nll = (outputs := super().concatenated_forward(model, batch))[:5]
+        pairs, tokens = self.measure(batch)
+        mean_pairs, mean_tokens = self.sizes if model.training else self.eval_sizes
+        return *results, nll * (tokens / pairs) * (mean_pairs / mean_tokens), *outputs[5:]
+
+    def estimated_from(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Returns the better answers' rows, which the likelihood term is about."""
+        return self._prepare_inputs({name: batch[f"chosen_{name}"] for name in ("input_ids", "attention_mask")})
 
 
 def orpo(

@@ -123,9 +123,7 @@ def load_policy(
         tokenizer.pad_token = tokenizer.eos_token
     stops = stop_at(model, tokenizer)
     if quantization is not None:
-        keep_packing(model)
-        # the trainer turns checkpointing on itself where it is wanted
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_quantized(model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.folder, is_trainable=True)
     elif settings.use_lora and attach:
@@ -185,6 +183,13 @@ def check_quantization(hardware: Hardware) -> None:
         raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
     if hardware.device == "mps":
         raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
+
+
+def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of 4-bit weights ready for adapters: these frozen, the rest in fp32."""
+    keep_packing(model)
+    # the trainer turns checkpointing on itself where it is wanted
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def keep_packing(model: PreTrainedModel) -> None:

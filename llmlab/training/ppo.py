@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
-from llmlab.model import fit_vocabulary, load_classifier
+from llmlab.model import fit_vocabulary, load_classifier, load_config
+from llmlab.optim.sophia import next_token_logits
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import WholeRollouts
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
+from llmlab.training.policy import read_lora
 from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.progress import human, quiet_libraries
 from llmlab.training.record import RunResult
@@ -33,6 +35,11 @@ TOO_FAR = 1.5
 
 class EpisodeTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which goes on in the middle of a rollout."""
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with self.critic.listening() as values:
+            logits = next_token_logits(model, batch)
+        return logits + 0 * values[0].sum()  # DDP wants every parameter in every pass
 
 
 def ppo(
@@ -92,12 +99,19 @@ def load_scorer(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | No
     """Returns the reward model that the critic starts from, with adapters where the policy has them; None is none.
 
     Raises:
-        UserError: there is no such model, it does not score token by token, or it has another vocabulary.
+        UserError: there is no such model, it does not score, or not token by token, or it has another vocabulary.
     """
     settings, policy = run.settings, run.policy
     source = settings.value_checkpoint
     if source is None:
         return None
+    adapter = read_lora(source)
+    kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
+    if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
+        raise UserError(
+            f"value_checkpoint = {source}: it has no head that scores (found {', '.join(kinds) or 'none'}), and a new "
+            "one would be random; expected a run folder of llmlab reward"
+        )
     scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)
     if not isinstance(getattr(scorer, "score", None), nn.Linear):
         raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.training._trl import RolloutSteps, keep_out_of_exports
+from llmlab.training._trl import RolloutSteps, keep_out_of_exports, written
 from llmlab.training.advantages import (
     at_turn_ends,
     explained_variance,
@@ -123,7 +123,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Puts advantages a token where TRL has one a completion, and adds old values and returns."""
-        written = _written(rollout)  # (batch, time)
+        mask = written(rollout)  # (batch, time)
         if "old_per_token_logps" not in rollout:  # TRL skips them where it expects a single update
             rollout["old_per_token_logps"] = self.score_tokens(rollout, self._batch_size)
         old, values = rollout["old_per_token_logps"], self.values
@@ -131,22 +131,22 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if "ref_per_token_logps" in rollout:
             reference = rollout["ref_per_token_logps"]
             charges = self.beta * kl_charge(old, reference, self.args.kl_penalty)
-            self.note("kl", self._mean(k3(old, reference), written))
+            self.note("kl", self._mean(k3(old, reference), mask))
             self.note("kl_coef", self.beta)
-            self.note("kl_charge", self._mean(charges, written))
+            self.note("kl_charge", self._mean(charges, mask))
         scores, scored = self._scores(len(old))
-        written = written * scored[:, None]  # where no reward applies, nothing is learned
-        rewards = token_rewards(scores, charges, written)
+        mask = mask * scored[:, None]  # where no reward applies, nothing is learned
+        rewards = token_rewards(scores, charges, mask)
         gamma, lam = self.args.gamma, self.args.gae_lambda
         if "tool_mask" in rollout:
-            gamma, lam = at_turn_ends(written, gamma), at_turn_ends(written, lam)
-        advantages, returns = gae(rewards, values, written, gamma, lam)
-        self.note("explained_variance", explained_variance(values, returns, written, self._add_up))
-        self.note("return", self._mean(returns, written))
-        self.note("value", self._mean(values, written))
+            gamma, lam = at_turn_ends(mask, gamma), at_turn_ends(mask, lam)
+        advantages, returns = gae(rewards, values, mask, gamma, lam)
+        self.note("explained_variance", explained_variance(values, returns, mask, self._add_up))
+        self.note("return", self._mean(returns, mask))
+        self.note("value", self._mean(values, mask))
         if self.args.whiten_advantages:
-            advantages = whiten(advantages, written, self._add_up)
-        returns = torch.where(written.bool(), returns, values)
+            advantages = whiten(advantages, mask, self._add_up)
+        returns = torch.where(mask.bool(), returns, values)
         return {**rollout, "advantages": advantages, "old_values": values, "returns": returns}
 
     def _scores(self, rows: int) -> tuple[Tensor, Tensor]:
@@ -161,19 +161,19 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
             loss = policy_loss()
         finally:
             self.beta = beta
-        written = _written(inputs)
+        mask = written(inputs)
         losses, clipped = value_loss(self.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         # a mean over the tokens of an update, as TRL's: a rollout's tokens, shared among its forward passes
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        self.note("value_loss", self._mean(losses.detach(), written))
-        self.note("value_clip_ratio", self._mean(clipped, written))
-        moved = self._mean(k3(inputs["old_per_token_logps"], self.log_probs), written)
+        self.note("value_loss", self._mean(losses.detach(), mask))
+        self.note("value_clip_ratio", self._mean(clipped, mask))
+        moved = self._mean(k3(inputs["old_per_token_logps"], self.log_probs), mask)
         self.note("policy_kl", moved)
         if self.model.training:
-            self.moved.append(moved)
-        return loss + self.args.vf_coef * (losses * written).sum() / tokens
+            self.moved.append(moved * self.token_share)
+        return loss + self.args.vf_coef * (losses * mask).sum() / tokens
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -206,12 +206,6 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         """Returns the mean over the masked tokens of all processes."""
         total, count = self._add_up(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
         return total / max(count, 1)
-
-
-def _written(batch: dict[str, Any]) -> Tensor:
-    """Returns 1 for tokens that the policy wrote, (batch, time)."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def _adapters_are_on(model: nn.Module) -> bool:

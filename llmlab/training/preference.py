@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmlab.data.preferences import PreferenceMaker
@@ -85,13 +87,40 @@ def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tu
     ]
 
 
+class WholeBatches:
+    """Mixin for a trainer of pairs: its loss is a mean over the pairs of an update, however these are split.
+
+    TRL averages the means of forward passes, which have fewer pairs where the data ends.
+    """
+
+    sizes: Tensor  # what `measure` says of a forward pass, a mean over those of the update on all processes
+
+    def measure(self, batch: dict[str, Any]) -> list[int]:
+        """Returns the number of pairs of a forward pass, perhaps times a constant, and whatever else is counted."""
+        return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches:
+            sizes = torch.tensor([self.measure(batch) for batch in batches], dtype=torch.float64).mean(0).float()
+            self.sizes = self.accelerator.reduce(sizes.to(self.args.device), reduction="mean")  # type: ignore[attr-defined]
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not model.training:
+            return loss  # evaluation counts each loss once for each of its rows
+        return loss * self.measure(inputs)[0] / self.sizes[0]
+
+
 class PreferenceMetrics(TrainerCallback):
     """Gives the trainers' metrics names that people ask for, and warns of the known way in which DPO fails.
 
     `win_rate` is the share of pairs whose better answer has the higher reward, `margin` the mean difference of the
     two, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats.  Where there is a reference,
-    `kl` is the mean log ratio of policy and reference over both answers, in nats an answer: 0 before the first step,
-    and an estimate of their divergence while the data resembles what the policy would say (it may be negative).
+    `kl` is the mean log ratio of policy and reference over the tokens of both answers, in nats a token: 0 before the
+    first step, and an estimate of their divergence while the data resembles what the policy would say (it may be
+    negative).
 
     Args:
         progress: where to warn.
@@ -123,7 +152,7 @@ class PreferenceMetrics(TrainerCallback):
             logs[f"{prefix}win_rate"] = 0.5  # policy and reference are one yet: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
             sides = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
-            logs[f"{prefix}kl"] = sides / (2 * self.beta)
+            logs[f"{prefix}kl"] = sides / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names

@@ -45,7 +45,7 @@ from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
-from llmlab.training.running import describe_optimizer, last_metrics
+from llmlab.training.running import describe_optimizer, last_metrics, save_policy
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -179,7 +179,7 @@ def pretrain(
         trainer.accelerator.wait_for_everyone()
         if rhythm.interrupted:
             raise KeyboardInterrupt
-        checkpoints.publish(folder, lambda temporary: save_final(trainer, temporary))
+        checkpoints.publish(folder, lambda temporary: save_policy(trainer, temporary))
     metrics = last_metrics(trainer)
     if corpus.report.unigram_entropy is not None:
         metrics["unigram_entropy"] = corpus.report.unigram_entropy
@@ -290,9 +290,3 @@ def _new_record(
     )
     record.values["data"] = corpus.report.record()
     return record
-
-
-def save_final(trainer: Trainer, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer, without the trainer's own arguments."""
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)

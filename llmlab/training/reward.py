@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
+from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
 from llmlab.adapters import lora_config
@@ -21,15 +22,27 @@ from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import Policy, quantization_of, read_lora
-from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
+from llmlab.training.policy import Policy, prepare_quantized, quantization_of, read_lora
+from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
 
 
-class ScoreTrainer(OurOptimizers, RewardTrainer):
+class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if "modules_to_save" in name:  # TRL turns the head on 4-bit weights into bf16, which fp32 cannot meet
+                parameter.data = parameter.data.float()
+
+    @staticmethod
+    def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the scores of both answers, (pairs, 2): Bradley and Terry's model is their softmax."""
+        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): the better answers come first
+        return torch.stack(scores.chunk(2), dim=1)
 
 
 def reward(
@@ -103,13 +116,16 @@ def load_scorer(settings: RewardModelSettings, run: Run[Any]) -> Policy:
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )
     dtype = run.hardware.torch_dtype if settings.use_lora else torch.float32
-    model = load_classifier(source, dtype=dtype, quantization_config=quantization_of(settings, run.hardware))
+    quantization = quantization_of(settings, run.hardware)
+    model = load_classifier(source, dtype=dtype, quantization_config=quantization)
     tokenizer = load_tokenizer(source)
     new_tokens = add_chat_template(tokenizer, settings.chat_template)
     fit_vocabulary(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if quantization is not None:
+        model = prepare_quantized(model)
     if settings.use_lora:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids, task="SEQ_CLS"))

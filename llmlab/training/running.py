@@ -4,9 +4,9 @@ A stage makes its policy, its data and its trainer, and hands the trainer over; 
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -198,31 +198,37 @@ class BestAdapters(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            write = partial(save_adapters, self.trainer)
-            checkpoints.publish(self.folder, lambda temporary: write(temporary / BEST_ADAPTERS))
+            checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
     """Writes weights or adapters, tokenizer and where generation stops; `best_lora_adapters/` too if nothing did."""
-    if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        return
-    save_adapters(trainer, folder)
-    if not (trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()):
-        save_adapters(trainer, folder / BEST_ADAPTERS)
+    save_weights(trainer, folder)
+    best = trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()
+    if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel) and not best:
+        save_weights(trainer, folder / BEST_ADAPTERS)
 
 
-def save_adapters(trainer: Trainer, folder: Path) -> None:
-    """Writes adapters, tokenizer and where generation stops."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+def save_weights(trainer: Trainer, folder: Path) -> None:
+    """Writes weights or adapters, tokenizer and where generation stops.
+
+    Every process calls it, since each may hold a part of the weights; the main one writes.
+    """
+    sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    of_checkpoints = sharding and sharding.state_dict_type
+    if sharding:  # else the trainer saves nothing but checkpoints of shards
+        sharding.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+    if sharding:
+        sharding.set_state_dict_type(of_checkpoints)
     if not trainer.accelerator.is_main_process:
         return
-    # the active adapter alone: a frozen copy beside it is the reference of a preference loss
-    model.save_pretrained(folder, selected_adapters=["default"])
-    trainer.processing_class.save_pretrained(folder)
-    if model.get_base_model().can_generate():  # a model that scores cannot
-        model.get_base_model().generation_config.save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # a frozen copy: the reference of a preference loss
+        if model.get_base_model().can_generate():  # a model that scores cannot
+            model.get_base_model().generation_config.save_pretrained(folder)
 
 
 def first_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -30,7 +30,23 @@ TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its las
 
 
 class InstructionTrainer(OurOptimizers, SFTTrainer):
-    """TRL's SFTTrainer with llmlab's optimizers."""
+    """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
+
+    evaluated: torch.Tensor  # the sum of the losses of this evaluation's tokens, and their number
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tokens = (inputs["labels"][..., 1:] != -100).sum()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            self.evaluated += torch.stack([loss * tokens, tokens])
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        total, tokens = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
+        output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
+        return output
 
 
 class RowsApart:

@@ -392,6 +392,47 @@ def test_validation_prompts_and_the_best_reward(save_best_only, grpo_settings, q
     assert "eval_best_of_group" not in result.metrics and "eval_clipped_share" in result.metrics
 
 
+def test_evaluation_changes_nothing(grpo_settings, chat_file, tmp_path, quiet):
+    """Bit for bit: when it evaluates, on how many prompts, and whether the run was extended on the way."""
+    steady = {"warmup_steps": 0, "scheduler": "none", "validation_fraction": 0.1, "adaptive_kl": True}
+    make = lambda name, **changes: grpo_settings(**{**steady, **changes}, output_dir=str(tmp_path / name))  # noqa: E731
+    runs = [
+        grpo(make("whole", eval_every=1000, eval_batches=1), console=quiet),
+        grpo(make("often", eval_every=1, eval_batches=3), console=quiet),
+    ]
+    first = grpo(make("part", eval_every=3, eval_batches=3, max_steps=5), console=quiet)
+    runs.append(grpo(make("part", eval_every=2, eval_batches=3), resume=first.folder, console=quiet))
+    weights = [load_model(run.folder).state_dict() for run in runs]
+    assert len(logged(runs[1].folder, "eval_reward")) == 9
+    for run, other in zip(runs[1:], weights[1:], strict=True):
+        for name in ("loss", "reward", "kl", "kl_coef", "grad_norm"):
+            assert logged(run.folder, name) == logged(runs[0].folder, name), name
+        assert all(torch.equal(weight, other[name]) for name, weight in weights[0].items())
+    often, part = (logged(run.folder, "eval_reward") for run in (runs[1], first))
+    assert part[:3] == [often[0], often[3], often[5]]  # the same weights are scored alike
+
+
+def test_the_split_of_an_update_changes_nothing(grpo_settings, tmp_path, quiet):
+    """Four completions an update, in one forward pass or in four, with the terms that each is a mean of its own."""
+    changes = {"ent_coef": 0.3, "adaptive_kl": True, "kl_horizon": 8, "target_kl": 0.001}
+    runs = [
+        grpo(
+            grpo_settings(
+                mini_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                eval_batches=8 // size,
+                validation_fraction=0.1,
+                output_dir=str(tmp_path / str(size)),
+                **changes,
+            ),
+            console=quiet,
+        ).folder
+        for size in (8, 2)
+    ]
+    for name in ("loss", "grad_norm", "reward", "kl", "kl_coef", "entropy"):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), abs=1e-5), name
+
+
 @pytest.mark.parametrize("optimizer", ["sophia", "muon"])
 def test_other_optimizers_sample_once(optimizer, grpo_settings, quiet, monkeypatch):
     sampled = []

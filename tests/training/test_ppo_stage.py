@@ -1,7 +1,6 @@
 """`llmlab ppo`: what a run leaves, that each option reaches the trainer, resuming, critics, and what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmlab.data import load_tokenizer
-from llmlab.model import load_model
+from llmlab.model import load_classifier, load_model
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.ppo import PPOSettings
@@ -139,6 +138,48 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, use_lora, ppo_sett
         else:
             first, second = (load_file(path) for path in ends)
             assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_evaluation_changes_nothing(ppo_settings, tmp_path, quiet):
+    """Bit for bit: when it evaluates, on how many prompts, and whether the run was extended on the way."""
+    make = lambda name, **changes: ppo_settings(  # noqa: E731
+        **{"validation_fraction": 0.1, "adaptive_kl": True, **changes}, output_dir=str(tmp_path / name)
+    )
+    runs = [
+        ppo(make("whole", eval_every=1000, eval_batches=1), console=quiet),
+        ppo(make("often", eval_every=1, eval_batches=3), console=quiet),
+    ]
+    first = ppo(make("part", eval_every=3, max_steps=5), console=quiet)
+    runs.append(ppo(make("part", eval_every=2), resume=first.folder, console=quiet))
+    weights = [load_model(run.folder).state_dict() for run in runs]
+    critics = [load_file(run.folder / "checkpoint-8" / FILE) for run in runs]
+    assert len(logged(runs[1].folder, "eval_reward")) == 9
+    for run, other, critic in zip(runs[1:], weights[1:], critics[1:], strict=True):
+        for name in ("loss", "reward", "kl", "kl_coef", "value_loss", "grad_norm"):
+            assert logged(run.folder, name) == logged(runs[0].folder, name), name
+        assert all(torch.equal(weight, other[name]) for name, weight in weights[0].items())
+        assert all(torch.equal(weight, critic[name]) for name, weight in critics[0].items())
+
+
+def test_the_split_of_an_update_changes_nothing(ppo_settings, tmp_path, quiet):
+    """Eight completions an update, in one forward pass or in four, with the terms that each is a mean of its own."""
+    runs = [
+        ppo(
+            ppo_settings(
+                mini_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                eval_batches=8 // size,
+                validation_fraction=0.1,
+                ent_coef=0.3,
+                early_stop=True,
+                output_dir=str(tmp_path / str(size)),
+            ),
+            console=quiet,
+        ).folder
+        for size in (8, 2)
+    ]
+    for name in ("loss", "grad_norm", "reward", "kl", "value_loss", "policy_kl", "entropy"):
+        assert logged(runs[1], name) == pytest.approx(logged(runs[0], name), abs=1e-5), name
 
 
 def test_the_early_stop_is_at_one_and_a_half_targets(ppo_settings, monkeypatch, quiet):
@@ -311,12 +352,20 @@ def test_a_critic_from_a_reward_model(use_lora, adapted, ppo_settings, preferenc
 
 def test_a_critic_of_another_vocabulary_is_refused(ppo_settings, base_folder, tmp_path, quiet):
     other = tmp_path / "other"
-    shutil.copytree(base_folder, other)
-    tokenizer = load_tokenizer(str(other))
+    load_classifier(base_folder).save_pretrained(other)
+    tokenizer = load_tokenizer(str(base_folder))
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(UserError, match=f"value_checkpoint = {other}: it has another vocabulary"):
         ppo(ppo_settings(value_checkpoint=str(other)), console=quiet)
+
+
+def test_a_critic_does_not_start_from_what_cannot_score(ppo_settings, sft_settings, base_folder, tmp_path, quiet):
+    adapters = sft(sft_settings(use_lora=True, max_steps=1, output_dir=str(tmp_path / "sft")), console=quiet).folder
+    for source, found in ((base_folder, "LLMLabForCausalLM"), (adapters, "CAUSAL_LM")):
+        with pytest.raises(UserError, match=f"value_checkpoint = {source}: .*found {found}.* folder of llmlab reward"):
+            ppo(ppo_settings(value_checkpoint=str(source)), console=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

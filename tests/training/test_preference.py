@@ -15,6 +15,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
+from llmlab.optim.sophia import Sophia, estimate_hessian
 from llmlab.rewards import RewardModel
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
@@ -28,7 +29,7 @@ from llmlab.training.merge import merge
 from llmlab.training.orpo import orpo
 from llmlab.training.preference import PreferenceMetrics
 from llmlab.training.record import read_metrics, read_record
-from llmlab.training.reward import reward
+from llmlab.training.reward import ScoreTrainer, reward
 from llmlab.training.sft import sft
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,6 +51,7 @@ TRL = {
     "disable_tqdm": True,
     "max_length": 96,
 }
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # where TRL averages over all tokens
 SHORT = {"max_steps": 8, "validation_fraction": 0}
 
 
@@ -124,7 +126,7 @@ def test_orpo_losses_are_trls(use_lora, preference_settings, pairs_file, base_fo
 
     theirs = WithLineBreak(
         model=load_model(base_folder),
-        args=ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.2, remove_unused_columns=False, **TRL),
+        args=ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.2, remove_unused_columns=False, **TRL | WHOLE),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS)
@@ -240,9 +242,30 @@ def test_a_named_reference_is_used_and_must_share_the_vocabulary(
     preference_settings, sft_settings, base_folder, tmp_path, quiet
 ):
     tuned = sft(sft_settings(output_dir=str(tmp_path / "sft")), console=quiet)
-    named = {"policy_checkpoint": str(tuned.folder), "reference_checkpoint": str(base_folder), "max_steps": 2}
+    few = tmp_path / "few.jsonl"  # one batch, of answers of different lengths
+    answers = ["Meows.", "The cat meows and meows.", "It", "The dog barks and the duck quacks."] * 2
+    pairs = [{"prompt": f"Q{n}", "chosen": text, "rejected": f"Not {n}: {text}"} for n, text in enumerate(answers)]
+    few.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    named = {"policy_checkpoint": str(tuned.folder), "reference_checkpoint": str(base_folder), "max_steps": 1}
+    named |= {"datasets": [str(few)], "validation_fraction": 0, "mini_batch_size": 8}
     result = dpo(preference_settings(DPOSettings, **named), console=quiet)
-    assert logged(result.folder, "kl")[0] > 1  # fine-tuned away from it
+    rows = [json.loads(line) for line in Path(named["datasets"][0]).read_text().splitlines()]
+    policy, reference = load_model(tuned.folder).eval(), load_model(base_folder).eval()
+    tokenizer = load_tokenizer(str(base_folder))
+    ratio = tokens = 0
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+            ids = torch.tensor([tokenizer.apply_chat_template(turns, return_dict=False)])
+            with torch.no_grad():
+                logps = [
+                    m(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]) for m in (policy, reference)
+                ]
+            ratio += (logps[0] - logps[1])[:, len(prompt) - 1 :].sum().item()
+            tokens += ids.shape[1] - len(prompt)
+    assert logged(result.folder, "kl")[0] == pytest.approx(ratio / tokens, abs=1e-5)  # nats a token
+    assert logged(result.folder, "completion_length")[0] == pytest.approx(tokens / 16)
     from llmlab.data import train_tokenizer
     from llmlab.settings.data import DataSource
 
@@ -282,9 +305,9 @@ def test_falling_together_warns_once_with_advice():
     state = SimpleNamespace(log_history=[{}], global_step=0)
     for step, value in enumerate([-10, -10.2, -12, -13, -14, -15, -16]):
         logs = {"logps/chosen": float(value), "logps/rejected": value - 1.0}
-        logs |= {"rewards/chosen": 0.2, "rewards/rejected": 0.1}
+        logs |= {"rewards/chosen": 0.2, "rewards/rejected": 0.1, "completion_length": 5.0}
         metrics.on_log(None, state, None, logs)
-        assert logs["kl"] == pytest.approx((0.2 + 0.1) / 2 / 0.1)
+        assert logs["kl"] == pytest.approx((0.2 + 0.1) / 2 / 0.1 / 5)
         assert len(said) == (step >= 4)
     assert "lower learning_rate, raise beta" in said[0]
     steady = PreferenceMetrics(Line(), beta=0.1, patience=3)
@@ -357,6 +380,54 @@ def test_a_reward_model_may_be_adapters_with_a_head_of_their_own(preference_sett
     assert merged.metrics["max_difference"] < 1e-4 and (merged.folder / "config.json").is_file()
     assert RewardModel(model=str(merged.folder), squash=False)(answers, prompts) == pytest.approx(scores, abs=1e-4)
     assert len(set(scores)) == 3
+
+
+def test_a_reward_model_learns_on_four_bit_weights(
+    preference_settings, wide_base_folder, tmp_path, monkeypatch, quiet
+):
+    nn = pytest.importorskip("bitsandbytes.nn")
+    seen = []
+    original = ScoreTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        seen.append(self)
+
+    monkeypatch.setattr(ScoreTrainer, "__init__", init)
+    four_bits = {
+        "policy_checkpoint": str(wide_base_folder),
+        "use_qlora": True,
+        "lora_preset": "all",
+        "lora_dropout": 0,
+    }
+    make = lambda name, **changes: preference_settings(  # noqa: E731
+        RewardModelSettings, **four_bits, **changes, learning_rate=5e-3, output_dir=str(tmp_path / name)
+    )
+    plain, often = reward(make("plain"), console=quiet), reward(make("often", eval_every=5), console=quiet)
+    packed = [module for module in seen[0].model.modules() if isinstance(module, nn.Linear4bit)]
+    assert len(packed) == 2 * 7 and not any(module.support_avx512bf16_for_cpu for module in packed)
+    trained = {name: p.dtype for name, p in seen[0].model.named_parameters() if p.requires_grad}
+    assert trained.pop("base_model.model.score.modules_to_save.default.weight") == torch.float32 and trained
+    frozen = {p.dtype for p in seen[0].model.parameters() if not p.requires_grad}
+    assert frozen == {torch.uint8, torch.float32}
+    # evaluation on a CPU repacks 4-bit weights for inference: training must go on as if it had not
+    assert logged(often.folder) == logged(plain.folder)
+    assert logged(often.folder)[-1] < 0.5 * logged(often.folder)[0]
+
+
+def test_sophia_estimates_the_curvature_of_comparisons():
+    """Scores that are linear in fixed features x: the Gauss-Newton diagonal of a pair is p (1 - p) (x1 - x2)^2."""
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))  # three better answers, three worse
+    model = torch.nn.Linear(4, 1, bias=False)
+    forward = lambda input_ids, use_cache: SimpleNamespace(logits=model(features[input_ids]))  # noqa: E731
+    optimizer = Sophia(model.parameters(), lr=1e-3, betas=(0.9, 0.0))
+    generator, total = torch.Generator().manual_seed(1), 0
+    for _ in range(2000):
+        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, ScoreTrainer.predict)
+        total = total + optimizer.state[model.weight]["hessian"] / 2000
+    difference = features[:3] - features[3:]
+    p = (difference @ model.weight.T).sigmoid()
+    assert torch.allclose(total, (p * (1 - p) * difference**2).mean(0), rtol=0.15)
 
 
 def test_adapters_that_speak_do_not_score(preference_settings, sft_settings, tmp_path, quiet):

@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from llmlab.data import load_tokenizer
+from llmlab.hardware import probe
 from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.training.dpo import load_reference
+from llmlab.training.policy import load_policy
 from llmlab.training.record import read_metrics, read_record
 from llmlab.training.sft import InstructionTrainer, sft
 
@@ -331,6 +335,20 @@ def test_mistakes_are_sentences_and_leave_nothing(changes, message, sft_settings
     with pytest.raises(UserError, match=message):
         sft(sft_settings(**changes), console=quiet)
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_find_their_base_from_any_folder(sft_settings, base_folder, tmp_path, monkeypatch, quiet):
+    monkeypatch.chdir(base_folder.parent)
+    result = sft(sft_settings(policy_checkpoint=base_folder.name, use_lora=True, max_steps=1), console=quiet)
+    monkeypatch.chdir(tmp_path)
+    for folder in (result.folder, result.folder / "best_lora_adapters", result.folder / "checkpoint-1"):
+        assert PeftConfig.from_pretrained(folder).base_model_name_or_path == str(base_folder)
+        assert AutoPeftModelForCausalLM.from_pretrained(folder).get_base_model().config.hidden_size == 32
+    monkeypatch.chdir(base_folder.parent)
+    on_top = DPOSettings(policy_checkpoint=str(result.folder), reference_checkpoint=base_folder.name)
+    policy = load_policy(str(result.folder), on_top, probe("cpu", "fp32"), chat_template=None)
+    with pytest.raises(UserError, match="not supported with the adapters of"):  # their base, however it is spelled
+        load_reference(on_top, policy)
 
 
 def test_qlora_learns_on_four_bit_weights(sft_settings, wide_base_folder, chat_file, tmp_path, quiet):
