@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.data.conversations import load_conversations
-from llmlab.data.formats import ROLES, UnusableRow
+from llmlab.data.messages import ROLES, UnusableRow
 from llmlab.data.pairs import PAIR_FORMATS, PAIRS, recognize_pairs, to_pair
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.data.formats import UnusableRow
+from llmlab.data.messages import UnusableRow
 from llmlab.data.rendering import RenderedRow, Renderer, add_chat_template, find_problem
 from llmlab.data.tokenizer import TEMPLATE, load_tokenizer, stop_token_ids
 from llmlab.settings.errors import UserError
