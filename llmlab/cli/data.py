@@ -73,7 +73,7 @@ def check(
             _progress(source, limit),
             source.read,
             name=source.name,
-            form=source.form.name + (", unpaired preferences" if source.label else ""),
+            form=source.form.name + (", unpaired" if source.label else ""),
             label=source.label,
             render=renderer.render if renderer else None,
             find_problem=(lambda row: find_problem(row, renderer.tokenizer, renderer.stops)) if renderer else None,

@@ -178,7 +178,7 @@ def _read_parts(role: str, content: list[Any]) -> _Parts:
     for part in content:
         if not isinstance(part, dict):
             raise UnusableRow(f"expected a content part with a type, found {type(part).__name__}")
-        kind = part.get("type") or ("text" if "text" in part else None)
+        kind = str(part.get("type") or ("text" if "text" in part else None))
         text = part.get("text") if part.get(kind) is None else part[kind]
         if kind in TEXTS:
             texts.append(text_of(text))
@@ -187,7 +187,8 @@ def _read_parts(role: str, content: list[Any]) -> _Parts:
         elif kind in CALLS and role == "assistant":
             calls.append(part)
         elif kind in RESULTS and role in ("user", "tool"):
-            results.append(result_text(part["output"] if part.get("content") is None else part["content"]))
+            result = result_text(part.get("output") if part.get("content") is None else part["content"])
+            results.append(json.dumps({"error": result}, ensure_ascii=False) if part.get("is_error") else result)
         else:
             raise UnusableRow(f"content part '{kind}' in a turn of the {role}, which is not supported")
     return _Parts("".join(texts), "".join(reasoning), calls, results)

@@ -256,6 +256,7 @@ def _calls(value: Any) -> list[ToolCall]:
 
 
 def _without_stops(text: str) -> str:
+    text = text.strip()
     end = len(text)
     while stop := next((stop for stop in _STOPS if text.endswith(stop, 0, end)), ""):
         end -= len(stop)
