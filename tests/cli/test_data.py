@@ -128,7 +128,6 @@ def test_preview_marks_what_is_trained_without_colors(cli, rows_file, tokenizer)
     assert output.count("⟦") == 5 + 1  # five usable rows, and the legend
     assert "⟦The cat says meow.<|im_end|>⟧" in output
     assert "<|im_start|>user\nWhat does the cat say?<|im_end|>" in output
-    assert re.search(r"row 5 .* tokens, 1 trained", output)  # an empty answer is its end alone
     assert "Tokens a row of 5; 0 longer than 1,024, 1 dropped" in output
 
 

@@ -217,8 +217,8 @@ def test_each_fine_tuning_setting_has_an_effect(
     (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
     turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
     both = tmp_path / "both.jsonl"
-    label = "label" if setting.key == "only_label" else "k"
-    both.write_text("".join(json.dumps({"messages": turns, label: k % 3 == 0}) + "\n" for k in range(60)))
+    labels = [{"label": k % 3 == 0} if setting.key == "only_label" else {} for k in range(60)]
+    both.write_text("".join(json.dumps({"messages": turns, "k": k, **labels[k]}) + "\n" for k in range(60)))
     changes = {"save_every": {"save_best_only": False}, "only_label": {"only_label": False}}.get(setting.key, {})
     conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
     if setting.key == "lora_target_modules":
