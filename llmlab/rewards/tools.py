@@ -140,8 +140,10 @@ def names_of(tools: Any) -> set[str] | None:
         return None
     try:
         listed = parse_tools(tools)
-    except UnusableRow as reason:
-        raise UserError(f"tools: {reason}; expected a list of names or schemas") from None
+    except UnusableRow:
+        raise UserError(
+            f"tools: expected a list of names or schemas, also as JSON text, found {tools!r:.60}"
+        ) from None
     functions = [(tool.get("function") or tool) if isinstance(tool, dict) else {"name": tool} for tool in listed]
     names = [function.get("name") if isinstance(function, dict) else None for function in functions]
     if not all(isinstance(name, str) for name in names):

@@ -176,3 +176,23 @@ def test_any_text_has_a_clear_result(text):
 )
 def test_a_long_text_takes_no_time(piece):
     assert len(calls_in_text(piece * (1_000_000 // len(piece)))) <= 150_000  # quadratic time would be minutes
+
+
+def test_what_trl_parses_by_a_response_template_is_read_the_same(tmp_path):
+    """Where it fails, TRL hands over the text, in which the malformed call is still one."""
+    from trl.chat_template_utils import parse_response, qwen3_template
+
+    from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
+    from llmlab.settings.data import DataSource
+
+    train_tokenizer([DataSource(name="demo/stories", subset="20kB")], 300, tmp_path / "t", show_progress=False)
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    tokenizer.response_template = qwen3_template
+
+    def reply(text):
+        prefix = tokenizer("<|im_start|>assistant\n")["input_ids"]
+        return [parse_response(tokenizer, tokenizer(text + "<|im_end|>")["input_ids"], prefix=prefix)]
+
+    called = reply(f"<think>{WELL_FORMED['Hermes']}</think>{WELL_FORMED['Hermes']}")
+    assert "tool_calls" in called[0] and tool_calls(called) == [ADD]
+    assert [call.name for call in tool_calls(reply("<tool_call>{broken</tool_call>"))] == [None]
