@@ -73,7 +73,8 @@ def check(
             _progress(source, limit),
             source.read,
             name=source.name,
-            form=source.form.name,
+            form=source.form.name + (", unpaired" if source.label else ""),
+            label=source.label,
             render=renderer.render if renderer else None,
             find_problem=(lambda row: find_problem(row, renderer.tokenizer, renderer.stops)) if renderer else None,
             max_seq_len=max_seq_len,
@@ -103,8 +104,8 @@ def preview(
     """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
     from random import Random
 
-    from llmlab.data.formats import UnusableRow
     from llmlab.data.inspect import Lengths
+    from llmlab.data.messages import UnusableRow
     from llmlab.data.sources import Tally
 
     found = _load(_parse(source))
@@ -227,6 +228,9 @@ def _print_details(console: "Console", report: "DataReport") -> None:
     if report.scripts:
         shares = [f"{script} {_percent(share)}" for script, share in list(report.scripts.items())[:6]]
         console.print(f"[dim]letters[/]  {', '.join(shares)}{', ...' if len(report.scripts) > 6 else ''}")
+    if report.labels:
+        counts = ", ".join(f"{label} {count:,}" for label, count in sorted(report.labels.items(), reverse=True))
+        console.print(f"[dim]labels[/]   {counts}; llmlab sft learns one of them: --only-label true")
     if report.tokens:
         share = report.tokens.trained / report.tokens.lengths.total
         console.print(f"[dim]trained[/]  {_percent(share)} of the tokens")

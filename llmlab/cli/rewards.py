@@ -120,6 +120,7 @@ def reward_settings(rewards: str | None, config: Path | None, normalize: bool | 
 def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """Returns prompts, completions and the other columns of a file, as trainers give them to rewards."""
     from llmlab.data import files
+    from llmlab.rewards.completions import read_messages
 
     if not path.expanduser().exists():
         raise files.missing_file(str(path))
@@ -137,6 +138,12 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         if not _is_text_or_messages(row.get("prompt", "")):
             kind = type(row["prompt"]).__name__
             raise UserError(f"{path}: row {number}: prompt: expected text or a list of messages, found {kind}")
+        for name in ("prompt", "completion"):
+            if isinstance(row.get(name), list):
+                try:
+                    read_messages(row[name])
+                except UserError as error:
+                    raise UserError(f"{path}: row {number}: {name}: {error}") from None
     prompts = [row.get("prompt", "") for row in rows]
     completions = [
         [{"role": "assistant", "content": row["completion"]}]

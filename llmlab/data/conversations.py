@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmlab.data.formats import PLAIN_TEXT, Format, UnusableRow, recognize, to_messages
+from llmlab.data.formats import PLAIN_TEXT, Format, label_column, recognize, to_messages, truth_of
+from llmlab.data.messages import UnusableRow
 from llmlab.data.pairs import recognize_pairs, to_pair
 from llmlab.data.sources import Tally, choose_column, load_rows
 from llmlab.settings.data import DataSource
@@ -15,6 +16,10 @@ from llmlab.settings.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+
+class OtherLabel(UnusableRow):
+    """A row of unpaired preferences whose label was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class ConversationSource:
         splits: the splits that the source has.
         column: the column that holds plain text, where the format is that.
         pairs: whether rows are read as preference pairs.
+        label: the column that says of each completion whether it is good, where the rows are unpaired preferences.
+        only_label: the label of the rows that are used; None uses all.
     """
 
     name: str
@@ -38,13 +45,22 @@ class ConversationSource:
     splits: tuple[str, ...]
     column: str | None = None
     pairs: bool = False
+    label: str | None = None
+    only_label: bool | None = None
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns a row as `to_messages` or, of preference pairs, `to_pair` does.
 
         Raises:
             UnusableRow: it cannot be read so; the reason is for counting.
+            OtherLabel: it is not one of the rows that are used.
         """
+        if self.only_label is not None and self.label is not None:
+            truth = truth_of(row.get(self.label))
+            if truth is None:
+                raise UnusableRow(f"without a '{self.label}' that is true or false")
+            if truth != self.only_label:
+                raise OtherLabel(f"{self.label} = {str(truth).lower()}")
         if self.pairs:
             return to_pair(row, self.form)
         return to_messages({"text": row.get(self.column)} if self.column else row, self.form)
@@ -89,4 +105,5 @@ def load_conversations(
     else:
         form = recognize(columns, source.name)
         column = "text" if form is PLAIN_TEXT else None
-    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column)
+    label = label_column(form, first)
+    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column, label=label)

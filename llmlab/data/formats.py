@@ -4,28 +4,23 @@ Every format becomes the same thing, so sources of different formats can be mixe
 chat template's business; preference pairs are not read here.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmlab.data.messages import (
+    Message,
+    Row,
+    UnusableRow,
+    is_empty,
+    list_of,
+    parse_tools,
+    read_turns,
+    text_of,
+)
 from llmlab.settings.errors import UserError, did_you_mean
 
-Row = dict[str, Any]
-Message = dict[str, Any]
-
-ROLES = {
-    "user": ("user", "human", "prompter", "instruction", "question"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "answer"),
-    "system": ("system", "developer"),
-    "tool": ("tool", "observation", "function_response", "function", "ipython"),
-    "call": ("function_call", "tool_call"),
-}
-ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
-
-
-class UnusableRow(ValueError):
-    """A row that cannot become messages; the reason is counted and reported."""
+LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Format:
     name: str
     columns: tuple[str, ...]
     read: Callable[[Row], list[Message]]
-    optional: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ("tools", "system")
 
 
 def _messages(row: Row) -> list[Message]:
@@ -47,9 +42,9 @@ def _conversations(row: Row) -> list[Message]:
 
 
 def _alpaca(row: Row) -> list[Message]:
-    given = _text(row["input"]) if row.get("input") else ""
-    prompt = _text(row["instruction"]) + (f"\n\n{given}" if given.strip() else "")
-    past = [turn for pair in _list(row.get("history"), "history") for turn in _past(pair)]
+    given = text_of(row["input"]) if row.get("input") else ""
+    prompt = text_of(row["instruction"]) + (f"\n\n{given}" if given.strip() else "")
+    past = [turn for pair in list_of(row.get("history"), "history") for turn in _past(pair)]
     return [*past, *_pair(prompt, row["output"])]
 
 
@@ -61,12 +56,12 @@ def _past(pair: Any) -> list[Message]:
 
 def _prompt_completion(row: Row) -> list[Message]:
     if isinstance(row["prompt"], list):
-        return read_turns([*row["prompt"], *_list(row["completion"], "completion")])
+        return read_turns([*row["prompt"], *list_of(row["completion"], "completion")])
     return _pair(row["prompt"], row["completion"])
 
 
 def _sharegpt_chosen(row: Row) -> list[Message]:
-    return [*read_turns(row["conversations"]), _turn(row["chosen"])]
+    return [*read_turns(row["conversations"]), *read_turns([row["chosen"]])]
 
 
 def _prompt_chosen(row: Row) -> list[Message]:
@@ -81,22 +76,24 @@ def _prompt_chosen(row: Row) -> list[Message]:
 
 
 def _chosen(row: Row) -> list[Message]:
-    return read_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(_text(row["chosen"]))
+    return (
+        read_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(text_of(row["chosen"]))
+    )
 
 
-PLAIN_TEXT = Format("plain text", ("text",), lambda row: [])
+PLAIN_TEXT = Format("plain text", ("text",), lambda row: [], ())
 FORMATS = (
     Format("messages", ("messages",), _messages, ("tools", "system")),
     Format("ShareGPT preference", ("conversations", "chosen", "rejected"), _sharegpt_chosen, ("tools", "system")),
     Format("preference", ("prompt", "chosen", "rejected"), _prompt_chosen, ("tools", "system")),
     Format("ShareGPT conversations", ("conversations",), _conversations, ("tools", "system")),
-    Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "tools", "system", "history")),
     Format(
         "instruction/response", ("instruction", "response"), lambda row: _pair(row["instruction"], row["response"])
     ),
     Format("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools", "system")),
     Format("prompt/response", ("prompt", "response"), lambda row: _pair(row["prompt"], row["response"])),
-    Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"]), ("system",)),
+    Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"])),
     Format("hh-rlhf transcript", ("chosen", "rejected"), _chosen),
     PLAIN_TEXT,
 )
@@ -123,6 +120,20 @@ def recognize(columns: Iterable[str], where: str) -> Format:
         if set(candidate.columns) <= found:
             return candidate
     raise closest(FORMATS, found, where, "instruction data")
+
+
+def label_column(form: Format, rows: Iterable[Row]) -> str | None:
+    """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
+    rows = list(rows)
+    if form is PLAIN_TEXT or "chosen" in form.columns:
+        return None
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
+    return next((name for name in LABELS if values[name] and None not in map(truth_of, values[name])), None)
+
+
+def truth_of(value: Any) -> bool | None:
+    """Returns a label as true or false: a boolean, 1 or 0, or their names; None for anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -159,25 +170,32 @@ def to_messages(row: Row, form: Format) -> Row:
         if row.get(column) is None:
             raise UnusableRow(f"without '{column}'")
     if form is PLAIN_TEXT:
-        if not _text(row["text"]).strip():
+        if not text_of(row["text"]).strip():
             raise UnusableRow("empty")
         return {"text": row["text"]}
     messages = read_system(row, form) + form.read(row)
     if not any(message["role"] == "assistant" for message in messages):
         raise UnusableRow("no turn of the assistant")
+    if all(is_empty(message) for message in messages if message["role"] == "assistant"):
+        raise UnusableRow("no turn of the assistant says anything")
     return {"messages": messages, "tools": read_tools(row, form)}
 
 
 def read_system(row: Row, form: Format) -> list[Message]:
     """Returns the system prompt that stands in a column of its own, as no or one message."""
     if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
-        return [{"role": "system", "content": _text(row["system"])}]
+        return [{"role": "system", "content": text_of(row["system"])}]
     return []
 
 
 def read_tools(row: Row, form: Format) -> list[dict[str, Any]] | None:
     """Returns the tools of a row where its format may have some."""
-    return _tools(row.get("tools")) if "tools" in form.optional else None
+    if "tools" not in form.optional:
+        return None
+    tools = parse_tools(row.get("tools"))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("expected tools as JSON schemas")
+    return tools or None
 
 
 def transcript_messages(text: str) -> list[Message]:
@@ -194,77 +212,4 @@ def transcript_messages(text: str) -> list[Message]:
 
 
 def _pair(prompt: Any, answer: Any) -> list[Message]:
-    return [{"role": "user", "content": _text(prompt)}, {"role": "assistant", "content": _text(answer)}]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise UnusableRow(f"expected text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character
-        raise UnusableRow("not valid Unicode") from None
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    """Returns a list that may be absent."""
-    if value is not None and not isinstance(value, list):
-        raise UnusableRow(f"expected {name} as a list, found {type(value).__name__}")
-    return value or []
-
-
-def read_turns(turns: Any) -> list[Message]:
-    """Returns turns as messages, whatever they call roles and text."""
-    if not isinstance(turns, list) or not turns:
-        raise UnusableRow("no turns")
-    return [_turn(turn) for turn in turns]
-
-
-def _turn(turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise UnusableRow(f"expected a turn with a role, found {type(turn).__name__}")
-    spelled = turn.get("role") or turn.get("from") or turn.get("speaker")
-    role = ROLE_OF.get(str(spelled).lower())
-    content = turn["content"] if "content" in turn else turn.get("value", turn.get("text"))
-    if role is None:
-        raise UnusableRow(f"unknown role '{spelled}'")
-    calls = _list(turn.get("tool_calls"), "tool_calls")
-    if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
-        return {"role": "assistant", "content": "", "tool_calls": _calls(_text(content))}
-    if calls:
-        return {"role": role, "content": _text(content or ""), "tool_calls": [_plain_call(call) for call in calls]}
-    return {"role": role, "content": _text(content)}
-
-
-def _calls(text: str) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        raise UnusableRow("a function call that is not JSON") from None
-    return [_plain_call(call) for call in (value if isinstance(value, list) else [value])]
-
-
-def _plain_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UnusableRow("a function call without a name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError:
-            raise UnusableRow("a function call whose arguments are not JSON") from None
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError:
-            raise UnusableRow("tools that are not JSON") from None
-    tools = _list([value] if isinstance(value, dict) else value, "tools")
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow("expected tools as JSON schemas")
-    return tools or None
+    return [{"role": "user", "content": text_of(prompt)}, {"role": "assistant", "content": text_of(answer)}]

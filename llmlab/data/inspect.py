@@ -16,7 +16,8 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from llmlab.data.encoding import text_hash
-from llmlab.data.formats import UnusableRow
+from llmlab.data.formats import truth_of
+from llmlab.data.messages import UnusableRow, is_empty
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -29,6 +30,8 @@ NEAR = 0.8  # Jaccard similarity of word 5-grams, as in Lee et al. 2021, arXiv 2
 SHINGLE = 5
 PERMUTATIONS = 128
 COMPARED = 100_000  # characters of a row that are compared for near duplicates
+
+TWO_IN_A_ROW = "two turns of the assistant in a row"
 
 # What may follow what; a call is a turn of the assistant that calls tools.
 _FOLLOWERS = {
@@ -133,6 +136,7 @@ class DataReport:
         characters: characters a row that can be read, all turns together.
         words: words a row.
         tokens: tokens a row, where a tokenizer was given.
+        labels: rows by label, where they are unpaired preferences.
     """
 
     name: str
@@ -148,6 +152,7 @@ class DataReport:
     characters: Lengths | None
     words: Lengths | None
     tokens: TokenReport | None
+    labels: dict[str, int]
 
 
 def inspect_rows(
@@ -156,6 +161,7 @@ def inspect_rows(
     *,
     name: str,
     form: str,
+    label: str | None = None,
     render: Callable[[Row], Any] | None = None,
     find_problem: Callable[[Any], str] | None = None,
     max_seq_len: int = 1024,
@@ -167,6 +173,7 @@ def inspect_rows(
         read: returns a row as `{"messages": ..., "tools": ...}` or `{"text": ...}`, or raises UnusableRow.
         name: the source, for the report.
         form: name of the format, for the report.
+        label: the column whose values are counted.
         render: returns a conversation's tokens (`input_ids` and `trained`), or raises UnusableRow; None counts none.
         find_problem: says what is wrong with a rendered row, or returns an empty text.
         max_seq_len: where rows will be cut.
@@ -180,8 +187,11 @@ def inspect_rows(
     dropped, exact, near, problems = Findings(), Finding(), Finding(), Findings()
     seen: set[int] = set()
     similar = NearDuplicates()
+    labels: Counter[str] = Counter()
     number = 0
     for number, row in enumerate(rows, 1):
+        if label is not None:
+            labels[{True: "true", False: "false", None: "neither"}[truth_of(row.get(label))]] += 1
         columns.update(dict.fromkeys(map(str, row)))
         try:
             conversation = read(row)
@@ -228,6 +238,7 @@ def inspect_rows(
         characters=Lengths.of(characters) if characters else None,
         words=Lengths.of(words) if words else None,
         tokens=TokenReport(Lengths.of(tokens), trained, max_seq_len, truncated, lost) if tokens else None,
+        labels=dict(labels),
     )
 
 
@@ -268,7 +279,11 @@ def text_of(conversation: Row) -> str:
     return "\n".join(
         part
         for message in conversation["messages"]
-        for part in (message["content"], *(_call_text(call) for call in message.get("tool_calls") or ()))
+        for part in (
+            message.get("reasoning_content"),
+            message["content"],
+            *(_call_text(call) for call in message.get("tool_calls") or ()),
+        )
         if part
     )
 
@@ -285,7 +300,7 @@ def turn_problems(messages: Sequence[Message]) -> list[str]:
     for message in messages:
         calls = bool(message.get("tool_calls"))
         turn = "call" if message["role"] == "assistant" and calls else message["role"]
-        if not calls and not message["content"].strip():
+        if is_empty(message):
             found[f"empty turn of the {turn}"] = None
         if turn not in _FOLLOWERS[before]:
             found[_disorder(before, turn)] = None
@@ -300,6 +315,8 @@ def _disorder(before: str, turn: str) -> str:
         return "system turn that is not the first"
     if turn == "tool":
         return "tool result without a call"
+    if before in ("assistant", "call") and turn in ("assistant", "call"):
+        return TWO_IN_A_ROW
     if before == "call":
         return "call without a result"
     if before in ("", "system"):

@@ -5,17 +5,17 @@ from typing import Any
 
 from llmlab.data.formats import (
     FORMATS,
+    LABELS,
+    PLAIN_TEXT,
     Format,
-    Message,
-    Row,
-    UnusableRow,
     closest,
     read_system,
     read_tools,
-    read_turns,
     shared_length,
     transcript_messages,
 )
+from llmlab.data.messages import Message, Row, UnusableRow, is_empty, read_turns
+from llmlab.settings.errors import UserError
 
 PAIRS = ("ShareGPT preference", "preference", "hh-rlhf transcript")
 PAIR_FORMATS = tuple(form for form in FORMATS if form.name in PAIRS)
@@ -31,6 +31,13 @@ def recognize_pairs(columns: Iterable[str], where: str) -> Format:
     for candidate in PAIR_FORMATS:
         if set(candidate.columns) <= found:
             return candidate
+    label = next((name for name in LABELS if name in found), None)
+    if label and any(set(form.columns) <= found for form in FORMATS if form is not PLAIN_TEXT):
+        raise UserError(
+            f"{where}: not supported: its column '{label}' tells unpaired preferences (KTO), and this stage compares "
+            "two answers to one prompt; give rows of prompt, chosen (an answer whose label is true) and rejected (one "
+            "to the same prompt whose label is false), or fine-tune on the good ones: llmlab sft --only-label true"
+        )
     raise closest(PAIR_FORMATS, found, where, "preference data")
 
 
@@ -56,7 +63,7 @@ def to_pair(row: Row, form: Format) -> Row:
     if chosen == rejected:
         raise UnusableRow("chosen and rejected are the same")
     for side in (chosen, rejected):
-        if not side or not (side[0]["content"].strip() or side[0].get("tool_calls")):
+        if not side or is_empty(side[0]):
             raise UnusableRow("an empty completion")
         if any(message["role"] != "assistant" for message in (side[0], side[-1])):
             raise UnusableRow("a completion that is not the assistant's")

@@ -9,7 +9,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.conversations import ConversationSource, load_conversations
-from llmlab.data.formats import UnusableRow
+from llmlab.data.messages import UnusableRow
 from llmlab.data.rendering import Renderer
 from llmlab.settings.data import DataSource
 

@@ -10,23 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.conversations import ConversationSource
 from llmlab.data.formats import (
     FORMATS,
     Format,
-    Message,
-    Row,
-    UnusableRow,
     closest,
     read_system,
     read_tools,
-    read_turns,
     shared_length,
     transcript_messages,
 )
+from llmlab.data.messages import Message, Row, UnusableRow, read_turns
+from llmlab.data.rendering import encode_prompt
 from llmlab.data.sources import choose_column, load_rows
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -167,16 +164,11 @@ class PromptMaker:
         """
         if conversation["tools"]:
             raise UnusableRow("tools, which this stage cannot show to the model")
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                conversation["prompt"], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses it: {error}") from None
+        ids, prompt = encode_prompt(self.tokenizer, conversation["prompt"])
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise UnusableRow(f"longer than {self.limit} tokens")
         return {
-            "prompt": json.dumps(conversation["prompt"]),
+            "prompt": json.dumps(prompt),
             "columns": json.dumps(conversation["columns"], default=str),
             "tokens": len(ids),
             "whole": len(ids),

@@ -2,6 +2,9 @@
 
 The chat template decides the text; here is only which part of it the assistant wrote.  Templates without `generation`
 marks are asked once for each turn, so any template whose text only grows serves.
+
+Two turns of the assistant in a row are rendered as they are where the template allows it, else joined by a blank line.
+Reasoning stands as `<think>...</think>` before the answer where the template has no place of its own for it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,8 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.formats import UnusableRow, shared_length
+from llmlab.data.formats import shared_length
+from llmlab.data.messages import Message, UnusableRow, join_turns
 from llmlab.data.tokenizer import TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError
 
@@ -55,14 +59,23 @@ class Renderer:
         """
         if "text" in conversation:
             return self._render_text(conversation["text"])
-        messages, tools = conversation["messages"], conversation["tools"]
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.tokenizer.name_or_path}: this tokenizer has no chat template")
+        messages, tools = self._show_reasoning(conversation["messages"]), conversation["tools"]
+        try:
+            row = self._render(messages, tools)
+        except UnusableRow:
+            joined = join_turns(messages)
+            if len(joined) == len(messages):
+                raise
+            row = self._render(joined, tools)
+        return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
+
+    def _render(self, messages: list[Message], tools: list[Any] | None) -> RenderedRow:
         try:
             if self._marked_template is not None or self.loss_on == "all":
-                row = self._render_marked(messages, tools)
-            else:
-                row = self._render_by_turns(messages, tools)
+                return self._render_marked(messages, tools)
+            return self._render_by_turns(messages, tools)
         except UnusableRow:
             raise
         except TemplateError as error:
@@ -73,7 +86,18 @@ class Renderer:
             OverflowError,
         ) as error:  # templates that add text and None, or index what is not there
             raise UnusableRow(f"the chat template fails: {error}") from None
-        return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
+
+    def _show_reasoning(self, messages: list[Message]) -> list[Message]:
+        """Puts reasoning before the answer where the template would leave it out."""
+        if "reasoning_content" in str(self.tokenizer.chat_template):
+            return messages
+        return [
+            {key: value for key, value in message.items() if key != "reasoning_content"}
+            | {"content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+            if "reasoning_content" in message
+            else message
+            for message in messages
+        ]
 
     def render_pair(self, pair: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
         """Returns the ids of a pair's prompt and of its chosen and rejected completions.
@@ -83,13 +107,7 @@ class Renderer:
         """
         prompt, tools = pair["prompt"], pair["tools"]
         whole = [self.render({"messages": prompt + pair[side], "tools": tools}) for side in ("chosen", "rejected")]
-        try:
-            start = self.tokenizer.apply_chat_template(
-                prompt, tools=tools, add_generation_prompt=True, return_dict=True
-            )
-        except TemplateError as error:
-            raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
-        ids = start["input_ids"]
+        ids, _ = encode_prompt(self.tokenizer, self._show_reasoning(prompt), tools)
         shared = min(shared_length(ids, row.input_ids) for row in whole)
         if shared < len(ids):  # a merge over the boundary is no loss, other text is
             text = self.tokenizer.decode(ids)
@@ -161,6 +179,23 @@ class Renderer:
         calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
         if any(str(function.get("name", "")) not in text for function in functions + calls):
             raise UnusableRow("the chat template does not show its tools; set chat_template=chatml")
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], tools: list[Any] | None = None
+) -> tuple[list[int], list[Message]]:
+    """Returns a prompt's ids, up to where the answer begins, and the messages as the template takes them.
+
+    Raises:
+        UnusableRow: the template refuses it.
+    """
+    try:
+        output = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        if len(joined := join_turns(prompt)) < len(prompt):
+            return encode_prompt(tokenizer, joined, tools)
+        raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
+    return output["input_ids"], prompt
 
 
 def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> str:

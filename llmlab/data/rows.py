@@ -20,16 +20,16 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, interleave_datasets, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.conversations import ConversationSource
+from llmlab.data.conversations import ConversationSource, OtherLabel
 from llmlab.data.corpus import label_of
 from llmlab.data.encoding import text_hash
-from llmlab.data.formats import UnusableRow
+from llmlab.data.messages import UnusableRow
 from llmlab.data.packing import seeded
 from llmlab.data.store import cache_folder
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 
-VERSION = 2  # of the rendered rows: raise it with every change that alters them
+VERSION = 3  # of the rendered rows: raise it with every change that alters them
 WORTH_PROCESSES = 5_000  # rows from which rendering in several processes pays
 
 
@@ -76,6 +76,7 @@ class RowsReport:
         counts: sums over the training rows of what the maker counts.
         dropped: rows that could not be used, by reason.
         lost: rows that were left with nothing to learn by a length limit.
+        left_out: rows of unpaired preferences whose label was not asked for.
         passes: how many times training goes through them; None until it is known.
     """
 
@@ -87,6 +88,7 @@ class RowsReport:
     counts: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     lost: int = 0
+    left_out: int = 0
     passes: float | None = None
 
     def record(self) -> dict[str, Any]:
@@ -102,6 +104,8 @@ class RowsReport:
             parts.append(f"{self.counts['prompt_cut']:,} prompts cut from the left")
         if self.counts.get("cut"):
             parts.append(f"{self.counts['cut']:,} cut")
+        if self.left_out:
+            parts.append(f"{self.left_out:,} of the other label left out")
         if self.lost:
             parts.append(f"{self.lost:,} left out: cut to nothing")
         parts += [f"{count:,} dropped: {reason}" for reason, count in self.dropped.most_common()]
@@ -208,13 +212,14 @@ class _Builder:
         source = self.maker.open(named, split)
         rendered = self._rendered(source)
         report = RowsReport(label_of(named), source.form.name, share, len(rendered))
-        dropped, problems, lost = (np.array(rendered[name][:]) for name in ("dropped", "problem", "lost"))
+        names = ("dropped", "problem", "lost", "left_out")
+        dropped, problems, lost, left_out = (np.array(rendered[name][:]) for name in names)
         report.dropped.update(str(reason) for reason in dropped[dropped != ""])
-        report.lost = int(lost.sum())
+        report.lost, report.left_out = int(lost.sum()), int(left_out.sum())
         self._check_dropped(report, dropped)
         self._check_problems(report, problems)
         self._check_lost(report, lost, np.array(rendered["whole"][:]))
-        return rendered.select(np.flatnonzero((dropped == "") & ~lost)), report, source
+        return rendered.select(np.flatnonzero((dropped == "") & ~lost & ~left_out)), report, source
 
     def mix(self, parts: list[Dataset], weights: list[float]) -> Dataset:
         """Returns the rows of several sources in these proportions, every source used whole at least once."""
@@ -225,12 +230,14 @@ class _Builder:
         return interleave_datasets(parts, probabilities=shares, seed=self.seed, stopping_strategy="all_exhausted")
 
     def _check_dropped(self, report: RowsReport, dropped: np.ndarray) -> None:
-        count = report.dropped.total()
-        if count == report.rows or count > self.settings.allow_dropped * report.rows:
+        count, rows = report.dropped.total(), report.rows - report.left_out
+        if not rows:
+            raise UserError(f"{report.name}: all of its {report.rows:,} rows have another label than only_label")
+        if count == rows or count > self.settings.allow_dropped * rows:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in report.dropped.most_common(5))
             first = int(np.flatnonzero(dropped != "")[0]) + 1 if count else 0
             raise UserError(
-                f"{report.name}: {count:,} of {report.rows:,} rows cannot be used, the first is row {first}: "
+                f"{report.name}: {count:,} of {rows:,} rows cannot be used, the first is row {first}: "
                 f"{reasons}; mend them, or raise allow_dropped = {self.settings.allow_dropped:g}"
             )
 
@@ -287,7 +294,7 @@ class _Builder:
     def _render(self, source: ConversationSource, folder: Path) -> None:
         raw = Dataset.from_dict({"row": [json.dumps(row, default=str) for row in source.rows]})
         counts = {name: Value("int64") for name in self.maker.counts}
-        about = {"whole": Value("int64"), "hash": Value("int64"), "lost": Value("bool")}
+        about = {"whole": Value("int64"), "hash": Value("int64"), "lost": Value("bool"), "left_out": Value("bool")}
         # Arrow's writer takes no Python integer above 63 bits: hashes are shifted
         rows = raw.map(
             _MakeRow(source, self.maker),
@@ -321,9 +328,18 @@ class _MakeRow:
     def __call__(self, example: dict[str, str]) -> dict[str, Any]:
         columns = {name: [] if isinstance(kind, List) else None for name, kind in self.maker.columns.items()}
         values: dict[str, Any] = columns | dict.fromkeys(self.maker.counts, 0)
-        values |= {"whole": 0, "hash": text_hash(example["row"]) - 2**63, "lost": False, "dropped": "", "problem": ""}
+        values |= {
+            "whole": 0,
+            "hash": text_hash(example["row"]) - 2**63,
+            "lost": False,
+            "left_out": False,
+            "dropped": "",
+        }
+        values |= {"problem": ""}
         try:
             return values | self.maker.make(self.read(json.loads(example["row"])))
+        except OtherLabel:
+            return {**values, "left_out": True}
         except UnusableRow as reason:
             return {**values, "dropped": str(reason)}
 

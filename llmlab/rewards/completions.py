@@ -1,4 +1,4 @@
-"""Reads completions: the answer, everything the model wrote, its tool calls and their results, its code blocks.
+"""Reads completions: the answer, everything the model wrote, what tools answered, its code blocks and JSON.
 
 A completion is a text, or a list of messages (a reply, or an episode with tool results in it). Everything here takes
 time in proportion to the text, whatever a model writes, and nothing judges.
@@ -8,9 +8,10 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from llmlab.data.messages import Call, Message, UnusableRow, plain_call, read_turns
 from llmlab.settings.errors import UserError, did_you_mean
 
 Completion = str | list[dict[str, Any]]
@@ -18,64 +19,60 @@ Completion = str | list[dict[str, Any]]
 DEEPEST = 100
 """Levels of nested JSON that are read: a fixed number, where Python's own limit depends on who calls."""
 
+_SPACE = re.compile(r"[ \t\n\r]*")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([^\s`{]*)")
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
-class ToolCall(NamedTuple):
-    """A tool call as the model wrote it; the name is None where it cannot be read as one."""
+class UnreadableCompletion(UserError):
+    """A completion that holds what is not understood, such as an image, and so must not be read as an empty answer."""
 
-    name: str | None
-    arguments: Any
+
+def read_messages(completion: list[dict[str, Any]]) -> list[Message]:
+    """Returns the messages of a completion in one form; a call that is none keeps no name and what was written.
+
+    Raises:
+        UnreadableCompletion: there is something in them that is not understood.
+    """
+    try:
+        return read_turns(completion, lenient_call) if completion else []
+    except UnusableRow as reason:
+        raise UnreadableCompletion(f"these messages cannot be read: {reason}") from None
+
+
+def lenient_call(call: Any) -> Call:
+    """Returns a call as `plain_call` does; what cannot be one has None as its name, and all of it as arguments."""
+    try:
+        return plain_call(call)
+    except UnusableRow:
+        return {"type": "function", "function": {"name": None, "arguments": call}}
 
 
 def answer(completion: Completion) -> str:
     """Returns the text of the last message that the model wrote, or the whole text."""
     if isinstance(completion, str):
         return completion
-    texts = [text_of(message.get("content")) for message in completion if message.get("role") == "assistant"]
+    texts = [message["content"] for message in read_messages(completion) if message["role"] == "assistant"]
     return texts[-1] if texts else ""
 
 
 def written(completion: Completion) -> str:
-    """Returns everything that the model wrote: the texts of all its turns, and its tool calls as JSON."""
+    """Returns everything that the model wrote: texts and reasoning of all its turns, and its tool calls as JSON."""
     if isinstance(completion, str):
         return completion
     parts = []
-    for message in completion:
-        if message.get("role") == "assistant":
-            parts.append(text_of(message.get("content")))
-            for call in message.get("tool_calls") or ():
+    for message in read_messages(completion):
+        if message["role"] == "assistant":
+            parts += [message.get("reasoning_content"), message["content"]]
+            for call in message.get("tool_calls", ()):
                 parts.append(json.dumps(call, ensure_ascii=False, default=str))
     return "\n".join(part for part in parts if part)
 
 
-def text_of(content: Any) -> str:
-    """Returns the text of a message's content: a string, a list of parts, or nothing."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list):
-        return "".join(text_of(part.get("text") if isinstance(part, dict) else part) for part in content)
-    return str(content)
-
-
-def tool_calls(completion: Completion) -> list[ToolCall]:
-    """Returns the calls in order: the messages' `tool_calls`, or `<tool_call>{JSON}</tool_call>` in text."""
-    if isinstance(completion, str):
-        return [*_calls_in_text(completion)]
-    calls: list[ToolCall] = []
-    for message in completion:
-        if message.get("role") == "assistant":
-            structured = message.get("tool_calls")
-            calls += map(_call, structured) if structured else _calls_in_text(text_of(message.get("content")))
-    return calls
-
-
-def tool_results(completion: Completion) -> list[Any]:
+def tool_results(completion: Completion) -> list[str]:
     """Returns what the tools answered in an episode; a text has none, since the model wrote all of it itself."""
     if isinstance(completion, str):
         return []
-    return [message.get("content") for message in completion if message.get("role") == "tool"]
+    return [message["content"] for message in read_messages(completion) if message["role"] == "tool"]
 
 
 def code_blocks(text: str, languages: Iterable[str]) -> list[str]:
@@ -106,8 +103,20 @@ def read_json(text: str) -> Any:
     text = text.strip()
     if text.startswith("```") and (blocks := code_blocks(text, ("json", ""))):
         text = blocks[0] if text.count("```") <= 2 else text
+    value, end = decode_json(text)
+    if text[end:].strip():
+        raise ValueError("text after the JSON")
+    return value
+
+
+def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
+    """Returns the JSON value that begins here, after space, and where it ends; as strict as `read_json`.
+
+    Raises:
+        ValueError: there is none, or it is too deep.
+    """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_int=_integer)
+        value, end = _DECODER.raw_decode(text, _SPACE.match(text, start).end())  # type: ignore[union-attr]
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level = [value]
@@ -119,7 +128,7 @@ def read_json(text: str) -> Any:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
         if not level:
-            return value
+            return value, end
     raise ValueError("nested too deeply")
 
 
@@ -160,24 +169,12 @@ def column_of(columns: dict[str, Any], name: str, parameter: str) -> list[Any]:
     return found
 
 
-def _calls_in_text(text: str) -> Iterator[ToolCall]:
-    for part in text.split(_OPEN)[1:]:
-        body, closed, _ = part.partition(_CLOSE)
-        try:
-            yield _call(read_json(body) if closed else None)
-        except ValueError:
-            yield ToolCall(None, None)
-
-
-def _call(call: Any) -> ToolCall:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return ToolCall(name, function.get("arguments")) if name and isinstance(name, str) else ToolCall(None, None)
-
-
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
 def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) < 4000 else math.copysign(math.inf, -1 if digits[0] == "-" else 1)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_int=_integer)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from llmlab.rewards.completions import Completion, answer, text_of
+from llmlab.rewards.completions import Completion, answer, read_messages
 from llmlab.settings.errors import UserError, did_you_mean
 
 
@@ -205,11 +205,11 @@ class RewardModel:
 
 
 def _messages(side: Completion, role: str) -> list[dict[str, Any]]:
-    return [{"role": role, "content": side}] if isinstance(side, str) else list(side)
+    return [{"role": role, "content": side}] if isinstance(side, str) else read_messages(side)
 
 
 def _question(prompt: Completion) -> str:
     """Returns a prompt as the text of a pair: that of its messages, one a paragraph."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(text for message in prompt if (text := text_of(message.get("content"))))
+    return "\n\n".join(message["content"] for message in read_messages(prompt) if message["content"])

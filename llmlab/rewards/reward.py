@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsFloat
 
-from llmlab.rewards.completions import Completion, written
+from llmlab.rewards.completions import Completion, UnreadableCompletion, written
 from llmlab.settings.errors import UserError
 
 
@@ -68,6 +68,9 @@ class Reward:
         }
         try:
             values = self.function(completions=completions, **columns)
+        except UnreadableCompletion as error:
+            row, error = self._blame(completions, columns, error)
+            raise UserError(f"reward '{self.name}': row {row}: {error}") from None
         except UserError as error:
             raise UserError(f"reward '{self.name}': {error}") from None
         except Exception as error:  # whatever a user's function raises, in the words of the row that did it
@@ -130,7 +133,11 @@ class Reward:
 
 
 def _where(row: int, completions: list[Completion]) -> str:
-    return f"at row {row} of {len(completions)} ({_short(repr(written(completions[row])))})"
+    try:
+        text: Any = written(completions[row])
+    except UnreadableCompletion:
+        text = completions[row]
+    return f"at row {row} of {len(completions)} ({_short(repr(text))})"
 
 
 def _short(text: str) -> str:

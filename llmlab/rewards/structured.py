@@ -71,8 +71,9 @@ def schema_pass(
 
 
 def _parsed(completion: Completion) -> tuple[bool, Any]:
+    text = answer(completion)
     try:
-        return True, read_json(answer(completion))
+        return True, read_json(text)
     except ValueError:
         return False, None
 

@@ -1,6 +1,6 @@
 """Rewards for tool calls: whether they succeed, how many there are, and whether they are the allowed ones.
 
-Calls are the messages' `tool_calls`, or `<tool_call>{JSON}</tool_call>` in text. Running tools is the trainer's or the
+Calls are the messages' `tool_calls`, or those in text that `calls.py` reads. Running tools is the trainer's or the
 environment's business; here are only the records.
 """
 
@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from llmlab.rewards.completions import Completion, answer, text_of, tool_calls, tool_results
+from llmlab.data.messages import UnusableRow, parse_tools, result_text
+from llmlab.rewards.calls import tool_calls
+from llmlab.rewards.completions import Completion, answer, tool_results
 from llmlab.settings.errors import UserError
 
 _ERROR = re.compile(r"\s*(?:[A-Za-z_.]*(?:error|exception)\s*(?::|\Z)|traceback \(most recent)", re.IGNORECASE)
@@ -32,7 +34,7 @@ def tool_success(
 
     Args:
         completions: texts or messages of the batch.
-        tools: column of the tools a row offers: names, or their JSON schemas.
+        tools: column of the tools a row offers: names, or their JSON schemas; as lists or JSON texts.
         absent: the score without any call, at most 1; none says that the reward does not apply. Rows whose `tools` are
             empty are never charged for calling none.
         columns: not used.
@@ -133,17 +135,25 @@ def off_policy_penalty(
 
 
 def names_of(tools: Any) -> set[str] | None:
-    """Returns the names of tools given as names or as JSON schemas; None where nothing is given."""
+    """Returns the names of tools given as names or as JSON schemas, also in JSON text; None where nothing is given."""
     if tools is None:
         return None
-    if not isinstance(tools, list):
-        raise UserError(f"tools: expected a list of names or schemas, found {type(tools).__name__}")
-    return {tool if isinstance(tool, str) else tool.get("function", tool)["name"] for tool in tools}
+    try:
+        listed = parse_tools(tools)
+    except UnusableRow:
+        raise UserError(
+            f"tools: expected a list of names or schemas, also as JSON text, found {tools!r:.60}"
+        ) from None
+    functions = [(tool.get("function") or tool) if isinstance(tool, dict) else {"name": tool} for tool in listed]
+    names = [function.get("name") if isinstance(function, dict) else None for function in functions]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"tools: expected names or schemas with a name, found {listed!r:.100}")
+    return set(names)
 
 
 def is_error(result: Any) -> bool:
     """Whether what a tool answered is an error, in the ways that tools and trainers write one."""
-    text = text_of(result) if isinstance(result, list) else result
+    text = result_text(result) if isinstance(result, list) else result
     if isinstance(text, str):
         for read in (json.loads, ast.literal_eval):  # the second reads `str({...})`: literals only, nothing runs
             try:

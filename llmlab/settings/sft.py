@@ -40,6 +40,9 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
     loss_on: Literal["assistant", "completion", "all"] = Field(
         "assistant", description="Tokens that are trained: the assistant's turns, only the last one, or everything."
     )
+    only_label: bool | None = Field(
+        None, description="Of unpaired preferences (KTO), the `label` of the completions to train on."
+    )
     chat_template: v.ChatTemplate = None
     allow_truncated: v.AllowTruncated = 0.05
     log_every: v.LogEvery = 10

@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.formats import (
-    PLAIN_TEXT,
-    Format,
-    Message,
-    Row,
-    UnusableRow,
-    read_system,
-    read_tools,
-    recognize,
-)
+from llmlab.data.formats import PLAIN_TEXT, Format, read_system, read_tools, recognize
+from llmlab.data.messages import Message, Row, UnusableRow
 from llmlab.data.prompts import PROMPT, user_turn
 from llmlab.data.sources import load_rows
 from llmlab.inference import Model, context_length, encode_prompt, generate_text

@@ -100,7 +100,13 @@ def sft(
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
     length = policy.fit(settings.max_seq_len)
     with run.process.main_process_first(), run.reading():
-        maker = InstructionMaker(policy.tokenizer, max_seq_len=length, loss_on=settings.loss_on, stops=policy.stops)
+        maker = InstructionMaker(
+            policy.tokenizer,
+            max_seq_len=length,
+            loss_on=settings.loss_on,
+            stops=policy.stops,
+            only_label=settings.only_label,
+        )
         data = build_rows(
             settings,
             maker,

@@ -14,7 +14,7 @@ ROWS = [
     {"question": "What does the dog say?", "answer": "The dog says woof."},
     {"question": "What does the cat say?", "answer": "The cat says meow."},
     {"question": "Why?", "answer": None},
-    {"question": "Что это?", "answer": ""},
+    {"question": "", "answer": "Что это?"},
     {"question": "Tell me more. " * 30, "answer": "No."},
 ]
 
@@ -52,7 +52,7 @@ def test_check_shows_what_was_found_within_80_columns(cli, rows_file, tokenizer)
     assert "question/answer" in output and "messages" in output
     assert re.search(r"dropped: without 'answer' +1 +16\.7 % +4 *\n", output)
     assert re.search(r"same as an earlier row +1 +16\.7 % +3 *\n", output)
-    assert re.search(r"empty turn of the assistant +1 +16\.7 % +5 *\n", output)
+    assert re.search(r"empty turn of the user +1 +16\.7 % +5 *\n", output)
     assert re.search(r"nothing left to train after cutting +1 +16\.7 % +6 *\n", output)
     assert "Cyrillic" in output and "█" in output
     assert max(map(len, output.splitlines())) <= 80
@@ -67,6 +67,17 @@ def test_check_as_json_is_one_object(cli, rows_file, tokenizer):
     assert report["tokens"]["truncated"] == report["tokens"]["lost"] == {"rows": 1, "first": [6]}
     assert report["words"]["percentiles"]["50"] == 9  # 9, 9, 9, 2 and 91 words
     assert report["words"]["longest"] == 3 * 30 + 1
+
+
+def test_unpaired_preferences_are_recognized_and_their_labels_counted(cli, tmp_path):
+    path = tmp_path / "kto.jsonl"
+    rows = [{"prompt": "Who?", "completion": f"Me {k}.", "label": k % 3 == 0} for k in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, output, _ = cli("check", path)
+    assert code == 0 and "prompt/completion, unpaired" in output
+    assert "true 10, false 20" in output and "--only-label true" in output
+    (report,) = json.loads(cli("check", path, "--json")[1])["sources"]
+    assert report["labels"] == {"true": 10, "false": 20} and report["usable"] == 30
 
 
 def test_limit_reads_no_further(cli, rows_file):
@@ -117,7 +128,6 @@ def test_preview_marks_what_is_trained_without_colors(cli, rows_file, tokenizer)
     assert output.count("⟦") == 5 + 1  # five usable rows, and the legend
     assert "⟦The cat says meow.<|im_end|>⟧" in output
     assert "<|im_start|>user\nWhat does the cat say?<|im_end|>" in output
-    assert re.search(r"row 5 .* tokens, 1 trained", output)  # an empty answer is its end alone
     assert "Tokens a row of 5; 0 longer than 1,024, 1 dropped" in output
 
 

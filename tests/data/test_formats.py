@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.formats import (
-    FORMATS,
-    ROLES,
-    UnusableRow,
-    recognize,
-    to_messages,
-    transcript_messages,
-)
+from llmlab.data.formats import FORMATS, PLAIN_TEXT, label_column, recognize, to_messages, transcript_messages
+from llmlab.data.messages import ROLES, UnusableRow
 from llmlab.settings.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
@@ -157,7 +151,10 @@ def turns(*contents):
         ({"messages": [ASKED]}, "no turn of the assistant"),
         (turns({"role": "narrator", "content": "x"}), "unknown role 'narrator'"),
         (turns({"content": "x"}), "unknown role 'None'"),
-        (turns({"role": "user", "content": [{"type": "image"}]}), "expected text, found list"),
+        (
+            turns({"role": "user", "content": [{"type": "image"}]}),
+            "content part 'image' in a turn of the user, which is not supported",
+        ),
         (turns({"role": "user"}), "expected text, found NoneType"),
         (turns({"role": "function_call", "content": "add(1)"}), "a function call that is not JSON"),
         (turns({"role": "function_call", "content": '{"a": 1}'}), "a function call without a name"),
@@ -270,7 +267,7 @@ def test_any_turns_are_messages_or_a_reason(turns, column):
     assert any(message["role"] == "assistant" for message in found)
 
 
-@given(st.data(), st.sampled_from([form for form in FORMATS if not form.optional]))
+@given(st.data(), st.sampled_from(FORMATS))
 def test_any_values_are_messages_or_a_reason(data, form):
     row = {name: data.draw(JSON, name) for name in form.columns}
     try:
@@ -285,3 +282,65 @@ def test_a_system_prompt_beside_a_whole_conversation_is_kept():
     system = {"role": "system", "content": "Be short."}
     row = {"prompt": [system, ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED]}
     assert [message["role"] for message in read(row)["messages"]] == ["system", "user", "assistant"]
+
+
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Who?"}]}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [PARTS, ANSWERED]},
+        {"conversations": [PARTS, ANSWERED]},
+        {"prompt": [PARTS], "completion": [ANSWERED]},
+        {"prompt": [PARTS], "chosen": [ANSWERED], "rejected": [ANSWERED]},
+        {"chosen": [PARTS, ANSWERED], "rejected": []},
+    ],
+    ids=lambda row: " ".join(row),
+)
+def test_content_parts_are_understood_in_every_format_or_named(row):
+    assert read(row)["messages"] == PAIR
+    with pytest.raises(UnusableRow, match="content part 'image_url'"):
+        read(json.loads(json.dumps(row).replace(json.dumps(PARTS), json.dumps(IMAGE))))
+
+
+@pytest.mark.parametrize("name", [form.name for form in FORMATS if form is not PLAIN_TEXT])
+def test_tools_of_every_format_may_be_json_text(name):
+    (row, *_) = ROWS[name]
+    assert read({**row, "tools": json.dumps([TOOL])})["tools"] == [TOOL]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Who?", "answer": ""},
+        {"messages": [ASKED, {"role": "assistant", "content": " \n"}]},
+        {"messages": [ASKED, {"role": "assistant", "content": []}, ASKED, {"role": "assistant", "content": ""}]},
+    ],
+    ids=str,
+)
+def test_a_conversation_in_which_the_assistant_says_nothing_is_unusable(row):
+    with pytest.raises(UnusableRow, match="no turn of the assistant says anything"):
+        read(row)
+    silent = {"role": "assistant", "content": ""}
+    assert read({"messages": [ASKED, silent, ASKED, ANSWERED]})["messages"][1] == silent
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels", "found"),
+    [
+        (["prompt", "completion", "label"], [True, None, False], "label"),
+        (["prompt", "completion", "label"], ["true", "False"], "label"),
+        (["messages", "label"], [1, 0], "label"),
+        (["instruction", "output", "kto_tag"], [True], "kto_tag"),
+        (["prompt", "completion", "label"], ["sports", "news"], None),
+        (["prompt", "completion", "label"], [None], None),
+        (["question", "answer", "label"], [0, 1, 2], None),
+        (["text", "label"], [0, 1], None),  # a classification data set
+        (["prompt", "chosen", "rejected", "label"], [True], None),
+    ],
+)
+def test_unpaired_preferences_have_a_label_that_is_true_or_false(columns, labels, found):
+    rows = [{**dict.fromkeys(columns, "x"), columns[-1]: label} for label in labels]
+    assert label_column(recognize(columns, "toy"), rows) == found

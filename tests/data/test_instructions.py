@@ -33,8 +33,9 @@ def tokenizer(tokenizer_folder):
 def build(tokenizer, tmp_path):
     def make(*sources, max_seq_len=128, loss_on="assistant", **changes):
         options = {"seed": 3} | {k: changes.pop(k) for k in list(changes) if k in OPTIONS}
+        only_label = changes.pop("only_label", None)
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on)
+        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
         return build_rows(DataSettings(datasets=list(sources), **values), maker, **options)
 
     return make
@@ -169,3 +170,35 @@ def test_what_no_format_has_is_explained(build, tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "Q", "complétion": "A"}])
     with pytest.raises(UserError, match="closest is prompt/completion, which lacks completion; did you mean"):
         build(source)
+
+
+def test_unpaired_preferences_are_refused_until_a_label_is_chosen(build, tokenizer, tmp_path):
+    rows = [{**row, "label": k % 4 != 0} for k, row in enumerate(pairs(40))]
+    source = write(tmp_path / "kto.jsonl", rows)
+    with pytest.raises(UserError, match=r"kto.jsonl: its column 'label' tells unpaired .*--only-label true"):
+        build(source)
+    good, bad = build(source, only_label=True), build(source, only_label=False)
+    assert (len(good.train), len(bad.train)) == (30, 10)
+    assert {text.split()[-1] for text in texts(bad.train, tokenizer)} == {f"{k}." for k in range(0, 40, 4)}
+    (report,) = good.reports
+    assert (report.left_out, report.dropped.total()) == (10, 0)  # they do not count as dropped
+    assert "10 of the other label left out" in report.summary()
+
+
+def test_rows_without_a_label_are_dropped_and_a_label_must_be_there(build, tmp_path):
+    rows = [{**row, "label": True} for row in pairs(40)]
+    rows[7]["label"] = None
+    report = build(write(tmp_path / "a.jsonl", rows), only_label=True).reports[0]
+    assert dict(report.dropped) == {"without a 'label' that is true or false": 1}
+    with pytest.raises(UserError, match="all of its 40 rows have another label|39 rows"):
+        build(write(tmp_path / "b.jsonl", [row for row in rows if row["label"]]), only_label=False)
+    with pytest.raises(UserError, match="only_label = true: .*c.jsonl has no column 'label'"):
+        build(write(tmp_path / "c.jsonl", pairs(4)), only_label=True)
+
+
+def test_empty_conversations_are_dropped_and_counted(build, tmp_path):
+    rows = [*pairs(40), {"prompt": "Question?", "completion": " "}]
+    report = build(write(tmp_path / "a.jsonl", rows)).reports[0]
+    assert dict(report.dropped) == {"no turn of the assistant says anything": 1}
+    with pytest.raises(UserError, match="3 of 43 rows cannot be used, .*3 x no turn of the assistant says anything"):
+        build(write(tmp_path / "b.jsonl", rows + rows[-1:] * 2))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.data.conversations import load_conversations
-from llmlab.data.formats import ROLES, UnusableRow
+from llmlab.data.messages import ROLES, UnusableRow
 from llmlab.data.pairs import PAIR_FORMATS, PAIRS, recognize_pairs, to_pair
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource
@@ -195,3 +195,17 @@ def test_any_values_are_a_pair_or_a_reason(data, form):
     for side in (pair["chosen"], pair["rejected"]):
         assert side[0]["role"] == side[-1]["role"] == "assistant"
         assert side[0]["content"].strip() or side[0]["tool_calls"]
+
+
+def test_unpaired_preferences_say_how_to_pair_them():
+    for columns in (["prompt", "completion", "label"], ["messages", "label"], ["instruction", "output", "kto_tag"]):
+        with pytest.raises(UserError, match="not supported: its column '.*' tells unpaired preferences .*rejected"):
+            recognize_pairs(columns, "kto.jsonl")
+    with pytest.raises(UserError, match="no format of preference data"):
+        recognize_pairs(["text", "label"], "imdb")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_tools_and_parts_are_understood_in_every_format(name):
+    row = json.loads(json.dumps(ROWS[name][-1]).replace('"Who?"', '[{"type": "text", "text": "Who?"}]'))
+    assert read({**row, "tools": json.dumps([TOOL])}) == {**PAIR, "tools": [TOOL]}

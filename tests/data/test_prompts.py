@@ -119,3 +119,16 @@ def test_a_named_column_is_the_users_text(tokenizer, tmp_path):
 def test_unknown_columns_are_explained():
     with pytest.raises(UserError, match="no format of prompts has the columns promt; .*The closest is prompt"):
         recognize_prompts(["promt"], "x.jsonl")
+
+
+def test_prompts_in_parts_and_with_two_turns_in_a_row(tokenizer, tmp_path):
+    parts = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]}
+    image = {"role": "user", "content": [{"type": "image_url"}]}
+    rows = read(tokenizer, tmp_path, [{"prompt": [parts, ANSWER, ANSWER, AGAIN]}])
+    assert as_read(rows.train)[0]["prompt"] == [USER, ANSWER, ANSWER, AGAIN]
+    with pytest.raises(UserError, match="1 x content part 'image_url' in a turn of the user"):
+        read(tokenizer, tmp_path, [{"prompt": [image]}])
+    refuses = "{% for m in messages %}{% if loop.previtem and loop.previtem.role == m.role %}"
+    tokenizer.chat_template = refuses + "{{ raise_exception('twice') }}{% endif %}{{ m.content }}{% endfor %}"
+    rows = read(tokenizer, tmp_path, [{"prompt": [USER, ANSWER, ANSWER, AGAIN]}])
+    assert as_read(rows.train)[0]["prompt"] == [USER, {"role": "assistant", "content": "4\n\n4"}, AGAIN]

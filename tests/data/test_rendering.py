@@ -5,8 +5,9 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 
-from llmlab.data.formats import UnusableRow
+from llmlab.data.messages import UnusableRow
 from llmlab.data.rendering import RenderedRow, Renderer, add_chat_template, find_problem
 from llmlab.data.tokenizer import TEMPLATE, load_tokenizer, stop_token_ids
 from llmlab.settings.errors import UserError
@@ -173,3 +174,53 @@ def test_chatml_is_given_where_there_is_no_template(tokenizer, tmp_path):
     assert add_chat_template(tokenizer, str(other)) == [] and tokenizer.chat_template == UNMARKED
     with pytest.raises(UserError, match=r"chat_template = nowhere.jinja: No such file.*expected chatml or"):
         add_chat_template(tokenizer, "nowhere.jinja")
+
+
+STRICT = (  # as Gemma's and older Mistral's
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TWICE = [CHAT[1], CHAT[2], {"role": "assistant", "content": "Anything else?"}]
+
+
+def test_two_turns_in_a_row_are_rendered_as_they_are_or_joined(renderer, tokenizer):
+    for template in (MARKED, UNMARKED):
+        row = renderer(template).render(conversation(TWICE))
+        assert trained_text(row, tokenizer) == ["Hello you<|im_end|>", "Anything else?<|im_end|>"]
+    row = renderer(STRICT).render(conversation(TWICE))
+    assert trained_text(row, tokenizer) == ["Hello you\n\nAnything else?<|im_end|>"]
+
+
+def test_two_turns_in_a_row_of_a_prompt_are_joined_too(renderer, tokenizer):
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pair = {"prompt": [*TWICE, CHAT[3]], **answers, "tools": None}
+    ids, chosen, rejected = renderer(STRICT, "all").render_pair(pair)
+    assert "Hello you\n\nAnything else?<|im_end|>" in tokenizer.decode(ids)
+    assert [tokenizer.decode(side) for side in (chosen, rejected)] == ["chosen<|im_end|>\n", "rejected<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_reasoning_is_trained_whether_or_not_the_template_knows_it(renderer, tokenizer, template):
+    turns = [CHAT[1], {**CHAT[2], "reasoning_content": "A greeting."}]
+    row = renderer(template).render(conversation(turns))
+    assert trained_text(row, tokenizer) == ["<think>\nA greeting.\n</think>\n\nHello you<|im_end|>"]
+
+
+def test_our_template_reads_content_parts_and_names_what_it_cannot(tokenizer):
+    tokenizer.chat_template = MARKED
+
+    def parts(message):
+        half = len(message["content"]) // 2
+        texts = message["content"][:half], message["content"][half:]
+        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
+
+    for messages, tools in ((CHAT, None), (CHAT, [TOOL]), (TOOL_CHAT, [TOOL])):
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert tokenizer.apply_chat_template(list(map(parts, messages)), tools=tools, tokenize=False) == text
+    result = [CHAT[1], {"role": "tool", "content": {"sun": True}}]
+    assert '{"sun": true}' in tokenizer.apply_chat_template(result, tokenize=False)
+    for content, reason in ([{"type": "image_url"}], "content part 'image_url' is not"), (None, "without content"):
+        with pytest.raises(TemplateError, match=reason):
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)

@@ -170,6 +170,15 @@ def test_a_failing_reward_names_itself_the_row_and_the_exception():
         Reward(batch)(["a", "b"])
 
 
+def test_a_completion_that_is_not_understood_names_the_row():
+    image = [{"role": "assistant", "content": [{"type": "image_url"}]}]
+    for reward in ("json_valid", "tool_success", "length", "guardrail_pass"):
+        with pytest.raises(UserError, match=f"reward '{reward}': row 1: these messages .* part 'image_url'"):
+            compose([reward]).score(["x", image])
+    with pytest.raises(UserError, match="failed at row 1 of 2 .*image_url.*ZeroDivisionError"):
+        Reward(lambda completions: [1 / isinstance(each, str) for each in completions])(["x", image])
+
+
 def test_async_functions_are_refused():
     async def judge(completions):
         return [1]

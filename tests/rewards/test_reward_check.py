@@ -1,6 +1,7 @@
 """`llmlab reward-check` in a terminal's words."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -171,3 +172,50 @@ def test_a_failing_reward_of_ones_own(cli, file, tmp_path):
     path.write_text("def f(completions, answer, **columns):\n    return [int(text) for text in answer]\n")
     code, output, errors = cli(file, "-r", f"{path}:f", "--allow-code", "--no-normalize")
     assert code == 2 and "reward 'f' failed at row 4 of 5 (''): TypeError" in errors and output == ""
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALLED = [{"role": "assistant", "content": [{"type": "tool_use", "name": "add", "input": {}}]}]
+FAILED = {"role": "user", "content": [{"type": "tool_result", "content": "boom", "is_error": True}]}
+
+
+def test_content_parts_and_tools_as_json_text(cli, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "[1, "}, {"type": "text", "text": "2]"}]}]
+    completions = [CALLED, [*CALLED, FAILED], answer, "[add(a=1)]", "[add(a=1", "[rm()]"]
+    rows = [{"completion": each, "tools": json.dumps([ADD]), "allowed_tools": '["add"]'} for each in completions]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, output, errors = cli(path, "-r", "tool_success,off_policy_penalty,json_valid", "--json")
+    assert code == 0, errors
+    scores = [row["components"] for row in json.loads(output)["scores"]]
+    assert [row["tool_success"] for row in scores] == [1, 0, 0, 1, 0, 0]
+    assert [row["off_policy_penalty"] for row in scores] == [0, 0, 0, 0, 1, 1]
+    assert [row["json_valid"] for row in scores] == [0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"completion": [{"role": "assistant", "content": [{"type": "audio"}]}]},
+            "completion: .*content part 'audio'",
+        ),
+        ({"completion": [{"type": "text", "text": "hi"}]}, "completion: .*unknown role 'None'"),
+        ({"completion": [{"role": "assistant", "content": None}]}, "completion: .*expected text, found NoneType"),
+        ({"completion": "x", "prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "prompt: .*part 'video'"),
+    ],
+)
+def test_what_is_not_understood_is_never_an_empty_answer(cli, tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"completion": "x"}) + "\n" + json.dumps(row))
+    code, output, errors = cli(path, "-r", "length")
+    assert (code, output) == (2, "")
+    assert re.search(f"rows.jsonl: row 1: {message}", " ".join(errors.split()))
+
+
+@pytest.mark.parametrize("tools", ["add", "5", '[{"function": {}}]', "[5]"])
+def test_tools_that_are_none(cli, tmp_path, tools):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"completion": "x", "tools": tools}))
+    code, _, errors = cli(path, "-r", "tool_success")
+    assert code == 2 and "reward 'tool_success': tools: " in errors

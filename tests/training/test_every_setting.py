@@ -172,7 +172,12 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
     torch.manual_seed(settings.seed)
     hardware = probe("cpu", settings.dtype)
     policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
-    maker = InstructionMaker(policy.tokenizer, max_seq_len=settings.max_seq_len, loss_on=settings.loss_on)
+    maker = InstructionMaker(
+        policy.tokenizer,
+        max_seq_len=settings.max_seq_len,
+        loss_on=settings.loss_on,
+        only_label=settings.only_label,
+    )
     wanted = settings.eval_steps * settings.batch_size
     data = rows_module.build_rows(settings, maker, seed=settings.seed, validation_rows=wanted)
     monkeypatch.undo()
@@ -212,8 +217,9 @@ def test_each_fine_tuning_setting_has_an_effect(
     (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
     turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
     both = tmp_path / "both.jsonl"
-    both.write_text("".join(json.dumps({"messages": turns, "k": k}) + "\n" for k in range(60)))
-    changes = {"save_best_only": False} if setting.key == "save_every" else {}
+    labels = [{"label": k % 3 == 0} if setting.key == "only_label" else {} for k in range(60)]
+    both.write_text("".join(json.dumps({"messages": turns, "k": k, **labels[k]}) + "\n" for k in range(60)))
+    changes = {"save_every": {"save_best_only": False}, "only_label": {"only_label": False}}.get(setting.key, {})
     conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
     if setting.key == "lora_target_modules":
         conditions = {"use_lora": True, "lora_preset": "custom"}
@@ -233,6 +239,7 @@ def test_each_fine_tuning_setting_has_an_effect(
         chat_template=str(template),
         max_seq_len=40,
         loss_on="completion",
+        only_label=True,
         epochs=2.0,
         validation_fraction=0.5,
         eval_steps=1,

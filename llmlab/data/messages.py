@@ -1,0 +1,212 @@
+"""Messages in one form, whatever a data set, an API or a model calls roles, text and calls.
+
+A message is a `role` and a text as `content`, and of the assistant `tool_calls` and `reasoning_content` where there
+are some.  Data sets, chat templates and rewards all read with `read_turns`; what is not understood is named, never
+skipped.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+Call = dict[str, Any]
+
+ROLES = {
+    "user": ("user", "human", "prompter", "instruction", "question"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "answer"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "observation", "function_response", "function", "ipython"),
+    "call": ("function_call", "tool_call"),
+}
+ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
+
+# Types of content parts: OpenAI's chat and responses, Anthropic's messages
+TEXTS = ("text", "input_text", "output_text", "refusal")
+REASONING = ("reasoning", "thinking")
+CALLS = ("tool_call", "tool_use", "function_call")
+RESULTS = ("tool_result", "function_call_output")
+
+
+class UnusableRow(ValueError):
+    """A row that cannot become messages; the reason is counted and reported."""
+
+
+def plain_call(call: Any) -> Call:
+    """Returns a tool call as OpenAI writes it, its arguments parsed.
+
+    Raises:
+        UnusableRow: it has no name, or arguments that are no JSON object.
+    """
+    if isinstance(call, str):
+        raise UnusableRow("a function call that is not JSON")
+    call = call if isinstance(call, dict) else {}
+    function = next((call[key] for key in ("function", "tool_call") if call.get(key) is not None), call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UnusableRow("a function call without a name")
+    spellings = ("arguments", "parameters", "input", "args")
+    arguments = next((function[key] for key in spellings if function.get(key) is not None), {})
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, "a function call whose arguments are not JSON")
+    if not isinstance(arguments, dict):
+        raise UnusableRow(f"a function call whose arguments are {type(arguments).__name__}, not an object")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def read_turns(turns: Any, read_call: Callable[[Any], Call] = plain_call) -> list[Message]:
+    """Returns turns as messages, whatever they call roles and text; one turn with tools' results may become several.
+
+    Args:
+        turns: mappings with a role and content: text, or a list of parts.
+        read_call: returns a tool call in OpenAI's form.
+
+    Raises:
+        UnusableRow: something in them is not understood; the reason names it.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise UnusableRow("no turns")
+    return [message for turn in turns for message in _read_turn(turn, read_call)]
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a message says nothing and calls nothing."""
+    return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def join_turns(messages: list[Message]) -> list[Message]:
+    """Returns messages in which successive turns of the assistant are one, their texts a blank line apart."""
+    joined: list[Message] = []
+    for message in messages:
+        if not joined or not message["role"] == joined[-1]["role"] == "assistant":
+            joined.append(message)
+            continue
+        both = {"role": "assistant", "content": _paragraphs(joined[-1]["content"], message["content"])}
+        sides = (joined[-1], message)
+        if reasoning := _paragraphs(*(side.get("reasoning_content", "") for side in sides)):
+            both["reasoning_content"] = reasoning
+        if calls := [call for side in sides for call in side.get("tool_calls", ())]:
+            both["tool_calls"] = calls
+        joined[-1] = both
+    return joined
+
+
+def result_text(content: Any) -> str:
+    """Returns what a tool answered as text: text, text parts, or any other value as JSON."""
+    if _has_types(content):
+        return _read_parts("result", content).text
+    return text_of(content if isinstance(content, str) or content is None else json.dumps(content, ensure_ascii=False))
+
+
+def text_of(value: Any) -> str:
+    """Returns a value that must be valid text."""
+    if not isinstance(value, str):
+        raise UnusableRow(f"expected text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        raise UnusableRow("not valid Unicode") from None
+    return value
+
+
+def list_of(value: Any, name: str) -> list[Any]:
+    """Returns a list that may be absent."""
+    if value is not None and not isinstance(value, list):
+        raise UnusableRow(f"expected {name} as a list, found {type(value).__name__}")
+    return value or []
+
+
+def parse_json(text: str, problem: str) -> Any:
+    """Returns the value of a JSON text, or raises UnusableRow with the problem."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UnusableRow(problem) from None
+
+
+def parse_tools(value: Any) -> list[Any]:
+    """Returns tools that may be JSON text, one alone, or absent, as a list."""
+    if isinstance(value, str):
+        value = parse_json(value, "tools that are not JSON") if value.strip() else None
+    return list_of([value] if isinstance(value, dict) else value, "tools")
+
+
+class _Parts(NamedTuple):
+    """What the content of a turn consists of; the text is None where there is none."""
+
+    text: Any
+    reasoning: str = ""
+    calls: list[Any] = []
+    results: list[str] = []
+
+
+def _read_turn(turn: Any, read_call: Callable[[Any], Call]) -> list[Message]:
+    if not isinstance(turn, dict):
+        raise UnusableRow(f"expected a turn with a role, found {type(turn).__name__}")
+    spelled = turn.get("role") or turn.get("from") or turn.get("speaker")
+    role = ROLE_OF.get(str(spelled).lower())
+    content = turn["content"] if "content" in turn else turn.get("value", turn.get("text"))
+    if role is None:
+        raise UnusableRow(f"unknown role '{spelled}'")
+    if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
+        calls = _calls_of(text_of(content))
+        return [{"role": "assistant", "content": "", "tool_calls": [read_call(call) for call in calls]}]
+    if role == "tool" and not _has_types(content):
+        content = result_text(content)
+    parts = _read_parts(role, content) if isinstance(content, list) else _Parts(content)
+    calls = list_of(turn.get("tool_calls"), "tool_calls") or parts.calls
+    if not calls and isinstance(turn.get("function_call"), dict):
+        calls = [turn["function_call"]]  # OpenAI's older form
+    if calls and role != "assistant":
+        raise UnusableRow(f"tool calls in a turn of the {role}")
+    results = [{"role": "tool", "content": result} for result in parts.results]
+    if results and not parts.text:
+        return results
+    spellings = ("reasoning_content", *REASONING)
+    reasoning = parts.reasoning or next((turn[key] for key in spellings if turn.get(key)), "")
+    text = turn.get("refusal") if parts.text is None else parts.text
+    message = {"role": role, "content": text_of("" if text is None and (calls or reasoning) else text)}
+    if reasoning and role == "assistant":
+        message["reasoning_content"] = text_of(reasoning)
+    if calls:
+        message["tool_calls"] = [read_call(call) for call in calls]
+    return [*results, message]
+
+
+def _read_parts(role: str, content: list[Any]) -> _Parts:
+    texts, reasoning, calls, results = [], [], [], []
+    for part in content:
+        if not isinstance(part, dict):
+            raise UnusableRow(f"expected a content part with a type, found {type(part).__name__}")
+        kind = str(part.get("type") or ("text" if "text" in part else None))
+        text = part.get("text") if part.get(kind) is None else part[kind]
+        if kind in TEXTS:
+            texts.append(text_of(text))
+        elif kind in REASONING and role == "assistant":
+            reasoning.append(text_of(text))
+        elif kind in CALLS and role == "assistant":
+            calls.append(part)
+        elif kind in RESULTS and role in ("user", "tool"):
+            result = result_text(part.get("output") if part.get("content") is None else part["content"])
+            results.append(json.dumps({"error": result}, ensure_ascii=False) if part.get("is_error") else result)
+        else:
+            raise UnusableRow(f"content part '{kind}' in a turn of the {role}, which is not supported")
+    return _Parts("".join(texts), "".join(reasoning), calls, results)
+
+
+def _has_types(content: Any) -> bool:
+    """Whether a value is a list of content parts, not a list that a tool returned."""
+    return isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content)
+
+
+def _calls_of(text: str) -> list[Any]:
+    """Returns the calls in JSON text, or the text itself, which is none."""
+    try:
+        value = parse_json(text, "")
+    except UnusableRow:
+        return [text]
+    return value if isinstance(value, list) else [value]
+
+
+def _paragraphs(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
