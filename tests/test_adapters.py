@@ -127,7 +127,7 @@ def test_the_guides_block_loads_as_printed_and_implies_lora(tmp_path):
     settings = resolved.settings
     assert (settings.use_lora, settings.lora_preset, settings.lora_r, settings.lora_alpha) == (True, "custom", 16, 32)
     assert len(settings.lora_target_modules) == 7
-    assert resolved.warnings == (f"{path}:4: 'task_type' has no effect here: it follows from the stage",)
+    assert resolved.warnings == (f"{path}:4: no effect here: 'task_type' (it follows from the stage)",)
 
 
 def test_contradictions_are_named():

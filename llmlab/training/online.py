@@ -97,6 +97,8 @@ class OnlineRun(Run[S]):
         """
         settings, policy = self.settings, self.policy
         self.prompts = read_prompts(self, policy)
+        steps = settings.steps_for(len(self.prompts.train), self.process.num_processes)
+        self.settings = settings = settings.model_copy(update={"max_steps": steps})
         evaluates = self.prompts.validation is not None
         if settings.compile is True:
             compile_dynamic(policy.model, self.hardware.device)
@@ -165,7 +167,7 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
         UserError: a source cannot be used, or there are fewer prompts than a rollout takes.
     """
     settings, processes = run.settings, run.process.num_processes
-    maker = PromptMaker(policy.tokenizer, max_prompt_length=settings.max_prompt_length)
+    maker = PromptMaker(policy.tokenizer, max_prompt_length=settings.prompt_limit)
     with run.process.main_process_first(), run.reading():
         rows = build_rows(
             settings,

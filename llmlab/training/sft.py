@@ -90,6 +90,7 @@ def sft(
             seed=settings.seed,
             allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
+            max_samples=settings.max_samples,
         )
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)

@@ -74,7 +74,7 @@ def test_show_config_names_each_source(capsys, tmp_path):
         (["pretrain", "lr"], "expected key=value"),
         (
             ["pretrain", "--optimizer", "adamv"],
-            "expected one of adamw, adafactor, lion, sophia, muon; did you mean 'adamw'?",
+            "paged_lion_32bit; did you mean 'adamw'?",
         ),
         (["pretrain", "--lr", "1", "learning_rate=2"], "given twice"),
         (["pretrain", "--preset", "smal"], "did you mean 'small'?"),

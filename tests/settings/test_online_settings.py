@@ -1,5 +1,7 @@
 """Settings of the stages that learn from their own completions: the seeds' blocks, sizes, units, contradictions."""
 
+import re
+
 import pytest
 
 from llmlab.settings.errors import SettingsError
@@ -53,9 +55,8 @@ def test_the_guides_block_loads_as_printed(tmp_path):
     path.write_text(GUIDE)
     resolved = resolve(GRPOSettings, read_layer(path))
     given = resolved.settings
-    assert [warning.partition("'")[2].partition("'")[0] for warning in resolved.warnings] == [
-        *("vf_coef", "max_episode_length", "gamma", "lam")
-    ]
+    (warning,) = resolved.warnings
+    assert re.findall(r"'(\w+)'", warning) == ["vf_coef", "lam", "max_episode_length", "gamma"]
     # 16 prompts x 4 completions, in steps of 4 x 4 completions, four times
     assert given.rollout(1) == Rollout(completions=64, per_update=16, updates=16)
     steps = given.in_steps(1)

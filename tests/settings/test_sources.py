@@ -168,7 +168,7 @@ def test_every_condition_names_a_field_and_possible_values():
 
 def test_inapplicable_keys_warn_from_a_file_and_fail_elsewhere(tmp_path):
     path = write(tmp_path, "a.yaml", "use_lora: true\n")
-    assert "'use_lora' has no effect here" in resolve(PretrainSettings, read_layer(path)).warnings[0]
+    assert "no effect here: 'use_lora' (" in resolve(PretrainSettings, read_layer(path)).warnings[0]
     assert "cannot be set here" in problems(Layer("command line", {"use_lora": True}))[0]
 
 
