@@ -30,7 +30,7 @@ from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, Roll
 from llmlab.training.policy import Policy, load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run, S, describe_optimizer
+from llmlab.training.running import Run, S, describe_evaluation, describe_optimizer
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -250,6 +250,7 @@ def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature:
             f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
             f"{rollout.per_update} completions a step)",
         ),
+        describe_evaluation(settings, settings.eval_batches, evaluates=data.validation is not None),
         describe_optimizer(settings, settings.max_steps),
         *run.hardware.rows(),
     ]

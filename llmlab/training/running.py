@@ -26,6 +26,7 @@ from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
+from llmlab.training.rotation import KeepBest
 
 BEST_ADAPTERS = "best_lora_adapters"
 S = TypeVar("S", bound=Settings)
@@ -82,7 +83,7 @@ class Run(Generic[S]):
             best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every, best_is=best_is
         )
         self.progress = ProgressLine(self.console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
-        return [self.rhythm, self.progress]
+        return [self.rhythm, self.progress, KeepBest(settings.save_total_limit)]
 
     def train(
         self,
@@ -176,6 +177,13 @@ def describe_optimizer(settings: Any, steps: int) -> tuple[str, str]:
     if warmup >= steps:
         schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
     return "optimizer", f"{settings.optimizer}, lr {settings.learning_rate:g}, {schedule}"
+
+
+def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
+    """Returns the plan's line about the rhythm of evaluations and how many batches each takes."""
+    if not evaluates:
+        return "evaluation", "none: there is no validation data"
+    return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:

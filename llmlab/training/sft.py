@@ -23,7 +23,7 @@ from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run, describe_optimizer, total_steps
+from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
 
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
@@ -122,6 +122,7 @@ def sft(
         ("trained on", TRAINED_ON[settings.loss_on]),
         ("steps", f"{steps:,} ({passes:.2g} passes over the training rows)"),
         ("batch", f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"),
+        describe_evaluation(settings, settings.eval_steps, evaluates=evaluates),
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]
