@@ -26,6 +26,7 @@ from llmlab.model import (
     LLMLabForCausalLM,
     ModelSize,
     build_config,
+    fit_context,
     load_config,
     load_model,
     measure,
@@ -286,6 +287,7 @@ def _new_record(
 
 def save_final(trainer: Trainer, folder: Path) -> None:
     """Writes weights, configuration and tokenizer, without the trainer's own arguments."""
+    fit_context(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from llmlab.hardware import probe
+from llmlab.model import fit_context
 from llmlab.optim.build import check_supported
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import UserError
@@ -189,6 +190,7 @@ def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tupl
 def save_policy(trainer: Trainer, folder: Path) -> None:
     """Writes weights (or adapters, and these in `best_lora_adapters/` too), tokenizer and where generation stops."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    fit_context(model, trainer.processing_class)
     if isinstance(model, PeftModel):
         if trainer.accelerator.is_main_process:
             # the active adapter alone: a frozen copy beside it is the reference of a preference loss
