@@ -145,7 +145,7 @@ def test_each_pretraining_setting_has_an_effect(
 ):
     shutil.copytree(tokenizer_folder, tmp_path / "copy")
     monkeypatch.setattr("llmlab.training.compile.missing_tool", lambda device_type: None)
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     changes = {"compile": "auto", "dtype": "fp32"}
     model = {"n_kv_heads": 2, "n_heads": 2}
     conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
@@ -211,7 +211,7 @@ OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32"
 def test_each_fine_tuning_setting_has_an_effect(
     setting, sft_settings, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     template = tmp_path / "other.jinja"
     template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
     (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
@@ -323,7 +323,7 @@ PREFERENCE = [
 def test_each_preference_setting_has_an_effect(
     kind, setting, preference_settings, pairs_file, base_folder, wide_base_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     template = tmp_path / "other.jinja"
     template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
     more = tmp_path / "more.jsonl"
@@ -429,7 +429,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
 def test_each_grpo_setting_has_an_effect(
     setting, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch, request
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     if setting.key == "reward_model":  # made where it is needed: a folder that is one
         from llmlab.model import load_classifier
 
