@@ -170,9 +170,7 @@ Seed = Annotated[int, Ge(0), Trl("seed"), Field(description="Seed of weights, da
 OutputDir = Annotated[str, Trl("output_dir"), Field(description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    Field(
-        description="Arithmetic: auto is bf16 where the device computes it, fp16 on other CUDA and MPS devices, else fp32."
-    ),
+    Field(description="Arithmetic: auto is bf16 where the device computes it, fp16 on other GPUs, else fp32."),
 ]
 Tf32 = Annotated[
     bool | None,

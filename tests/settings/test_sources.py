@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.settings.base import Trl, When, fields_of, spellings_of
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import load, resolve
