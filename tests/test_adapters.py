@@ -135,3 +135,12 @@ def test_contradictions_are_named():
         resolve(SFTSettings, Layer("command line", {"use_lora": False, "lora_r": 4}))
     with pytest.raises(SettingsError, match="lora_preset = custom needs lora_target_modules"):
         resolve(SFTSettings, Layer("command line", {"lora_preset": "custom"}))
+
+
+@pytest.mark.parametrize(("given", "alpha"), [({}, 16), ({"lora_r": 32}, 64), ({"lora_r": 32, "lora_alpha": 8}, 8)])
+def test_alpha_is_twice_the_rank_unless_it_is_set(given, alpha):
+    settings = resolve(LoraSettings, Layer("x", {"use_lora": True, **given})).settings
+    model = new_model(build_config(ModelSettings(d_model=8, n_heads=2, d_ff=8, n_layers=1, vocab_size=8)))
+    assert lora_config(model, settings).lora_alpha == settings.alpha == alpha
+    again = resolve(LoraSettings, Layer("record", settings.recorded()), Layer("cli", {"lora_r": 4})).settings
+    assert again.alpha == 8  # 2 x 4, or as it was set

@@ -82,7 +82,8 @@ def _from_bitsandbytes(
             f"optimizer = {settings.optimizer}: it needs bitsandbytes: pip install 'llmlab[gpu]'"
         ) from None
     kind = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
-    kind["is_paged"] = settings.optimizer.startswith("paged")
+    # on a CPU there is nothing to page to, and bitsandbytes warns of each weight
+    kind["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # as in Transformers: 8-bit states of embeddings are unstable
             optim.GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})

@@ -50,7 +50,8 @@ class PPOSettings(OnlineSettings):
     @classmethod
     def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Leaves out the dropout of a LoRA block that is written for every stage."""
-        if values.get("lora_dropout"):
-            say(f"lora_dropout = {values['lora_dropout']}: PPO uses 0, so that what is updated is what sampled")
+        dropout = values.get("lora_dropout")
+        if isinstance(dropout, float) and 0 < dropout < 1:
+            say(f"lora_dropout = {dropout:g}: PPO uses 0, so that what is updated is what sampled")
             values = {**values, "lora_dropout": 0.0}
         return super().translate(values, say)
