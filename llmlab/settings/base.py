@@ -92,7 +92,7 @@ class Settings(BaseModel):
         modules = (path.partition(":") for path in cls.relatives)
         others = [getattr(import_module(module), name) for module, _, name in modules]
         owners = [other.panel for other in others if other is not cls and key in keys_of(other)]
-        return f"of {' and '.join(owners)}" if owners else None
+        return f"belongs to {' and '.join(owners)}" if owners else None
 
     def recorded(self) -> dict[str, Any]:
         """Returns plain values for a run's record, which the run can be resumed with."""
