@@ -137,7 +137,7 @@ def lora_config(
     return LoraConfig(
         task_type=task,
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=find_targets(model, settings.lora_preset, settings.lora_target_modules),
         bias=settings.lora_bias,

@@ -82,7 +82,7 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
             f"device = {device}: this machine has no such device; expected one of {', '.join([*available, 'cpu'])}"
         )
     name, memory = _identify(device)
-    chosen, reason = _choose_dtype(device, name, dtype)
+    chosen, reason = _choose_dtype(device, dtype)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
     return Hardware(device, name, chosen, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -126,12 +126,12 @@ def _cpu_name() -> str:
     return _cpu_info("model name")
 
 
-def _choose_dtype(device: str, name: str, wish: str) -> tuple[str, str]:
-    has_bf16, why = _supports_bf16(device, name)
+def _choose_dtype(device: str, wish: str) -> tuple[str, str]:
+    has_bf16, why = _supports_bf16(device)
     if wish == "auto":
         if has_bf16:
             return "bf16", why
-        return ("fp16", f"{why}, and CUDA has fp16") if device == "cuda" else ("fp32", why)
+        return ("fp32", why) if device == "cpu" else ("fp16", f"{why}, but fp16")
     if wish == "fp16" and device == "cpu":
         raise UserError("dtype = fp16: a CPU computes fp16 hundreds of times slower than fp32; expected bf16 or fp32")
     if wish == "bf16" and not has_bf16:
@@ -139,12 +139,21 @@ def _choose_dtype(device: str, name: str, wish: str) -> tuple[str, str]:
     return wish, "as asked"
 
 
-def _supports_bf16(device: str, name: str) -> tuple[bool, str]:
+def _computes_bf16(device: str) -> bool:
+    """Whether a product of matrices in bf16 comes out right, which no property of an Apple chip tells."""
+    try:
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+        return bool((ones @ ones == 8).all())
+    except (RuntimeError, TypeError):  # what torch raises where a type is not supported
+        return False
+
+
+def _supports_bf16(device: str) -> tuple[bool, str]:
     if device == "cuda":
         there = torch.cuda.is_bf16_supported(including_emulation=False)
         return there, "this GPU computes bf16" if there else "this GPU has no bf16"
     if device == "mps":
-        there = torch.backends.mps.is_macos_or_newer(14, 0) and "M1" not in name
-        return there, "this chip computes bf16" if there else "bf16 needs an M2 or later and macOS 14"
+        there = _computes_bf16(device)
+        return there, "this chip computes bf16" if there else "this chip or macOS has no bf16"
     there = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split()))
     return there, "this CPU has bf16 instructions" if there else "this CPU has no bf16 instructions"

@@ -127,7 +127,7 @@ def test_the_guides_block_loads_as_printed_and_implies_lora(tmp_path):
     settings = resolved.settings
     assert (settings.use_lora, settings.lora_preset, settings.lora_r, settings.lora_alpha) == (True, "custom", 16, 32)
     assert len(settings.lora_target_modules) == 7
-    assert resolved.warnings == (f"{path}:4: 'task_type' has no effect here: it follows from the stage",)
+    assert resolved.warnings == (f"{path}:4: no effect here: 'task_type' (it follows from the stage)",)
 
 
 def test_contradictions_are_named():
@@ -135,3 +135,12 @@ def test_contradictions_are_named():
         resolve(SFTSettings, Layer("command line", {"use_lora": False, "lora_r": 4}))
     with pytest.raises(SettingsError, match="lora_preset = custom needs lora_target_modules"):
         resolve(SFTSettings, Layer("command line", {"lora_preset": "custom"}))
+
+
+@pytest.mark.parametrize(("given", "alpha"), [({}, 16), ({"lora_r": 32}, 64), ({"lora_r": 32, "lora_alpha": 8}, 8)])
+def test_alpha_is_twice_the_rank_unless_it_is_set(given, alpha):
+    settings = resolve(LoraSettings, Layer("x", {"use_lora": True, **given})).settings
+    model = new_model(build_config(ModelSettings(d_model=8, n_heads=2, d_ff=8, n_layers=1, vocab_size=8)))
+    assert lora_config(model, settings).lora_alpha == settings.alpha == alpha
+    again = resolve(LoraSettings, Layer("record", settings.recorded()), Layer("cli", {"lora_r": 4})).settings
+    assert again.alpha == 8  # 2 x 4, or as it was set

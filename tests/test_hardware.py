@@ -12,7 +12,7 @@ def pretend(monkeypatch, *, device="cpu", bf16=False, name="Some CPU"):
     monkeypatch.setattr(torch.mps, "is_available", lambda: device == "mps")
     monkeypatch.setattr(hardware, "_identify", lambda device: (name, 10**10))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    monkeypatch.setattr(hardware, "_computes_bf16", lambda device: bf16)
     monkeypatch.setattr(hardware, "_cpu_info", lambda key: "avx2 avx512_bf16" if bf16 else "avx2")
 
 
@@ -23,8 +23,8 @@ def pretend(monkeypatch, *, device="cpu", bf16=False, name="Some CPU"):
         ({"bf16": False}, ("cpu", "fp32")),
         ({"device": "cuda", "bf16": True, "name": "NVIDIA H200"}, ("cuda", "bf16")),
         ({"device": "cuda", "bf16": False, "name": "Tesla V100"}, ("cuda", "fp16")),
-        ({"device": "mps", "name": "Apple M1 Max"}, ("mps", "fp32")),
-        ({"device": "mps", "name": "Apple M3 Pro"}, ("mps", "bf16")),
+        ({"device": "mps", "bf16": False, "name": "Apple M1 Max"}, ("mps", "fp16")),
+        ({"device": "mps", "bf16": True, "name": "Apple M1 Max"}, ("mps", "bf16")),
     ],
     ids=str,
 )
@@ -47,6 +47,7 @@ def test_peaks_are_known_for_the_right_card(monkeypatch):
         ({}, {"device": "cuda"}, "device = cuda: this machine has no such device; expected one of cpu"),
         ({}, {"dtype": "fp16"}, "hundreds of times slower"),
         ({}, {"dtype": "bf16"}, "this CPU has no bf16 instructions; expected fp32"),
+        ({"device": "mps"}, {"dtype": "bf16"}, "this chip or macOS has no bf16; expected fp16 or fp32"),
         ({"device": "cuda"}, {"dtype": "bf16"}, "this GPU has no bf16; expected fp16 or fp32"),
     ],
 )
@@ -54,6 +55,13 @@ def test_wishes_that_the_machine_cannot_meet(monkeypatch, machine, wish, message
     pretend(monkeypatch, **machine)
     with pytest.raises(UserError, match=message):
         hardware.probe(**wish)
+
+
+def test_bf16_is_probed_by_computing(monkeypatch):
+    assert hardware._computes_bf16("cpu") and not hardware._computes_bf16("meta")
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: ones(*shape, **options) * 0.5)
+    assert not hardware._computes_bf16("cpu")  # it computes, and wrongly
 
 
 def test_this_machine():

@@ -85,7 +85,7 @@ def init(
     from transformers import set_seed
 
     from llmlab.data import load_tokenizer
-    from llmlab.model import build_config, new_model
+    from llmlab.model import build_config, fit_context, new_model
     from llmlab.training import checkpoints
 
     settings = _settings(*_split(words))
@@ -102,6 +102,7 @@ def init(
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         if tokenizer is not None:
+            fit_context(model, tokenizer)
             tokenizer.save_pretrained(temporary)
 
     checkpoints.publish(folder, write)
@@ -116,7 +117,7 @@ def convert(
 ) -> None:
     """Convert weights to llmlab's decoder or from it, and check that both give the same logits."""
     from llmlab.data import load_tokenizer
-    from llmlab.model import from_llmlab, load_model, to_llmlab
+    from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
     from llmlab.training import checkpoints
 
     model = load_model(source, dtype=None)
@@ -124,8 +125,10 @@ def convert(
     folder = checkpoints.claim(str(output_dir), resume=False)
 
     def write(temporary: Path) -> None:
+        tokenizer = load_tokenizer(source)
+        fit_context(converted, tokenizer)
         converted.save_pretrained(temporary)
-        load_tokenizer(source).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
     checkpoints.publish(folder, write)
     typer.echo(f"saved {folder}: the same logits as {source}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.settings.base import Setting, Settings, fields_of, spellings_of
+from llmlab.settings.base import Setting, Settings, fields_of, show, spellings_of
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
@@ -39,7 +39,11 @@ def stage_command(
                 help="Settings, as an alternative to options.",
             ),
         ),
-        _parameter("config", Path | None, typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py.")),
+        _parameter(
+            "config",
+            list[Path] | None,
+            typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py; of several the later wins."),
+        ),
         _parameter("preset", str | None, typer.Option("--preset", help=f"Named values: {', '.join(presets(name))}.")),
         _parameter("show_config", bool, typer.Option("--show-config", help="Print each value and its source."), False),
         _parameter(
@@ -53,8 +57,7 @@ def stage_command(
         layers = []
         if arguments["preset"]:
             layers.append(_preset_layer(name, arguments["preset"]))
-        if arguments["config"]:
-            layers.append(read_layer(arguments["config"]))
+        layers += [read_layer(path) for path in arguments["config"] or ()]
         layers.append(_command_line_layer(stage, arguments, words))
         extras = {parameter.name: arguments[parameter.name] for parameter in extra}
         if extras.get("resume"):
@@ -141,6 +144,18 @@ def _preset_layer(stage: str, preset: str) -> Layer:
 
 def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words: str | None) -> Layer:
     values: dict[str, Any] = {}
+    keys: dict[str, str] = {}
+
+    def add(key: str, value: Any) -> None:
+        setting = spellings_of(stage).get(key)
+        first = keys.setdefault(setting.key if setting else key, key)
+        if first in values and values[first] != value:
+            spelled = f"'{key}'" if first == key else f"'{key}' (as '{first}' too)"
+            raise UserError(
+                f"command line: {spelled} is given twice, as {show(values[first])} and {show(value)}; keep one"
+            )
+        values[first] = value
+
     for word in arguments["overrides"] or ():
         key, equals, text = word.partition("=")
         if not equals and words:
@@ -148,17 +163,17 @@ def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words:
             continue
         if not equals:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
-        values[key] = _parse(spellings_of(stage).get(key), text)
+        add(key, _parse(spellings_of(stage).get(key), text))
     for setting in fields_of(stage):
         for spelling in setting.spellings:
             value = arguments.get(_identifier(spelling))
             if value is None or value == [] or spellings_of(stage)[spelling] is not setting:
                 continue
-            if setting.key in values or any(other in values for other in setting.spellings):
-                raise UserError(f"command line: '{spelling}' is given twice; keep one")
-            if isinstance(value, list):
-                value = [_parse(None, text) if text.startswith("{") else text for text in value]
-            values[spelling] = _parse(setting, value) if isinstance(value, str) else value
+            if _is_list(setting):
+                add(spelling, [_parse(None, text) if text.startswith("{") else text for text in value])
+            else:
+                for text in value if isinstance(value, list) else [value]:
+                    add(spelling, _parse(setting, text) if isinstance(text, str) else text)
     return Layer(COMMAND_LINE, values)
 
 
@@ -195,8 +210,7 @@ def _option(setting: Setting, spelling: str) -> tuple[Any, Any]:
         show_default=False,
         rich_help_panel=setting.owner.panel,
     )
-    annotation = bool | None if is_flag else (list[str] | None if _is_list(setting) else str | None)
-    return annotation, info
+    return (bool | None if is_flag else list[str] | None), info  # a list, to see what is given twice
 
 
 def _metavar(setting: Setting) -> str:

@@ -16,6 +16,7 @@ _HOMES = {
     "register": "modeling",
     "build_config": "build",
     "check_folder": "build",
+    "fit_context": "build",
     "fit_vocabulary": "build",
     "load_classifier": "build",
     "load_config": "build",

@@ -231,6 +231,17 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         model.resize_token_embeddings(len(tokenizer))
 
 
+def fit_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets a model and its tokenizer say what they can before they are saved: the context's length, and a cache.
+
+    Trainers turn the cache off; a tokenizer that was just trained knows no length.
+    """
+    model.config.use_cache = True
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is not None:
+        tokenizer.model_max_length = length
+
+
 @dataclass(frozen=True)
 class Adapter:
     """PEFT adapters: the folder or hub id asked for, their folder on this machine, and what they say of themselves."""

@@ -35,7 +35,7 @@ class LLMLabConfig(PreTrainedConfig):
         hidden_act: `relu`, `gelu`, `silu`, `leaky_relu`, or the gated `swiglu` (`activation`).
         max_position_embeddings: longest sequence in tokens (`max_seq_len`).
         rope_parameters: Transformers' rope parameters (`rope_theta`, `rope_type`, `factor`, ...) for rope and yarn.
-        sliding_window: tokens that a token sees, itself among them; None is all.
+        sliding_window: tokens that a token sees in a sliding layer, itself among them; None is all.
         layer_types: `full_attention` or `sliding_attention` a layer; None is one kind for all, by `sliding_window`.
         attention_bias: biases in the query, key and value projections.
         attention_output_bias: a bias in the output projection; None is as `attention_bias`.
@@ -124,6 +124,8 @@ class LLMLabConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         self._complete_rope_parameters()
         super().__post_init__(**kwargs)
+        if not self.is_gated:  # a plan must name no module that is not there
+            self.base_model_tp_plan = {key: how for key, how in self.base_model_tp_plan.items() if "gate" not in key}
         if not self.uses_rope:
             self.rope_parameters = None  # the parent fills in defaults for every configuration that has the field
         self.auto_map = {
@@ -168,11 +170,8 @@ class LLMLabConfig(PreTrainedConfig):
                 f"layer_types has {len(self.layer_types)} entries; "
                 f"expected num_hidden_layers = {self.num_hidden_layers}"
             )
-        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
-            raise ValueError(
-                f"sliding_window = {self.sliding_window} contradicts layer_types = {sorted(set(self.layer_types))}; "
-                "expected a window where a layer is sliding_attention, and none elsewhere"
-            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("sliding_window = None contradicts layer_types, where a layer is sliding_attention")
 
     def _check_choices(self) -> None:
         for name, choices in (

@@ -111,9 +111,10 @@ def _options_of(config: LLMLabConfig, family: str) -> dict[str, Any]:
     if family == "llama":
         options["attention_bias"] = config.attention_bias
     else:
-        options["sliding_window"] = config.sliding_window
+        slides = "sliding_attention" in config.layer_types  # the window of other families holds for every layer
+        options["sliding_window"] = config.sliding_window if slides else None
     if family == "qwen2":
-        options |= {"use_sliding_window": config.sliding_window is not None, "layer_types": config.layer_types}
+        options |= {"use_sliding_window": slides, "layer_types": config.layer_types}
     return options
 
 

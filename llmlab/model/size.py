@@ -4,6 +4,7 @@ Parameters and optimizer states are exact counts. Activations are an estimate fo
 torch's allocator, the batches themselves and other programs come on top.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class ModelSize:
         """Returns the bytes of an optimizer's states, kept in fp32.
 
         Args:
-            optimizer: `adamw`, `adafactor`, `lion`, `sophia` or `muon`.
+            optimizer: as the setting names it.
 
         Raises:
             UserError: there is no such optimizer.
@@ -103,7 +104,7 @@ class ModelSize:
         """Returns the memory that training takes on one device, weights in fp32, with the loss in pieces.
 
         Args:
-            optimizer: `adamw`, `adafactor`, `lion`, `sophia` or `muon`.
+            optimizer: as the setting names it.
             rows: sequences in one forward pass.
             sequence: tokens of each; None is the longest.
             dtype: arithmetic, `fp32`, `bf16` or `fp16`; the narrow ones are autocast, which also copies the weights.
@@ -177,6 +178,12 @@ def _numel(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 1 else shape[0] * shape[1]
 
 
+def _in_8_bits(part: str, shape: tuple[int, ...]) -> int:
+    """Returns what bitsandbytes keeps of a parameter: of a large one a byte a value and a scale a block of 256."""
+    count = _numel(shape)
+    return count if part == "embeddings" or count < 4096 else count // 4 + math.ceil(count / 256)
+
+
 # Values that each optimizer keeps of a parameter, by its part and shape. Muon orthogonalizes the layers' matrices and
 # leaves the rest to AdamW; Adafactor keeps a matrix's row and column sums.
 STATE_VALUES: dict[str, Callable[[str, tuple[int, ...]], int]] = {
@@ -184,5 +191,9 @@ STATE_VALUES: dict[str, Callable[[str, tuple[int, ...]], int]] = {
     "adafactor": lambda part, shape: sum(shape),
     "lion": lambda part, shape: _numel(shape),
     "sophia": lambda part, shape: 2 * _numel(shape),
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), lambda part, shape: 2 * _in_8_bits(part, shape)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), _in_8_bits),
+    "paged_adamw_32bit": lambda part, shape: 2 * _numel(shape),
+    "paged_lion_32bit": lambda part, shape: _numel(shape),
     "muon": lambda part, shape: (1 if part in ("attention", "mlp") and len(shape) == 2 else 2) * _numel(shape),
 }

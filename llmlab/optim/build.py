@@ -3,7 +3,10 @@
 Only the choice is made here: the parameters are sorted in `groups`, the schedule belongs to the trainer's arguments.
 """
 
+from typing import Any
+
 from peft import PeftModel
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import Adafactor, PreTrainedModel
 
@@ -28,7 +31,7 @@ def build_optimizer(
         weight_decay: decoupled weight decay of the weights that are decayed.
 
     Raises:
-        UserError: nothing is trainable, or the optimizer has nothing that it can train.
+        UserError: nothing is trainable, the optimizer has nothing that it can train, or bitsandbytes is not installed.
     """
     kinds = sort_parameters(model)
     if not any(kinds):
@@ -47,6 +50,8 @@ def build_optimizer(
         )
     decayed = {"params": kinds.hidden + kinds.other_weights, "weight_decay": weight_decay}
     groups = [group for group in (decayed, undecayed) if group["params"]]
+    if settings.optimizer.endswith("bit"):
+        return _from_bitsandbytes(model, groups, settings, learning_rate)
     if settings.optimizer == "adamw":
         betas = (settings.adamw_beta1, settings.adamw_beta2)
         return AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adamw_eps, fused=True)
@@ -66,6 +71,28 @@ def build_optimizer(
     )
 
 
+def _from_bitsandbytes(
+    model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerSettings, learning_rate: float
+) -> Optimizer:
+    """Returns an optimizer with states in 8 bits, or in memory that is paged to the CPU's."""
+    try:
+        from bitsandbytes import optim  # an extra; and a second or two, for those who use it
+    except ImportError:
+        raise UserError(
+            f"optimizer = {settings.optimizer}: it needs bitsandbytes: pip install 'llmlab[gpu]'"
+        ) from None
+    kind = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
+    # on a CPU there is nothing to page to, and bitsandbytes warns of each weight
+    kind["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # as in Transformers: 8-bit states of embeddings are unstable
+            optim.GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    if "lion" in settings.optimizer:
+        return optim.Lion(groups, betas=(settings.lion_beta1, settings.lion_beta2), **kind)
+    betas = (settings.adamw_beta1, settings.adamw_beta2)
+    return optim.AdamW(groups, betas=betas, eps=settings.adamw_eps, **kind)
+
+
 def check_supported(optimizer: str, distributed_type: str) -> None:
     """Refuses an optimizer that the way of distributing the training cannot carry.
 
@@ -75,14 +102,14 @@ def check_supported(optimizer: str, distributed_type: str) -> None:
 
     Raises:
         UserError: Sophia or Muon under DeepSpeed's ZeRO, which hands optimizers flat slices of the weights, or
-            Transformers' Adafactor under FSDP, whose sharded weights it cannot mix with its own state.
+            Transformers' Adafactor or one of bitsandbytes under FSDP, whose sharded weights they cannot update.
     """
     if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
         raise UserError(
             f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "
             "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
         )
-    if optimizer == "adafactor" and distributed_type == "FSDP":
+    if (optimizer == "adafactor" or optimizer.endswith("bit")) and distributed_type == "FSDP":
         raise UserError(
-            "optimizer = adafactor: it cannot update weights that FSDP shards; expected adamw, lion, sophia or muon"
+            f"optimizer = {optimizer}: it cannot update weights that FSDP shards; expected adamw, lion, sophia or muon"
         )

@@ -15,7 +15,7 @@ from llmlab.rewards.completions import Completion
 from llmlab.rewards.loading import load_rewards
 from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.settings.rewards import RewardSettings
+from llmlab.settings.rewards import RewardSettings, as_list
 
 
 class Scores(NamedTuple):
@@ -117,7 +117,7 @@ class ComposedReward:
 
 
 def compose(
-    rewards: Sequence[RewardSettings | str | dict[str, Any] | Reward | Callable[..., Any]],
+    rewards: Sequence[RewardSettings | str | dict[str, Any] | Reward | Callable[..., Any]] | dict[str, Any],
     *,
     normalize: bool = True,
     allow_code: bool = False,
@@ -126,7 +126,8 @@ def compose(
     """Makes one reward of several: `GRPOTrainer(reward_funcs=compose(["json_valid", "length | 0.5"]), ...)`.
 
     Args:
-        rewards: settings, names, mappings, `Reward` objects, or functions (weight 1, range unknown).
+        rewards: settings, names, mappings, `Reward` objects, or functions (weight 1, range unknown); or one mapping
+            of names to weights.
         normalize: map the weighted sum to [0, 1].
         allow_code: load functions from Python files, which runs these files.
         folder: where the paths of Python files start.
@@ -135,8 +136,7 @@ def compose(
         SettingsError: all problems of the entries at once.
         UserError: there is nothing to compose.
     """
-    if isinstance(rewards, (str, dict)):
-        rewards = [rewards]
+    rewards = as_list(rewards)
     named = [entry for entry in rewards if isinstance(entry, (RewardSettings, str, dict))]
     loaded = iter(load_rewards(named, allow_code, folder))
     components = []

@@ -6,9 +6,10 @@ the trainers.  Reading files and merging layers is in `sources.py`; the named ty
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict
@@ -60,10 +61,40 @@ class Settings(BaseModel):
     inapplicable: ClassVar[dict[str, str]] = {}
     """Keys of the seeds that cannot mean anything here, and why: accepted from a file only, with one warning."""
 
+    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Keys without a field, and the values that say what the stage does anyway: accepted in silence."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Fields that say one thing in several units: the one of the last layer wins."""
+
+    relatives: ClassVar[tuple[str, ...]] = ()
+    """Classes (`module:name`) whose keys may stand in one file with this one's: they are named in one warning."""
+
     @classmethod
-    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns a layer's values with keys that have no field of their own put into this class's words."""
+    def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        """Returns a layer's values with keys that have no field of their own put into this class's words.
+
+        Args:
+            values: of the layer.
+            say: takes a sentence about how a value was read, where that is not obvious.
+        """
         return values
+
+    @classmethod
+    def why_inapplicable(cls, key: str) -> str | None:
+        """Returns why a key of the seeds has no effect in this stage, or None where the key is unknown."""
+        for base in cls.__mro__:
+            if key in vars(base).get("inapplicable", {}):
+                return vars(base)["inapplicable"][key]
+        return cls.owners_elsewhere(key, spellings_of)
+
+    @classmethod
+    def owners_elsewhere(cls, key: str, keys_of: Callable[[type["Settings"]], Any]) -> str | None:
+        """Returns to which of the relatives a key belongs, of those whose keys `keys_of` has it among."""
+        modules = (path.partition(":") for path in cls.relatives)
+        others = [getattr(import_module(module), name) for module, _, name in modules]
+        owners = [other.panel for other in others if other is not cls and key in keys_of(other)]
+        return f"belongs to {' and '.join(owners)}" if owners else None
 
     def recorded(self) -> dict[str, Any]:
         """Returns plain values for a run's record, which the run can be resumed with."""

@@ -1,7 +1,7 @@
 """Reads and writes configuration files, and remembers the line of every key.
 
-YAML, JSON, and a Python file that assigns one literal mapping (as guides print them) are data here: nothing in them is
-ever executed.  What the keys mean is `sources.py`'s business.
+YAML, JSON, and a Python file of literal assignments (as guides print them) are data here: nothing in them is ever
+executed.  What the keys mean is `sources.py`'s business.
 """
 
 import ast
@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
+
+NAMED_MAPPINGS = ("rewards", "reward_weights")
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,18 +144,33 @@ def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
         body = ast.parse(text).body
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: this is not valid Python: {error.msg}") from None
-    mappings = [
-        node.value for node in body if isinstance(node, (ast.Assign, ast.Expr)) and isinstance(node.value, ast.Dict)
-    ]
-    if len(body) != 1 or len(mappings) != 1:
-        raise UserError(
-            f"{path}: expected one literal mapping (name = {{...}}) and nothing else; it is never executed"
-        )
-    try:
-        values = ast.literal_eval(mappings[0])
-    except ValueError:
-        raise UserError(f"{path}: only literal values are read from a Python file; it is never executed") from None
-    return values, {str(ast.literal_eval(key)): key.lineno for key in mappings[0].keys}
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    twice: list[str] = []
+    for node in body:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        if not isinstance(node, (ast.Assign, ast.Expr)) or not (name or isinstance(node.value, ast.Dict)):
+            raise UserError(f"{path}:{node.lineno}: expected name = {{...}} and nothing else; it is never executed")
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            raise UserError(
+                f"{path}:{node.lineno}: only literal values are read from a Python file; it is never executed"
+            ) from None
+        # the name of a block says nothing, but for that of a setting whose value is the mapping
+        if isinstance(node.value, ast.Dict) and name not in NAMED_MAPPINGS:
+            places = [(str(ast.literal_eval(key)), key.lineno) for key in node.value.keys if key is not None]
+            values |= value
+        else:
+            places = [(name, node.lineno)]
+            values[name] = value
+        for key, line in places:
+            if key in lines:
+                twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
+            lines.setdefault(key, line)
+    if twice:
+        raise SettingsError(twice)
+    return values, lines
 
 
 def read_json(path: str | Path, shape: type = dict) -> Any:

@@ -17,7 +17,6 @@ class GRPOSettings(OnlineSettings):
 
     panel: ClassVar[str] = "GRPO"
     inapplicable: ClassVar[dict[str, str]] = {
-        **OnlineSettings.inapplicable,
         "vf_coef": NO_VALUES,
         "gamma": "a completion has one reward, at its end, for all of its tokens",
         **dict.fromkeys(("lam", "gae_lambda"), NO_VALUES),

@@ -25,8 +25,8 @@ class LoraSettings(Settings):
         description="Where adapters go: queries and values, all of attention, feed-forward, both, or your list.",
     )
     lora_r: Annotated[int, Gt(0), Alias("r"), ON] = Field(8, description="Rank of the adapters.")
-    lora_alpha: Annotated[float, Gt(0), ON] = Field(
-        16, description="Scale of the adapters: alpha / r (usually 2 x r)."
+    lora_alpha: Annotated[float | None, Gt(0), ON] = Field(
+        None, description="Scale of the adapters: alpha / r; none is 2 x lora_r."
     )
     lora_dropout: Annotated[float, Ge(0), Lt(1), ON] = Field(0.05, description="Dropout before the adapters.")
     lora_target_modules: Annotated[list[str] | None, Alias("target_modules"), When("lora_preset", "custom")] = Field(
@@ -43,6 +43,11 @@ class LoraSettings(Settings):
     use_qlora: Annotated[bool, ON] = Field(
         False, description="Keep the frozen weights in 4 bits (NF4, arXiv:2305.14314); needs bitsandbytes."
     )
+
+    @property
+    def alpha(self) -> float:
+        """The scale of the adapters before it is divided by their rank."""
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
     @model_validator(mode="before")
     @classmethod

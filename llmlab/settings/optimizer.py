@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule of every training stage; building them is the business of `llmlab.optim`."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from llmlab.settings import vocabulary as v
@@ -10,6 +11,10 @@ HUGGING_FACE = {  # Transformers' names of these optimizers: implementations dif
     "adamw_torch_fused": "adamw",
     "adafactor": "adafactor",
     "lion_32bit": "lion",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
 }
 
 
@@ -33,9 +38,9 @@ class OptimizerSettings(Settings):
     scheduler: v.Scheduler = "cosine"
 
     @classmethod
-    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Reads Transformers' `optim`, which the RL guide gives, as an optimizer of this name or of the same rule."""
         if "optim" not in values or "optimizer" in values:
-            return super().translate(values)
+            return super().translate(values, say)
         rest = {key: value for key, value in values.items() if key != "optim"}
-        return super().translate({**rest, "optimizer": HUGGING_FACE.get(values["optim"], values["optim"])})
+        return super().translate({**rest, "optimizer": HUGGING_FACE.get(str(values["optim"]), values["optim"])}, say)

@@ -1,9 +1,10 @@
 """Settings of `llmlab ppo`. Source: seed, LLM-Lab document, "PPO"; RL guide, section 4; arXiv:1707.06347."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field, model_validator
+from annotated_types import Ge, Gt, Le
+from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
@@ -38,7 +39,7 @@ class PPOSettings(OnlineSettings):
     whiten_advantages: Annotated[bool, Trl("whiten_advantages"), Alias("normalize_advantage")] = Field(
         True, description="Scale the advantages of a rollout to mean 0 and variance 1."
     )
-    lora_dropout: Annotated[float, Ge(0), Lt(1), When("use_lora", True)] = Field(
+    lora_dropout: Annotated[float, Ge(0), Le(0), When("use_lora", True)] = Field(
         0.0, description="None here: the policy that is updated must be the one that sampled."
     )
     early_stop: bool = Field(
@@ -46,12 +47,11 @@ class PPOSettings(OnlineSettings):
         description="End the passes over a rollout when the policy is 1.5 target_kl away from the one that sampled.",
     )
 
-    @model_validator(mode="after")
-    def check_dropout(self) -> "PPOSettings":
-        if self.lora_dropout:
-            raise v.conflict(
-                f"lora_dropout = {self.lora_dropout:g}: PPO goes without dropout, or the policy that is updated would "
-                "not be the one that sampled; leave it out",
-                "lora_dropout",
-            )
-        return self
+    @classmethod
+    def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        """Leaves out the dropout of a LoRA block that is written for every stage."""
+        dropout = values.get("lora_dropout")
+        if isinstance(dropout, float) and 0 < dropout < 1:
+            say(f"lora_dropout = {dropout:g}: PPO uses 0, so that what is updated is what sampled")
+            values = {**values, "lora_dropout": 0.0}
+        return super().translate(values, say)

@@ -14,17 +14,23 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.rhythm import RhythmSettings
 
 
-class PreferenceSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSettings):
+class PreferenceSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSettings, DataSettings):
     """Learn from pairs of a better and a worse answer to one prompt."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        **LoraSettings.inapplicable,
+        **v.LOWEST_LOSS,
         "streaming": "every pair is proven before the first step, so sources are read whole",
-        "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
     }
+    implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("max_steps", "epochs"),
+        ("batch_size", "gradient_accumulation_steps"),
+    )
+    relatives: ClassVar[tuple[str, ...]] = v.RLHF
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
@@ -46,7 +52,7 @@ class PreferenceSettings(HardwareSettings, LoraSettings, OptimizerSettings, Data
     save_every: v.SaveEvery = 500
     eval_every: Annotated[v.EvalEvery, Alias("eval_interval", "eval_steps")] = 500
     eval_batches: v.EvalBatches = 50
-    save_best_only: Annotated[v.SaveBestOnly, Alias("load_best_model_at_end")] = False
+    save_best_only: v.SaveBestOnly = False
     save_total_limit: v.SaveTotalLimit = 2
     seed: v.Seed = 42
     trainer_args: v.TrainerArgs = Field(default_factory=dict)

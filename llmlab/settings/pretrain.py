@@ -1,25 +1,33 @@
 """Settings of `llmlab pretrain`. Source: seed, LLM-Lab document, "Base Training (Pretraining)"."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Alias
+from llmlab.settings.base import Alias, fields_of
 from llmlab.settings.data import TextDataSettings
 from llmlab.settings.hardware import HardwareSettings
+from llmlab.settings.lora import LoraSettings
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.rhythm import RhythmSettings
+
+LORA_KEYS = ("task_type", *(name for setting in fields_of(LoraSettings) for name in setting.spellings))
 
 
-class PretrainSettings(HardwareSettings, OptimizerSettings, TextDataSettings):
+class PretrainSettings(RhythmSettings, HardwareSettings, OptimizerSettings, TextDataSettings):
     """Train a decoder from nothing, or further, on plain text."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        "use_lora": "a base model is trained whole; adapters are for the stages after it",
-        "lora_preset": "a base model is trained whole; adapters are for the stages after it",
+        **dict.fromkeys(LORA_KEYS, "a base model is trained whole; adapters are for the stages after it"),
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "pretraining counts in steps: max_steps"),
+        **dict.fromkeys(("save_every", "save_steps"), "checkpoints are saved at evaluations: eval_every"),
+        **v.LOWEST_LOSS,
+        "max_samples": "pretraining reads as much text as max_steps takes",
     }
+    implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
 
     model: ModelSettings = ModelSettings()
     init_from: Annotated[str | None, Alias("policy_checkpoint", "model_name_or_path")] = Field(

@@ -70,15 +70,23 @@ class RewardSettings(Settings):
         return self.name if self.weight is None else f"{self.name} | {self.weight:g}"
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """Returns rewards as a list: of one entry, or of the guide's mapping, `{json_valid: 1.0, length: {target: 9}}`."""
+    if isinstance(value, dict) and "name" not in value:
+        entries = {name: part if isinstance(part, dict) else {"weight": part} for name, part in value.items()}
+        return [{"name": name, **entry} for name, entry in entries.items()]
     return [value] if isinstance(value, (str, dict)) else value
 
 
 Rewards = Annotated[
     list[RewardSettings],
-    BeforeValidator(_as_list),
-    Field(min_length=1, description="What completions are rewarded for, one an entry: name | weight (optional)."),
-    Alias("reward_funcs", "reward_functions"),
+    BeforeValidator(as_list),
+    Field(
+        min_length=1,
+        description="What completions are rewarded for, one an entry: name | weight (optional), or a mapping "
+        "{name: weight}.",
+    ),
+    Alias("reward_funcs", "reward_functions", "reward_weights"),
 ]
 NormalizeRewards = Annotated[
     bool,

@@ -18,8 +18,16 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
-from llmlab.settings.rewards import RewardSettings, RewardsSettings
+from llmlab.settings.rewards import RewardSettings, RewardsSettings, as_list
+from llmlab.settings.rhythm import RhythmSettings
 
+RHYTHM = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
+"""The RL guide counts in episodes, the LLM-Lab document in steps."""
+
+SIMULATOR = (  # the RL guide's `reward_config`, but for its kl_weight
+    *("task_complete", "task_failed", "correct_tool", "wrong_tool", "schema_pass", "schema_fail", "style_pass"),
+    *("guardrail_violation", "step_penalty", "redundant_action"),
+)
 SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[
@@ -28,12 +36,12 @@ Temperature = Annotated[
 EpisodesBetween = Annotated[int | None, Gt(0)]
 RewardList = Annotated[
     list[RewardSettings] | None,
-    BeforeValidator(lambda value: [value] if isinstance(value, (str, dict)) else value),
+    BeforeValidator(as_list),
     Field(
-        description="What completions are rewarded for, one an entry: name | weight (optional). None is the reward "
-        "model alone."
+        description="What completions are rewarded for, one an entry: name | weight (optional), or a mapping "
+        "{name: weight}. None is the reward model alone."
     ),
-    Alias("reward_funcs", "reward_functions"),
+    Alias("reward_funcs", "reward_functions", "reward_weights"),
 ]
 
 
@@ -55,16 +63,22 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSettings, RewardsSettings):
+class OnlineSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSettings, DataSettings, RewardsSettings):
     """Learn from the rewards of one's own completions."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        **LoraSettings.inapplicable,
+        **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
+        **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "every prompt is measured before the first step, so sources are read whole",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
         "max_episode_length": "there are no tools in this stage: an episode is one completion, of max_new_tokens",
     }
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("max_steps", "epochs", "num_episodes"),
+        *RHYTHM.items(),
+    )
+    relatives: ClassVar[tuple[str, ...]] = v.RLHF
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
     reference_checkpoint: Annotated[str | None, Alias("ref_model")] = Field(
@@ -76,6 +90,10 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     chat_template: v.ChatTemplate = None
     max_prompt_length: Annotated[int | None, Gt(0)] = Field(
         1024, description="Longest prompt in tokens; longer ones are left out, counted and reported."
+    )
+    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = Field(
+        None,
+        description="Longest prompt and completion together, in tokens; a prompt gets what max_new_tokens leaves.",
     )
 
     rewards: RewardList = None  # type: ignore[assignment]  # here the reward model may stand alone
@@ -132,6 +150,7 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     )
 
     max_steps: v.MaxSteps = 10000
+    epochs: Annotated[v.Epochs, Field(description="Passes over the prompts, instead of max_steps.")] = None
     num_episodes: Annotated[int | None, Gt(0), Alias("total_episodes")] = Field(
         None, description="Completions to sample in all, rounded up to whole rollouts, instead of max_steps."
     )
@@ -167,9 +186,16 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
 
     @model_validator(mode="after")
     def check_sizes(self) -> "OnlineSettings":
-        if self.num_episodes is not None and "max_steps" in self.model_fields_set:
+        lengths = [name for name in ("num_episodes", "epochs") if getattr(self, name) is not None]
+        lengths += ["max_steps"] if "max_steps" in self.model_fields_set else []
+        if lengths[1:]:
+            raise v.conflict(f"{lengths[0]} and {lengths[1]} both say how long to train; keep one", *lengths[:2])
+        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
             raise v.conflict(
-                "num_episodes and max_steps both say how long to train; keep one", "num_episodes", "max_steps"
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
+                f"{self.max_seq_len}",
+                "max_seq_len",
+                "max_new_tokens",
             )
         for episodes, steps in RHYTHM.items():
             if getattr(self, episodes) is not None and steps in self.model_fields_set:
@@ -231,6 +257,18 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
             told["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=told)
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """The longest prompt in tokens, by either of the limits; None where there is none."""
+        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
+        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
+
+    def steps_for(self, prompts: int, processes: int) -> int:
+        """Returns the gradient steps of the run, where so many prompts are there to pass over."""
+        if self.epochs is None:
+            return self.max_steps
+        return math.ceil(self.epochs * prompts / self.batch_size) * self.rollout(processes).updates
+
     def all_rewards(self) -> list[RewardSettings]:
         """Returns the rewards with the reward model among them."""
         rewards = list(self.rewards or [])
@@ -242,9 +280,5 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     def recorded(self) -> dict[str, Any]:
         """Leaves out what follows from other settings, and the leave to run code, which is given each time."""
         decided = {steps for episodes, steps in RHYTHM.items() if getattr(self, episodes) is not None}
-        decided |= {"max_steps"} if self.num_episodes is not None else set()
+        decided |= {"max_steps"} if self.num_episodes is not None or self.epochs is not None else set()
         return {k: value for k, value in super().recorded().items() if k not in decided | {"allow_code"}}
-
-
-RHYTHM = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
-"""The RL guide counts in episodes, the LLM-Lab document in steps."""

@@ -10,16 +10,19 @@ from llmlab.settings.data import Datasets, DataSettings, DataSource
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.rhythm import RhythmSettings
 
 
-class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSettings):
+class SFTSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSettings, DataSettings):
     """Teach a base model to follow instructions and to hold a conversation."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        **LoraSettings.inapplicable,
+        **v.LOWEST_LOSS,
         "streaming": "every row is proven before the first step, so sources are read whole",
     }
+    implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"
     datasets: Datasets = [DataSource(name="HuggingFaceTB/smoltalk2", subset="SFT")]
@@ -34,6 +37,7 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
     max_grad_norm: v.MaxGradNorm = 1.0
     warmup_steps: v.WarmupSteps = 100
     max_seq_len: v.MaxSeqLen = 1024
+    max_samples: v.MaxSamples = None
     packing: Annotated[bool, Trl("packing")] = Field(
         False, description="Put several conversations into one row; they never see each other."
     )

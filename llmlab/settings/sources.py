@@ -4,6 +4,7 @@ Spellings are resolved before layers are merged, so `--lr` on the command line o
 All problems are collected and reported at once.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -57,13 +58,16 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
     warnings: list[str] = []
     given: dict[str, Given] = {}
     for rank, layer in enumerate(layers, start=1):
-        for key, entry in _canonical(stage, layer, rank, problems, warnings).items():
-            previous = given.get(key)
-            if previous is not None and isinstance(previous.value, dict) and isinstance(entry.value, dict):
-                entry = Given({**previous.value, **entry.value}, entry.where, rank)
+        found = _canonical(stage, layer, rank, problems, warnings)
+        for fields in stage.alternatives:
+            if any(key in found and found[key].value is not None for key in fields):
+                given = {key: entry for key, entry in given.items() if key not in fields}
+        for key, entry in found.items():
+            if key in given and _is_mapping(spellings_of(stage)[key]) and isinstance(entry.value, dict):
+                entry = Given({**(given[key].value or {}), **entry.value}, entry.where, rank)
             given[key] = entry
-    settings, found = _validate(stage, given)
-    problems += found
+    settings, wrong = _validate(stage, given)
+    problems += wrong
     if settings is not None:
         misplaced = _misplaced(settings, given)
         problems += [message for message, is_error in misplaced.values() if is_error]
@@ -75,6 +79,11 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
         raise SettingsError(problems)
     sources = {s.key: given[s.key].where if s.key in given else _unsaid(s, settings) for s in fields_of(stage)}
     return Resolved(settings, sources, tuple(warnings))
+
+
+def _is_mapping(setting: Setting) -> bool:
+    """Whether layers add entries to a setting's value rather than replace it."""
+    return setting.type_name == "mapping"
 
 
 def _unsaid(setting: Setting, settings: Settings) -> str:
@@ -94,6 +103,7 @@ def _canonical(
     groups = {name for name, info in stage.model_fields.items() if is_group(info.annotation)}
     found: dict[str, Given] = {}
     spelled: dict[str, str] = {}
+    unused: dict[str, list[str]] = defaultdict(list)
 
     def take(key: str, value: Any, where: str, from_group_file: bool = False) -> None:
         if key in groups and isinstance(value, str):
@@ -107,20 +117,16 @@ def _canonical(
             key, value = mapping, {rest: value}  # trainer_args.neftune_noise_alpha=5
         setting = spellings_of(stage).get(key)
         if setting is None:
-            reason = stage.inapplicable.get(key)
+            reason = stage.why_inapplicable(key)
+            if key in NOT_SETTINGS or value in stage.implied.get(key, ()):
+                return
             if reason and layer.path is not None:
-                warnings.append(f"{where}: '{key}' has no effect here: {reason}")
+                unused[reason].append(key)
             elif reason:
                 problems.append(f"{where}: '{key}' cannot be set here: {reason}")
-            elif key not in NOT_SETTINGS:
+            else:
                 problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, spellings_of(stage))}")
             return
-        if setting.key in spelled and spelled[setting.key] != key:
-            problems.append(
-                f"{where}: '{key}' and '{spelled[setting.key]}' are two spellings of one setting; keep one"
-            )
-        if not from_group_file:  # a key beside a group's file overrides the file's
-            spelled[setting.key] = key
         if (
             isinstance(value, str)
             and value in NONE_WORDS
@@ -128,8 +134,21 @@ def _canonical(
             and "none" in setting.type_name
         ):
             value = None
-        if setting.key in found and isinstance(value, dict) and isinstance(found[setting.key].value, dict):
-            value = {**found[setting.key].value, **value}
+        other = spelled.get(setting.key, key)
+        if other != key and found[setting.key].value != value:
+            # one of the two may be another algorithm's own word
+            owner_of = {name: stage.owners_elsewhere(name, lambda kind: kind.model_fields) for name in (key, other)}
+            foreign = next((name for name, owner in owner_of.items() if owner), None)
+            if foreign is None or layer.path is None:
+                problems.append(f"{where}: '{key}' and '{other}' are two spellings of one setting; keep one")
+            else:
+                unused[owner_of[foreign]].append(foreign)
+            if foreign == key:
+                return
+        if not from_group_file:  # a key beside a group's file overrides the file's
+            spelled[setting.key] = key
+        if setting.key in found and _is_mapping(setting) and isinstance(value, dict):
+            value = {**(found[setting.key].value or {}), **value}
         found[setting.key] = Given(value, where, rank)
 
     def take_file(key: str, name: str) -> None:
@@ -143,9 +162,16 @@ def _canonical(
         for inner, value in nested.values.items():
             take(f"{key}.{inner}", value, nested.where(str(inner)), from_group_file=True)
 
+    def say(sentence: str) -> None:
+        warnings.append(f"{layer.label}: {sentence}")
+
     # whole groups first: a key beside them is more specific than what their file says
-    for key, value in sorted(stage.translate(layer.values).items(), key=lambda item: item[0] not in groups):
+    for key, value in sorted(stage.translate(layer.values, say).items(), key=lambda item: item[0] not in groups):
         take(str(key), value, layer.where(str(key)))
+    if unused:
+        parts = [f"{', '.join(map(repr, keys))} ({reason})" for reason, keys in unused.items()]
+        first = next(iter(unused.values()))[0]
+        warnings.append(f"{layer.where(first)}: no effect here: {'; '.join(parts)}")
     return found
 
 

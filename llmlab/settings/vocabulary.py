@@ -11,6 +11,14 @@ from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Trl, When
 
+RLHF = (  # one file may hold the settings of all three
+    "llmlab.settings.ppo:PPOSettings",
+    "llmlab.settings.dpo:DPOSettings",
+    "llmlab.settings.grpo:GRPOSettings",
+)
+LOWEST_LOSS = {"metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"}
+IMPLIED_BEST = {"metric_for_best_model": ("eval_loss", "loss")}
+
 
 def conflict(message: str, *keys: str) -> PydanticCustomError:
     """Returns the error of a check between fields; the loader prefixes where the last of the keys was given."""
@@ -49,20 +57,35 @@ GradientAccumulationSteps = Annotated[
     Trl("gradient_accumulation_steps"),
     Field(description="Forward passes added up before one update: the effective batch is batch_size times this."),
 ]
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # the others in Transformers' words
+LION = ("lion", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit")
 OptimizerName = Annotated[
-    Literal["adamw", "adafactor", "lion", "sophia", "muon"],
-    Field(description="Optimizer. muon takes 2-D hidden weights, and AdamW at 0.1 x the rate all others."),
+    Literal[
+        "adamw",
+        "adafactor",
+        "lion",
+        "sophia",
+        "muon",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+    ],
+    Field(
+        description="Optimizer. muon takes 2-D hidden weights, and AdamW at 0.1 x the rate all others; the 8-bit and "
+        "paged ones need bitsandbytes."
+    ),
 ]
 Beta = Annotated[float, Ge(0), Lt(1)]
-AdamwBeta1 = Annotated[Beta, When("optimizer", "adamw"), Field(description="Decay of AdamW's first moment.")]
-AdamwBeta2 = Annotated[Beta, When("optimizer", "adamw"), Field(description="Decay of AdamW's second moment.")]
-AdamwEps = Annotated[
-    float, Gt(0), When("optimizer", "adamw"), Field(description="AdamW's term against division by 0.")
-]
+AdamwBeta1 = Annotated[Beta, When("optimizer", *ADAMW), Field(description="Decay of AdamW's first moment.")]
+AdamwBeta2 = Annotated[Beta, When("optimizer", *ADAMW), Field(description="Decay of AdamW's second moment.")]
+AdamwEps = Annotated[float, Gt(0), When("optimizer", *ADAMW), Field(description="AdamW's term against division by 0.")]
 LionBeta1 = Annotated[
-    Beta, When("optimizer", "lion"), Field(description="Lion's weight of the momentum in the update.")
+    Beta, When("optimizer", *LION), Field(description="Lion's weight of the momentum in the update.")
 ]
-LionBeta2 = Annotated[Beta, When("optimizer", "lion"), Field(description="Decay of Lion's momentum.")]
+LionBeta2 = Annotated[Beta, When("optimizer", *LION), Field(description="Decay of Lion's momentum.")]
 SophiaBeta1 = Annotated[Beta, When("optimizer", "sophia"), Field(description="Decay of Sophia's momentum.")]
 SophiaBeta2 = Annotated[Beta, When("optimizer", "sophia"), Field(description="Decay of Sophia's Hessian diagonal.")]
 SophiaRho = Annotated[float, Gt(0), When("optimizer", "sophia"), Field(description="Sophia's clipping threshold.")]
@@ -120,13 +143,20 @@ SaveEvery = Annotated[
 ]
 SaveBestOnly = Annotated[
     bool,
+    Alias("load_best_model_at_end"),
     Field(
         description="End with the weights of the best evaluation, not the last ones, and save no evaluation but a new "
         "best. The last step is always saved too, so that a run can be resumed or extended."
     ),
 ]
 SaveTotalLimit = Annotated[
-    int | None, Gt(0), Trl("save_total_limit"), Field(description="Checkpoints kept on disk; none keeps all.")
+    int | None,
+    Gt(0),
+    Trl("save_total_limit"),
+    Field(
+        description="Checkpoints kept on disk: so many of the best and the last, or the newest where nothing "
+        "validates; none keeps all."
+    ),
 ]
 
 # Machine ----------------------------------------------------------------------------------------------------------
@@ -140,7 +170,7 @@ Seed = Annotated[int, Ge(0), Trl("seed"), Field(description="Seed of weights, da
 OutputDir = Annotated[str, Trl("output_dir"), Field(description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    Field(description="Arithmetic: auto is bf16 where the device has it, fp16 on older CUDA, else fp32."),
+    Field(description="Arithmetic: auto is bf16 where the device computes it, fp16 on other GPUs, else fp32."),
 ]
 Tf32 = Annotated[
     bool | None,

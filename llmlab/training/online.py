@@ -30,7 +30,7 @@ from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, Roll
 from llmlab.training.policy import Policy, load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run, S, describe_optimizer
+from llmlab.training.running import Run, S, describe_evaluation, describe_optimizer
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -97,6 +97,8 @@ class OnlineRun(Run[S]):
         """
         settings, policy = self.settings, self.policy
         self.prompts = read_prompts(self, policy)
+        steps = settings.steps_for(len(self.prompts.train), self.process.num_processes)
+        self.settings = settings = settings.model_copy(update={"max_steps": steps})
         evaluates = self.prompts.validation is not None
         if settings.compile is True:
             compile_dynamic(policy.model, self.hardware.device)
@@ -165,7 +167,7 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
         UserError: a source cannot be used, or there are fewer prompts than a rollout takes.
     """
     settings, processes = run.settings, run.process.num_processes
-    maker = PromptMaker(policy.tokenizer, max_prompt_length=settings.max_prompt_length)
+    maker = PromptMaker(policy.tokenizer, max_prompt_length=settings.prompt_limit)
     with run.process.main_process_first(), run.reading():
         rows = build_rows(
             settings,
@@ -248,6 +250,7 @@ def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature:
             f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
             f"{rollout.per_update} completions a step)",
         ),
+        describe_evaluation(settings, settings.eval_batches, evaluates=data.validation is not None),
         describe_optimizer(settings, settings.max_steps),
         *run.hardware.rows(),
     ]

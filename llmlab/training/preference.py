@@ -15,7 +15,7 @@ from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import perplexity
 from llmlab.training.policy import Policy
 from llmlab.training.progress import ProgressLine
-from llmlab.training.running import Run, describe_optimizer, total_steps
+from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
 
 NAMES = {  # the trainers' words for what people ask for
     "rewards/accuracies": "win_rate",
@@ -82,6 +82,7 @@ def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tu
             "batch",
             f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})",
         ),
+        describe_evaluation(settings, settings.eval_batches, evaluates=data.validation is not None),
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]

@@ -45,7 +45,8 @@ from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
-from llmlab.training.running import describe_optimizer, last_metrics, save_policy
+from llmlab.training.rotation import KeepBest
+from llmlab.training.running import describe_evaluation, describe_optimizer, last_metrics, save_policy
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -150,7 +151,7 @@ def pretrain(
         eval_dataset=corpus.validation,
         data_collator=stack_rows,
         processing_class=tokenizer,
-        callbacks=[Perplexity(), rhythm, progress],
+        callbacks=[Perplexity(), rhythm, progress, KeepBest(settings.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     if compiled:
@@ -264,6 +265,7 @@ def _plan(
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
+        describe_evaluation(settings, settings.eval_steps, evaluates=corpus.validation is not None),
         describe_optimizer(settings, settings.max_steps),
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
         *hardware.rows(),

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from llmlab.hardware import probe
+from llmlab.model import fit_context
 from llmlab.optim.build import check_supported
 from llmlab.settings.base import Settings, spellings_of
 from llmlab.settings.errors import UserError
@@ -34,6 +35,7 @@ from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
 from llmlab.training.resume import find_checkpoint
+from llmlab.training.rotation import KeepBest
 
 BEST_ADAPTERS = "best_lora_adapters"
 S = TypeVar("S", bound=Settings)
@@ -90,7 +92,7 @@ class Run(Generic[S]):
             best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every, best_is=best_is
         )
         self.progress = ProgressLine(self.console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
-        return [self.rhythm, self.progress]
+        return [self.rhythm, self.progress, KeepBest(settings.save_total_limit)]
 
     def train(
         self,
@@ -201,6 +203,13 @@ class BestAdapters(TrainerCallback):
             checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
 
 
+def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
+    """Returns the plan's line about the rhythm of evaluations and how many batches each takes."""
+    if not evaluates:
+        return "evaluation", "none: there is no validation data"
+    return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
+
+
 def save_policy(trainer: Trainer, folder: Path) -> None:
     """Writes weights or adapters, tokenizer and where generation stops; `best_lora_adapters/` too if nothing did."""
     save_weights(trainer, folder)
@@ -214,6 +223,8 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
 
     Every process calls it, since each may hold a part of the weights; the main one writes.
     """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    fit_context(model, trainer.processing_class)
     sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     of_checkpoints = sharding and sharding.state_dict_type
     if sharding:  # else the trainer saves nothing but checkpoints of shards
@@ -224,7 +235,6 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
     if not trainer.accelerator.is_main_process:
         return
     (folder / "training_args.bin").unlink(missing_ok=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         shutil.rmtree(folder / "ref", ignore_errors=True)  # a frozen copy: the reference of a preference loss
         if model.get_base_model().can_generate():  # a model that scores cannot

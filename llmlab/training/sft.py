@@ -24,7 +24,7 @@ from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run, describe_optimizer, total_steps
+from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
 
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
@@ -113,6 +113,7 @@ def sft(
             seed=settings.seed,
             allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
+            max_samples=settings.max_samples,
         )
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)
@@ -144,6 +145,7 @@ def sft(
         ("trained on", TRAINED_ON[settings.loss_on]),
         ("steps", f"{steps:,} ({passes:.2g} passes over the training rows)"),
         ("batch", f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"),
+        describe_evaluation(settings, settings.eval_steps, evaluates=evaluates),
         describe_optimizer(settings, steps),
         *run.hardware.rows(),
     ]

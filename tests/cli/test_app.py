@@ -74,9 +74,11 @@ def test_show_config_names_each_source(capsys, tmp_path):
         (["pretrain", "lr"], "expected key=value"),
         (
             ["pretrain", "--optimizer", "adamv"],
-            "expected one of adamw, adafactor, lion, sophia, muon; did you mean 'adamw'?",
+            "paged_lion_32bit; did you mean 'adamw'?",
         ),
-        (["pretrain", "--lr", "1", "learning_rate=2"], "given twice"),
+        (["pretrain", "--lr", "1", "learning_rate=2"], "given twice, as 2 and 1; keep one"),
+        (["pretrain", "lr=1", "lr=2"], "'lr' is given twice, as 1 and 2; keep one"),
+        (["pretrain", "--lr", "1", "--lr", "2"], "'lr' is given twice, as 1 and 2; keep one"),
         (["pretrain", "--preset", "smal"], "did you mean 'small'?"),
         (["pretrain", "--config", "nowhere.yaml"], "there is no such file"),
         (["pretrain", "--resume", "nowhere"], "there is no such run folder"),
@@ -113,3 +115,16 @@ def test_schema_accepts_what_the_settings_accept(capsys):
 
 def test_the_options_page_is_current():
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == render(), "run `make docs`"
+
+
+def test_several_files_merge_and_one_value_twice_is_one(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-4\nseed: 3\n")
+    (tmp_path / "b.json").write_text('{"lr": 2e-4}')
+    files = ["--config", tmp_path / "a.yaml", "-c", tmp_path / "b.json"]
+    words = ["max_steps=7", "--max-steps", "7", "max_steps=7"]
+    code, output, errors = cli(capsys, "pretrain", *files, *words, "--show-config")
+    assert code == 0, errors
+    rows = {line.split()[0]: line.split()[1:3] for line in output.splitlines() if line}
+    assert rows["lr"] == ["0.0002", f"{tmp_path / 'b.json'}:1"]
+    assert rows["seed"] == ["3", f"{tmp_path / 'a.yaml'}:2"]
+    assert rows["max_steps"] == ["7", "command"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.model import LLMLabConfig, LLMLabForCausalLM, build_config, measure
+from llmlab.model import LLMLabConfig, LLMLabForCausalLM, build_config, from_llmlab, measure
 from llmlab.model.configuration import ACTIVATIONS, NORM_TYPES, POSITIONAL_ENCODINGS
 from llmlab.settings.model import ModelSettings
 
@@ -128,9 +128,34 @@ def test_contradictions_are_refused_with_the_nearest_choice(options, message):
 
 def test_a_field_changed_afterwards_is_checked_by_the_model(tiny_config):
     config = tiny_config()
-    config.sliding_window = 4
-    with pytest.raises(ValueError, match="sliding_window = 4 contradicts layer_types"):
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    with pytest.raises(ValueError, match="sliding_window = None contradicts layer_types"):
         LLMLabForCausalLM(config)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_tensor_parallel_plan_names_what_is_there(activation, tiny_config, tmp_path):
+    config = tiny_config(hidden_act=activation)
+    model = LLMLabForCausalLM(config)
+    names = {name.replace(".0.", ".*.") for name, _ in model.model.named_modules() if ".1." not in name}
+    assert set(config.base_model_tp_plan) <= names
+    assert ("layers.*.mlp.gate_proj" in config.base_model_tp_plan) == (activation == "swiglu")
+    assert "layers.*.mlp.gate_proj" in LLMLabConfig.base_model_tp_plan
+    model.save_pretrained(tmp_path)
+    assert "base_model_tp_plan" not in (tmp_path / "config.json").read_text()
+    assert LLMLabConfig.from_pretrained(tmp_path).base_model_tp_plan == config.base_model_tp_plan
+
+
+def test_a_window_beside_full_layers(tiny_config):
+    """As in Qwen2 configurations that name a window and do not use it."""
+    torch.manual_seed(0)
+    idle = LLMLabForCausalLM(tiny_config(sliding_window=3, layer_types=["full_attention"] * 2)).eval()
+    plain = LLMLabForCausalLM(tiny_config()).eval()
+    plain.load_state_dict(idle.state_dict())
+    tokens = torch.arange(3, 20)[None]
+    assert torch.equal(idle(tokens).logits, plain(tokens).logits)
+    for family in ("llama", "mistral"):
+        torch.testing.assert_close(from_llmlab(idle, family)(tokens).logits, plain(tokens).logits)
 
 
 def test_initial_weights(tiny_config):

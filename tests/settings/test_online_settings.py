@@ -1,5 +1,7 @@
 """Settings of the stages that learn from their own completions: the seeds' blocks, sizes, units, contradictions."""
 
+import re
+
 import pytest
 
 from llmlab.settings.errors import SettingsError
@@ -53,9 +55,8 @@ def test_the_guides_block_loads_as_printed(tmp_path):
     path.write_text(GUIDE)
     resolved = resolve(GRPOSettings, read_layer(path))
     given = resolved.settings
-    assert [warning.partition("'")[2].partition("'")[0] for warning in resolved.warnings] == [
-        *("vf_coef", "max_episode_length", "gamma", "lam")
-    ]
+    (warning,) = resolved.warnings
+    assert re.findall(r"'(\w+)'", warning) == ["vf_coef", "lam", "max_episode_length", "gamma"]
     # 16 prompts x 4 completions, in steps of 4 x 4 completions, four times
     assert given.rollout(1) == Rollout(completions=64, per_update=16, updates=16)
     steps = given.in_steps(1)
@@ -110,6 +111,9 @@ def test_other_spellings(key, name):
             "mini_batch_size = 4 x gradient_accumulation_steps = 4; the nearest is 8",
         ),
         ({"num_episodes": 10, "max_steps": 5}, "keep one"),
+        ({"epochs": 1, "max_steps": 5}, "epochs and max_steps both say how long"),
+        ({"num_train_epochs": 1, "num_episodes": 5}, "num_episodes and epochs both say how long"),
+        ({"max_seq_length": 128}, "max_new_tokens = 128 leaves no room for a prompt in max_seq_len = 128"),
         ({"log_interval": 10, "log_every": 5}, "one thing in two units; keep one"),
         ({"adaptive_kl": True, "init_kl_coef": 0}, "adaptive_kl needs init_kl_coef above 0"),
         ({"reference_checkpoint": "x", "init_kl_coef": 0}, "reference_checkpoint needs init_kl_coef above 0"),
@@ -128,3 +132,21 @@ def test_more_processes_take_larger_rollouts():
     assert given.rollout(4) == Rollout(64, 32, 8)
     with pytest.raises(ValueError, match="batch_size = 16 x 4 completions .* on 3 processes; the nearest is 18"):
         given.rollout(3)
+
+
+def test_epochs_are_passes_over_the_prompts():
+    given = settings(num_train_epochs=2, batch_size=16, mini_batch_size=8)
+    # 100 prompts twice are 200: 13 rollouts of 16, each of 4 x 16 x 4 / 8 gradient steps
+    assert given.steps_for(100, processes=1) == 13 * 32
+    assert given.steps_for(100, processes=2) == 13 * 16
+    assert settings(max_steps=7).steps_for(100, processes=1) == 7
+    again = resolve(GRPOSettings, Layer("record", given.recorded())).settings
+    assert again.epochs == 2 and "max_steps" not in given.recorded()
+
+
+def test_a_prompt_has_what_the_completion_leaves_of_the_context():
+    assert settings().prompt_limit == 1024
+    assert settings(max_seq_length=4096, max_new_tokens=256).prompt_limit == 1024
+    assert settings(max_seq_length=600, max_new_tokens=256).prompt_limit == 344
+    assert settings(max_seq_len=600, max_prompt_length=None).prompt_limit == 472
+    assert settings(max_prompt_length=None).prompt_limit is None

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.settings.base import Trl, When, fields_of, spellings_of
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import load, resolve
 
 
@@ -168,7 +170,7 @@ def test_every_condition_names_a_field_and_possible_values():
 
 def test_inapplicable_keys_warn_from_a_file_and_fail_elsewhere(tmp_path):
     path = write(tmp_path, "a.yaml", "use_lora: true\n")
-    assert "'use_lora' has no effect here" in resolve(PretrainSettings, read_layer(path)).warnings[0]
+    assert "no effect here: 'use_lora' (" in resolve(PretrainSettings, read_layer(path)).warnings[0]
     assert "cannot be set here" in problems(Layer("command line", {"use_lora": True}))[0]
 
 
@@ -271,3 +273,62 @@ def test_trl_fields_are_transformers_fields():
     named = {setting.marker(Trl).name for setting in fields_of(PretrainSettings) if setting.marker(Trl)}
     assert named and named <= known
     assert PretrainSettings().trainer_arguments()["per_device_train_batch_size"] == 1
+
+
+def test_two_spellings_with_one_value_are_one(tmp_path):
+    path = write(tmp_path, "a.yaml", "lr: 1e-4\nlearning_rate: 0.0001\n")
+    assert load(PretrainSettings, path).lr == 1e-4
+    assert "two spellings of one setting" in problems(Layer("x", {"lr": 1e-4, "learning_rate": 2e-4}))[0]
+
+
+def test_lists_of_mappings_replace_each_other():
+    one = Layer("a", {"datasets": {"name": "a", "subset": "x"}})
+    settings = resolve(PretrainSettings, one, Layer("b", {"datasets": {"name": "b"}})).settings
+    assert [(source.name, source.subset) for source in settings.datasets] == [("b", None)]
+
+
+def test_alternatives_of_a_later_layer_replace_those_of_an_earlier_one():
+    file = Layer("file", {"max_steps": 5, "batch_size": 32, "mini_batch_size": 8})
+    settings = resolve(DPOSettings, file, Layer("cli", {"num_train_epochs": 2})).settings
+    assert settings.epochs == 2 and "max_steps" not in settings.model_fields_set
+    assert resolve(DPOSettings, Layer("file", {"epochs": 2}), Layer("cli", {"max_steps": 5})).settings.epochs is None
+    assert resolve(DPOSettings, file, Layer("cli", {"gradient_accumulation_steps": 2})).settings.accumulation(1) == 2
+    assert resolve(DPOSettings, file, Layer("cli", {"epochs": None})).settings.max_steps == 5
+    with pytest.raises(SettingsError, match="both say how long to train"):
+        resolve(DPOSettings, Layer("file", {"max_steps": 5, "epochs": 2}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "every", "batches", "said"),
+    [
+        (SFTSettings, {"eval_steps": 7}, 500, 7, None),
+        (SFTSettings, {"eval_steps": 7, "eval_every": 9}, 9, 7, None),
+        (SFTSettings, {"eval_steps": 7, "eval_every": 9, "save_steps": 3}, 9, 7, None),
+        (SFTSettings, {"eval_steps": 7, "save_steps": 3}, 7, 50, "beside save_steps, so it counts steps between"),
+        (PretrainSettings, {"eval_steps": 7, "logging_steps": 3}, 7, 100, "beside logging_steps, so it counts steps"),
+        (DPOSettings, {"eval_steps": 7}, 7, 50, None),
+        (DPOSettings, {"eval_steps": 7, "save_steps": 3}, 7, 50, None),
+        (DPOSettings, {"eval_steps": 7, "eval_every": 9}, 9, 7, "beside eval_every, so it counts validation batches"),
+    ],
+)
+def test_eval_steps_is_read_by_what_stands_beside_it(stage, values, every, batches, said):
+    resolved = resolve(stage, Layer("file", values))
+    settings = resolved.settings
+    name = "eval_batches" if stage is DPOSettings else "eval_steps"
+    assert (settings.eval_every, getattr(settings, name)) == (every, batches)
+    assert (said in resolved.warnings[0]) if said else not resolved.warnings
+
+
+def test_python_files_of_blocks(tmp_path):
+    text = "a_config = {'lr': 1e-4}\nother = {\n    'seed': 3,\n}\nmax_steps = 7  # a number\n"
+    resolved = resolve(PretrainSettings, read_layer(write(tmp_path, "a.py", text)))
+    assert (resolved.settings.lr, resolved.settings.seed, resolved.settings.max_steps) == (1e-4, 3, 7)
+    assert resolved.sources["seed"].endswith("a.py:3") and resolved.sources["max_steps"].endswith("a.py:5")
+    for wrong, message in (
+        ("a = {'lr': 1}\nb = {'lr': 2}\n", "a.py:2: 'lr' stands here again; it was first set on line 1"),
+        ("import os\na = {'lr': 1}\n", "a.py:1: expected name = "),
+        ("a = {'lr': open('x')}\n", "a.py:1: only literal values"),
+        ("f(1)\n", "a.py:1: expected name = "),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_layer(write(tmp_path, "a.py", wrong))

@@ -40,6 +40,7 @@ from llmlab.training.online import make_reward, online_arguments, read_prompts
 from llmlab.training.policy import load_policy
 from llmlab.training.preference import preference_arguments, read_pairs
 from llmlab.training.reward import load_scorer
+from llmlab.training.rotation import KeepBest
 
 
 def other_value(setting: Setting, folder, corpus_file, **special):
@@ -63,6 +64,8 @@ def other_value(setting: Setting, folder, corpus_file, **special):
         "allow_dropped": 0.5,
         "dtype": "bf16",
         "tf32": True,
+        "lora_alpha": 7.0,
+        "max_samples": 11,
         **special,
     }
     if setting.key in special:
@@ -105,6 +108,7 @@ def digest(settings: PretrainSettings, monkeypatch) -> dict[str, str]:
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     arguments = stage.trainer_arguments(settings, hardware, corpus).to_dict()
     rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
+    kept = KeepBest(settings.save_total_limit)
     compiled = decide_compile(
         settings.compile, device_type="cpu", steps=settings.max_steps, tokens_per_step=10**6, parameters=10**8
     )
@@ -118,7 +122,7 @@ def digest(settings: PretrainSettings, monkeypatch) -> dict[str, str]:
         "stream": str((type(corpus.train), [r.allow_dropped for r in getattr(corpus.train, "readers", [])])),
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
-        "rhythm": str(vars(rhythm)),
+        "rhythm": str((vars(rhythm), vars(kept))),
         "compile": str(compiled),
         "tokenizer": tokenizer.name_or_path,
     }
@@ -141,7 +145,7 @@ def test_each_pretraining_setting_has_an_effect(
 ):
     shutil.copytree(tokenizer_folder, tmp_path / "copy")
     monkeypatch.setattr("llmlab.training.compile.missing_tool", lambda device_type: None)
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     changes = {"compile": "auto", "dtype": "fp32"}
     model = {"n_kv_heads": 2, "n_heads": 2}
     conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
@@ -198,6 +202,7 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+        "kept": str(vars(KeepBest(settings.save_total_limit))),
     }
 
 
@@ -211,7 +216,7 @@ OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32"
 def test_each_fine_tuning_setting_has_an_effect(
     setting, sft_settings, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     template = tmp_path / "other.jinja"
     template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
     (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
@@ -307,6 +312,7 @@ def digest_preference(settings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+        "kept": str(vars(KeepBest(settings.save_total_limit))),
     }
 
 
@@ -324,7 +330,7 @@ PREFERENCE = [
 def test_each_preference_setting_has_an_effect(
     kind, setting, preference_settings, pairs_file, base_folder, wide_base_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     template = tmp_path / "other.jinja"
     template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
     more = tmp_path / "more.jsonl"
@@ -418,6 +424,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
+        "kept": str(vars(KeepBest(settings.save_total_limit))),
     }
 
 
@@ -429,7 +436,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
 def test_each_grpo_setting_has_an_effect(
     setting, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch, request
 ):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device, name: (True, "for this test"))
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     if setting.key == "reward_model":  # made where it is needed: a folder that is one
         from llmlab.model import load_classifier
 
@@ -481,6 +488,8 @@ def test_each_grpo_setting_has_an_effect(
         max_prompt_length=100,
         max_samples=11,
         num_episodes=640,
+        epochs=2.0,
+        max_seq_len=228,
         log_interval=64,
         save_interval=64,
         eval_interval=64,

@@ -537,3 +537,13 @@ def test_a_reward_model_of_ours_beside_another_reward(grpo_settings, preference_
     lines = read_metrics(result.folder)
     parts = lines[0]["reward/length"] * 0.5 + lines[0]["reward/reward_model"]
     assert lines[0]["reward"] == pytest.approx(parts / 1.5, abs=1e-5)  # the range of the sum is 0 to 1.5
+
+
+def test_epochs_and_the_context_count_prompts(grpo_settings, quiet):
+    """Two passes over so many prompts, of those that leave room for a completion in the context."""
+    changes = {"epochs": 2, "max_samples": 24, "batch_size": 8, "mini_batch_size": 32, "ppo_epochs": 1}
+    given = {**grpo_settings().model_dump(exclude_unset=True), **changes}
+    given.pop("max_steps")
+    result = grpo(GRPOSettings(**given), console=quiet)
+    record = read_record(result.folder)
+    assert record["step"] == 2 * 24 // 8 and "max_steps" not in record["settings"]

@@ -133,7 +133,9 @@ def test_merged_computes_what_base_and_adapter_compute(kind, variant, tmp_path, 
     expected = logits_of(reference, ids)
     torch.testing.assert_close(logits_of(merged, ids), expected, atol=1e-4, rtol=0)
     assert (expected[..., :300] - logits_of(AutoModelForCausalLM.from_pretrained(base), ids % 300)).abs().max() > 0.1
-    assert result.metrics["max_difference"] < 1e-4 < result.metrics["difference_to_base"]
+    assert result.metrics["max_difference"] < 1e-6 < result.metrics["difference_to_base"]
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["use_cache"] is True and tokenizer.model_max_length == merged.config.max_position_embeddings
 
     ends = merged.generation_config.eos_token_id
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=ends)
@@ -164,7 +166,7 @@ def test_precision_stop_tokens_and_template_are_kept(kind, tmp_path, tokenizer_f
     assert tokenizer.chat_template == load_tokenizer(str(tokenizer_folder)).chat_template
     kept = quietly(adapter=adapter, output_dir=tmp_path / "whole", dtype="fp32")
     assert AutoModelForCausalLM.from_pretrained(kept.folder).dtype == torch.float32
-    assert kept.metrics["rounding_difference"] == 0
+    assert 0 < kept.metrics["rounding_difference"] < 1e-5  # to fp32, of what was merged in float64
 
 
 def test_a_base_that_does_not_say_its_precision(tmp_path, tokenizer_folder):
@@ -189,7 +191,14 @@ def test_record_and_what_is_printed(base, adapter, tmp_path):
     assert record["adapter"]["step"] == 120 and record["adapter"]["r"] == 4
     assert result.metrics["merged_modules"] == 2 * 7  # q, k, v, o, gate, up, down in two layers
     printed = console.export_text()
-    for words in ("type LORA, r 4, alpha 8", "in float32", "4 bits (QLoRA)", "folders ref are left out", str(folder)):
+    for words in (
+        "type LORA, r 4, alpha 8",
+        "in float32",
+        "in float64 (1e-05 is allowed)",
+        "4 bits (QLoRA)",
+        "folders ref are left out",
+        str(folder),
+    ):
         assert words in printed
 
 

@@ -373,7 +373,6 @@ def test_a_critic_does_not_start_from_what_cannot_score(ppo_settings, sft_settin
     [
         ({"value_model": "shared", "value_checkpoint": "x"}, "value_model"),
         ({"gamma": 1.1}, "gamma"),
-        ({"use_lora": True, "lora_dropout": 0.1}, "PPO goes without dropout"),
         ({"gae_lambda": -0.1}, "gae_lambda"),
         ({"cliprange_value": 0}, "cliprange_value"),
         ({"batch_size": 10, "mini_batch_size": 4}, "no multiple"),

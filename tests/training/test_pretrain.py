@@ -57,6 +57,7 @@ def test_the_run_folder_is_a_transformers_folder_with_a_record(settings, quiet):
     model = AutoModelForCausalLM.from_pretrained(result.folder)
     tokenizer = AutoTokenizer.from_pretrained(result.folder)
     assert len(tokenizer) == model.config.vocab_size == 300
+    assert model.config.use_cache and tokenizer.model_max_length == model.config.max_position_embeddings == 32
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert model.generation_config.eos_token_id == stops and len(set(stops)) == 2
     text = tokenizer.decode(model.generate(**tokenizer("The cat", return_tensors="pt"), max_new_tokens=3)[0])

@@ -112,6 +112,7 @@ def test_eight_rows_are_learned_by_heart_and_generation_stops_by_itself(sft_sett
 
     # and with nothing but what the folder says, in plain Transformers
     plain = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    assert plain.config.use_cache and tokenizer.model_max_length == plain.config.max_position_embeddings
     inputs = tokenizer.apply_chat_template(
         prompts[0], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
@@ -133,7 +134,8 @@ def test_lora_trains_adapters_alone_and_loads_with_plain_peft(sft_settings, base
             assert torch.equal(wrapped[inside], weight), name
         moved = [bool((w != 0).any()) for n, w in model.named_parameters() if "lora_B" in n]
         assert len(moved) == 2 * 7 and all(moved)
-    assert AutoTokenizer.from_pretrained(result.folder).chat_template
+    tokenizer = AutoTokenizer.from_pretrained(result.folder)
+    assert tokenizer.chat_template and tokenizer.model_max_length == base.config.max_position_embeddings
     assert read_record(result.folder)["parents"] == [str(base_folder)]
     checkpoint = result.folder / "checkpoint-20"
     assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / "adapter_model.safetensors").is_file()
