@@ -66,6 +66,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "tf32": settings.tf32 if hardware.device == "cuda" else None,
                 "use_cpu": hardware.device == "cpu",
                 "dataloader_pin_memory": hardware.device == "cuda",
+                "save_total_limit": None,  # it would remove whatever is called checkpoint-*
                 "report_to": "none",
                 "disable_tqdm": True,
                 "ddp_find_unused_parameters": False,  # every parameter takes part in every step
