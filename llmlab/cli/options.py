@@ -116,8 +116,9 @@ def resume_layer(resume: Path, stage: str) -> Layer:
     layer = read_layer(run / RECORD)
     if layer.values.get("stage") != stage:
         raise UserError(f"--resume {resume}: this run is of stage '{layer.values.get('stage')}', not '{stage}'")
-    here = started_in(run, layer.values) in (None, Path.cwd())
-    output_dir = run if here else os.path.abspath(run)
+    started = started_in(run, layer.values)
+    inside = started is not None and run.resolve().is_relative_to(started)
+    output_dir = run.resolve().relative_to(started) if inside else os.path.abspath(run)
     return Layer(layer.label, {**layer.values["settings"], "output_dir": str(output_dir)}, path=layer.path)
 
 

@@ -137,8 +137,8 @@ def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
     with ExitStack() as held:
         held.enter_context(handle_signals(interrupt))
         try:
-            if not resume:
-                _check_free(path)
+            if not resume and not (path / LOCK).exists():
+                _check_free(path)  # before anything is written
             for place in (*reversed(path.parents), path):  # removed from the innermost
                 if not place.exists():
                     held.callback(_remove_empty, place)
