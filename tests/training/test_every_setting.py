@@ -133,7 +133,7 @@ def iter_rows(train):
 # device and init_from choose what is built at all, and have tests of their own in test_hardware and test_pretrain
 @pytest.mark.parametrize(
     "setting",
-    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32")],
+    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32", "save_total_limit")],
     ids=lambda setting: setting.key,
 )
 def test_each_pretraining_setting_has_an_effect(
@@ -196,8 +196,8 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
     }
 
 
-# these are read in `sft` itself or only decide whether it refuses; test_sft and test_instructions show their effect
-OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32")
+# these are read in `sft` itself or only decide whether it refuses: test_sft, test_instructions and test_resume show it
+OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32", "save_total_limit")
 
 
 @pytest.mark.parametrize(

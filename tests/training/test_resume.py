@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli.app import main
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training import checkpoints
 from llmlab.training.record import git_revision, read_metrics, read_record, started_in
+from llmlab.training.resume import find_checkpoint
 from llmlab.training.sft import InstructionTrainer, sft
 
 
@@ -155,6 +157,26 @@ def test_changed_data_is_refused_unless_allowed(settings, chat_file, quiet, tmp_
     sft(
         settings(datasets=[{"name": str(data)}], max_steps=12), resume=run, console=quiet
     )  # it is what was recorded now
+
+
+def test_fewer_or_more_validation_batches(preference_settings, tmp_path):
+    before = preference_settings(DPOSettings, output_dir=str(tmp_path), eval_batches=4)
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text('{"global_step": 7}')
+    values = {"stage": "dpo", "status": "interrupted", "settings": before.recorded()}
+    (tmp_path / "llmlab.json").write_text(json.dumps(values))
+    after = before.model_copy(update={"eval_batches": 2})
+    assert find_checkpoint(tmp_path, after, load_optimizer=True).name == "checkpoint-7"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6]), (2, [4, 6]), (1, [6])])
+def test_so_many_checkpoints_are_kept(keep, left, settings, quiet, tmp_path):
+    folder = sft(settings(max_steps=2), console=quiet).folder
+    for name in ("checkpoint-notes", "checkpoint-99"):
+        (folder / name).mkdir()
+    sft(settings(save_total_limit=keep), resume=folder, console=quiet)
+    assert all((folder / name).is_dir() for name in ("checkpoint-notes", "checkpoint-99"))
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(folder)] == left
 
 
 # The repository around it -------------------------------------------------------------------------------------------
