@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llmlab.settings.base import fields_of
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.stages import STAGES
-from llmlab.training.record import METRICS, RECORD, read_metrics, read_record
+from llmlab.training.record import METRICS, RECORD, read_metrics, read_record, started_in
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
 
@@ -345,18 +345,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_parent(run: Run, parent: str) -> Run | None:
     """Returns the run that a recorded parent names, or None where it is a hub id, another model, or gone.
 
-    A relative path counts from the working directory of then, which the run's own folder tells where it moved as part
-    of a tree; a checkpoint's run is the folder around it.
+    A relative path counts from the working directory of then; a checkpoint's run is the folder around it.
     """
-    roots = [Path()]
-    output_dir = Path(str(run.record.get("settings", {}).get("output_dir", "")))
-    folder = run.folder.resolve()
-    if (
-        output_dir.parts
-        and not output_dir.is_absolute()
-        and folder.parts[-len(output_dir.parts) :] == output_dir.parts
-    ):
-        roots.insert(0, Path(*folder.parts[: -len(output_dir.parts)]))
+    folder, started = run.folder.resolve(), started_in(run.folder, run.record)
+    roots = [started, Path()] if started else [Path()]
     for root in roots:
         place = root / Path(parent).expanduser()
         for candidate in (place, place.parent):

@@ -95,17 +95,13 @@ def init(
         vocabulary = len(tokenizer)
     if tokenizer is not None and vocabulary < len(tokenizer):
         raise UserError(f"vocab_size = {vocabulary}: {settings.tokenizer_name} has {len(tokenizer)} tokens")
-    folder = checkpoints.claim(str(output_dir), resume=False)
-    set_seed(seed)
-    model = new_model(build_config(settings, tokenizer, vocab_size=vocabulary))
-
-    def write(temporary: Path) -> None:
+    with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
+        set_seed(seed)
+        model = new_model(build_config(settings, tokenizer, vocab_size=vocabulary))
         model.save_pretrained(temporary)
         if tokenizer is not None:
             fit_context(model, tokenizer)
             tokenizer.save_pretrained(temporary)
-
-    checkpoints.publish(folder, write)
     typer.echo(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
 
 
@@ -122,15 +118,11 @@ def convert(
 
     model = load_model(source, dtype=None)
     converted = to_llmlab(model) if to == "llmlab" else from_llmlab(model, to)  # both compare logits themselves
-    folder = checkpoints.claim(str(output_dir), resume=False)
-
-    def write(temporary: Path) -> None:
+    with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
         tokenizer = load_tokenizer(source)
         fit_context(converted, tokenizer)
         converted.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-    checkpoints.publish(folder, write)
     typer.echo(f"saved {folder}: the same logits as {source}")
 
 

@@ -4,6 +4,7 @@ Values stay text until the settings validate them, so a file, the command line a
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +70,8 @@ def stage_command(
         elif arguments["show_config"]:
             show_config(resolved)
         else:
+            if extras.get("resume"):
+                extras["resume"] = return_to_start(extras["resume"])
             execute(resolved, **extras)
 
     command.__name__ = name
@@ -95,21 +98,46 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def resume_layer(run: Path, stage: str) -> Layer:
+def resume_layer(resume: Path, stage: str) -> Layer:
     """Returns the settings that a run folder recorded, so that a resumed run needs only what changes.
+
+    Args:
+        resume: the run folder, or a checkpoint in it.
+        stage: of the run.
 
     Raises:
         UserError: the folder is missing, is no run folder, or is another stage's.
     """
-    record = Path(run) / "llmlab.json"
-    if not Path(run).is_dir():
-        raise UserError(f"--resume {run}: there is no such run folder")
-    if not record.is_file():
-        raise UserError(f"--resume {run}: this is no run folder of llmlab: it has no llmlab.json")
-    layer = read_layer(record)
+    from llmlab.training.checkpoints import find_run
+    from llmlab.training.record import RECORD, started_in
+
+    run, _ = find_run(resume)
+    if not run.is_dir():
+        raise UserError(f"--resume {resume}: there is no such run folder")
+    if not (run / RECORD).is_file():
+        raise UserError(f"--resume {resume}: this is no run folder of llmlab: it has no {RECORD}")
+    layer = read_layer(run / RECORD)
     if layer.values.get("stage") != stage:
-        raise UserError(f"--resume {run}: this run is of stage '{layer.values.get('stage')}', not '{stage}'")
-    return Layer(layer.label, {**layer.values["settings"], "output_dir": str(run)}, path=layer.path)
+        raise UserError(f"--resume {resume}: this run is of stage '{layer.values.get('stage')}', not '{stage}'")
+    started = started_in(run, layer.values)
+    inside = started is not None and run.resolve().is_relative_to(started)
+    output_dir = run.resolve().relative_to(started) if inside else os.path.abspath(run)
+    return Layer(layer.label, {**layer.values["settings"], "output_dir": str(output_dir)}, path=layer.path)
+
+
+def return_to_start(resume: Path) -> Path:
+    """Moves to the folder that a run was started in, from which its relative paths count; returns the run's path."""
+    from llmlab.training.checkpoints import find_run
+    from llmlab.training.record import read_record, started_in
+
+    run, _ = find_run(resume)
+    started = started_in(run, read_record(run))
+    if started in (None, Path.cwd()):
+        return resume
+    resume = Path(os.path.abspath(resume))
+    os.chdir(started)
+    typer.echo(f"note: relative paths count from {started}, where this run was started", err=True)
+    return resume
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:

@@ -9,7 +9,12 @@ from llmlab.settings.sources import Resolved
 from llmlab.stages import STAGES
 
 RESUME = (
-    option("resume", Path | None, "--resume", help="Continue this run folder from its last checkpoint."),
+    option(
+        "resume",
+        Path | None,
+        "--resume",
+        help="Continue this run folder from its last checkpoint, or from the checkpoint named.",
+    ),
     option(
         "load_optimizer",
         bool,
@@ -17,14 +22,21 @@ RESUME = (
         help="With --resume: restore the optimizer's state, or only weights and step count.",
         default=True,
     ),
+    option(
+        "allow_changed_data",
+        bool,
+        "--allow-changed-data",
+        help="With --resume: go on although data files changed since the run began.",
+        default=False,
+    ),
 )
 
 
 def train_command(name: str) -> Callable[..., None]:
     """Returns the command of a training stage."""
 
-    def execute(resolved: Resolved[Any], resume: Path | None, load_optimizer: bool) -> Any:
-        return STAGES[name].function(resolved, resume=resume, load_optimizer=load_optimizer)
+    def execute(resolved: Resolved[Any], **resuming: Any) -> Any:
+        return STAGES[name].function(resolved, **resuming)
 
     return stage_command(name, STAGES[name].settings_class, execute, *RESUME)
 

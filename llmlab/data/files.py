@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from llmlab.data import demo
+from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet")
@@ -79,6 +81,14 @@ def find_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
     if split not in splits:
         raise UserError(f"{path}: there is no split '{split}' here (found {', '.join(sorted(splits))})")
     return splits[split], set(splits)
+
+
+def files_of(source: DataSource) -> list[Path]:
+    """Returns the local files of a source, of every split; none where it is on the hub or generated."""
+    path = Path(source.name).expanduser()
+    if source.name.startswith(demo.PREFIX) or not path.exists():
+        return []
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
 
 
 def missing_file(name: str) -> UserError:

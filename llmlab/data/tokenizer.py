@@ -33,6 +33,7 @@ SMALLEST = 256 + len(SPECIAL_TOKENS) + len(TOOL_TAGS)
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "llmlab.json"}
+FILES |= {".llmlab.lock", ".llmlab.pipeline"}  # of a run that holds the folder meanwhile
 
 KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "[EOS]")
 """What a bare tokenizer.json, which does not name its eos token, probably ends documents with."""

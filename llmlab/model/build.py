@@ -306,9 +306,10 @@ def check_folder(source: str | Path) -> None:
         return
     if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if checkpoints:
-        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {checkpoints[-1]}")
+    steps = [int(path.name[11:]) for path in folder.glob("checkpoint-*") if re.fullmatch("[0-9]+", path.name[11:])]
+    if steps:
+        last = folder / f"checkpoint-{max(steps)}"
+        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {last}")
     raise UserError(f"{source}: this folder holds no model: it has neither config.json nor adapter_config.json")
 
 

@@ -20,6 +20,7 @@ from llmlab.settings.sources import Resolved, resolve
 from llmlab.stages import STAGES, Stage
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
+NAME = re.compile(r"\w[\w-]{0,99}")  # of a stage: a folder in output_dir, beside files that have a dot in their names
 KEYS = ("output_dir", "stages")
 
 
@@ -70,6 +71,11 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
     found: list[PipelineStage] = []
     body = layer.section("stages")
     for number, name in enumerate(stages):
+        if not NAME.fullmatch(str(name)):
+            problems.append(
+                f"{body.where(name)}: stage name '{name}': expected letters, digits, '_' and '-' (a folder's name)"
+            )
+            continue
         values = stages[name] or {}
         if not isinstance(values, dict):
             problems.append(f"{body.where(name)}: stage '{name}': expected a mapping of settings")

@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,9 @@ from llmlab.runs import flatten
 from llmlab.settings.base import show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import write_atomically
+from llmlab.training.checkpoints import OWNER
+from llmlab.training.lock import LOCK, locked
+from llmlab.training.record import RECORD, read_record
 
 STATE = "pipeline.json"
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
@@ -96,8 +100,8 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
             reason = f"'{replaced}' has run again since"
         elif recorded["fingerprint"] != fingerprint:  # a record of an earlier llmlab names no details
             reason = "its settings, inputs or versions changed"
-        elif recorded["status"] != "finished":
-            resumable = stage.stage.resumes and any(stage.folder.glob("checkpoint-*/trainer_state.json"))
+        elif recorded["status"] != "finished" and not _has_finished(stage.folder):
+            resumable = stage.stage.resumes and (stage.folder / RECORD).is_file()
             action, reason = ("resume", "it was interrupted") if resumable else ("run", "it did not finish")
             reason = "it diverged" if recorded["status"] == "diverged" else reason
         elif not stage.folder.is_dir():
@@ -105,7 +109,40 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
         else:
             action, reason = "skip", "finished"
         steps[stage.name] = Step(stage, action, reason, fingerprint, changes, material)
-    return list(steps.values()) if only is None else _alone(steps, only)
+    chosen = list(steps.values()) if only is None else _alone(steps, only)
+    _check_folders(chosen, state)
+    return chosen
+
+
+def _check_folders(steps: list[Step], state: dict[str, Any]) -> None:
+    """Raises SettingsError for folders that stages would write into or set aside, and that are somebody else's."""
+    problems = []
+    for step in steps:
+        folder, owner = step.stage.folder, state.get(step.stage.name, {}).get("owner")
+        touched = {"skip": (), "resume": (folder,), "run": (folder, _previous(folder))}[step.action]
+        problems += [
+            f"stage '{step.stage.name}': {place} is not known to be this pipeline's; "
+            "move it away, or choose another output_dir or name of the stage"
+            for place in touched
+            if not _is_ours(place, owner)
+        ]
+    if problems:
+        raise SettingsError(problems)
+
+
+def _is_ours(folder: Path, owner: str | None) -> bool:
+    """Whether a folder is free, or has the mark of the stage that owns it."""
+    mark = folder / OWNER
+    if not folder.exists() and not folder.is_symlink():
+        return True
+    if owner is not None and mark.is_file() and mark.read_text(encoding="utf-8") == owner:
+        return True
+    return folder.is_dir() and all(path.name in (LOCK, OWNER) for path in folder.iterdir())
+
+
+def _has_finished(folder: Path) -> bool:
+    """Whether the run in a folder says so, where the program was killed before the pipeline's record did."""
+    return read_record(folder).get("status") == "finished"
 
 
 def _alone(steps: dict[str, Step], only: str) -> list[Step]:
@@ -139,16 +176,33 @@ def _alone(steps: dict[str, Step], only: str) -> list[Step]:
 
 
 def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
-    """Does the steps one after the other, yielding each before it starts."""
+    """Does the steps one after the other, yielding each before it starts.
+
+    Raises:
+        UserError: another process is running a pipeline in this folder, or the folder cannot be written.
+    """
+    with ExitStack() as held:
+        if any(step.action != "skip" for step in steps):
+            try:
+                held.enter_context(locked(pipeline.output_dir))
+            except OSError as error:
+                raise UserError(f"output_dir = {pipeline.output_dir}: cannot be written: {error.strerror}") from None
+        yield from _execute(pipeline, steps)
+
+
+def _execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
     state = _read_state(pipeline)
     for step in steps:
         yield step
         if step.action == "skip":
             continue
-        name = step.stage.name
+        name, folder = step.stage.name, step.stage.folder
+        _check_folders([step], state)
         if step.action == "run":
-            _set_aside(step.stage.folder)
+            _set_aside(folder)
+        owner = state.get(name, {}).get("owner") or uuid.uuid4().hex
         state[name] = {
+            "owner": owner,
             "status": "started",
             # what later stages compare: a resumed run stays the same run
             "run": uuid.uuid4().hex if step.action == "run" else state[name].get("run"),
@@ -157,7 +211,9 @@ def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
             **step.material,
         }
         _write_state(pipeline, state)
-        resume = {"resume": step.stage.folder} if step.action == "resume" else {}
+        folder.mkdir(exist_ok=True)
+        (folder / OWNER).write_text(owner, encoding="utf-8")
+        resume = {"resume": folder} if step.action == "resume" else {}
         try:
             step.stage.stage.function(step.stage.resolved, **resume)
         except Diverged:
@@ -181,10 +237,18 @@ def _run_used(recorded: dict[str, Any], need: str) -> str | None:
 def _set_aside(folder: Path) -> None:
     """Keeps the run folder of an earlier try as `<name>.previous`; the one before that goes."""
     if folder.exists():
-        previous = folder.with_name(f"{folder.name}.previous")
-        if previous.exists():
+        with locked(folder):
+            pass  # no run is writing into it
+        previous = _previous(folder)
+        if previous.is_symlink():
+            previous.unlink()
+        elif previous.exists():
             shutil.rmtree(previous)
         os.replace(folder, previous)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.previous")
 
 
 def _material(stage: PipelineStage, earlier: dict[str, str]) -> dict[str, Any]:
@@ -256,7 +320,9 @@ def _read_state(pipeline: Pipeline) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
-        raise UserError(f"{path}: this record is damaged; remove it to run every stage again") from None
+        raise UserError(
+            f"{path}: this record is damaged; remove it and the stages' folders to run every stage again"
+        ) from None
 
 
 def _write_state(pipeline: Pipeline, state: dict[str, Any]) -> None:

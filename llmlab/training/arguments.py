@@ -63,10 +63,10 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "lr_scheduler_kwargs": scheduler_kwargs,
                 "bf16": hardware.dtype == "bf16",
                 "fp16": hardware.dtype == "fp16",
-                "save_total_limit": None,  # `KeepBest` removes checkpoints
                 "tf32": settings.tf32 if hardware.device == "cuda" else None,
                 "use_cpu": hardware.device == "cpu",
                 "dataloader_pin_memory": hardware.device == "cuda",
+                "save_total_limit": None,  # it would remove whatever is called checkpoint-*
                 "report_to": "none",
                 "disable_tqdm": True,
                 "ddp_find_unused_parameters": False,  # every parameter takes part in every step

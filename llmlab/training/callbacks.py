@@ -5,18 +5,21 @@ What people see of a run is in `progress.py`.
 
 import json
 import math
-import signal
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmlab.settings.files import write_atomically
+from llmlab.training import checkpoints
 from llmlab.training.record import RunRecord, read_metrics
+from llmlab.training.signals import handle_signals, interrupt
 
+SAME_SIGNAL = 1.0  # seconds within which a launcher passes on the signal that its terminal sent to all
 STREAM_STATE = "stream_state.json"
 NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
@@ -36,7 +39,8 @@ class Rhythm(TrainerCallback):
         self.best_is = best_is
         self.evaluates = evaluates
         self.save_every = save_every
-        self.interrupted = False
+        self.signal: int | None = None
+        self.since = 0.0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,9 +48,10 @@ class Rhythm(TrainerCallback):
         last = state.global_step >= state.max_steps
         if last and self.evaluates:
             control.should_evaluate = True
-        if self.interrupted:
+        self.signal = largest_of_all(self.signal or 0, args.device) or None
+        if self.signal:
             control.should_training_stop = True
-        if last or self.interrupted or (self.save_every and state.global_step % self.save_every == 0):
+        if last or self.signal or (self.save_every and state.global_step % self.save_every == 0):
             control.should_save = True
         return control
 
@@ -67,23 +72,31 @@ class Rhythm(TrainerCallback):
 
     @contextmanager
     def listen(self, say: Any) -> Iterator[None]:
-        """Turns the first Ctrl+C (or SIGTERM) into a save after the current step; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals reach the main thread only
-            return
+        """Turns the first signal to stop into a save after the current step; the second one stops at once."""
 
-        def stop(number: int, frame: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            say("stopping: the current step is finished and saved first; once more stops at once")
+        def stop(number: int) -> None:
+            if self.signal and time.monotonic() - self.since > SAME_SIGNAL:
+                interrupt(number)
+            if not self.signal:
+                self.signal, self.since = number, time.monotonic()
+                say("stopping: the current step is finished and saved first; once more stops at once")
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handle_signals(stop):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+    def end_if_interrupted(self) -> None:
+        """Ends a run that a signal stopped, after it was saved."""
+        if self.signal:
+            interrupt(self.signal)
+
+
+def largest_of_all(number: int, device: torch.device) -> int:
+    """Returns the largest of all processes' numbers: what one of them heard all must heed after the same step."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    numbers = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def is_better(value: float, best: float | None, name: str) -> bool:
@@ -130,6 +143,35 @@ class ScheduleAfterResume(TrainerCallback):
         scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": self.step, "_last_lr": rates})
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Declares a checkpoint whole when every process and callback has written its part, then removes worse ones.
+
+    Args:
+        trainer: whose checkpoints they are.
+        keep: how many of the best stay beside the last; None keeps all.
+    """
+
+    def __init__(self, trainer: Trainer, keep: int | None):
+        self.trainer, self.keep = trainer, keep
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.best_model_checkpoint:  # the run folder may have moved since
+            state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder, metric = Path(args.output_dir), args.metric_for_best_model
+            checkpoints.complete(folder / f"checkpoint-{state.global_step}")
+            if self.keep is None:
+                return
+            sign = 1 if args.greater_is_better else -1
+            scores = {line["step"]: sign * line[metric] for line in state.log_history if metric in line}
+            checkpoints.rotate(folder, self.keep, scores, best=state.best_model_checkpoint)
 
 
 class ResumableStream(Protocol):

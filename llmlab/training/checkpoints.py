@@ -1,42 +1,49 @@
 """Checkpoint folders inside a run folder: which are whole, which is the last, how the final weights get their place.
 
-The trainer writes and rotates them; a folder without its trainer state was cut off while being written.
+The trainer fills them.  One that is being written holds `INCOMPLETE` from before its first file until after its last
+one, those of every process and callback included, so that a kill at any moment leaves no doubt.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmlab.settings.errors import UserError
+from llmlab.training.lock import LOCK, locked
+from llmlab.training.record import RECORD
+from llmlab.training.signals import handle_signals, interrupt
 
-STATE = "trainer_state.json"  # the trainer writes it last
+STATE = "trainer_state.json"
+INCOMPLETE = ".incomplete"
+REMOVED = ".removed-"  # a checkpoint gets this prefix in one rename, before its files go one by one
+SAVING = ".saving-"
+SUPERSEDED = "superseded"
+OWNER = ".llmlab.pipeline"  # says to which pipeline a run folder belongs
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the whole checkpoints of a run folder, earliest step first."""
-    found = [path for path in run.glob("checkpoint-*") if (path / STATE).is_file() and step_of(path) is not None]
+    found = [path for path in run.glob("checkpoint-*") if step_of(path) is not None and _is_whole(path)]
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def last_checkpoint(run: Path) -> Path:
-    """Returns the checkpoint to resume from.
-
-    Raises:
-        UserError: the run has none.
-    """
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"--resume {run}: this run has no whole checkpoint; start it again in another output_dir")
-    return found[-1]
+def find_run(resume: str | Path) -> tuple[Path, Path | None]:
+    """Returns the run folder that `--resume` names, and the checkpoint where it names one."""
+    path = Path(resume)
+    is_checkpoint = step_of(path) is not None and not (path / RECORD).is_file()
+    return (path.parent, path) if is_checkpoint else (path, None)
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Returns the step in a checkpoint's name, or None where the name has none."""
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else None
+    """Returns the step in a checkpoint's name, or None where the trainer gives no such name."""
+    match = re.fullmatch("checkpoint-(0|[1-9][0-9]*)", checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def saved_step(checkpoint: Path) -> int:
@@ -44,21 +51,83 @@ def saved_step(checkpoint: Path) -> int:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
 
 
+def begin(checkpoint: Path) -> None:
+    """Marks a checkpoint as incomplete before anything is written into it; an earlier one of that step goes."""
+    if checkpoint.exists():
+        _remove(checkpoint)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / INCOMPLETE).touch()
+
+
+def complete(checkpoint: Path) -> None:
+    """Declares a checkpoint whole."""
+    (checkpoint / INCOMPLETE).unlink(missing_ok=True)
+
+
+def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None = None) -> None:
+    """Removes all checkpoints but the last and so many of the best; the trainer's own rotation keeps the newest.
+
+    Args:
+        run: the run folder.
+        keep: how many of the best.
+        scores: step -> value on the validation data, larger is better; those without one are worse, the newest first.
+        best: the checkpoint that the run will end with.
+    """
+
+    def rank(path: Path) -> tuple[bool, float]:
+        step = step_of(path) or 0
+        score = scores.get(step, math.nan)
+        return (True, score) if math.isfinite(score) else (False, step)
+
+    found = checkpoints(run)
+    kept = {*sorted(found, key=rank, reverse=True)[:keep], *found[-1:]}
+    for path in found:
+        if path not in kept and not (best and path.name == Path(best).name):
+            _remove(path)
+
+
+def supersede(run: Path, step: int) -> list[Path]:
+    """Sets aside the checkpoints past a step from which the run goes another way, and returns them."""
+    later = [path for path in checkpoints(run) if (step_of(path) or 0) > step]
+    for path in later:
+        kept = run / SUPERSEDED / path.name
+        kept.parent.mkdir(exist_ok=True)
+        if kept.exists():
+            shutil.rmtree(kept)
+        os.replace(path, kept)
+    return later
+
+
 def remove_partial(run: Path) -> list[Path]:
-    """Removes checkpoints that were cut off while being written, and returns them."""
-    partial = [path for path in run.glob("checkpoint-*") if path.is_dir() and path not in checkpoints(run)]
+    """Removes what a run was writing or removing when it was cut off, and returns it."""
+    partial = [path.parent for path in run.glob(f"checkpoint-*/{INCOMPLETE}")]
+    partial += [*run.glob(f"{REMOVED}checkpoint-*"), *run.glob(f"{SAVING}*")]
     for path in partial:
         shutil.rmtree(path)
     return partial
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary folder, then moves what is in it into the run folder, one rename each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / STATE).is_file() and not (checkpoint / INCOMPLETE).exists()
+
+
+def _remove(checkpoint: Path) -> None:
+    removed = checkpoint.with_name(REMOVED + checkpoint.name)
+    if removed.exists():
+        shutil.rmtree(removed)
+    os.replace(checkpoint, removed)  # half removed, it could look whole
+    shutil.rmtree(removed)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill, then moves what is in it into the run folder, one rename each."""
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=SAVING))
     try:
-        write(temporary)
+        yield temporary
         for path in sorted(temporary.iterdir()):
+            if path.is_dir() and not any(path.iterdir()):
+                continue  # of a process that writes nothing itself
             if path.is_dir() and (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)  # only files are replaced in one rename
             os.replace(path, folder / path.name)
@@ -66,24 +135,47 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary)
 
 
-def claim(folder: str, *, resume: bool) -> Path:
-    """Checks that the run folder is free and can be written, and leaves nothing behind: a run may still be refused.
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary folder, then moves what is in it into the run folder."""
+    with staged(folder) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
+    """Holds a run folder against other runs; folders that were made for it and stay empty are removed again.
+
+    Meanwhile SIGTERM and SIGHUP end what is going on as Ctrl+C does.
 
     Raises:
-        UserError: it holds something already, or cannot be written.
+        UserError: it holds something already, another run is writing into it, or it cannot be written.
     """
     path = Path(folder)
-    if not resume and path.is_dir() and any(path.iterdir()):
-        what = "a run" if (path / "llmlab.json").is_file() else "other files"
-        go_on = f"continue it with --resume {path}, or " if what == "a run" else ""
-        raise UserError(f"output_dir = {folder}: it already holds {what}; {go_on}choose another folder")
-    made = [place for place in (path, *path.parents) if not place.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        for place in made:
-            place.rmdir()
-    except OSError as error:
-        raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
-    return path
+    with ExitStack() as held:
+        held.enter_context(handle_signals(interrupt))
+        try:
+            if not resume and not (path / LOCK).exists():
+                _check_free(path)  # before anything is written
+            for place in (*reversed(path.parents), path):  # removed from the innermost
+                if not place.exists():
+                    held.callback(_remove_empty, place)
+            held.enter_context(locked(path))
+        except OSError as error:
+            raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
+        if not resume:
+            _check_free(path)  # another run may have come and gone in between
+        yield path
+
+
+def _remove_empty(place: Path) -> None:
+    with suppress(OSError):  # it holds a run now
+        place.rmdir()
+
+
+def _check_free(path: Path) -> None:
+    if not path.is_dir() or all(entry.name in (LOCK, OWNER) for entry in path.iterdir()):
+        return
+    is_run = (path / RECORD).is_file()
+    go_on = f"continue it with --resume {path}, or " if is_run else ""
+    what = "a run" if is_run else "other files"
+    raise UserError(f"output_dir = {path}: it already holds {what}; {go_on}choose another folder")

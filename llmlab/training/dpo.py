@@ -26,6 +26,7 @@ from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_st
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
+from llmlab.training.start import begin
 
 
 class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
@@ -37,14 +38,16 @@ def dpo(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Makes a model prefer the better of two answers, and writes its run folder.
 
     Args:
         settings: which model, what pairs, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
 
     Returns:
@@ -57,7 +60,17 @@ def dpo(
 
     Source: seed, LLM-Lab document, "DPO" and "LoRA for RLHF"; arXiv:2305.18290.
     """
-    run = Run("dpo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    with begin(
+        settings,
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _optimize(Run("dpo", start), load_optimizer)
+
+
+def _optimize(run: Run[DPOSettings], load_optimizer: bool) -> RunResult:
     settings = run.settings
     with quiet_libraries():
         policy = load_policy(

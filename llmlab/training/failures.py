@@ -15,6 +15,7 @@ from llmlab.settings.errors import Diverged, UserError, reason_of
 from llmlab.training import checkpoints
 from llmlab.training.progress import ProgressLine, human
 from llmlab.training.record import RunRecord
+from llmlab.training.signals import Interrupted
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
@@ -43,17 +44,18 @@ def failures_recorded(
     Raises:
         UserError: memory or disk ran out, or (Diverged) numbers are no longer finite.
         KeyboardInterrupt: the run was interrupted, and is ready to be resumed.
+        Interrupted: the same by SIGTERM or SIGHUP.
     """
 
     def ended(status: str, **results: str) -> None:
         progress.stop()
-        checkpoints.remove_partial(folder)  # before the record: a full disk needs the room
         if record is not None:
+            checkpoints.remove_partial(folder)  # before the record: a full disk needs the room
             record.finish(status, **results)
 
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         ended("interrupted")
         progress.say(f"stopped; continue with: llmlab {stage} --resume {folder}")
         raise

@@ -16,12 +16,14 @@ from rich.console import Console
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from llmlab.rewards.checking import locate_rewards
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import RolloutSteps, WholeRollouts, written
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.record import RunResult
+from llmlab.training.start import begin
 
 
 class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
@@ -137,6 +139,7 @@ def grpo(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
     rewards: Sequence[RewardFunction] = (),
 ) -> RunResult:
@@ -144,8 +147,9 @@ def grpo(
 
     Args:
         settings: which model, what prompts, what is rewarded, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
         rewards: functions of one's own beside those of the settings, as TRL calls them: with `completions` and the
             columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
@@ -163,6 +167,13 @@ def grpo(
 
     Source: seed, LLM-Lab document, "GRPO" and "LoRA for RLHF"; arXiv:2402.03300.
     """
-    run = OnlineRun("grpo", settings, resume=resume, load_optimizer=load_optimizer, console=console, rewards=rewards)
-    trainer = run.make_trainer(GroupTrainer, GRPOConfig)
-    return run.learn(trainer, temperature=run.settings.grpo_temperature)
+    with begin(
+        locate_rewards(settings),
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        run = OnlineRun("grpo", start, load_optimizer=load_optimizer, rewards=rewards)
+        trainer = run.make_trainer(GroupTrainer, GRPOConfig)
+        return run.learn(trainer, temperature=run.settings.grpo_temperature)

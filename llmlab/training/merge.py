@@ -5,9 +5,6 @@ run folder appears only after the model, read back from disk, computed what base
 """
 
 import math
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,7 +72,12 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
     console = console or Console()
-    folder = checkpoints.claim(settings.output_dir, resume=False)
+    with checkpoints.claim(settings.output_dir) as folder:
+        return _merge(folder, resolved, console)
+
+
+def _merge(folder: Path, resolved: Resolved[MergeSettings], console: Console) -> RunResult:
+    settings = resolved.settings
     adapter = find_adapter(settings.adapter)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of here (tied embeddings, missing weights) is checked below
@@ -384,20 +386,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """Yields a folder to fill, which takes its place when all went well; otherwise nothing is left behind."""
-    made = [place for place in folder.parents if not place.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        place = holder / folder.name  # not the holder itself, which nobody else may read
-        place.mkdir()
-        yield place
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(place, folder)
+        with checkpoints.staged(folder) as place:
+            yield place
     except (OSError, SafetensorError) as error:
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
-    finally:
-        shutil.rmtree(holder)
-        for parent in made:
-            with suppress(OSError):  # it holds the run folder now
-                parent.rmdir()

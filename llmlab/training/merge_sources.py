@@ -56,7 +56,7 @@ def find_adapter(source: str | Path) -> Path:
             )
         if weights:
             raise UserError(f"{where}: Could not load LoRA config: {place} has no {CONFIG}; {_whole_folder()}")
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    inside = sorted(path.parent for path in folder.glob(f"[!.]*/{CONFIG}"))
     named = [path for path in inside if checkpoints.step_of(path) is None]
     if len(named) > 1:
         raise UserError(

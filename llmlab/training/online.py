@@ -5,22 +5,19 @@ How a completion's reward becomes a gradient is each trainer's own business.
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import TrainerCallback
 
 from llmlab.data.prompts import PromptMaker, as_read
 from llmlab.data.rows import Rows, build_rows
 from llmlab.hardware import Hardware
-from llmlab.rewards.checking import locate_rewards, may_run_code
+from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
 from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
-from llmlab.settings.sources import Resolved
 from llmlab.training._trl import show_head_bias
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.compile import compile_dynamic
@@ -30,7 +27,8 @@ from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, Roll
 from llmlab.training.policy import Policy, load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
-from llmlab.training.running import Run, S, describe_evaluation, describe_optimizer
+from llmlab.training.running import Run, describe_evaluation, describe_optimizer
+from llmlab.training.start import S, Start
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -40,29 +38,16 @@ class OnlineRun(Run[S]):
 
     Args:
         stage: the stage's name.
-        settings: of the stage, resolved or plain; `self.settings` tells everything in steps.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        start: what `begin` yields; `self.settings` tells everything in steps.
         load_optimizer: with `resume`, whether to restore the optimizer's state.
-        console: where to print; None is the terminal of the main process.
         rewards: functions beside those that the settings name.
 
     Raises:
-        UserError: as in `Run`, and where a reward, the policy, its reference or vLLM cannot be had.
+        UserError: a reward, the policy, its reference or vLLM cannot be had.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        settings: S | Resolved[S],
-        *,
-        resume: str | Path | None,
-        load_optimizer: bool,
-        console: Console | None,
-        rewards: Sequence[RewardFunction] = (),
-    ):
-        super().__init__(
-            stage, locate_rewards(settings), resume=resume, load_optimizer=load_optimizer, console=console
-        )
+    def __init__(self, stage: str, start: Start[S], *, load_optimizer: bool, rewards: Sequence[RewardFunction] = ()):
+        super().__init__(stage, start)
         self.load_optimizer = load_optimizer
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         check_vllm(settings)

@@ -1,8 +1,11 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, evaluation apart."""
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, evaluation apart from training,
+and checkpoints that are marked while they are written.
+"""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from transformers import set_seed
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.training import checkpoints
 from llmlab.training._trl import SwitchableOptimizer
 from llmlab.training.finite import FiniteNumbers
 
@@ -48,6 +52,13 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
             inputs = self.estimated_from(batches[0])
             estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
         return batches, items
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is not None:  # the first that is written of a checkpoint
+            if self.args.should_save:
+                checkpoints.begin(Path(output_dir))
+            self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""

@@ -24,6 +24,7 @@ from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_st
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
+from llmlab.training.start import begin
 
 
 class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
@@ -60,14 +61,16 @@ def orpo(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Fine-tunes on the better of two answers and away from the worse at once, and writes the run folder.
 
     Args:
         settings: which model, what pairs, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
 
     Returns:
@@ -79,7 +82,17 @@ def orpo(
 
     Source: seed, RL guide, section 2, "ORPO Configuration"; arXiv:2403.07691.
     """
-    run = Run("orpo", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    with begin(
+        settings,
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _optimize(Run("orpo", start), load_optimizer)
+
+
+def _optimize(run: Run[ORPOSettings], load_optimizer: bool) -> RunResult:
     settings = run.settings
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)

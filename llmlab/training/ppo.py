@@ -16,6 +16,7 @@ from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config
 from llmlab.optim.sophia import next_token_logits
+from llmlab.rewards.checking import locate_rewards
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
@@ -26,6 +27,7 @@ from llmlab.training.policy import read_lora
 from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.progress import human, quiet_libraries
 from llmlab.training.record import RunResult
+from llmlab.training.start import begin
 
 __all__ = ["EpisodeTrainer", "PPOConfig", "PPOTrainer", "load_scorer", "ppo"]
 
@@ -47,6 +49,7 @@ def ppo(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
     rewards: Sequence[RewardFunction] = (),
 ) -> RunResult:
@@ -54,8 +57,9 @@ def ppo(
 
     Args:
         settings: which model, what prompts, what is rewarded, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
         rewards: functions of one's own beside those of the settings, as TRL calls them: with `completions` and the
             columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
@@ -73,7 +77,17 @@ def ppo(
 
     Source: seed, LLM-Lab document, "PPO" and "LoRA for RLHF"; RL guide, section 4; arXiv:1707.06347.
     """
-    run = OnlineRun("ppo", settings, resume=resume, load_optimizer=load_optimizer, console=console, rewards=rewards)
+    with begin(
+        locate_rewards(settings),
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _optimize(OnlineRun("ppo", start, load_optimizer=load_optimizer, rewards=rewards))
+
+
+def _optimize(run: OnlineRun[PPOSettings]) -> RunResult:
     settings = run.settings
     with quiet_libraries():
         scorer = load_scorer(run)

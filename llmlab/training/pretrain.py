@@ -4,11 +4,11 @@ The loop is Transformers' Trainer; here it gets our rows in their own order, our
 holds all logits.  Instruction data and adapters are later stages' business.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 from transformers import default_data_collator as stack_rows
 
 from llmlab.data import Corpus, build_corpus, load_tokenizer, stop_token_ids
-from llmlab.hardware import Hardware, probe
+from llmlab.hardware import Hardware
 from llmlab.model import (
     LLMLabForCausalLM,
     ModelSize,
@@ -32,21 +32,26 @@ from llmlab.model import (
     new_model,
     to_llmlab,
 )
-from llmlab.optim.build import check_supported
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
 from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.callbacks import MetricsLog, Perplexity, Rhythm, ScheduleAfterResume, StreamPosition
+from llmlab.training.callbacks import (
+    MetricsLog,
+    Perplexity,
+    Rhythm,
+    ScheduleAfterResume,
+    StreamPosition,
+    WholeCheckpoints,
+)
 from llmlab.training.compile import compile_layers, decide_compile
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
-from llmlab.training.resume import find_checkpoint
-from llmlab.training.rotation import KeepBest
 from llmlab.training.running import describe_evaluation, describe_optimizer, last_metrics, save_policy
+from llmlab.training.start import Start, begin
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -72,14 +77,16 @@ def pretrain(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 
     Args:
         settings: what to train, on what, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
 
     Returns:
@@ -92,16 +99,21 @@ def pretrain(
     Source: seed, LLM-Lab document, "Base Training (Pretraining)" and "Checkpointing and Resuming".
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
-    settings = resolved.settings
-    hardware = probe(settings.device, settings.dtype)
-    process = PartialState(cpu=hardware.device == "cpu")
-    console = console or Console(quiet=not process.is_main_process)
-    check_supported(settings.optimizer, process.distributed_type)
+    tokenizer = load_tokenizer(resolved.settings.init_from or resolved.settings.model.tokenizer_name)
+    resolved = replace(resolved, settings=complete_shape(resolved.settings, tokenizer))
+    with begin(
+        resolved,
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _pretrain(start, tokenizer, load_optimizer)
 
-    folder = checkpoints.claim(settings.output_dir, resume=resume is not None)
-    tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
-    settings = complete_shape(settings, tokenizer)
-    checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer) if resume is not None else None
+
+def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase, load_optimizer: bool) -> RunResult:
+    settings, folder, checkpoint = start.resolved.settings, start.folder, start.checkpoint
+    hardware, process, console = start.hardware, start.process, start.console
     set_seed(settings.seed)
     if settings.init_from:
         model = load_model(settings.init_from)
@@ -124,11 +136,10 @@ def pretrain(
             world_size=process.num_processes,
         )
     size = measure(model.config)
-    done = checkpoints.saved_step(checkpoint) if checkpoint else 0
     compiled, compile_reason = decide_compile(
         settings.compile,
         device_type=hardware.device,
-        steps=settings.max_steps - done,
+        steps=settings.max_steps - start.done,
         tokens_per_step=tokens_per_step // process.num_processes,
         parameters=size.total,
     )
@@ -151,7 +162,7 @@ def pretrain(
         eval_dataset=corpus.validation,
         data_collator=stack_rows,
         processing_class=tokenizer,
-        callbacks=[Perplexity(), rhythm, progress, KeepBest(settings.save_total_limit)],
+        callbacks=[Perplexity(), rhythm, progress],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     if compiled:
@@ -159,8 +170,8 @@ def pretrain(
     record = None
     if process.is_main_process:
         check_disk(folder, needed=3 * 4 * size.total + 2 * size.optimizer_bytes(settings.optimizer))
-        record = _new_record(folder, resolved, settings, hardware, corpus)
-        record.start(done if checkpoint else None)
+        record = _new_record(start, corpus)
+        record.start(start.resumed_step)
         trainer.add_callback(MetricsLog(record, tokens_per_step))
     if settings.streaming:
         position = StreamPosition(corpus.train, rows_per_step, process.process_index)
@@ -168,7 +179,8 @@ def pretrain(
         if checkpoint is not None:
             position.restore(checkpoint)
     if checkpoint is not None:
-        trainer.add_callback(ScheduleAfterResume(done))
+        trainer.add_callback(ScheduleAfterResume(start.done))
+    trainer.add_callback(WholeCheckpoints(trainer, settings.save_total_limit))  # the last to be called
     plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
     with (
         quiet_libraries(),
@@ -178,8 +190,7 @@ def pretrain(
         print_plan(console, f"Pretraining into {folder}", plan)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
-        if rhythm.interrupted:
-            raise KeyboardInterrupt
+        rhythm.end_if_interrupted()
         checkpoints.publish(folder, lambda temporary: save_policy(trainer, temporary))
     metrics = last_metrics(trainer)
     if corpus.report.unigram_entropy is not None:
@@ -273,22 +284,17 @@ def _plan(
     ]
 
 
-def _new_record(
-    folder: Path,
-    resolved: Resolved[PretrainSettings],
-    settings: PretrainSettings,
-    hardware: Hardware,
-    corpus: Corpus,
-) -> RunRecord:
+def _new_record(start: Start[PretrainSettings], corpus: Corpus) -> RunRecord:
+    settings = start.resolved.settings
     record = RunRecord(
-        folder,
+        start.folder,
         stage="pretrain",
         # beside init_from, a shape would contradict the model's own when the run is resumed
         settings=settings.model_dump(mode="json")
         | ({"model": {"max_seq_len": settings.model.max_seq_len}} if settings.init_from else {}),
-        sources=resolved.sources,
+        sources=start.resolved.sources,
         parents=[settings.init_from or settings.model.tokenizer_name],
-        hardware=hardware.record(),
+        hardware=start.hardware.record(),
     )
-    record.values["data"] = corpus.report.record()
+    record.values |= {"data": corpus.report.record(), "data_files": start.data_files}
     return record

@@ -4,7 +4,8 @@ The weights beside them are ordinary Transformers files, written by the trainer.
 """
 
 import json
-import subprocess
+import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class RunRecord:
         self.folder = folder
         self.values: dict[str, Any] = {
             "stage": stage,
+            "cwd": os.getcwd(),
             "status": "running",
             "started": _now(),
             "settings": settings,
@@ -68,12 +70,16 @@ class RunRecord:
         self._seconds_before = 0.0
 
     def start(self, resumed_step: int | None = None) -> None:
-        """Writes the record; when resuming, keeps the earlier start and drops metrics past the resumed step."""
+        """Writes the record; when resuming, keeps the earlier start and drops metrics past the resumed step.
+
+        Args:
+            resumed_step: that a resumed run goes on from, 0 where it had no checkpoint yet; None is a new run.
+        """
         if resumed_step is not None:
             earlier = read_record(self.folder)
             self.values["started"] = earlier.get("started", self.values["started"])
             self.values["resumed"] = [*earlier.get("resumed", []), {"step": resumed_step, "at": _now()}]
-            lines = [line for line in read_metrics(self.folder) if line["step"] <= resumed_step]
+            lines = [line for line in read_metrics(self.folder) if resumed_step and line["step"] <= resumed_step]
             self._seconds_before = lines[-1]["seconds"] if lines else 0.0
             write_atomically(self.folder / METRICS, "".join(_json(line) + "\n" for line in lines))
         self._write()
@@ -105,6 +111,19 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}:{error.lineno}: this record is damaged: {error.msg}") from None
 
 
+def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
+    """Returns the folder that a run was started in, which its relative paths count from; None where it is gone.
+
+    The run folder's own place tells it where a whole tree has moved.
+    """
+    output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
+    folder, depth = folder.resolve(), len(output_dir.parts)
+    if depth and not output_dir.is_absolute() and folder.parts[-depth:] == output_dir.parts:
+        return Path(*folder.parts[:-depth])
+    cwd = Path(str(record.get("cwd", "")))
+    return cwd if cwd.is_absolute() and cwd.is_dir() else None
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
     path = folder / METRICS
@@ -124,13 +143,34 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository and whether it has changes, or None outside one."""
-    try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+    """Returns the revision of the working directory's repository, or None outside one.
+
+    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
+    Whether there are changes only git can tell.
+    """
+    here = Path.cwd()
+    git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
+    if git is None:
         return None
-    return {"revision": revision.stdout.strip(), "changed": bool(changes.stdout.strip())}
+    try:
+        if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
+            git = git.parent / _line(git).removeprefix("gitdir:").strip()
+        head = _line(git / "HEAD")
+        if head.startswith("ref:"):
+            name, common = head.removeprefix("ref:").strip(), git / _line(git / "commondir")
+            packed = dict(reversed(line.split(" ", 1)) for line in _lines(common / "packed-refs") if " " in line)
+            head = _line(git / name) or _line(common / name) or packed.get(name, "")
+    except (OSError, ValueError):
+        return None
+    return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
+
+
+def _line(path: Path) -> str:
+    return next(iter(_lines(path)), "").strip()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _json(value: Any, indent: int | None = None) -> str:

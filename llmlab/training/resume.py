@@ -1,9 +1,13 @@
 """What may change when a run is resumed; the order of the data and the shape of the weights hang on the rest."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
+from llmlab.data.files import files_of
 from llmlab.settings.base import Settings, fields_of, show
-from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.data import DataSettings
+from llmlab.settings.errors import SettingsError, UserError, reading
 from llmlab.settings.files import Layer
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.sources import resolve
@@ -14,25 +18,71 @@ MAY_CHANGE = {
     *("max_steps", "output_dir", "log_every", "eval_every", "eval_steps", "save_best_only", "save_total_limit"),
     *("device", "dtype", "compile", "gradient_checkpointing", "dataloader_num_workers", "num_proc", "cache_dir"),
     *("trainer_args", "allow_dropped", "allow_truncated", "epochs", "save_every", "tf32"),
-    *("allow_code", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
+    *("allow_code", "eval_batches", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
+HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by their sizes and times
 
 
-def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> Path:
-    """Returns the checkpoint to go on from, after checking that these settings can.
+def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
+    """Returns size, time and, where all data are small enough, the hash of each local data file."""
+    found = [
+        file for source in (*settings.datasets, *(settings.validation_datasets or ())) for file in files_of(source)
+    ]
+    hashed = sum(file.stat().st_size for file in found) <= HASHED_BYTES
+    identities = {}
+    for file in found:
+        about = file.stat()
+        identities[str(file)] = {"bytes": about.st_size, "modified": about.st_mtime_ns}
+        if hashed:
+            identities[str(file)]["hash"] = _hash(file)
+    return identities
+
+
+def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool) -> list[str]:
+    """Returns what is to be said of data files that are not what they were when the run began.
+
+    Raises:
+        SettingsError: there are such files, and nobody allowed them.
+    """
+    before = read_record(run).get("data_files", now)
+    notes = []
+    for name in sorted({*before, *now}):
+        if name not in now or name not in before:
+            notes.append(f"{name}: this data file is {'gone' if name in before else 'new'} since the run began")
+        elif any(before[name][key] != now[name][key] for key in _compared(before[name], now[name])):
+            notes.append(f"{name}: this data file changed since the run began")
+    if notes and not allow_changed:
+        raise SettingsError([f"{note}; --allow-changed-data goes on with it as it is" for note in notes])
+    return notes
+
+
+def _compared(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
+    """Returns what tells whether a file changed: its time only where it was too large to be read."""
+    return "bytes", "hash" if "hash" in before and "hash" in now else "modified"
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with reading(file), file.open("rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
+    """Returns the checkpoint to go on from, after checking that these settings can; None is the first step.
 
     Args:
-        run: the run folder; checkpoints that were cut off while being written are removed from it.
+        run: the run folder.
         settings: the settings of the resumed run.
         load_optimizer: False allows another optimizer and other values of its settings.
+        chosen: the checkpoint that the user names; None is the last.
 
     Raises:
         SettingsError: every setting that changed and must not.
-        UserError: there is no whole checkpoint, or nothing is left to do.
+        UserError: there is no such checkpoint, or nothing is left to do.
     """
-    checkpoints.remove_partial(run)
-    checkpoint = checkpoints.last_checkpoint(run)
     record = read_record(run)
     before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
     problems = []
@@ -49,11 +99,22 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> P
         )
     if problems:
         raise SettingsError(problems)
+    found = checkpoints.checkpoints(run)
+    if chosen is not None:
+        found = [path for path in found if path.name == chosen.name]
+        if not found:
+            whole = ", ".join(path.name for path in checkpoints.checkpoints(run)) or "none"
+            raise UserError(f"--resume {chosen}: this is no whole checkpoint; expected one of those in {run}: {whole}")
+    if not found:
+        if record.get("status", "finished") == "finished":
+            raise UserError(f"--resume {run}: this run has no whole checkpoint; start it again in another output_dir")
+        return None  # it ended before its first checkpoint
+    checkpoint = found[-1]
     if getattr(settings, "epochs", None) is not None:
         return checkpoint
     # a run that was killed between its last checkpoint and its final save goes on from the one before
     last = settings.max_steps if record and record["status"] != "finished" else 2**62  # type: ignore[attr-defined]
-    open_ended = [path for path in checkpoints.checkpoints(run) if checkpoints.saved_step(path) < last]
+    open_ended = [path for path in found if checkpoints.saved_step(path) < last]
     checkpoint = open_ended[-1] if open_ended else checkpoint
     step = checkpoints.saved_step(checkpoint)
     if step >= settings.max_steps:  # type: ignore[attr-defined]

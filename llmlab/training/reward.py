@@ -27,6 +27,7 @@ from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_st
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run
+from llmlab.training.start import begin
 
 
 class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
@@ -50,14 +51,16 @@ def reward(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Trains a model that scores the better of two answers higher, and writes its run folder.
 
     Args:
         settings: which model to start from, what pairs, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
 
     Returns:
@@ -70,7 +73,17 @@ def reward(
 
     Source: Stiennon et al. 2020 (arXiv:2009.01325); seed, LLM-Lab document, "PPO-Specific Parameters".
     """
-    run = Run("reward", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    with begin(
+        settings,
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _fit(Run("reward", start), load_optimizer)
+
+
+def _fit(run: Run[RewardModelSettings], load_optimizer: bool) -> RunResult:
     settings = run.settings
     with quiet_libraries():
         policy = load_scorer(settings, run)

@@ -8,11 +8,9 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from accelerate import PartialState
 from peft import PeftModel
-from rich.console import Console
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -23,62 +21,34 @@ from transformers import (
     set_seed,
 )
 
-from llmlab.hardware import probe
 from llmlab.model import fit_context
-from llmlab.optim.build import check_supported
-from llmlab.settings.base import Settings, spellings_of
+from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
-from llmlab.settings.sources import Resolved
 from llmlab.training import checkpoints
-from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume
+from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
-from llmlab.training.resume import find_checkpoint
-from llmlab.training.rotation import KeepBest
+from llmlab.training.start import S, Start
 
 BEST_ADAPTERS = "best_lora_adapters"
-S = TypeVar("S", bound=Settings)
 
 
 class Run(Generic[S]):
-    """One run of a stage, from its settings to its folder.
-
-    Making it checks everything that needs neither model nor data, and seeds every random state.
+    """One run of a stage, from where it starts to its folder; making it seeds every random state.
 
     Args:
         stage: the stage's name.
-        settings: of the stage, resolved or plain.
-        resume: a run folder of this stage to continue from its last checkpoint.
-        load_optimizer: with `resume`, whether to restore the optimizer's state.
-        console: where to print; None is the terminal of the main process.
-
-    Raises:
-        UserError: the folder is taken or cannot be written, the machine lacks what is asked for, or the run cannot be
-            resumed with these settings.
+        start: what `begin` yields.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        settings: S | Resolved[S],
-        *,
-        resume: str | Path | None,
-        load_optimizer: bool,
-        console: Console | None,
-    ):
+    def __init__(self, stage: str, start: Start[S]):
         self.stage = stage
-        self.resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
-        self.settings: Any = self.resolved.settings
-        self.hardware = probe(self.settings.device, self.settings.dtype)
-        self.process = PartialState(cpu=self.hardware.device == "cpu")
-        self.console = console or Console(quiet=not self.process.is_main_process)
-        check_supported(self.settings.optimizer, self.process.distributed_type)
-        self.folder = checkpoints.claim(self.settings.output_dir, resume=resume is not None)
-        self.checkpoint = None
-        if resume is not None:
-            self.checkpoint = find_checkpoint(self.folder, self.settings, load_optimizer=load_optimizer)
-        self.done = checkpoints.saved_step(self.checkpoint) if self.checkpoint else 0
+        self.start = start
+        self.resolved = start.resolved
+        self.settings: Any = start.resolved.settings
+        self.hardware, self.process, self.console = start.hardware, start.process, start.console
+        self.folder, self.checkpoint, self.done = start.folder, start.checkpoint, start.done
         set_seed(self.settings.seed)
 
     def reading(self) -> AbstractContextManager[Any]:
@@ -92,7 +62,7 @@ class Run(Generic[S]):
             best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every, best_is=best_is
         )
         self.progress = ProgressLine(self.console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
-        return [self.rhythm, self.progress, KeepBest(settings.save_total_limit)]
+        return [self.rhythm, self.progress]
 
     def train(
         self,
@@ -130,12 +100,13 @@ class Run(Generic[S]):
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
             record = self._new_record(parents, data)
-            record.start(self.done if self.checkpoint else None)
+            record.start(self.start.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ScheduleAfterResume(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
+        trainer.add_callback(WholeCheckpoints(trainer, self.settings.save_total_limit))  # the last to be called
         with (
             quiet_libraries(),
             failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
@@ -144,8 +115,7 @@ class Run(Generic[S]):
             print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
-            if self.rhythm.interrupted:
-                raise KeyboardInterrupt
+            self.rhythm.end_if_interrupted()
             trainer.check_weights()
             checkpoints.publish(self.folder, lambda temporary: (save or save_policy)(trainer, temporary))
         metrics = last_metrics(trainer)
@@ -163,7 +133,7 @@ class Run(Generic[S]):
             parents=parents,
             hardware=self.hardware.record(),
         )
-        record.values["data"] = data
+        record.values |= {"data": data, "data_files": self.start.data_files}
         return record
 
 

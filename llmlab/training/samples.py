@@ -1,6 +1,7 @@
 """The generate stage: a model's completions of a few prompts, printed and kept in a run folder."""
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 
@@ -33,7 +34,12 @@ def write_samples(
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
     console = console or Console()
-    folder = checkpoints.claim(settings.output_dir, resume=False)
+    with checkpoints.claim(settings.output_dir) as folder:
+        return _write_samples(folder, resolved, console)
+
+
+def _write_samples(folder: Path, resolved: Resolved[GenerateSettings], console: Console) -> RunResult:
+    settings = resolved.settings
     with quiet_libraries():
         model, tokenizer = load_for_inference(settings.model)
         chats = answers_chats(settings.model, tokenizer)

@@ -25,6 +25,7 @@ from llmlab.training.policy import load_policy
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
+from llmlab.training.start import begin
 
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
@@ -73,14 +74,16 @@ def sft(
     *,
     resume: str | Path | None = None,
     load_optimizer: bool = True,
+    allow_changed_data: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Teaches a model to follow instructions, whole or through LoRA adapters, and writes its run folder.
 
     Args:
         settings: which model, what data, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint.
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
         console: where to print; None is the terminal.
 
     Returns:
@@ -94,7 +97,17 @@ def sft(
 
     Source: seed, LLM-Lab document, "Supervised Fine-Tuning (SFT)" and "LoRA for SFT".
     """
-    run = Run("sft", settings, resume=resume, load_optimizer=load_optimizer, console=console)
+    with begin(
+        settings,
+        resume=resume,
+        load_optimizer=load_optimizer,
+        allow_changed_data=allow_changed_data,
+        console=console,
+    ) as start:
+        return _fine_tune(Run("sft", start), load_optimizer)
+
+
+def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
     settings = run.settings
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)

@@ -1,7 +1,5 @@
 """The tokenizer stage: text in, a run folder with a tokenizer out."""
 
-from pathlib import Path
-
 from rich.console import Console
 
 from llmlab.data.tokenizer import train_tokenizer as learn
@@ -29,23 +27,23 @@ def train_tokenizer(
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
     console = console or Console()
-    folder = checkpoints.claim(settings.output_dir, resume=False)
-    tokenizer = learn(
-        settings.datasets,
-        settings.vocab_size,
-        folder,
-        max_bytes=settings.max_bytes,
-        show_progress=console.is_terminal,
-    )
-    metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
-    record = RunRecord(
-        folder,
-        stage="tokenizer",
-        settings=settings.model_dump(mode="json"),
-        sources=resolved.sources,
-        parents=[],
-        hardware={},
-    )
-    record.finish("finished", metrics=metrics)
+    with checkpoints.claim(settings.output_dir) as folder:
+        tokenizer = learn(
+            settings.datasets,
+            settings.vocab_size,
+            folder,
+            max_bytes=settings.max_bytes,
+            show_progress=console.is_terminal,
+        )
+        metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
+        record = RunRecord(
+            folder,
+            stage="tokenizer",
+            settings=settings.model_dump(mode="json"),
+            sources=resolved.sources,
+            parents=[],
+            hardware={},
+        )
+        record.finish("finished", metrics=metrics)
     console.print(f"[green]saved[/green] {folder}  {len(tokenizer):,} entries", highlight=False, soft_wrap=True)
-    return RunResult(Path(folder), metrics)
+    return RunResult(folder, metrics)

@@ -122,6 +122,7 @@ def break_(run, how: str, random_llama, tokenizer) -> None:
             config.unlink()
             for step in (90, 100):
                 (run / f"checkpoint-{step}").mkdir()
+            (run / "checkpoint-best").mkdir()  # a copy that somebody keeps
         case "no weights":
             weights.unlink()
         case "cut weights":

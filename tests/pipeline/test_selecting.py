@@ -47,7 +47,8 @@ def stages(monkeypatch):
     def function(resolved, resume=None):
         folder = Path(resolved.settings.output_dir)
         (folder / "checkpoint-3").mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
+        status = "interrupted" if folder.name in record.fails else "finished"
+        (folder / "llmlab.json").write_text(json.dumps({"status": status}))
         record.done.append((folder.name, resume is not None))
         if folder.name in record.fails:
             raise KeyboardInterrupt
@@ -141,7 +142,7 @@ def test_changed_settings_are_named_with_both_values(path, stages, tmp_path):
 def test_a_record_without_details_is_still_read(path, stages, tmp_path):
     run(path)
     file = tmp_path / "out" / "pipeline.json"
-    kept = ("fingerprint", "status")
+    kept = ("fingerprint", "status", "owner")
     state = {name: {key: entry[key] for key in kept} for name, entry in json.loads(file.read_text()).items()}
     file.write_text(json.dumps(state))
     assert actions(path) == SKIP_ALL

@@ -197,16 +197,16 @@ def quiet():
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """Returns a function that lets runs of a trainer be interrupted as by Ctrl+C, in the middle of a step."""
+    """Returns a function that lets runs of a trainer be interrupted by a signal, in the middle of a step."""
     import signal
 
     from transformers import TrainerCallback
 
-    def interrupt(trainer_class, step):
+    def interrupt(trainer_class, step, number=signal.SIGINT):
         class CtrlC(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 if state.global_step == step - 1:
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(number)
 
         original = trainer_class.__init__
 

@@ -33,14 +33,13 @@ from llmlab.settings.sources import Resolved
 from llmlab.training import pretrain as stage
 from llmlab.training import sft as sft_stage
 from llmlab.training.arguments import build_arguments
-from llmlab.training.callbacks import Rhythm
+from llmlab.training.callbacks import Rhythm, WholeCheckpoints
 from llmlab.training.compile import decide_compile
 from llmlab.training.dpo import load_reference
 from llmlab.training.online import make_reward, online_arguments, read_prompts
 from llmlab.training.policy import load_policy
 from llmlab.training.preference import preference_arguments, read_pairs
 from llmlab.training.reward import load_scorer
-from llmlab.training.rotation import KeepBest
 
 
 def other_value(setting: Setting, folder, corpus_file, **special):
@@ -108,7 +107,7 @@ def digest(settings: PretrainSettings, monkeypatch) -> dict[str, str]:
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     arguments = stage.trainer_arguments(settings, hardware, corpus).to_dict()
     rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
-    kept = KeepBest(settings.save_total_limit)
+    kept = WholeCheckpoints(None, settings.save_total_limit)
     compiled = decide_compile(
         settings.compile, device_type="cpu", steps=settings.max_steps, tokens_per_step=10**6, parameters=10**8
     )
@@ -137,7 +136,7 @@ def iter_rows(train):
 # device and init_from choose what is built at all, and have tests of their own in test_hardware and test_pretrain
 @pytest.mark.parametrize(
     "setting",
-    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32")],
+    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32", "save_total_limit")],
     ids=lambda setting: setting.key,
 )
 def test_each_pretraining_setting_has_an_effect(
@@ -206,8 +205,8 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
     }
 
 
-# these are read in `sft` itself or only decide whether it refuses; test_sft and test_instructions show their effect
-OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32")
+# these are read in `sft` itself or only decide whether it refuses: test_sft, test_instructions and test_resume show it
+OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32", "save_total_limit")
 
 
 @pytest.mark.parametrize(

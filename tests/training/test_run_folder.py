@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
@@ -28,12 +29,11 @@ def record_of(folder, settings=None):
     )
 
 
-def checkpoint(folder, step, whole=True):
+def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"x")
-    if whole:
-        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
 
@@ -73,42 +73,84 @@ def test_resuming_drops_metrics_past_the_checkpoint_and_keeps_the_clock(tmp_path
 def test_checkpoints_cut_off_are_not_resumed_from_and_are_removed(tmp_path):
     for step in (2, 10):
         checkpoint(tmp_path, step)
-    checkpoint(tmp_path, 12, whole=False)
-    assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert [path.name for path in checkpoints.remove_partial(tmp_path)] == ["checkpoint-12"]
-    assert not (tmp_path / "checkpoint-12").exists()
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoints.last_checkpoint(tmp_path / "checkpoint-2")
+    begun = tmp_path / "checkpoint-12"
+    checkpoints.begin(begun)
+    for file in ("model.safetensors", "trainer_state.json", "0-rollout.pt"):  # the last one is ours
+        (begun / file).write_text("{}")
+        assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert checkpoints.remove_partial(tmp_path) == [begun] and not begun.exists()
+    checkpoints.begin(begun)
+    (begun / "trainer_state.json").write_text("{}")
+    checkpoints.complete(begun)
+    assert checkpoints.checkpoints(tmp_path)[-1] == begun
 
 
-def test_publishing_is_all_or_nothing(tmp_path):
-    def fail(folder):
+def test_only_what_this_run_began_to_write_is_removed(tmp_path):
+    """Of the user's folders beside them none is, whatever their names."""
+    for step in (1, 2, 3, 4):
+        checkpoint(tmp_path, step)
+    theirs = [tmp_path / name for name in ("checkpoint-notes", "checkpoint-7", "checkpoint-best", "checkpoint-\u00b2")]
+    for path in theirs:
+        path.mkdir()
+        (path / "notes.txt").write_text("kept")
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    checkpoints.begin(tmp_path / "checkpoint-9")
+    (tmp_path / ".removed-checkpoint-0").mkdir()  # cut off in the middle of removing
+    assert {path.name for path in checkpoints.remove_partial(tmp_path)} == {"checkpoint-9", ".removed-checkpoint-0"}
+    checkpoints.rotate(tmp_path, 1, {}, best=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+    assert all((path / "notes.txt").read_text() == "kept" for path in theirs)
+
+
+def test_rotation_keeps_so_many_of_the_best_and_the_last(tmp_path):
+    def left(keep, scores, best=None):
+        for step in (1, 2, 3, 4):
+            if not (tmp_path / f"checkpoint-{step}").exists():
+                checkpoint(tmp_path, step)
+        checkpoints.rotate(tmp_path, keep, scores, best=best and f"elsewhere/checkpoint-{best}")
+        return [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+
+    assert left(3, {}) == [2, 3, 4]  # without scores the newest
+    assert left(1, {}, best=2) == [2, 4]
+    assert left(9, {}, best=1) == [1, 2, 3, 4]
+    assert left(2, {1: -0.5, 2: -0.1, 3: -0.2, 4: -0.9}) == [2, 3, 4]
+    assert left(1, {1: math.nan, 2: -5.0}) == [2, 4]
+
+
+def test_staged_files_come_all_or_not_at_all(tmp_path):
+    with pytest.raises(OSError), checkpoints.staged(tmp_path) as folder:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError):
-        checkpoints.publish(tmp_path, fail)
     assert list(tmp_path.iterdir()) == []
-    checkpoints.publish(tmp_path, lambda folder: (folder / "a").write_text("whole"))
+    with checkpoints.staged(tmp_path) as folder:
+        (folder / "a").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_claiming_a_folder(tmp_path):
     folder = tmp_path / "deep" / "run"
-    assert checkpoints.claim(str(folder), resume=False) == folder
+    with checkpoints.claim(str(folder)) as claimed:
+        assert claimed == folder and folder.is_dir()
     assert not folder.parent.exists()  # a run that is refused after this leaves nothing behind
-    folder.mkdir(parents=True)
-    (folder / "llmlab.json").write_text("{}")
+    with checkpoints.claim(folder):
+        (folder / "llmlab.json").write_text("{}")
+    assert [path.name for path in folder.iterdir()] == ["llmlab.json"]
+
+    def claim(path, **how):
+        with checkpoints.claim(path, **how):
+            pass
+
     with pytest.raises(UserError, match=r"already holds a run; continue it with --resume"):
-        checkpoints.claim(str(folder), resume=False)
-    assert checkpoints.claim(str(folder), resume=True) == folder
+        claim(folder)
+    claim(folder, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory|cannot be written: File exists"):
-        checkpoints.claim(str(tmp_path / "file"), resume=False)
+        claim(tmp_path / "file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
     with pytest.raises(UserError, match="already holds other files"):
-        checkpoints.claim(str(tmp_path / "other"), resume=False)
+        claim(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
 def test_what_may_change_on_resume(tmp_path):
@@ -138,7 +180,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
         pytest.raises(UserError, match="No space left on device"),
         failures_recorded("x", tmp_path, record, progress(), PretrainSettings()),
     ):
-        checkpoint(tmp_path, 4, whole=False)
+        checkpoints.begin(tmp_path / "checkpoint-4")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert read_record(tmp_path)["status"] == "failed"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
