@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
@@ -28,6 +28,9 @@ class OurOptimizers(SwitchableOptimizer):
         self.settings = settings
         self.load_optimizer = load_optimizer
         super().__init__(**kwargs)
+        self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
+        if settings.optimizer == "sophia":
+            self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -41,12 +44,15 @@ class OurOptimizers(SwitchableOptimizer):
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        # before the micro-batches, which other processes do not see until the last one of a step
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        if batches and estimate_is_due(self.optimizer):
-            inputs = self.estimated_from(batches[0])
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
+        self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
         return batches, items
+
+    def estimate(self) -> None:
+        """Runs Sophia's estimate where one is due."""
+        if self.estimate_from is not None:
+            inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
@@ -54,6 +60,19 @@ class OurOptimizers(SwitchableOptimizer):
 
     predict = staticmethod(next_token_logits)
     """The choices whose likelihood the loss is about."""
+
+
+class EstimateFirst(TrainerCallback):
+    """Runs a trainer's estimate before a step's micro-batches, of which processes hear only at the last one.
+
+    By then a resumed run has its random states back, which online trainers sample with.
+    """
+
+    def __init__(self, trainer: OurOptimizers):
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.estimate()
 
 
 @contextmanager
