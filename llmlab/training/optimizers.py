@@ -1,5 +1,5 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, evaluation apart from training,
-and checkpoints that are marked while they are written.
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, and evaluation and checkpoints
+that leave no trace in training.
 """
 
 import random
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
@@ -33,6 +33,9 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         self.settings = settings
         self.load_optimizer = load_optimizer
         super().__init__(**kwargs)
+        self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
+        if settings.optimizer == "sophia":
+            self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -46,11 +49,8 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        # before the micro-batches, which other processes do not see until the last one of a step
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        if batches and estimate_is_due(self.optimizer):
-            inputs = self.estimated_from(batches[0])
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
+        self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
         return batches, items
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -60,12 +60,31 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
+    def estimate(self) -> None:
+        """Runs Sophia's estimate where one is due."""
+        if self.estimate_from is not None:
+            inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
+
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
         return self._prepare_inputs(batch)
 
     predict = staticmethod(next_token_logits)
     """The choices whose likelihood the loss is about."""
+
+
+class EstimateFirst(TrainerCallback):
+    """Runs a trainer's estimate before a step's micro-batches, of which processes hear only at the last one.
+
+    By then a resumed run has its random states back, which online trainers sample with.
+    """
+
+    def __init__(self, trainer: OurOptimizers):
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.estimate()
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(KeepBest(settings.save_total_limit))),
+        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
     }
 
 
@@ -311,7 +311,7 @@ def digest_preference(settings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(KeepBest(settings.save_total_limit))),
+        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
     }
 
 
@@ -423,7 +423,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
         "optimizer": str((type(optimizer), groups)),
         "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
         "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(KeepBest(settings.save_total_limit))),
+        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
     }
 
 

@@ -444,6 +444,24 @@ def test_other_optimizers_sample_once(optimizer, grpo_settings, quiet, monkeypat
     assert len(sampled) == 3 and len(logged(result.folder)) == 12
 
 
+def test_an_extended_run_estimates_and_samples_alike(grpo_settings, tmp_path, quiet):
+    """At the sixth step a resumed run samples for Sophia's estimate: with the random state of the run before it."""
+    changes = {
+        "optimizer": "sophia",
+        "sophia_update_every": 5,
+        "learning_rate": 1e-3,
+        "ppo_epochs": 1,
+        "batch_size": 2,
+    }
+    changes |= {"scheduler": "none", "warmup_steps": 0}
+    make = lambda name, steps: grpo_settings(**changes, max_steps=steps, output_dir=str(tmp_path / name))  # noqa: E731
+    whole = grpo(make("whole", 7), console=quiet).folder
+    first = grpo(make("part", 5), console=quiet).folder
+    part = grpo(make("part", 7), resume=first, console=quiet).folder
+    for name in ("loss", "reward"):
+        assert logged(part, name) == logged(whole, name), name
+
+
 def test_a_run_without_variance_ends_with_advice(grpo_settings, tmp_path, quiet):
     settings = grpo_settings("constant", stop_patience=2, max_steps=40)
     with pytest.raises(UserError, match=r"step 5: .* last 2 logged lines all completions .*0\.5.*reward-check"):
