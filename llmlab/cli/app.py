@@ -17,6 +17,7 @@ import typer
 
 from llmlab import __version__
 from llmlab.settings.errors import UserError, printable, reason_of
+from llmlab.settings.trust import remote_code
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
-        build_app(requested)(args=arguments, prog_name="llmlab")
+        with remote_code(False):  # until the command's own option says otherwise
+            build_app(requested)(args=arguments, prog_name="llmlab")
     except UserError as error:
         for line in str(error).split("\n"):
             print(f"error: {printable(line)}", file=sys.stderr)

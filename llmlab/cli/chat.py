@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import fields_of
 from llmlab.settings.errors import UserError, did_you_mean
@@ -71,6 +72,7 @@ def chat(
     chats: Chats = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
     settings = _resolve(locals())
@@ -128,6 +130,7 @@ def generate(
     chats: Chats = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts from the command line, a file or standard input."""
     settings = _resolve(locals())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -61,6 +62,7 @@ def check(
         int | None, typer.Option(help="Read so many rows of each source.", min=1, metavar="INT", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
     from llmlab.data.inspect import inspect_rows
@@ -99,6 +101,7 @@ def preview(
     chat_template: ChatTemplate = None,
     seed: Annotated[int, typer.Option(help="Another seed shows other rows.", metavar="INT")] = 42,
     limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
     from random import Random

@@ -6,7 +6,7 @@ Values stay text until the settings validate them, so a file, the command line a
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -14,12 +14,26 @@ from llmlab.settings.base import Setting, Settings, fields_of, spellings_of
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.trust import allow_remote_code
 
 COMMAND_LINE = "command line"
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that a model or tokenizer brings along; read it first.",
+        callback=allow_remote_code,
+    ),
+]
 
 
 def stage_command(
-    name: str, stage: type[Settings], execute: Callable[..., Any], *extra: inspect.Parameter, words: str | None = None
+    name: str,
+    stage: type[Settings],
+    execute: Callable[..., Any],
+    *extra: inspect.Parameter,
+    words: str | None = None,
+    loads: bool = True,
 ) -> Callable[..., None]:
     """Returns a typer command that resolves a stage's settings and calls `execute(resolved, **extra)`.
 
@@ -29,6 +43,7 @@ def stage_command(
         execute: what to do with the resolved settings.
         extra: further typer parameters that are not settings, such as `--resume`.
         words: the list setting that arguments without `=` are entries of, such as `datasets`.
+        loads: whether the stage loads models or tokenizers, which may bring code along.
     """
     parameters = [
         _parameter(
@@ -46,6 +61,7 @@ def stage_command(
             "save_config", Path | None, typer.Option("--save-config", help="Write the resolved settings, then leave.")
         ),
         *extra,
+        *([_parameter("trust_remote_code", *get_args(TrustRemoteCode), False)] if loads else []),
         *_setting_parameters(stage),
     ]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -60,6 +61,7 @@ def pairs(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, or to replace.")] = Path(
         "pairs.jsonl"
     ),
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, parse_scalar, read_layer
@@ -72,6 +73,7 @@ def reward_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: AllowCode = False,
     list_rewards: Annotated[bool, typer.Option("--list", help="Show the rewards and their parameters.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score completions in a file with rewards, and show each component: debug rewards before you train with them."""
     if list_rewards:

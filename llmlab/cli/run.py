@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmlab.cli.options import print_warnings, recipe_folder
+from llmlab.cli.options import TrustRemoteCode, print_warnings, recipe_folder
 from llmlab.settings.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and leave.")] = False,
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.cli.options import stage_command
+from llmlab.cli.options import TrustRemoteCode, stage_command
 from llmlab.settings.sources import Resolved
 from llmlab.settings.tokenizer import TokenizerSettings
 from llmlab.stages import STAGES
@@ -16,13 +16,14 @@ def _train(resolved: Resolved[TokenizerSettings]) -> Any:
     return STAGES["tokenizer"].function(resolved)
 
 
-app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets"))
+app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets", loads=False))
 
 
 @app.command()
 def show(
     tokenizer: Annotated[str, typer.Argument(help="Hub id, folder or tokenizer.json.")],
     text: Annotated[str, typer.Argument(help="Text to cut into tokens.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show how a tokenizer cuts a text: each token and its id, and bytes per token."""
     from rich.console import Console

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import RolloutSteps, WholeRollouts
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
@@ -132,6 +133,7 @@ def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
     return advantages.nan_to_num(nan=0.0)
 
 
+@takes_trust
 def grpo(
     settings: GRPOSettings | Resolved[GRPOSettings],
     *,

@@ -32,6 +32,7 @@ from llmlab.model import load_classifier, load_model
 from llmlab.settings.errors import UserError
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training import checkpoints
 from llmlab.training.failures import check_disk
 from llmlab.training.merge_sources import (
@@ -56,6 +57,7 @@ PROBE_TOKENS = 48
 TOLERANCE = 1e-4
 
 
+@takes_trust
 def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console | None = None) -> RunResult:
     """Folds adapters into their base model, checks the result against both, and saves it as an ordinary model.
 

@@ -13,6 +13,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import AnswerTokens
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
@@ -27,6 +28,7 @@ class OddsTrainer(OurOptimizers, AnswerTokens, ORPOTrainer):
     """TRL's ORPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
 
 
+@takes_trust
 def orpo(
     settings: ORPOSettings | Resolved[ORPOSettings],
     *,

@@ -18,6 +18,7 @@ from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import WholeRollouts
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
@@ -35,6 +36,7 @@ class EpisodeTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which goes on in the middle of a rollout."""
 
 
+@takes_trust
 def ppo(
     settings: PPOSettings | Resolved[PPOSettings],
     *,

@@ -19,6 +19,7 @@ from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, quantization_of, read_lora
@@ -32,6 +33,7 @@ class ScoreTrainer(OurOptimizers, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
 
 
+@takes_trust
 def reward(
     settings: RewardModelSettings | Resolved[RewardModelSettings],
     *,

@@ -20,6 +20,7 @@ from llmlab.optim.build import check_supported
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import destinations
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume
 from llmlab.training.failures import check_disk, failures_recorded
@@ -129,7 +130,8 @@ class Run(Generic[S]):
             failures_recorded(self.stage, self.folder, record, self.progress),
             self.rhythm.listen(self.progress.say),
         ):
-            print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
+            sent = destinations(self.settings.trainer_args, self.settings.output_dir)
+            print_plan(self.console, f"{self.stage}: into {self.folder}", plan + sent)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             if self.rhythm.interrupted:
