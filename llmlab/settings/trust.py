@@ -92,7 +92,7 @@ def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[st
     if trainer_args.get("push_to_hub"):
         name = trainer_args.get("hub_model_id") or f"<your account>/{Path(output_dir).absolute().name}"
         kind = "private" if trainer_args.get("hub_private_repo") else "public unless your organization says otherwise"
-        places.append(f"the model to https://huggingface.co/{name} ({kind})")
+        places.append(f"the run folder to https://huggingface.co/{name} ({kind})")
     if trainer_args.get("log_completions_hub_repo"):
         places.append(f"completions to https://huggingface.co/datasets/{trainer_args['log_completions_hub_repo']}")
     places += [f"metrics to {service}" for service in _services(trainer_args.get("report_to"))]

@@ -3,7 +3,9 @@
 import io
 import json
 import shlex
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -242,3 +244,31 @@ def test_auto_classes_are_called_in_one_place():
     package = Path(main.__code__.co_filename).parents[1]
     callers = {str(path.relative_to(package)) for path in package.rglob("*.py") if "import Auto" in path.read_text()}
     assert callers <= {"model/modeling.py"}  # which registers llmlab's own
+
+
+def test_publishing_from_the_command_line_is_in_the_plan(cli, tokenizer, own, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM, trainer
+
+    hub = {}  # there is no network here
+
+    def create_repo(name, **kwargs):
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(repo_id, folder_path, **kwargs):
+        hub[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+        done = Future()
+        done.set_result(None)
+        return done
+
+    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
+    monkeypatch.setattr(trainer, "hf_api", lambda: api)
+    monkeypatch.setenv("COLUMNS", "160")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained("plain")
+    tokenizer.save_pretrained("plain")
+    words = shlex.split(COMMANDS["sft"].replace("OWN", "plain"))
+    code, output, errors = cli(*words, "trainer_args.push_to_hub=true", "trainer_args.hub_model_id=me/cats")
+    assert code == 0, errors
+    plan, _, after = output.partition("step 1/1")
+    assert "publishes" in plan and "https://huggingface.co/me/cats (public" in plan and after
+    assert list(hub) == ["me/cats"] and {"model.safetensors", "tokenizer.json", "config.json"} <= hub["me/cats"]
+    assert json.loads(Path("run/llmlab.json").read_text())["settings"]["trainer_args"] == {}
