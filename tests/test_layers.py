@@ -14,7 +14,7 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"stages"},
     {"training"},
     {"inference", "rewards"},
-    {"data", "optim", "adapters", "hardware"},
+    {"data", "optim", "adapters", "hardware", "terminal"},
     {"model"},
     {"settings"},
 ]

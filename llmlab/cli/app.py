@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -89,7 +90,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
+    _quiet_libraries()
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         with remote_code(False):  # until the command's own option says otherwise
@@ -104,6 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _quiet_libraries() -> None:
+    """Keeps what other packages have to say off the screen, and their bars out of pipes and files."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    if sys.stderr is None or not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
 
 
 def _write_log(arguments: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
+from llmlab.terminal import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,13 +39,13 @@ def info(
 
     Of other architectures than llmlab's, and of adapters, parameters and the memory for them are shown.
     """
-    from rich.console import Console
     from rich.markup import escape
 
     from llmlab.model import LLMLabConfig
+    from llmlab.terminal import Terminal
 
     source, changes = _split(words)
-    console = Console(highlight=False)
+    console = Terminal()
     adapter = None
     if source and Path(source).is_dir():
         if changes:
@@ -65,7 +66,7 @@ def info(
         console.print(f"{escape(source)}: {escape(config.model_type)}", soft_wrap=True)
     _print_parameters(console, size)
     if adapter:
-        console.print(f"{'':11}{adapter}")
+        console.print(f"{'':11}{escape(adapter)}", soft_wrap=True)
     _print_memory(console, size, length if ours else None, batch_size)
     if ours:
         console.print(
@@ -173,7 +174,7 @@ def init(
             tokenizer.save_pretrained(temporary)
 
     checkpoints.publish(folder, write)
-    typer.echo(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
+    say(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
 
 
 @app.command()
@@ -197,7 +198,7 @@ def convert(
         load_tokenizer(source).save_pretrained(temporary)
 
     checkpoints.publish(folder, write)
-    typer.echo(f"saved {folder}: the same logits as {source}")
+    say(f"saved {folder}: the same logits as {source}")
 
 
 def _split(words: list[str] | None) -> tuple[str | None, dict[str, Any]]:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, get_args
 import typer
 
 from llmlab.settings.base import Setting, Settings, fields_of, spellings_of
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, printable
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.settings.trust import allow_remote_code
+from llmlab.terminal import say
 
 COMMAND_LINE = "command line"
 TrustRemoteCode = Annotated[
@@ -128,20 +129,21 @@ def resume_layer(run: Path, stage: str) -> Layer:
 def print_warnings(warnings: tuple[str, ...]) -> None:
     """Prints warnings on standard error."""
     for warning in warnings:
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+        say(f"warning: {warning}", error=True, fg="yellow")
 
 
 def show_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from llmlab.terminal import Terminal
 
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value, source in resolved.rows():
         style = "dim" if source == "default" else "bold"
-        table.add_row(key, Text(value), source, style=style)  # a list's brackets are no markup
-    console = Console()
+        table.add_row(key, Text(printable(value)), Text(printable(source)), style=style)  # brackets are no markup
+    console = Terminal()
     if not console.is_terminal:
         console.width = 1000  # a pipe has no width: rows stay whole
     console.print(table)

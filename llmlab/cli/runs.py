@@ -3,7 +3,6 @@
 Only how runs look is here; what they are is read by `llmlab/runs.py`.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,8 @@ from llmlab.runs import (
     summary,
 )
 from llmlab.settings.base import show as written
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
+from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def list_runs(
         return _print_json([summary(run) for run in runs])
     console = _console(whole_rows=True)
     if not runs:
-        console.print(f"no runs in {folder or 'this folder'} or below")
+        console.print(f"no runs in {_safe(str(folder or 'this folder'))} or below", soft_wrap=True)
         return
     _print_list(console, runs)
     for run in runs:
@@ -149,7 +149,7 @@ def compare(
     if console.color_system is None or console.no_color:  # lines of one color would be one line
         whole = [point for points, _ in curves for point in points]
         for name, (points, style) in zip(names, curves, strict=True):
-            console.print(_safe(name) if points else f"{_safe(name)}: logged no {drawn}")
+            console.print(_safe(name) if points else f"{_safe(name)}: logged no {_safe(drawn)}")
             if points:
                 _print_chart(console, [Curve(points, style)], scale=whole)
         return
@@ -314,7 +314,7 @@ def _print_surroundings(console: "Console", run: Run) -> None:
     versions = run.record.get("versions") or {}
     console.print(_safe("  ".join(f"{name} {number}" for name, number in versions.items())), style="dim")
     if git:
-        console.print(f"[dim]git {git['revision'][:12]}{', with changes' if git.get('changed') else ''}[/]")
+        console.print(f"[dim]git {_safe(git['revision'][:12])}{', with changes' if git.get('changed') else ''}[/]")
 
 
 def _marked(name: str, values: Sequence[float | None]) -> list[str]:
@@ -340,14 +340,14 @@ def _print_chart(
 
 
 def _print_json(values: Any) -> None:
-    typer.echo(json.dumps(finite(values), indent=2, ensure_ascii=False))
+    say_json(finite(values), indent=2)
 
 
 def _console(whole_rows: bool = False) -> "Console":
     """Returns the terminal; with `whole_rows`, a pipe is so wide that no row is folded."""
-    from rich.console import Console
+    from llmlab.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal()
     if whole_rows and not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 1000
     return console
@@ -369,7 +369,7 @@ def _section(console: "Console", title: str) -> None:
 def _safe(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))  # what columns are measured by is what is printed
 
 
 def _path(folder: Path) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk
@@ -50,7 +51,7 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
         yield
     except KeyboardInterrupt:
         ended("interrupted")
-        progress.say(f"stopped; continue with: llmlab {stage} --resume {folder}")
+        progress.say(f"stopped; continue with: llmlab {stage} --resume {escape(str(folder))}")
         raise
     except SystemExit:  # rich's, when what the output is piped into is gone
         ended("interrupted", reason="its output was closed")

@@ -33,6 +33,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.failures import check_disk
 from llmlab.training.merge_sources import (
@@ -76,7 +77,7 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
-    console = console or Console()
+    console = console or Terminal()
     folder = checkpoints.claim(settings.output_dir, resume=False)
     adapter = find_adapter(settings.adapter)
     with quiet_libraries(), warnings.catch_warnings():

@@ -37,6 +37,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import destinations, takes_trust
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, StreamPosition
@@ -95,7 +96,7 @@ def pretrain(
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)
     process = PartialState(cpu=hardware.device == "cpu")
-    console = console or Console(quiet=not process.is_main_process)
+    console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)
 
     folder = checkpoints.claim(settings.output_dir, resume=resume is not None)

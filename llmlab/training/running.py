@@ -5,7 +5,7 @@ A stage makes its policy, its data and its trainer, and hands the trainer over; 
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
+from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from llmlab.hardware import probe
@@ -21,6 +22,7 @@ from llmlab.settings.base import Settings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import destinations
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume
 from llmlab.training.failures import check_disk, failures_recorded
@@ -63,7 +65,7 @@ class Run(Generic[S]):
         self.settings: Any = self.resolved.settings
         self.hardware = probe(self.settings.device, self.settings.dtype)
         self.process = PartialState(cpu=self.hardware.device == "cpu")
-        self.console = console or Console(quiet=not self.process.is_main_process)
+        self.console = console or Terminal(quiet=not self.process.is_main_process)
         check_supported(self.settings.optimizer, self.process.distributed_type)
         self.folder = checkpoints.claim(self.settings.output_dir, resume=resume is not None)
         self.checkpoint = None
@@ -90,7 +92,7 @@ class Run(Generic[S]):
         trainer: Trainer,
         *,
         steps: int,
-        plan: list[tuple[str, str]],
+        plan: Sequence[tuple[str, str | Text]],
         parents: list[str],
         data: dict[str, Any],
         callbacks: list[TrainerCallback] | None = None,
@@ -131,7 +133,7 @@ class Run(Generic[S]):
             self.rhythm.listen(self.progress.say),
         ):
             sent = destinations(self.settings.trainer_args, self.settings.output_dir)
-            print_plan(self.console, f"{self.stage}: into {self.folder}", plan + sent)
+            print_plan(self.console, f"{self.stage}: into {self.folder}", [*plan, *sent])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             if self.rhythm.interrupted:
@@ -171,13 +173,13 @@ def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: 
     return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
 
 
-def describe_optimizer(settings: Any, steps: int) -> tuple[str, str]:
+def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
     """Returns the plan's line about optimizer and schedule."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
-    return "optimizer", f"{settings.optimizer}, lr {settings.learning_rate:g}, {schedule}"
+    return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {settings.learning_rate:g}, {schedule}")
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from llmlab.data.tokenizer import train_tokenizer as learn
 from llmlab.settings.sources import Resolved
 from llmlab.settings.tokenizer import TokenizerSettings
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.record import RunRecord, RunResult
 
@@ -28,7 +30,7 @@ def train_tokenizer(
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
-    console = console or Console()
+    console = console or Terminal()
     folder = checkpoints.claim(settings.output_dir, resume=False)
     tokenizer = learn(
         settings.datasets,
@@ -47,5 +49,6 @@ def train_tokenizer(
         hardware={},
     )
     record.finish("finished", metrics=metrics)
-    console.print(f"[green]saved[/green] {folder}  {len(tokenizer):,} entries", highlight=False, soft_wrap=True)
+    saved = f"[green]saved[/green] {escape(str(folder))}  {len(tokenizer):,} entries"
+    console.print(saved, highlight=False, soft_wrap=True)
     return RunResult(Path(folder), metrics)
