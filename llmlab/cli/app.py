@@ -47,7 +47,7 @@ def build_app(requested: str | None) -> typer.Typer:
     app = typer.Typer(
         name="llmlab",
         help="From an architecture to a model you can chat with: pretrain, fine-tune, align, chat.",
-        no_args_is_help=True,
+        invoke_without_command=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -80,11 +80,20 @@ def _print_version(wanted: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is not None:
+        return
+    typer.echo("llmlab: from an architecture to a model you can chat with (llmlab COMMAND -h)")
+    panel = ""
+    for name, (_, line, group) in COMMANDS.items():  # in the order of the table; what one screen of 80 x 24 holds
+        if group != panel:
+            typer.echo(f"{group}:")
+        panel = group
+        typer.echo(f" {name:13}{line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,7 +48,8 @@ CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LIST_COLUMNS = ("run", "stage", "status", "steps", "result", "from", "started", "took")
 RIGHT = {name: {"justify": "right"} for name in ("steps", "took")}
-NARROWEST = 9  # of a column that gives way, in characters
+# what gives way on a narrow terminal, one after the other, down to so many characters; 0 leaves it out
+GIVE_WAY = (("from", 9), ("run", 20), ("started", 0), ("took", 0), ("result", 12), ("run", 9))
 WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
@@ -176,24 +177,27 @@ def _print_list(console: "Console", runs: Sequence[Run]) -> None:
         max(Text.from_markup(line).cell_len for row in rows for line in row[column].splitlines())
         for column in range(len(LIST_COLUMNS))
     ]
-    spare = console.width - sum(widths) - len(widths) + 1
-    for name in ("from", "run"):  # what gives way on a narrow terminal; of a parent's path the end is kept
+    for name, narrowest in GIVE_WAY:
         column = LIST_COLUMNS.index(name)
-        narrower = min(max(widths[column] + spare, NARROWEST), widths[column])
-        spare += widths[column] - narrower
-        widths[column] = narrower
+        missing = sum(widths) + sum(width > 0 for width in widths) - 1 - console.width
+        if missing > 0:
+            widths[column] = min(max(widths[column] - missing, narrowest), widths[column]) if narrowest else 0
+    shown = [number for number, width in enumerate(widths) if width]
+    whole = {"no_wrap": True, "overflow": "ellipsis"}
     columns = [
-        (name, {"width": width, **RIGHT.get(name, {})}) for name, width in zip(LIST_COLUMNS, widths, strict=True)
+        (LIST_COLUMNS[number], {"width": widths[number], **whole, **RIGHT.get(LIST_COLUMNS[number], {})})
+        for number in shown
     ]
     console.print(_table(*columns))
     for folder, group in groups.items():
         table = _table(*columns)
         table.show_header = False
         for row in group:
-            *cells, parents, started, took = row
-            limit = widths[LIST_COLUMNS.index("from")]
-            lines = (line if len(line) <= limit else f"…{line[1 - limit :]}" for line in parents.splitlines())
-            table.add_row(*cells, "\n".join(lines), started, took)
+            cells, origin = list(row), LIST_COLUMNS.index("from")
+            limit = widths[origin]
+            lines = (line if len(line) <= limit else f"…{line[1 - limit :]}" for line in cells[origin].splitlines())
+            cells[origin] = "\n".join(lines)  # of a parent's path the end is kept
+            table.add_row(*(cells[number] for number in shown))
         console.print(f"[blue]{_safe(_path(folder))}/[/]", soft_wrap=True)
         console.print(table)
 

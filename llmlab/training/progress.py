@@ -13,11 +13,21 @@ from typing import Any
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+ROOM_FOR_BAR = 100  # columns of a terminal that has room for a bar beside the values
 
 
 def print_plan(console: Console, title: str, rows: Sequence[tuple[str, str | Text]]) -> None:
@@ -62,6 +72,15 @@ def quiet_libraries() -> Iterator[None]:
             enable_progress_bars()
 
 
+class Values(TextColumn):
+    """A column that gives way to the others on a narrow terminal, and stays one line."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class ProgressLine(TrainerCallback):
     """Shows step, loss, learning rate, gradient norm, tokens per second, MFU where a peak is known, and the time.
 
@@ -98,12 +117,12 @@ class ProgressLine(TrainerCallback):
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=16),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                *([BarColumn(bar_width=16)] if self.console.width >= ROOM_FOR_BAR else []),
+                Values("{task.description}", table_column=Column()),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
                 console=self.console,
             )
             self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
