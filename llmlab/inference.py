@@ -28,6 +28,7 @@ from llmlab.hardware import probe
 from llmlab.model import check_folder, fit_vocabulary, load_model, read_adapter
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,6 +39,7 @@ Prompt = str | list[Message]
 """A text to continue, or a conversation to answer: messages with `role` and `content`."""
 
 
+@takes_trust
 def load_for_inference(
     source: str | Path, *, dtype: str = "auto", device: str = "auto"
 ) -> tuple[Model, PreTrainedTokenizerBase]:

@@ -14,7 +14,8 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"stages"},
     {"training"},
     {"inference", "rewards"},
-    {"model", "data", "optim", "adapters", "hardware"},
+    {"data", "optim", "adapters", "hardware", "terminal"},
+    {"model"},
     {"settings"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import typer
 
 from llmlab import __version__
 from llmlab.settings.errors import UserError, printable, reason_of
+from llmlab.settings.trust import remote_code
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
@@ -45,7 +47,7 @@ def build_app(requested: str | None) -> typer.Typer:
     app = typer.Typer(
         name="llmlab",
         help="From an architecture to a model you can chat with: pretrain, fine-tune, align, chat.",
-        no_args_is_help=True,
+        invoke_without_command=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -78,20 +80,30 @@ def _print_version(wanted: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is not None:
+        return
+    typer.echo("llmlab: from an architecture to a model you can chat with (llmlab COMMAND -h)")
+    panel = ""
+    for name, (_, line, group) in COMMANDS.items():  # in the order of the table; what one screen of 80 x 24 holds
+        if group != panel:
+            typer.echo(f"{group}:")
+        panel = group
+        typer.echo(f" {name:13}{line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
+    _quiet_libraries()
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
-        build_app(requested)(args=arguments, prog_name="llmlab")
+        with remote_code(False):  # until the command's own option says otherwise
+            build_app(requested)(args=arguments, prog_name="llmlab")
     except UserError as error:
         for line in str(error).split("\n"):
             print(f"error: {printable(line)}", file=sys.stderr)
@@ -102,6 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _quiet_libraries() -> None:
+    """Keeps what other packages have to say off the screen, and their bars out of pipes and files."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    if sys.stderr is None or not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
 
 
 def _write_log(arguments: Sequence[str]) -> str:

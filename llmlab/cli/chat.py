@@ -10,18 +10,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import fields_of
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, printable
 from llmlab.settings.files import Layer, write_atomically
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sources import resolve
+from llmlab.terminal import say
 
 
 class UseSettings(SamplingSettings):
@@ -71,6 +72,7 @@ def chat(
     chats: Chats = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
     settings = _resolve(locals())
@@ -128,6 +130,7 @@ def generate(
     chats: Chats = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts from the command line, a file or standard input."""
     settings = _resolve(locals())
@@ -233,7 +236,6 @@ class Session:
         return messages
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = ("/reset", "/system", "/help", "/exit")
 HELP = """\
 /reset           start the conversation anew
@@ -246,19 +248,20 @@ Ctrl+C           during a reply: stop it
 
 def notice(text: str) -> None:
     """Prints a line about the conversation, dimmed, where it does not mix with what the model writes."""
-    typer.secho(text, dim=True, err=True)
+    say(text, error=True, dim=True)
 
 
 class Writer:
-    """Prints pieces of text at once: on a terminal wrapped between words and rid of control characters."""
+    """Prints pieces of text at once: as a terminal only shows it, and on one wrapped between words."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
         self.column = 0
 
     def write(self, text: str) -> None:
+        text = printable(text)
         if self.terminal:
-            text = "".join(map(self._place, re.findall(r"\s*\S+|\s+", CONTROL.sub("", text))))
+            text = "".join(map(self._place, re.findall(r"\s*\S+|\s+", text)))
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -300,9 +303,7 @@ def _load(run: str, settings: UseSettings, chats: bool | None, system: str | Non
 
     from llmlab.inference import answers_chats, load_for_inference
 
-    getLogger("bitsandbytes").setLevel(ERROR)  # which reports each kernel that a CPU lacks
-    logging.set_verbosity_error()  # progress bars and load reports have no place in a conversation
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # it has no place in a conversation
     model, tokenizer = load_for_inference(run, dtype=settings.dtype, device=settings.device)
     chats = answers_chats(run, tokenizer) if chats is None else chats
     if chats and tokenizer.chat_template is None:

@@ -1,7 +1,6 @@
 """`llmlab data check` and `llmlab data preview`: what a source holds, and its rows as the model will see them."""
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import parse_scalar
+from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +62,7 @@ def check(
         int | None, typer.Option(help="Read so many rows of each source.", min=1, metavar="INT", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
     from llmlab.data.inspect import inspect_rows
@@ -82,7 +84,7 @@ def check(
         for source in found
     ]
     if as_json:
-        typer.echo(json.dumps({"sources": [asdict(report) for report in reports]}, ensure_ascii=False))
+        say_json({"sources": [asdict(report) for report in reports]})
         return
     console = _console()
     console.print(_overview(reports))
@@ -100,6 +102,7 @@ def preview(
     chat_template: ChatTemplate = None,
     seed: Annotated[int, typer.Option(help="Another seed shows other rows.", metavar="INT")] = 42,
     limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
     from random import Random
@@ -172,17 +175,18 @@ def _renderer(name: str | None, loss_on: Any, chat_template: str | None) -> Any:
 
 
 def _console() -> "Console":
-    from rich.console import Console
+    from llmlab.terminal import Terminal
 
-    return Console(highlight=False)
+    return Terminal()
 
 
 def _progress(source: "ConversationSource", limit: int | None) -> Iterator[dict[str, Any]]:
     """Yields the rows, with a bar on standard error where somebody may watch it."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    from llmlab.terminal import Terminal
+
+    console = Terminal(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -203,6 +207,7 @@ def _short(name: str) -> str:
 
 def _overview(reports: "Iterable[DataReport]") -> "Table":
     """Returns a source each: its name and format, and what counts."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -213,7 +218,7 @@ def _overview(reports: "Iterable[DataReport]") -> "Table":
         counts = (report.dropped.total, report.exact_duplicates.rows, report.near_duplicates.rows)
         tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
         marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
-        source = f"{_short(report.name)}\n[dim]{report.format}[/]"
+        source = f"{_short(report.name)}\n[dim]{escape(report.format)}[/]"
         table.add_row(source, f"{report.rows:,}", *marked, tokens)
     return table
 
@@ -271,7 +276,7 @@ def _print_findings(console: "Console", report: "DataReport") -> None:
     table.add_column("first rows", no_wrap=True)
     for style, what, found in findings:
         first = ", ".join(map(str, found.first)) + (", ..." if found.rows > len(found.first) else "")
-        table.add_row(Text(what, style=style), f"{found.rows:,}", _percent(found.rows / report.rows), first)
+        table.add_row(Text(printable(what), style=style), f"{found.rows:,}", _percent(found.rows / report.rows), first)
     console.print(table)
 
 
@@ -330,7 +335,7 @@ def _print_row(console: "Console", number: int, row: "RenderedRow", renderer: "R
         for is_special, run in itertools.groupby(parts, key=lambda kind: kind[1]):
             end = position + sum(1 for _ in run)
             piece = renderer.tokenizer.decode(row.input_ids[position:end], skip_special_tokens=False)
-            text.append(piece.translate(CONTROLS), style=_style(on, is_special))
+            text.append(printable(piece.translate(CONTROLS)), style=_style(on, is_special))
             position = end
         text.append(CLOSE if plain and on else "")
     console.print(text, soft_wrap=True)

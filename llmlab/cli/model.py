@@ -1,15 +1,21 @@
 """`llmlab model info`, `init` and `convert`: what an architecture costs, untrained models, and relatives' weights."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmlab.cli.options import print_warnings
-from llmlab.settings.errors import UserError
+from llmlab.cli.options import TrustRemoteCode, print_warnings
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
+from llmlab.terminal import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmlab.model import ModelSize
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -17,7 +23,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG|FOLDER] [KEY=VALUE]...",
-        help="A model configuration file (YAML or JSON) or a run folder, and settings; nothing is the default model.",
+        help="A model's configuration file (YAML or JSON) or folder, and settings; nothing is the default model.",
     ),
 ]
 
@@ -27,52 +33,114 @@ def info(
     words: Words = None,
     sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token."""
-    from rich.console import Console
+    """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token.
+
+    Of other architectures than llmlab's, and of adapters, parameters and the memory for them are shown.
+    """
+    from rich.markup import escape
+
+    from llmlab.model import LLMLabConfig
+    from llmlab.terminal import Terminal
+
+    source, changes = _split(words)
+    console = Terminal()
+    adapter = None
+    if source and Path(source).is_dir():
+        if changes:
+            raise UserError(f"{next(iter(changes))}: {source} is a finished model, whose shape is fixed")
+        config, size, adapter = _of_folder(source)
+    else:
+        from llmlab.model import build_config, measure
+
+        config = build_config(_settings(source, changes))
+        size = measure(config)
+    ours = isinstance(config, LLMLabConfig)
+    if not ours and sequence:
+        raise UserError(
+            f"--sequence: activations are estimated for llmlab's own decoder, and this is {config.model_type}"
+        )
+    length = sequence or (config.max_position_embeddings if ours else 1)
+    if source:
+        console.print(f"{escape(source)}: {escape(config.model_type)}", soft_wrap=True)
+    _print_parameters(console, size)
+    if adapter:
+        console.print(f"{'':11}{escape(adapter)}", soft_wrap=True)
+    _print_memory(console, size, length if ours else None, batch_size)
+    if ours:
+        console.print(
+            f"\nFLOPs per token at {length}: {size.forward_flops_per_token(length):.3g} forward, "
+            f"{size.training_flops_per_token(length):.3g} training\n"
+            f"KV cache per token: {size.kv_cache_bytes_per_token('bf16'):,} bytes in bf16, "
+            f"{size.kv_cache_bytes_per_token('fp32'):,} in fp32"
+        )
+
+
+def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":
+    """Returns the configuration of a folder's model, or of its adapters' base, its size, and a line on adapters."""
+    from llmlab.model import check_folder, measure, read_adapter
+    from llmlab.model.auto import load_auto
+    from llmlab.model.size import adapter_parameters
+
+    check_folder(source)
+    adapter = read_adapter(source)
+    home = source if adapter is None else adapter.base
+    with reading(f"{home}/config.json", "a model's configuration"):
+        config = load_auto("AutoConfig", home)
+        size = measure(config)
+    if adapter is None:
+        return config, size, ""
+    with reading(f"{source}/adapter_config.json", f"adapters of {home}"):
+        count = adapter_parameters(config, adapter.config)
+    return (
+        config,
+        size,
+        f"adapters ({adapter.config.peft_type.value}): {count:,} parameters, {count / size.total:.2%} of {home}",
+    )
+
+
+def _print_parameters(console: "Console", size: "ModelSize") -> None:
     from rich.table import Table
 
-    from llmlab.model import measure
-    from llmlab.settings.base import fields_of
-    from llmlab.settings.optimizer import OptimizerSettings
+    from llmlab.model.size import PARTS
 
-    config = _config(words)
-    size = measure(config)
-    length = sequence or config.max_position_embeddings
-    console = Console(highlight=False)
     shape = Table(title="Parameters", title_justify="left", box=None, pad_edge=False)
     shape.add_column("part")
     shape.add_column("count", justify="right")
     shape.add_column("share", justify="right")
-    parts = ("embeddings", "attention", "mlp", "norms", "head")
-    for part in parts:
+    for part in PARTS:
         count = getattr(size, part)
         note = "shared" if part == "head" and not count else f"{count / size.total:.1%}"
-        shape.add_row(part, f"{count:,}", note)
+        if count or part not in ("norms", "other"):
+            shape.add_row(part, f"{count:,}", note)
     shape.add_row("total", f"{size.total:,}", "", style="bold")
     console.print(shape)
-    memory = Table(
-        title=f"\nTraining memory in GB, {batch_size} x {length} tokens, weights in fp32",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    for column in ("optimizer", "weights", "gradients", "states", "activations fp32", "bf16", "total fp32", "bf16"):
+
+
+def _print_memory(console: "Console", size: "ModelSize", length: int | None, batch_size: int) -> None:
+    """Prints what training takes; activations are estimated where a length is known."""
+    from rich.table import Table
+
+    from llmlab.model.size import STATE_VALUES
+
+    what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
+    memory = Table(title=f"\nTraining memory in GB, {what}", title_justify="left", box=None, pad_edge=False)
+    columns = ["optimizer", "weights", "gradients", "states"]
+    columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
+    for column in columns:
         memory.add_column(column, justify="left" if column == "optimizer" else "right")
-    optimizer = next(setting for setting in fields_of(OptimizerSettings) if setting.name == "optimizer")
-    for name in optimizer.choices:
-        wide, narrow = (
-            size.training_memory(name, rows=batch_size, sequence=length, dtype=dtype) for dtype in ("fp32", "bf16")
-        )
-        values = (wide.weights, wide.gradients, wide.optimizer, wide.activations, narrow.activations)
-        memory.add_row(name, *(f"{value / 1e9:.2f}" for value in (*values, wide.total, narrow.total)))
+    for name in STATE_VALUES:
+        values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
+        if length is None:
+            values.append(sum(values))
+        else:
+            wide, narrow = (
+                size.training_memory(name, rows=batch_size, sequence=length, dtype=dtype) for dtype in ("fp32", "bf16")
+            )
+            values += [wide.activations, narrow.activations, wide.total, narrow.total]
+        memory.add_row(name, *(f"{value / 1e9:.2f}" for value in values))
     console.print(memory)
-    console.print(
-        f"\nFLOPs per token at {length}: {size.forward_flops_per_token(length):.3g} forward, "
-        f"{size.training_flops_per_token(length):.3g} training\n"
-        f"KV cache per token: {size.kv_cache_bytes_per_token('bf16'):,} bytes in bf16, "
-        f"{size.kv_cache_bytes_per_token('fp32'):,} in fp32"
-    )
 
 
 @app.command()
@@ -80,6 +148,7 @@ def init(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run folder to write.")],
     words: Words = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 42,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write an untrained model as a run folder, with its tokenizer where tokenizer_name is set."""
     from transformers import set_seed
@@ -102,7 +171,7 @@ def init(
         if tokenizer is not None:
             fit_context(model, tokenizer)
             tokenizer.save_pretrained(temporary)
-    typer.echo(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
+    say(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
 
 
 @app.command()
@@ -110,6 +179,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Run folder or hub id of the model to convert.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The folder to write.")],
     to: Annotated[str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2.")] = "llmlab",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert weights to llmlab's decoder or from it, and check that both give the same logits."""
     from llmlab.data import load_tokenizer
@@ -123,7 +193,7 @@ def convert(
         fit_context(converted, tokenizer)
         converted.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    typer.echo(f"saved {folder}: the same logits as {source}")
+    say(f"saved {folder}: the same logits as {source}")
 
 
 def _split(words: list[str] | None) -> tuple[str | None, dict[str, Any]]:
@@ -140,14 +210,3 @@ def _settings(source: str | None, changes: dict[str, Any]) -> ModelSettings:
     resolved = resolve(ModelSettings, *layers, Layer("command line", changes))
     print_warnings(resolved.warnings)
     return resolved.settings
-
-
-def _config(words: list[str] | None) -> Any:
-    from llmlab.model import build_config, load_config
-
-    source, changes = _split(words)
-    if source and Path(source).is_dir():
-        if changes:
-            raise UserError(f"{next(iter(changes))}: {source} is a finished model, whose shape is fixed")
-        return load_config(source)
-    return build_config(_settings(source, changes))

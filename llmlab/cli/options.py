@@ -7,20 +7,35 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from llmlab.settings.base import Setting, Settings, fields_of, show, spellings_of
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, printable
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.trust import allow_remote_code
+from llmlab.terminal import say
 
 COMMAND_LINE = "command line"
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that a model or tokenizer brings along; read it first.",
+        callback=allow_remote_code,
+    ),
+]
 
 
 def stage_command(
-    name: str, stage: type[Settings], execute: Callable[..., Any], *extra: inspect.Parameter, words: str | None = None
+    name: str,
+    stage: type[Settings],
+    execute: Callable[..., Any],
+    *extra: inspect.Parameter,
+    words: str | None = None,
+    loads: bool = True,
 ) -> Callable[..., None]:
     """Returns a typer command that resolves a stage's settings and calls `execute(resolved, **extra)`.
 
@@ -30,6 +45,7 @@ def stage_command(
         execute: what to do with the resolved settings.
         extra: further typer parameters that are not settings, such as `--resume`.
         words: the list setting that arguments without `=` are entries of, such as `datasets`.
+        loads: whether the stage loads models or tokenizers, which may bring code along.
     """
     parameters = [
         _parameter(
@@ -51,6 +67,7 @@ def stage_command(
             "save_config", Path | None, typer.Option("--save-config", help="Write the resolved settings, then leave.")
         ),
         *extra,
+        *([_parameter("trust_remote_code", *get_args(TrustRemoteCode), False)] if loads else []),
         *_setting_parameters(stage),
     ]
 
@@ -143,20 +160,21 @@ def return_to_start(resume: Path) -> Path:
 def print_warnings(warnings: tuple[str, ...]) -> None:
     """Prints warnings on standard error."""
     for warning in warnings:
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+        say(f"warning: {warning}", error=True, fg="yellow")
 
 
 def show_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from llmlab.terminal import Terminal
 
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value, source in resolved.rows():
         style = "dim" if source == "default" else "bold"
-        table.add_row(key, Text(value), source, style=style)  # a list's brackets are no markup
-    console = Console()
+        table.add_row(key, Text(printable(value)), Text(printable(source)), style=style)  # brackets are no markup
+    console = Terminal()
     if not console.is_terminal:
         console.width = 1000  # a pipe has no width: rows stay whole
     console.print(table)

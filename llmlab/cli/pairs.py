@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sources import resolve
@@ -60,6 +61,7 @@ def pairs(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, or to replace.")] = Path(
         "pairs.jsonl"
     ),
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -120,20 +122,23 @@ def _check_output(output: Path, source: DataSource) -> None:
 
 def _progress(items: Iterable[Any], total: int) -> Iterator[Any]:
     """Yields the items, with a bar on standard error where somebody may watch it."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    from llmlab.terminal import Terminal
+
+    console = Terminal(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield from progress.track(items, total=total, description="Sampling")
 
 
 def _print(report: "PairsReport", output: Path) -> None:
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from llmlab.terminal import Terminal
+
+    console = Terminal()
     for pair in report.pairs[:SHOWN]:
         _print_pair(console, pair)
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -144,7 +149,7 @@ def _print(report: "PairsReport", output: Path) -> None:
     table.add_row("completions", f"{report.completions:,}")
     table.add_row("prompts", f"{report.prompts:,}")
     for reason, count in report.without.most_common():
-        table.add_row(f"[yellow]no pair: {reason}[/]", f"{count:,}")
+        table.add_row(f"[yellow]no pair: {escape(reason)}[/]", f"{count:,}")
     table.add_row("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]")
     console.print(table)
     console.print(f"\nWritten to {output}", markup=False, soft_wrap=True)
@@ -161,6 +166,6 @@ def _print_pair(console: "Console", pair: dict[str, Any]) -> None:
     )
     for name, style, content in parts:
         content = re.sub(r"\s*\n\s*", "\n", content.strip())
-        text = "".join(each if each.isprintable() or each == "\n" else "?" for each in content[:LONGEST])
+        text = printable(content[:LONGEST])
         console.print(Text.assemble((f"{name}: ", style), text + (" ..." if len(content) > LONGEST else "")))
     console.print()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings.base import spellings_of
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
+from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,6 +74,7 @@ def reward_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: AllowCode = False,
     list_rewards: Annotated[bool, typer.Option("--list", help="Show the rewards and their parameters.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score completions in a file with rewards, and show each component: debug rewards before you train with them."""
     if list_rewards:
@@ -225,15 +228,17 @@ def _print_json(file: Path, composed: "ComposedReward", scores: "Scores", groups
             for row, total in enumerate(scores.totals)
         ],
     }
-    typer.echo(json.dumps(report, indent=2, allow_nan=False))
+    say_json(report, indent=2, allow_nan=False)
 
 
 def _print_tables(
     composed: "ComposedReward", scores: "Scores", groups: list[list[int]], completions: list[Any], shown: int
 ) -> None:
-    from rich.console import Console
+    from rich.markup import escape
 
-    console = Console(highlight=False)
+    from llmlab.terminal import Terminal
+
+    console = Terminal()
     labels = list(scores.components)
     # names head the rows' table where they fit, else letters that the components' table explains
     width = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24
@@ -255,17 +260,18 @@ def _print_tables(
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/dim]")
     same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]
     if same:
-        console.print(f"[yellow]The same value in every row: {', '.join(same)}.[/yellow]")
+        console.print(f"[yellow]The same value in every row: {escape(', '.join(same))}.[/yellow]")
 
 
 def _rows_table(keys: Sequence[str], scores: "Scores", completions: list[Any], digits: int) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", expand=True)
     table.add_column("row", justify="right", style="dim", no_wrap=True)
     table.add_column("reward", justify="right", style="bold", no_wrap=True)
     for key in keys:
-        table.add_column(key, justify="right", no_wrap=True)
+        table.add_column(escape(key), justify="right", no_wrap=True)
     table.add_column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)
     for row, completion in enumerate(completions):
         values = [column[row] for column in scores.components.values()]
@@ -278,6 +284,7 @@ def _rows_table(keys: Sequence[str], scores: "Scores", completions: list[Any], d
 def _components_table(
     composed: "ComposedReward", scores: "Scores", groups: list[list[int]], keys: Sequence[str] | None
 ) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
@@ -294,7 +301,7 @@ def _components_table(
         none = str(len(values) - found["count"]) if len(values) > found["count"] else "-"
         numbers = [_cell(found[name]) for name in ("mean", "min", "max")]
         spark = _spark(_histogram(values, *_span(values, bounds)))
-        table.add_row(*([key] if keys else []), label, weight, *numbers, *flat, none, spark, style=style)
+        table.add_row(*([key] if keys else []), escape(label), weight, *numbers, *flat, none, spark, style=style)
 
     for number, (label, reward) in enumerate(composed.components.items()):
         bounds = (reward.low, reward.high)
@@ -329,10 +336,10 @@ def _print_list() -> None:
     import inspect
     from importlib import import_module
 
-    from rich.console import Console
     from rich.table import Table
 
     from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.terminal import Terminal
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     for name, justify in (("reward", "left"), ("weight", "right"), ("what it scores, and its parameters", "left")):
@@ -348,7 +355,7 @@ def _print_list() -> None:
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
         table.add_row(f"[bold]{name}[/bold]", f"{WEIGHTS.get(name, 1.0):g}", text)
-    Console(highlight=False).print(table)
+    Terminal().print(table)
 
 
 def _letter(number: int) -> str:
@@ -373,4 +380,4 @@ def _preview(completion: Any) -> Any:
     from llmlab.rewards.completions import answer, written
 
     text = " ".join((answer(completion) or written(completion))[:400].split())
-    return Text("".join(character if character.isprintable() else "?" for character in text) or "(empty)")
+    return Text(printable(text) or "(empty)")

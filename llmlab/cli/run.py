@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmlab.cli.options import print_warnings, recipe_folder
+from llmlab.cli.options import TrustRemoteCode, print_warnings, recipe_folder
 from llmlab.settings.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,28 +32,30 @@ def run(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and leave.")] = False,
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.
 
     A stage whose settings, input files or library versions changed runs again, and with it every stage that needs it.
     """
-    from rich.console import Console
+    from rich.markup import escape
 
     from llmlab.pipeline import execute, plan, read_pipeline
+    from llmlab.terminal import Terminal
 
     path = _find(pipeline)
     parsed = read_pipeline(path, overrides, allow_code=allow_code)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)
-    console = Console(highlight=False)
+    console = Terminal()
     _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
     if dry_run:
         return
     for number, step in enumerate(execute(parsed, steps), start=1):
         if step.action != "skip":
-            console.rule(f"{number}/{len(steps)}  {step.stage.name}", align="left")
+            console.rule(f"{number}/{len(steps)}  {escape(step.stage.name)}", align="left")
 
 
 def _print_plan(console: "Console", title: str, steps: "list[Step]") -> None:

@@ -3,7 +3,6 @@
 Only how runs look is here; what they are is read by `llmlab/runs.py`.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,9 @@ from llmlab.runs import (
     summary,
 )
 from llmlab.settings.base import show as written
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import finite
+from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,8 @@ CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LIST_COLUMNS = ("run", "stage", "status", "steps", "result", "from", "started", "took")
 RIGHT = {name: {"justify": "right"} for name in ("steps", "took")}
-NARROWEST = 9  # of a column that gives way, in characters
+# what gives way on a narrow terminal, one after the other, down to so many characters; 0 leaves it out
+GIVE_WAY = (("from", 9), ("run", 20), ("started", 0), ("took", 0), ("result", 12), ("run", 9))
 WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
@@ -68,7 +69,7 @@ def list_runs(
         return _print_json([summary(run) for run in runs])
     console = _console(whole_rows=True)
     if not runs:
-        console.print(f"no runs in {folder or 'this folder'} or below")
+        console.print(f"no runs in {_safe(str(folder or 'this folder'))} or below", soft_wrap=True)
         return
     _print_list(console, runs)
     for run in runs:
@@ -149,7 +150,7 @@ def compare(
     if console.color_system is None or console.no_color:  # lines of one color would be one line
         whole = [point for points, _ in curves for point in points]
         for name, (points, style) in zip(names, curves, strict=True):
-            console.print(_safe(name) if points else f"{_safe(name)}: logged no {drawn}")
+            console.print(_safe(name) if points else f"{_safe(name)}: logged no {_safe(drawn)}")
             if points:
                 _print_chart(console, [Curve(points, style)], scale=whole)
         return
@@ -176,24 +177,27 @@ def _print_list(console: "Console", runs: Sequence[Run]) -> None:
         max(Text.from_markup(line).cell_len for row in rows for line in row[column].splitlines())
         for column in range(len(LIST_COLUMNS))
     ]
-    spare = console.width - sum(widths) - len(widths) + 1
-    for name in ("from", "run"):  # what gives way on a narrow terminal; of a parent's path the end is kept
+    for name, narrowest in GIVE_WAY:
         column = LIST_COLUMNS.index(name)
-        narrower = min(max(widths[column] + spare, NARROWEST), widths[column])
-        spare += widths[column] - narrower
-        widths[column] = narrower
+        missing = sum(widths) + sum(width > 0 for width in widths) - 1 - console.width
+        if missing > 0:
+            widths[column] = min(max(widths[column] - missing, narrowest), widths[column]) if narrowest else 0
+    shown = [number for number, width in enumerate(widths) if width]
+    whole = {"no_wrap": True, "overflow": "ellipsis"}
     columns = [
-        (name, {"width": width, **RIGHT.get(name, {})}) for name, width in zip(LIST_COLUMNS, widths, strict=True)
+        (LIST_COLUMNS[number], {"width": widths[number], **whole, **RIGHT.get(LIST_COLUMNS[number], {})})
+        for number in shown
     ]
     console.print(_table(*columns))
     for folder, group in groups.items():
         table = _table(*columns)
         table.show_header = False
         for row in group:
-            *cells, parents, started, took = row
-            limit = widths[LIST_COLUMNS.index("from")]
-            lines = (line if len(line) <= limit else f"…{line[1 - limit :]}" for line in parents.splitlines())
-            table.add_row(*cells, "\n".join(lines), started, took)
+            cells, origin = list(row), LIST_COLUMNS.index("from")
+            limit = widths[origin]
+            lines = (line if len(line) <= limit else f"…{line[1 - limit :]}" for line in cells[origin].splitlines())
+            cells[origin] = "\n".join(lines)  # of a parent's path the end is kept
+            table.add_row(*(cells[number] for number in shown))
         console.print(f"[blue]{_safe(_path(folder))}/[/]", soft_wrap=True)
         console.print(table)
 
@@ -314,7 +318,7 @@ def _print_surroundings(console: "Console", run: Run) -> None:
     versions = run.record.get("versions") or {}
     console.print(_safe("  ".join(f"{name} {number}" for name, number in versions.items())), style="dim")
     if git:
-        console.print(f"[dim]git {git['revision'][:12]}{', with changes' if git.get('changed') else ''}[/]")
+        console.print(f"[dim]git {_safe(git['revision'][:12])}{', with changes' if git.get('changed') else ''}[/]")
 
 
 def _marked(name: str, values: Sequence[float | None]) -> list[str]:
@@ -340,14 +344,14 @@ def _print_chart(
 
 
 def _print_json(values: Any) -> None:
-    typer.echo(json.dumps(finite(values), indent=2, ensure_ascii=False))
+    say_json(finite(values), indent=2)
 
 
 def _console(whole_rows: bool = False) -> "Console":
     """Returns the terminal; with `whole_rows`, a pipe is so wide that no row is folded."""
-    from rich.console import Console
+    from llmlab.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal()
     if whole_rows and not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 1000
     return console
@@ -369,7 +373,7 @@ def _section(console: "Console", title: str) -> None:
 def _safe(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))  # what columns are measured by is what is printed
 
 
 def _path(folder: Path) -> str:

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.cli.options import stage_command
+from llmlab.cli.options import TrustRemoteCode, stage_command
+from llmlab.settings.errors import printable
 from llmlab.settings.sources import Resolved
 from llmlab.settings.tokenizer import TokenizerSettings
 from llmlab.stages import STAGES
@@ -16,26 +17,27 @@ def _train(resolved: Resolved[TokenizerSettings]) -> Any:
     return STAGES["tokenizer"].function(resolved)
 
 
-app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets"))
+app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets", loads=False))
 
 
 @app.command()
 def show(
     tokenizer: Annotated[str, typer.Argument(help="Hub id, folder or tokenizer.json.")],
     text: Annotated[str, typer.Argument(help="Text to cut into tokens.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show how a tokenizer cuts a text: each token and its id, and bytes per token."""
-    from rich.console import Console
     from rich.text import Text
 
     from llmlab.data import load_tokenizer
+    from llmlab.terminal import Terminal
 
     loaded = load_tokenizer(tokenizer)
     ids = loaded.encode(text, add_special_tokens=False)
     pieces = Text()
     for number, token in enumerate(ids):
-        pieces.append(loaded.decode([token]), style="black on cyan" if number % 2 else "black on green")
-    console = Console(highlight=False)
+        pieces.append(printable(loaded.decode([token])), style="black on cyan" if number % 2 else "black on green")
+    console = Terminal()
     console.print(pieces, soft_wrap=True)
     console.print(" ".join(map(str, ids)), soft_wrap=True, style="dim")
     per_token = len(text.encode()) / max(len(ids), 1)

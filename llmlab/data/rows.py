@@ -27,7 +27,7 @@ from llmlab.data.messages import UnusableRow
 from llmlab.data.packing import seeded
 from llmlab.data.store import cache_folder
 from llmlab.settings.data import DataSettings, DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, printable
 
 VERSION = 3  # of the rendered rows: raise it with every change that alters them
 WORTH_PROCESSES = 5_000  # rows from which rendering in several processes pays
@@ -301,7 +301,7 @@ class _Builder:
             remove_columns="row",
             features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
             num_proc=self.settings.num_proc if len(raw) >= WORTH_PROCESSES else None,
-            desc=f"Rendering {source.name}" if sys.stderr.isatty() else None,
+            desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))

@@ -48,7 +48,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: there is none, it cannot be reached or read, or it is not backed by the `tokenizers` library.
     """
-    from transformers import AutoTokenizer
+    from llmlab.model.auto import load_auto
 
     path = Path(name).expanduser()
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
@@ -59,7 +59,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json" or len(path.parts) > 2):
         raise missing_file(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent if path.is_file() else path if path.is_dir() else name)
+        tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         where = "" if path.exists() else "there is no such local folder, and the hub did not give it: "
         raise UserError(

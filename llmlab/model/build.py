@@ -18,10 +18,6 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,15 +25,18 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmlab.model.auto import load_auto
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.model import ModelSettings
+from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
+SCORES = "AutoModelForSequenceClassification"
 
 
 def build_config(
@@ -114,16 +113,18 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     check_folder(source)
     _check_architecture(Path(source) / "config.json")
     try:
-        return AutoConfig.from_pretrained(source)
+        return load_auto("AutoConfig", source)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {_reason(source, error)}") from None
 
 
+@takes_trust
 def load_model(
     source: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
-    trust_remote_code: bool | None = None,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model, llmlab's or any other that Transformers knows.
@@ -131,7 +132,6 @@ def load_model(
     Args:
         source: a run folder or a hub id.
         dtype: of the weights; None is as saved.
-        trust_remote_code: whether to run code that comes with the model; llmlab's own is never taken from there.
         quantization_config: keeps the weights in fewer bits.
 
     Raises:
@@ -141,13 +141,11 @@ def load_model(
     _check_architecture(Path(source) / "config.json")
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **extra,
+        model, info = load_auto(
+            "AutoModelForCausalLM", source, dtype="auto" if dtype is None else dtype, output_loading_info=True, **extra
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {_reason(source, error)}") from None
     except SafetensorError as error:
@@ -187,13 +185,15 @@ def load_classifier(
     if (adapter := read_adapter(source)) is not None:
         return _merged_classifier(adapter).to(dtype)
     config = load_config(source)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and SCORES not in own:
         raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
     config.num_labels = 1
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **extra)
-        return from_anywhere(model, source)
+        return from_anywhere(load_auto(SCORES, source, config=config, dtype=dtype, **extra), source)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {_reason(source, error)}") from None
     except SafetensorError as error:
@@ -213,7 +213,7 @@ def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:
     if adapter.config.task_type != "SEQ_CLS":
         raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
     model = adapter.load_base(load_classifier)
-    tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer_home)
+    tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home)
     fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
@@ -317,9 +317,12 @@ def _check_architecture(path: Path) -> None:
     if not path.is_file():
         return  # a hub id: Transformers reads its configuration
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: this is no JSON: {error.msg}") from None
+    if "auto_map" in values:
+        return  # it brings an architecture of its own, which `load_auto` refuses or loads
+    kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(
             f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"

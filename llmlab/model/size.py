@@ -1,22 +1,32 @@
-"""What a decoder costs: parameters, training memory, arithmetic and cache, from its configuration alone.
+"""What a model costs: parameters, training memory, arithmetic and cache, from its configuration alone.
 
-Parameters and optimizer states are exact counts. Activations are an estimate for a forward pass that is not compiled;
-torch's allocator, the batches themselves and other programs come on top.
+Parameters and optimizer states are exact counts, of any architecture; the rest is for llmlab's own decoder.
+Activations are an estimate for a forward pass that is not compiled; torch's allocator, the batches themselves and
+other programs come on top.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import transformers
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.loss import PIECE_TOKENS
 from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.trust import remote_code_allowed
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PARTS = {"embed_tokens": "embeddings", "self_attn": "attention", "mlp": "mlp", "lm_head": "head"}  # the rest are norms
+PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
+WORDS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "moe": "mlp", "expert": "mlp", "ffn": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -35,27 +45,28 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters by part; a head that shares the embedding's weights counts 0.
+    """Parameters by part; a head that shares the embedding's weights counts 0, and llmlab's decoder has no others.
 
     `shapes` are the parameters' shapes and parts, from which optimizer states follow.
     """
 
-    config: LLMLabConfig
+    config: PreTrainedConfig
     embeddings: int
     attention: int
     mlp: int
     norms: int
     head: int
+    other: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def total(self) -> int:
-        return self.embeddings + self.attention + self.mlp + self.norms + self.head
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def non_embedding(self) -> int:
         """Parameters of the layers: neither the embedding nor an untied head."""
-        return self.attention + self.mlp + self.norms
+        return self.total - self.embeddings - self.head
 
     def optimizer_bytes(self, optimizer: str) -> int:
         """Returns the bytes of an optimizer's states, kept in fp32.
@@ -156,44 +167,77 @@ class ModelSize:
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * BYTES[dtype]
 
 
-def measure(config: LLMLabConfig) -> ModelSize:
-    """Counts a decoder's parameters, without taking memory for them.
+def measure(config: PreTrainedConfig) -> ModelSize:
+    """Counts a model's parameters, without taking memory for them.
 
     Args:
-        config: the decoder's.
+        config: of llmlab's decoder, or of any model that Transformers knows.
     """
-    with torch.device("meta"):
-        model = LLMLabForCausalLM(config)
-    model.tie_weights()
-    counts = dict.fromkeys((*PARTS.values(), "norms"), 0)
+    model = empty_model(config)
+    counts = dict.fromkeys(PARTS, 0)
     shapes = []
     for name, parameter in model.named_parameters():
-        part = next((part for key, part in PARTS.items() if key in name.split(".")), "norms")
+        part = _part_of(model, name)
         counts[part] += parameter.numel()
         shapes.append((part, tuple(parameter.shape)))
     return ModelSize(config=config, **counts, shapes=tuple(shapes))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Makes a model whose parameters have shapes and no values: with the head that its weights were saved with."""
+    with torch.device("meta"):
+        if isinstance(config, LLMLabConfig) and not config.architectures:
+            model = LLMLabForCausalLM(config)
+        else:
+            scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+            writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+                getattr(config, "auto_map", None) or ()
+            )
+            kind = "ForSequenceClassification" if scores else "ForCausalLM" if writes else ""
+            auto = getattr(transformers, f"AutoModel{kind}")
+            model = auto.from_config(config, trust_remote_code=remote_code_allowed())
+    model.tie_weights()
+    return model
+
+
+def adapter_parameters(config: PreTrainedConfig, adapter: "PeftConfig") -> int:
+    """Counts the parameters that adapters add to a model of this configuration."""
+    from peft import get_peft_model  # a second or two, for those who need it
+
+    adapter.inference_mode = False
+    model = get_peft_model(empty_model(config), adapter, low_cpu_mem_usage=True)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _part_of(model: PreTrainedModel, name: str) -> str:
+    """Returns the part that a parameter belongs to, by its module and the names on the way there."""
+    path, _, _ = name.rpartition(".")
+    module = model.get_submodule(path)
+    if module is model.get_output_embeddings() or path in ("score", "classifier"):
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in type(module).__name__.lower():
+        return "norms"
+    return next((part for word, part in WORDS.items() if word in path.lower()), "other")
 
 
 def _in_8_bits(part: str, shape: tuple[int, ...]) -> int:
     """Returns what bitsandbytes keeps of a parameter: of a large one a byte a value and a scale a block of 256."""
-    count = _numel(shape)
+    count = math.prod(shape)
     return count if part == "embeddings" or count < 4096 else count // 4 + math.ceil(count / 256)
 
 
 # Values that each optimizer keeps of a parameter, by its part and shape. Muon orthogonalizes the layers' matrices and
 # leaves the rest to AdamW; Adafactor keeps a matrix's row and column sums.
 STATE_VALUES: dict[str, Callable[[str, tuple[int, ...]], int]] = {
-    "adamw": lambda part, shape: 2 * _numel(shape),
-    "adafactor": lambda part, shape: sum(shape),
-    "lion": lambda part, shape: _numel(shape),
-    "sophia": lambda part, shape: 2 * _numel(shape),
+    "adamw": lambda part, shape: 2 * math.prod(shape),
+    "adafactor": lambda part, shape: sum(shape[-2:]) * math.prod(shape[:-2]),
+    "lion": lambda part, shape: math.prod(shape),
+    "sophia": lambda part, shape: 2 * math.prod(shape),
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), lambda part, shape: 2 * _in_8_bits(part, shape)),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), _in_8_bits),
-    "paged_adamw_32bit": lambda part, shape: 2 * _numel(shape),
-    "paged_lion_32bit": lambda part, shape: _numel(shape),
-    "muon": lambda part, shape: (1 if part in ("attention", "mlp") and len(shape) == 2 else 2) * _numel(shape),
+    "paged_adamw_32bit": lambda part, shape: 2 * math.prod(shape),
+    "paged_lion_32bit": lambda part, shape: math.prod(shape),
+    "muon": lambda part, shape: (1 if part in ("attention", "mlp") and len(shape) == 2 else 2) * math.prod(shape),
 }

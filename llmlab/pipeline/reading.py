@@ -17,6 +17,7 @@ from typing import Any
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.trust import REMOTE_CODE, refusals
 from llmlab.stages import STAGES, Stage
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -57,10 +58,11 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
         SettingsError: every problem of every stage.
     """
     layer = read_layer(path)
-    problems = [
+    problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
+    problems += [
         f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {' and '.join(KEYS)}"
         for key in layer.values
-        if key not in KEYS
+        if key not in (*KEYS, REMOTE_CODE)
     ]
     stages = layer.values.get("stages")
     if not isinstance(stages, dict) or not stages:

@@ -13,6 +13,7 @@ from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer, read_messages
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.trust import remote_code, remote_code_allowed
 
 
 class RewardModel:
@@ -48,15 +49,16 @@ class RewardModel:
         max_length: Annotated[int, Ge(1)] | None = None,
         device: str | None = None,
     ):
-        from transformers import AutoTokenizer
+        from llmlab.model.auto import load_auto
 
         self.path, self.squash, self.batch_size, self.device = model, squash, batch_size, device
+        self._trusted = remote_code_allowed()  # weights are loaded later, perhaps in another process
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
             raise UserError(f"model = {model}: there is no such folder")
         self.path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
         try:
             self.config = self._configuration()
-            self.tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_home)
+            self.tokenizer = load_auto("AutoTokenizer", self._tokenizer_home)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -103,16 +105,14 @@ class RewardModel:
 
     def _configuration(self) -> Any:
         """Returns the model's configuration; that of its base, with one output, where it is a folder of adapters."""
-        from transformers import AutoConfig
+        from llmlab.model import read_adapter
+        from llmlab.model.auto import load_auto
 
-        from llmlab.model import read_adapter, register
-
-        register()  # llmlab's own architecture
         adapter = read_adapter(self.path)
         self._adapts = adapter is not None
         self._tokenizer_home = self.path if adapter is None else adapter.tokenizer_home
         if adapter is None:
-            config = AutoConfig.from_pretrained(self.path)
+            config = load_auto("AutoConfig", self.path)
             kinds = config.architectures or []
             if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
                 found = ", ".join(kinds) or "nothing"
@@ -121,7 +121,7 @@ class RewardModel:
         if adapter.config.task_type != "SEQ_CLS":
             kind = f"an adapter for {adapter.config.task_type}"
             raise UserError(f"model = {self.path}: expected a sequence-classification model, found {kind}")
-        config = AutoConfig.from_pretrained(adapter.base)
+        config = load_auto("AutoConfig", adapter.base)
         config.num_labels = 1
         return config
 
@@ -171,18 +171,23 @@ class RewardModel:
 
     def _load(self) -> Any:
         import torch
-        from transformers import AutoModelForSequenceClassification
+
+        from llmlab.model.auto import load_auto
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device == "cpu" else "auto"
         if self._adapts:
             from llmlab.model import load_classifier
 
-            model = load_classifier(self.path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+            with remote_code(self._trusted):
+                model = load_classifier(self.path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
             self.config.pad_token_id = model.config.pad_token_id
             return model.to(device).eval().requires_grad_(False)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
+            with remote_code(self._trusted):
+                model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"model = {self.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
         return model.to(device).eval().requires_grad_(False)

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from llmlab.settings.trust import TRAINER_ARGS, leaves
+
 
 @dataclass(frozen=True)
 class Trl:
@@ -98,7 +100,11 @@ class Settings(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """Returns plain values for a run's record, which the run can be resumed with."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        if TRAINER_ARGS in values:  # what sends data off this machine is said anew each time
+            kept = {name: value for name, value in values[TRAINER_ARGS].items() if not leaves(name, value)}
+            values[TRAINER_ARGS] = kept
+        return values
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""

@@ -15,11 +15,12 @@ from pydantic_core import ErrorDetails
 from llmlab.settings.base import Setting, Settings, When, fields_of, is_group, show, spellings_of
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, read_layer
+from llmlab.settings.trust import REMOTE_CODE, refusals
 
 S = TypeVar("S", bound=Settings)
 NONE_WORDS = ("none", "None", "null")
 TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic says which part of a union refused a value
-NOT_SETTINGS = ("stage",)  # a recipe may say which stage it is for
+NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; the other is refused elsewhere
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
     warnings: list[str] = []
     given: dict[str, Given] = {}
     for rank, layer in enumerate(layers, start=1):
+        problems += refusals(layer)
         found = _canonical(stage, layer, rank, problems, warnings)
         for fields in stage.alternatives:
             if any(key in found and found[key].value is not None for key in fields):

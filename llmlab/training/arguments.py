@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from llmlab.hardware import Hardware
 from llmlab.settings.base import Settings, spellings_of
 from llmlab.settings.errors import SettingsError, did_you_mean
+from llmlab.settings.trust import REMOTE_CODE, remote_code_allowed
 
 C = TypeVar("C")
 
@@ -31,7 +32,8 @@ OURS = {
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "loss_on"),
     **dict.fromkeys(("chat_template_path", "eos_token"), "chat_template"),
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "datasets"),
-    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "policy_checkpoint"),
+    "model_init_kwargs": "policy_checkpoint",
+    "trust_remote_code": "--trust-remote-code",
     **dict.fromkeys(("generation_batch_size", "steps_per_generation"), "batch_size"),
     "truncation_mode": "max_seq_len (rows lose their end)",
 }
@@ -72,6 +74,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "ddp_find_unused_parameters": False,  # every parameter takes part in every step
                 "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
                 "logging_first_step": True,
+                **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in config.__dataclass_fields__ else {}),
                 **checkpointing,
                 **fixed,
                 **checked_trainer_args(config, settings),
@@ -103,7 +106,8 @@ def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
     covered = {name: setting.key for name, setting in spellings_of(type(settings)).items()}
-    covered = {**{name: word for name, word in OURS.items() if word.split()[0] in covered}, **covered}
+    ours = {name: word for name, word in OURS.items() if word.split()[0] in covered or word.startswith("--")}
+    covered = {**ours, **covered}
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     problems = []
     for name in settings.trainer_args:

@@ -18,6 +18,7 @@ from llmlab.model import fit_vocabulary, load_model
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import PairsReady, show_head_bias
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
@@ -33,6 +34,7 @@ class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
     """TRL's DPOTrainer with llmlab's optimizers, on pairs that are tokens already."""
 
 
+@takes_trust
 def dpo(
     settings: DPOSettings | Resolved[DPOSettings],
     *,

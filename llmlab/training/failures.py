@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk
@@ -57,7 +58,7 @@ def failures_recorded(
         yield
     except (KeyboardInterrupt, Interrupted):
         ended("interrupted")
-        progress.say(f"stopped; continue with: llmlab {stage} --resume {folder}")
+        progress.say(f"stopped; continue with: llmlab {stage} --resume {escape(str(folder))}")
         raise
     except SystemExit:  # rich's, when what the output is piped into is gone
         ended("interrupted", reason="its output was closed")

@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from llmlab.rewards.checking import locate_rewards
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import RolloutSteps, WholeRollouts, written
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
@@ -134,6 +135,7 @@ def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
     return advantages.nan_to_num(nan=0.0)
 
 
+@takes_trust
 def grpo(
     settings: GRPOSettings | Resolved[GRPOSettings],
     *,

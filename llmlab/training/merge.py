@@ -29,6 +29,8 @@ from llmlab.model import fit_context, load_classifier, load_model
 from llmlab.settings.errors import UserError
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.failures import check_disk
 from llmlab.training.merge_sources import (
@@ -53,6 +55,7 @@ PROBE_TOKENS = 48
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 
 
+@takes_trust
 def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console | None = None) -> RunResult:
     """Folds adapters into their base model, checks the result against both, and saves it as an ordinary model.
 
@@ -71,7 +74,7 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
-    console = console or Console()
+    console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:
         return _merge(folder, resolved, console)
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from peft import PeftModel
+from rich.text import Text
 from transformers import TrainerCallback
 
 from llmlab.data.prompts import PromptMaker, as_read
@@ -213,14 +214,16 @@ def online_arguments(
     )
 
 
-def plan_rows(run: Run[Any], data: Rows, reward: ComposedReward, *, temperature: float) -> list[tuple[str, str]]:
+def plan_rows(
+    run: Run[Any], data: Rows, reward: ComposedReward, *, temperature: float
+) -> list[tuple[str, str | Text]]:
     """Returns the lines about prompts, rewards, rollouts and steps for the plan of a run."""
     settings, rollout = run.settings, run.settings.rollout(run.process.num_processes)
     data.went_through(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
     sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
     if settings.top_p < 1 or settings.top_k:
         # the loss counts the probabilities of the whole distribution
-        sampling += " [yellow](top_p and top_k other than 1 and 0 bias the gradient)[/yellow]"
+        sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in weights_of(reward).items())
     return [
         ("data", data.summary()),

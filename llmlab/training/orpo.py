@@ -16,6 +16,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import AnswerTokens
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
@@ -56,6 +57,7 @@ class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
         return self._prepare_inputs({name: batch[f"chosen_{name}"] for name in ("input_ids", "attention_mask")})
 
 
+@takes_trust
 def orpo(
     settings: ORPOSettings | Resolved[ORPOSettings],
     *,

@@ -20,6 +20,7 @@ from llmlab.rewards.checking import locate_rewards
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import WholeRollouts
 from llmlab.training.online import OnlineRun, RewardFunction
 from llmlab.training.optimizers import OurOptimizers
@@ -44,6 +45,7 @@ class EpisodeTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
         return logits + 0 * values[0].sum()  # DDP wants every parameter in every pass
 
 
+@takes_trust
 def ppo(
     settings: PPOSettings | Resolved[PPOSettings],
     *,

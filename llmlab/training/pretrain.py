@@ -35,6 +35,7 @@ from llmlab.model import (
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import destinations, takes_trust
 from llmlab.training import checkpoints
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import (
@@ -72,6 +73,7 @@ class PretrainTrainer(OurOptimizers, Trainer):
         )
 
 
+@takes_trust
 def pretrain(
     settings: PretrainSettings | Resolved[PretrainSettings],
     *,
@@ -281,6 +283,7 @@ def _plan(
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
         *hardware.rows(),
         ("compile", compile_reason),
+        *destinations(settings.trainer_args, settings.output_dir),
     ]
 
 
@@ -290,7 +293,7 @@ def _new_record(start: Start[PretrainSettings], corpus: Corpus) -> RunRecord:
         start.folder,
         stage="pretrain",
         # beside init_from, a shape would contradict the model's own when the run is resumed
-        settings=settings.model_dump(mode="json")
+        settings=settings.recorded()
         | ({"model": {"max_seq_len": settings.model.max_seq_len}} if settings.init_from else {}),
         sources=start.resolved.sources,
         parents=[settings.init_from or settings.model.tokenizer_name],

@@ -5,28 +5,41 @@ On a terminal the line is redrawn in place; elsewhere every log event prints a l
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from llmlab.training.callbacks import is_better
 
+ROOM_FOR_BAR = 100  # columns of a terminal that has room for a bar beside the values
 
-def print_plan(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+
+def print_plan(console: Console, title: str, rows: Sequence[tuple[str, str | Text]]) -> None:
     """Prints the short plan of a run: what will be trained, on what, for how long."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(name, text)
+        table.add_row(name, escape(text) if isinstance(text, str) else text)
+    console.print(f"[bold]{escape(title)}[/]", highlight=False, soft_wrap=True)
     console.print(table)
 
 
@@ -59,6 +72,15 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
         if data_bars:
             enable_progress_bars()
+
+
+class Values(TextColumn):
+    """A column that gives way to the others on a narrow terminal, and stays one line."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class ProgressLine(TrainerCallback):
@@ -97,12 +119,12 @@ class ProgressLine(TrainerCallback):
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=16),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                *([BarColumn(bar_width=16)] if self.console.width >= ROOM_FOR_BAR else []),
+                Values("{task.description}", table_column=Column()),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
                 console=self.console,
             )
             self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
@@ -181,7 +203,7 @@ class ProgressLine(TrainerCallback):
         self.stop()
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress line."""
+        """Prints a line, in markup, above the progress line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -195,7 +217,7 @@ def print_result(
     console: Console, folder: Path, metrics: dict[str, float], *, before: dict[str, float] | None = None
 ) -> None:
     """Prints where a run was saved and how good it became, from what it was before where that is known."""
-    parts = [f"[green]saved[/green] {folder}"]
+    parts = [f"[green]saved[/green] {escape(str(folder))}"]
     kinds = ("reward",) if "eval_reward" in metrics else ("loss", "win_rate")
     for kind in kinds:
         name = f"eval_{kind}"

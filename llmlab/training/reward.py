@@ -20,6 +20,7 @@ from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, prepare_quantized, quantization_of, read_lora
@@ -46,6 +47,7 @@ class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
         return torch.stack(scores.chunk(2), dim=1)
 
 
+@takes_trust
 def reward(
     settings: RewardModelSettings | Resolved[RewardModelSettings],
     *,

@@ -5,12 +5,13 @@ A stage makes its policy, its data and its trainer, and hands the trainer over; 
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic
 
 from peft import PeftModel
+from rich.text import Text
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -24,6 +25,7 @@ from transformers import (
 from llmlab.model import fit_context
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
+from llmlab.settings.trust import destinations
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
 from llmlab.training.failures import check_disk, failures_recorded
@@ -69,7 +71,7 @@ class Run(Generic[S]):
         trainer: Trainer,
         *,
         steps: int,
-        plan: list[tuple[str, str]],
+        plan: Sequence[tuple[str, str | Text]],
         parents: list[str],
         data: dict[str, Any],
         callbacks: list[TrainerCallback] | None = None,
@@ -112,7 +114,8 @@ class Run(Generic[S]):
             failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
-            print_plan(self.console, f"{self.stage}: into {self.folder}", plan)
+            sent = destinations(self.settings.trainer_args, self.settings.output_dir)
+            print_plan(self.console, f"{self.stage}: into {self.folder}", [*plan, *sent])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
@@ -152,14 +155,14 @@ def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: 
     return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
 
 
-def describe_optimizer(settings: Any, steps: int) -> tuple[str, str]:
+def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
     """Returns the plan's line about optimizer and schedule."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
-    return "optimizer", f"{settings.optimizer}, lr {rate:g}, {schedule}"
+    return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
 
 
 class BestAdapters(TrainerCallback):

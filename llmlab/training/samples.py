@@ -9,6 +9,7 @@ from llmlab.inference import answers_chats, generate_text, load_for_inference
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import GenerateSettings
 from llmlab.settings.sources import Resolved
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
@@ -33,7 +34,7 @@ def write_samples(
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
-    console = console or Console()
+    console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:
         return _write_samples(folder, resolved, console)
 

@@ -17,6 +17,7 @@ from llmlab.data.rows import build_rows
 from llmlab.hardware import Hardware
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import takes_trust
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import Perplexity
 from llmlab.training.compile import compile_dynamic
@@ -69,6 +70,7 @@ class RowsApart:
         return batch
 
 
+@takes_trust
 def sft(
     settings: SFTSettings | Resolved[SFTSettings],
     *,

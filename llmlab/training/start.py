@@ -19,6 +19,7 @@ from llmlab.optim.build import check_supported
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.resume import check_data, data_files, find_checkpoint
 
@@ -87,7 +88,7 @@ def begin(
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)  # type: ignore[attr-defined]
     process = PartialState(cpu=hardware.device == "cpu")
-    console = console or Console(quiet=not process.is_main_process)
+    console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
     with ExitStack() as held:
 

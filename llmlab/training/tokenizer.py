@@ -1,10 +1,12 @@
 """The tokenizer stage: text in, a run folder with a tokenizer out."""
 
 from rich.console import Console
+from rich.markup import escape
 
 from llmlab.data.tokenizer import train_tokenizer as learn
 from llmlab.settings.sources import Resolved
 from llmlab.settings.tokenizer import TokenizerSettings
+from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.record import RunRecord, RunResult
 
@@ -26,7 +28,7 @@ def train_tokenizer(
     """
     resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
     settings = resolved.settings
-    console = console or Console()
+    console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:
         tokenizer = learn(
             settings.datasets,
@@ -45,5 +47,6 @@ def train_tokenizer(
             hardware={},
         )
         record.finish("finished", metrics=metrics)
-    console.print(f"[green]saved[/green] {folder}  {len(tokenizer):,} entries", highlight=False, soft_wrap=True)
+    saved = f"[green]saved[/green] {escape(str(folder))}  {len(tokenizer):,} entries"
+    console.print(saved, highlight=False, soft_wrap=True)
     return RunResult(folder, metrics)

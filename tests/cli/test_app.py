@@ -98,6 +98,13 @@ def test_unknown_option_and_command_end_with_code_2(capsys):
     assert cli(capsys, "pretrian")[0] == 2
 
 
+def test_alone_it_lists_every_command_on_one_screen(capsys):
+    code, output, _ = cli(capsys)
+    lines = output.splitlines()
+    assert code == 0 and len(lines) < 24 and max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.startswith(" ")] == list(COMMANDS)
+
+
 def test_version(capsys):
     import llmlab
 

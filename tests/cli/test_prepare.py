@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.cli.app import main
 
+PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
 TINY = ["d_model=32", "n_heads=2", "n_kv_heads=1", "d_ff=64", "n_layers=2", "max_seq_len=32"]
 
 
@@ -79,6 +80,58 @@ def test_init_info_and_convert(cli, tokenizer, tmp_path):
 def test_mistakes(cli, words, message):
     code, _, errors = cli(*words)
     assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def other_models():
+    from transformers import (
+        DebertaV2Config,
+        DebertaV2ForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    return {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100, **ends)),
+        "mixtral": MixtralForCausalLM(MixtralConfig(vocab_size=100, num_key_value_heads=1, **small)),
+        "deberta-v2": DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=100, num_labels=1, **small)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "deberta-v2"])
+def test_info_of_any_models_folder(cli, tmp_path, kind):
+    model = other_models()[kind]
+    model.save_pretrained(tmp_path / kind)
+    code, output, _ = cli("model", "info", tmp_path / kind)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert code == 0 and f"{kind}\n" in output
+    rows = {line.split()[0]: line.split()[1].replace(",", "") for line in output.splitlines() if len(line.split()) > 1}
+    assert int(rows["total"]) == total == sum(int(rows.get(part, 0)) for part in PARTS)
+    if kind == "mixtral":  # eight experts of three matrices, and what chooses among them
+        assert int(rows["mlp"]) == 8 * 3 * 16 * 16 + 8 * 16
+    code, _, errors = cli("model", "info", tmp_path / kind, "--sequence", 8)
+    assert code == 2 and "--sequence: activations are estimated for llmlab's own decoder" in errors
+
+
+def test_info_of_adapters_and_of_folders_without_a_model(cli, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = other_models()["mixtral"]
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    code, output, errors = cli("model", "info", tmp_path / "adapter")
+    assert code == 0 and f"adapters (LORA): {2 * (16 + 16)} parameters" in output, errors
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    for name, message in (("empty", "this folder holds no model"), ("damaged", "cannot be read as a model")):
+        code, _, errors = cli("model", "info", tmp_path / name)
+        assert code == 2 and message in errors and errors.count("error:") == 1
 
 
 def test_an_option_that_a_family_cannot_express_is_refused_by_name(cli, tokenizer, tmp_path):

@@ -79,6 +79,17 @@ def test_the_list_fits_and_tells_how_runs_went(cli, runs):
     assert shortened.startswith("…") and "runs/a/again".endswith(shortened[1:]) and len(shortened) >= 9
 
 
+def test_a_list_of_long_names_and_numbers_folds_nothing(cli, runs):
+    line = {"step": 123456, "seconds": 9876, "loss": 1.23456}
+    write(f"runs/c/{'long-name-' * 5}", "pretrain", [line], status="interrupted", parents=["runs/a/again"])
+    code, output, _ = cli("list")
+    lines = output.splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines)
+    (row,) = (line for line in lines if line.startswith("long-name"))
+    assert "interrupted" in row and "123,456" in row and "loss 1.2" in row
+    assert len(lines) == 1 + 3 + 5  # a heading, three folders, five runs: a line each
+
+
 def test_the_list_of_one_folder_and_of_none(cli, runs):
     assert [entry["folder"] for entry in json.loads(cli("list", "runs/b", "--json")[1])] == ["runs/b/sft"]
     (runs / "empty").mkdir()

@@ -121,7 +121,7 @@ def test_a_terminal_gets_whole_words_and_no_control_characters(monkeypatch, caps
     for piece in ("The quick ", "brown ", "fox\x1b[2J ", "\n", "jumps over ", "it"):
         writer.write(piece)
     lines = capsys.readouterr().out.split("\n")
-    assert [line.rstrip() for line in lines] == ["The quick brown", "fox[2J", "jumps over it"]
+    assert [line.rstrip() for line in lines] == ["The quick brown", "fox\\x1b[2J", "jumps over it"]
 
 
 class Terminal:

@@ -1,0 +1,113 @@
+"""What no file may decide: that code which a model brings along runs, and that something leaves this machine.
+
+Both are the user's own word, on the command line or in a call. A settings file, preset, pipeline or run record that
+says one of them is refused.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from llmlab.settings.files import Layer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+REMOTE_CODE = "trust_remote_code"
+TRAINER_ARGS = "trainer_args"
+PUBLISHES = ("push_to_hub", "log_completions_hub_repo")
+SENDS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "vllm_server_base_url")
+LOCAL_REPORTS = ("none", "tensorboard", "trackio")
+
+_allowed: ContextVar[bool] = ContextVar(REMOTE_CODE, default=False)
+
+
+def remote_code_allowed() -> bool:
+    """Whether Python code that a model or tokenizer brings along may run."""
+    return _allowed.get()
+
+
+def allow_remote_code(allowed: bool) -> bool:
+    """Decides it for the rest of the process: the command line's `--trust-remote-code`."""
+    _allowed.set(allowed)
+    return allowed
+
+
+@contextmanager
+def remote_code(allowed: bool) -> Iterator[None]:
+    """Decides it for a block."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def takes_trust(function: F) -> F:
+    """Gives a function the keyword `trust_remote_code`; None, its default, is as the command line says."""
+    signature = inspect.signature(function)
+    keyword = inspect.Parameter(REMOTE_CODE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None)
+
+    @wraps(function)
+    def trusting(*args: Any, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
+        with remote_code(_allowed.get() if trust_remote_code is None else trust_remote_code):
+            return function(*args, **kwargs)
+
+    trusting.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
+    return trusting  # type: ignore[return-value]
+
+
+def refusals(layer: "Layer") -> list[str]:
+    """Returns what is wrong with a layer that decides what it may not, a sentence each."""
+    problems = []
+    for key, value in _flat(layer.values):
+        head, _, name = key.rpartition(".")
+        if name == REMOTE_CODE:
+            problems.append(
+                f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
+                f"({REMOTE_CODE}=True in a call) lets code run that a model brings along"
+            )
+        elif layer.path is not None and head == TRAINER_ARGS and leaves(name, value):
+            problems.append(
+                f"{layer.where(key)}: {key} sends data off this machine, which no file decides; "
+                f"give {key}=... on the command line"
+            )
+    return problems
+
+
+def leaves(name: str, value: Any) -> bool:
+    """Whether a trainer argument of this value sends something off this machine."""
+    if name == "report_to":
+        return bool(_services(value))
+    return bool(value) and (name in (*PUBLISHES, *SENDS, "vllm_server_host") or name.startswith("hub_"))
+
+
+def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[str, str]]:
+    """Returns the line of a run's plan that says where these arguments send what; none where nothing is sent."""
+    places = []
+    if trainer_args.get("push_to_hub"):
+        name = trainer_args.get("hub_model_id") or f"<your account>/{Path(output_dir).absolute().name}"
+        kind = "private" if trainer_args.get("hub_private_repo") else "public unless your organization says otherwise"
+        places.append(f"the run folder to the Hugging Face hub, as {name} ({kind})")
+    if trainer_args.get("log_completions_hub_repo"):
+        places.append(f"completions to the Hugging Face hub, as {trainer_args['log_completions_hub_repo']}")
+    places += [f"metrics to {service}" for service in _services(trainer_args.get("report_to"))]
+    places += [f"{name} {trainer_args[name]}" for name in SENDS if trainer_args.get(name)]
+    return [("publishes", "; ".join(places))] if places else []
+
+
+def _services(value: Any) -> list[str]:
+    named = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    return [str(name) for name in named if name not in LOCAL_REPORTS]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key of nested mappings and lists, as `Layer.lines` has them, with its value."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield f"{prefix}{key}", inner
+        yield from _flat(inner, f"{prefix}{key}.")
