@@ -23,7 +23,6 @@ from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training._trl import show_head_bias
 from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.dpo import load_reference
 from llmlab.training.kl import AdaptiveKL, KLController
 from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, RolloutState
@@ -98,8 +97,6 @@ class OnlineRun(Run[S]):
         settings, policy = self.settings, self.policy
         self.prompts = read_prompts(self, policy)
         evaluates = self.prompts.validation is not None
-        if settings.compile is True:
-            compile_dynamic(policy.model, self.hardware.device)
         with quiet_libraries():
             made = trainer(
                 settings=settings,

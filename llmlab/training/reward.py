@@ -19,7 +19,6 @@ from llmlab.model import fit_vocabulary, load_classifier
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, quantization_of, read_lora
 from llmlab.training.preference import PreferenceMetrics, count_steps, preference_arguments, read_pairs
@@ -64,8 +63,6 @@ def reward(
     data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
     train = whole_answers(data.train)
     evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
         trainer = ScoreTrainer(
             settings,

@@ -19,7 +19,6 @@ from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import Perplexity
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
 from llmlab.training.progress import quiet_libraries
@@ -92,8 +91,6 @@ def sft(
             allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
         )
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     evaluates = data.validation is not None
     with quiet_libraries():
         trainer = InstructionTrainer(

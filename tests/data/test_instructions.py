@@ -1,8 +1,10 @@
 """Instruction rows: formats mixed by weight, held out, proven, cut, cached, and what stops a run before it starts."""
 
 import json
+import os
 
 import pytest
+from datasets import load_from_disk
 
 from llmlab.data import rows as rows_module
 from llmlab.data.instructions import InstructionMaker
@@ -168,3 +170,16 @@ def test_what_no_format_has_is_explained(build, tmp_path):
     source = write(tmp_path / "a.jsonl", [{"prompt": "Q", "complétion": "A"}])
     with pytest.raises(UserError, match="closest is prompt/completion, which lacks completion; did you mean"):
         build(source)
+
+
+@pytest.mark.parametrize(("num_proc", "workers"), [(None, 3), (2, 2), (1, 1)])
+def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_path, monkeypatch):
+    """`num_proc` unset is every core."""
+    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
+    monkeypatch.setattr(rows_module, "cores", lambda: 3)
+    make = InstructionMaker.make
+    monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
+    source = write(tmp_path / "a.jsonl", pairs(30))
+    build(source, num_proc=num_proc)
+    [folder] = (tmp_path / "cache").rglob("rows-*")
+    assert len(set(load_from_disk(str(folder))["cut"])) == workers
