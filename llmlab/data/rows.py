@@ -25,7 +25,7 @@ from llmlab.data.corpus import label_of
 from llmlab.data.encoding import text_hash
 from llmlab.data.messages import UnusableRow
 from llmlab.data.packing import seeded
-from llmlab.data.store import cache_folder
+from llmlab.data.store import cache_folder, cores
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable
 
@@ -300,7 +300,7 @@ class _Builder:
             _MakeRow(source, self.maker),
             remove_columns="row",
             features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
-            num_proc=self.settings.num_proc if len(raw) >= WORTH_PROCESSES else None,
+            num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
             desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
         )
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def write_store(
             temporary = Path(tempfile.mkdtemp(dir=root, prefix=f"{digest}.writing-"))
             try:
                 tally = Tally()
-                tokens = _write(temporary, texts(tally), name, encoder, size, num_proc or _cores())
+                tokens = _write(temporary, texts(tally), name, encoder, size, num_proc or cores())
                 tally.check(name, allow_dropped)
                 meta = {"name": name, "dtype": encoder.dtype.name, "tokens": tokens, "documents": tally.documents}
                 meta |= {"dropped": dict(tally.dropped), "key": key}
@@ -212,5 +212,6 @@ def _encode_in_worker(batch: list[str]) -> Encoded:
     return _ENCODER.encode(batch)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Returns the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

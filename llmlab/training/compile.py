@@ -22,6 +22,8 @@ from llmlab.settings.errors import UserError
 WARM_UP = {"cpu": 40.0, "cuda": 40.0}
 # Share of a step that compiling saves.
 SAVED = {"cpu": 0.3, "cuda": 0.2}
+# Batches of changing length save less than rows of one length.
+SAVED_DYNAMIC = 0.5
 # Training FLOP/s without compiling, on the high side so that the time to be saved is not overrated.
 SPEED = {"cpu": 1e11, "cuda": 2e14}  # a CPU's for each core
 # A machine may be slower to compile than ours, and an interrupted run pays again.
@@ -29,7 +31,13 @@ MARGIN = 2.0
 
 
 def decide_compile(
-    setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: int, parameters: int
+    setting: Literal["auto"] | bool,
+    *,
+    device_type: str,
+    steps: int,
+    tokens_per_step: float,
+    parameters: int,
+    dynamic: bool = False,
 ) -> tuple[bool, str]:
     """Returns whether to compile, and why in a few words.
 
@@ -39,6 +47,7 @@ def decide_compile(
         steps: optimizer steps still to do.
         tokens_per_step: tokens that this process sees in each.
         parameters: of the model.
+        dynamic: whether batches change their length.
 
     Raises:
         UserError: compiling is wanted and what it needs is not installed.
@@ -57,7 +66,8 @@ def decide_compile(
     if missing:
         return False, f"off: it needs {missing}, not found here"
     speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)
-    saved = SAVED[device_type] * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
+    share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
+    saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
     warm_up = WARM_UP[device_type]
     if saved < MARGIN * warm_up:
         return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(warm_up)} for it"
@@ -91,18 +101,35 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(backend=keep_products_only, dynamic=False)
 
 
-def compile_dynamic(model: torch.nn.Module, device_type: str) -> None:
-    """Compiles each decoder layer in place for batches of changing length.
+def compile_if_worth(
+    model: torch.nn.Module, setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: float
+) -> str:
+    """Compiles each decoder layer in place for batches of changing length, where `decide_compile` says so.
+
+    Returns:
+        Why it is compiled or not.
 
     Raises:
-        UserError: what compiling needs is not installed, or the model's layers are not where they are looked for.
+        UserError: compiling is wanted, and what it needs is not installed or the layers are not where they should be.
     """
-    decide_compile(True, device_type=device_type, steps=0, tokens_per_step=0, parameters=0)
+    compiled, reason = decide_compile(
+        setting,
+        device_type=device_type,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dynamic=True,
+    )
+    if not compiled:
+        return reason
     layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
     if layers is None:
-        raise UserError("compile = true: this architecture has no list of 'layers' to compile; leave it off")
+        if setting is True:
+            raise UserError("compile = true: this architecture has no list of 'layers' to compile; leave it off")
+        return "off: this architecture has no list of 'layers' to compile"
     for layer in layers.children():
         layer.compile(dynamic=True)
+    return reason
 
 
 def keep_products_only(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import PairsReady, show_head_bias
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, load_policy
 from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
@@ -81,8 +80,6 @@ def _optimize(run: Run[DPOSettings], load_optimizer: bool) -> RunResult:
         reference, held = load_reference(settings, policy)
     data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
     evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
         trainer = PairTrainer(
             settings,

@@ -21,7 +21,6 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.rl import OnlineSettings
 from llmlab.training._trl import show_head_bias
 from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.dpo import load_reference
 from llmlab.training.kl import AdaptiveKL, KLController
 from llmlab.training.online_callbacks import NothingToLearn, OnlineMetrics, RolloutState
@@ -86,8 +85,6 @@ class OnlineRun(Run[S]):
         steps = settings.steps_for(len(self.prompts.train), self.process.num_processes)
         self.settings = settings = settings.model_copy(update={"max_steps": steps})
         evaluates = self.prompts.validation is not None
-        if settings.compile is True:
-            compile_dynamic(policy.model, self.hardware.device)
         with quiet_libraries():
             made = trainer(
                 settings=settings,

@@ -18,7 +18,6 @@ from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.training._trl import AnswerTokens
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
 from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
@@ -100,8 +99,6 @@ def _optimize(run: Run[ORPOSettings], load_optimizer: bool) -> RunResult:
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
     data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
     evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
         trainer = OddsTrainer(
             settings,

@@ -21,7 +21,6 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import Policy, prepare_quantized, quantization_of, read_lora
 from llmlab.training.preference import PreferenceMetrics, WholeBatches, count_steps, preference_arguments, read_pairs
@@ -92,8 +91,6 @@ def _fit(run: Run[RewardModelSettings], load_optimizer: bool) -> RunResult:
     data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
     train = whole_answers(data.train)
     evaluates = data.validation is not None
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     with quiet_libraries():
         trainer = ScoreTrainer(
             settings,

@@ -28,6 +28,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.trust import destinations
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
+from llmlab.training.compile import compile_if_worth
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
@@ -94,6 +95,13 @@ class Run(Generic[S]):
         """
         if self.done >= steps:
             raise UserError(f"--resume {self.folder}: it already is at step {self.done}; train longer to extend it")
+        compiled = compile_if_worth(
+            trainer.model,
+            self.settings.compile,
+            device_type=self.hardware.device,
+            steps=steps - self.done,
+            tokens_per_step=self._tokens_per_step(trainer, data),
+        )
         trainer.remove_callback(PrinterCallback)  # the progress line tells the same
         for callback in callbacks or ():
             trainer.callback_handler.callbacks.insert(0, callback)
@@ -115,7 +123,8 @@ class Run(Generic[S]):
             self.rhythm.listen(self.progress.say),
         ):
             sent = destinations(self.settings.trainer_args, self.settings.output_dir)
-            print_plan(self.console, f"{self.stage}: into {self.folder}", [*plan, *sent])
+            title = f"{self.stage}: into {self.folder}"
+            print_plan(self.console, title, [*plan, ("compile", compiled), *sent])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
@@ -126,6 +135,15 @@ class Run(Generic[S]):
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
+
+    def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
+        """Estimates the tokens that this process sees in an update."""
+        if self.progress.tokens_per_step is not None:
+            return self.progress.tokens_per_step / self.process.num_processes
+        counted = sum(source["counts"]["tokens"] for source in data["sources"])
+        in_a_row = counted / sum(source["trained_rows"] for source in data["sources"])
+        in_a_row += getattr(self.settings, "max_new_tokens", 0)  # what is sampled comes after the prompt
+        return in_a_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
     def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         record = RunRecord(

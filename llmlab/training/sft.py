@@ -20,7 +20,6 @@ from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.training.arguments import build_arguments, rhythm_arguments
 from llmlab.training.callbacks import Perplexity
-from llmlab.training.compile import compile_dynamic
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.policy import load_policy
 from llmlab.training.progress import quiet_libraries
@@ -130,8 +129,6 @@ def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
             max_samples=settings.max_samples,
         )
-    if settings.compile is True:
-        compile_dynamic(policy.model, run.hardware.device)
     evaluates = data.validation is not None
     with quiet_libraries():
         trainer = InstructionTrainer(

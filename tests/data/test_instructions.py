@@ -1,8 +1,10 @@
 """Instruction rows: formats mixed by weight, held out, proven, cut, cached, and what stops a run before it starts."""
 
 import json
+import os
 
 import pytest
+from datasets import load_from_disk
 
 from llmlab.data import rows as rows_module
 from llmlab.data.instructions import InstructionMaker
@@ -202,3 +204,16 @@ def test_empty_conversations_are_dropped_and_counted(build, tmp_path):
     assert dict(report.dropped) == {"no turn of the assistant says anything": 1}
     with pytest.raises(UserError, match="3 of 43 rows cannot be used, .*3 x no turn of the assistant says anything"):
         build(write(tmp_path / "b.jsonl", rows + rows[-1:] * 2))
+
+
+@pytest.mark.parametrize(("num_proc", "workers"), [(None, 3), (2, 2), (1, 1)])
+def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_path, monkeypatch):
+    """`num_proc` unset is every core."""
+    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
+    monkeypatch.setattr(rows_module, "cores", lambda: 3)
+    make = InstructionMaker.make
+    monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
+    source = write(tmp_path / "a.jsonl", pairs(30))
+    build(source, num_proc=num_proc)
+    [folder] = (tmp_path / "cache").rglob("rows-*")
+    assert len(set(load_from_disk(str(folder))["cut"])) == workers

@@ -1,14 +1,22 @@
 """Compiling is chosen where a run is long enough, explained, and refused clearly where tools are missing."""
 
+import io
 import re
 
 import pytest
 import torch
+from rich.console import Console
 
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
+from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
+from llmlab.settings.grpo import GRPOSettings
+from llmlab.settings.sft import SFTSettings
 from llmlab.training import compile as compiling
 from llmlab.training.compile import compile_layers, decide_compile
+from llmlab.training.dpo import dpo
+from llmlab.training.grpo import grpo
+from llmlab.training.sft import sft
 
 RUN = {"device_type": "cpu", "tokens_per_step": 4096, "parameters": 135_000_000}
 
@@ -97,3 +105,29 @@ def test_compiled_layers_keep_their_names_and_share_one_compilation(monkeypatch)
     model(tokens, labels=tokens, return_logits=False).loss.backward()
     assert len(graphs) == 1
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("kind", [SFTSettings, DPOSettings, GRPOSettings])
+def test_every_stage_compiles_where_it_pays(
+    kind, all_tools, sft_settings, preference_settings, base_folder, chat_file, tmp_path, monkeypatch
+):
+    """Here on a machine so slow that a single step earns the warm-up back, and another where none does."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    online = {"policy_checkpoint": str(base_folder), "datasets": [{"name": str(chat_file)}], "validation_fraction": 0,
+              "batch_size": 4, "mini_batch_size": 4, "max_new_tokens": 4, "ppo_epochs": 1, "dtype": "fp32",
+              "rewards": "length", "num_proc": 1, "cache_dir": str(tmp_path.parent / "cache")}  # fmt: skip
+    for speed, count in ((1e20, 0), (1e-3, 2)):
+        monkeypatch.setitem(compiling.SPEED, "cpu", speed)
+        console = Console(file=io.StringIO(), width=200)
+        changes = {"max_steps": 1, "output_dir": str(tmp_path / f"{count}"), "device": "cpu"}
+        if kind is SFTSettings:
+            sft(sft_settings(**changes), console=console)
+        elif kind is DPOSettings:
+            dpo(preference_settings(kind, **changes), console=console)
+        else:
+            grpo(GRPOSettings(**{**online, **changes}), console=console)
+        assert compiled == [{"dynamic": True}] * count  # one a layer
+        assert re.search(
+            r"compile +" + ("on: saves about" if count else "off: this run would save"), console.file.getvalue()
+        )

@@ -1,12 +1,15 @@
 """Pretraining end to end on a tiny corpus: it learns, saves, stops, resumes, and says what is wrong."""
 
+import io
 import json
 import math
+import re
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlab.settings.errors import SettingsError, UserError
@@ -249,3 +252,35 @@ def test_a_damaged_record_is_a_sentence(settings, quiet):
     (first.folder / "llmlab.json").write_text(json.dumps({"a": 1})[:-1])
     with pytest.raises(UserError, match="damaged"):
         pretrain(settings(max_steps=4), resume=first.folder, console=quiet)
+
+
+def plan_of(settings):
+    output = Console(file=io.StringIO(), width=200)
+    pretrain(settings, console=output)
+    return output.file.getvalue()
+
+
+def test_the_plan_tells_warmup_in_steps_and_that_it_never_ends(settings, tmp_path):
+    assert re.search(r"cosine after 2 steps of warmup *\n", plan_of(settings(max_steps=4, warmup_steps=0.5)))
+    told = plan_of(settings(max_steps=4, warmup_steps=4, output_dir=str(tmp_path / "other")))
+    assert "cosine after 4 steps of warmup (as long as the run: the peak is never reached)" in told
+
+
+def test_gradient_checkpointing_counts_in_the_plans_memory(settings, tmp_path):
+    def memory(**changes):
+        told = plan_of(settings(max_steps=1, warmup_steps=0, batch_size=64, model={"n_layers": 8}, **changes))
+        return float(re.search(r"memory +about ([0-9.]+) MB", told)[1])
+
+    whole = memory()
+    assert memory(gradient_checkpointing=True, output_dir=str(tmp_path / "other")) < 0.6 * whole
+
+
+def test_perplexity_stands_beside_every_validation_loss(settings):
+    chosen = settings(max_steps=4, eval_every=2)
+    told = plan_of(chosen)
+    lines = [line for line in read_metrics(Path(chosen.output_dir)) if "eval_loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+        assert f"validation loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.4g}" in told
+    assert read_record(Path(chosen.output_dir))["metrics"]["eval_perplexity"] == lines[-1]["eval_perplexity"]
