@@ -29,6 +29,7 @@ class ConversationSource:
         splits: the splits that the source has.
         column: the column that holds plain text, where the format is that.
         pairs: whether rows are read as preference pairs.
+        count: rows; None where unknown.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ConversationSource:
     splits: tuple[str, ...]
     column: str | None = None
     pairs: bool = False
+    count: int | None = None
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns a row as `to_messages` or, of preference pairs, `to_pair` does.
@@ -62,7 +64,12 @@ class ConversationSource:
 
 
 def load_conversations(
-    source: DataSource, *, split: str | None = None, streaming: bool = False, pairs: bool = False
+    source: DataSource,
+    *,
+    split: str | None = None,
+    streaming: bool = False,
+    pairs: bool = False,
+    at_most: int | None = None,
 ) -> ConversationSource:
     """Finds a source of instruction data and recognizes its format from its columns.
 
@@ -71,22 +78,21 @@ def load_conversations(
         split: another split than the source names.
         streaming: read a hub data set as it comes.
         pairs: whether its rows are to be read as preference pairs.
+        at_most: rows that will be read.
 
     Raises:
         UserError: there is no such source, or no format has its columns.
     """
-    found = load_rows(source, streaming=streaming, split=split)
+    found = load_rows(source, streaming=streaming, split=split, pairs=pairs, at_most=at_most)
     first = found.first()
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
     if pairs:
-        return ConversationSource(
-            source.name, found.rows, recognize_pairs(columns, source.name), found.identity, found.splits, pairs=True
-        )
-    if source.column is not None:
+        form, column = recognize_pairs(columns, source.name), None
+    elif source.column is not None:
         form, column = PLAIN_TEXT, choose_column(source, first)
     else:
         form = recognize(columns, source.name)
         column = "text" if form is PLAIN_TEXT else None
-    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column)
+    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column, pairs, found.count)
