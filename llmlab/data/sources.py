@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab.data import demo, files
+from llmlab.data.interleaving import Interleaved
 from llmlab.data.splits import Use, choose_splits, choose_subset
 from llmlab.data.trees import as_conversations, is_tree
 from llmlab.settings.data import DataSource
@@ -25,7 +26,6 @@ TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_
 """Columns taken for the text, in this order, where no column is named."""
 
 LOOK_AT = 100  # rows from which columns are recognized
-PARTS = 8  # of a source that are read in turn
 CHECK_FROM = 1000  # rows after which a share of dropped rows means something
 
 
@@ -180,17 +180,6 @@ def load_text(source: DataSource, *, streaming: bool = False, split: str | None 
     return TextSource(source.name, rows, column, identity, found.size, found.splits, found.count)
 
 
-def spread(rows: "IterableDataset") -> "IterableDataset":
-    """Returns the same rows in an order whose beginning is of all parts of the source, not of its first file."""
-    from datasets import interleave_datasets
-
-    count = min(PARTS, rows.num_shards)
-    if count == 1:
-        return rows
-    parts = [rows.shard(count, index) for index in range(count)]
-    return interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
-
-
 def is_online() -> bool:
     """Whether the hub may be reached: `HF_HUB_OFFLINE` is not set."""
     import datasets
@@ -254,7 +243,7 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
             IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": each, "column": column})
             for each in shards
         ]
-        return mix_splits(parts, sizes)
+        return join_splits(parts, sizes, use)
 
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     if source.text_unit != "document":
@@ -270,17 +259,15 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
     )
 
 
-def mix_splits(parts: "list[IterableDataset]", sizes: list[int | None]) -> "IterableDataset":
-    """Returns the rows of several splits, each as often as its size says, so that any beginning has all of them."""
-    from datasets import interleave_datasets
+def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
+    """Returns the rows of several splits: of conversations each split's in turn, as often as its size says."""
+    from datasets import concatenate_datasets
 
     if len(parts) == 1:
         return parts[0]
-    known = [size for size in sizes if size]
-    shares = [size / sum(known) for size in known] if len(known) == len(parts) else None
-    return interleave_datasets(
-        parts, probabilities=shares, seed=0, stopping_strategy="all_exhausted_without_replacement"
-    )
+    if use == "text":  # whose order is the business of those that tokenize it
+        return concatenate_datasets(parts)
+    return Interleaved(parts, sizes if len(sizes) == len(parts) and all(sizes) else None)
 
 
 def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
@@ -303,7 +290,7 @@ def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, 
             loaded = [builder.as_dataset(name) for name in chosen]
             count = sum(map(len, loaded))
             parts = [data.to_iterable_dataset(num_shards=min(64, max(1, len(data)))) for data in loaded]
-        rows = mix_splits(parts, [each.num_examples for each in known])
+        rows = join_splits(parts, [each.num_examples for each in known], use)
         next(iter(rows), None)  # a stream is reached only now
     except UserError:
         raise

@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 
 from llmlab.data.checksums import BLOCK, VERIFIED_AT_ONCE, Checksums, tell
 from llmlab.data.encoding import Encoded, TextEncoder
-from llmlab.data.sources import Tally, TextSource, spread, usable_texts
+from llmlab.data.interleaving import spread
+from llmlab.data.sources import Tally, TextSource, usable_texts
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
 
