@@ -174,7 +174,7 @@ def _read_pieces(path: Path, unit: str) -> Iterator[dict[str, Any]]:
             for text, ends_here in [*((end, True) for end in ends), (last, unit == "line" or not last.strip())]:
                 pieces.append(text)
                 if ends_here:
-                    if piece := "".join(pieces).strip("\n"):
+                    if (piece := "".join(pieces).strip("\n")).strip():
                         yield {"text": piece}
                     pieces = []
 
