@@ -40,9 +40,9 @@ class InstructionMaker:
         self.limit = f"max_seq_len = {max_seq_len}"
         self.identity = {"loss_on": loss_on, "stops": self.renderer.stops, "max_seq_len": max_seq_len}
 
-    def open(self, named: DataSource, split: str | None = None) -> ConversationSource:
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
         """Finds a source and recognizes its format."""
-        return load_conversations(named, split=split)
+        return load_conversations(named, split=split, at_most=at_most)
 
     def make(self, conversation: dict[str, Any]) -> dict[str, Any]:
         """Returns a conversation as a row.

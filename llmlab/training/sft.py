@@ -25,6 +25,7 @@ from llmlab.training.progress import quiet_libraries
 from llmlab.training.record import RunResult
 from llmlab.training.running import Run, describe_optimizer, total_steps
 
+SHORTEST = 128  # tokens of a conversation, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
@@ -82,6 +83,8 @@ def sft(
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
     length = policy.fit(settings.max_seq_len)
+    rows_per_batch = settings.batch_size * run.process.num_processes
+    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
     with run.process.main_process_first(), run.reading():
         maker = InstructionMaker(policy.tokenizer, max_seq_len=length, loss_on=settings.loss_on, stops=policy.stops)
         data = build_rows(
@@ -90,6 +93,7 @@ def sft(
             seed=settings.seed,
             allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
+            **run.extent(rows_per_step * max(1, length // SHORTEST) if settings.packing else rows_per_step),
         )
     if settings.compile is True:
         compile_dynamic(policy.model, run.hardware.device)
@@ -105,8 +109,7 @@ def sft(
             processing_class=policy.tokenizer,
             callbacks=run.callbacks(evaluates=evaluates),
         )
-    rows, rows_per_batch = len(trainer.train_dataset), settings.batch_size * run.process.num_processes
-    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
+    rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
         trainer.data_collator = RowsApart(trainer.data_collator)
         # the trainer would count one row of each batch
