@@ -32,7 +32,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colors
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
-SOURCE_HELP = "name | subset | weight: a hub id, a file, a folder or demo/...; or a mapping: '{name: x, column: y}'."
+SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = Annotated[
     Literal["assistant", "completion", "all"],
     typer.Option(help="What is trained: every turn of the assistant, its last one, or all tokens."),

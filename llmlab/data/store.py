@@ -39,6 +39,7 @@ VERSION = 2  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
 SERIAL_BATCHES = 8  # tokenized before other processes are worth starting
 
+SMALL = 64_000_000  # bytes of a source that is read in the order of its files: every run needs about all of it
 BYTES_PER_TOKEN = 4  # of English text, to judge whether its tokens fit the disk
 
 DOCUMENT = np.dtype([("tokens", np.int64), ("hash", np.uint64)])
@@ -133,7 +134,8 @@ def open_store(
     Raises:
         UserError: no or too few rows are usable, or the cache cannot be written or does not fit the disk.
     """
-    rows = spread(source.rows)
+    small = source.size is not None and source.size <= SMALL
+    rows = source.rows if small else spread(source.rows)
 
     def read(tally: Tally, position: Any) -> Iterator[str]:
         if position:

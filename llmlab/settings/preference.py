@@ -22,7 +22,7 @@ class PreferenceSettings(HardwareSettings, LoraSettings, OptimizerSettings, Data
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **LoraSettings.inapplicable,
-        "streaming": "every pair is proven before the first step, so sources are read whole",
+        "streaming": "every pair is proven before the first step, so rows are made before it",
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
     }
 

@@ -61,7 +61,7 @@ class OnlineSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSett
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **LoraSettings.inapplicable,
-        "streaming": "every prompt is measured before the first step, so sources are read whole",
+        "streaming": "every prompt is measured before the first step, so rows are made before it",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
         "max_episode_length": "there are no tools in this stage: an episode is one completion, of max_new_tokens",
     }

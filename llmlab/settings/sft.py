@@ -18,7 +18,7 @@ class SFTSettings(HardwareSettings, LoraSettings, OptimizerSettings, DataSetting
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **LoraSettings.inapplicable,
-        "streaming": "every row is proven before the first step, so sources are read whole",
+        "streaming": "every row is proven before the first step; large sources are read only as far as the run needs",
     }
 
     policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"

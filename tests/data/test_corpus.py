@@ -146,6 +146,7 @@ def short_stretches(monkeypatch):
     for module in (corpus_module, packing):
         monkeypatch.setattr(module, "STRETCH", 4096)
     monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(store_module, "SMALL", 0)
 
 
 def rows_of(rows):

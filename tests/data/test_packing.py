@@ -250,6 +250,7 @@ def test_of_a_large_cache_no_altered_block_is_ever_read(open_, monkeypatch):
 
 def test_a_corpus_is_extended_to_what_it_would_have_been(open_, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(store_module, "SMALL", 0)
     (tmp_path / "files").mkdir()
     for each in range(3):
         lines(
