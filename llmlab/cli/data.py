@@ -33,7 +33,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colors
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
-SOURCE_HELP = "name | subset | weight: a hub id, a file, a folder or demo/...; or a mapping: '{name: x, column: y}'."
+SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = Annotated[
     Literal["assistant", "completion", "all"],
     typer.Option(help="What is trained: every turn of the assistant, its last one, or all tokens."),
@@ -68,7 +68,7 @@ def check(
     from llmlab.data.inspect import inspect_rows
     from llmlab.data.rendering import find_problem
 
-    found = [_load(_parse(text)) for text in sources]  # a bad source is told before the first is read
+    found = [_load(_parse(text), limit) for text in sources]  # a bad source is told before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
     reports = [
         inspect_rows(
@@ -111,7 +111,7 @@ def preview(
     from llmlab.data.messages import UnusableRow
     from llmlab.data.sources import Tally
 
-    found = _load(_parse(source))
+    found = _load(_parse(source), limit)
     renderer = _renderer(tokenizer, loss_on, chat_template)
     tally, rendered = Tally(), []
     for number, row in enumerate(_progress(found, limit), 1):
@@ -145,21 +145,21 @@ def _parse(text: str) -> DataSource:
         raise UserError(f"{text}: {details.removeprefix('Value error, ')}") from None
 
 
-def _load(source: DataSource) -> "ConversationSource":
+def _load(source: DataSource, limit: int | None) -> "ConversationSource":
     """Finds a source of conversations or, as pretraining would, of plain text in a column of a usual name."""
     from llmlab.data.conversations import load_conversations
     from llmlab.data.sources import TEXT_COLUMNS, load_text
 
     try:
-        return load_conversations(source)
+        return load_conversations(source, at_most=limit)
     except UserError as error:
         try:
-            column = load_text(source).column
+            column = load_text(source, streaming=limit is not None).column
         except UserError:
             raise error from None
         if column not in TEXT_COLUMNS:
             raise
-        return load_conversations(source.model_copy(update={"column": column}))
+        return load_conversations(source.model_copy(update={"column": column}), at_most=limit)
 
 
 def _renderer(name: str | None, loss_on: Any, chat_template: str | None) -> Any:

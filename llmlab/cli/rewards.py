@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
 
     if not path.expanduser().exists():
         raise files.missing_file(str(path))
-    shards = files.shards_of(files.find_files(path.expanduser(), "train")[0])
+    shards = files.shards_of(files.find_files(path.expanduser()).get("train", []))
     rows = [row for shard in shards for row in files.read_shard(shard)]
     if not rows:
         raise UserError(f"{path}: there is no row in it")

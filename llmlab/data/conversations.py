@@ -36,6 +36,7 @@ class ConversationSource:
         pairs: whether rows are read as preference pairs.
         label: the column that says of each completion whether it is good, where the rows are unpaired preferences.
         only_label: the label of the rows that are used; None uses all.
+        count: rows; None where unknown.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ConversationSource:
     pairs: bool = False
     label: str | None = None
     only_label: bool | None = None
+    count: int | None = None
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns a row as `to_messages` or, of preference pairs, `to_pair` does.
@@ -78,7 +80,12 @@ class ConversationSource:
 
 
 def load_conversations(
-    source: DataSource, *, split: str | None = None, streaming: bool = False, pairs: bool = False
+    source: DataSource,
+    *,
+    split: str | None = None,
+    streaming: bool = False,
+    pairs: bool = False,
+    at_most: int | None = None,
 ) -> ConversationSource:
     """Finds a source of instruction data and recognizes its format from its columns.
 
@@ -87,23 +94,24 @@ def load_conversations(
         split: another split than the source names.
         streaming: read a hub data set as it comes.
         pairs: whether its rows are to be read as preference pairs.
+        at_most: rows that will be read.
 
     Raises:
         UserError: there is no such source, or no format has its columns.
     """
-    found = load_rows(source, streaming=streaming, split=split)
+    found = load_rows(source, streaming=streaming, split=split, pairs=pairs, at_most=at_most)
     first = found.first()
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
     if pairs:
-        return ConversationSource(
-            source.name, found.rows, recognize_pairs(columns, source.name), found.identity, found.splits, pairs=True
-        )
-    if source.column is not None:
+        form, column = recognize_pairs(columns, source.name), None
+    elif source.column is not None:
         form, column = PLAIN_TEXT, choose_column(source, first)
     else:
         form = recognize(columns, source.name)
         column = "text" if form is PLAIN_TEXT else None
-    label = label_column(form, first)
-    return ConversationSource(source.name, found.rows, form, found.identity, found.splits, column, label=label)
+    label = None if pairs else label_column(form, first)
+    return ConversationSource(
+        source.name, found.rows, form, found.identity, found.splits, column, pairs, label, count=found.count
+    )

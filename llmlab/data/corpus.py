@@ -3,6 +3,7 @@
 One function does it for map-style and streaming sources; the parts are in the modules beside this one.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.encoding import TextEncoder
-from llmlab.data.mixture import Mixture
-from llmlab.data.packing import PackedRows, all_of, hold_out
-from llmlab.data.sources import Tally, TextSource, load_text
+from llmlab.data.mixture import Mixture, Schedule
+from llmlab.data.packing import STRETCH, PackedRows, all_of, hold_out, stretch_of
+from llmlab.data.sources import Tally, TextSource, is_online, load_text
 from llmlab.data.store import TokenStore, open_store, write_store
 from llmlab.data.streaming import Reader, RowStream, is_held_out
 from llmlab.settings.data import DataSource, TextDataSettings
@@ -36,6 +37,8 @@ class SourceReport:
         tokens, rows: of the training part; None where a stream has not told.
         epochs: how many times this run goes through it; None where unknown.
         held_out: where its validation rows come from, in words.
+        whole: whether it is read to its end; else `tally` counts its beginning, as far as the run needs it.
+        count: about how many documents it has; None where unknown.
     """
 
     name: str
@@ -45,6 +48,8 @@ class SourceReport:
     rows: int | None = None
     epochs: float | None = None
     held_out: str = "nothing"
+    whole: bool = True
+    count: int | None = None
 
     def record(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name != "tally"}
@@ -73,6 +78,9 @@ class CorpusReport:
             part = f"{source.name} {source.share:.1%}" if len(self.sources) > 1 else source.name
             if source.tokens is not None:
                 part += f": {source.tokens:,} tokens"
+            if not source.whole:
+                total = "more" if source.count is None else f"about {source.count:,}"
+                part += f", reads {source.tally.documents:,} of {total} documents"
             if source.epochs is not None:
                 part += f", {source.epochs:.2g} epochs"
             if source.tally.dropped:
@@ -124,7 +132,7 @@ def build_corpus(
         tokenizer: must have an eos token, which separates documents.
         max_seq_len: tokens in a row.
         seed: of the held-out share and of all order; None is the settings' seed.
-        rows_needed: rows that the whole run trains on, over all processes; None is one epoch.
+        rows_needed: rows that the whole run trains on, over all processes: sources are read so far; None is one epoch.
         validation_rows: rows to validate with at most; None is all that are held out, from a stream 512.
         rank, world_size: which process this is: streams give each process its own part. Map-style rows are the same
             in every process, for a sampler to share out.
@@ -136,13 +144,14 @@ def build_corpus(
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows)
     weights = [source.weight for source in settings.datasets]
     shares = np.array(weights) / sum(weights)
-    sources = [load_text(source, streaming=settings.streaming) for source in settings.datasets]
+    sources = [builder.find(source) for source in settings.datasets]
     if settings.streaming:
         parts = [builder.stream_part(*each) for each in zip(settings.datasets, sources, shares, strict=True)]
         readers = [builder.reader(source, part, rank, world_size) for source, part in zip(sources, parts, strict=True)]
         train: Mixture | RowStream = RowStream(readers, weights, seed=seed)
     else:
-        parts = [builder.packed_part(*each) for each in zip(settings.datasets, sources, shares, strict=True)]
+        needed = [None] * len(weights) if rows_needed is None else Schedule(weights, seed).counts(rows_needed).tolist()
+        parts = [builder.packed_part(*each) for each in zip(settings.datasets, sources, shares, needed, strict=True)]
         train = Mixture([part.train for part in parts], weights, seed=seed, length=rows_needed)  # type: ignore[misc]
         for part, epochs in zip(parts, train.epochs(), strict=True):
             part.report.epochs = epochs
@@ -172,19 +181,40 @@ class _Builder:
     def holds_out(self) -> bool:
         return self.settings.validation_datasets is None and self.settings.validation_fraction > 0
 
-    def packed_part(self, named: DataSource, source: TextSource, share: float) -> _Part:
-        store, label = self._store(source), label_of(named)
-        report = SourceReport(label_of(named), float(share), store.tally)
-        spans, validation = all_of(store), None
-        if self.holds_out and "validation" in source.splits and named.split != "validation":
-            report.held_out = "its own validation split"
-            validation = self._own_validation(named)
-        elif self.holds_out:
-            held = hold_out(named.name, store, self.settings.validation_fraction, seed=self.seed, length=self.length)
-            report.held_out, spans = held.how, held.train
-            validation = PackedRows(f"{label}/held-out", store, held.validation, self.length)
-        train = self._rows(label, store, spans)
-        report.tokens, report.rows = train.tokens, len(train)
+    def find(self, named: DataSource) -> TextSource:
+        """Finds a source; what a hub data set is read for is its tokens, so it needs no other copy on disk."""
+        return load_text(named, streaming=self.settings.streaming or is_online())
+
+    def packed_part(self, named: DataSource, source: TextSource, share: float, rows: int | None) -> _Part:
+        """Reads a source for so many training rows; None is to its end."""
+        label = label_of(named)
+        own = self.holds_out and "validation" in source.splits and named.split != "validation"
+        stretch = stretch_of(self.length)
+        # whole stretches, since a longer run must not shuffle otherwise what this one sees
+        wanted = None if rows is None else -(-max(rows, 1) // stretch) * stretch * self.length
+        tokens = None if wanted is None else max(wanted, STRETCH)
+        while True:
+            store = self._store(source, tokens)
+            spans, validation, how = all_of(store), None, "nothing"
+            if self.holds_out and not own:
+                held = hold_out(
+                    named.name, store, self.settings.validation_fraction, seed=self.seed, length=self.length
+                )
+                how, spans = held.how, held.train
+                # of a large source the first ones, however much of it is read
+                most = self.most_validation_rows if len(store.tokens) > STRETCH else None
+                validation = PackedRows(f"{label}/held-out", store, held.validation, self.length, most)
+            trained = int((spans[:, 1] - spans[:, 0]).sum())
+            if store.whole or (wanted is not None and trained >= wanted):
+                break
+            tokens = len(store.tokens) + math.ceil(1.1 * (wanted - trained))  # what is held out comes on top
+        if own:
+            how, validation = "its own validation split", self._own_validation(named)
+        train = self._rows(label, store, spans, None if store.whole or wanted is None else wanted // self.length)
+        report = SourceReport(label, float(share), store.tally, held_out=how, whole=store.whole, count=source.count)
+        report.tokens, report.rows = len(train) * self.length if train.most else train.tokens, len(train)
+        if source.count is None and source.size and not store.whole:
+            report.count = round(source.size / store.meta["characters"] * store.tally.documents)
         return _Part(validation, report, train)
 
     def stream_part(self, named: DataSource, source: TextSource, share: float) -> _Part:
@@ -215,7 +245,7 @@ class _Builder:
 
     def validation_rows(self, named: DataSource) -> PackedRows:
         """Returns the rows of a source that is there for validation."""
-        source = load_text(named, streaming=self.settings.streaming)
+        source = self.find(named)
         store = self._beginning(source) if self.settings.streaming else self._store(source)
         return self._rows(label_of(named), store, all_of(store))
 
@@ -230,8 +260,8 @@ class _Builder:
     def _own_validation(self, named: DataSource) -> PackedRows:
         return self.validation_rows(named.model_copy(update={"split": "validation"}))
 
-    def _rows(self, label: str, store: TokenStore, spans: np.ndarray) -> PackedRows:
-        rows = PackedRows(label, store, spans, self.length)
+    def _rows(self, label: str, store: TokenStore, spans: np.ndarray, most: int | None = None) -> PackedRows:
+        rows = PackedRows(label, store, spans, self.length, most)
         if not len(rows):
             raise UserError(
                 f"{label}: its {rows.tokens:,} tokens do not fill one row of max_seq_len = {self.length}; "
@@ -239,11 +269,12 @@ class _Builder:
             )
         return rows
 
-    def _store(self, source: TextSource) -> TokenStore:
+    def _store(self, source: TextSource, tokens: int | None = None) -> TokenStore:
         settings = self.settings
         return open_store(
             source,
             self.encoder,
+            tokens=tokens,
             cache_dir=settings.cache_dir,
             num_proc=settings.num_proc,
             allow_dropped=settings.allow_dropped,
@@ -253,7 +284,7 @@ class _Builder:
         """Tokenizes as much of a stream as validation needs, from its start."""
         wanted = (self.most_validation_rows or STREAM_VALIDATION_ROWS) * self.length * CHARACTERS_PER_TOKEN
 
-        def texts(tally: Tally) -> Iterator[str]:
+        def texts(tally: Tally, position: Any) -> Iterator[str]:
             read, left = Tally(), wanted
             for text in source.texts(read, self.settings.allow_dropped):
                 if held_out is None or is_held_out(text, held_out, self.seed):
@@ -274,7 +305,7 @@ class _Builder:
 
 def label_of(source: DataSource) -> str:
     """Returns the short name of a source in sample ids."""
-    return source.name if source.subset is None else f"{source.name}/{source.subset}"
+    return "/".join(filter(None, (source.name, source.subset, source.split)))
 
 
 def unigram_entropy(rows: Mixture) -> float:

@@ -46,6 +46,7 @@ class Shard(NamedTuple):
     format: str
     start: int = 0
     end: int = sys.maxsize
+    unit: str = "document"  # of a text file
 
 
 def format_of(path: Path) -> str | None:
@@ -54,33 +55,43 @@ def format_of(path: Path) -> str | None:
     return next((kind for kind in FORMATS if name.endswith(f".{kind}")), None)
 
 
-def find_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
-    """Returns the files of a split, and the names of all splits that the path has.
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """Returns the files of each split that a path has.
 
     A folder's files belong to the split that their names tell (`train-00.jsonl`, `validation/part.txt`, `dev.csv`);
     those that tell none are training data.
 
     Raises:
-        UserError: nothing there can be read as text, or the split does not exist.
+        UserError: nothing there can be read as text.
     """
     if path.is_file():
         if format_of(path) is None:
             raise UserError(f"{path}: expected a file that ends in {_endings()}")
-        splits = {"train": [path]}
-    else:
-        splits = {}
-        for file in sorted(path.rglob("*")):
-            inside = file.relative_to(path)
-            if file.is_file() and format_of(file) and not any(part.startswith(".") for part in inside.parts):
-                words = re.findall("[a-z]+", str(inside).lower())
-                named = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), "train")
-                splits.setdefault(named, []).append(file)
-        if not splits:
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-            raise UserError(f"{path}: no file in this folder ends in {_endings()} (found {found})")
-    if split not in splits:
-        raise UserError(f"{path}: there is no split '{split}' here (found {', '.join(sorted(splits))})")
-    return splits[split], set(splits)
+        return {"train": [path]}
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and format_of(file) and not any(part.startswith(".") for part in inside.parts):
+            words = re.findall("[a-z]+", str(inside).lower())
+            named = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), "train")
+            splits.setdefault(named, []).append(file)
+    if not splits:
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise UserError(f"{path}: no file in this folder ends in {_endings()} (found {found})")
+    return splits
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file's bytes are about those of its text."""
+    return format_of(path) in ("txt", "json", "jsonl", "csv") and path.suffix.lower() != ".gz"
+
+
+def count_rows(files: Iterable[Path]) -> int | None:
+    """Returns the rows of these files where that can be told without reading them."""
+    files = list(files)
+    if any(format_of(path) != "parquet" or path.suffix.lower() == ".gz" for path in files):
+        return None
+    return sum(_parquet(path).metadata.num_rows for path in files)
 
 
 def files_of(source: DataSource) -> list[Path]:
@@ -100,8 +111,8 @@ def missing_file(name: str) -> UserError:
     return UserError(f"{name}: there is no such file or folder{did_you_mean(path.name, siblings)}")
 
 
-def shards_of(files: Iterable[Path]) -> list[Shard]:
-    """Returns the shards of these files, in order."""
+def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
+    """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
         kind, size = format_of(path), path.stat().st_size
@@ -115,7 +126,7 @@ def shards_of(files: Iterable[Path]) -> list[Shard]:
             groups = _parquet(path).num_row_groups
             shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
         else:
-            shards.append(Shard(str(path), str(kind)))
+            shards.append(Shard(str(path), str(kind), unit=unit))
     return shards
 
 
@@ -136,7 +147,7 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
         elif shard.format == "csv":
             yield from _read_csv(path)
         else:
-            yield from _read_text(path)
+            yield from _read_text(path) if shard.unit == "document" else _read_pieces(path, shard.unit)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
     except (gzip.BadGzipFile, EOFError) as error:
@@ -162,6 +173,20 @@ def _read_text(path: Path) -> Iterator[dict[str, Any]]:
     rest = "".join(pieces)
     if whole or rest.strip():  # what follows the last separator is usually nothing
         yield {"text": rest if whole else rest.strip("\n")}
+
+
+def _read_pieces(path: Path, unit: str) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a text file, or its paragraphs (parted by blank lines); blank ones only part others."""
+    pieces: list[str] = []
+    with _open_text(path) as handle:
+        for line in itertools.chain(handle, [""]):
+            *ends, last = line.split(SEPARATOR)
+            for text, ends_here in [*((end, True) for end in ends), (last, unit == "line" or not last.strip())]:
+                pieces.append(text)
+                if ends_here:
+                    if (piece := "".join(pieces).strip("\n")).strip():
+                        yield {"text": piece}
+                    pieces = []
 
 
 def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,11 @@ FORMATS = (
     Format(
         "instruction/response", ("instruction", "response"), lambda row: _pair(row["instruction"], row["response"])
     ),
+    Format(
+        "instruction preference",
+        ("instruction", "chosen_response", "rejected_response"),
+        lambda row: _pair(row["instruction"], row["chosen_response"]),
+    ),
     Format("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools", "system")),
     Format("prompt/response", ("prompt", "response"), lambda row: _pair(row["prompt"], row["response"])),
     Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"])),
@@ -111,11 +116,6 @@ def recognize(columns: Iterable[str], where: str) -> Format:
         UserError: none does; it shows the columns found, the schemas expected, and the closest match.
     """
     found = set(columns)
-    if {"message_id", "parent_id", "text", "role"} <= found:
-        raise UserError(
-            f"{where}: not supported: its rows are single messages of trees, as in OpenAssistant/oasst1; "
-            "use conversations made of them, such as OpenAssistant/oasst_top1_2023-08-25"
-        )
     for candidate in FORMATS:
         if set(candidate.columns) <= found:
             return candidate

@@ -50,13 +50,13 @@ class InstructionMaker:
             "only_label": only_label,
         }
 
-    def open(self, named: DataSource, split: str | None = None) -> ConversationSource:
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
         """Finds a source and recognizes its format.
 
         Raises:
             UserError: it holds unpaired preferences and nothing says which of them to learn, or the other way round.
         """
-        source = load_conversations(named, split=split)
+        source = load_conversations(named, split=split, at_most=at_most)
         if source.label is not None and self.only_label is None:
             raise UserError(
                 f"{source.name}: its column '{source.label}' tells unpaired preferences (KTO), good answers "

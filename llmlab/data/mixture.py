@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llmlab.data.packing import PackedRows, as_example
+from llmlab.data.packing import PackedRows, as_example, stretch_of
 
 BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
 
@@ -69,7 +69,7 @@ class Schedule:
 
 
 class Mixture(Dataset):
-    """Map-style rows of several packed sources; every pass over a source is shuffled anew.
+    """Map-style rows of several packed sources; every pass over a source is shuffled anew, stretch by stretch.
 
     Args:
         sources: the rows to mix.
@@ -85,7 +85,7 @@ class Mixture(Dataset):
         self.schedule = Schedule(weights, seed)
         self.seed = seed
         self.length = self._epoch() if length is None else length
-        self._order: dict[int, tuple[int, np.ndarray]] = {}  # source -> its current pass and the order of its rows
+        self._order: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # source -> pass, stretch and its rows' order
 
     def __len__(self) -> int:
         return self.length
@@ -106,9 +106,13 @@ class Mixture(Dataset):
         source, number = self.schedule.locate(index)
         rows = len(self.sources[source])
         epoch, place = divmod(number, rows)
-        if self._order.get(source, (None,))[0] != epoch:
-            self._order[source] = epoch, np.random.default_rng([self.seed, source, epoch]).permutation(rows)
-        return source, int(self._order[source][1][place])
+        size = stretch_of(self.sources[source].length)
+        stretch, offset = divmod(place, size)
+        if self._order.get(source, (None,))[0] != (epoch, stretch):
+            shuffled = np.random.default_rng([self.seed, source, epoch, stretch])
+            order = shuffled.permutation(min(size, rows - stretch * size))
+            self._order[source] = (epoch, stretch), order
+        return source, stretch * size + int(self._order[source][1][offset])
 
     def _epoch(self) -> int:
         longest = max(

@@ -14,6 +14,11 @@ from torch.utils.data import Dataset
 from llmlab.data.store import TokenStore
 from llmlab.settings.errors import UserError
 
+STRETCH = 2**24
+"""Tokens that are shuffled together, and of which it is judged what to hold out.
+
+Both look no further, so that a run which reads more of its source sees the same rows first."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -38,18 +43,21 @@ class PackedRows(Dataset):
         store: tokenized corpus.
         spans: (spans, 2) the tokens that belong to it.
         length: tokens in a row.
+        most: rows at most; None is all.
     """
 
-    def __init__(self, name: str, store: TokenStore, spans: np.ndarray, length: int):
+    def __init__(self, name: str, store: TokenStore, spans: np.ndarray, length: int, most: int | None = None):
         self.name = name
         self.store = store
         self.length = length
+        self.most = most
         self.spans = spans[spans[:, 0] < spans[:, 1]]
         self.starts = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])  # before each span
         self.tokens = int(self.starts[-1])
 
     def __len__(self) -> int:
-        return self.tokens // self.length
+        whole = self.tokens // self.length
+        return whole if self.most is None else min(whole, self.most)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return as_example(self.row(index))
@@ -63,7 +71,7 @@ class PackedRows(Dataset):
         pieces = []
         while left:
             begin = self.spans[span, 0] + position - self.starts[span]
-            piece = self.store.tokens[begin : min(begin + left, self.spans[span, 1])]
+            piece = self.store.read(int(begin), int(min(begin + left, self.spans[span, 1])))
             pieces.append(piece)
             left -= len(piece)
             position += len(piece)
@@ -86,35 +94,42 @@ def all_of(store: TokenStore) -> np.ndarray:
     return np.array([[0, len(store.tokens)]])
 
 
+def stretch_of(length: int) -> int:
+    """Returns the rows that are shuffled together."""
+    return max(1, STRETCH // length)
+
+
 def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length: int) -> HeldOut:
     """Splits a corpus that has no validation split, the same way every time.
 
     Documents are held out in the order of a seeded hash of their text until they make up the fraction of the tokens
     and at least one row, so equal documents stay on one side.  Where single documents are too large for that (one
-    book, one play), the end of the text is held out.
+    book, one play), the end of the text is held out.  The first `STRETCH` tokens decide which hashes that are.
 
     Raises:
         UserError: the corpus is too small for a row on either side.
     """
-    lengths, total = store.documents["tokens"], len(store.tokens)
+    keys, ends = seeded(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
+    judged = int(np.searchsorted(ends, STRETCH)) + 1
+    lengths = store.documents["tokens"][:judged]
+    total = int(lengths.sum())
     wanted = max(math.ceil(fraction * total), length)
     if total - wanted < length:
         raise UserError(
             f"{name}: its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}; "
             f"expected at least {2 * length:,}; use a shorter max_seq_len or more text"
         )
-    keys = seeded(store.documents["hash"], seed)
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys[:judged], kind="stable")
     reached = np.cumsum(lengths[order])
     count = int(np.searchsorted(reached, wanted)) + 1
-    count = int(np.searchsorted(keys[order], keys[order[count - 1]], side="right"))  # equal documents come along
+    last = keys[order[count - 1]]
+    count = int(np.searchsorted(keys[order], last, side="right"))  # equal documents come along
     if reached[count - 1] > 2 * wanted or total - reached[count - 1] < length:
-        cut = total - wanted
-        return HeldOut(np.array([[0, cut]]), np.array([[cut, total]]), f"the last {wanted:,} tokens")
-    held = np.zeros(len(lengths), bool)
-    held[order[:count]] = True
-    ends = np.cumsum(lengths)
-    return HeldOut(_spans(~held, ends), _spans(held, ends), f"{count:,} documents by hash")
+        cut, end = total - wanted, len(store.tokens)
+        train = np.array([[0, cut], [total, end]] if end > total else [[0, cut]])
+        return HeldOut(train, np.array([[cut, total]]), f"the last {wanted:,} tokens")
+    held = keys <= last
+    return HeldOut(_spans(~held, ends), _spans(held, ends), f"{int(held.sum()):,} documents by hash")
 
 
 def seeded(hashes: np.ndarray, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from llmlab.data.formats import (
 from llmlab.data.messages import Message, Row, UnusableRow, is_empty, read_turns
 from llmlab.settings.errors import UserError
 
-PAIRS = ("ShareGPT preference", "preference", "hh-rlhf transcript")
+PAIRS = ("ShareGPT preference", "preference", "instruction preference", "hh-rlhf transcript")
 PAIR_FORMATS = tuple(form for form in FORMATS if form.name in PAIRS)
 
 
@@ -52,7 +52,10 @@ def to_pair(row: Row, form: Format) -> Row:
     for column in form.columns:
         if row.get(column) is None:
             raise UnusableRow(f"without '{column}'")
-    if form.name == "ShareGPT preference":
+    if form.name == "instruction preference":
+        prompt = _user(row["instruction"])
+        chosen, rejected = (_side(row[f"{side}_response"], form) for side in ("chosen", "rejected"))
+    elif form.name == "ShareGPT preference":
         prompt = read_turns(row["conversations"])
         chosen, rejected = read_turns([row["chosen"]]), read_turns([row["rejected"]])
     else:

@@ -47,9 +47,9 @@ class PreferenceMaker:
             "stops": self.renderer.stops,
         }
 
-    def open(self, named: DataSource, split: str | None = None) -> ConversationSource:
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
         """Finds a source of preference pairs and recognizes its format."""
-        return load_conversations(named, split=split, pairs=True)
+        return load_conversations(named, split=split, at_most=at_most, pairs=True)
 
     def make(self, pair: dict[str, Any]) -> dict[str, Any]:
         """Returns a pair as a row.

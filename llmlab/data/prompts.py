@@ -139,13 +139,13 @@ class PromptMaker:
         self.limit = f"max_prompt_length = {max_prompt_length}"
         self.identity = {"prompts": max_prompt_length}
 
-    def open(self, named: DataSource, split: str | None = None) -> PromptSource:
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> PromptSource:
         """Finds a source of prompts and recognizes its format.
 
         Raises:
             UserError: there is no such source, or no format has its columns.
         """
-        found = load_rows(named, split=split)
+        found = load_rows(named, split=split, at_most=at_most)
         first = found.first()
         names = list(dict.fromkeys(name for row in first for name in row))
         if not names:
@@ -153,8 +153,9 @@ class PromptMaker:
         if named.column is not None:
             column = choose_column(named, first)
             form = Format(f"column '{column}'", (column,), lambda row: [])
-            return PromptSource(named.name, found.rows, form, found.identity, found.splits, column)
-        return PromptSource(named.name, found.rows, recognize_prompts(names, named.name), found.identity, found.splits)
+        else:
+            form, column = recognize_prompts(names, named.name), None
+        return PromptSource(named.name, found.rows, form, found.identity, found.splits, column, count=found.count)
 
     def make(self, conversation: dict[str, Any]) -> dict[str, Any]:
         """Returns a prompt as a row.

@@ -7,17 +7,14 @@ packing are the trainer's.
 import hashlib
 import json
 import math
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, interleave_datasets, load_from_disk
+from datasets import Dataset, Features, List, Value, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.conversations import ConversationSource, OtherLabel
@@ -25,11 +22,14 @@ from llmlab.data.corpus import label_of
 from llmlab.data.encoding import text_hash
 from llmlab.data.messages import UnusableRow
 from llmlab.data.packing import seeded
+from llmlab.data.rendered import open_rendered
 from llmlab.data.store import cache_folder, cores
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable
 
 VERSION = 3  # of the rendered rows: raise it with every change that alters them
+READ_AT_LEAST = 65_536  # rows of a source: so many are shuffled together, and a short run reads no fewer
+MARGIN = 0.1  # more rows are read than are needed: some are dropped
 WORTH_PROCESSES = 5_000  # rows from which rendering in several processes pays
 
 
@@ -51,8 +51,8 @@ class RowMaker(Protocol):
     identity: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
 
-    def open(self, named: DataSource, split: str | None = None) -> ConversationSource:
-        """Finds a source and recognizes its format."""
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
+        """Finds a source, of which so many rows will be read, and recognizes its format."""
 
     def make(self, conversation: dict[str, Any]) -> dict[str, Any]:
         """Returns columns and counts, `problem` (what is wrong with the row, or empty) and `lost` (whether it is left
@@ -78,6 +78,8 @@ class RowsReport:
         lost: rows that were left with nothing to learn by a length limit.
         left_out: rows of unpaired preferences whose label was not asked for.
         passes: how many times training goes through them; None until it is known.
+        whole: whether all rows were read, or only as many as the run needs.
+        count: rows that the source has; None where unknown.
     """
 
     name: str
@@ -90,6 +92,8 @@ class RowsReport:
     lost: int = 0
     left_out: int = 0
     passes: float | None = None
+    whole: bool = True
+    count: int | None = None
 
     def record(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -98,6 +102,8 @@ class RowsReport:
     def summary(self) -> str:
         """Returns one line for people."""
         parts = [f"{self.trained_rows:,} rows"]
+        if not self.whole:
+            parts.append(f"reads {self.rows:,} of {'more' if self.count is None else f'{self.count:,}'}")
         if "trained_tokens" in self.counts:
             parts.append(f"{self.counts['trained_tokens'] / max(self.counts['tokens'], 1):.0%} of tokens trained")
         if self.counts.get("prompt_cut"):
@@ -144,6 +150,8 @@ def build_rows(
     allow_truncated: float = 0.05,
     validation_rows: int | None = None,
     max_samples: int | None = None,
+    rows_needed: int | None = None,
+    rows_before: Sequence[int] | None = None,
 ) -> Rows:
     """Builds the rows that the settings describe, and proves them.
 
@@ -156,6 +164,8 @@ def build_rows(
         allow_truncated: share of a source's rows that may be left with nothing to learn by a length limit.
         validation_rows: rows to validate with at most.
         max_samples: training rows at most, drawn by the seed.
+        rows_needed: rows that the whole run trains on; larger sources are read only as far. None reads them whole.
+        rows_before: rows of each source that the run to resume has read: it goes on with the same.
 
     Raises:
         UserError: a source is missing or unreadable, too many of its rows are unusable, or a row is wrong: it names
@@ -164,13 +174,18 @@ def build_rows(
     builder = _Builder(settings, maker, seed, allow_truncated, validation_rows or 2**62)
     weights = np.array([source.weight for source in settings.datasets])
     parts, held, reports = [], [], []
-    for named, share in zip(settings.datasets, weights / weights.sum(), strict=True):
-        train, validation, report = builder.part(named, float(share))
+    needed = min((n for n in (rows_needed, max_samples) if n is not None), default=None)
+    for number, (named, share) in enumerate(zip(settings.datasets, weights / weights.sum(), strict=True)):
+        # the share that is held out, not how much of it validates: that must not decide what is trained on
+        at_most = None if needed is None else builder.rows_for(share * needed / (1 - builder.held_out))
+        if rows_before is not None:
+            at_most = rows_before[number]
+        train, validation, report = builder.part(named, float(share), at_most)
         parts.append(train)
         reports.append(report)
         held += [] if validation is None else [validation]
     if settings.validation_datasets is not None:
-        held = [builder.rows(named)[0] for named in settings.validation_datasets]
+        held = [builder.validation(named) for named in settings.validation_datasets]
     validation = None
     if held:
         every = builder.mix(held, [len(rows) for rows in held])
@@ -191,14 +206,28 @@ class _Builder:
     allow_truncated: float
     validation_rows: int
 
-    def part(self, named: DataSource, share: float) -> tuple[Dataset, Dataset | None, RowsReport]:
+    @property
+    def held_out(self) -> float:
+        """The share of a source that is not trained on."""
+        return self.settings.validation_fraction if self.settings.validation_datasets is None else 0.0
+
+    def rows_for(self, needed: float) -> int:
+        """Returns how many rows of a source to read for so many that are needed."""
+        return max(READ_AT_LEAST, math.ceil(needed + MARGIN * needed))
+
+    def validation(self, named: DataSource, split: str | None = None) -> Dataset:
+        """Returns the rows of a source that is there for validation."""
+        at_most = None if self.validation_rows == 2**62 else self.rows_for(self.validation_rows)
+        return self.rows(named, split=split, at_most=at_most)[0]
+
+    def part(self, named: DataSource, share: float, at_most: int | None) -> tuple[Dataset, Dataset | None, RowsReport]:
         """Returns a source's training rows, its held-out rows where there are any, and its report."""
-        train, report, source = self.rows(named, share)
+        train, report, source = self.rows(named, share, at_most=at_most)
         validation = None
         fraction = self.settings.validation_fraction
         if self.settings.validation_datasets is None and fraction > 0:
             if "validation" in source.splits and named.split != "validation":
-                validation = self.rows(named, split="validation")[0]
+                validation = self.validation(named, "validation")
             else:
                 train, validation = self._hold_out(named, train, math.ceil(share * self.validation_rows))
         report.trained_rows = len(train)
@@ -206,12 +235,12 @@ class _Builder:
         return train, validation, report
 
     def rows(
-        self, named: DataSource, share: float = 1.0, split: str | None = None
+        self, named: DataSource, share: float = 1.0, split: str | None = None, at_most: int | None = None
     ) -> tuple[Dataset, RowsReport, ConversationSource]:
         """Returns the usable rows of a source, after proving them."""
-        source = self.maker.open(named, split)
-        rendered = self._rendered(source)
-        report = RowsReport(label_of(named), source.form.name, share, len(rendered))
+        source = self.maker.open(named, split, at_most)
+        rendered, whole = self._rendered(source, at_most)
+        report = RowsReport(label_of(named), source.form.name, share, len(rendered), whole=whole, count=source.count)
         names = ("dropped", "problem", "lost", "left_out")
         dropped, problems, lost, left_out = (np.array(rendered[name][:]) for name in names)
         report.dropped.update(str(reason) for reason in dropped[dropped != ""])
@@ -276,8 +305,8 @@ class _Builder:
             )
         return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(used))
 
-    def _rendered(self, source: ConversationSource) -> Dataset:
-        """Returns every row of a source as tokens, from the cache where the same was rendered before."""
+    def _rendered(self, source: ConversationSource, at_most: int | None) -> tuple[Dataset, bool]:
+        """Returns rows of a source as tokens, from the cache where the same was rendered before, and whether all."""
         material = {
             "version": VERSION,
             "source": source.identity,
@@ -287,32 +316,20 @@ class _Builder:
         }
         key = hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:24]
         folder = cache_folder(self.settings.cache_dir) / f"rows-{key}"
-        if not folder.is_dir():
-            self._render(source, folder)
-        return load_from_disk(str(folder))
+        return open_rendered(source, folder, at_most, lambda texts: self._render(source, texts))
 
-    def _render(self, source: ConversationSource, folder: Path) -> None:
-        raw = Dataset.from_dict({"row": [json.dumps(row, default=str) for row in source.rows]})
+    def _render(self, source: ConversationSource, texts: list[str]) -> Dataset:
+        raw = Dataset.from_dict({"row": texts})
         counts = {name: Value("int64") for name in self.maker.counts}
         about = {"whole": Value("int64"), "hash": Value("int64"), "lost": Value("bool"), "left_out": Value("bool")}
         # Arrow's writer takes no Python integer above 63 bits: hashes are shifted
-        rows = raw.map(
+        return raw.map(
             _MakeRow(source, self.maker),
             remove_columns="row",
             features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
             num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
             desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-        try:
-            rows.save_to_disk(str(temporary / "rows"))
-            if not folder.is_dir():
-                (temporary / "rows").rename(folder)
-        except OSError as error:
-            raise UserError(f"cache_dir = {folder.parent}: cannot be written: {error}") from None
-        finally:
-            shutil.rmtree(temporary)
 
 
 _TEXTS = {"dropped": Value("string"), "problem": Value("string")}

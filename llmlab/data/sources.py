@@ -5,6 +5,7 @@ elsewhere.
 """
 
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab.data import demo, files
+from llmlab.data.interleaving import Interleaved
+from llmlab.data.splits import Use, choose_splits, choose_subset
+from llmlab.data.trees import as_conversations, is_tree
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, reading
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    from datasets import DatasetBuilder, DatasetInfo, IterableDataset
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_content", "code")
 """Columns taken for the text, in this order, where no column is named."""
@@ -59,6 +63,7 @@ class TextSource:
         identity: what another content would change; plain values for a cache key.
         size: bytes on disk, about those of the text; None where unknown.
         splits: the splits that the source has.
+        count: rows; None where unknown.
     """
 
     name: str
@@ -67,6 +72,7 @@ class TextSource:
     identity: dict[str, Any]
     size: int | None = None
     splits: tuple[str, ...] = ("train",)
+    count: int | None = None
 
     def texts(self, tally: Tally, allow_dropped: float = 1.0) -> Iterator[str]:
         """Yields the documents once, counting every row; stops early where too many are dropped."""
@@ -116,6 +122,7 @@ class RowSource:
         splits: the splits that the source has.
         size: bytes on disk, about those of the text; None where unknown.
         select: returns the rows with one column alone, which some files are read faster for.
+        count: rows; None where unknown.
     """
 
     name: str
@@ -124,32 +131,35 @@ class RowSource:
     splits: tuple[str, ...]
     size: int | None
     select: Callable[[str], "IterableDataset"]
+    count: int | None = None
 
     def first(self) -> list[dict[str, Any]]:
         """Returns the rows that formats and columns are recognized from."""
         return list(itertools.islice(self.rows, LOOK_AT))
 
 
-def load_rows(source: DataSource, *, streaming: bool = False, split: str | None = None) -> RowSource:
-    """Finds a source, whatever its rows are.
+def load_rows(
+    source: DataSource,
+    *,
+    streaming: bool = False,
+    split: str | None = None,
+    pairs: bool = False,
+    at_most: int | None = None,
+) -> RowSource:
+    """Finds a source of conversations, prompts or pairs; trees of messages become conversations.
 
     Args:
         source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
         streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
         split: another split than the source names.
+        pairs: whether it is read for preference pairs, which some data sets have splits of their own for.
+        at_most: rows that will be read; a hub data set that has more is read as it comes.
 
     Raises:
         UserError: there is no such source, or it cannot be reached or read.
     """
-    split = split or source.split
-    path = Path(source.name).expanduser()
-    if source.name.startswith(demo.PREFIX):
-        return _find_demo(source, split)
-    if path.exists():
-        return _find_local(source, path, split)
-    if _looks_local(source.name):
-        raise files.missing_file(source.name)
-    return _find_hub(source, split, streaming)
+    found = _find(source, split, "pairs" if pairs else "instructions", streaming, at_most)
+    return as_conversations(found) if is_tree(next(iter(found.rows), {})) else found
 
 
 def load_text(source: DataSource, *, streaming: bool = False, split: str | None = None) -> TextSource:
@@ -163,10 +173,32 @@ def load_text(source: DataSource, *, streaming: bool = False, split: str | None 
     Raises:
         UserError: there is no such source, it cannot be reached or read, or its text column is not clear.
     """
-    found = load_rows(source, streaming=streaming, split=split)
+    found = _find(source, split, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
-    return TextSource(source.name, found.select(column), column, identity, found.size, found.splits)
+    rows = found.select(column)
+    return TextSource(source.name, rows, column, identity, found.size, found.splits, found.count)
+
+
+def is_online() -> bool:
+    """Whether the hub may be reached: `HF_HUB_OFFLINE` is not set."""
+    import datasets
+
+    return not datasets.config.HF_HUB_OFFLINE
+
+
+def _find(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
+    split = split or source.split
+    path = Path(source.name).expanduser()
+    if source.text_unit != "document" and not path.exists():
+        raise UserError(f"{source.name}: text_unit = {source.text_unit} is for local text files")
+    if source.name.startswith(demo.PREFIX):
+        return _find_demo(source, split or "train")
+    if path.exists():
+        return _find_local(source, path, split, use)
+    if _looks_local(source.name):
+        raise files.missing_file(source.name)
+    return _find_hub(source, split, use, streaming, at_most)
 
 
 def _find_demo(source: DataSource, split: str) -> RowSource:
@@ -178,52 +210,139 @@ def _find_demo(source: DataSource, split: str) -> RowSource:
     return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
 
 
-def _find_local(source: DataSource, path: Path, split: str) -> RowSource:
+def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> RowSource:
     from datasets import IterableDataset
 
-    if source.subset:
+    if path.is_dir() and _has_configs(path):
+        with reading(f"{source.name}: README.md", "the description of a data set"):
+            described = _open_builder(str(path), source.subset, use).config.data_files or {}
+        by_split = {name: [Path(file) for file in found] for name, found in described.items()}
+    elif source.subset:
         raise UserError(
-            f"{source.name} | {source.subset}: a local path has no subsets; name the file or folder itself"
+            f"{source.name} | {source.subset}: a local path has no subsets unless its README.md says so (configs:); "
+            "name the file or folder itself"
         )
-    found, splits = files.find_files(path, split)
+    else:
+        by_split = files.find_files(path)
+    chosen = choose_splits(source.name, by_split, split, use)
+    if any("[" in name for name in chosen):
+        raise UserError(f"{source.name}: split = {split}: slices are for data sets of the hub")
+    found = [file for name in chosen for file in by_split[name]]
+    if strange := next((file for file in found if files.format_of(file) is None), None):
+        raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
+    if source.text_unit != "document" and not all(files.format_of(file) == "txt" for file in found):
+        raise UserError(f"{source.name}: text_unit = {source.text_unit} is for text files; these have rows")
     if sum(file.stat().st_size for file in found) == 0:
         raise UserError(f"{source.name}: the file is empty")
-    shards = files.shards_of(found)
+    shards = [files.shards_of(by_split[name], source.text_unit) for name in chosen]
+
+    sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
 
     def select(column: str | None) -> IterableDataset:
-        return IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": shards, "column": column})
+        parts = [
+            IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": each, "column": column})
+            for each in shards
+        ]
+        return join_splits(parts, sizes, use)
 
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
-    plain = all(shard.format in ("txt", "json", "jsonl", "csv") and not shard.path.endswith(".gz") for shard in shards)
-    size = sum(file.stat().st_size for file in found) if plain else None
-    return RowSource(source.name, select(None), identity, tuple(sorted(splits)), size, select)
+    if source.text_unit != "document":
+        identity["text_unit"] = source.text_unit
+    return RowSource(
+        source.name,
+        select(None),
+        identity,
+        tuple(sorted(by_split)),
+        sum(file.stat().st_size for file in found) if all(map(files.is_plain, found)) else None,
+        select,
+        files.count_rows(found),
+    )
 
 
-def _find_hub(source: DataSource, split: str, streaming: bool) -> RowSource:
-    import datasets
+def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
+    """Returns the rows of several splits: of conversations each split's in turn, as often as its size says."""
+    from datasets import concatenate_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    if use == "text":  # whose order is the business of those that tokenize it
+        return concatenate_datasets(parts)
+    return Interleaved(parts, sizes if len(sizes) == len(parts) and all(sizes) else None)
+
+
+def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
 
     try:
-        data = datasets.load_dataset(source.name, source.subset, split=split, streaming=streaming)
-        rows = data if streaming else data.to_iterable_dataset(num_shards=min(64, max(1, len(data))))
+        builder = _open_builder(source.name, source.subset, use)
+        info = builder.info.splits or {}
+        splits = tuple(info or builder.config.data_files or ())
+        chosen = choose_splits(source.name, splits, split, use) if splits else [split or "train"]
+        known = [info[name] for name in chosen if name in info]
+        count = sum(each.num_examples for each in known) if len(known) == len(chosen) else None
+        slices = any("[" in name for name in chosen)
+        larger = at_most is not None and (count is None or count > at_most)
+        if not streaming and not slices and is_online():
+            streaming = larger or not _fits_disk(builder.info)
+        if streaming:
+            parts = [builder.as_streaming_dataset(name) for name in chosen]
+        else:
+            builder.download_and_prepare()
+            loaded = [builder.as_dataset(name) for name in chosen]
+            count = sum(map(len, loaded))
+            parts = [data.to_iterable_dataset(num_shards=min(64, max(1, len(data)))) for data in loaded]
+        rows = join_splits(parts, [each.num_examples for each in known], use)
         next(iter(rows), None)  # a stream is reached only now
+    except UserError:
+        raise
     except ConnectionError as error:
         raise UserError(
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
             f"({_first_line(error)}); without a network use local files or demo/stories"
         ) from None
-    except (FileNotFoundError, ValueError) as error:  # not there, gated, or no such subset or split
+    except (FileNotFoundError, ValueError) as error:  # not there, gated, or no such subset
         raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
     except OSError as error:  # most of all a disk that is too small
-        hint = "" if streaming else "; streaming: true reads it without a copy on disk"
-        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}{hint}") from None
+        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
     identity = {
         "hub": source.name,
-        "subset": source.subset,
-        "split": split,
-        "content": None if streaming else data._fingerprint,
+        "subset": builder.config.name,
+        "split": chosen,
+        "content": builder.hash,
+        "streamed": streaming,  # files and tables have other shards, so another order
     }
-    splits = tuple(data.info.splits or (split,))
-    return RowSource(source.name, rows, identity, splits, None, lambda column: rows.select_columns([column]))
+    size = sum(each.num_bytes for each in known) if len(known) == len(chosen) else None
+    return RowSource(source.name, rows, identity, splits, size, lambda column: rows.select_columns([column]), count)
+
+
+def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(name, subset)
+    except ValueError:  # several subsets, none of them the default
+        subsets = [] if subset else datasets.get_dataset_config_names(name)
+        if len(subsets) < 2:
+            raise
+        return datasets.load_dataset_builder(name, choose_subset(name, subsets, use))
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether a folder is a copy of a hub data set, whose README.md begins with which files are which split."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    head = readme.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    return head.startswith("---") and "\nconfigs:" in head
+
+
+def _fits_disk(info: "DatasetInfo") -> bool:
+    """Whether a data set can be downloaded, as far as its sizes are known."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    return (info.download_size or 0) + (info.dataset_size or 0) < shutil.disk_usage(folder).free
 
 
 def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ class PreferenceSettings(RhythmSettings, HardwareSettings, LoraSettings, Optimiz
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **v.LOWEST_LOSS,
-        "streaming": "every pair is proven before the first step, so sources are read whole",
+        "streaming": "every pair is proven before the first step, so rows are made before it",
     }
     implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (

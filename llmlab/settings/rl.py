@@ -70,7 +70,7 @@ class OnlineSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSe
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
-        "streaming": "every prompt is measured before the first step, so sources are read whole",
+        "streaming": "every prompt is measured before the first step, so rows are made before it",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
         "max_episode_length": "there are no tools in this stage: an episode is one completion, of max_new_tokens",
     }

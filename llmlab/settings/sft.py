@@ -19,7 +19,7 @@ class SFTSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSetti
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **v.LOWEST_LOSS,
-        "streaming": "every row is proven before the first step, so sources are read whole",
+        "streaming": "every row is proven before the first step; large sources are read only as far as the run needs",
     }
     implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)

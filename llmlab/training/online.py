@@ -158,6 +158,7 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
             seed=settings.seed,
             validation_rows=settings.eval_batches * settings.mini_batch_size * processes,
             max_samples=settings.max_samples,
+            **run.extent(settings.batch_size / settings.rollout(processes).updates),
         )
         if len(rows.train) < settings.batch_size:
             raise UserError(

@@ -80,7 +80,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     Raises:
         UserError: there is no such source, its columns tell no prompts, or no row holds one.
     """
-    found = load_rows(source)
+    found = load_rows(source, at_most=limit)
     columns = list(dict.fromkeys(name for row in found.first() for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")

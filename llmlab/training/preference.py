@@ -32,7 +32,7 @@ ADVICE = (
 
 def read_pairs(run: Run[Any], policy: Policy, *, max_prompt_length: int | None) -> Rows:
     """Returns the pairs of a stage's sources as tokens."""
-    settings = run.settings
+    settings, processes = run.settings, run.process.num_processes
     length = policy.fit(settings.max_length)
     if max_prompt_length is not None and max_prompt_length >= length:
         max_prompt_length = length // 2  # a short context has room for an answer too
@@ -45,8 +45,9 @@ def read_pairs(run: Run[Any], policy: Policy, *, max_prompt_length: int | None) 
             maker,
             seed=settings.seed,
             allow_truncated=settings.allow_truncated,
-            validation_rows=settings.eval_batches * settings.mini_batch_size * run.process.num_processes,
+            validation_rows=settings.eval_batches * settings.mini_batch_size * processes,
             max_samples=settings.max_samples,
+            **run.extent(settings.mini_batch_size * processes * settings.accumulation(processes)),
         )
 
 

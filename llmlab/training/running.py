@@ -31,7 +31,7 @@ from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, W
 from llmlab.training.compile import compile_if_worth
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
-from llmlab.training.record import RunRecord, RunResult
+from llmlab.training.record import RunRecord, RunResult, read_record
 from llmlab.training.start import S, Start
 
 BEST_ADAPTERS = "best_lora_adapters"
@@ -57,6 +57,15 @@ class Run(Generic[S]):
     def reading(self) -> AbstractContextManager[Any]:
         """Returns the context that data is read in: its progress shows on terminals alone."""
         return nullcontext() if self.console.is_terminal else quiet_libraries()
+
+    def extent(self, rows_per_step: float) -> dict[str, Any]:
+        """Returns how far sources are read, for `build_rows`: as far as the run needs, resumed as far as it did."""
+        steps = self.settings.max_steps if getattr(self.settings, "epochs", None) is None else None
+        before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
+        return {
+            "rows_needed": None if steps is None else math.ceil(steps * rows_per_step),
+            "rows_before": None if before is None else [source["rows"] for source in before],
+        }
 
     def callbacks(self, *, evaluates: bool, best_is: str = "loss") -> list[TrainerCallback]:
         """Makes the callbacks that the trainer is built with; `best_is` as in `Rhythm`."""

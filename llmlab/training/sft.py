@@ -27,6 +27,7 @@ from llmlab.training.record import RunResult
 from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
 from llmlab.training.start import begin
 
+SHORTEST = 128  # tokens of a conversation, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
@@ -113,6 +114,8 @@ def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
     with quiet_libraries():
         policy = load_policy(settings.policy_checkpoint, settings, run.hardware, chat_template=settings.chat_template)
     length = policy.fit(settings.max_seq_len)
+    rows_per_batch = settings.batch_size * run.process.num_processes
+    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
     with run.process.main_process_first(), run.reading():
         maker = InstructionMaker(
             policy.tokenizer,
@@ -128,6 +131,7 @@ def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
             allow_truncated=settings.allow_truncated,
             validation_rows=settings.eval_steps * settings.batch_size * run.process.num_processes,
             max_samples=settings.max_samples,
+            **run.extent(rows_per_step * max(1, length // SHORTEST) if settings.packing else rows_per_step),
         )
     evaluates = data.validation is not None
     with quiet_libraries():
@@ -141,8 +145,7 @@ def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
             processing_class=policy.tokenizer,
             callbacks=run.callbacks(evaluates=evaluates),
         )
-    rows, rows_per_batch = len(trainer.train_dataset), settings.batch_size * run.process.num_processes
-    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
+    rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
         trainer.data_collator = RowsApart(trainer.data_collator)
         # the trainer would count one row of each batch

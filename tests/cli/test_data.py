@@ -99,7 +99,7 @@ def test_plain_text_by_any_usual_column(cli, tmp_path):
     ("words", "message"),
     [
         (["check", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-        (["check", "a | b | c | d"], "expected 'name | subset (optional) | weight (optional)'"),
+        (["check", "a | b | c | d | e"], "expected 'name | subset (optional) | weight (optional) | split (optional)'"),
         (["check", "demo/chat", "demo/poems"], "there is no such demo corpus"),
         (["check", "demo/chat | 5kB", "--tokenizer", "nowhere/at/all"], "nowhere/at/all"),
         (["preview", "demo/chat | 5kB", "-t", "TOKENIZER", "--chat-template", "x.jinja"], "chat_template = x.jinja"),

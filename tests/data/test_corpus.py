@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmlab.data import build_corpus
+from llmlab.data import build_corpus, packing
+from llmlab.data import corpus as corpus_module
+from llmlab.data import store as store_module
 from llmlab.settings.errors import UserError
 
 LENGTH = 64
@@ -135,3 +138,86 @@ def test_what_cannot_be_built_is_answered(make_settings, tokenizer, play, tmp_pa
     without_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="no eos token"):
         build_corpus(make_settings(play), without_eos, max_seq_len=LENGTH)
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    """Sources of more than 4,096 tokens are large ones."""
+    for module in (corpus_module, packing):
+        monkeypatch.setattr(module, "STRETCH", 4096)
+    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(store_module, "SMALL", 0)
+
+
+def rows_of(rows):
+    return [rows[i]["input_ids"].tolist() for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer, web, short_stretches, fraction):
+    settings = make_settings(web, validation_fraction=fraction)
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=100, validation_rows=3)
+    report = corpus.report.sources[0]
+    documents = report.tally.documents
+    assert not report.whole
+    assert 100 * LENGTH <= report.tokens <= 100 * LENGTH + 4096  # whole stretches
+    assert documents < 0.3 * 4000
+    assert report.count == pytest.approx(4000, rel=0.7)  # known from its bytes: about
+    assert f"reads {documents:,} of about {report.count:,} documents" in corpus.report.summary()
+    assert corpus.report.record()["sources"][0]["whole"] is False
+    assert corpus.train.epochs()[0] < 1
+    whole = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=10**6, validation_rows=3)
+    assert whole.report.sources[0].whole
+    assert whole.report.sources[0].tally.documents == 4000
+    assert "reads" not in whole.report.summary()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tmp_path, short_stretches, fraction):
+    (tmp_path / "shop.jsonl").write_text(
+        "".join(json.dumps({"text": f"Side {i} of it. " * 9}) + "\n" for i in range(90))
+    )
+    settings = make_settings({"name": web, "weight": 3}, str(tmp_path / "shop.jsonl"), validation_fraction=fraction)
+
+    def build(rows):
+        return build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=rows, validation_rows=3)
+
+    first, second, third = (build(rows) for rows in (90, 400, 4000))
+    again = build(90)  # after more was read
+    assert [corpus.report.sources[0].whole for corpus in (first, second, third)] == [False, False, True]
+    assert rows_of(first.train) == rows_of(again.train) == rows_of(second.train)[:90]
+    assert rows_of(second.train) == rows_of(third.train)[:400]
+    ids = [name for name in map(second.train.sample_id, range(400)) if name.startswith(web)]
+    assert len(set(ids)) == len(ids) == pytest.approx(300, abs=2)  # not one stretch again and again
+    if fraction:
+        held = [sorted(rows_of(corpus.validation)) for corpus in (first, second, third)]
+        assert held[0] == held[1] == held[2] and len(held[0]) == 3
+        trained = {number for row in rows_of(third.train) for number in numbers_in(tokenizer.decode(row))}
+        validated = {number for row in held[0] for number in numbers_in(tokenizer.decode(row))}
+        assert len(validated) > 3
+        assert not trained & validated
+
+
+def test_the_beginning_of_a_source_is_of_all_its_files(make_settings, tokenizer, tmp_path, short_stretches):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for each in "ABC":
+        text = "".join(json.dumps({"text": f"Of {each} number {i} speaks the page."}) + "\n" for i in range(2000))
+        (folder / f"{each}.jsonl").write_text(text)
+    settings = make_settings(str(folder), validation_fraction=0)
+    corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=30)
+    text = tokenizer.decode([number for row in rows_of(corpus.train) for number in row])
+    counts = [text.count(f"Of {each} number") for each in "ABC"]
+    assert sum(counts) > 80
+    assert min(counts) > 0.8 * max(counts)
+
+
+def numbers_in(text):
+    return set(re.findall(r"<\|endoftext\|>Page (\d+) of the web", text))
+
+
+@pytest.fixture
+def web(tmp_path):
+    path = tmp_path / "web.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Page {i} of the web. " * (i % 5 + 1)}) + "\n" for i in range(4000)))
+    return str(path)

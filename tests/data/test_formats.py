@@ -42,6 +42,9 @@ ROWS = {  # for each format a row that says PAIR
         {"instruction": "Who?", "input": "", "output": "Me.", "history": None, "system": " "},
     ],
     "instruction/response": [{"instruction": "Who?", "response": "Me."}],
+    "instruction preference": [
+        {"instruction": "Who?", "chosen_response": "Me.", "rejected_response": "You.", "source": "truthful_qa"},
+    ],
     "prompt/completion": [
         {"prompt": "Who?", "completion": "Me."},
         {"prompt": [ASKED], "completion": [ANSWERED]},
@@ -181,7 +184,6 @@ def test_a_row_that_cannot_be_read_says_why(row, reason):
         (["instrction", "output"], ["did you mean 'instrction'?", "question/answer (question, answer)"]),
         (["conversation", "id"], ["closest is ShareGPT", "lacks conversations", "did you mean 'conversation'?"]),
         (["question", "reply"], ["closest is question/answer, which lacks answer"]),
-        (["message_id", "parent_id", "text", "role"], ["not supported: its rows are single messages of trees"]),
     ],
 )
 def test_unknown_columns_name_the_nearest_format(columns, messages):

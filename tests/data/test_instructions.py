@@ -13,7 +13,7 @@ from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError
 
-OPTIONS = ("allow_truncated", "seed", "validation_rows", "max_samples")
+OPTIONS = ("allow_truncated", "seed", "validation_rows", "max_samples", "rows_needed", "rows_before")
 
 
 def write(path, rows):
@@ -215,5 +215,23 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
     build(source, num_proc=num_proc)
-    [folder] = (tmp_path / "cache").rglob("rows-*")
+    [folder] = [path for path in tmp_path.rglob("rows-*") if path.is_dir()]
     assert len(set(load_from_disk(str(folder))["cut"])) == workers
+
+
+def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "READ_AT_LEAST", 40)
+    source = write(tmp_path / "a.jsonl", pairs(200))
+    data = build(source, rows_needed=70, validation_rows=10, validation_fraction=0.1)
+    assert (
+        data.record()["sources"][0] | {"rows": 86, "whole": False} == data.record()["sources"][0]
+    )  # 70 / 0.9, and a tenth
+    assert (len(data.train), len(data.validation)) == (77, 9)
+    assert "reads 86 of more" in data.summary()
+    assert build(source, rows_needed=3).reports[0].rows == 40  # a short run draws from as many
+    assert build(source, rows_needed=1000, max_samples=50).reports[0].rows == 55
+    whole = build(source, rows_needed=1000)
+    assert (whole.reports[0].rows, whole.reports[0].whole) == (200, True)
+    assert build(source).reports[0].rows == 200
+    resumed = build(source, rows_needed=1000, rows_before=[86], validation_rows=10, validation_fraction=0.1)
+    assert texts(resumed.train, tokenizer) == texts(data.train, tokenizer)

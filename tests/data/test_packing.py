@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from llmlab.data import checksums
 from llmlab.data import store as store_module
 from llmlab.data.encoding import TextEncoder
 from llmlab.data.packing import PackedRows, all_of, hold_out
@@ -191,3 +193,106 @@ def test_workers_get_the_path_not_the_tokens(open_):
     sent = pickle.dumps(rows)
     assert len(sent) < 2000
     assert np.array_equal(pickle.loads(sent).row(5), rows.row(5))
+
+
+DAMAGES = {
+    "tokens.bin cut": lambda folder: os.truncate(folder / "tokens.bin", 1000),
+    "tokens.bin altered": lambda folder: alter(folder / "tokens.bin", 5001),
+    "documents.bin altered": lambda folder: alter(folder / "documents.bin", 7),
+    "documents.bin gone": lambda folder: (folder / "documents.bin").unlink(),
+    "meta.json cut": lambda folder: os.truncate(folder / "meta.json", 20),
+    "meta.json of another shape": lambda folder: (folder / "meta.json").write_text('{"documents": [], "files": 3}'),
+    "meta.json gone": lambda folder: (folder / "meta.json").unlink(),
+}
+
+
+def alter(path, place):
+    """Flips one bit."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_made_anew_with_a_notice(open_, tmp_path, capsys, damage):
+    store = open_(STORIES)
+    expected = store.tokens.tolist()
+    del store
+    damage(next(path.parent for path in tmp_path.rglob("tokens.bin")))
+    capsys.readouterr()
+    again = open_(STORIES)
+    assert again.fresh
+    assert again.tokens.tolist() == expected
+    assert "demo/stories: its cache is damaged and made anew (" in capsys.readouterr().err
+    assert not open_(STORIES).fresh
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_of_a_large_cache_no_altered_block_is_ever_read(open_, monkeypatch):
+    """What is too large to verify on opening is verified where it is read."""
+    for module in (store_module, checksums):
+        monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(store_module, "VERIFIED_AT_ONCE", 0)
+    store = open_(STORIES)
+    expected = store.tokens.tolist()
+    alter(store.folder / "tokens.bin", 3 * 4096 + 17)
+    again = open_(STORIES)
+    assert not again.fresh
+    inside = 4096 // store.type.itemsize  # tokens of a block
+    assert again.read(0, 3 * inside).tolist() == expected[: 3 * inside]
+    assert again.read(4 * inside, 5 * inside).tolist() == expected[4 * inside : 5 * inside]
+    with pytest.raises(UserError, match="tokens.bin: byte 12,288 to 16,384 are not what was written; run it again"):
+        PackedRows("stories", again, all_of(again), 64).row(3 * inside // 64)
+    mended = open_(STORIES)
+    assert mended.fresh
+    assert mended.read(0, len(expected)).tolist() == expected
+
+
+def test_a_corpus_is_extended_to_what_it_would_have_been(open_, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(store_module, "SMALL", 0)
+    (tmp_path / "files").mkdir()
+    for each in range(3):
+        lines(
+            tmp_path / "files" / f"part-{each}.txt", [f"Story {each}{i} of a fox." * (i % 5 + 1) for i in range(120)]
+        )
+    source = DataSource(name=str(tmp_path / "files"))
+    whole = open_(source, cache_dir=str(tmp_path / "other"))
+    assert whole.whole
+    first = open_(source, tokens=500)
+    assert not first.whole
+    assert 500 <= len(first.tokens) < 0.5 * len(whole.tokens)
+    assert first.tokens.tolist() == whole.tokens[: len(first.tokens)].tolist()
+    assert open_(source, tokens=400).meta == first.meta  # it has enough
+    read = tokenizer.decode(first.tokens)
+    assert all(f"Story {each}0 of" in read for each in range(3))  # of every file from the start
+
+    with monkeypatch.context() as patch:  # an extension is killed while it writes
+        patch.setattr(store_module, "write_atomically", lambda *args: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            open_(source, tokens=len(first.tokens) + 1)
+    assert (first.folder / "tokens.bin").stat().st_size > first.sums["tokens.bin"].size
+    kept = open_(source, tokens=400)
+    assert not kept.fresh
+    assert kept.tokens.tolist() == first.tokens.tolist()
+
+    more = open_(source, tokens=len(first.tokens) + 1)
+    assert more.fresh and not more.whole
+    assert more.tokens.tolist() == whole.tokens[: len(more.tokens)].tolist()
+    end = open_(source)
+    assert end.whole
+    for name in ("tokens.bin", "documents.bin"):
+        assert (end.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert end.tally == whole.tally
+    assert open_(source, tokens=10**9).fresh is False  # there is no more
+
+
+def test_what_does_not_fit_the_disk_is_refused(open_, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**5, 10**5, 10**4))
+    with pytest.raises(UserError, match=r"demo/stories: its tokens take about 0.0 GB in .*streaming=true"):
+        open_(STORIES)
+    assert open_(STORIES, tokens=500).fresh
+
+
+def raise_(error):
+    raise error

@@ -37,6 +37,9 @@ ROWS = {  # for each format rows that say PAIR
         {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"prompt": "", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
     ],
+    "instruction preference": [  # argilla/ultrafeedback-binarized-preferences
+        {"instruction": "Who?", "chosen_response": "Me.", "rejected_response": "You.", "chosen_avg_rating": 5.0},
+    ],
     "hh-rlhf transcript": [
         {"chosen": "\n\nHuman: Who?\n\nAssistant: Me.", "rejected": "\n\nHuman: Who?\n\nAssistant: You."},
         {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},

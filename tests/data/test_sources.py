@@ -62,6 +62,30 @@ def test_a_text_file_without_separators_is_one_document_as_it_stands(tmp_path):
     assert read(tmp_path / "play.txt")[0] == ["All:\nSpeak, speak.\n\nFirst Citizen:\n  You\n"]
 
 
+POEM = "One line.\nTwo line.\n\n  \n\nRed line.\nBlue line.<|endoftext|>A new one.\n\n"
+
+
+def test_a_text_file_is_read_by_document_paragraph_or_line(tmp_path):
+    (tmp_path / "poem.txt").write_text(POEM)
+    (tmp_path / "poem.txt.gz").write_bytes(gzip.compress(POEM.encode()))
+    for name in ("poem.txt", "poem.txt.gz"):
+        lines = read(tmp_path / name, text_unit="line")[0]
+        assert lines == ["One line.", "Two line.", "Red line.", "Blue line.", "A new one."]
+        paragraphs = read(tmp_path / name, text_unit="paragraph")[0]
+        assert paragraphs == ["One line.\nTwo line.", "Red line.\nBlue line.", "A new one."]
+        assert len(read(tmp_path / name)[0]) == 2
+    sources = [
+        load_text(DataSource(name=str(tmp_path / "poem.txt"), text_unit=unit))
+        for unit in ("document", "paragraph", "line")
+    ]
+    assert len({str(source.identity) for source in sources}) == 3  # of the caches
+    write(tmp_path / "rows.csv")
+    with pytest.raises(UserError, match="rows.csv: text_unit = line is for text files; these have rows"):
+        read(tmp_path / "rows.csv", text_unit="line")
+    with pytest.raises(UserError, match="demo/stories: text_unit = line is for local text files"):
+        read("demo/stories", text_unit="line")
+
+
 def test_a_very_long_text_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LONGEST_DOCUMENT", 50)
     text = "".join(f"line {i}\n" for i in range(100))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.settings.base import Trl, When, fields_of, spellings_of
+from llmlab.settings.data import DataSource
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
@@ -114,7 +115,7 @@ def test_all_problems_at_once_each_with_file_and_line(tmp_path):
     path = write(
         tmp_path,
         "bad.yaml",
-        "learnin_rate: 1\noptimizer: adamv\nbatch_size: 0\nd_model: 10\nn_heads: 3\ndatasets: [a|b|c|d]\n",
+        "learnin_rate: 1\noptimizer: adamv\nbatch_size: 0\nd_model: 10\nn_heads: 3\ndatasets: [a|b|c|d|e]\n",
     )
     found = problems(read_layer(path))
     assert f"{path}:1: unknown key 'learnin_rate'; did you mean 'learning_rate'?" in found
@@ -123,7 +124,7 @@ def test_all_problems_at_once_each_with_file_and_line(tmp_path):
     )
     assert f"{path}:3: batch_size = 0: expected greater than 0" in found
     assert any(line.startswith(f"{path}:5: d_model = 10 is not divisible by n_heads = 3") for line in found)
-    assert any(line.startswith(f"{path}:6: datasets[0] = a|b|c|d: expected 'name | subset") for line in found)
+    assert any(line.startswith(f"{path}:6: datasets[0] = a|b|c|d|e: expected 'name | subset") for line in found)
     assert len(found) == 5
 
 
@@ -183,14 +184,19 @@ def test_trainer_args_merge_over_layers():
 
 def test_sources_of_data():
     settings = resolve(
-        PretrainSettings, Layer("f", {"dataset": ["a/b | fra | 2.0", {"name": "c", "column": "t"}, "d | | 3"]})
+        PretrainSettings,
+        Layer("f", {"dataset": ["a/b | fra | 2.0", {"name": "c", "column": "t"}, "d | | 3", "e | | | train_sft"]}),
     ).settings
-    assert [(s.name, s.subset, s.weight, s.column) for s in settings.datasets] == [
-        ("a/b", "fra", 2.0, None),
-        ("c", None, 1.0, "t"),
-        ("d", None, 3.0, None),
+    assert [(s.name, s.subset, s.weight, s.split, s.column) for s in settings.datasets] == [
+        ("a/b", "fra", 2.0, None, None),
+        ("c", None, 1.0, None, "t"),
+        ("d", None, 3.0, None, None),
+        ("e", None, 1.0, "train_sft", None),
     ]
-    assert [str(s) for s in settings.datasets] == ["a/b | fra | 2", "c", "d |  | 3"]
+    assert [str(s) for s in settings.datasets] == ["a/b | fra | 2", "c", "d |  | 3", "e |  | 1 | train_sft"]
+    assert [DataSource.model_validate(str(s)) for s in settings.datasets if not s.column] == [
+        s for s in settings.datasets if not s.column
+    ]
 
 
 def test_none_is_written_in_many_ways():

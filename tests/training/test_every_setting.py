@@ -285,6 +285,7 @@ def digest_preference(settings, monkeypatch) -> dict[str, str]:
         hardware=hardware,
         process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
         reading=nullcontext,
+        extent=lambda rows_per_step: {},
     )
     if isinstance(settings, RewardModelSettings):
         policy, config = load_scorer(settings, run), RewardConfig
@@ -397,6 +398,7 @@ def digest_online(settings, monkeypatch) -> dict[str, str]:
         hardware=hardware,
         process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
         reading=nullcontext,
+        extent=lambda rows_per_step: {},
         resolved=Resolved(settings, {}),
     )
     policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)

@@ -81,7 +81,8 @@ def run(settings, sft_settings, preference_settings, base_folder, chat_file, tmp
 
 
 def test_the_grid_is_whole():
-    assert set(OPTIMIZERS) == set(get_args(OptimizerSettings.model_fields["optimizer"].annotation))
+    every = get_args(OptimizerSettings.model_fields["optimizer"].annotation)
+    assert set(OPTIMIZERS) == {name for name in every if "bit" not in name}  # these are bitsandbytes' own
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -277,7 +277,7 @@ def test_columns_reach_rewards_from_a_file_of_ones_own(cli, chatty, prompts, tmp
         ({"--reward": "lenght"}, "did you mean 'length'"),
         ({"--reward": "numeric_match"}, "reward 'numeric_match': "),  # of an answer that there is not
         ({"--prompts": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
-        ({"--prompts": "a|b|c|d"}, "--prompts a|b|c|d: expected 'name | subset"),
+        ({"--prompts": "a|b|c|d|e"}, "--prompts a|b|c|d|e: expected 'name | subset"),
         (
             {"--prompts": "demo/stories | 5kB", "--limit": 1, "--max-new-tokens": 1},
             "none of the 1 prompts gave a pair",

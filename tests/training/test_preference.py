@@ -448,5 +448,7 @@ def test_the_best_is_kept_beside_the_last(preference_settings, quiet):
     evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(result.folder) if "eval_loss" in line}
     best = min(list(evaluations)[1:], key=evaluations.get)
     assert best < 12, evaluations
-    assert {path.name for path in result.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-12"}
+    two = sorted(list(evaluations)[1:], key=evaluations.get)[: chosen.save_total_limit]
+    kept = {f"checkpoint-{step}" for step in (*two, 12)}
+    assert {path.name for path in result.folder.glob("checkpoint-*")} == kept
     assert result.metrics["eval_loss"] == evaluations[12]  # the result is the last, as save_best_only=false says

@@ -12,6 +12,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmlab.data import corpus as corpus_module
+from llmlab.data import packing
+from llmlab.data import store as store_module
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training import pretrain as stage
 from llmlab.training.pretrain import pretrain
@@ -284,3 +287,25 @@ def test_perplexity_stands_beside_every_validation_loss(settings):
         assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
         assert f"validation loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.4g}" in told
     assert read_record(Path(chosen.output_dir))["metrics"]["eval_perplexity"] == lines[-1]["eval_perplexity"]
+
+
+def test_a_run_extended_beyond_what_it_read_sees_what_a_long_run_sees(settings, quiet, seen, tmp_path, monkeypatch):
+    """Only the beginning of the corpus is tokenized for the short run; the long one tokenizes on from there."""
+    for module in (corpus_module, packing):
+        monkeypatch.setattr(module, "STRETCH", 1024)
+    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 1000)
+
+    def make(name, steps, cache="cache"):
+        folder = str(tmp_path / name)
+        return settings(max_steps=steps, output_dir=folder, cache_dir=str(tmp_path / cache), scheduler="none")
+
+    pretrain(make("long", 30, "other"), console=quiet)
+    whole, expected = list(seen), losses(tmp_path / "long")
+    seen.clear()
+    first = pretrain(make("short", 8), console=quiet)
+    documents = read_record(first.folder)["data"]["sources"][0]["documents"]
+    assert documents < 250  # of 500
+    pretrain(make("short", 30), resume=first.folder, console=quiet)
+    assert read_record(first.folder)["data"]["sources"][0]["documents"] > documents
+    assert seen == whole
+    assert losses(first.folder) == pytest.approx(expected, abs=1e-6)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,7 @@ def test_fewer_or_more_validation_batches(preference_settings, tmp_path):
 
 @pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6]), (2, [4, 6]), (1, [6])])
 def test_so_many_checkpoints_are_kept(keep, left, settings, quiet, tmp_path):
+    settings = partial(settings, validation_fraction=0)  # the newest are the best then
     folder = sft(settings(max_steps=2), console=quiet).folder
     for name in ("checkpoint-notes", "checkpoint-99"):
         (folder / name).mkdir()

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -266,8 +267,9 @@ def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
     assert read_record(tmp_path)["status"] == "failed"
 
 
-def test_a_closed_output_is_an_interruption(tmp_path):
+def test_a_closed_output_is_an_interruption(tmp_path, monkeypatch):
     """As with `llmlab sft ... | head`: rich leaves the program then."""
+    monkeypatch.setattr(sys, "stdout", (tmp_path / "stdout").open("w"))  # which it points elsewhere
     record = record_of(tmp_path)
     record.start()
     reader, writer = os.pipe()

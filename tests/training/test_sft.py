@@ -408,3 +408,16 @@ def test_rows_fit_into_the_models_context(sft_settings, tmp_path, quiet):
     )
     source = read_record(sft(settings, console=quiet).folder)["data"]["sources"][0]
     assert source["counts"]["cut"] == 4 and source["counts"]["tokens"] == 4 * 128
+
+
+def test_an_extended_run_keeps_to_the_rows_it_read(sft_settings, quiet, chat_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.data.rows.READ_AT_LEAST", 30)
+    first = sft(sft_settings(max_steps=5, validation_fraction=0), console=quiet)
+    before = read_record(first.folder)["data"]["sources"][0]
+    assert (before["rows"], before["whole"]) == (40, False)  # 5 steps of 4, 4 batches to validate, and a tenth
+    sft(sft_settings(max_steps=40, validation_fraction=0), resume=first.folder, console=quiet)
+    after = read_record(first.folder)["data"]["sources"][0]
+    assert after["rows"] == 40
+    assert after["passes"] == pytest.approx(40 * 4 / 40, abs=1e-3)
+    straight = sft(sft_settings(max_steps=40, output_dir=str(tmp_path / "straight")), console=quiet)
+    assert read_record(straight.folder)["data"]["sources"][0]["rows"] > 160

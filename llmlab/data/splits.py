@@ -1,0 +1,74 @@
+"""Which subset and splits of a data set are read: those that are named, else its training data.
+
+Data sets have no one name for it: `train`, `train_sft` beside `train_prefs`, or a split for each set that they are
+made of.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from llmlab.settings.errors import UserError, did_you_mean
+
+Use = Literal["text", "instructions", "pairs"]
+
+_WORDS: dict[Use, set[str]] = {"text": set(), "instructions": {"sft"}, "pairs": {"prefs", "preference", "dpo"}}
+_NOT_TRAINING = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
+
+
+def choose_splits(source: str, splits: Iterable[str], named: str | None, use: Use) -> list[str]:
+    """Returns the splits to read, in order.
+
+    Args:
+        source: its name, for messages.
+        splits: those that there are.
+        named: by the user, several as `a+b`; None is the training data.
+        use: what it is read for, which tells `train_sft` from `train_prefs`.
+
+    Raises:
+        UserError: there is no such split, or it is not clear which is the training data.
+    """
+    splits = list(splits)
+    found = f"(found {', '.join(sorted(splits))})"
+    if named is not None:
+        wanted = [part.strip() for part in named.split("+")]
+        for split in wanted:
+            plain = split.partition("[")[0]  # train[:10%]
+            if plain not in splits:
+                raise UserError(f"{source}: there is no split '{plain}' here{did_you_mean(plain, splits)} {found}")
+        return wanted
+    if "train" in splits:
+        return ["train"]
+    training = [split for split in splits if split.startswith("train")]
+    if len(training) > 1:
+        training = _of_use(training, use)
+    if len(training) == 1:
+        return training
+    sets = [split for split in splits if not (_words(split) & _NOT_TRAINING or split.startswith("train"))]
+    if training or not sets:
+        example = f"{source} | | 1 | {splits[0]}" if splits else ""
+        raise UserError(f"{source}: there is no split 'train' here {found}; name the one to read: {example}")
+    return sets
+
+
+def choose_subset(source: str, subsets: Iterable[str], use: Use) -> str:
+    """Returns the subset to read of a data set that has several and says of none that it is the default.
+
+    Raises:
+        UserError: it is not clear which.
+    """
+    subsets = list(subsets)
+    fitting = _of_use(subsets, use)
+    if len(fitting) != 1:
+        raise UserError(
+            f"{source}: it has several subsets ({', '.join(subsets)}); name the one to read: {source} | {subsets[0]}"
+        )
+    return fitting[0]
+
+
+def _of_use(names: list[str], use: Use) -> list[str]:
+    return [name for name in names if _words(name) & _WORDS[use]]
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z]+", name.lower()))

@@ -1,0 +1,66 @@
+"""Message trees (OpenAssistant/oasst1: a row a message, each naming the one it answers) as conversations.
+
+Each tree gives one conversation: at every turn the best-ranked reply.  The other replies are not read.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmlab.data.sources import RowSource
+
+Row = dict[str, Any]
+
+COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """Conversations of message rows, which may come in any order: all are read before the first is given."""
+
+    messages: Iterable[Row]
+    num_shards = 1
+
+    def __iter__(self) -> Iterator[Row]:
+        trees: dict[str, list[Row]] = {}
+        for message in self.messages:
+            if not message.get("deleted"):
+                trees.setdefault(message["message_tree_id"], []).append(message)
+        for name, tree in trees.items():
+            yield {"messages": best_path(tree), "message_tree_id": name}
+
+
+def is_tree(row: Row) -> bool:
+    """Whether a row is a message of a tree."""
+    return row.keys() >= COLUMNS
+
+
+def as_conversations(found: "RowSource") -> "RowSource":
+    """Returns a source of message rows as one of conversations."""
+    return replace(found, rows=TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
+
+
+def best_path(tree: list[Row]) -> list[Row]:
+    """Returns the turns of a conversation from the root of a tree along the best-ranked replies.
+
+    Rank 0 is the best; messages without a rank (the users' mostly) come after those with one, and those that were
+    answered before those that were not.  A last turn of the user that nobody answered is left out.
+    """
+    replies: dict[str | None, list[Row]] = {}
+    for message in tree:
+        replies.setdefault(message["parent_id"], []).append(message)
+
+    def order(message: Row) -> tuple[float, bool]:
+        rank = message.get("rank")
+        return (inf if rank is None else rank), message["message_id"] not in replies
+
+    turns, parent = [], None
+    while parent in replies:
+        best = min(replies[parent], key=order)
+        turns.append(best)
+        parent = best["message_id"]
+    while turns and turns[-1]["role"] == "prompter":
+        turns.pop()
+    return [{"role": turn["role"], "content": turn["text"]} for turn in turns]
