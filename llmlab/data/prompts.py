@@ -23,7 +23,7 @@ from llmlab.data.formats import (
     transcript_messages,
 )
 from llmlab.data.messages import Message, Row, UnusableRow, read_turns
-from llmlab.data.rendering import encode_prompt
+from llmlab.data.rendering import check_tools, encode_prompt
 from llmlab.data.sources import choose_column, load_rows
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -73,8 +73,8 @@ PROMPT_FORMATS = (
         lambda row: _before_answer(read_turns(row["conversations"])),
         ("tools", "system"),
     ),
-    Format("question", ("question",), lambda row: user_turn(row["question"]), ("system",)),
-    Format("instruction", ("instruction",), _alpaca, ("input", "system", "history")),
+    Format("question", ("question",), lambda row: user_turn(row["question"])),
+    Format("instruction", ("instruction",), _alpaca, ("input", "tools", "system", "history")),
     Format("hh-rlhf transcript", ("chosen", "rejected"), _transcripts),
 )
 """In the order in which they are tried."""
@@ -161,16 +161,17 @@ class PromptMaker:
         """Returns a prompt as a row.
 
         Raises:
-            UnusableRow: the chat template cannot show it, it is too long, or it has tools.
+            UnusableRow: the chat template cannot show it or its tools, or it is too long.
         """
-        if conversation["tools"]:
-            raise UnusableRow("tools, which this stage cannot show to the model")
-        ids, prompt = encode_prompt(self.tokenizer, conversation["prompt"])
+        tools = conversation["tools"]
+        ids, prompt = encode_prompt(self.tokenizer, conversation["prompt"], tools)
+        check_tools(self.tokenizer.decode(ids), prompt, tools)
+        columns = conversation["columns"] | ({"tools": tools} if tools else {})
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise UnusableRow(f"longer than {self.limit} tokens")
         return {
             "prompt": json.dumps(prompt),
-            "columns": json.dumps(conversation["columns"], default=str),
+            "columns": json.dumps(columns, default=str),
             "tokens": len(ids),
             "whole": len(ids),
         }

@@ -132,7 +132,7 @@ class Renderer:
 
     def _render_marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> RenderedRow:
         template = self._marked_template
-        self._check_tools(self._text(messages, tools, chat_template=template), messages, tools)
+        check_tools(self._text(messages, tools, chat_template=template), messages, tools)
         output = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -147,7 +147,7 @@ class Renderer:
 
     def _render_by_turns(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> RenderedRow:
         text = self._text(messages, tools)
-        self._check_tools(text, messages, tools)
+        check_tools(text, messages, tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         trained = [False] * len(ids)
@@ -173,12 +173,13 @@ class Renderer:
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
-    def _check_tools(self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> None:
-        """Raises for a template that leaves tools or calls out, as most without tool support silently do."""
-        functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
-        calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
-        if any(str(function.get("name", "")) not in text for function in functions + calls):
-            raise UnusableRow("the chat template does not show its tools; set chat_template=chatml")
+
+def check_tools(text: str, messages: list[Message], tools: list[Any] | None) -> None:
+    """Raises UnusableRow for a template that leaves tools or calls out, as most without tool support silently do."""
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    if any(str(function.get("name", "")) not in text for function in functions + calls):
+        raise UnusableRow("the chat template does not show its tools; set chat_template=chatml")
 
 
 def encode_prompt(

@@ -27,6 +27,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
     # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
+    # a data set's tools differ from prompt to prompt; see `PromptTools`
+    "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
     "trl.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
@@ -127,7 +129,27 @@ def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
 
 
-class RolloutSteps:
+class PromptTools:
+    """Mixin for a GRPOTrainer: shows each prompt's own `tools`, where TRL knows only tools that all prompts share."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._prompt_tools = [row.get("tools") for row in inputs]
+        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if not any(self._prompt_tools):
+            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
+        encode = partial(
+            self.processing_class.apply_chat_template,  # type: ignore[attr-defined]
+            add_generation_prompt=True,
+            return_dict=True,
+            **self.chat_template_kwargs,  # type: ignore[attr-defined]
+        )
+        pairs = zip(prompts, self._prompt_tools, strict=True)
+        return [encode(prompt, tools=tools or None)["input_ids"] for prompt, tools in pairs], None, {}
+
+
+class RolloutSteps(PromptTools):
     """Mixin for a GRPOTrainer: gives the steps of a rollout public names.
 
     A trainer overrides what it needs of `sampling` (a context around sampling), `scoring` (one around a forward pass

@@ -91,7 +91,7 @@ def test_what_cannot_be_used_is_counted(tokenizer, tmp_path):
         {"prompt": "  "},
         {"prompt": None},
         {"prompt": [USER, ANSWER]},
-        {"prompt": "Sure?", "tools": json.dumps([{"name": "add"}])},
+        {"prompt": "Sure?", "tools": "add"},
     ]
     report = read(tokenizer, tmp_path, rows, max_prompt_length=40, allow_dropped=0.9).reports[0]
     assert report.trained_rows == 4
@@ -100,7 +100,7 @@ def test_what_cannot_be_used_is_counted(tokenizer, tmp_path):
         "an empty prompt": 1,
         "without 'prompt'": 1,
         "a prompt that is not the user's turn at its end": 1,
-        "tools, which this stage cannot show to the model": 1,
+        "tools that are not JSON": 1,
     }
     with pytest.raises(UserError, match="5 of 9 rows cannot be used"):
         read(tokenizer, tmp_path, rows, max_prompt_length=40)
@@ -132,3 +132,15 @@ def test_prompts_in_parts_and_with_two_turns_in_a_row(tokenizer, tmp_path):
     tokenizer.chat_template = refuses + "{{ raise_exception('twice') }}{% endif %}{{ m.content }}{% endfor %}"
     rows = read(tokenizer, tmp_path, [{"prompt": [USER, ANSWER, ANSWER, AGAIN]}])
     assert as_read(rows.train)[0]["prompt"] == [USER, {"role": "assistant", "content": "4\n\n4"}, AGAIN]
+
+
+@pytest.mark.parametrize("name", ["prompt", "question", "instruction"])
+def test_tools_of_a_prompt_are_shown_or_the_row_is_unusable(tokenizer, tmp_path, name):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    row = {name: "What is 2 + 2?", "output": "4", "tools": json.dumps([tool])}
+    seen = read(tokenizer, tmp_path, [row, {**row, "tools": None}])
+    assert [each["tools"] for each in as_read(seen.train)] == [[tool], None]
+    assert seen.reports[0].counts["tokens"] > 2 * len(tokenizer("What is 2 + 2?")["input_ids"]) + 50
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="1 x the chat template does not show its tools"):
+        read(tokenizer, tmp_path, [row, {**row, "tools": None}])

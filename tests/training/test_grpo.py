@@ -565,3 +565,34 @@ def test_epochs_and_the_context_count_prompts(grpo_settings, quiet):
     result = grpo(GRPOSettings(**given), console=quiet)
     record = read_record(result.folder)
     assert record["step"] == 2 * 24 // 8 and "max_steps" not in record["settings"]
+
+
+def test_tools_of_a_row_are_shown_to_the_policy_and_known_to_rewards(
+    grpo_settings, base_folder, tmp_path, quiet, monkeypatch
+):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "now")]
+    rows = [{"prompt": f"How {k}?", "tools": json.dumps([tools[k % 2]]) if k % 3 else None} for k in range(12)]
+    path = tmp_path / "tools.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def watch(self, prompt_ids, *args, **kwargs):
+        seen.extend(self.processing_class.batch_decode(prompt_ids))
+        return generate(self, prompt_ids, *args, **kwargs)
+
+    generate = GRPOTrainer._generate_single_turn
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", watch)
+    offered = []
+
+    def watched(completions, prompts, tools, **columns):
+        offered.extend(zip(prompts, tools, strict=True))
+        return [0.5] * len(completions)
+
+    settings = grpo_settings(
+        datasets=[{"name": str(path)}], rewards=["tool_success"], normalize_rewards=False, max_steps=2
+    )
+    grpo(settings, rewards=[watched], console=quiet)
+    tokenizer = load_tokenizer(str(base_folder))
+    assert len(seen) == len(offered) >= 16 and any(named is None for _, named in offered)
+    for text, (prompt, named) in zip(seen, offered, strict=True):
+        assert text == tokenizer.apply_chat_template(prompt, tools=named, add_generation_prompt=True, tokenize=False)
