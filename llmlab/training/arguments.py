@@ -5,6 +5,7 @@ The `Trl` markers of the settings do most of it; here is what has no one-to-one 
 
 import warnings
 from dataclasses import fields
+from inspect import signature
 from typing import Any, TypeVar
 
 from llmlab.hardware import Hardware
@@ -74,7 +75,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                 "ddp_find_unused_parameters": False,  # every parameter takes part in every step
                 "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
                 "logging_first_step": True,
-                **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in config.__dataclass_fields__ else {}),
+                **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in signature(config).parameters else {}),
                 **checkpointing,
                 **fixed,
                 **checked_trainer_args(config, settings),

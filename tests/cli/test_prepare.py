@@ -1,6 +1,9 @@
 """`llmlab model ...`, `llmlab tokenizer ...` and `llmlab run` in a terminal's words."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +83,15 @@ def test_init_info_and_convert(cli, tokenizer, tmp_path):
 def test_mistakes(cli, words, message):
     code, _, errors = cli(*words)
     assert code == 2 and message in errors and "Traceback" not in errors
+
+
+def test_nothing_of_other_packages_is_printed_into_pipes(cli, tokenizer, tmp_path):
+    assert cli("model", "init", *TINY, f"tokenizer_name={tokenizer}", "-o", tmp_path / "model")[0] == 0
+    code = f"from llmlab.cli.app import main; main(['model', 'convert', {str(tmp_path / 'model')!r}, '--to', 'llama'"
+    code += f", '-o', {str(tmp_path / 'llama')!r}])"
+    clean = {name: value for name, value in os.environ.items() if "DISABLE" not in name and "VERBOSITY" not in name}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
+    assert result.returncode == 0 and "the same logits" in result.stdout and result.stderr == ""
 
 
 def other_models():
