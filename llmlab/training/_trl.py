@@ -21,6 +21,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
+    # no step where a killed run had them all: its first value is the number of epochs
+    "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
     # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),

@@ -140,7 +140,8 @@ class WholeCheckpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             checkpoints.complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            checkpoints.rotate(Path(args.output_dir), self.keep, state.best_model_checkpoint)
+            if state.global_step < state.max_steps:  # else after the final save
+                checkpoints.rotate(Path(args.output_dir), self.keep, state.best_model_checkpoint)
 
 
 class ResumableStream(Protocol):

@@ -21,7 +21,11 @@ class OurOptimizers(SwitchableOptimizer):
         settings: the stage's settings, which name the optimizer.
         load_optimizer: when resuming, whether to restore the optimizer's state.
         kwargs: of the trainer.
+
+    With `has_all_steps` it takes no step: what it resumes from has them all, and only the end of training is left.
     """
+
+    has_all_steps = False
 
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
@@ -41,6 +45,10 @@ class OurOptimizers(SwitchableOptimizer):
             inputs = self.estimated_from(batches[0])
             estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed)
         return batches, items
+
+    def set_initial_training_values(self, *args: Any) -> tuple[Any, ...]:
+        epochs, *others = super().set_initial_training_values(*args)  # type: ignore[misc]
+        return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first that is written of a checkpoint

@@ -156,6 +156,7 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
         processing_class=tokenizer,
         callbacks=[rhythm, progress],
     )
+    trainer.has_all_steps = start.has_all_steps(settings.max_steps)
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     if compiled:
         compile_layers(model)
@@ -183,6 +184,7 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
     metrics = _last_metrics(trainer, corpus)
     if record is not None:
         record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+        checkpoints.rotate(folder, settings.save_total_limit, trainer.state.best_model_checkpoint)
     print_result(console, folder, metrics)
     return RunResult(folder, metrics)
 

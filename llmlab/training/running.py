@@ -13,7 +13,6 @@ from typing import Any, Generic
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from llmlab.settings.errors import UserError
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
 from llmlab.training.failures import check_disk, failures_recorded
@@ -80,8 +79,7 @@ class Run(Generic[S]):
             UserError: nothing is left to do, or memory or disk ran out.
             KeyboardInterrupt: after an interrupted run was saved.
         """
-        if self.done >= steps:
-            raise UserError(f"--resume {self.folder}: it already is at step {self.done}; train longer to extend it")
+        trainer.has_all_steps = self.start.has_all_steps(steps)
         trainer.remove_callback(PrinterCallback)  # the progress line tells the same
         for callback in callbacks or ():
             trainer.callback_handler.callbacks.insert(0, callback)
@@ -108,6 +106,7 @@ class Run(Generic[S]):
         metrics = last_metrics(trainer)
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+            checkpoints.rotate(self.folder, self.settings.save_total_limit, trainer.state.best_model_checkpoint)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
