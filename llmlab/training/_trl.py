@@ -25,6 +25,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
     # stopping before an update whose gradients are not finite: no callback is told their norm
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
+    # no step where a killed run had them all: its first value is the number of epochs
+    "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
     # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
     # a data set's tools differ from prompt to prompt; see `PromptTools`

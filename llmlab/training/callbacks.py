@@ -165,13 +165,17 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            folder, metric = Path(args.output_dir), args.metric_for_best_model
-            checkpoints.complete(folder / f"checkpoint-{state.global_step}")
-            if self.keep is None:
-                return
-            sign = 1 if args.greater_is_better else -1
-            scores = {line["step"]: sign * line[metric] for line in state.log_history if metric in line}
-            checkpoints.rotate(folder, self.keep, scores, best=state.best_model_checkpoint)
+            checkpoints.complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if state.global_step < state.max_steps:  # else after the final save
+                self.rotate(args, state)
+
+    def rotate(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Removes all checkpoints but the last and the best ones."""
+        if self.keep is None:
+            return
+        metric, sign = args.metric_for_best_model, 1 if args.greater_is_better else -1
+        scores = {line["step"]: sign * line[metric] for line in state.log_history if metric in line}
+        checkpoints.rotate(Path(args.output_dir), self.keep, scores, best=state.best_model_checkpoint)
 
 
 class ResumableStream(Protocol):

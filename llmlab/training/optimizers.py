@@ -27,7 +27,11 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         settings: the stage's settings, which name the optimizer.
         load_optimizer: when resuming, whether to restore the optimizer's state.
         kwargs: of the trainer.
+
+    With `has_all_steps` it takes no step: what it resumes from has them all, and only the end of training is left.
     """
+
+    has_all_steps = False
 
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
@@ -52,6 +56,10 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
         return batches, items
+
+    def set_initial_training_values(self, *args: Any) -> tuple[Any, ...]:
+        epochs, *others = super().set_initial_training_values(*args)  # type: ignore[misc]
+        return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first that is written of a checkpoint

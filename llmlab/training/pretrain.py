@@ -166,6 +166,7 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
         processing_class=tokenizer,
         callbacks=[Perplexity(), rhythm, progress],
     )
+    trainer.has_all_steps = start.has_all_steps(settings.max_steps)
     trainer.remove_callback(PrinterCallback)  # the progress line tells the same
     if compiled:
         compile_layers(model)
@@ -182,7 +183,8 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
             position.restore(checkpoint)
     if checkpoint is not None:
         trainer.add_callback(ScheduleAfterResume(start.done))
-    trainer.add_callback(WholeCheckpoints(trainer, settings.save_total_limit))  # the last to be called
+    whole = WholeCheckpoints(trainer, settings.save_total_limit)
+    trainer.add_callback(whole)  # the last to be called
     plan = _plan(settings, size, corpus, hardware, process.num_processes, compile_reason, checkpoint)
     with (
         quiet_libraries(),
@@ -199,6 +201,7 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
         metrics["unigram_entropy"] = corpus.report.unigram_entropy
     if record is not None:
         record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+        whole.rotate(trainer.args, trainer.state)
     print_result(console, folder, metrics)
     return RunResult(folder, metrics)
 

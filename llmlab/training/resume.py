@@ -110,13 +110,9 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
             raise UserError(f"--resume {run}: this run has no whole checkpoint; start it again in another output_dir")
         return None  # it ended before its first checkpoint
     checkpoint = found[-1]
-    if getattr(settings, "epochs", None) is not None:
-        return checkpoint
-    # a run that was killed between its last checkpoint and its final save goes on from the one before
-    last = settings.max_steps if record and record["status"] != "finished" else 2**62  # type: ignore[attr-defined]
-    open_ended = [path for path in found if checkpoints.saved_step(path) < last]
-    checkpoint = open_ended[-1] if open_ended else checkpoint
-    step = checkpoints.saved_step(checkpoint)
-    if step >= settings.max_steps:  # type: ignore[attr-defined]
+    step, last = checkpoints.saved_step(checkpoint), settings.max_steps  # type: ignore[attr-defined]
+    in_other_units = getattr(settings, "epochs", None) or getattr(settings, "num_episodes", None)
+    # one that was killed between its last checkpoint and its final save has only that to do
+    if not in_other_units and (step > last or (step == last and record.get("status", "finished") == "finished")):
         raise UserError(f"--resume {run}: it already is at step {step}; give a larger max_steps to extend it")
     return checkpoint

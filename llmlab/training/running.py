@@ -24,7 +24,6 @@ from transformers import (
 
 from llmlab.model import fit_context
 from llmlab.settings.base import spellings_of
-from llmlab.settings.errors import UserError
 from llmlab.settings.trust import destinations
 from llmlab.training import checkpoints
 from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
@@ -102,8 +101,7 @@ class Run(Generic[S]):
             UserError: nothing is left to do, or memory or disk ran out.
             KeyboardInterrupt: after an interrupted run was saved.
         """
-        if self.done >= steps:
-            raise UserError(f"--resume {self.folder}: it already is at step {self.done}; train longer to extend it")
+        trainer.has_all_steps = self.start.has_all_steps(steps)
         compiled = compile_if_worth(
             trainer.model,
             self.settings.compile,
@@ -125,7 +123,8 @@ class Run(Generic[S]):
             trainer.add_callback(ScheduleAfterResume(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        trainer.add_callback(WholeCheckpoints(trainer, self.settings.save_total_limit))  # the last to be called
+        whole = WholeCheckpoints(trainer, self.settings.save_total_limit)
+        trainer.add_callback(whole)  # the last to be called
         with (
             quiet_libraries(),
             failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
@@ -142,6 +141,7 @@ class Run(Generic[S]):
         metrics = last_metrics(trainer)
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+            whole.rotate(trainer.args, trainer.state)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 

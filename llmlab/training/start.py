@@ -21,6 +21,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
+from llmlab.training.record import read_record
 from llmlab.training.resume import check_data, data_files, find_checkpoint
 
 S = TypeVar("S", bound=Settings)
@@ -37,7 +38,7 @@ class Start(Generic[S]):
         process: which one this is.
         console: where to print.
         folder: the run folder.
-        resumed: whether it was begun before.
+        resumed: how a run that was begun before had ended, as it recorded; None is a new run.
         checkpoint: to go on from; None begins with the first step.
         data_files: the identity of each local file that is read.
     """
@@ -47,7 +48,7 @@ class Start(Generic[S]):
     process: PartialState
     console: Console
     folder: Path
-    resumed: bool
+    resumed: str | None
     checkpoint: Path | None
     data_files: dict[str, Any]
 
@@ -60,6 +61,16 @@ class Start(Generic[S]):
     def resumed_step(self) -> int | None:
         """The step that a resumed run goes on from; None where it is a new run."""
         return self.done if self.resumed else None
+
+    def has_all_steps(self, steps: int) -> bool:
+        """Returns whether nothing is left of a run of so many steps but its final save.
+
+        Raises:
+            UserError: not even that is left.
+        """
+        if self.done > steps or (self.done == steps and self.resumed == "finished"):
+            raise UserError(f"--resume {self.folder}: it already is at step {self.done}; train longer to extend it")
+        return self.done == steps
 
 
 @contextmanager
@@ -115,7 +126,8 @@ def begin(
         folder, checkpoint, files, notes = on_main(process, claim)
         for note in notes:
             console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-        yield Start(resolved, hardware, process, console, folder, resume is not None, checkpoint, files)
+        status = None if resume is None else read_record(folder).get("status", "finished")
+        yield Start(resolved, hardware, process, console, folder, status, checkpoint, files)
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

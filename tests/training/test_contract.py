@@ -25,6 +25,13 @@ def test_every_override_is_listed():
     assert private <= {place.rpartition(".")[2] for place in PRIVATE_NAMES}
 
 
+def test_epochs_come_first_of_the_initial_values():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    values = source.partition(" = self.set_initial_training_values(args, train_dataloader)")[0]
+    assert values.rpartition("(\n")[2].split()[0] == "num_train_epochs,"
+    assert "for epoch in range(epochs_trained, num_train_epochs):" in source
+
+
 def test_resuming_calls_it_with_the_checkpoint():
     assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in inspect.getsource(Trainer)
 

@@ -36,6 +36,8 @@ def settings(sft_settings):
             "save_total_limit": None,
             "eval_every": 100,
         }
+        if "epochs" in changes:
+            del values["max_steps"]
         return sft_settings(**{**values, **changes})
 
     return make
@@ -90,6 +92,31 @@ def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, mon
         shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match="no whole checkpoint"):  # a finished run is not done again
         sft(settings(), resume=folder, console=quiet)
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 0.1}, {"save_every": 100, "save_total_limit": 1}])
+def test_killed_before_its_final_save_it_takes_no_step_more(changes, settings, quiet, monkeypatch, tmp_path):
+    whole = sft(settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
+
+    class Killed(BaseException):
+        pass
+
+    def publish(folder, write):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints, "publish", publish)
+        sft(settings(**changes), console=quiet)
+    folder = tmp_path / "run"
+    files = [path / "model.safetensors" for path in (whole.folder, folder)]
+    assert not files[1].exists() and read_record(folder)["status"] == "running"
+    before = losses(folder)
+    resumed = sft(settings(**changes), resume=folder, console=quiet)
+    assert losses(folder) == before == losses(whole.folder) and read_record(folder)["status"] == "finished"
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    with pytest.raises(UserError, match="it already is at step 6"):
+        sft(settings(**changes), resume=folder, console=quiet)
 
 
 def test_from_any_folder_and_after_moving_its_tree(settings, chat_file, base_folder, tmp_path, monkeypatch):

@@ -164,8 +164,9 @@ def test_what_may_change_on_resume(tmp_path):
 
     assert find() == path
     assert find(max_steps=20, eval_every=3, log_every=1) == path
+    assert find(max_steps=7) == path  # only its final save is left to do
     with pytest.raises(UserError, match="already is at step 7"):
-        find(max_steps=7)
+        find(max_steps=6)
     with pytest.raises(SettingsError) as caught:
         find(lr=1.0, batch_size=2, optimizer="lion")
     assert len(caught.value.problems) == 3
