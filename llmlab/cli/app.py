@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import UserError, printable, reason_of
+from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
@@ -89,6 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
+    for number, word in enumerate(arguments, start=1):
+        if "\0" in word or not is_unicode(word):
+            print(
+                f"error: command line: argument {number}, '{printable(word)}': this is not UTF-8 text", file=sys.stderr
+            )
+            raise SystemExit(2)
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         build_app(requested)(args=arguments, prog_name="llmlab")

@@ -148,7 +148,9 @@ def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words:
             continue
         if not equals:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
-        values[key] = _parse(spellings_of(stage).get(key), text)
+        if key in values:
+            raise UserError(f"command line: '{key}' is given twice; keep one")
+        values[key] = _parse(spellings_of(stage).get(key), text, key)
     for setting in fields_of(stage):
         for spelling in setting.spellings:
             value = arguments.get(_identifier(spelling))
@@ -157,17 +159,17 @@ def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words:
             if setting.key in values or any(other in values for other in setting.spellings):
                 raise UserError(f"command line: '{spelling}' is given twice; keep one")
             if isinstance(value, list):
-                value = [_parse(None, text) if text.startswith("{") else text for text in value]
-            values[spelling] = _parse(setting, value) if isinstance(value, str) else value
+                value = [_parse(None, text, spelling) if text.startswith("{") else text for text in value]
+            values[spelling] = _parse(setting, value, spelling) if isinstance(value, str) else value
     return Layer(COMMAND_LINE, values)
 
 
-def _parse(setting: Setting | None, text: str) -> Any:
+def _parse(setting: Setting | None, text: str, key: str) -> Any:
     if setting is not None and setting.type_name.removesuffix(" or none") == "text":
         return text
     if setting is not None and _is_list(setting) and not text.startswith(("[", "{")):
         return [text]
-    return parse_scalar(text)
+    return parse_scalar(text, key)
 
 
 def _is_list(setting: Setting) -> bool:

@@ -24,6 +24,7 @@ def train_command(name: str) -> Callable[..., None]:
     """Returns the command of a training stage."""
 
     def execute(resolved: Resolved[Any], resume: Path | None, load_optimizer: bool) -> Any:
+        STAGES[name].check(resolved, resumed=resume is not None)
         return STAGES[name].function(resolved, resume=resume, load_optimizer=load_optimizer)
 
     return stage_command(name, STAGES[name].settings_class, execute, *RESUME)

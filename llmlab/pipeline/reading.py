@@ -114,7 +114,9 @@ def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) ->
         elif stage not in stages:
             problems.append(f"command line: '{word}': there is no stage '{stage}'{did_you_mean(stage, stages)}")
         else:
-            changes.setdefault(stage, {})[setting] = parse_scalar(text)
+            if setting in changes.setdefault(stage, {}):
+                problems.append(f"command line: '{key}' is given twice; keep one")
+            changes[stage][setting] = parse_scalar(text, key)
     return changes
 
 

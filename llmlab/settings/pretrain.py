@@ -10,6 +10,7 @@ from llmlab.settings.data import TextDataSettings
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.paths import PathName, Reads
 
 
 class PretrainSettings(HardwareSettings, OptimizerSettings, TextDataSettings):
@@ -22,7 +23,7 @@ class PretrainSettings(HardwareSettings, OptimizerSettings, TextDataSettings):
     }
 
     model: ModelSettings = ModelSettings()
-    init_from: Annotated[str | None, Alias("policy_checkpoint", "model_name_or_path")] = Field(
+    init_from: Annotated[PathName | None, Reads("model"), Alias("policy_checkpoint", "model_name_or_path")] = Field(
         None,
         description="Model to pretrain further, with its shape and tokenizer: a run folder or hub id "
         "(llmlab, Llama, Mistral, Qwen2).",
