@@ -18,6 +18,9 @@ import typer
 from llmlab import __version__
 from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
 
+LONGEST_ERROR = 1000  # characters of one line
+OUT_OF_MEMORY = ("not enough memory: you tried to allocate", "out of memory")  # torch's words
+
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
     "pretrain": ("llmlab.cli.train:pretrain", "Train a decoder from nothing, or further, on plain text.", "Train"),
@@ -100,14 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build_app(requested)(args=arguments, prog_name="llmlab")
     except UserError as error:
         for line in str(error).split("\n"):
-            print(f"error: {printable(line)}", file=sys.stderr)
+            _print_error(line)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
+        if limit := _limit_of_the_machine(error):
+            _print_error(limit)
+            raise SystemExit(2) from None
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _print_error(line: str) -> None:
+    line = printable(line)
+    if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
+        line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
+    print(f"error: {line}", file=sys.stderr)
+
+
+def _limit_of_the_machine(error: Exception) -> str:
+    """Returns what stands in the way of a file or of memory, which is no mistake of ours; else an empty text."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return f"out of memory: {reason_of(error)}"
+    return ""
 
 
 def _write_log(arguments: Sequence[str]) -> str:

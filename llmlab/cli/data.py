@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,6 +14,7 @@ from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import parse_scalar
+from llmlab.settings.paths import expand
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,7 +196,7 @@ def _short(name: str) -> str:
     """Returns a source's name for a place with little room."""
     from rich.markup import escape
 
-    path = Path(name).expanduser()
+    path = expand(name)
     return escape(path.name if path.exists() else name)
 
 

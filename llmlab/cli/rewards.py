@@ -5,6 +5,7 @@ Scoring is in `rewards`; here are only reading, the tables and the JSON.
 
 import json
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import typer
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, parse_scalar, read_layer
+from llmlab.settings.paths import expand, missing
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
 
@@ -121,9 +123,9 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """Returns prompts, completions and the other columns of a file, as trainers give them to rewards."""
     from llmlab.data import files
 
-    if not path.expanduser().exists():
-        raise files.missing_file(str(path))
-    shards = files.shards_of(files.find_files(path.expanduser(), "train")[0])
+    if not os.path.exists(expand(path)):
+        raise missing(str(path))
+    shards = files.shards_of(files.find_files(expand(path), "train")[0])
     rows = [row for shard in shards for row in files.read_shard(shard)]
     if not rows:
         raise UserError(f"{path}: there is no row in it")

@@ -12,11 +12,13 @@ import itertools
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, reading, reason_of
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet")
 SEPARATOR = "<|endoftext|>"
@@ -81,28 +83,20 @@ def find_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
     return splits[split], set(splits)
 
 
-def missing_file(name: str) -> UserError:
-    """Returns the error for a file that does not exist, with the nearest name beside it."""
-    path = Path(name).expanduser()
-    while not path.parent.is_dir():
-        path = path.parent
-    siblings = sorted(entry.name for entry in path.parent.iterdir())
-    return UserError(f"{name}: there is no such file or folder{did_you_mean(path.name, siblings)}")
-
-
 def shards_of(files: Iterable[Path]) -> list[Shard]:
     """Returns the shards of these files, in order."""
     shards = []
     for path in files:
         kind, size = format_of(path), path.stat().st_size
         packed = path.suffix.lower() == ".gz"
-        if kind == "json" and _starts_with_object(path):
-            kind = "jsonl"  # many corpora call JSON lines .json
+        with _reading(path, str(kind)):
+            if kind == "json" and _starts_with_object(path):
+                kind = "jsonl"  # many corpora call JSON lines .json
+            groups = _parquet(path).num_row_groups if kind == "parquet" and not packed else 0
         if kind == "jsonl" and not packed:
             starts = range(0, max(size, 1), SHARD_BYTES)
             shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
         elif kind == "parquet" and not packed:
-            groups = _parquet(path).num_row_groups
             shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
         else:
             shards.append(Shard(str(path), str(kind)))
@@ -116,7 +110,7 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
         UserError: the file is not what its ending says, or is not UTF-8 text.
     """
     path = Path(shard.path)
-    try:
+    with _reading(path, shard.format):
         if shard.format == "parquet":
             yield from _read_parquet(path, shard, column)
         elif shard.format == "jsonl":
@@ -127,10 +121,18 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
             yield from _read_csv(path)
         else:
             yield from _read_text(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: the compressed file is damaged: {error}") from None
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns whatever is wrong with a file into one sentence."""
+    with reading(path, kind):
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: the compressed file is damaged: {error}") from None
 
 
 def _read_text(path: Path) -> Iterator[dict[str, Any]]:
@@ -164,9 +166,12 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line if position else line.removeprefix(b"\xef\xbb\xbf"))
-                except json.JSONDecodeError as error:
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, RecursionError) as error:
                     number = _line_number(path, position)
-                    raise UserError(f"{path}:{number}: this line is not valid JSON: {error.msg}") from None
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
+                    raise UserError(f"{path}:{number}: this line is not valid JSON: {reason}") from None
                 yield _as_row(row)
             position += len(line)
 

@@ -27,9 +27,10 @@ from llmlab.data.formats import (
     shared_length,
     transcript_messages,
 )
+from llmlab.data.rendering import TEMPLATE_FAILURES
 from llmlab.data.sources import choose_column, load_rows
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reason_of
 
 RESERVED = ("completions", "completion_ids", "prompts", "trainer_state", "log_metric", "log_extra", "environments")
 """Names under which the trainer itself gives rewards something; `image` and `images` would be read as pictures."""
@@ -171,8 +172,8 @@ class PromptMaker:
             ids = self.tokenizer.apply_chat_template(
                 conversation["prompt"], add_generation_prompt=True, return_dict=True
             )["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the chat template refuses it: {error}") from None
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
+            raise UnusableRow(f"the chat template refuses it: {reason_of(error)}") from None
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise UnusableRow(f"longer than {self.limit} tokens")
         return {

@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.formats import UnusableRow, shared_length
 from llmlab.data.tokenizer import TEMPLATE, stop_token_ids
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reason_of
 
 LossOn = Literal["assistant", "completion", "all"]
+TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+"""What templates raise that add text and None, index what is not there, or call themselves."""
 GENERATION_MARK = "generation -%}", "generation %}"
 
 
@@ -67,12 +69,8 @@ class Renderer:
             raise
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses it: {error}") from None
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-        ) as error:  # templates that add text and None, or index what is not there
-            raise UnusableRow(f"the chat template fails: {error}") from None
+        except TEMPLATE_FAILURES as error:
+            raise UnusableRow(f"the chat template fails: {reason_of(error)}") from None
         return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
 
     def render_pair(self, pair: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
@@ -89,6 +87,8 @@ class Renderer:
             )
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
+        except TEMPLATE_FAILURES as error:
+            raise UnusableRow(f"the chat template fails on the prompt alone: {reason_of(error)}") from None
         ids = start["input_ids"]
         shared = min(shared_length(ids, row.input_ids) for row in whole)
         if shared < len(ids):  # a merge over the boundary is no loss, other text is

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmlab.data import demo, files
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -142,13 +143,13 @@ def load_rows(source: DataSource, *, streaming: bool = False, split: str | None 
         UserError: there is no such source, or it cannot be reached or read.
     """
     split = split or source.split
-    path = Path(source.name).expanduser()
+    path = expand(source.name)
     if source.name.startswith(demo.PREFIX):
         return _find_demo(source, split)
     if path.exists():
         return _find_local(source, path, split)
-    if _looks_local(source.name):
-        raise files.missing_file(source.name)
+    if is_local(source.name):
+        raise missing(source.name)
     return _find_hub(source, split, streaming)
 
 
@@ -265,11 +266,6 @@ def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
 def _file_rows(shards: list[files.Shard], column: str | None) -> Iterator[dict[str, Any]]:
     for shard in shards:
         yield from files.read_shard(shard, column)
-
-
-def _looks_local(name: str) -> bool:
-    path = Path(name)
-    return files.format_of(path) is not None or name.startswith((".", "/", "~")) or len(path.parts) > 2
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from llmlab.data.encoding import Encoded, TextEncoder
 from llmlab.data.sources import Tally, TextSource
 from llmlab.settings.errors import UserError
+from llmlab.settings.paths import expand
 
 VERSION = 1  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
@@ -143,7 +144,7 @@ def write_store(
 def cache_folder(cache_dir: str | None) -> Path:
     """Returns the folder of tokenized corpora."""
     base = cache_dir or os.environ.get("LLMLAB_CACHE") or Path.home() / ".cache" / "llmlab"
-    return Path(base).expanduser() / "corpora"
+    return expand(base) / "corpora"
 
 
 def _write(

@@ -80,6 +80,8 @@ def reason_of(error: BaseException) -> str:
         return "it does not fit into memory"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)"
     system = error.strerror if isinstance(error, OSError) else None
     lines = (system or str(error)).strip().splitlines() or [""]
     if lines[0].endswith(":"):  # a heading, which says nothing without what it heads

@@ -6,6 +6,7 @@ ever executed.  What the keys mean is `sources.py`'s business.
 
 import ast
 import json
+import math
 import os
 import re
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
 
@@ -71,6 +73,8 @@ def read_layer(path: str | Path) -> Layer:
         SettingsError: a key stands twice.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: this is a device or a pipe; expected a file")
     with reading(path, "settings"):
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -110,7 +114,7 @@ def load_yaml(text: str) -> Any:
     return value
 
 
-def _check_extent(value: Any) -> None:
+def _check_extent(value: Any, most: float = MOST) -> None:
     """Raises ValueError for data that holds itself, is nested too deeply, or grows beyond measure by its aliases."""
     count, waiting = 0, [(value, 0)]
     while waiting:
@@ -118,8 +122,8 @@ def _check_extent(value: Any) -> None:
         count += 1
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-        if count > MOST:
-            raise ValueError(f"it holds more than {MOST:,} values, aliases counted")
+        if count > most:
+            raise ValueError(f"it holds more than {most:,} values, aliases counted")
         if isinstance(inner, dict):
             waiting += [(part, depth + 1) for part in inner.values()]
         elif isinstance(inner, (list, tuple)):
@@ -201,11 +205,33 @@ def read_json(path: str | Path, shape: type = dict) -> Any:
     path = Path(path)
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
+        _check_extent(value, most=math.inf)
     if not isinstance(value, shape):
         raise UserError(
             f"{path}: expected a JSON {'list' if shape is list else 'object'}, found {type(value).__name__}"
         )
     return value
+
+
+def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, Any]) -> None:
+    """Checks values that a file gives some library against the types that the library declares.
+
+    Args:
+        subject: the file, or the setting that holds the values.
+        values: by name; names without a type pass.
+        types: by name, such as `typing.get_type_hints` of a configuration class.
+
+    Raises:
+        UserError: a value is of another type.
+    """
+    for name in sorted(values.keys() & types.keys()):
+        try:
+            TypeAdapter(types[name]).validate_python(values[name])
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].replace("Input should be", "expected")
+            shown = repr(values[name])
+            shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+            raise UserError(f"{subject}: {name} = {shown}: {expected}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -33,8 +33,6 @@ def check_path(text: str) -> str:
     """Returns the text, or raises ValueError where no file system can have such a path."""
     if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
         raise ValueError(f"this is too long for a path: expected at most {LONGEST_NAME} bytes in each of its names")
-    if text.startswith("~"):
-        expand(text)
     return text
 
 
@@ -43,15 +41,8 @@ PathName = Annotated[str, AfterValidator(check_path)]
 
 
 def expand(text: str | Path) -> Path:
-    """Returns a path with `~` replaced by the home folder it means.
-
-    Raises:
-        UserError: it means nobody's.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text}: there is no such user, whose home folder ~ could mean") from None
+    """Returns a path with `~` replaced by the home folder it means; one of nobody's stays as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def is_local(name: str) -> bool:
@@ -128,7 +119,7 @@ def check_output(folder: str) -> None:
     path = expand(folder)
     if os.path.isdir(path) and any(path.iterdir()):
         ours = os.path.isfile(path / "llmlab.json")
-        go_on = f"a run; continue it with --resume {folder}, or" if ours else "other files;"
+        go_on = f"a run; continue it with --resume {path}, or" if ours else "other files;"
         raise UserError(f"output_dir = {folder}: it already holds {go_on} choose another folder")
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent

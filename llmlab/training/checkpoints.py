@@ -3,7 +3,6 @@
 The trainer writes and rotates them; a folder without its trainer state was cut off while being written.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import read_json
 
 STATE = "trainer_state.json"  # the trainer writes it last
 
@@ -36,12 +36,15 @@ def last_checkpoint(run: Path) -> Path:
 def step_of(checkpoint: Path) -> int | None:
     """Returns the step in a checkpoint's name, or None where the name has none."""
     number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdecimal() else None
 
 
 def saved_step(checkpoint: Path) -> int:
     """Returns the number of optimizer updates behind a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+    step = read_json(checkpoint / STATE).get("global_step")
+    if not isinstance(step, int) or step < 0:
+        raise UserError(f"{checkpoint / STATE}: global_step = {step}: expected a number of steps")
+    return step
 
 
 def remove_partial(run: Path) -> list[Path]:

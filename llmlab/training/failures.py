@@ -55,7 +55,7 @@ def failures_recorded(stage: str, folder: Path, record: RunRecord | None, progre
     except SystemExit:  # rich's, when what the output is piped into is gone
         ended("interrupted", reason="its output was closed")
         raise
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         ended("failed")
         raise UserError(
             "out of memory: halve batch_size and double gradient_accumulation_steps, "

@@ -6,6 +6,8 @@ import torch
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
+from llmlab.settings.base import show
+from llmlab.settings.errors import reading
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
 
@@ -22,7 +24,11 @@ class OurOptimizers(SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        super().__init__(**kwargs)
+        if not settings.trainer_args:
+            super().__init__(**kwargs)
+            return
+        with reading(f"trainer_args = {show(settings.trainer_args)}", "arguments of the trainer"):
+            super().__init__(**kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

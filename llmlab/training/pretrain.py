@@ -44,7 +44,7 @@ from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
-from llmlab.training.resume import find_checkpoint
+from llmlab.training.resume import check_whole, find_checkpoint
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -100,6 +100,8 @@ def pretrain(
     tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
     settings = complete_shape(settings, tokenizer)
     checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer) if resume is not None else None
+    if checkpoint is not None:
+        check_whole(checkpoint)
     set_seed(settings.seed)
     if settings.init_from:
         model = load_model(settings.init_from)

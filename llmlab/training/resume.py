@@ -1,10 +1,16 @@
 """What may change when a run is resumed; the order of the data and the shape of the weights hang on the rest."""
 
 from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer import safe_globals
 
 from llmlab.settings.base import Settings, fields_of, show
-from llmlab.settings.errors import SettingsError, UserError
-from llmlab.settings.files import Layer
+from llmlab.settings.errors import SettingsError, UserError, reading
+from llmlab.settings.files import Layer, check_types, read_json
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.sources import resolve
 from llmlab.training import checkpoints
@@ -17,6 +23,24 @@ MAY_CHANGE = {
     *("allow_code", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint whose files are damaged, before a run that would fail over them begins."""
+    state = read_json(checkpoint / checkpoints.STATE)
+    # what the trainer relies on, which its annotations are looser or stricter than
+    relied = {"stateful_callbacks": dict[str, dict[str, Any]], "train_batch_size": int}
+    types = get_type_hints(TrainerState) | relied | {"log_history": list[dict[str, Any]]}
+    check_types(checkpoint / checkpoints.STATE, dict.fromkeys(relied) | state, types)
+    for path in sorted(checkpoint.glob("*.json")):
+        if path.name != "tokenizer.json":  # large, and not the trainer's
+            read_json(path)
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with reading(path, "weights"), safe_open(path, "pt"):
+            pass
+    for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
+        with reading(path, "a file of torch"), safe_globals():
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool) -> Path:

@@ -25,7 +25,7 @@ from llmlab.training.callbacks import MetricsLog, Rhythm, ScheduleAfterResume
 from llmlab.training.failures import check_disk, failures_recorded
 from llmlab.training.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
-from llmlab.training.resume import find_checkpoint
+from llmlab.training.resume import check_whole, find_checkpoint
 
 BEST_ADAPTERS = "best_lora_adapters"
 S = TypeVar("S", bound=Settings)
@@ -68,6 +68,7 @@ class Run(Generic[S]):
         self.checkpoint = None
         if resume is not None:
             self.checkpoint = find_checkpoint(self.folder, self.settings, load_optimizer=load_optimizer)
+            check_whole(self.checkpoint)
         self.done = checkpoints.saved_step(self.checkpoint) if self.checkpoint else 0
         set_seed(self.settings.seed)
 
