@@ -4,7 +4,6 @@ The interactive loop is `cli/chat.py`; scoring models is `evaluation`; serving m
 load the same folders.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,9 +23,11 @@ from transformers import (
 )
 
 from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.data.rendering import TEMPLATE_FAILURES
 from llmlab.hardware import probe
 from llmlab.model import check_folder, fit_vocabulary, load_model, read_adapter
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading, reason_of
+from llmlab.settings.files import read_json
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.trust import takes_trust
 
@@ -57,14 +58,13 @@ def load_for_inference(
     source = str(source)
     check_folder(source)
     if (adapter := read_adapter(source)) is not None:
-        from peft import PeftModel  # a second or two, for those who need it
-
         model = adapter.load_base(load_model, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(adapter.tokenizer_home)
         fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
-        with suppress(OSError):  # it has none, and the base's are kept
-            model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
-        model = PeftModel.from_pretrained(model, adapter.folder)
+        if (adapter.folder / "generation_config.json").is_file():  # else the base's are kept
+            with reading(adapter.folder / "generation_config.json", "generation settings"):
+                model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+        model = adapter.attach(model)
     else:
         model = load_model(source, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(source)
@@ -87,8 +87,8 @@ def answers_chats(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> boo
     folder = Path(source)
     for record in (folder / "llmlab.json", folder.parent / "llmlab.json"):  # a checkpoint lies in its run folder
         if record.is_file():
-            with suppress(json.JSONDecodeError):  # a damaged record is no reason not to talk
-                if json.loads(record.read_text(encoding="utf-8")).get("stage") == "pretrain":
+            with suppress(UserError):  # a damaged record is no reason not to talk
+                if read_json(record).get("stage") == "pretrain":
                     return False
     return tokenizer.chat_template is not None
 
@@ -113,6 +113,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     except TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from None
+    except TEMPLATE_FAILURES as error:
+        raise UserError(f"the model's chat template fails on this conversation: {reason_of(error)}") from None
 
 
 def drop_oldest_turns(

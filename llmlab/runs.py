@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.settings.base import fields_of
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import expand
 from llmlab.stages import STAGES
 from llmlab.training.record import METRICS, RECORD, read_metrics, read_record, started_in
 
@@ -147,13 +148,10 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         UserError: there is no such folder, it is no run folder, or its record is damaged.
     """
-    folder = Path(folder).expanduser()
-    if (folder / RECORD).is_file():
-        record = read_record(folder)
-        if not isinstance(record, dict):
-            raise UserError(f"{folder / RECORD}: this record is damaged: expected a mapping")
-        return Run(folder, record)
-    if not folder.exists():
+    folder = expand(folder)
+    if os.path.lexists(folder / RECORD):
+        return Run(folder, read_record(folder))
+    if not os.path.exists(folder):
         near = folder.parent
         while not near.is_dir():
             near = near.parent
@@ -181,16 +179,16 @@ def find_runs(*folders: str | Path) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for folder in folders:
-        if not Path(folder).expanduser().is_dir():
+        if not os.path.isdir(expand(folder)):
             raise UserError(f"{folder}: there is no such folder")
-        for place, inner, files in os.walk(Path(folder).expanduser()):
+        for place, inner, files in os.walk(expand(folder)):
             if "pyvenv.cfg" in files:
                 inner.clear()
                 continue
             inner[:] = sorted(
                 name for name in inner if not name.startswith((".", "checkpoint-")) and name not in SKIPPED_FOLDERS
             )
-            if RECORD in files:
+            if RECORD in (*files, *inner):
                 found.setdefault(Path(place).resolve(), _open_or_tell(Path(place)))
     return sorted(found.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
@@ -350,9 +348,9 @@ def find_parent(run: Run, parent: str) -> Run | None:
     folder, started = run.folder.resolve(), started_in(run.folder, run.record)
     roots = [started, Path()] if started else [Path()]
     for root in roots:
-        place = root / Path(parent).expanduser()
+        place = root / expand(parent)
         for candidate in (place, place.parent):
-            if (candidate / RECORD).is_file() and candidate.resolve() != folder:
+            if os.path.isfile(candidate / RECORD) and candidate.resolve() != folder:
                 return _open_or_tell(_from_here(candidate))
     return None
 
@@ -391,6 +389,7 @@ def _is_number(value: Any) -> bool:
 
 def _time(text: Any) -> datetime | None:
     try:
-        return datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
     except (TypeError, ValueError):
         return None

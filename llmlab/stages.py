@@ -3,12 +3,14 @@
 Importing this costs nothing; `settings_class` and `function` import what they name.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import check_inputs, check_output
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Stage:
     @property
     def function(self) -> Callable[..., Any]:
         return _import(self.run)
+
+    def check(self, resolved: Any, *, resumed: bool = False) -> None:
+        """Raises SettingsError for what is known to be missing or taken before anything heavy is imported."""
+        check_inputs(resolved.settings, resolved.sources)
+        if not resumed and os.environ.get("RANK", "0") == "0":  # the first process may have begun to write
+            check_output(resolved.settings.output_dir)
 
     def prepare(self, resolved: Any) -> Any:
         """Returns the settings of a stage that may start much later, or raises SettingsError where it cannot work."""

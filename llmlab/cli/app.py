@@ -17,8 +17,11 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import UserError, printable, reason_of
+from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
+
+LONGEST_ERROR = 1000  # characters of one line
+OUT_OF_MEMORY = ("not enough memory: you tried to allocate", "out of memory")  # torch's words
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {
@@ -100,18 +103,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one sentence on standard error and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
+    for number, word in enumerate(arguments, start=1):
+        if "\0" in word or not is_unicode(word):
+            _print_error(f"command line: argument {number}, '{word}': this is not UTF-8 text")
+            raise SystemExit(2)
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         with remote_code(False):  # until the command's own option says otherwise
             build_app(requested)(args=arguments, prog_name="llmlab")
     except UserError as error:
         for line in str(error).split("\n"):
-            print(f"error: {printable(line)}", file=sys.stderr)
+            _print_error(line)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
+        if limit := _limit_of_the_machine(error):
+            _print_error(limit)
+            raise SystemExit(2) from None
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -126,6 +136,22 @@ def _quiet_libraries() -> None:
     if sys.stderr is None or not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
             os.environ.setdefault(name, "1")
+
+
+def _print_error(line: str) -> None:
+    line = printable(line)
+    if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
+        line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
+    print(f"error: {line}", file=sys.stderr)
+
+
+def _limit_of_the_machine(error: Exception) -> str:
+    """Returns what stands in the way of a file or of memory, which is no mistake of ours; else an empty text."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return f"out of memory: {reason_of(error)}"
+    return ""
 
 
 def _write_log(arguments: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import typer
 from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import fields_of
-from llmlab.settings.errors import UserError, did_you_mean, printable
+from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading, reason_of
 from llmlab.settings.files import Layer, write_atomically
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sources import resolve
@@ -82,7 +82,7 @@ def chat(
 
         set_seed(seed)
     session = Session(model, tokenizer, settings, chats, system)
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - gives input() line editing and a history
@@ -135,8 +135,9 @@ def generate(
     """Complete prompts from the command line, a file or standard input."""
     settings = _resolve(locals())
     prompts = [*(prompt or ()), *(_read_prompts(file) if file else ())]
-    if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts and sys.stdin is not None and not sys.stdin.isatty():
+        with reading("standard input", "UTF-8 text"):
+            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("there is no prompt: expected --prompt, --file, or prompts on standard input")
     model, tokenizer, chats = _load(run, settings, chats, system)
@@ -279,8 +280,12 @@ class Writer:
 
 def _read_line(interactive: bool) -> str | None:
     """Returns the next line of input, or None at its end or after Ctrl+C."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: expected messages there, one a line")
     try:
         return input(">>> " if interactive else "")
+    except UnicodeDecodeError:
+        raise UserError("standard input: this is not UTF-8 text") from None
     except EOFError:
         if interactive:
             print()
@@ -324,12 +329,8 @@ def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
-    try:
+    with reading(f"--file {path}", "text"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--file {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--file {path}: this is not text") from None
     if not any(line.strip() for line in lines):
         raise UserError(f"--file {path}: there is no prompt in it")
     for number, line in enumerate(lines, start=1):
@@ -340,8 +341,18 @@ def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: this is no JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
+            raise UserError(f"{path}:{number}: this is no JSON: {reason}") from None
         if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
             raise UserError(f"{path}:{number}: expected a mapping with `prompt` or `messages`")
-        yield row.get("prompt", row.get("messages"))
+        prompt = row.get("prompt", row.get("messages"))
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+        ):
+            raise UserError(
+                f"{path}:{number}: expected a prompt of text or of messages, found {json.dumps(prompt)[:60]}"
+            )
+        if not is_unicode(str(prompt)):
+            raise UserError(f"{path}:{number}: expected valid Unicode, found half a character")
+        yield prompt

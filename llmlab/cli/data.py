@@ -4,7 +4,6 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,6 +14,7 @@ from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import parse_scalar
+from llmlab.settings.paths import expand
 from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _short(name: str) -> str:
     """Returns a source's name for a place with little room."""
     from rich.markup import escape
 
-    path = Path(name).expanduser()
+    path = expand(name)
     return escape(path.name if path.exists() else name)
 
 

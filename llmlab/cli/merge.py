@@ -10,6 +10,7 @@ from llmlab.stages import STAGES
 
 
 def _merge(resolved: Resolved[MergeSettings]) -> Any:
+    STAGES["merge"].check(resolved)
     return STAGES["merge"].function(resolved)
 
 

@@ -201,8 +201,12 @@ def _split(words: list[str] | None) -> tuple[str | None, dict[str, Any]]:
     sources = [word for word in words or () if "=" not in word]
     if len(sources) > 1:
         raise UserError(f"{sources[1]}: expected key=value after {sources[0]}, such as n_layers=12")
-    changes = dict(word.split("=", 1) for word in words or () if "=" in word)
-    return next(iter(sources), None), {key: parse_scalar(text) for key, text in changes.items()}
+    changes: dict[str, Any] = {}
+    for key, text in (word.split("=", 1) for word in words or () if "=" in word):
+        if key in changes:
+            raise UserError(f"command line: '{key}' is given twice; keep one")
+        changes[key] = parse_scalar(text, key)
+    return next(iter(sources), None), changes
 
 
 def _settings(source: str | None, changes: dict[str, Any]) -> ModelSettings:

@@ -209,26 +209,26 @@ def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words:
             continue
         if not equals:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
-        add(key, _parse(spellings_of(stage).get(key), text))
+        add(key, _parse(spellings_of(stage).get(key), text, key))
     for setting in fields_of(stage):
         for spelling in setting.spellings:
             value = arguments.get(_identifier(spelling))
             if value is None or value == [] or spellings_of(stage)[spelling] is not setting:
                 continue
             if _is_list(setting):
-                add(spelling, [_parse(None, text) if text.startswith("{") else text for text in value])
+                add(spelling, [_parse(None, text, spelling) if text.startswith("{") else text for text in value])
             else:
                 for text in value if isinstance(value, list) else [value]:
-                    add(spelling, _parse(setting, text) if isinstance(text, str) else text)
+                    add(spelling, _parse(setting, text, spelling) if isinstance(text, str) else text)
     return Layer(COMMAND_LINE, values)
 
 
-def _parse(setting: Setting | None, text: str) -> Any:
+def _parse(setting: Setting | None, text: str, key: str) -> Any:
     if setting is not None and setting.type_name.removesuffix(" or none") == "text":
         return text
     if setting is not None and _is_list(setting) and not text.startswith(("[", "{")):
         return [text]
-    return parse_scalar(text)
+    return parse_scalar(text, key)
 
 
 def _is_list(setting: Setting) -> bool:

@@ -18,6 +18,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.paths import expand
 from llmlab.settings.sources import resolve
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _check_output(output: Path, source: DataSource) -> None:
         raise UserError(f"--output {output}: this is a folder; expected a file, such as {output / 'pairs.jsonl'}")
     if not output.name.endswith(".jsonl"):
         raise UserError(f"--output {output}: pairs are JSON lines; expected a name that ends in .jsonl")
-    prompts = Path(source.name).expanduser()
+    prompts = expand(source.name)
     if output.exists() and prompts.exists() and output.samefile(prompts):
         raise UserError(f"--output {output}: these are the prompts; expected another file")
     try:

@@ -5,6 +5,7 @@ Scoring is in `rewards`; here are only reading, the tables and the JSON.
 
 import json
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import Layer, parse_scalar, read_layer
+from llmlab.settings.paths import expand, missing
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
 from llmlab.terminal import say_json
@@ -125,9 +127,9 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     from llmlab.data import files
     from llmlab.rewards.completions import read_messages
 
-    if not path.expanduser().exists():
-        raise files.missing_file(str(path))
-    shards = files.shards_of(files.find_files(path.expanduser()).get("train", []))
+    if not os.path.exists(expand(path)):
+        raise missing(str(path))
+    shards = files.shards_of(files.find_files(expand(path)).get("train", []))
     rows = [row for shard in shards for row in files.read_shard(shard)]
     if not rows:
         raise UserError(f"{path}: there is no row in it")

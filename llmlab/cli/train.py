@@ -36,6 +36,7 @@ def train_command(name: str) -> Callable[..., None]:
     """Returns the command of a training stage."""
 
     def execute(resolved: Resolved[Any], **resuming: Any) -> Any:
+        STAGES[name].check(resolved, resumed=resuming.get("resume") is not None)
         return STAGES[name].function(resolved, **resuming)
 
     return stage_command(name, STAGES[name].settings_class, execute, *RESUME)

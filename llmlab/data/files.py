@@ -12,13 +12,15 @@ import itertools
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from llmlab.data import demo
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, reading, reason_of
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet")
 SEPARATOR = "<|endoftext|>"
@@ -102,28 +104,20 @@ def files_of(source: DataSource) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
 
 
-def missing_file(name: str) -> UserError:
-    """Returns the error for a file that does not exist, with the nearest name beside it."""
-    path = Path(name).expanduser()
-    while not path.parent.is_dir():
-        path = path.parent
-    siblings = sorted(entry.name for entry in path.parent.iterdir())
-    return UserError(f"{name}: there is no such file or folder{did_you_mean(path.name, siblings)}")
-
-
 def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
         kind, size = format_of(path), path.stat().st_size
         packed = path.suffix.lower() == ".gz"
-        if kind == "json" and _starts_with_object(path):
-            kind = "jsonl"  # many corpora call JSON lines .json
+        with _reading(path, str(kind)):
+            if kind == "json" and _starts_with_object(path):
+                kind = "jsonl"  # many corpora call JSON lines .json
+            groups = _parquet(path).num_row_groups if kind == "parquet" and not packed else 0
         if kind == "jsonl" and not packed:
             starts = range(0, max(size, 1), SHARD_BYTES)
             shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
         elif kind == "parquet" and not packed:
-            groups = _parquet(path).num_row_groups
             shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
         else:
             shards.append(Shard(str(path), str(kind), unit=unit))
@@ -137,7 +131,7 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
         UserError: the file is not what its ending says, or is not UTF-8 text.
     """
     path = Path(shard.path)
-    try:
+    with _reading(path, shard.format):
         if shard.format == "parquet":
             yield from _read_parquet(path, shard, column)
         elif shard.format == "jsonl":
@@ -148,10 +142,18 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
             yield from _read_csv(path)
         else:
             yield from _read_text(path) if shard.unit == "document" else _read_pieces(path, shard.unit)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: the compressed file is damaged: {error}") from None
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns whatever is wrong with a file into one sentence."""
+    with reading(path, kind):
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: the compressed file is damaged: {error}") from None
 
 
 def _read_text(path: Path) -> Iterator[dict[str, Any]]:
@@ -199,9 +201,12 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line if position else line.removeprefix(b"\xef\xbb\xbf"))
-                except json.JSONDecodeError as error:
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, RecursionError) as error:
                     number = _line_number(path, position)
-                    raise UserError(f"{path}:{number}: this line is not valid JSON: {error.msg}") from None
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
+                    raise UserError(f"{path}:{number}: this line is not valid JSON: {reason}") from None
                 yield _as_row(row)
             position += len(line)
 

@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from llmlab.data.formats import shared_length
 from llmlab.data.messages import Message, UnusableRow, join_turns
 from llmlab.data.tokenizer import TEMPLATE, stop_token_ids
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reason_of
 
 LossOn = Literal["assistant", "completion", "all"]
+TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+"""What templates raise that add text and None, index what is not there, or call themselves."""
 GENERATION_MARK = "generation -%}", "generation %}"
 
 
@@ -80,12 +82,8 @@ class Renderer:
             raise
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses it: {error}") from None
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-        ) as error:  # templates that add text and None, or index what is not there
-            raise UnusableRow(f"the chat template fails: {error}") from None
+        except TEMPLATE_FAILURES as error:
+            raise UnusableRow(f"the chat template fails: {reason_of(error)}") from None
 
     def _show_reasoning(self, messages: list[Message]) -> list[Message]:
         """Puts reasoning before the answer where the template would leave it out."""
@@ -192,10 +190,10 @@ def encode_prompt(
     """
     try:
         output = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_FAILURES) as error:
         if len(joined := join_turns(prompt)) < len(prompt):
             return encode_prompt(tokenizer, joined, tools)
-        raise UnusableRow(f"the chat template refuses the prompt alone: {error}") from None
+        raise UnusableRow(f"the chat template refuses the prompt alone: {reason_of(error)}") from None
     return output["input_ids"], prompt
 
 

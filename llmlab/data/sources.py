@@ -18,6 +18,7 @@ from llmlab.data.splits import Use, choose_splits, choose_subset
 from llmlab.data.trees import as_conversations, is_tree
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean, reading
+from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, DatasetInfo, IterableDataset
@@ -189,15 +190,15 @@ def is_online() -> bool:
 
 def _find(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
     split = split or source.split
-    path = Path(source.name).expanduser()
+    path = expand(source.name)
     if source.text_unit != "document" and not path.exists():
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for local text files")
     if source.name.startswith(demo.PREFIX):
         return _find_demo(source, split or "train")
     if path.exists():
         return _find_local(source, path, split, use)
-    if _looks_local(source.name):
-        raise files.missing_file(source.name)
+    if is_local(source.name):
+        raise missing(source.name)
     return _find_hub(source, split, use, streaming, at_most)
 
 
@@ -384,11 +385,6 @@ def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
 def _file_rows(shards: list[files.Shard], column: str | None) -> Iterator[dict[str, Any]]:
     for shard in shards:
         yield from files.read_shard(shard, column)
-
-
-def _looks_local(name: str) -> bool:
-    path = Path(name)
-    return files.format_of(path) is not None or name.startswith((".", "/", "~")) or len(path.parts) > 2
 
 
 def _first_line(error: Exception) -> str:

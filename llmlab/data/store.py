@@ -34,6 +34,7 @@ from llmlab.data.interleaving import spread
 from llmlab.data.sources import Tally, TextSource, usable_texts
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
+from llmlab.settings.paths import expand
 
 VERSION = 2  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
@@ -242,7 +243,7 @@ def _check_disk(
 def cache_folder(cache_dir: str | None) -> Path:
     """Returns the folder of tokenized corpora."""
     base = cache_dir or os.environ.get("LLMLAB_CACHE") or Path.home() / ".cache" / "llmlab"
-    return Path(base).expanduser() / "corpora"
+    return expand(base) / "corpora"
 
 
 class _Writer:

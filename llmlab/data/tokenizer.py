@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmlab.data.encoding import QWEN_PATTERN
-from llmlab.data.files import missing_file
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading, reason_of
+from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,25 +48,29 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: there is none, it cannot be reached or read, or it is not backed by the `tokenizers` library.
     """
+    from huggingface_hub import is_offline_mode
+
     from llmlab.model.auto import load_auto
 
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
         return _load_bare(path)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise UserError(f"{name}: there is no tokenizer in this folder; expected tokenizer.json (found {found})")
-    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".json" or len(path.parts) > 2):
-        raise missing_file(name)
-    try:
-        tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        where = "" if path.exists() else "there is no such local folder, and the hub did not give it: "
-        raise UserError(
-            f"{name}: no tokenizer can be loaded: {where}{str(error).strip().partition(chr(10))[0]}"
-        ) from None
+    if not path.exists() and is_local(name):
+        raise missing(name)
+    with reading(name, "a tokenizer"):
+        try:
+            tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
+        except OSError as error:
+            if path.exists():
+                raise
+            offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+            raise UserError(
+                f"{name}: no tokenizer can be loaded: there is no such local folder, and the hub did not give it: "
+                f"{offline if is_offline_mode() else reason_of(error)}"
+            ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: this tokenizer has no tokenizer.json (the fast form), which llmlab needs")
     return tokenizer
@@ -76,10 +80,8 @@ def _load_bare(path: Path) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with reading(path, "a tokenizer.json"):
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: this is not a tokenizer.json: {error}") from None
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     eos = next((token for token in KNOWN_EOS if token in special), None)
     pad = next((token for token in (PAD, "<pad>", "[PAD]") if token in special), None)
@@ -118,7 +120,7 @@ def train_tokenizer(
     Raises:
         UserError: the size cannot be reached with this text, or the folder holds something else.
     """
-    folder = Path(output_dir).expanduser()
+    folder = expand(output_dir)
     if vocab_size < SMALLEST:
         raise UserError(
             f"vocab_size = {vocab_size}: expected at least {SMALLEST}: 256 bytes, "

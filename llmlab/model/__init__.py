@@ -22,6 +22,7 @@ _HOMES = {
     "load_config": "build",
     "load_model": "build",
     "new_model": "build",
+    "opening": "build",
     "read_adapter": "build",
     "from_llmlab": "convert",
     "to_llmlab": "convert",

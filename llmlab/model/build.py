@@ -3,16 +3,16 @@
 Training it is not done here, and neither is choosing a device.
 """
 
-import json
 import os
-import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -28,12 +28,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmlab.model.auto import load_auto
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
+from llmlab.settings.files import check_types, read_json
 from llmlab.settings.model import ModelSettings
+from llmlab.settings.paths import check_model
 from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 SCORES = "AutoModelForSequenceClassification"
@@ -112,12 +114,8 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """
     check_folder(source)
     _check_architecture(Path(source) / "config.json")
-    try:
+    with opening(source):
         return load_auto("AutoConfig", source)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {_reason(source, error)}") from None
 
 
 @takes_trust
@@ -140,20 +138,11 @@ def load_model(
     check_folder(source)
     _check_architecture(Path(source) / "config.json")
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
-    try:
+    with opening(source):
         model, info = load_auto(
             "AutoModelForCausalLM", source, dtype="auto" if dtype is None else dtype, output_loading_info=True, **extra
         )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {_reason(source, error)}") from None
-    except SafetensorError as error:
-        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
+    _check_stops(source, model)
     if missing := sorted(info["missing_keys"]):  # Transformers would go on with random weights
         kind = ", ".join(model.config.architectures or ["unknown"])
         raise UserError(
@@ -190,14 +179,8 @@ def load_classifier(
         raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
     config.num_labels = 1
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
-    try:
+    with opening(source):
         return from_anywhere(load_auto(SCORES, source, config=config, dtype=dtype, **extra), source)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {_reason(source, error)}") from None
-    except SafetensorError as error:
-        raise UserError(f"{source}: the weights are damaged or incomplete: {error}") from None
 
 
 def from_anywhere(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
@@ -208,21 +191,14 @@ def from_anywhere(model: PreTrainedModel, source: str | Path) -> PreTrainedModel
 
 
 def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:
-    from peft import PeftModel  # a second or two, for those who need it
-
     if adapter.config.task_type != "SEQ_CLS":
         raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
     model = adapter.load_base(load_classifier)
-    tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home)
+    with opening(adapter.tokenizer_home, "a tokenizer"):
+        tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home)
     fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    try:
-        return PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(safe_merge=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"{adapter.source}: this adapter does not fit {adapter.base}, or is damaged: {reason}"
-        ) from None
+    return adapter.attach(model).merge_and_unload(safe_merge=True)
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -271,6 +247,18 @@ class Adapter:
         except UserError as error:
             raise UserError(f"{self.source} is an adapter of {self.base}, which does not load: {error}") from None
 
+    def attach(self, model: PreTrainedModel, **options: Any) -> "PeftModel":
+        """Returns the model with these adapters.
+
+        Raises:
+            UserError: they are damaged, or do not fit it.
+        """
+        from peft import PeftModel  # a second or two, for those who need it
+
+        with reading(self.source, f"an adapter of {self.base}"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # which would stay untrained
+            return PeftModel.from_pretrained(model, self.folder, **options)
+
 
 def read_adapter(source: str | Path) -> Adapter | None:
     """Finds adapters in a folder or on the hub, from where they are fetched; None where the source is none of these.
@@ -289,41 +277,30 @@ def read_adapter(source: str | Path) -> Adapter | None:
         folder = Path(snapshot_download(str(source), ignore_patterns=["*/*", "*.pt", "*.gguf"]))
     from peft import PeftConfig  # a second or two, for those who need it
 
-    try:
-        return Adapter(str(source), folder, PeftConfig.from_pretrained(str(folder)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source}/{ADAPTER_CONFIG}: could not load the LoRA config: {error}") from None
+    with reading(f"{source}/{ADAPTER_CONFIG}", "an adapter's configuration"):
+        config = PeftConfig.from_pretrained(str(folder))
+    check_types(f"{source}/{ADAPTER_CONFIG}", vars(config), get_type_hints(type(config)))
+    base = config.base_model_name_or_path
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UserError(f"{source}/{ADAPTER_CONFIG}: base_model_name_or_path = {base!r}: expected the model it adapts")
+    return Adapter(str(source), folder, config)
 
 
 def check_folder(source: str | Path) -> None:
     """Raises UserError for a local source that cannot hold a model; what does not exist here may be a hub id."""
-    folder, source = Path(source), str(source)
-    if folder.is_file():
-        raise UserError(f"{source}: this is a file; expected a run folder or a hub id")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-            raise UserError(f"{source}: there is no such folder{_near(folder)}")
-        return
-    if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        return
-    steps = [int(path.name[11:]) for path in folder.glob("checkpoint-*") if re.fullmatch("[0-9]+", path.name[11:])]
-    if steps:
-        last = folder / f"checkpoint-{max(steps)}"
-        raise UserError(f"{source}: this run has no finished model; try its last checkpoint, {last}")
-    raise UserError(f"{source}: this folder holds no model: it has neither config.json nor adapter_config.json")
+    check_model(str(source))
 
 
 def _check_architecture(path: Path) -> None:
     if not path.is_file():
         return  # a hub id: Transformers reads its configuration
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: this is no JSON: {error.msg}") from None
+    values = read_json(path)
     if "auto_map" in values:
         return  # it brings an architecture of its own, which `load_auto` refuses or loads
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if kind == LLMLabConfig.model_type:
+        check_types(path, values, LLMLabConfig.__annotations__)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(
             f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
         )
@@ -331,10 +308,37 @@ def _check_architecture(path: Path) -> None:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
 
 
-def _reason(source: str | Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    if Path(source).is_dir():
-        return reason
+def _check_stops(source: str | Path, model: PreTrainedModel) -> None:
+    """Raises UserError where the generation settings of a model name what are no tokens."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not isinstance(number, int):
+                raise UserError(f"{source}: generation_config.json: {name} = {value!r}: expected a token's id")
+
+
+@contextmanager
+def opening(source: str | Path, expected: str = "a model") -> Iterator[None]:
+    """Turns whatever Transformers raises while it opens a folder or hub id into one sentence that names it."""
+    try:
+        with reading(source, expected):
+            try:
+                yield
+            except OSError as error:
+                if Path(source).is_dir():
+                    raise
+                raise UserError(f"{source}: {_not_on_the_hub(source, error)}") from None
+            except SafetensorError as error:
+                raise UserError(f"{source}: the weights are damaged or incomplete: {reason_of(error)}") from None
+    except UserError as error:
+        if "ignore_mismatched_sizes" not in str(error.__cause__):
+            raise
+        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
+
+
+def _not_on_the_hub(source: str | Path, error: Exception) -> str:
+    offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+    reason = offline if is_offline_mode() else reason_of(error)
     return f"there is no such folder{_near(Path(source))}, and the hub gave none: {reason}"
 
 

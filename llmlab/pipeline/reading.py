@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
@@ -67,8 +68,13 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
     stages = layer.values.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UserError(f"{layer.where('stages')}: expected 'stages', a mapping of stage names to their settings")
+    if unnamed := [name for name in stages if not isinstance(name, str)]:
+        raise UserError(f"{layer.where('stages')}: stage '{show(unnamed[0])}': expected a name, found no text")
     changes = _overrides(overrides or [], stages, problems)
-    output_dir = Path(str(changes.pop("output_dir", layer.values.get("output_dir", f"runs/{Path(path).stem}"))))
+    place = changes.pop("output_dir", layer.values.get("output_dir", f"runs/{Path(path).stem}"))
+    if not isinstance(place, str) or not place or "\0" in place:
+        raise UserError(f"{layer.where('output_dir')}: output_dir = {show(place)}: expected the path of a folder")
+    output_dir = Path(place)
 
     found: list[PipelineStage] = []
     body = layer.section("stages")
@@ -83,7 +89,7 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
             problems.append(f"{body.where(name)}: stage '{name}': expected a mapping of settings")
             continue
         kind = values.get("stage", name)
-        if kind not in STAGES:
+        if not isinstance(kind, str) or kind not in STAGES:
             hint = did_you_mean(str(kind), STAGES)
             problems.append(f"{body.where(name)}: unknown stage '{kind}': expected one of {', '.join(STAGES)}{hint}")
             continue
@@ -122,7 +128,9 @@ def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) ->
         elif stage not in stages:
             problems.append(f"command line: '{word}': there is no stage '{stage}'{did_you_mean(stage, stages)}")
         else:
-            changes.setdefault(stage, {})[setting] = parse_scalar(text)
+            if setting in changes.setdefault(stage, {}):
+                problems.append(f"command line: '{key}' is given twice; keep one")
+            changes[stage][setting] = parse_scalar(text, key)
     return changes
 
 

@@ -15,17 +15,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Required, TypedDict  # pydantic's, before Python 3.12
+
 from llmlab import __version__
 from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.runs import flatten
 from llmlab.settings.base import show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
-from llmlab.settings.files import write_atomically
+from llmlab.settings.files import read_json, write_atomically
+from llmlab.settings.paths import expand
 from llmlab.training.checkpoints import OWNER
 from llmlab.training.lock import LOCK, locked
 from llmlab.training.record import RECORD, read_record
 
 STATE = "pipeline.json"
+
+
+class Recorded(TypedDict, total=False):
+    """What a pipeline's record holds of a stage."""
+
+    status: Required[str]
+    fingerprint: Required[str]
+    run: str | None
+    used: dict[str, str | None]
+    stage: str
+    settings: dict[str, Any]
+    needs: dict[str, str]
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
+RECORDED = TypeAdapter(dict[str, Recorded])
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
 WITHOUT_CONSEQUENCE = {
     "output_dir",
@@ -259,14 +280,14 @@ def _material(stage: PipelineStage, earlier: dict[str, str]) -> dict[str, Any]:
         "stage": stage.stage.name,
         "settings": settings,
         "needs": earlier,
-        "files": {path: _identity(Path(path).expanduser()) for path in _local_paths(settings, made_here)},
+        "files": {path: _identity(expand(path)) for path in _local_paths(settings, made_here)},
         "versions": {"llmlab": __version__, **{name: version(name) for name in VERSIONS}},
     }
 
 
 def _changes(recorded: dict[str, Any], material: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
     """Returns which kinds of things differ from a recorded run, and each difference in a reader's words."""
-    if "settings" not in recorded:
+    if not {"stage", "settings", "files", "versions"} <= recorded.keys():
         return [], ()
     kinds: list[str] = []
     details: list[str] = []
@@ -318,8 +339,8 @@ def _read_state(pipeline: Pipeline) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+        return RECORDED.validate_python(read_json(path), strict=True)
+    except (UserError, ValidationError):
         raise UserError(
             f"{path}: this record is damaged; remove it and the stages' folders to run every stage again"
         ) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmlab.rewards.loading import load_rewards
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 from llmlab.settings.sources import Resolved
 
@@ -75,7 +76,7 @@ def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
     named_in = Path(resolved.sources.get("rewards", "").partition(":")[0])
     folder = named_in.parent if named_in.suffix and named_in.is_file() else Path()
     rewards = [
-        reward.model_copy(update={"name": str((folder / Path(reward.name).expanduser()).resolve())})
+        reward.model_copy(update={"name": str((folder / expand(reward.name)).resolve())})
         if ".py:" in reward.name
         else reward
         for reward in resolved.settings.rewards or ()

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmlab.rewards.completions import Completion, written
 from llmlab.rewards.matching import compile_pattern, search_all
-from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.errors import SettingsError, UserError, reading
+from llmlab.settings.files import load_yaml
+from llmlab.settings.paths import expand
 
 SHIPPED = Path(__file__).with_name("guardrails.yaml")
 
@@ -84,7 +86,7 @@ def guardrail_pass(
     Source: seed, RL guide, section 3, "Extra important (or -2.0 penalty)".
     """
     rules = [read_guardrails(SHIPPED)] if defaults else []
-    rules += [read_guardrails(Path(file).expanduser())] if file else []
+    rules += [read_guardrails(expand(file))] if file else []
     if not any(rule.deny or rule.allow for rule in rules):
         raise UserError("there is no guardrail to watch for: expected a `file` that has some, or defaults = true")
     broken = []
@@ -105,12 +107,11 @@ def read_guardrails(path: Path) -> Guardrails:
         UserError: it cannot be read, is not YAML, or a pattern is wrong.
         SettingsError: it is not of the form.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"file = {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"file = {path}: this is not valid YAML: {' '.join(str(error).split())}") from None
+    with reading(f"file = {path}", "YAML"):
+        try:
+            values = load_yaml(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"file = {path}: this is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         rules = Guardrails.model_validate(values)
     except ValidationError as error:

@@ -6,13 +6,13 @@ tokenizer says.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer, read_messages
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError, did_you_mean, reading
+from llmlab.settings.paths import check_model, expand, is_local
 from llmlab.settings.trust import remote_code, remote_code_allowed
 
 
@@ -52,18 +52,17 @@ class RewardModel:
         from llmlab.model.auto import load_auto
 
         self.path, self.squash, self.batch_size, self.device = model, squash, batch_size, device
+        from llmlab.model import opening
+
         self._trusted = remote_code_allowed()  # weights are loaded later, perhaps in another process
-        if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-            raise UserError(f"model = {model}: there is no such folder")
-        self.path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+        self.path = str(expand(model)) if is_local(model) else model
         try:
-            self.config = self._configuration()
-            self.tokenizer = load_auto("AutoTokenizer", self._tokenizer_home)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model = {model}: there is no model and tokenizer that can be read: {reason}") from None
+            check_model(model)
+            with opening(self.path, "a model with its tokenizer"):
+                self.config = self._configuration()
+                self.tokenizer = load_auto("AutoTokenizer", self._tokenizer_home)
+        except UserError as error:
+            raise UserError(f"model = {str(error).removeprefix('model = ')}") from None
         self.index = self._index_of(label)
         self.bounds = (0.0, 1.0) if squash or self.index is not None else None
         self.max_length = max_length or self._longest()
@@ -183,13 +182,8 @@ class RewardModel:
                 model = load_classifier(self.path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
             self.config.pad_token_id = model.config.pad_token_id
             return model.to(device).eval().requires_grad_(False)
-        try:
-            with remote_code(self._trusted):
-                model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(f"model = {self.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        with reading(f"model = {self.path}", "a sequence-classification model"), remote_code(self._trusted):
+            model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
 
     def _longest(self) -> int:

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import RANGES, REWARDS, WEIGHTS
 from llmlab.rewards.reward import Reward
 from llmlab.settings.base import show
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reason_of
+from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 
 GIVEN = ("completions", "prompts", "completion_ids", "environments", "trainer_state", "log_metric", "log_extra")
@@ -95,7 +96,7 @@ def _user_function(name: str, allow_code: bool, folder: Path) -> Callable[..., A
     if not allow_code:
         raise UserError("this is Python code, which runs when it is loaded; --allow-code (allow_code=True) allows it")
     file, _, attribute = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = expand(file)
     path = path if path.is_absolute() else folder / path
     if not path.is_file():
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
@@ -106,8 +107,8 @@ def _user_function(name: str, allow_code: bool, folder: Path) -> Callable[..., A
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except Exception as error:  # a user's code can fail in any way; its own words are the message
-        raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's code can fail in any way; its own words are the message
+        raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {reason_of(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

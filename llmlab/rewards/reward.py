@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, SupportsFloat
 
 from llmlab.rewards.completions import Completion, UnreadableCompletion, written
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading, reason_of
 
 
 class Reward:
@@ -73,24 +73,23 @@ class Reward:
             raise UserError(f"reward '{self.name}': row {row}: {error}") from None
         except UserError as error:
             raise UserError(f"reward '{self.name}': {error}") from None
-        except Exception as error:  # whatever a user's function raises, in the words of the row that did it
+        except (Exception, SystemExit) as error:  # whatever a user's function raises, in the words of its row
             row, error = self._blame(completions, columns, error)
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             where = f"in a batch of {len(completions)}" if row is None else _where(row, completions)
             raise UserError(f"reward '{self.name}' failed {where}: {reason}") from error
         return self._checked(values, completions)
 
     def _checked(self, values: Any, completions: list[Completion]) -> list[float | None]:
-        try:
+        kind = type(values).__name__
+        with reading(f"reward '{self.name}' gave {kind}; expected a list with a number a completion"):
             values = list(values)
-        except TypeError:
-            kind = type(values).__name__
-            raise UserError(f"reward '{self.name}' gave {kind}; expected a list with a number a completion") from None
         if len(values) != len(completions):
             raise UserError(f"reward '{self.name}' gave {len(values)} values for {len(completions)} completions")
         checked: list[float | None] = []
         for row, value in enumerate(values):
-            number = None if value is None else float(value) if isinstance(value, SupportsFloat) else math.nan
+            with reading(f"reward '{self.name}' gave {type(value).__name__}", "a number"):
+                number = None if value is None else float(value) if isinstance(value, SupportsFloat) else math.nan
             if number is not None and not math.isfinite(number):
                 where = _where(row, completions)
                 raise UserError(f"reward '{self.name}' gave {_short(repr(value))} {where}; expected a finite number")
@@ -101,8 +100,8 @@ class Reward:
         return checked
 
     def _blame(
-        self, completions: list[Completion], columns: dict[str, Any], error: Exception
-    ) -> tuple[int | None, Exception]:
+        self, completions: list[Completion], columns: dict[str, Any], error: BaseException
+    ) -> tuple[int | None, BaseException]:
         """Returns the first row that fails alone, and how; None where only the whole batch fails."""
         for row in range(len(completions)):
             of_row = {
@@ -112,7 +111,7 @@ class Reward:
             }
             try:
                 self.function(completions=[completions[row]], **of_row)
-            except Exception as alone:  # the same as above
+            except (Exception, SystemExit) as alone:  # the same as above
                 return row, alone
         return None, error
 

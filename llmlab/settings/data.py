@@ -9,6 +9,7 @@ from annotated_types import Gt
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 
 from llmlab.settings.base import Alias, Settings
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.vocabulary import AllowDropped, CacheDir, NumProc, Streaming, ValidationFraction
 
 
@@ -20,7 +21,7 @@ class DataSource(Settings):
 
     type_name: ClassVar[str] = "name | subset | weight | split"
 
-    name: str = Field(
+    name: PathName = Field(
         min_length=1, description="Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."
     )
     subset: str | None = Field(None, description="Configuration of a data set, from the hub or a copy of it.")
@@ -61,6 +62,7 @@ def _as_list(value: Any) -> Any:
 Datasets = Annotated[
     list[DataSource],
     BeforeValidator(_as_list),
+    Reads("path"),
     Field(
         min_length=1,
         description="Training data, one source an entry: name | subset | weight | split; all but the name optional.",
@@ -70,6 +72,7 @@ Datasets = Annotated[
 ValidationDatasets = Annotated[
     list[DataSource] | None,
     BeforeValidator(_as_list),
+    Reads("path"),
     Field(description="Validation data; none holds out a share of each training source."),
 ]
 

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.preference import PreferenceSettings
 
 
@@ -19,7 +20,7 @@ class DPOSettings(PreferenceSettings):
     beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = Field(
         0.2, description="Strength of the tie to the reference model: the implicit reward is beta times the log ratio."
     )
-    reference_checkpoint: Annotated[str | None, Alias("ref_model")] = Field(
+    reference_checkpoint: Annotated[PathName | None, Reads("model"), Alias("ref_model")] = Field(
         None,
         description="Frozen reference: a run folder or hub id; none is the starting policy, with LoRA at no memory.",
     )

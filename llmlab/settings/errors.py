@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text is whole: JSON, YAML and file names can spell half a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 @contextmanager
 def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
     """Turns whatever a library raises while it reads one file or setting of the user's into a sentence that names it.
@@ -81,8 +86,12 @@ def reason_of(error: BaseException) -> str:
         return "it does not fit into memory"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)"
     system = error.strerror if isinstance(error, OSError) else None
     lines = (system or str(error)).strip().splitlines() or [""]
+    if lines[0].endswith(":"):  # a heading, which says nothing without what it heads
+        lines[0] = " ".join(line.strip() for line in lines[:2])
     first = printable(lines[0].strip().rstrip(".:"))
     named = f"{type(error).__name__}: {first}" if isinstance(error, (KeyError, IndexError)) or not first else first
     return named if len(named) <= LONGEST_REASON else f"{named[:LONGEST_REASON]}..."

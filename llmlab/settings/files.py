@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
 
 NAMED_MAPPINGS = ("rewards", "reward_weights")
+LONGEST_SHOWN = 60  # characters of a value in an error
+DEEPEST = 50  # levels of nesting in a file of settings
+MOST = 100_000  # values in it, each alias counted with all that it stands for
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with 1.2's floats, so that `5e-6` is a number, and with duplicate keys as errors."""
+    """Safe YAML with 1.2's floats, so that `5e-6` is a number, and with dates as text."""
 
 
+OURS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in OURS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -69,35 +74,67 @@ def read_layer(path: str | Path) -> Layer:
         SettingsError: a key stands twice.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: there is no such file{did_you_mean(path.name, siblings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"{path}: cannot be read as settings: {reason}") from None
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: this is a device or a pipe; expected a file")
+    with reading(path, "settings"):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            siblings = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+            raise UserError(f"{path}: there is no such file{did_you_mean(path.name, siblings)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: cannot be read as settings: it is not text") from None
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".py": _read_python}
     if path.suffix not in readers:
         raise UserError(f"{path}: settings files end in .yaml, .yml, .json or .py, not '{path.suffix}'")
-    values, lines = readers[path.suffix](text, path)
+    with reading(path, "settings"):
+        values, lines = readers[path.suffix](text, path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
     return Layer(str(path), values, lines, path)
 
 
-def parse_scalar(text: str) -> Any:
+def parse_scalar(text: str, key: str = "a value") -> Any:
     """Reads one command-line value as YAML would: `1e-4`, `true`, `[a, b]`, `{key: 1}`."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader subclass: plain data only
-    except yaml.YAMLError:
-        return text
+    with reading(f"command line: {key} = {text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}"):
+        try:
+            return load_yaml(text)
+        except yaml.YAMLError:
+            return text
+
+
+def load_yaml(text: str) -> Any:
+    """Returns the plain data of a YAML text.
+
+    Raises:
+        YAMLError: it is not YAML.
+        ValueError: it is too deep, too large, or has a number that Python does not read.
+    """
+    value = yaml.load(text, _Loader)  # a SafeLoader subclass: nothing runs
+    _check_extent(value)
+    return value
+
+
+def _check_extent(value: Any, most: float = MOST) -> None:
+    """Raises ValueError for data that holds itself, is nested too deeply, or grows beyond measure by its aliases."""
+    count, waiting = 0, [(value, 0)]
+    while waiting:
+        inner, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if count > most:
+            raise ValueError(f"it holds more than {most:,} values, aliases counted")
+        if isinstance(inner, dict):
+            waiting += [(part, depth + 1) for part in inner.values()]
+        elif isinstance(inner, (list, tuple)):
+            waiting += [(part, depth + 1) for part in inner]
 
 
 def _read_yaml(text: str, path: Path) -> tuple[Any, dict[str, int]]:
     try:
         node = yaml.compose(text, _Loader)
-        values = {} if node is None else yaml.load(text, _Loader)
+        values = {} if node is None else load_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: this is not valid YAML: {error.problem}") from None
@@ -129,6 +166,7 @@ def _read_yaml(text: str, path: Path) -> tuple[Any, dict[str, int]]:
 def _read_json(text: str, path: Path) -> tuple[Any, dict[str, int]]:
     try:
         values = json.loads(text)
+        _check_extent(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
     try:  # JSON is YAML but for tabs: lines come from the YAML reader where it can read the text
@@ -182,6 +220,7 @@ def read_json(path: str | Path, shape: type = dict) -> Any:
     path = Path(path)
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
+        _check_extent(value, most=math.inf)
     if not isinstance(value, shape):
         raise UserError(
             f"{path}: expected a JSON {'list' if shape is list else 'object'}, found {type(value).__name__}"
@@ -196,6 +235,27 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, Any]) -> None:
+    """Checks values that a file gives some library against the types that the library declares.
+
+    Args:
+        subject: the file, or the setting that holds the values.
+        values: by name; names without a type pass.
+        types: by name, such as `typing.get_type_hints` of a configuration class.
+
+    Raises:
+        UserError: a value is of another type.
+    """
+    for name in sorted(values.keys() & types.keys()):
+        try:
+            TypeAdapter(types[name]).validate_python(values[name])
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].replace("Input should be", "expected")
+            shown = repr(values[name])
+            shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+            raise UserError(f"{subject}: {name} = {shown}: {expected}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Settings
+from llmlab.settings.paths import PathName, Reads
 
 
 class SamplingSettings(Settings):
@@ -30,7 +31,9 @@ class GenerateSettings(SamplingSettings):
 
     panel: ClassVar[str] = "Generate"
 
-    model: Annotated[str, Alias("policy_checkpoint")] = Field(description="Run folder or hub id.", min_length=1)
+    model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")] = Field(
+        description="Run folder or hub id.", min_length=1
+    )
     prompts: list[str] = Field(description="Texts to continue, or to answer where the model chats.", min_length=1)
     num_samples: Annotated[int, Gt(0)] = Field(1, description="Completions of each prompt.")
     seed: v.Seed = 42

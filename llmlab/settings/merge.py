@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Settings
+from llmlab.settings.paths import PathName, Reads
 
 
 def _only_one(value: Any) -> Any:
@@ -20,10 +21,10 @@ class MergeSettings(Settings):
 
     panel: ClassVar[str] = "Merge"
 
-    adapter: Annotated[str, BeforeValidator(_only_one), Alias("adapter_folder")] = Field(
+    adapter: Annotated[PathName, BeforeValidator(_only_one), Reads("path"), Alias("adapter_folder")] = Field(
         description="Adapter folder, a run folder with adapters, or a checkpoint-N in it.", min_length=1
     )
-    base: Annotated[str | None, Alias("base_model")] = Field(
+    base: Annotated[PathName | None, Reads("model"), Alias("base_model")] = Field(
         None, description="Run folder or hub id of the unquantized base model; none is the one the adapter names."
     )
     output_dir: Annotated[v.OutputDir, Alias("output")] = "runs/merge"

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import Field, model_validator
 
 from llmlab.settings.base import Alias, Settings, When
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.vocabulary import conflict
 
 
@@ -18,7 +19,7 @@ class ModelSettings(Settings):
 
     panel: ClassVar[str] = "Model"
 
-    tokenizer_name: str = Field(
+    tokenizer_name: Annotated[PathName, Reads("path")] = Field(
         "Qwen/Qwen2.5-0.5B", description="Tokenizer: a hub id, a folder, or a tokenizer.json file.", min_length=1
     )
     positional_encoding: Literal["sinusoidal", "rope", "alibi", "yarn"] = Field(
@@ -108,5 +109,6 @@ class ModelSettings(Settings):
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """Returns the divisor of a number that is nearest to the wanted one, the larger of two equally near."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), -d))
+    below = next(d for d in range(min(wanted, number), 0, -1) if number % d == 0)
+    above = next((d for d in range(wanted, min(number, 2 * wanted - below) + 1) if number % d == 0), below)
+    return above

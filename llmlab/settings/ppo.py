@@ -8,6 +8,7 @@ from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.rl import OnlineSettings, Temperature
 
 
@@ -22,7 +23,7 @@ class PPOSettings(OnlineSettings):
         "separate",
         description="A critic of its own (with LoRA, adapters of its own on the same base), or a head on the policy.",
     )
-    value_checkpoint: Annotated[str | None, When("value_model", "separate")] = Field(
+    value_checkpoint: Annotated[PathName | None, Reads("model"), When("value_model", "separate")] = Field(
         None,
         description="A reward model of the same vocabulary that the critic starts from; none is the policy itself.",
     )

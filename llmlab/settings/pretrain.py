@@ -11,6 +11,7 @@ from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.rhythm import RhythmSettings
 
 LORA_KEYS = ("task_type", *(name for setting in fields_of(LoraSettings) for name in setting.spellings))
@@ -30,7 +31,7 @@ class PretrainSettings(RhythmSettings, HardwareSettings, OptimizerSettings, Text
     implied: ClassVar[dict[str, tuple[Any, ...]]] = v.IMPLIED_BEST
 
     model: ModelSettings = ModelSettings()
-    init_from: Annotated[str | None, Alias("policy_checkpoint", "model_name_or_path")] = Field(
+    init_from: Annotated[PathName | None, Reads("model"), Alias("policy_checkpoint", "model_name_or_path")] = Field(
         None,
         description="Model to pretrain further, with its shape and tokenizer: a run folder or hub id "
         "(llmlab, Llama, Mistral, Qwen2).",

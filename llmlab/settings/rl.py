@@ -18,6 +18,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.rewards import RewardSettings, RewardsSettings, as_list
 from llmlab.settings.rhythm import RhythmSettings
 
@@ -81,7 +82,7 @@ class OnlineSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSe
     relatives: ClassVar[tuple[str, ...]] = v.RLHF
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
-    reference_checkpoint: Annotated[str | None, Alias("ref_model")] = Field(
+    reference_checkpoint: Annotated[PathName | None, Reads("model"), Alias("ref_model")] = Field(
         None,
         description="Frozen reference: a run folder or hub id; none is the starting policy, with LoRA at no memory.",
     )
@@ -97,7 +98,7 @@ class OnlineSettings(RhythmSettings, HardwareSettings, LoraSettings, OptimizerSe
     )
 
     rewards: RewardList = None  # type: ignore[assignment]  # here the reward model may stand alone
-    reward_model: Annotated[str | None, Alias("reward_model_name", "reward_model_path")] = Field(
+    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = Field(
         None,
         description="A model that scores completions, beside the other rewards: a run folder of llmlab reward or a "
         f"hub id. None where no rewards are named is {SEED_REWARD_MODEL}.",

@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmlab.settings.base import Setting, Settings, When, fields_of, is_group, show, spellings_of
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, is_unicode
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.trust import REMOTE_CODE, refusals
 
 S = TypeVar("S", bound=Settings)
+LONGEST_VALUE = 200  # characters of a value in an error
+LARGEST = 2**53  # the integers up to here are whole in JSON and in floats too
 NONE_WORDS = ("none", "None", "null")
 TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic says which part of a union refused a value
 NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; the other is refused elsewhere
@@ -68,6 +70,13 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
             if key in given and _is_mapping(spellings_of(stage)[key]) and isinstance(entry.value, dict):
                 entry = Given({**(given[key].value or {}), **entry.value}, entry.where, rank)
             given[key] = entry
+    unusable = [
+        f"{entry.where}: {key} = {_brief(entry.value)}: {reason}"
+        for key, entry in given.items()
+        if (reason := _unusable(entry.value))
+    ]
+    if unusable:
+        raise SettingsError([*problems, *unusable])
     settings, wrong = _validate(stage, given)
     problems += wrong
     if settings is not None:
@@ -177,6 +186,29 @@ def _canonical(
     return found
 
 
+def _unusable(value: Any) -> str | None:
+    """Returns why no setting can have this value, whatever its type, or None."""
+    if isinstance(value, dict):
+        return next(filter(None, map(_unusable, (*value, *value.values()))), None)
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_unusable, value)), None)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"expected a number of at most {LARGEST:,}"
+    if isinstance(value, str) and "\0" in value:
+        return "expected text without NUL characters"
+    if isinstance(value, str) and not is_unicode(value):
+        return "expected valid Unicode, found half a character"
+    return None
+
+
+def _brief(value: Any) -> str:
+    """Returns a value as YAML has it, its middle left out where it is long."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return "a number of more than 100 digits"
+    text = show(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 20]}...{text[-15:]}"
+
+
 def _validate(stage: type[S], given: dict[str, Given]) -> tuple[S | None, list[str]]:
     tree: dict[str, Any] = {}
     for key, entry in given.items():
@@ -213,7 +245,7 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, given: dict[str, Give
         expected = str(context["error"])
     else:
         expected = detail["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-    return f"{where}: {name} = {show(value)}: {expected}"
+    return f"{where}: {name} = {_brief(value)}: {expected}"
 
 
 def _misplaced(settings: Settings, given: dict[str, Given]) -> dict[str, tuple[str, bool]]:

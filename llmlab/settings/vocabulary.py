@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Trl, When
+from llmlab.settings.paths import PathName, Reads
 
 RLHF = (  # one file may hold the settings of all three
     "llmlab.settings.ppo:PPOSettings",
@@ -162,12 +163,13 @@ SaveTotalLimit = Annotated[
 # Machine ----------------------------------------------------------------------------------------------------------
 
 PolicyCheckpoint = Annotated[
-    str,
+    PathName,
+    Reads("model"),
     Alias("model_name_or_path", "base_model", "init_from"),
     Field(min_length=1, description="What to train: a run folder, a hub id, or a folder of LoRA adapters."),
 ]
-Seed = Annotated[int, Ge(0), Trl("seed"), Field(description="Seed of weights, data order and dropout.")]
-OutputDir = Annotated[str, Trl("output_dir"), Field(description="The run folder to write.")]
+Seed = Annotated[int, Ge(0), Lt(2**32), Trl("seed"), Field(description="Seed of weights, data order and dropout.")]
+OutputDir = Annotated[PathName, Trl("output_dir"), Field(min_length=1, description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     Field(description="Arithmetic: auto is bf16 where the device computes it, fp16 on other GPUs, else fp32."),
@@ -205,7 +207,7 @@ MaxSeqLen = Annotated[
     Field(description="Longest row in tokens; longer ones are cut, counted and reported."),
 ]
 ChatTemplate = Annotated[
-    str | None,
+    PathName | None,
     Field(
         description="How conversations are written: chatml, or a Jinja file; none keeps the tokenizer's own template, "
         "and takes chatml where there is none."
@@ -262,7 +264,7 @@ NumProc = Annotated[
     int | None, Gt(0), Alias("dataset_num_proc"), Field(description="Processes that tokenize; none uses every core.")
 ]
 CacheDir = Annotated[
-    str | None, Field(description="Folder of tokenized corpora; none is ~/.cache/llmlab (or $LLMLAB_CACHE).")
+    PathName | None, Field(description="Folder of tokenized corpora; none is ~/.cache/llmlab (or $LLMLAB_CACHE).")
 ]
 ValidationFraction = Annotated[
     float,

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from llmlab.settings.errors import reading
+
 PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
@@ -41,6 +43,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     ),
     # the slice of a rollout that a forward pass learns from, sampled where it is the first; see `WholeRollouts`
     "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
+    # one sentence for a damaged checkpoint
+    "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # a critic that resumes brings its own file: it is not missing from the policy's
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
@@ -98,13 +102,22 @@ class AnswerTokens:
 
 
 class SwitchableOptimizer:
-    """Mixin for a Trainer: resumes without the optimizer's state where `load_optimizer` is False."""
+    """Mixin for a Trainer: says what a damaged checkpoint lacks, and resumes without the optimizer's state if told."""
 
     load_optimizer: bool = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.load_optimizer:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            with reading(checkpoint or "", "a checkpoint's optimizer"):
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(resume_from_checkpoint, "a checkpoint"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or "", "a checkpoint's random state"):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
 class GradientNorms:

@@ -6,11 +6,12 @@ The `Trl` markers of the settings do most of it; here is what has no one-to-one 
 import warnings
 from dataclasses import fields
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from llmlab.hardware import Hardware
-from llmlab.settings.base import Settings, spellings_of
-from llmlab.settings.errors import SettingsError, did_you_mean
+from llmlab.settings.base import Settings, show, spellings_of
+from llmlab.settings.errors import SettingsError, did_you_mean, reading
+from llmlab.settings.files import check_types
 from llmlab.settings.trust import REMOTE_CODE, remote_code_allowed
 
 C = TypeVar("C")
@@ -59,28 +60,29 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
     with warnings.catch_warnings():
         # the new name of `gradient_checkpointing` is not known to the older versions that are supported
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        return config(
-            **{
-                **settings.trainer_arguments(),
-                "lr_scheduler_type": scheduler,
-                "lr_scheduler_kwargs": scheduler_kwargs,
-                "bf16": hardware.dtype == "bf16",
-                "fp16": hardware.dtype == "fp16",
-                "tf32": settings.tf32 if hardware.device == "cuda" else None,
-                "use_cpu": hardware.device == "cpu",
-                "dataloader_pin_memory": hardware.device == "cuda",
-                "save_total_limit": None,  # it would remove whatever is called checkpoint-*
-                "report_to": "none",
-                "disable_tqdm": True,
-                "ddp_find_unused_parameters": False,  # every parameter takes part in every step
-                "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
-                "logging_first_step": True,
-                **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in signature(config).parameters else {}),
-                **checkpointing,
-                **fixed,
-                **checked_trainer_args(config, settings),
-            }
-        )
+        with reading(f"trainer_args = {show(settings.trainer_args)}", config.__name__):
+            return config(
+                **{
+                    **settings.trainer_arguments(),
+                    "lr_scheduler_type": scheduler,
+                    "lr_scheduler_kwargs": scheduler_kwargs,
+                    "bf16": hardware.dtype == "bf16",
+                    "fp16": hardware.dtype == "fp16",
+                    "tf32": settings.tf32 if hardware.device == "cuda" else None,
+                    "use_cpu": hardware.device == "cpu",
+                    "dataloader_pin_memory": hardware.device == "cuda",
+                    "save_total_limit": None,  # it would remove whatever is called checkpoint-*
+                    "report_to": "none",
+                    "disable_tqdm": True,
+                    "ddp_find_unused_parameters": False,  # every parameter takes part in every step
+                    "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
+                    "logging_first_step": True,
+                    **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in signature(config).parameters else {}),
+                    **checkpointing,
+                    **fixed,
+                    **checked_trainer_args(config, settings),
+                }
+            )
 
 
 def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
@@ -118,4 +120,5 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:
         raise SettingsError(problems)
+    check_types("trainer_args", settings.trainer_args, get_type_hints(config))
     return settings.trainer_args

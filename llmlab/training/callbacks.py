@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.settings.files import write_atomically
+from llmlab.settings.errors import reading
+from llmlab.settings.files import read_json, write_atomically
 from llmlab.training import checkpoints
 from llmlab.training.record import RunRecord, read_metrics
 from llmlab.training.signals import handle_signals, interrupt
@@ -206,8 +207,9 @@ class StreamPosition(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Moves the stream to where it was at a checkpoint."""
-        text = (checkpoint / f"{self.rank}-{STREAM_STATE}").read_text(encoding="utf-8")
-        self.stream.load_state_dict(json.loads(text))
+        path = checkpoint / f"{self.rank}-{STREAM_STATE}"
+        with reading(path, "the position of a stream"):
+            self.stream.load_state_dict(read_json(path))
 
 
 class MetricsLog(TrainerCallback):

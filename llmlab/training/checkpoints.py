@@ -4,7 +4,6 @@ The trainer fills them.  One that is being written holds `INCOMPLETE` from befor
 one, those of every process and callback included, so that a kill at any moment leaves no doubt.
 """
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import read_json
 from llmlab.training.lock import LOCK, locked
 from llmlab.training.record import RECORD
 from llmlab.training.signals import handle_signals, interrupt
@@ -48,7 +48,10 @@ def step_of(checkpoint: Path) -> int | None:
 
 def saved_step(checkpoint: Path) -> int:
     """Returns the number of optimizer updates behind a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+    step = read_json(checkpoint / STATE).get("global_step")
+    if not isinstance(step, int) or step < 0:
+        raise UserError(f"{checkpoint / STATE}: global_step = {step}: expected a number of steps")
+    return step
 
 
 def begin(checkpoint: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.settings.files import write_atomically
+from llmlab.settings.errors import reading
+from llmlab.settings.files import read_json, write_atomically
 
 KL_STATE = "kl_state.json"
 
@@ -46,7 +47,7 @@ class KLController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes up what a checkpoint kept."""
-        self.coefficient = state["coefficient"]
+        self.coefficient = float(state["coefficient"])
 
 
 def save_controller(controller: KLController, folder: Path) -> None:
@@ -57,7 +58,8 @@ def save_controller(controller: KLController, folder: Path) -> None:
 def restore_controller(controller: KLController, folder: Path) -> None:
     """Reads a controller's state from a checkpoint; one of a run that did not adapt has none."""
     if (folder / KL_STATE).is_file():
-        controller.load_state_dict(json.loads((folder / KL_STATE).read_text(encoding="utf-8")))
+        with reading(folder / KL_STATE, "the state of a KL controller"):
+            controller.load_state_dict(read_json(folder / KL_STATE))
 
 
 class AdaptiveKL(TrainerCallback):

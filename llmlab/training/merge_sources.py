@@ -3,11 +3,10 @@
 Every way in which these are not what they should be is told apart here; folding one into the other is `merge`.
 """
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -18,6 +17,8 @@ from transformers import PreTrainedConfig
 from llmlab.model import ADAPTER_CONFIG as CONFIG
 from llmlab.model import check_folder, load_config, read_adapter
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import check_types, read_json
+from llmlab.settings.paths import expand
 from llmlab.training import checkpoints
 from llmlab.training.record import read_record
 from llmlab.training.running import BEST_ADAPTERS as BEST
@@ -34,7 +35,7 @@ def find_adapter(source: str | Path) -> Path:
     Raises:
         UserError: there is none, or several.
     """
-    folder, where = Path(source).expanduser(), f"adapter = {source}"
+    folder, where = expand(source), f"adapter = {source}"
     if not folder.exists() and HUB_ID.fullmatch(str(source)) and (adapter := read_adapter(source)) is not None:
         return adapter.folder
     if not folder.is_dir():
@@ -92,8 +93,9 @@ def _weight_names(path: Path) -> list[str]:
 
 def read_config(adapter: Path) -> PeftConfig:
     try:
-        values = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        values = read_json(adapter / CONFIG)
         config = PeftConfig.from_pretrained(str(adapter))
+        check_types(adapter / CONFIG, vars(config), get_type_hints(type(config)))
         kind = config.peft_type.value
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # PEFT's, for values it does not know
         raise UserError(

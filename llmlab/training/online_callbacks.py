@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 
 ROLLOUT_STATE = "rollout.pt"
 NAMES = {  # the trainer's words for what people ask for
@@ -116,8 +116,9 @@ class RolloutState(TrainerCallback):
     ) -> None:
         if self.checkpoint is not None and self._file(self.checkpoint).is_file():
             # the type alone, which is this process' device: torch has no place of the name `cpu:0`
-            kept = torch.load(self._file(self.checkpoint), map_location=self.trainer.accelerator.device.type)
-            self.trainer.load_rollout_state(kept)
+            with reading(self._file(self.checkpoint), "a rollout"):
+                kept = torch.load(self._file(self.checkpoint), map_location=self.trainer.accelerator.device.type)
+                self.trainer.load_rollout_state(kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -4,7 +4,7 @@ that leave no trace in training.
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
+from llmlab.settings.base import show
+from llmlab.settings.errors import reading
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training import checkpoints
 from llmlab.training._trl import SwitchableOptimizer
@@ -36,7 +38,9 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        super().__init__(**kwargs)
+        of_the_user = reading(f"trainer_args = {show(settings.trainer_args)}", "arguments of the trainer")
+        with of_the_user if settings.trainer_args else nullcontext():
+            super().__init__(**kwargs)
         self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]

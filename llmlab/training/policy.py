@@ -121,11 +121,13 @@ def load_policy(
     fit_vocabulary(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{source}: its tokenizer names no eos token: is its tokenizer_config.json missing?")
     stops = stop_at(model, tokenizer)
     if quantization is not None:
         model = prepare_quantized(model)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter.folder, is_trainable=True)
+        model = adapter.attach(model, is_trainable=True)
     elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))

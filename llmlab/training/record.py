@@ -4,6 +4,7 @@ The weights beside them are ordinary Transformers files, written by the trainer.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -14,13 +15,58 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic's, before Python 3.12
+
 from llmlab import __version__
-from llmlab.settings.errors import UserError
-from llmlab.settings.files import finite, write_atomically
+from llmlab.settings.errors import UserError, reading
+from llmlab.settings.files import finite, read_json, write_atomically
 
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+
+
+class Resumed(TypedDict):
+    """Where a run was resumed."""
+
+    step: int
+    at: str
+
+
+class Machine(TypedDict, total=False):
+    """What the run was made on."""
+
+    memory: float
+    processes: int
+
+
+class Revision(TypedDict):
+    """The working directory's revision in git."""
+
+    revision: str
+
+
+class Shape(TypedDict, total=False):
+    """What those who read a record rely on; it may hold more."""
+
+    stage: str
+    status: str
+    started: str
+    ended: str
+    step: int
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    parents: list[str | None]
+    metrics: dict[str, Any]
+    data: dict[str, Any] | None
+    resumed: list[Resumed]
+    versions: dict[str, str]
+    hardware: Machine
+    git: Revision | None
+
+
+SHAPE = TypeAdapter(Shape)
 
 
 @dataclass(frozen=True)
@@ -103,12 +149,18 @@ class RunRecord:
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns a run folder's record, or an empty mapping where there is none (a plain Transformers folder)."""
     path = folder / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: this record is damaged: {error.msg}") from None
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(f"this record is damaged: {error}") from None
+    try:
+        SHAPE.validate_python(values, strict=True)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path}: this record is damaged: {key}: {error.errors()[0]['msg']}") from None
+    return values
 
 
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
@@ -125,15 +177,23 @@ def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """Returns the lines of a run's `metrics.jsonl`; what a crash cut off or damaged is left out."""
     path = folder / METRICS
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    with reading(path, "metrics"):
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and all(_is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds")):
+            lines.append(line)
     return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def library_versions() -> dict[str, str]:

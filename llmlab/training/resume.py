@@ -2,13 +2,18 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import torch
+from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer import safe_globals
 
 from llmlab.data.files import files_of
 from llmlab.settings.base import Settings, fields_of, show
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import SettingsError, UserError, reading
-from llmlab.settings.files import Layer
+from llmlab.settings.files import Layer, check_types, read_json
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.sources import resolve
 from llmlab.training import checkpoints
@@ -22,6 +27,24 @@ MAY_CHANGE = {
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by their sizes and times
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint whose files are damaged, before a run that would fail over them begins."""
+    state = read_json(checkpoint / checkpoints.STATE)
+    # what the trainer relies on, which its annotations are looser or stricter than
+    relied = {"stateful_callbacks": dict[str, dict[str, Any]], "train_batch_size": int}
+    types = get_type_hints(TrainerState) | relied | {"log_history": list[dict[str, Any]]}
+    check_types(checkpoint / checkpoints.STATE, dict.fromkeys(relied) | state, types)
+    for path in sorted(checkpoint.glob("*.json")):
+        if path.name != "tokenizer.json":  # large, and not the trainer's
+            read_json(path)
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with reading(path, "weights"), safe_open(path, "pt"):
+            pass
+    for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
+        with reading(path, "a file of torch"), safe_globals():
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:

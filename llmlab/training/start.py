@@ -22,7 +22,7 @@ from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 from llmlab.training import checkpoints
 from llmlab.training.record import read_record
-from llmlab.training.resume import check_data, data_files, find_checkpoint
+from llmlab.training.resume import check_data, check_whole, data_files, find_checkpoint
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -116,6 +116,8 @@ def begin(
                 return folder, None, files, []
             notes = check_data(folder, files, allow_changed=allow_changed_data)
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
+            if checkpoint is not None:
+                check_whole(checkpoint)
             checkpoints.remove_partial(folder)
             later = checkpoints.supersede(folder, checkpoints.saved_step(checkpoint)) if checkpoint and chosen else []
             if later:

@@ -196,7 +196,7 @@ def test_missing_and_broken_tokenizers_are_named(tmp_path, tokenizer_folder):
     with pytest.raises(UserError, match="no tokenizer in this folder; expected tokenizer.json .found nothing"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "broken.json").write_text('{"model": 3}')
-    with pytest.raises(UserError, match="broken.json: this is not a tokenizer.json"):
+    with pytest.raises(UserError, match="broken.json: cannot be read as a tokenizer.json"):
         load_tokenizer(str(tmp_path / "broken.json"))
     with pytest.raises(UserError, match="nobody/nothing: no tokenizer can be loaded: .*the hub did not give it"):
         load_tokenizer("nobody/nothing")

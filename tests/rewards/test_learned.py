@@ -118,7 +118,7 @@ def test_several_labels(llama, tmp_path):
 def test_models_that_are_none(tmp_path, llama):
     with pytest.raises(SettingsError, match="'reward_model': model = /nowhere: there is no such folder"):
         compose([{"name": "reward_model", "model": "/nowhere"}])
-    with pytest.raises(UserError, match="there is no model and tokenizer that can be read"):
+    with pytest.raises(UserError, match="there is no such folder, and the hub gave none"):
         RewardModel(model="nobody/nothing")
     config = LlamaConfig.from_pretrained(llama, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)

@@ -1,0 +1,129 @@
+"""Names of models, data sets and folders: which can only be local paths, and what is missing before anything loads.
+
+Only the file system is asked, and nothing heavy is imported.  Whether a folder's files are whole is its reader's
+business.
+"""
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+from llmlab.settings.base import Settings, fields_of
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of the usual file systems
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DATA_ENDINGS = tuple(f".{kind}{gz}" for kind in ("txt", "json", "jsonl", "csv", "parquet") for gz in ("", ".gz"))
+MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks a setting whose value names something to read: a model, or any file or folder."""
+
+    kind: Literal["model", "path"]
+
+
+def check_path(text: str) -> str:
+    """Returns the text, or raises ValueError where no file system can have such a path."""
+    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"this is too long for a path: expected at most {LONGEST_NAME} bytes in each of its names")
+    return text
+
+
+PathName = Annotated[str, AfterValidator(check_path)]
+"""A local path, or a hub id where one is read."""
+
+
+def expand(text: str | Path) -> Path:
+    """Returns a path with `~` replaced by the home folder it means; one of nobody's stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def is_local(name: str) -> bool:
+    """Whether a name can only be a path here: it exists, has a path's form, or its parent folder exists."""
+    path = expand(name)
+    return (
+        os.path.exists(path)
+        or name.startswith((".", "/", "~"))
+        or name.lower().endswith(DATA_ENDINGS)
+        or HUB_ID.fullmatch(name) is None
+        or ("/" in name and os.path.isdir(path.parent))
+    )
+
+
+def missing(name: str, what: str = "file or folder") -> UserError:
+    """Returns the error for a path that is not there, with the nearest name beside it."""
+    path = expand(name)
+    while not os.path.isdir(path.parent):
+        path = path.parent
+    near = did_you_mean(path.name, [sibling.name for sibling in path.parent.iterdir()])
+    return UserError(f"{name}: there is no such {what}{near}")
+
+
+def check_model(name: str) -> None:
+    """Raises UserError for a name that can only be local and holds no model; what may be a hub id passes."""
+    folder = expand(name)
+    if os.path.isfile(folder):
+        raise UserError(f"{name}: this is a file; expected a run folder or a hub id")
+    if not os.path.isdir(folder):
+        if not name or is_local(name):
+            raise missing(name, "folder")
+        return
+    if any(os.path.isfile(folder / file) for file in MODEL_FILES):
+        return
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    if checkpoints:
+        last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+        raise UserError(f"{name}: this run has no finished model; try its last checkpoint, {last}")
+    raise UserError(f"{name}: this folder holds no model: it has neither config.json nor adapter_config.json")
+
+
+def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[Path] = ()) -> None:
+    """Checks that what the settings read is there, as far as that is known without a network.
+
+    Args:
+        settings: of any stage.
+        sources: where each setting came from.
+        made: folders that earlier stages will have written by then.
+
+    Raises:
+        SettingsError: everything that is missing.
+    """
+    problems = []
+    for setting in fields_of(type(settings)):
+        reads = setting.marker(Reads)
+        values: Any = setting.of(settings) if reads else None
+        for value in values if isinstance(values, list) else [] if values is None else [values]:
+            name = getattr(value, "name", value)
+            if name.startswith("demo/") or any(Path(name).is_relative_to(folder) for folder in made):
+                continue
+            try:
+                if reads.kind == "model":
+                    check_model(name)
+                elif is_local(name) and not os.path.exists(expand(name)):
+                    raise missing(name)
+            except UserError as error:
+                problems.append(f"{sources.get(setting.key, 'arguments')}: {setting.key} = {error}")
+    if problems:
+        raise SettingsError(problems)
+
+
+def check_output(folder: str) -> None:
+    """Raises UserError where a run folder is taken or cannot be written, without writing anything."""
+    path = expand(folder)
+    if os.path.isdir(path) and any(path.iterdir()):
+        ours = os.path.isfile(path / "llmlab.json")
+        go_on = f"a run; continue it with --resume {path}, or" if ours else "other files;"
+        raise UserError(f"output_dir = {folder}: it already holds {go_on} choose another folder")
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    if not os.path.isdir(path):
+        raise UserError(f"output_dir = {folder}: cannot be written: {path} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir = {folder}: cannot be written: {path} is read-only")
