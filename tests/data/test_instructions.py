@@ -180,6 +180,8 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     make = InstructionMaker.make
     monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
+    environment, variables = os.environ, dict(os.environ)
     build(source, num_proc=num_proc)
+    assert os.environ is environment and dict(environment) == variables  # `datasets` would leave another in its place
     [folder] = (tmp_path / "cache").rglob("rows-*")
     assert len(set(load_from_disk(str(folder))["cut"])) == workers
