@@ -7,6 +7,7 @@ packing are the trainer's.
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -323,13 +324,20 @@ class _Builder:
         counts = {name: Value("int64") for name in self.maker.counts}
         about = {"whole": Value("int64"), "hash": Value("int64"), "lost": Value("bool"), "left_out": Value("bool")}
         # Arrow's writer takes no Python integer above 63 bits: hashes are shifted
-        return raw.map(
-            _MakeRow(source, self.maker),
-            remove_columns="row",
-            features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
-            num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
-            desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
-        )
+        environment, variables = os.environ, dict(os.environ)
+        try:
+            return raw.map(
+                _MakeRow(source, self.maker),
+                remove_columns="row",
+                features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
+                num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
+                desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
+            )
+        finally:
+            # with several processes `datasets` leaves a copy in its place, and a variable set
+            os.environ = environment  # noqa: B003
+            os.environ.clear()
+            os.environ.update(variables)
 
 
 _TEXTS = {"dropped": Value("string"), "problem": Value("string")}

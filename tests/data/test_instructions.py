@@ -214,7 +214,9 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     make = InstructionMaker.make
     monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
+    environment, variables = os.environ, dict(os.environ)
     build(source, num_proc=num_proc)
+    assert os.environ is environment and dict(environment) == variables  # `datasets` would leave another in its place
     [folder] = [path for path in tmp_path.rglob("rows-*") if path.is_dir()]
     assert len(set(load_from_disk(str(folder))["cut"])) == workers
 
@@ -223,9 +225,8 @@ def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_pat
     monkeypatch.setattr(rows_module, "READ_AT_LEAST", 40)
     source = write(tmp_path / "a.jsonl", pairs(200))
     data = build(source, rows_needed=70, validation_rows=10, validation_fraction=0.1)
-    assert (
-        data.record()["sources"][0] | {"rows": 86, "whole": False} == data.record()["sources"][0]
-    )  # 70 / 0.9, and a tenth
+    recorded = data.record()["sources"][0]
+    assert (recorded["rows"], recorded["whole"]) == (86, False)  # 70 / 0.9, and a tenth
     assert (len(data.train), len(data.validation)) == (77, 9)
     assert "reads 86 of more" in data.summary()
     assert build(source, rows_needed=3).reports[0].rows == 40  # a short run draws from as many
