@@ -261,10 +261,16 @@ def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, An
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a temporary name beside it, then renames it: readers never see half of it.
 
+    A link is followed, and what is no regular file (`/dev/null`, a pipe) is written as it is, never replaced.
+
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

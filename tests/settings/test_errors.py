@@ -1,13 +1,15 @@
 """What libraries raise while reading a user's file becomes one sentence; what is printed never steers a terminal."""
 
 import json
+import os
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.settings.errors import UserError, printable, reading
-from llmlab.settings.files import read_json
+from llmlab.settings.files import read_json, write_atomically
 
 
 @given(st.text(alphabet=st.characters()))
@@ -58,3 +60,27 @@ def test_a_damaged_json_file_is_a_sentence_with_its_name(tmp_path, content):
 def test_a_whole_json_file_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([1]))
     assert read_json(tmp_path / "a.json", list) == [1]
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    """As `--save-config /dev/stdout`; and `-o /dev/null`, as root, must not take the device's place."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append(path.read_text()))
+    reader.start()
+    write_atomically(path, "text")
+    reader.join()
+    assert heard == ["text"] and path.is_fifo()
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", "after")
+    assert (tmp_path / "file").read_text() == "after" and (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: Is a directory"):
+        write_atomically(tmp_path, "text")
