@@ -15,6 +15,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import parse_scalar
 from llmlab.settings.paths import expand
+from llmlab.settings.vocabulary import LARGEST_SEED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +98,9 @@ def preview(
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    seed: Annotated[int, typer.Option(help="Another seed shows other rows.", metavar="INT")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Another seed shows other rows.", min=0, max=LARGEST_SEED, metavar="INT")
+    ] = 42,
     limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
 ) -> None:
     """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""

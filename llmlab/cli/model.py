@@ -10,6 +10,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.vocabulary import LARGEST_SEED
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -25,8 +26,8 @@ Words = Annotated[
 @app.command()
 def info(
     words: Words = None,
-    sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 1,
+    sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 1,
 ) -> None:
     """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token."""
     from rich.console import Console
@@ -79,14 +80,15 @@ def info(
 def init(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run folder to write.")],
     words: Words = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0, max=LARGEST_SEED)] = 42,
 ) -> None:
     """Write an untrained model as a run folder, with its tokenizer where tokenizer_name is set."""
     from transformers import set_seed
 
     from llmlab.data import load_tokenizer
-    from llmlab.model import build_config, new_model
+    from llmlab.model import build_config, measure, new_model
     from llmlab.training import checkpoints
+    from llmlab.training.failures import check_memory
 
     settings = _settings(*_split(words))
     tokenizer = load_tokenizer(settings.tokenizer_name) if "tokenizer_name" in settings.model_fields_set else None
@@ -97,7 +99,9 @@ def init(
         raise UserError(f"vocab_size = {vocabulary}: {settings.tokenizer_name} has {len(tokenizer)} tokens")
     folder = checkpoints.claim(str(output_dir), resume=False)
     set_seed(seed)
-    model = new_model(build_config(settings, tokenizer, vocab_size=vocabulary))
+    config = build_config(settings, tokenizer, vocab_size=vocabulary)
+    check_memory(measure(config).total)
+    model = new_model(config)
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)

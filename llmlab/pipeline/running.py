@@ -23,7 +23,7 @@ from llmlab.runs import flatten
 from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
-from llmlab.settings.paths import expand
+from llmlab.settings.paths import check_inputs, expand
 
 STATE = "pipeline.json"
 
@@ -125,7 +125,23 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
         else:
             action, reason = "skip", "finished"
         steps[stage.name] = Step(stage, action, reason, fingerprint, changes, material)
-    return list(steps.values()) if only is None else _alone(steps, only)
+    chosen = list(steps.values()) if only is None else _alone(steps, only)
+    _check_inputs(chosen)
+    return chosen
+
+
+def _check_inputs(steps: list[Step]) -> None:
+    """Raises SettingsError for everything that a stage will read, that is not there and that no stage will make."""
+    problems = []
+    for number, step in enumerate(steps):
+        resolved, made = step.stage.resolved, [earlier.stage.folder for earlier in steps[:number]]
+        try:
+            if step.action != "skip":
+                check_inputs(resolved.settings, resolved.sources, made)
+        except SettingsError as error:
+            problems += [f"{problem} (stage '{step.stage.name}')" for problem in error.problems]
+    if problems:
+        raise SettingsError(problems)
 
 
 def _alone(steps: dict[str, Step], only: str) -> list[Step]:

@@ -6,10 +6,10 @@ import torch
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due
-from llmlab.settings.base import show
-from llmlab.settings.errors import reading
+from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training._trl import SwitchableOptimizer
+from llmlab.training.arguments import trying
 
 
 class OurOptimizers(SwitchableOptimizer):
@@ -24,11 +24,17 @@ class OurOptimizers(SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        if not settings.trainer_args:
+        with trying(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
-            return
-        with reading(f"trainer_args = {show(settings.trainer_args)}", "arguments of the trainer"):
-            super().__init__(**kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        except (TypeError, ValueError, ImportError) as error:
+            if isinstance(error, UserError) or not self.settings.trainer_args:
+                raise
+            with trying(self.settings, "arguments of the trainer"):
+                raise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
