@@ -100,10 +100,11 @@ def _identify(device: str) -> tuple[str, int]:
         return properties.name, properties.total_memory
     if device == "mps":
         return _cpu_name() or "Apple GPU", torch.mps.recommended_max_memory()
-    return _cpu_name() or platform.processor() or platform.machine(), _system_memory()
+    return _cpu_name() or platform.processor() or platform.machine(), system_memory()
 
 
-def _system_memory() -> int:
+def system_memory() -> int:
+    """Returns the bytes of main memory, 0 where the system does not say."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0

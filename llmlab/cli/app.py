@@ -20,8 +20,8 @@ from llmlab import __version__
 from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
 
-LONGEST_ERROR = 1000  # characters of one line
-OUT_OF_MEMORY = ("not enough memory: you tried to allocate", "out of memory")  # torch's words
+LONGEST_ERROR = 400  # characters of one line
+OUT_OF_MEMORY = ("you tried to allocate", "out of memory")  # torch's words
 
 # name: (module, what `build` or the function is called, one line of help, panel)
 COMMANDS = {

@@ -67,7 +67,9 @@ def chat(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Makes the replies repeatable.", min=0, metavar="INT")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the replies repeatable.", min=0, max=v.LARGEST_SEED, metavar="INT")
+    ] = None,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -125,7 +127,7 @@ def generate(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, metavar="INT")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=v.LARGEST_SEED, metavar="INT")] = 42,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,

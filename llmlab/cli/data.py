@@ -15,6 +15,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import parse_scalar
 from llmlab.settings.paths import expand
+from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import say_json
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def preview(
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    seed: Annotated[int, typer.Option(help="Another seed shows other rows.", metavar="INT")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Another seed shows other rows.", min=0, max=LARGEST_SEED, metavar="INT")
+    ] = 42,
     limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

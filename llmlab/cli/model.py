@@ -10,6 +10,7 @@ from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import say
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ Words = Annotated[
 @app.command()
 def info(
     words: Words = None,
-    sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 1,
+    sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 1,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token.
@@ -147,15 +148,16 @@ def _print_memory(console: "Console", size: "ModelSize", length: int | None, bat
 def init(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run folder to write.")],
     words: Words = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0, max=LARGEST_SEED)] = 42,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write an untrained model as a run folder, with its tokenizer where tokenizer_name is set."""
     from transformers import set_seed
 
     from llmlab.data import load_tokenizer
-    from llmlab.model import build_config, fit_context, new_model
+    from llmlab.model import build_config, fit_context, measure, new_model
     from llmlab.training import checkpoints
+    from llmlab.training.failures import check_memory
 
     settings = _settings(*_split(words))
     tokenizer = load_tokenizer(settings.tokenizer_name) if "tokenizer_name" in settings.model_fields_set else None
@@ -164,9 +166,11 @@ def init(
         vocabulary = len(tokenizer)
     if tokenizer is not None and vocabulary < len(tokenizer):
         raise UserError(f"vocab_size = {vocabulary}: {settings.tokenizer_name} has {len(tokenizer)} tokens")
+    config = build_config(settings, tokenizer, vocab_size=vocabulary)
+    check_memory(measure(config).total)
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
         set_seed(seed)
-        model = new_model(build_config(settings, tokenizer, vocab_size=vocabulary))
+        model = new_model(config)
         model.save_pretrained(temporary)
         if tokenizer is not None:
             fit_context(model, tokenizer)

@@ -20,6 +20,7 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import expand
 from llmlab.settings.sources import resolve
+from llmlab.settings.vocabulary import LARGEST_SEED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def pairs(
     temperature: Annotated[float, typer.Option(help="Sharpness of the choice of tokens.", metavar="FLOAT")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Choose among tokens of this probability.", metavar="FLOAT")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.", metavar="INT")] = 256,
-    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", metavar="INT")] = 42,
+    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
     limit: Annotated[
         int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
     ] = None,

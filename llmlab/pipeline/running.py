@@ -24,7 +24,7 @@ from llmlab.runs import flatten
 from llmlab.settings.base import show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
-from llmlab.settings.paths import expand
+from llmlab.settings.paths import check_inputs, expand
 from llmlab.training.checkpoints import OWNER
 from llmlab.training.lock import LOCK, locked
 from llmlab.training.record import RECORD, read_record
@@ -132,6 +132,7 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
         steps[stage.name] = Step(stage, action, reason, fingerprint, changes, material)
     chosen = list(steps.values()) if only is None else _alone(steps, only)
     _check_folders(chosen, state)
+    _check_inputs(chosen)
     return chosen
 
 
@@ -164,6 +165,20 @@ def _is_ours(folder: Path, owner: str | None) -> bool:
 def _has_finished(folder: Path) -> bool:
     """Whether the run in a folder says so, where the program was killed before the pipeline's record did."""
     return read_record(folder).get("status") == "finished"
+
+
+def _check_inputs(steps: list[Step]) -> None:
+    """Raises SettingsError for everything that a stage will read, that is not there and that no stage will make."""
+    problems = []
+    for number, step in enumerate(steps):
+        resolved, made = step.stage.resolved, [earlier.stage.folder for earlier in steps[:number]]
+        try:
+            if step.action != "skip":
+                check_inputs(resolved.settings, resolved.sources, made)
+        except SettingsError as error:
+            problems += [f"{problem} (stage '{step.stage.name}')" for problem in error.problems]
+    if problems:
+        raise SettingsError(problems)
 
 
 def _alone(steps: dict[str, Step], only: str) -> list[Step]:

@@ -6,7 +6,7 @@ Source: seed, LLM-Lab document, "Model Configuration".
 
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
 from llmlab.settings.base import Alias, Settings, When
@@ -42,7 +42,7 @@ class ModelSettings(Settings):
     d_ff: Annotated[int, Gt(0), Alias("intermediate_size")] = Field(
         4864, description="Width of the feed-forward layers (4 x d_model, or 2.67 x with swiglu, is usual)."
     )
-    n_layers: Annotated[int, Gt(0), Alias("num_hidden_layers")] = Field(24, description="Decoder layers.")
+    n_layers: Annotated[int, Gt(0), Le(10_000), Alias("num_hidden_layers")] = Field(24, description="Decoder layers.")
     vocab_size: Annotated[int, Gt(0)] = Field(
         151936, description="Rows of the embedding; follows the tokenizer unless set, and is never smaller than it."
     )

@@ -168,7 +168,10 @@ PolicyCheckpoint = Annotated[
     Alias("model_name_or_path", "base_model", "init_from"),
     Field(min_length=1, description="What to train: a run folder, a hub id, or a folder of LoRA adapters."),
 ]
-Seed = Annotated[int, Ge(0), Lt(2**32), Trl("seed"), Field(description="Seed of weights, data order and dropout.")]
+LARGEST_SEED = 2**32 - 1  # of numpy
+Seed = Annotated[
+    int, Ge(0), Le(LARGEST_SEED), Trl("seed"), Field(description="Seed of weights, data order and dropout.")
+]
 OutputDir = Annotated[PathName, Trl("output_dir"), Field(min_length=1, description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],

@@ -4,13 +4,15 @@ The `Trl` markers of the settings do most of it; here is what has no one-to-one 
 """
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any, TypeVar, get_type_hints
 
 from llmlab.hardware import Hardware
 from llmlab.settings.base import Settings, show, spellings_of
-from llmlab.settings.errors import SettingsError, did_you_mean, reading
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
 from llmlab.settings.files import check_types
 from llmlab.settings.trust import REMOTE_CODE, remote_code_allowed
 
@@ -22,6 +24,8 @@ SCHEDULERS = {
     "linear": ("linear", {}),
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
 }
+
+REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 # fields of the trainer's configuration that a setting of another form decides
 OURS = {
@@ -60,7 +64,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
     with warnings.catch_warnings():
         # the new name of `gradient_checkpointing` is not known to the older versions that are supported
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with reading(f"trainer_args = {show(settings.trainer_args)}", config.__name__):
+        with trying(settings, config.__name__):
             return config(
                 **{
                     **settings.trainer_arguments(),
@@ -83,6 +87,12 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
                     **checked_trainer_args(config, settings),
                 }
             )
+
+
+def trying(settings: Settings, what: str) -> AbstractContextManager[None]:
+    """Returns the context in which a library first takes the user's `trainer_args`, which then are what is wrong."""
+    asked = settings.trainer_args
+    return reading(f"trainer_args = {show(asked)}", what) if asked else nullcontext()
 
 
 def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
@@ -120,5 +130,9 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:
         raise SettingsError(problems)
+    reporters = settings.trainer_args.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
+        if name in REPORTERS and find_spec(name) is None:
+            raise UserError(f"trainer_args.report_to = {name}: that package is not installed: pip install {name}")
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
     return settings.trainer_args

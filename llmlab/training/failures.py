@@ -3,23 +3,42 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from llmlab.hardware import free_disk
+from llmlab.hardware import free_disk, system_memory
 from llmlab.settings.base import Settings, fields_of
 from llmlab.settings.errors import Diverged, UserError, reason_of
 from llmlab.training import checkpoints
 from llmlab.training.progress import ProgressLine, human
-from llmlab.training.record import RunRecord
+from llmlab.training.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.training.signals import Interrupted
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
+
+
+def check_memory(parameters: int, *, batch_tokens: int = 0, width: int = 0) -> None:
+    """Refuses a model that cannot even be laid out, or a batch whose first hidden states could not, in this machine.
+
+    Args:
+        parameters: of the model, in fp32.
+        batch_tokens: of one forward pass.
+        width: of its hidden states, in 16 bits.
+
+    Raises:
+        UserError: it needs more than there is.
+    """
+    there = system_memory()
+    for what, needed in (("this model", 4 * parameters), ("one batch", 2 * batch_tokens * width)):
+        if needed > there > 0:
+            raise UserError(
+                f"{what} needs at least {human(needed, 'B')} of memory, and this machine has {human(there, 'B')}"
+            )
 
 
 def check_disk(folder: Path, *, needed: int) -> None:
@@ -34,6 +53,16 @@ def check_disk(folder: Path, *, needed: int) -> None:
             f"output_dir = {folder}: this run writes about {human(needed, 'B')}, "
             f"and the disk has {human(free, 'B')} free"
         )
+
+
+def _take_back(folder: Path, record: RunRecord | None) -> None:
+    """Removes the folder of a new run that a mistake ended before its first step, so that it can be started again."""
+    begun = any(folder.glob("checkpoint-*")) or any("loss" in line for line in read_metrics(folder))
+    if record is not None and "resumed" not in record.values and not begun:
+        for name in (RECORD, METRICS):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what is not ours
+            folder.rmdir()
 
 
 @contextmanager
@@ -72,6 +101,7 @@ def failures_recorded(
         raise
     except UserError as error:
         ended("failed", reason=str(error))
+        _take_back(folder, record)
         raise
     except Exception as error:
         ended("failed")

@@ -4,7 +4,7 @@ that leave no trace in training.
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
-from llmlab.settings.base import show
-from llmlab.settings.errors import reading
+from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.training import checkpoints
 from llmlab.training._trl import SwitchableOptimizer
+from llmlab.training.arguments import trying
 from llmlab.training.finite import FiniteNumbers
 
 
@@ -38,12 +38,20 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        of_the_user = reading(f"trainer_args = {show(settings.trainer_args)}", "arguments of the trainer")
-        with of_the_user if settings.trainer_args else nullcontext():
+        with trying(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
         self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        except (TypeError, ValueError, ImportError) as error:
+            if isinstance(error, UserError) or not self.settings.trainer_args:
+                raise
+            with trying(self.settings, "arguments of the trainer"):
+                raise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

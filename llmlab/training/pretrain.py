@@ -47,7 +47,7 @@ from llmlab.training.callbacks import (
     WholeCheckpoints,
 )
 from llmlab.training.compile import compile_layers, decide_compile
-from llmlab.training.failures import check_disk, failures_recorded
+from llmlab.training.failures import check_disk, check_memory, failures_recorded
 from llmlab.training.optimizers import OurOptimizers
 from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
 from llmlab.training.record import RunRecord, RunResult
@@ -122,7 +122,10 @@ def _pretrain(start: Start[PretrainSettings], tokenizer: PreTrainedTokenizerBase
         if not isinstance(model, LLMLabForCausalLM):
             model = to_llmlab(model)
     else:
-        model = new_model(build_config(settings.model, tokenizer))
+        shape = build_config(settings.model, tokenizer)
+        batch_tokens = settings.batch_size * settings.model.max_seq_len
+        check_memory(measure(shape).total, batch_tokens=batch_tokens, width=settings.model.d_model)
+        model = new_model(shape)
         model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     sequence = settings.model.max_seq_len
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
