@@ -20,6 +20,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 QUICKSTART = [
+    *("tokenizer.datasets=demo/stories | 600kB", "pretrain.datasets=demo/stories | 600kB"),
+    *(
+        "sft.datasets=demo/chat | 200kB",
+        "dpo.datasets=demo/preferences | 200kB",
+        "grpo.datasets=demo/arithmetic | 50kB",
+    ),
     *("pretrain.max_steps=10", "pretrain.eval_every=10", "sft.max_steps=6"),
     *("sft.eval_every=6", "dpo.max_steps=2", "grpo.max_steps=1", "grpo.batch_size=4", "grpo.group_size=2"),
     *(

@@ -80,15 +80,16 @@ def info(
 
 def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":
     """Returns the configuration of a folder's model, or of its adapters' base, its size, and a line on adapters."""
-    from llmlab.model import check_folder, measure, read_adapter
+    from llmlab.model import check_folder, measure, opening, read_adapter
     from llmlab.model.auto import load_auto
     from llmlab.model.size import adapter_parameters
 
     check_folder(source)
     adapter = read_adapter(source)
     home = source if adapter is None else adapter.base
-    with reading(f"{home}/config.json", "a model's configuration"):
+    with opening(home):
         config = load_auto("AutoConfig", home)
+    with reading(f"{home}/config.json", "a model's configuration"):
         size = measure(config)
     if adapter is None:
         return config, size, ""

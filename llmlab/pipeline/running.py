@@ -37,6 +37,7 @@ class Recorded(TypedDict, total=False):
 
     status: Required[str]
     fingerprint: Required[str]
+    owner: str
     run: str | None
     used: dict[str, str | None]
     stage: str

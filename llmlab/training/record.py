@@ -60,6 +60,7 @@ class Shape(TypedDict, total=False):
     parents: list[str | None]
     metrics: dict[str, Any]
     data: dict[str, Any] | None
+    data_files: dict[str, dict[str, Any]]
     resumed: list[Resumed]
     versions: dict[str, str]
     hardware: Machine

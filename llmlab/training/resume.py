@@ -73,7 +73,7 @@ def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool
     for name in sorted({*before, *now}):
         if name not in now or name not in before:
             notes.append(f"{name}: this data file is {'gone' if name in before else 'new'} since the run began")
-        elif any(before[name][key] != now[name][key] for key in _compared(before[name], now[name])):
+        elif any(before[name].get(key) != now[name][key] for key in _compared(before[name], now[name])):
             notes.append(f"{name}: this data file changed since the run began")
     if notes and not allow_changed:
         raise SettingsError([f"{note}; --allow-changed-data goes on with it as it is" for note in notes])

@@ -176,5 +176,5 @@ def test_a_pipeline_from_text_to_samples(cli, tmp_path):
     assert len((tmp_path / "runs" / "chat" / "samples.jsonl").read_text().splitlines()) == 3
     _, output, _ = cli(*words, *overrides)
     assert output.count("skip") == 7 and "Write a story" not in output
-    _, output, _ = cli(*words, *overrides, "chat.seed=2", "--dry-run")
-    assert output.count("skip") == 6
+    _, output, errors = cli(*words, *overrides, "chat.seed=2", "--dry-run")
+    assert output.count("skip") == 6, errors
