@@ -15,6 +15,7 @@ import pytest
 
 from llmlab.cli.app import main
 
+pytestmark = pytest.mark.xdist_group("readme")  # one checkout for all of them
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
