@@ -1,5 +1,7 @@
 """What every trainer of llmlab's shares, whatever its loss: our optimizers, and Sophia's estimates between steps."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,13 @@ class OurOptimizers(SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        with trying(settings, "arguments of the trainer"):
-            super().__init__(**kwargs)
+        try:
+            with trying(settings, "arguments of the trainer"):
+                super().__init__(**kwargs)
+        except UserError:
+            with suppress(OSError):  # it was made for nothing, unless a run is in it
+                Path(kwargs["args"].output_dir).rmdir()
+            raise
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
