@@ -110,11 +110,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if tokenizer.chat_template is None:
         raise UserError("this model's tokenizer has no chat template: it can complete text only")
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     except TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from None
     except TEMPLATE_FAILURES as error:
         raise UserError(f"the model's chat template fails on this conversation: {reason_of(error)}") from None
+    if not ids:
+        raise UserError("the model's chat template makes nothing of this conversation")
+    return ids
 
 
 def drop_oldest_turns(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlab.rewards.completions import Completion, answer, column_of, read_json
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 
 
 def json_valid(completions: list[Completion], **columns: Any) -> list[float | None]:
@@ -81,12 +81,8 @@ def _parsed(completion: Completion) -> tuple[bool, Any]:
 def _read(schema: dict[str, Any] | str) -> Any:
     if not isinstance(schema, str):
         return schema
-    try:
+    with reading(f"json_schema = {schema}", "JSON"):
         return json.loads(Path(schema).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"json_schema = {schema}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"json_schema = {schema}: this is not valid JSON: {error}") from None
 
 
 def _validator(schema: Any, where: str) -> Any:

@@ -31,6 +31,8 @@ class Reads:
 
 def check_path(text: str) -> str:
     """Returns the text, or raises ValueError where no file system can have such a path."""
+    if not text.strip():
+        raise ValueError("expected a path, found nothing")
     if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
         raise ValueError(f"this is too long for a path: expected at most {LONGEST_NAME} bytes in each of its names")
     return text

@@ -172,7 +172,7 @@ LARGEST_SEED = 2**32 - 1  # of numpy
 Seed = Annotated[
     int, Ge(0), Le(LARGEST_SEED), Trl("seed"), Field(description="Seed of weights, data order and dropout.")
 ]
-OutputDir = Annotated[PathName, Trl("output_dir"), Field(min_length=1, description="The run folder to write.")]
+OutputDir = Annotated[PathName, Trl("output_dir"), Field(description="The run folder to write.")]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     Field(description="Arithmetic: auto is bf16 where the device computes it, fp16 on other GPUs, else fp32."),
@@ -192,6 +192,7 @@ Compile = Annotated[
 DataloaderNumWorkers = Annotated[
     int,
     Ge(0),
+    Le(256),
     Trl("dataloader_num_workers"),
     Field(description="Processes that load batches beside the training one."),
 ]
@@ -264,7 +265,11 @@ AllowTruncated = Annotated[
 
 Streaming = Annotated[bool, Field(description="Read the sources as they come, without a tokenized copy on disk.")]
 NumProc = Annotated[
-    int | None, Gt(0), Alias("dataset_num_proc"), Field(description="Processes that tokenize; none uses every core.")
+    int | None,
+    Gt(0),
+    Le(1024),
+    Alias("dataset_num_proc"),
+    Field(description="Processes that tokenize; none uses every core."),
 ]
 CacheDir = Annotated[
     PathName | None, Field(description="Folder of tokenized corpora; none is ~/.cache/llmlab (or $LLMLAB_CACHE).")
