@@ -191,7 +191,7 @@ def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
             raise UserError(f"{path}:{node.lineno}: expected name = {{...}} and nothing else; it is never executed")
         try:
             value = ast.literal_eval(node.value)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(
                 f"{path}:{node.lineno}: only literal values are read from a Python file; it is never executed"
             ) from None
@@ -208,6 +208,7 @@ def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
             lines.setdefault(key, line)
     if twice:
         raise SettingsError(twice)
+    _check_extent(values)
     return values, lines
 
 
