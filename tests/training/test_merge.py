@@ -471,7 +471,7 @@ def test_the_command(adapter, base, tmp_path, capsys, monkeypatch):
     assert code == 0, errors
     assert Path(tmp_path / "second" / "model.safetensors").is_file()
     for words, message in {
-        (tmp_path / "nothing",): "error: adapter = .*",
+        (tmp_path / "nothing",): "error: command line: adapter = .*",
         (adapter, adapter): "can't merge multiple adapters into one model (they'd interfere)",
         (base,): "Checkpoint doesn't have LoRA parameters",
         (adapter, "--dtype", "int8"): "expected one of auto, bf16, fp16, fp32",
