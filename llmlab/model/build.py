@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
+from pydantic import Field
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -37,6 +38,13 @@ from llmlab.settings.trust import takes_trust
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+Count = Annotated[int, Field(gt=0)] | None
+OF_GENERATION = {  # Transformers declares no types for these
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), int | None),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "output_scores", "use_cache"), bool | None),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "max_length", "max_new_tokens"), Count),
+    "eos_token_id": int | list[int] | None,
+}
 ADAPTER_CONFIG = "adapter_config.json"
 SCORES = "AutoModelForSequenceClassification"
 
@@ -142,7 +150,7 @@ def load_model(
         model, info = load_auto(
             "AutoModelForCausalLM", source, dtype="auto" if dtype is None else dtype, output_loading_info=True, **extra
         )
-    _check_stops(source, model)
+    _check_generation(source, model)
     if missing := sorted(info["missing_keys"]):  # Transformers would go on with random weights
         kind = ", ".join(model.config.architectures or ["unknown"])
         raise UserError(
@@ -308,13 +316,10 @@ def _check_architecture(path: Path) -> None:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
 
 
-def _check_stops(source: str | Path, model: PreTrainedModel) -> None:
-    """Raises UserError where the generation settings of a model name what are no tokens."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(model.generation_config, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not isinstance(number, int):
-                raise UserError(f"{source}: generation_config.json: {name} = {value!r}: expected a token's id")
+def _check_generation(source: str | Path, model: PreTrainedModel) -> None:
+    """Raises UserError where the generation settings of a model are of other types than generating relies on."""
+    if model.can_generate():
+        check_types(f"{source}/generation_config.json", vars(model.generation_config), OF_GENERATION)
 
 
 @contextmanager

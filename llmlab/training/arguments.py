@@ -25,6 +25,7 @@ SCHEDULERS = {
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
 }
 
+PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # what needs them: its package
 REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 # fields of the trainer's configuration that a setting of another form decides
@@ -130,9 +131,12 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:
         raise SettingsError(problems)
-    reporters = settings.trainer_args.get("report_to") or []
-    for name in [reporters] if isinstance(reporters, str) else reporters:
-        if name in REPORTERS and find_spec(name) is None:
-            raise UserError(f"trainer_args.report_to = {name}: that package is not installed: pip install {name}")
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
+    reporters = settings.trainer_args.get("report_to") or []
+    needed = [("report_to", name) for name in ([reporters] if isinstance(reporters, str) else reporters)]
+    needed = [(key, name) for key, name in needed if name in REPORTERS]
+    needed += [(key, package) for key, package in PACKAGES.items() if settings.trainer_args.get(key)]
+    for key, package in needed:
+        if find_spec(package) is None:
+            raise UserError(f"trainer_args.{key}: it needs {package}, which is not installed")
     return settings.trainer_args
