@@ -303,11 +303,11 @@ def _check_architecture(path: Path) -> None:
     if not path.is_file():
         return  # a hub id: Transformers reads its configuration
     values = read_json(path)
-    if "auto_map" in values:
-        return  # it brings an architecture of its own, which `load_auto` refuses or loads
     kind = values.get("model_type")
     if kind == LLMLabConfig.model_type:
         check_types(path, values, LLMLabConfig.__annotations__)
+    elif "auto_map" in values and isinstance(kind, str | None):
+        return  # it brings an architecture of its own, which `load_auto` refuses or loads
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(
             f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
