@@ -144,7 +144,7 @@ def load_model(
         UserError: there is no such model, it is incomplete or of an unknown kind, or its folder is broken.
     """
     check_folder(source)
-    _check_architecture(Path(source) / "config.json")
+    _check_architecture(Path(source) / "config.json", writes=True)
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     with opening(source):
         model, info = load_auto(
@@ -299,7 +299,7 @@ def check_folder(source: str | Path) -> None:
     check_model(str(source))
 
 
-def _check_architecture(path: Path) -> None:
+def _check_architecture(path: Path, *, writes: bool = False) -> None:
     if not path.is_file():
         return  # a hub id: Transformers reads its configuration
     values = read_json(path)
@@ -314,6 +314,11 @@ def _check_architecture(path: Path) -> None:
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
+    heads = values.get("architectures")
+    if writes and isinstance(heads, list) and str(heads[:1]).endswith("ForSequenceClassification']"):
+        raise UserError(
+            f"{path.parent}: architectures = {heads[0]}: this model scores text; expected a language model"
+        )
 
 
 def _check_generation(source: str | Path, model: PreTrainedModel) -> None:
