@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -329,6 +330,7 @@ class _Builder:
             return raw.map(
                 _MakeRow(source, self.maker),
                 remove_columns="row",
+                new_fingerprint=uuid.uuid4().hex,  # else it hashes the maker, tokenizer and all; the cache is ours
                 features=Features({**self.maker.columns, **counts, **about, **_TEXTS}),
                 num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
                 desc=f"Rendering {printable(source.name)}" if sys.stderr.isatty() else None,
