@@ -24,9 +24,8 @@ from llmlab.runs import flatten
 from llmlab.settings.base import show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
-from llmlab.settings.paths import check_inputs, expand
-from llmlab.training.checkpoints import OWNER
-from llmlab.training.lock import LOCK, locked
+from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
+from llmlab.training.lock import locked
 from llmlab.training.record import RECORD, read_record
 
 STATE = "pipeline.json"

@@ -116,13 +116,23 @@ def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[P
         raise SettingsError(problems)
 
 
+LOCK = ".llmlab.lock"  # held by the run that writes into a folder; a killed one leaves the file, unlocked
+OWNER = ".llmlab.pipeline"  # says to which pipeline a run folder belongs
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError where a folder holds anything but the marks of a run that has not begun."""
+    if not os.path.isdir(path) or all(entry.name in (LOCK, OWNER) for entry in path.iterdir()):
+        return
+    ours = os.path.isfile(path / "llmlab.json")
+    go_on = f"a run; continue it with --resume {path}, or" if ours else "other files;"
+    raise UserError(f"output_dir = {path}: it already holds {go_on} choose another folder")
+
+
 def check_output(folder: str) -> None:
     """Raises UserError where a run folder is taken or cannot be written, without writing anything."""
     path = expand(folder)
-    if os.path.isdir(path) and any(path.iterdir()):
-        ours = os.path.isfile(path / "llmlab.json")
-        go_on = f"a run; continue it with --resume {path}, or" if ours else "other files;"
-        raise UserError(f"output_dir = {folder}: it already holds {go_on} choose another folder")
+    check_free(path)
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
     if not os.path.isdir(path):

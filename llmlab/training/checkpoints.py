@@ -15,7 +15,8 @@ from pathlib import Path
 
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_json
-from llmlab.training.lock import LOCK, locked
+from llmlab.settings.paths import LOCK, check_free
+from llmlab.training.lock import locked
 from llmlab.training.record import RECORD
 from llmlab.training.signals import handle_signals, interrupt
 
@@ -24,7 +25,6 @@ INCOMPLETE = ".incomplete"
 REMOVED = ".removed-"  # a checkpoint gets this prefix in one rename, before its files go one by one
 SAVING = ".saving-"
 SUPERSEDED = "superseded"
-OWNER = ".llmlab.pipeline"  # says to which pipeline a run folder belongs
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -158,7 +158,7 @@ def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
         held.enter_context(handle_signals(interrupt))
         try:
             if not resume and not (path / LOCK).exists():
-                _check_free(path)  # before anything is written
+                check_free(path)  # before anything is written
             for place in (*reversed(path.parents), path):  # removed from the innermost
                 if not place.exists():
                     held.callback(_remove_empty, place)
@@ -166,19 +166,10 @@ def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
         if not resume:
-            _check_free(path)  # another run may have come and gone in between
+            check_free(path)  # another run may have come and gone in between
         yield path
 
 
 def _remove_empty(place: Path) -> None:
     with suppress(OSError):  # it holds a run now
         place.rmdir()
-
-
-def _check_free(path: Path) -> None:
-    if not path.is_dir() or all(entry.name in (LOCK, OWNER) for entry in path.iterdir()):
-        return
-    is_run = (path / RECORD).is_file()
-    go_on = f"continue it with --resume {path}, or " if is_run else ""
-    what = "a run" if is_run else "other files"
-    raise UserError(f"output_dir = {path}: it already holds {what}; {go_on}choose another folder")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import IO
 
 from llmlab.settings.errors import UserError
+from llmlab.settings.paths import LOCK
 
 try:
     import fcntl
 except ImportError:  # Windows has none: two runs in one folder are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".llmlab.lock"
 ATTEMPTS = 100  # to lock a file that other runs keep removing
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # a file system that cannot, as some network disks
 

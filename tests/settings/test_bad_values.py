@@ -176,3 +176,11 @@ def test_any_text_is_a_value_or_a_sentence(text):
         parse_scalar(text, "key")
     except UserError as error:
         assert str(error).startswith("command line: key = ")
+
+
+def test_a_lock_that_a_killed_run_left_does_not_take_the_folder(tmp_path):
+    (tmp_path / ".llmlab.lock").write_text("1234 on host")
+    check_output(str(tmp_path))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="already holds other files; choose another folder"):
+        check_output(str(tmp_path))
