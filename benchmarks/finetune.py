@@ -100,9 +100,9 @@ def learn(options):
     """Returns the report of one run through each, as Markdown."""
     from rich.console import Console
 
+    from llmlab.runs.record import read_metrics, read_record
     from llmlab.settings.merge import MergeSettings
     from llmlab.training.merge import merge
-    from llmlab.training.record import read_metrics, read_record
     from llmlab.training.sft import sft
 
     run = sft(make_settings(options, options.folder / "run"))
@@ -162,10 +162,10 @@ def is_right(text, answer):
 
 def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
-    from llmlab.data.instructions import InstructionMaker
-    from llmlab.data.rows import build_rows
+    from llmlab.data.chat.instructions import InstructionMaker
+    from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
-    from llmlab.training.policy import load_policy
+    from llmlab.runs.policy import load_policy
     from llmlab.training.sft import InstructionTrainer, trainer_arguments
 
     def make(name, callbacks, folder):

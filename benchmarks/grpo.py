@@ -40,9 +40,9 @@ def write_prompts(options, path):
 
 def run_ours(options, folder, prompts):
     """Returns the logged lines and the record of `llmlab grpo`."""
+    from llmlab.runs.record import read_metrics, read_record
     from llmlab.settings.grpo import GRPOSettings
-    from llmlab.training.grpo import grpo
-    from llmlab.training.record import read_metrics, read_record
+    from llmlab.training.online.grpo import grpo
 
     result = grpo(
         GRPOSettings(
@@ -182,7 +182,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
-    from llmlab.training.progress import quiet_libraries
+    from llmlab.runs.progress import quiet_libraries
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -52,7 +52,7 @@ def settings_of(options, folder):
 def run_llmlab(options, folder):
     """Returns validation loss by step, its baseline, and the text that the model writes."""
     import llmlab
-    from llmlab.training.record import read_metrics
+    from llmlab.runs.record import read_metrics
 
     settings = settings_of(options, folder)
     result = llmlab.pretrain(settings)

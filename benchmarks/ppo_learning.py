@@ -62,7 +62,7 @@ def learn(contender, seed, samples, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from llmlab.training.ppo import PPOConfig, PPOTrainer
+    from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
     model, tokenizer = make_model(folder / "model", seed)
     prompts = [{"prompt": f"w{i % WORDS} w{(i * 5 + 1) % WORDS}"} for i in range(samples)]
@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--plot", type=Path, default=Path("ppo_learning.png"))
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     options = parser.parse_args()
-    from llmlab.training.progress import quiet_libraries
+    from llmlab.runs.progress import quiet_libraries
 
     began, curves = time.monotonic(), {contender: [] for contender in CONTENDERS}
     for seed in range(options.seeds):

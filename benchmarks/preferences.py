@@ -16,11 +16,11 @@ from pathlib import Path
 
 
 def run(options, folder):
+    from llmlab.runs.record import read_metrics, read_record
     from llmlab.settings.dpo import DPOSettings
     from llmlab.settings.reward import RewardModelSettings
-    from llmlab.training.dpo import dpo
-    from llmlab.training.record import read_metrics, read_record
-    from llmlab.training.reward import reward
+    from llmlab.training.preference.dpo import dpo
+    from llmlab.training.preference.reward import reward
 
     shared = {
         "policy_checkpoint": str(options.model),

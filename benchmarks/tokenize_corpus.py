@@ -20,11 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llmlab.data.encoding import TextEncoder
 from llmlab.data.mixture import Mixture
-from llmlab.data.packing import PackedRows, all_of
 from llmlab.data.sources import Tally, load_text
-from llmlab.data.store import open_store
+from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.text.packing import PackedRows, all_of
+from llmlab.data.text.store import open_store
 from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
 from llmlab.settings.data import DataSource
 

@@ -86,8 +86,8 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
 
     from llmlab.hardware import probe
     from llmlab.model import build_config, new_model
+    from llmlab.runs.compile import compile_layers
     from llmlab.settings.pretrain import PretrainSettings
-    from llmlab.training.compile import compile_layers
     from llmlab.training.pretrain import PretrainTrainer, trainer_arguments
 
     settings = PretrainSettings(

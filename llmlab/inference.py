@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from llmlab.data import load_tokenizer, stop_token_ids
-from llmlab.data.rendering import TEMPLATE_FAILURES
+from llmlab.data.chat.rendering import TEMPLATE_FAILURES
 from llmlab.hardware import probe
 from llmlab.model import check_folder, fit_vocabulary, load_model, read_adapter
 from llmlab.settings.errors import UserError, reading, reason_of

@@ -80,28 +80,28 @@ STAGES = {
         Stage(
             "dpo",
             "llmlab.settings.dpo:DPOSettings",
-            "llmlab.training.dpo:dpo",
+            "llmlab.training.preference.dpo:dpo",
             "Make a model prefer the better of two answers.",
             resumes=True,
         ),
         Stage(
             "orpo",
             "llmlab.settings.orpo:ORPOSettings",
-            "llmlab.training.orpo:orpo",
+            "llmlab.training.preference.orpo:orpo",
             "Fine-tune and prefer at once, without a reference model.",
             resumes=True,
         ),
         Stage(
             "reward",
             "llmlab.settings.reward:RewardModelSettings",
-            "llmlab.training.reward:reward",
+            "llmlab.training.preference.reward:reward",
             "Train a model that scores answers.",
             resumes=True,
         ),
         Stage(
             "grpo",
             "llmlab.settings.grpo:GRPOSettings",
-            "llmlab.training.grpo:grpo",
+            "llmlab.training.online.grpo:grpo",
             "Sample groups of completions, and make the better ones likelier.",
             resumes=True,
             prepares="llmlab.rewards.checking:check_rewards",
@@ -109,7 +109,7 @@ STAGES = {
         Stage(
             "ppo",
             "llmlab.settings.ppo:PPOSettings",
-            "llmlab.training.ppo:ppo",
+            "llmlab.training.online.ppo:ppo",
             "Learn from rewards with a value function, held to a reference.",
             resumes=True,
             prepares="llmlab.rewards.checking:check_rewards",
@@ -117,7 +117,7 @@ STAGES = {
         Stage(
             "generate",
             "llmlab.settings.generation:GenerateSettings",
-            "llmlab.training.samples:write_samples",
+            "llmlab.training.generate:write_samples",
             "Write completions of prompts, to see what a model learned.",
         ),
     )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llmlab.runs import (
+from llmlab.runs.history import (
     ancestors,
     comparison,
     curve_metric,
@@ -21,6 +21,7 @@ from llmlab.runs import (
     short_names,
 )
 from llmlab.settings.errors import UserError
+from llmlab.settings.sources import as_resolved
 from llmlab.settings.tokenizer import TokenizerSettings
 
 LINES = [
@@ -115,10 +116,15 @@ def test_given_settings_have_their_sources(tmp_path):
     ]
 
 
-def test_without_sources_what_differs_from_the_defaults_was_given(tmp_path):
-    settings = TokenizerSettings(datasets=["demo/stories"], vocab_size=300).model_dump(mode="json")
-    run = open_run(write(tmp_path / "a", stage="tokenizer", settings=settings, sources={}))
-    assert [key for key, _, _ in given_settings(run)] == ["datasets", "vocab_size"]
+def test_settings_made_in_python_come_from_arguments_where_they_differ_from_the_defaults(tmp_path):
+    resolved = as_resolved(TokenizerSettings(datasets=["demo/stories"], vocab_size=300, output_dir="runs/tokenizer"))
+    values = resolved.settings.model_dump(mode="json")
+    run = open_run(write(tmp_path / "a", stage="tokenizer", settings=values, sources=resolved.sources))
+    assert {(key, source) for key, _, source in given_settings(run)} >= {
+        ("datasets", "arguments"),
+        ("vocab_size", "arguments"),
+    }
+    assert "max_bytes" not in [key for key, _, _ in given_settings(run)]
 
 
 # Finding ------------------------------------------------------------------------------------------------------------

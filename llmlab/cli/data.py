@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llmlab.data.conversations import ConversationSource
+    from llmlab.data.chat.conversations import ConversationSource
+    from llmlab.data.chat.rendering import RenderedRow, Renderer
     from llmlab.data.inspect import DataReport, Finding, Lengths
-    from llmlab.data.rendering import RenderedRow, Renderer
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -66,8 +66,8 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
+    from llmlab.data.chat.rendering import find_problem
     from llmlab.data.inspect import inspect_rows
-    from llmlab.data.rendering import find_problem
 
     found = [_load(_parse(text), limit) for text in sources]  # a bad source is told before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
@@ -110,8 +110,8 @@ def preview(
     """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
     from random import Random
 
+    from llmlab.data.chat.messages import UnusableRow
     from llmlab.data.inspect import Lengths
-    from llmlab.data.messages import UnusableRow
     from llmlab.data.sources import Tally
 
     found = _load(_parse(source), limit)
@@ -150,7 +150,7 @@ def _parse(text: str) -> DataSource:
 
 def _load(source: DataSource, limit: int | None) -> "ConversationSource":
     """Finds a source of conversations or, as pretraining would, of plain text in a column of a usual name."""
-    from llmlab.data.conversations import load_conversations
+    from llmlab.data.chat.conversations import load_conversations
     from llmlab.data.sources import TEXT_COLUMNS, load_text
 
     try:
@@ -167,7 +167,7 @@ def _load(source: DataSource, limit: int | None) -> "ConversationSource":
 
 def _renderer(name: str | None, loss_on: Any, chat_template: str | None) -> Any:
     from llmlab.data import load_tokenizer
-    from llmlab.data.rendering import Renderer, add_chat_template
+    from llmlab.data.chat.rendering import Renderer, add_chat_template
 
     if name is None:
         return None

@@ -157,8 +157,8 @@ def init(
 
     from llmlab.data import load_tokenizer
     from llmlab.model import build_config, fit_context, measure, new_model
-    from llmlab.training import checkpoints
-    from llmlab.training.failures import check_memory
+    from llmlab.runs import checkpoints
+    from llmlab.runs.failures import check_memory
 
     settings = _settings(*_split(words))
     tokenizer = load_tokenizer(settings.tokenizer_name) if "tokenizer_name" in settings.model_fields_set else None
@@ -189,7 +189,7 @@ def convert(
     """Convert weights to llmlab's decoder or from it, and check that both give the same logits."""
     from llmlab.data import load_tokenizer
     from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
-    from llmlab.training import checkpoints
+    from llmlab.runs import checkpoints
 
     model = load_model(source, dtype=None)
     converted = to_llmlab(model) if to == "llmlab" else from_llmlab(model, to)  # both compare logits themselves

@@ -125,8 +125,8 @@ def resume_layer(resume: Path, stage: str) -> Layer:
     Raises:
         UserError: the folder is missing, is no run folder, or is another stage's.
     """
-    from llmlab.training.checkpoints import find_run
-    from llmlab.training.record import RECORD, started_in
+    from llmlab.runs.checkpoints import find_run
+    from llmlab.runs.record import RECORD, started_in
 
     run, _ = find_run(resume)
     if not run.is_dir():
@@ -144,8 +144,8 @@ def resume_layer(resume: Path, stage: str) -> Layer:
 
 def return_to_start(resume: Path) -> Path:
     """Moves to the folder that a run was started in, from which its relative paths count; returns the run's path."""
-    from llmlab.training.checkpoints import find_run
-    from llmlab.training.record import read_record, started_in
+    from llmlab.runs.checkpoints import find_run
+    from llmlab.runs.record import read_record, started_in
 
     run, _ = find_run(resume)
     started = started_in(run, read_record(run))

@@ -1,6 +1,6 @@
 """`llmlab data pairs`: a model's completions, scored by rewards, as preference pairs for `llmlab dpo` and `orpo`.
 
-Sampling, scoring and choosing are in `training/pairs.py`; here are only the options, the progress and the tables.
+Sampling, scoring and choosing are in `training/preference/pairs.py`; here are only options, progress and tables.
 """
 
 import os
@@ -25,7 +25,7 @@ from llmlab.settings.vocabulary import LARGEST_SEED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmlab.training.pairs import PairsReport
+    from llmlab.training.preference.pairs import PairsReport
 
 SHOWN = 2  # pairs that are printed
 LONGEST = 400  # characters of a text that is printed
@@ -74,8 +74,8 @@ def pairs(
 
     from llmlab.inference import answers_chats, load_for_inference
     from llmlab.rewards.compose import compose
-    from llmlab.training.pairs import judge_samples, load_prompts, summarize, write_pairs
-    from llmlab.training.progress import quiet_libraries
+    from llmlab.runs.progress import quiet_libraries
+    from llmlab.training.preference.pairs import judge_samples, load_prompts, summarize, write_pairs
 
     reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     asked, unusable = load_prompts(source, limit=limit)

@@ -1,6 +1,6 @@
 """`llmlab runs list`, `show` and `compare`: what was run, from what, with what result, as tables, trees and curves.
 
-Only how runs look is here; what they are is read by `llmlab/runs.py`.
+Only how runs look is here; what they are is read by `llmlab/runs/history.py`.
 """
 
 import os
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmlab.cli.curves import Curve, draw, short_number
-from llmlab.runs import (
+from llmlab.runs.history import (
     Ancestor,
-    Run,
+    RunFolder,
     ancestors,
     comparison,
     curve_metric,
@@ -165,7 +165,7 @@ def compare(
 # Parts of what is printed -----------------------------------------------------------------------------------------
 
 
-def _print_list(console: "Console", runs: Sequence[Run]) -> None:
+def _print_list(console: "Console", runs: Sequence[RunFolder]) -> None:
     """Prints one table, with a line of its own for each folder that runs lie in."""
     from rich.text import Text
 
@@ -202,7 +202,7 @@ def _print_list(console: "Console", runs: Sequence[Run]) -> None:
         console.print(table)
 
 
-def _list_row(run: Run) -> tuple[str, ...]:
+def _list_row(run: RunFolder) -> tuple[str, ...]:
     key, parents = run.key_metric, []
     for parent in run.parents:
         found = find_parent(run, parent)
@@ -220,11 +220,11 @@ def _list_row(run: Run) -> tuple[str, ...]:
     )
 
 
-def _status(run: Run) -> str:
+def _status(run: RunFolder) -> str:
     return f"[{STATUS_STYLES.get(run.status, 'none')}]{_safe(run.status)}[/]"
 
 
-def _print_heading(console: "Console", run: Run) -> None:
+def _print_heading(console: "Console", run: RunFolder) -> None:
     facts = [f"[bold]{_safe(run.stage)}[/]", _status(run)]
     if run.step is not None:
         facts.append(f"{run.step:,} steps")
@@ -258,7 +258,7 @@ def _tree(ancestor: Ancestor, tree: "Tree | None" = None) -> "Tree":
     return branch
 
 
-def _print_data(console: "Console", run: Run) -> None:
+def _print_data(console: "Console", run: RunFolder) -> None:
     data = run.record.get("data") or {}
     sources = [source for source in data.get("sources", []) if isinstance(source, dict)]
     rest = {key: value for key, value in flatten(data).items() if key != "sources" and _plain_value(value)}
@@ -276,7 +276,7 @@ def _print_data(console: "Console", run: Run) -> None:
         console.print("  ".join(f"[dim]{_safe(key)}[/] {_cell(value)}" for key, value in rest.items()))
 
 
-def _print_metrics(console: "Console", runs: Sequence[Run], headings: Sequence[str]) -> None:
+def _print_metrics(console: "Console", runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
     """Prints the last value of each metric, and the best one where one direction is better."""
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     named = [name for name in names if name == "tokens_per_second" or not name.endswith(OF_THE_MACHINE)]
@@ -307,7 +307,7 @@ def _print_metrics(console: "Console", runs: Sequence[Run], headings: Sequence[s
     console.print(table)
 
 
-def _print_surroundings(console: "Console", run: Run) -> None:
+def _print_surroundings(console: "Console", run: RunFolder) -> None:
     hardware, git = run.record.get("hardware") or {}, run.record.get("git")
     _section(console, "Made with")
     if hardware:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from llmlab.data.encoding import text_hash
-from llmlab.data.formats import truth_of
-from llmlab.data.messages import UnusableRow, is_empty
+from llmlab.data.chat.formats import truth_of
+from llmlab.data.chat.messages import UnusableRow, is_empty
+from llmlab.data.text.encoding import text_hash
 
 Row = dict[str, Any]
 Message = dict[str, Any]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llmlab.data.packing import PackedRows, as_example, stretch_of
+from llmlab.data.text.packing import PackedRows, as_example, stretch_of
 
 BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
 

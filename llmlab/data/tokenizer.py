@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmlab.data.encoding import QWEN_PATTERN
 from llmlab.data.sources import Tally, load_text
+from llmlab.data.text.encoding import QWEN_PATTERN
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing

@@ -20,13 +20,13 @@ from typing_extensions import Required, TypedDict  # pydantic's, before Python 3
 
 from llmlab import __version__
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.runs import flatten
+from llmlab.runs.history import flatten
+from llmlab.runs.lock import locked
+from llmlab.runs.record import RECORD, read_record
 from llmlab.settings.base import show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
-from llmlab.training.lock import locked
-from llmlab.training.record import RECORD, read_record
 
 STATE = "pipeline.json"
 

@@ -11,7 +11,7 @@ from llmlab.rewards.loading import load_rewards
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
-from llmlab.settings.sources import Resolved
+from llmlab.settings.sources import Resolved, as_resolved
 
 BY_HAND = ("arguments", "command line")
 
@@ -72,7 +72,7 @@ def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
 
     Paths start at the folder of the file that names them, or at the working directory.
     """
-    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    resolved = as_resolved(settings)
     named_in = Path(resolved.sources.get("rewards", "").partition(":")[0])
     folder = named_in.parent if named_in.suffix and named_in.is_file() else Path()
     rewards = [

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llmlab.data.messages import Call, Message, UnusableRow, plain_call, read_turns
+from llmlab.data.chat.messages import Call, Message, UnusableRow, plain_call, read_turns
 from llmlab.settings.errors import UserError, did_you_mean
 
 Completion = str | list[dict[str, Any]]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from llmlab.data.messages import UnusableRow, parse_tools, result_text
+from llmlab.data.chat.messages import UnusableRow, parse_tools, result_text
 from llmlab.rewards.calls import tool_calls
 from llmlab.rewards.completions import Completion, answer, tool_results
 from llmlab.settings.errors import UserError

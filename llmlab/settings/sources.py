@@ -51,6 +51,14 @@ class Resolved(Generic[S]):
         return [(s.key, show(s.of(self.settings)), self.sources[s.key]) for s in fields_of(type(self.settings))]
 
 
+def as_resolved(settings: S | Resolved[S]) -> Resolved[S]:
+    """Returns settings with their sources: those made in Python are arguments where they differ from the defaults."""
+    if isinstance(settings, Resolved):
+        return settings
+    fields = fields_of(type(settings))
+    return Resolved(settings, {s.key: "default" if s.of(settings) == s.default else "arguments" for s in fields})
+
+
 def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
     """Validates the merged layers, later ones winning.
 

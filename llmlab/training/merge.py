@@ -26,13 +26,15 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
 from llmlab.model import fit_context, load_classifier, load_model
+from llmlab.runs import checkpoints
+from llmlab.runs.failures import check_disk
+from llmlab.runs.progress import human, print_plan, print_result, quiet_libraries
+from llmlab.runs.record import RunRecord, RunResult
 from llmlab.settings.errors import UserError
 from llmlab.settings.merge import MergeSettings
-from llmlab.settings.sources import Resolved
+from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.terminal import Terminal
-from llmlab.training import checkpoints
-from llmlab.training.failures import check_disk
 from llmlab.training.merge_sources import (
     SCORES,
     check_base,
@@ -43,8 +45,6 @@ from llmlab.training.merge_sources import (
     read_config,
     saved_dtype,
 )
-from llmlab.training.progress import human, print_plan, print_result, quiet_libraries
-from llmlab.training.record import RunRecord, RunResult
 
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -72,7 +72,7 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
 
     Source: seed, LLM-Lab document, "LoRA Adapter Merging".
     """
-    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    resolved = as_resolved(settings)
     settings = resolved.settings
     console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:

@@ -16,12 +16,12 @@ from transformers import PreTrainedConfig
 
 from llmlab.model import ADAPTER_CONFIG as CONFIG
 from llmlab.model import check_folder, load_config, read_adapter
+from llmlab.runs import checkpoints
+from llmlab.runs.record import read_record
+from llmlab.runs.run import BEST_ADAPTERS as BEST
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import check_types, read_json
 from llmlab.settings.paths import expand
-from llmlab.training import checkpoints
-from llmlab.training.record import read_record
-from llmlab.training.running import BEST_ADAPTERS as BEST
 
 SCORES = "SEQ_CLS"  # the task of a reward model in PEFT's words
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

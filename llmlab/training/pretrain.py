@@ -32,13 +32,9 @@ from llmlab.model import (
     new_model,
     to_llmlab,
 )
-from llmlab.settings.errors import UserError
-from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.sources import Resolved
-from llmlab.settings.trust import destinations, takes_trust
-from llmlab.training import checkpoints
-from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.callbacks import (
+from llmlab.runs import checkpoints
+from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.runs.callbacks import (
     MetricsLog,
     Perplexity,
     Rhythm,
@@ -46,13 +42,17 @@ from llmlab.training.callbacks import (
     StreamPosition,
     WholeCheckpoints,
 )
-from llmlab.training.compile import compile_layers, decide_compile
-from llmlab.training.failures import check_disk, check_memory, failures_recorded
-from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
-from llmlab.training.record import RunRecord, RunResult
-from llmlab.training.running import describe_evaluation, describe_optimizer, last_metrics, save_policy
-from llmlab.training.start import Start, begin
+from llmlab.runs.compile import compile_layers, decide_compile
+from llmlab.runs.failures import check_disk, check_memory, failures_recorded
+from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.progress import ProgressLine, human, print_plan, print_result, quiet_libraries
+from llmlab.runs.record import RunRecord, RunResult
+from llmlab.runs.run import describe_evaluation, describe_optimizer, last_metrics, save_policy
+from llmlab.runs.start import Start, begin
+from llmlab.settings.errors import UserError
+from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.sources import Resolved, as_resolved
+from llmlab.settings.trust import destinations, takes_trust
 
 
 class PretrainTrainer(OurOptimizers, Trainer):
@@ -100,7 +100,7 @@ def pretrain(
 
     Source: seed, LLM-Lab document, "Base Training (Pretraining)" and "Checkpointing and Resuming".
     """
-    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    resolved = as_resolved(settings)
     tokenizer = load_tokenizer(resolved.settings.init_from or resolved.settings.model.tokenizer_name)
     resolved = replace(resolved, settings=complete_shape(resolved.settings, tokenizer))
     with begin(

@@ -12,20 +12,20 @@ from rich.console import Console
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.instructions import InstructionMaker
-from llmlab.data.rows import build_rows
+from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.rows import build_rows
 from llmlab.hardware import Hardware
+from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.runs.callbacks import Perplexity
+from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.policy import load_policy
+from llmlab.runs.progress import quiet_libraries
+from llmlab.runs.record import RunResult
+from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, total_steps
+from llmlab.runs.start import begin
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import takes_trust
-from llmlab.training.arguments import build_arguments, rhythm_arguments
-from llmlab.training.callbacks import Perplexity
-from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.policy import load_policy
-from llmlab.training.progress import quiet_libraries
-from llmlab.training.record import RunResult
-from llmlab.training.running import Run, describe_evaluation, describe_optimizer, total_steps
-from llmlab.training.start import begin
 
 SHORTEST = 128  # tokens of a conversation, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}

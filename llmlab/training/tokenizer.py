@@ -4,11 +4,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmlab.data.tokenizer import train_tokenizer as learn
-from llmlab.settings.sources import Resolved
+from llmlab.runs import checkpoints
+from llmlab.runs.record import RunRecord, RunResult
+from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.tokenizer import TokenizerSettings
 from llmlab.terminal import Terminal
-from llmlab.training import checkpoints
-from llmlab.training.record import RunRecord, RunResult
 
 
 def train_tokenizer(
@@ -26,7 +26,7 @@ def train_tokenizer(
     Raises:
         UserError: the text is missing or too small for the vocabulary, or the folder cannot be written.
     """
-    resolved = settings if isinstance(settings, Resolved) else Resolved(settings, {})
+    resolved = as_resolved(settings)
     settings = resolved.settings
     console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:

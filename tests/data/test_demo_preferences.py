@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from llmlab.data.conversations import load_conversations
+from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
 from llmlab.data.demo.preferences import (
     FAILURES,

@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.encoding import GPT2_WORDS, LLAMA_PATTERN, PATTERN_WORDS, QWEN_PATTERN, TextEncoder, words_of
+from llmlab.data.text.encoding import GPT2_WORDS, LLAMA_PATTERN, PATTERN_WORDS, QWEN_PATTERN, TextEncoder, words_of
 
 EOS = "<eos>"
 
@@ -115,7 +115,7 @@ def test_words_are_cut_as_the_text_is(name, text):
 
 @pytest.mark.parametrize("name", [*CUTS, "nfc"])
 def test_long_texts_and_forgotten_words(tokenizers, name, monkeypatch):
-    monkeypatch.setattr("llmlab.data.encoding.MOST_WORDS", 50)
+    monkeypatch.setattr("llmlab.data.text.encoding.MOST_WORDS", 50)
     texts = ["\n\n".join(TEXTS[:20]), CODE, SPACED, *TEXTS[20:]]
     encoder = encoder_of(tokenizers[name])
     for text in texts:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.formats import FORMATS, PLAIN_TEXT, label_column, recognize, to_messages, transcript_messages
-from llmlab.data.messages import ROLES, UnusableRow
+from llmlab.data.chat.formats import FORMATS, PLAIN_TEXT, label_column, recognize, to_messages, transcript_messages
+from llmlab.data.chat.messages import ROLES, UnusableRow
 from llmlab.settings.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}

@@ -6,9 +6,9 @@ import os
 import pytest
 from datasets import load_from_disk
 
-from llmlab.data import rows as rows_module
-from llmlab.data.instructions import InstructionMaker
-from llmlab.data.rows import build_rows
+from llmlab.data.chat import rows as rows_module
+from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.messages import UnusableRow, is_empty, join_turns, parse_tools, read_turns
+from llmlab.data.chat.messages import UnusableRow, is_empty, join_turns, parse_tools, read_turns
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 

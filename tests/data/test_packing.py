@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llmlab.data import checksums
-from llmlab.data import store as store_module
-from llmlab.data.encoding import TextEncoder
-from llmlab.data.packing import PackedRows, all_of, hold_out
 from llmlab.data.sources import load_text
-from llmlab.data.store import open_store
+from llmlab.data.text import store as store_module
+from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.text.packing import PackedRows, all_of, hold_out
+from llmlab.data.text.store import open_store
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.conversations import load_conversations
-from llmlab.data.messages import ROLES, UnusableRow
-from llmlab.data.pairs import PAIR_FORMATS, PAIRS, recognize_pairs, to_pair
+from llmlab.data.chat.conversations import load_conversations
+from llmlab.data.chat.messages import ROLES, UnusableRow
+from llmlab.data.chat.pairs import PAIR_FORMATS, PAIRS, recognize_pairs, to_pair
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.data.preferences import PreferenceMaker
-from llmlab.data.rows import build_rows
+from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llmlab.data.prompts import PromptMaker, as_read, recognize_prompts
-from llmlab.data.rows import build_rows
+from llmlab.data.chat.prompts import PromptMaker, as_read, recognize_prompts
+from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 
@@ -18,7 +18,7 @@ AGAIN = {"role": "user", "content": "Sure?"}
 @pytest.fixture
 def tokenizer(tmp_path):
     from llmlab.data import load_tokenizer, train_tokenizer
-    from llmlab.data.rendering import add_chat_template
+    from llmlab.data.chat.rendering import add_chat_template
 
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "What is 2 + 2? Be brief. Sure?"}\n' * 20)

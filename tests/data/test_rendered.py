@@ -6,8 +6,8 @@ import os
 import pytest
 from datasets import Dataset
 
-from llmlab.data.conversations import load_conversations
-from llmlab.data.rendered import open_rendered
+from llmlab.data.chat.conversations import load_conversations
+from llmlab.data.chat.rendered import open_rendered
 from llmlab.settings.data import DataSource
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
-from llmlab.data.messages import UnusableRow
-from llmlab.data.rendering import RenderedRow, Renderer, add_chat_template, find_problem
+from llmlab.data.chat.messages import UnusableRow
+from llmlab.data.chat.rendering import RenderedRow, Renderer, add_chat_template, find_problem
 from llmlab.data.tokenizer import TEMPLATE, load_tokenizer, stop_token_ids
 from llmlab.settings.errors import UserError
 

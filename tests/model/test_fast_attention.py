@@ -118,7 +118,7 @@ def test_leaves_the_rest_to_sdpa(options, keys):
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_compiled_decoder_trains_the_same(tiny_config, monkeypatch, window):
     """The whole path: the name in Transformers' interface, masks, autocast, one compiled layer after another."""
-    from llmlab.training.compile import compile_layers
+    from llmlab.runs.compile import compile_layers
 
     # everything but the generation of C++, which takes a minute
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from llmlab.pipeline import execute, plan, read_pipeline
+from llmlab.runs import checkpoints
+from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.stages import STAGES
-from llmlab.training import checkpoints
-from llmlab.training.record import RunResult
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_its_own_folders_are_set_aside_and_deleted(pipeline, stages, tmp_path):
 
 def test_a_run_folder_that_a_live_run_writes_into_is_not_moved(pipeline, stages, tmp_path):
     run(pipeline)
-    hold = "from llmlab.training.lock import locked\nimport sys\nfrom pathlib import Path\n"
+    hold = "from llmlab.runs.lock import locked\nimport sys\nfrom pathlib import Path\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     for place, match in ((tmp_path / "tokenizer", "tokenizer: another run"), (tmp_path, "another run .process")):
         holder = subprocess.Popen(
@@ -125,7 +125,7 @@ def test_stage_names_are_names(name, tmp_path):
 SLOW = """
 import os, signal, sys, time
 from llmlab.stages import STAGES
-from llmlab.training import checkpoints
+from llmlab.runs import checkpoints
 
 def function(resolved, resume=None):
     with checkpoints.claim(resolved.settings.output_dir) as folder:

@@ -8,11 +8,11 @@ import pytest
 
 from llmlab.cli.options import recipe_folder
 from llmlab.pipeline import execute, plan, read_pipeline
+from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
-from llmlab.training.record import RunResult
 
 PIPELINE = """
 output_dir: {output}

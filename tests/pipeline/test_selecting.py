@@ -7,9 +7,9 @@ import pytest
 
 from llmlab.cli.app import main
 from llmlab.pipeline import execute, plan, read_pipeline
+from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.stages import STAGES
-from llmlab.training.record import RunResult
 
 PIPELINE = """
 output_dir: {output}

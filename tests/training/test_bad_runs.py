@@ -8,15 +8,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llmlab.data import load_tokenizer
-from llmlab.data.formats import UnusableRow
-from llmlab.data.rendering import Renderer
+from llmlab.data.chat.formats import UnusableRow
+from llmlab.data.chat.rendering import Renderer
 from llmlab.inference import encode_prompt, load_for_inference
 from llmlab.model import load_config, load_model
+from llmlab.runs.arguments import build_arguments
+from llmlab.runs.failures import check_memory
+from llmlab.runs.resume import check_whole
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.training.arguments import build_arguments
-from llmlab.training.failures import check_memory
 from llmlab.training.pretrain import pretrain
-from llmlab.training.resume import check_whole
 from llmlab.training.sft import sft
 
 

@@ -8,14 +8,14 @@ import torch
 from rich.console import Console
 
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
+from llmlab.runs import compile as compiling
+from llmlab.runs.compile import compile_layers, decide_compile
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.sft import SFTSettings
-from llmlab.training import compile as compiling
-from llmlab.training.compile import compile_layers, decide_compile
-from llmlab.training.dpo import dpo
-from llmlab.training.grpo import grpo
+from llmlab.training.online.grpo import grpo
+from llmlab.training.preference.dpo import dpo
 from llmlab.training.sft import sft
 
 RUN = {"device_type": "cpu", "tokens_per_step": 4096, "parameters": 135_000_000}

@@ -8,8 +8,8 @@ import trl
 from transformers import Trainer
 from trl.experimental.orpo import ORPOTrainer
 
-from llmlab.training import _trl
-from llmlab.training._trl import PRIVATE_NAMES
+from llmlab.runs import _trl
+from llmlab.runs._trl import PRIVATE_NAMES
 
 
 @pytest.mark.parametrize("place", PRIVATE_NAMES)

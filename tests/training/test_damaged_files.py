@@ -23,16 +23,16 @@ from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
 from llmlab.rewards.guardrails import SHIPPED, read_guardrails
-from llmlab.runs import curve_metric, details, find_runs
+from llmlab.runs.callbacks import STREAM_STATE
+from llmlab.runs.history import curve_metric, details, find_runs
+from llmlab.runs.record import RunRecord
+from llmlab.runs.resume import check_whole
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.callbacks import STREAM_STATE
-from llmlab.training.kl import KL_STATE, KLController, restore_controller
-from llmlab.training.record import RunRecord
-from llmlab.training.resume import check_whole
+from llmlab.training.online.kl import KL_STATE, KLController, restore_controller
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -14,13 +14,17 @@ from trl import DPOConfig, GRPOConfig, RewardConfig
 from trl.experimental.orpo import ORPOConfig
 
 from llmlab.data import build_corpus, load_tokenizer
-from llmlab.data import corpus as corpus_module
-from llmlab.data import rows as rows_module
-from llmlab.data.instructions import InstructionMaker
+from llmlab.data.chat import rows as rows_module
+from llmlab.data.chat.instructions import InstructionMaker
 from llmlab.data.mixture import Mixture
+from llmlab.data.text import corpus as corpus_module
 from llmlab.hardware import probe
 from llmlab.model import build_config, new_model
 from llmlab.optim.build import build_optimizer
+from llmlab.runs.arguments import build_arguments
+from llmlab.runs.callbacks import Rhythm, WholeCheckpoints
+from llmlab.runs.compile import decide_compile
+from llmlab.runs.policy import load_policy
 from llmlab.settings.base import Setting, When, fields_of
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.grpo import GRPOSettings
@@ -32,14 +36,10 @@ from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import Resolved
 from llmlab.training import pretrain as stage
 from llmlab.training import sft as sft_stage
-from llmlab.training.arguments import build_arguments
-from llmlab.training.callbacks import Rhythm, WholeCheckpoints
-from llmlab.training.compile import decide_compile
-from llmlab.training.dpo import load_reference
-from llmlab.training.online import make_reward, online_arguments, read_prompts
-from llmlab.training.policy import load_policy
-from llmlab.training.preference import preference_arguments, read_pairs
-from llmlab.training.reward import load_scorer
+from llmlab.training.online.run import make_reward, online_arguments, read_prompts
+from llmlab.training.preference.dpo import load_reference
+from llmlab.training.preference.reward import load_scorer
+from llmlab.training.preference.run import preference_arguments, read_pairs
 
 
 def other_value(setting: Setting, folder, corpus_file, **special):
@@ -143,7 +143,7 @@ def test_each_pretraining_setting_has_an_effect(
     setting, settings, corpus_file, tokenizer_folder, tmp_path, monkeypatch
 ):
     shutil.copytree(tokenizer_folder, tmp_path / "copy")
-    monkeypatch.setattr("llmlab.training.compile.missing_tool", lambda device_type: None)
+    monkeypatch.setattr("llmlab.runs.compile.missing_tool", lambda device_type: None)
     monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     changes = {"compile": "auto", "dtype": "fp32"}
     model = {"n_kv_heads": 2, "n_heads": 2}
@@ -508,7 +508,7 @@ def test_each_grpo_setting_has_an_effect(
 
 
 def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):
-    monkeypatch.setattr("llmlab.training.arguments.checked_trainer_args", lambda config, settings: {})
+    monkeypatch.setattr("llmlab.runs.arguments.checked_trainer_args", lambda config, settings: {})
     seen = []
     hardware = probe("cpu", "fp32")
     for device in ("cpu", "cuda"):

@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 
 from llmlab.cli.app import main
 from llmlab.model import load_model
-from llmlab.runs import open_run
+from llmlab.runs.divergence import FiniteNumbers
+from llmlab.runs.history import open_run
+from llmlab.runs.optimizers import OurOptimizers
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.reward import RewardModelSettings
-from llmlab.training.dpo import dpo
-from llmlab.training.finite import FiniteNumbers
-from llmlab.training.grpo import grpo
-from llmlab.training.optimizers import OurOptimizers
-from llmlab.training.orpo import orpo
-from llmlab.training.ppo import ppo
+from llmlab.training.online.grpo import grpo
+from llmlab.training.online.ppo import ppo
+from llmlab.training.preference.dpo import dpo
+from llmlab.training.preference.orpo import orpo
+from llmlab.training.preference.reward import reward
 from llmlab.training.pretrain import PretrainTrainer, pretrain
-from llmlab.training.reward import reward
 from llmlab.training.sft import sft
 
 

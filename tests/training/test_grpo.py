@@ -13,16 +13,16 @@ from trl import GRPOConfig, GRPOTrainer
 from llmlab.data import load_tokenizer
 from llmlab.model import load_model
 from llmlab.rewards import Reward
+from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
-from llmlab.training import grpo as stage
-from llmlab.training.grpo import GroupTrainer, global_advantages, group_numbers, grpo
-from llmlab.training.kl import KLController
-from llmlab.training.record import read_metrics, read_record
-from llmlab.training.reward import reward
+from llmlab.training.online import grpo as stage
+from llmlab.training.online.grpo import GroupTrainer, global_advantages, group_numbers, grpo
+from llmlab.training.online.kl import KLController
+from llmlab.training.preference.reward import reward
 
 SHARE = '''
 def wanted_share(completions, completion_ids, **columns):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from llmlab.runs.record import read_metrics
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.reward import RewardModelSettings
-from llmlab.training.dpo import dpo
-from llmlab.training.orpo import orpo
-from llmlab.training.record import read_metrics
-from llmlab.training.reward import reward
+from llmlab.training.preference.dpo import dpo
+from llmlab.training.preference.orpo import orpo
+from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from llmlab.model import load_classifier, load_model
 from llmlab.optim.sophia import Sophia
 from llmlab.rewards import Reward
+from llmlab.runs.record import read_metrics
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.model import ModelSettings
@@ -16,14 +17,13 @@ from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.reward import RewardModelSettings
-from llmlab.training.critic import FILE
-from llmlab.training.dpo import dpo
-from llmlab.training.grpo import grpo
-from llmlab.training.orpo import orpo
-from llmlab.training.ppo import ppo
+from llmlab.training.online.critic import FILE
+from llmlab.training.online.grpo import grpo
+from llmlab.training.online.ppo import ppo
+from llmlab.training.preference.dpo import dpo
+from llmlab.training.preference.orpo import orpo
+from llmlab.training.preference.reward import reward
 from llmlab.training.pretrain import pretrain
-from llmlab.training.record import read_metrics
-from llmlab.training.reward import reward
 from llmlab.training.sft import sft
 
 OPTIMIZERS = ["adamw", "adafactor", "lion", "sophia", "muon"]

@@ -8,15 +8,15 @@ import pytest
 
 from llmlab.cli.app import main
 from llmlab.data import load_tokenizer
-from llmlab.data.preferences import PreferenceMaker
-from llmlab.data.rows import build_rows
+from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.rows import build_rows
 from llmlab.inference import load_for_inference
 from llmlab.rewards.compose import compose
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
-from llmlab.training import pairs as pairs_module
-from llmlab.training.pairs import Asked, judge_samples, load_prompts, summarize
+from llmlab.training.preference import pairs as pairs_module
+from llmlab.training.preference.pairs import Asked, judge_samples, load_prompts, summarize
 
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
 ANSWERED = {"role": "assistant", "content": "Me."}

@@ -16,9 +16,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from llmlab.training.advantages import at_turn_ends, gae, token_rewards
-from llmlab.training.critic import FILE
-from llmlab.training.ppo_trainer import PPOConfig, PPOTrainer
+from llmlab.training.online.advantages import at_turn_ends, gae, token_rewards
+from llmlab.training.online.critic import FILE
+from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 
 WORDS, PAD, EOS, TARGET = 14, 14, 15, 7
 SHAPE = {

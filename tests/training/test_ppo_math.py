@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.training.advantages import (
+from llmlab.training.online.advantages import (
     at_turn_ends,
     explained_variance,
     gae,

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
+from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.ppo import PPOSettings
@@ -19,11 +20,10 @@ from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.critic import FILE
-from llmlab.training.kl import KL_STATE
-from llmlab.training.ppo import EpisodeTrainer, ppo
-from llmlab.training.record import read_metrics, read_record
-from llmlab.training.reward import reward
+from llmlab.training.online.critic import FILE
+from llmlab.training.online.kl import KL_STATE
+from llmlab.training.online.ppo import EpisodeTrainer, ppo
+from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
 
 MINE = '''

@@ -17,6 +17,7 @@ from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
 from llmlab.optim.sophia import Sophia, estimate_hessian
 from llmlab.rewards import RewardModel
+from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
@@ -24,12 +25,11 @@ from llmlab.settings.merge import MergeSettings
 from llmlab.settings.orpo import ORPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.dpo import PairTrainer, dpo
 from llmlab.training.merge import merge
-from llmlab.training.orpo import orpo
-from llmlab.training.preference import PreferenceMetrics
-from llmlab.training.record import read_metrics, read_record
-from llmlab.training.reward import ScoreTrainer, reward
+from llmlab.training.preference.dpo import PairTrainer, dpo
+from llmlab.training.preference.orpo import orpo
+from llmlab.training.preference.reward import ScoreTrainer, reward
+from llmlab.training.preference.run import PreferenceMetrics
 from llmlab.training.sft import sft
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

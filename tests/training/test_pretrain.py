@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmlab.data import corpus as corpus_module
-from llmlab.data import packing
-from llmlab.data import store as store_module
+from llmlab.data.text import corpus as corpus_module
+from llmlab.data.text import packing
+from llmlab.data.text import store as store_module
+from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training import pretrain as stage
 from llmlab.training.pretrain import pretrain
-from llmlab.training.record import read_metrics, read_record
 
 # A rate for each optimizer, and the validation loss (nats per token) that it must get below in 100 steps. A trial gave
 # 0.37, 0.39, 1.20, 0.51 and 0.44; knowing only how often each token comes gives 3.2.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from llmlab.runs import checkpoints
+from llmlab.runs.record import read_metrics, read_record
+from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
-from llmlab.training import checkpoints
 from llmlab.training import pretrain as stage
 from llmlab.training.pretrain import pretrain
-from llmlab.training.record import read_metrics, read_record
-from llmlab.training.signals import handle_signals, interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,7 +113,7 @@ def test_after_nohup_a_hangup_is_nothing():
 HOLD = """
 import sys
 from pathlib import Path
-from llmlab.training.lock import locked
+from llmlab.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -150,7 +150,7 @@ from llmlab.settings.files import read_layer
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.pretrain import PretrainTrainer, pretrain
-from llmlab.training.start import begin
+from llmlab.runs.start import begin
 
 settings = resolve(PretrainSettings, read_layer(sys.argv[1])).settings
 process = PartialState(cpu=True)

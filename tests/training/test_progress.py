@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmlab.runs.progress import ProgressLine, print_plan
 from llmlab.terminal import Terminal
-from llmlab.training.progress import ProgressLine, print_plan
 
 LOGS = {"loss": 2.3456, "reward": 0.5, "learning_rate": 1e-4, "grad_norm": 12.34}
 

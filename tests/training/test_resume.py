@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli.app import main
+from llmlab.runs import checkpoints
+from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
+from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.training import checkpoints
-from llmlab.training.record import git_revision, read_metrics, read_record, started_in
-from llmlab.training.resume import find_checkpoint
 from llmlab.training.sft import InstructionTrainer, sft
 
 
@@ -277,7 +277,7 @@ def test_what_is_no_revision_is_not_read(repository, tmp_path):
 CLAIM = """
 import sys, time
 from llmlab.settings.errors import UserError
-from llmlab.training.checkpoints import claim
+from llmlab.runs.checkpoints import claim
 for line in sys.stdin:  # the place, and when to go
     place, _, moment = line.rpartition(" ")
     while time.time() < float(moment):

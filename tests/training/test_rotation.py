@@ -2,7 +2,7 @@
 
 import json
 
-from llmlab.training.checkpoints import checkpoints, step_of
+from llmlab.runs.checkpoints import checkpoints, step_of
 from llmlab.training.sft import sft
 
 

@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from llmlab.runs import checkpoints
+from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.progress import ProgressLine, human
+from llmlab.runs.record import RunRecord, read_metrics, read_record
+from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
-from llmlab.training import checkpoints
-from llmlab.training.failures import check_disk, failures_recorded
-from llmlab.training.progress import ProgressLine, human
-from llmlab.training.record import RunRecord, read_metrics, read_record
-from llmlab.training.resume import find_checkpoint
 
 
 def record_of(folder, settings=None):

@@ -15,15 +15,15 @@ from llmlab.data import load_tokenizer
 from llmlab.hardware import probe
 from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
+from llmlab.runs.policy import load_policy
+from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.dpo import load_reference
-from llmlab.training.policy import load_policy
-from llmlab.training.record import read_metrics, read_record
+from llmlab.training.preference.dpo import load_reference
 from llmlab.training.sft import InstructionTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
@@ -411,7 +411,7 @@ def test_rows_fit_into_the_models_context(sft_settings, tmp_path, quiet):
 
 
 def test_an_extended_run_keeps_to_the_rows_it_read(sft_settings, quiet, chat_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.data.rows.READ_AT_LEAST", 30)
+    monkeypatch.setattr("llmlab.data.chat.rows.READ_AT_LEAST", 30)
     first = sft(sft_settings(max_steps=5, validation_fraction=0), console=quiet)
     before = read_record(first.folder)["data"]["sources"][0]
     assert (before["rows"], before["whole"]) == (30, False)  # more than 5 steps of 4, and a tenth

@@ -8,15 +8,15 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from llmlab.runs.record import read_metrics
 from llmlab.settings.orpo import ORPOSettings
-from llmlab.training.orpo import orpo
-from llmlab.training.record import read_metrics
+from llmlab.training.preference.orpo import orpo
 
 ORPO = """
 import json, sys
 from accelerate import PartialState
 from llmlab.settings.orpo import ORPOSettings
-from llmlab.training.orpo import orpo
+from llmlab.training.preference.orpo import orpo
 
 orpo(ORPOSettings(**json.load(open(sys.argv[1]))))
 assert PartialState().num_processes == 2, PartialState()

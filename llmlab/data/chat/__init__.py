@@ -1,0 +1,1 @@
+"""Conversations, preference pairs and prompts to rows of token ids."""

@@ -1,0 +1,86 @@
+"""Rows of preference optimization: a prompt and two completions of it, as tokens.
+
+How sources are read, held out, mixed and cached is `rows.py`; reading pairs from their formats is `pairs.py`.
+"""
+
+from typing import Any
+
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from llmlab.data.chat.conversations import ConversationSource, load_conversations
+from llmlab.data.chat.messages import UnusableRow
+from llmlab.data.chat.rendering import Renderer
+from llmlab.settings.data import DataSource
+
+
+class PreferenceMaker:
+    """Makes rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; a `RowMaker`.
+
+    A completion is what the chat template writes after the prompt, the end of the turn with it.  Prompts lose their
+    beginning, completions their end.
+
+    Args:
+        tokenizer: with a chat template.
+        max_length: longest prompt and completion together, in tokens.
+        max_prompt_length: longest prompt; None leaves prompts whole.
+        stops: ids at which the model stops, beside those that the tokenizer tells.
+    """
+
+    columns = Features({name: List(Value("int32")) for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
+    counts = ("tokens", "prompt_cut", "cut")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_prompt_length: int | None = None,
+        stops: tuple[int, ...] = (),
+    ):
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer, "all", stops)
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self.limit = f"max_length = {max_length}"
+        self.identity = {
+            "pairs": [max_length, max_prompt_length],
+            "stops": self.renderer.stops,
+        }
+
+    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
+        """Finds a source of preference pairs and recognizes its format."""
+        return load_conversations(named, split=split, at_most=at_most, pairs=True)
+
+    def make(self, pair: dict[str, Any]) -> dict[str, Any]:
+        """Returns a pair as a row.
+
+        Raises:
+            UnusableRow: the chat template cannot show it, or both completions are the same tokens.
+        """
+        prompt, chosen, rejected = self.renderer.render_pair(pair)
+        if chosen == rejected:
+            raise UnusableRow("chosen and rejected are the same")
+        problem = next(filter(None, (self._problem(completion) for completion in (chosen, rejected))), "")
+        whole = len(prompt) + max(len(chosen), len(rejected))
+        kept = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
+        room = max(self.max_length - len(kept), 0)
+        return {
+            "prompt_ids": kept,
+            "chosen_ids": chosen[:room],
+            "rejected_ids": rejected[:room],
+            "tokens": 2 * len(kept) + len(chosen[:room]) + len(rejected[:room]),
+            "prompt_cut": int(len(kept) < len(prompt)),
+            "cut": int(max(len(chosen), len(rejected)) > room),
+            "whole": whole,
+            # what is left must still tell the two apart
+            "lost": chosen[:room] == rejected[:room],
+            "problem": problem,
+        }
+
+    def _problem(self, completion: list[int]) -> str:
+        stops = self.renderer.stops
+        end = next((k for k in reversed(range(len(completion))) if completion[k] in stops), None)
+        if end is not None and not self.tokenizer.decode(completion[end + 1 :]).strip():
+            return ""
+        last = self.tokenizer.decode(completion[-1:])
+        return f"a completion does not end its turn (it ends with {last!r}), so the model would never stop"

@@ -1,0 +1,1 @@
+"""Plain text to packed rows of token ids."""

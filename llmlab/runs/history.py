@@ -1,0 +1,381 @@
+"""Finished and unfinished runs, as their folders tell: found, followed back to what they started from, and compared.
+
+Everything here only reads `llmlab.json` and `metrics.jsonl`, and imports nothing heavy. Writing them is the business
+of `record.py`; how runs look on a terminal is that of `cli/runs.py`.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from llmlab.runs.record import METRICS, RECORD, read_metrics, read_record, started_in
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import expand
+
+Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
+
+KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; other stages by their losses
+    "tokenizer": ("vocab_size",),
+    "merge": ("max_difference",),
+    "generate": ("completions",),
+    "ppo": ("eval_reward", "reward"),
+    "grpo": ("eval_reward", "reward"),
+}
+LOSSES = ("eval_loss", "loss")
+NOT_COMPARED = {"output_dir", "cache_dir", "num_proc"}  # where and how a run was made, not what it is
+BETTER_SMALL = ("loss", "perplexity", "ce")
+BETTER_LARGE = ("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate")
+SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
+SILENT_GAPS = 5  # for this many times its longest time between two log events
+SKIPPED_FOLDERS = {"node_modules", "__pycache__", "site-packages"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder: its record and, read when first needed, its metrics.
+
+    Attributes:
+        folder: as it was found or given.
+        record: the content of `llmlab.json`; empty where it is damaged.
+        problem: why the record cannot be read, or empty.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    problem: str = ""
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return [line for line in read_metrics(self.folder) if isinstance(line, dict)]
+
+    @property
+    def stage(self) -> str:
+        return str(self.record.get("stage", ""))
+
+    @property
+    def started(self) -> datetime | None:
+        return _time(self.record.get("started"))
+
+    @property
+    def step(self) -> int | None:
+        """The last step that was recorded, or None where there are no steps."""
+        return self.record.get("step", self.lines[-1].get("step") if self.lines else None)
+
+    @property
+    def tokens(self) -> int | None:
+        return self.lines[-1].get("tokens") if self.lines else None
+
+    @property
+    def seconds(self) -> float | None:
+        """The time it worked: that of its metrics (pauses before it was resumed left out), else start to end."""
+        started, ended = self.started, _time(self.record.get("ended"))
+        if self.lines and "seconds" in self.lines[-1]:
+            return float(self.lines[-1]["seconds"])
+        return (ended - started).total_seconds() if started and ended else None
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the folder last changed."""
+        signs = [self.folder / RECORD, self.folder / METRICS, *self.folder.glob("checkpoint-*")]
+        return max(time.time() - max(path.stat().st_mtime for path in signs if path.exists()), 0.0)
+
+    @property
+    def status(self) -> Status:
+        """As recorded; a run that says it is running and has long been silent has died."""
+        if self.problem:
+            return "damaged"
+        recorded = self.record.get("status", "finished")
+        if recorded != "running":
+            return recorded
+        moments = [0.0, *(line.get("seconds", 0.0) for line in self.lines)]
+        longest = max((after - before for before, after in zip(moments, moments[1:], strict=False)), default=0.0)
+        return "died" if self.silence > max(SILENT_SECONDS, SILENT_GAPS * longest) else "running"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric: what the run recorded as its result, else what it last logged."""
+        last = {name: values[-1][1] for name, values in self.curves.items()}
+        return last | {name: value for name, value in self.record.get("metrics", {}).items() if _is_number(value)}
+
+    @cached_property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Metric -> its (step, value) in order; values that are no finite numbers left out."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for line in self.lines:
+            for name, value in line.items():
+                if name not in ("step", "tokens", "seconds") and _is_number(value) and "step" in line:
+                    found.setdefault(name, []).append((line["step"], value))
+        return found
+
+    @property
+    def key_metric(self) -> tuple[str, float] | None:
+        """The metric that this stage is judged by, and its last value."""
+        metrics = self.metrics
+        names = (*KEY_METRICS.get(self.stage, ()), *LOSSES)
+        return next(((name, metrics[name]) for name in names if name in metrics), None)
+
+    @property
+    def parents(self) -> list[str]:
+        return [str(parent) for parent in self.record.get("parents", []) if parent]
+
+    def best(self, metric: str) -> tuple[int, float] | None:
+        """Returns the (step, value) where a metric was best, or None where there is no better or no curve."""
+        sign, curve = direction(metric), self.curves.get(metric)
+        return max(curve, key=lambda point: sign * point[1]) if curve and sign else None
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One run, or a model that is none, with what it started from."""
+
+    name: str
+    run: RunFolder | None
+    parents: tuple["Ancestor", ...]
+
+
+def open_run(folder: str | Path) -> RunFolder:
+    """Returns the run of a folder.
+
+    Raises:
+        UserError: there is no such folder, it is no run folder, or its record is damaged.
+    """
+    folder = expand(folder)
+    if os.path.lexists(folder / RECORD):
+        return RunFolder(folder, read_record(folder))
+    if not os.path.exists(folder):
+        near = folder.parent
+        while not near.is_dir():
+            near = near.parent
+        at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
+        known = {} if at_root else {str(run.folder): run for run in find_runs(near)}
+        by_name = {run.folder.name: path for path, run in known.items()}
+        hint = did_you_mean(str(folder), known) or did_you_mean(folder.name, by_name)
+        for name, path in by_name.items():
+            hint = hint.replace(f"'{name}'", f"'{path}'")
+        raise UserError(f"{folder}: there is no such run folder{hint}")
+    if (folder.parent / RECORD).is_file():
+        raise UserError(f"{folder}: this is no run folder; did you mean '{folder.parent}', which holds it?")
+    inside = [str(run.folder) for run in find_runs(folder)] if folder.is_dir() else []
+    some = f"; in it are {', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}" if inside else ""
+    raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
+
+
+def find_runs(*folders: str | Path) -> list[RunFolder]:
+    """Returns the runs in these folders and below, those that started first at first; damaged records included.
+
+    Hidden folders, virtual environments and checkpoints are not searched.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    found: dict[Path, RunFolder] = {}
+    for folder in folders:
+        if not os.path.isdir(expand(folder)):
+            raise UserError(f"{folder}: there is no such folder")
+        for place, inner, files in os.walk(expand(folder)):
+            if "pyvenv.cfg" in files:
+                inner.clear()
+                continue
+            inner[:] = sorted(
+                name for name in inner if not name.startswith((".", "checkpoint-")) and name not in SKIPPED_FOLDERS
+            )
+            if RECORD in (*files, *inner):
+                found.setdefault(Path(place).resolve(), _open_or_tell(Path(place)))
+    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
+
+
+def given_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+    """Returns (key, value, source) of the settings that are not defaults."""
+    values, sources = flatten(run.record.get("settings", {})), run.record.get("sources", {})
+    named = ((key, value, _source_of(key, sources)) for key, value in values.items())
+    return [(key, value, source) for key, value, source in named if source != "default"]
+
+
+def ancestors(run: RunFolder) -> Ancestor:
+    """Returns the run with what it started from, back to the first parent that is no run folder or has none."""
+    return _follow(run, str(run.folder), ())
+
+
+def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
+    """Returns key -> each run's value for the keys of a part of the record (`settings`, `versions`) that differ.
+
+    A run without the key has `...` there; a setting that some runs do not have counts where another was given it.
+    """
+    values = [flatten(run.record.get(part) or {}) for run in runs]
+    given = {key for run in runs for key, _, _ in given_settings(run)} if part == "settings" else None
+    rows: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for found in values for key in found if key not in NOT_COMPARED):
+        row = [found.get(key, ...) for found in values]
+        if any(value != row[0] for value in row) and (... not in row or given is None or key in given):
+            rows[key] = row
+    return rows
+
+
+def summary(run: RunFolder) -> dict[str, Any]:
+    """Returns what a list tells of a run, as plain values."""
+    key = run.key_metric
+    return {
+        "folder": str(run.folder),
+        "stage": run.stage,
+        "status": run.status,
+        "step": run.step,
+        "tokens": run.tokens,
+        "key_metric": {"name": key[0], "value": key[1]} if key else None,
+        "parents": run.parents,
+        "started": run.record.get("started"),
+        "ended": run.record.get("ended"),
+        "seconds": run.seconds,
+        **({"problem": run.problem} if run.problem else {}),
+    }
+
+
+def details(run: RunFolder) -> dict[str, Any]:
+    """Returns everything that is shown of one run, as plain values."""
+    return {
+        **summary(run),
+        "settings": {key: {"value": value, "source": source} for key, value, source in given_settings(run)},
+        "lineage": _lineage(ancestors(run)),
+        "data": run.record.get("data"),
+        "metrics": _metric_values(run),
+        **{part: run.record.get(part) for part in ("resumed", "versions", "hardware", "git")},
+    }
+
+
+def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Returns what differs between runs and each one's metrics, by folder, as plain values."""
+    folders = [str(run.folder) for run in runs]
+    parts = {
+        part: {
+            key: {folder: value for folder, value in zip(folders, values, strict=True) if value is not ...}
+            for key, values in differing(runs, part).items()
+        }
+        for part in ("settings", "versions", "hardware")
+    }
+    return {
+        "runs": [summary(run) for run in runs],
+        **parts,
+        "metrics": {folder: _metric_values(run) for folder, run in zip(folders, runs, strict=True)},
+    }
+
+
+def _metric_values(run: RunFolder) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, value in run.metrics.items():
+        best = run.best(name)
+        found[name] = {"last": value, **({"best": best[1], "best_step": best[0]} if best else {})}
+    return found
+
+
+def _lineage(ancestor: Ancestor) -> dict[str, Any]:
+    stage = ancestor.run.stage if ancestor.run else None
+    return {"name": ancestor.name, "stage": stage, "parents": [_lineage(parent) for parent in ancestor.parents]}
+
+
+def short_names(runs: Sequence[RunFolder]) -> list[str]:
+    """Returns the runs' folders without the path that all of them share."""
+    folders = [run.folder.resolve() for run in runs]
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name for folder in folders]
+    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
+    return [str(folder.relative_to(shared)) for folder in folders]
+
+
+def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | None:
+    """Returns the metric to draw: the one asked for, else the one that all runs with curves can best be judged by.
+
+    Raises:
+        UserError: no run has a curve of that name.
+    """
+    drawn = [run for run in runs if run.curves]
+    known = sorted({name for run in drawn for name in run.curves})
+    if asked is not None:
+        if asked not in known:
+            expected = f"expected one of {', '.join(known)}" if known else "no run here logged anything"
+            raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
+        return asked
+    preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
+    for name in (*preferred, *LOSSES):
+        if drawn and all(len(run.curves.get(name, ())) >= 3 for run in drawn):
+            return name
+    return next((name for name in (*preferred, "loss", "eval_loss") if name in known), None)
+
+
+def direction(metric: str) -> int:
+    """Returns -1 where smaller is better, 1 where larger is, 0 where neither is."""
+    words = metric.replace("/", "_").split("_")
+    if any(word in words for word in BETTER_SMALL):
+        return -1
+    return int(any(f"_{good}_" in f"_{'_'.join(words)}_" for good in BETTER_LARGE))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, under dotted keys; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def find_parent(run: RunFolder, parent: str) -> RunFolder | None:
+    """Returns the run that a recorded parent names, or None where it is a hub id, another model, or gone.
+
+    A relative path counts from the working directory of then; a checkpoint's run is the folder around it.
+    """
+    folder, started = run.folder.resolve(), started_in(run.folder, run.record)
+    roots = [started, Path()] if started else [Path()]
+    for root in roots:
+        place = root / expand(parent)
+        for candidate in (place, place.parent):
+            if os.path.isfile(candidate / RECORD) and candidate.resolve() != folder:
+                return _open_or_tell(_from_here(candidate))
+    return None
+
+
+def _follow(run: RunFolder | None, name: str, seen: tuple[Path, ...]) -> Ancestor:
+    if run is None or run.folder.resolve() in seen:
+        return Ancestor(name, run, ())
+    seen = (*seen, run.folder.resolve())
+    found = [(find_parent(run, parent), parent) for parent in run.parents]
+    return Ancestor(name, run, tuple(_follow(up, str(up.folder) if up else parent, seen) for up, parent in found))
+
+
+def _open_or_tell(folder: Path) -> RunFolder:
+    try:
+        return open_run(folder)
+    except UserError as error:
+        return RunFolder(folder, {}, str(error))
+
+
+def _from_here(folder: Path) -> Path:
+    """Returns a folder relative to the working directory where it lies in it."""
+    folder = folder.resolve()
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _source_of(key: str, sources: dict[str, str]) -> str:
+    """Returns where a key's value came from; a mapping's entries have the mapping's source."""
+    while key and key not in sources:
+        key = key.rpartition(".")[0]
+    return sources.get(key, "default")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    except (TypeError, ValueError):
+        return None

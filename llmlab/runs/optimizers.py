@@ -1,0 +1,123 @@
+"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, and evaluation and checkpoints
+that leave no trace in training.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, set_seed
+
+from llmlab.optim.build import build_optimizer
+from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
+from llmlab.runs import checkpoints
+from llmlab.runs._trl import SwitchableOptimizer
+from llmlab.runs.arguments import trying
+from llmlab.runs.divergence import FiniteNumbers
+from llmlab.settings.errors import UserError
+from llmlab.settings.optimizer import OptimizerSettings
+
+
+class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
+    """Mixin for a trainer of Transformers' or TRL's; rate, decay and seed are those of the trainer's arguments.
+
+    Args:
+        settings: the stage's settings, which name the optimizer.
+        load_optimizer: when resuming, whether to restore the optimizer's state.
+        kwargs: of the trainer.
+
+    With `has_all_steps` it takes no step: what it resumes from has them all, and only the end of training is left.
+    """
+
+    has_all_steps = False
+
+    def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
+        self.settings = settings
+        self.load_optimizer = load_optimizer
+        with trying(settings, "arguments of the trainer"):
+            super().__init__(**kwargs)
+        self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
+        if settings.optimizer == "sophia":
+            self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        except (TypeError, ValueError, ImportError) as error:
+            if isinstance(error, UserError) or not self.settings.trainer_args:
+                raise
+            with trying(self.settings, "arguments of the trainer"):
+                raise
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rates = {"learning_rate": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = build_optimizer(model or self.model, self.settings, **rates)
+        return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with random_states_kept(self.args.device):
+            set_seed(self.args.seed + self.args.process_index)  # equal weights are scored alike at every step
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
+        return batches, items
+
+    def set_initial_training_values(self, *args: Any) -> tuple[Any, ...]:
+        epochs, *others = super().set_initial_training_values(*args)  # type: ignore[misc]
+        return (0 if self.has_all_steps else epochs, *others)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is not None:  # the first that is written of a checkpoint
+            if self.args.should_save:
+                checkpoints.begin(Path(output_dir))
+            self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def estimate(self) -> None:
+        """Runs Sophia's estimate where one is due."""
+        if self.estimate_from is not None:
+            inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
+            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
+
+    def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
+        return self._prepare_inputs(batch)
+
+    predict = staticmethod(next_token_logits)
+    """The choices whose likelihood the loss is about."""
+
+
+class EstimateFirst(TrainerCallback):
+    """Runs a trainer's estimate before a step's micro-batches, of which processes hear only at the last one.
+
+    By then a resumed run has its random states back, which online trainers sample with.
+    """
+
+    def __init__(self, trainer: OurOptimizers):
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.estimate()
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Puts the random states of Python, NumPy, torch and the device back to what they were."""
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device_state = on_device and on_device.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_device:
+            on_device.set_rng_state(device_state)

@@ -1,0 +1,1 @@
+"""Stages that learn from their own completions: GRPO and PPO."""
