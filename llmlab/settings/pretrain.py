@@ -51,3 +51,8 @@ class PretrainSettings(RhythmSettings, HardwareSettings, OptimizerSettings, Text
     save_total_limit: v.SaveTotalLimit = 2
     seed: v.Seed = 42
     trainer_args: v.TrainerArgs = Field(default_factory=dict)
+
+    def recorded(self) -> dict[str, Any]:
+        """Leaves out the shape beside init_from, whose model has its own."""
+        shape = {"model": {"max_seq_len": self.model.max_seq_len}} if self.init_from else {}
+        return super().recorded() | shape

@@ -32,7 +32,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.online.kl import KL_STATE, KLController, restore_controller
+from llmlab.training.online.kl import KL_STATE, KLController
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -70,7 +70,7 @@ def texts(path):
 
 def restores(folder):
     check_whole(folder)
-    restore_controller(KLController(0.1, target=0.1, horizon=10), folder)
+    KLController(0.1, target=0.1, horizon=10).load(folder)
 
 
 def schema(path):

@@ -15,7 +15,7 @@ from llmlab.data import load_tokenizer
 from llmlab.hardware import probe
 from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
-from llmlab.runs.policy import load_policy
+from llmlab.runs.policy import load_policy, load_reference
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
@@ -23,7 +23,6 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.preference.dpo import load_reference
 from llmlab.training.sft import InstructionTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
