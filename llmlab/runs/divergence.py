@@ -1,7 +1,6 @@
-"""Ends a run whose numbers are no longer finite, before it saves or reports any of them.
+"""Ends a run whose gradients, losses or weights are NaN or infinite, before it saves or reports any of them.
 
-Checked are the gradients before each update, losses when they are logged, and weights before they are saved and before
-the first step.  Every process sees the same numbers, so all of them stop.
+Every process sees the same numbers, so all of them stop.
 """
 
 import math
@@ -19,22 +18,24 @@ LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
 class FiniteNumbers(GradientNorms):
-    """Mixin for a Trainer with `settings`: raises `Diverged` where loss, gradients or weights are NaN or infinite."""
+    """Mixin for a Trainer with `settings` that raises `Diverged`: gradients are checked before each update, losses when
+    they are logged, weights before the first step and before they are saved.
+    """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if not self.weights_are_finite():
             source = spellings_of(type(self.settings))["policy_checkpoint"]
-            wrong = next(name for name, p in self.model.named_parameters() if not p.isfinite().all())
+            first = next(name for name, p in self.model.named_parameters() if not p.isfinite().all())
             raise UserError(
-                f"{source.key} = {source.of(self.settings)}: its weights are not finite numbers (the first is in "
-                f"{wrong}); start from another checkpoint"
+                f"{source.key} = {source.of(self.settings)}: {first} holds weights that are NaN or infinite; "
+                "start from another checkpoint"
             )
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def on_gradients(self, norm: float) -> None:
         scaler = self.accelerator.scaler
         if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
-            return  # the scaler (DeepSpeed has its own) skips this update and lowers the scale that may be its cause
+            return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
         raise self.diverged("gradient norm", norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -48,18 +49,18 @@ class FiniteNumbers(GradientNorms):
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def check_weights(self) -> None:
-        """Raises Diverged where a weight is not finite; all processes call it."""
+        """Raises `Diverged` where a weight is not finite; every process must call it."""
         if not self.weights_are_finite():
             raise self.diverged("norm of the weights", math.inf)
 
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
-        """Returns whether all weights are finite, and their norm too; the same on all processes."""
-        norm = get_total_norm([_part(p) for p in self.model.parameters() if p.is_floating_point()])
+        """Returns, on every process alike, whether the norm of the weights is finite."""
+        norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
         return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
 
     def diverged(self, what: str, value: float) -> Diverged:
-        """Returns the error of a number that is not finite."""
+        """Returns the error for a number that is not finite."""
         rate = spellings_of(type(self.settings))["learning_rate"]
         return Diverged(
             f"step {self.state.global_step}: the {what} is {value}: the run diverged and saved nothing of it; "
@@ -67,6 +68,6 @@ class FiniteNumbers(GradientNorms):
         )
 
 
-def _part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Returns what this process holds of a parameter: all, or its shard under FSDP2 or ZeRO-3."""
+def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
     return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)

@@ -1,5 +1,5 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, and evaluation and checkpoints
-that leave no trace in training.
+"""What every trainer shares, whatever its loss: llmlab's optimizers, checks for finite numbers, evaluation that leaves
+the random states alone, and checkpoints marked as incomplete while they are written.
 """
 
 import random
@@ -18,19 +18,14 @@ from llmlab.runs import checkpoints
 from llmlab.runs._trl import SwitchableOptimizer
 from llmlab.runs.arguments import trying
 from llmlab.runs.divergence import FiniteNumbers
-from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
 
 class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
-    """Mixin for a trainer of Transformers' or TRL's; rate, decay and seed are those of the trainer's arguments.
+    """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
 
-    Args:
-        settings: the stage's settings, which name the optimizer.
-        load_optimizer: when resuming, whether to restore the optimizer's state.
-        kwargs: of the trainer.
-
-    With `has_all_steps` it takes no step: what it resumes from has them all, and only the end of training is left.
+    With `load_optimizer=False` a resumed run starts with fresh optimizer state.  With `has_all_steps` training takes no
+    step: the checkpoint has them all, and only the end of training is left.
     """
 
     has_all_steps = False
@@ -40,16 +35,14 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         self.load_optimizer = load_optimizer
         with trying(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
-        self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
+        self.estimate_from: Any = None  # the coming step's first batch, where a Hessian estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
-        except (TypeError, ValueError, ImportError) as error:
-            if isinstance(error, UserError) or not self.settings.trainer_args:
-                raise
+        except (TypeError, ValueError, ImportError):
             with trying(self.settings, "arguments of the trainer"):
                 raise
 
@@ -61,7 +54,7 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with random_states_kept(self.args.device):
-            set_seed(self.args.seed + self.args.process_index)  # equal weights are scored alike at every step
+            set_seed(self.args.seed + self.args.process_index)  # equal weights get equal scores at every step
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -74,28 +67,28 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and output_dir is not None:  # the first that is written of a checkpoint
+        if _internal_call and output_dir is not None:  # the first file of a checkpoint
             if self.args.should_save:
                 checkpoints.begin(Path(output_dir))
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def estimate(self) -> None:
-        """Runs Sophia's estimate where one is due."""
+        """Runs Sophia's Hessian estimate where one is due."""
         if self.estimate_from is not None:
             inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
             estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
+        """Returns the model inputs for Sophia's Hessian estimate from a batch of the data loader."""
         return self._prepare_inputs(batch)
 
     predict = staticmethod(next_token_logits)
-    """The choices whose likelihood the loss is about."""
+    """The logits of the choices that the loss scores, (choices, alternatives)."""
 
 
 class EstimateFirst(TrainerCallback):
-    """Runs a trainer's estimate before a step's micro-batches, of which processes hear only at the last one.
+    """Runs a trainer's Hessian estimate before a step's micro-batches, while gradients are empty.
 
     By then a resumed run has its random states back, which online trainers sample with.
     """
@@ -109,7 +102,7 @@ class EstimateFirst(TrainerCallback):
 
 @contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Puts the random states of Python, NumPy, torch and the device back to what they were."""
+    """Restores the random states of Python, NumPy, torch and the device."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_state = on_device and on_device.get_rng_state()
