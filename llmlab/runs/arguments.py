@@ -26,23 +26,21 @@ SCHEDULERS = {
 }
 
 PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # argument: the package it needs
-REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 # fields of the trainer's configuration that follow from a setting of another name
-OURS = {
-    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "dtype"),
-    **dict.fromkeys(("use_cpu", "no_cuda"), "device"),
-    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "optimizer"),
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "compile"),
-    **dict.fromkeys(("load_best_model_at_end", "save_strategy", "metric_for_best_model"), "save_best_only"),
-    **dict.fromkeys(("eval_strategy", "eval_on_start", "do_eval"), "eval_every"),
-    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "loss_on"),
-    **dict.fromkeys(("chat_template_path", "eos_token"), "chat_template"),
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "datasets"),
-    "model_init_kwargs": "policy_checkpoint",
-    "trust_remote_code": "--trust-remote-code",
-    **dict.fromkeys(("generation_batch_size", "steps_per_generation"), "batch_size"),
-    "truncation_mode": "max_seq_len (rows lose their end)",
+COVERED = {
+    "dtype": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
+    "device": ("use_cpu", "no_cuda"),
+    "optimizer": ("optim", "optim_args", "optim_target_modules"),
+    "compile": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    "save_best_only": ("load_best_model_at_end", "save_strategy", "metric_for_best_model"),
+    "eval_every": ("eval_strategy", "eval_on_start", "do_eval"),
+    "loss_on": ("assistant_only_loss", "completion_only_loss"),
+    "chat_template": ("chat_template_path", "eos_token"),
+    "datasets": ("dataset_text_field", "dataset_kwargs"),
+    "policy_checkpoint": ("model_init_kwargs",),
+    "batch_size": ("generation_batch_size", "steps_per_generation"),
+    "max_seq_len": ("truncation_mode",),
 }
 
 
@@ -103,8 +101,9 @@ def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
 
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
-    keys = {name: setting.key for name, setting in spellings_of(type(settings)).items()}
-    keys = {name: word for name, word in OURS.items() if word.split()[0] in keys or word.startswith("--")} | keys
+    spellings = spellings_of(type(settings))
+    keys = {field: key for key, names in COVERED.items() if key in spellings for field in names}
+    keys |= {"trust_remote_code": "--trust-remote-code"} | {name: setting.key for name, setting in spellings.items()}
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     problems = []
     for name in settings.trainer_args:
@@ -115,11 +114,7 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     if problems:
         raise SettingsError(problems)
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
-    reporters = settings.trainer_args.get("report_to") or []
-    reporters = [reporters] if isinstance(reporters, str) else reporters
-    needed = [("report_to", name) for name in reporters if name in REPORTERS]
-    needed += [(key, package) for key, package in PACKAGES.items() if settings.trainer_args.get(key)]
-    for key, package in needed:
-        if find_spec(package) is None:
-            raise UserError(f"trainer_args.{key}: it needs {package}, which is not installed")
+    for name, package in PACKAGES.items():  # late, the libraries' own complaint breaks whatever is loaded next
+        if settings.trainer_args.get(name) and find_spec(package) is None:
+            raise UserError(f"trainer_args.{name}: it needs {package}, which is not installed")
     return settings.trainer_args

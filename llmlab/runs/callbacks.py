@@ -1,4 +1,4 @@
-"""Trainer callbacks that every stage shares: evaluation and save steps, checkpoints, resumed schedules, the metrics log.
+"""Trainer callbacks that every stage shares: when to save, checkpoints, resuming schedules and streams, metrics.
 
 What is printed during training is in `progress.py`.
 """
@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ STREAM_STATE = "stream_state.json"
 NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
+@dataclass(eq=False, kw_only=True)
 class Rhythm(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
 
@@ -32,17 +34,14 @@ class Rhythm(TrainerCallback):
     `best_is` names the validation metric that decides: the lowest `loss` or the highest `reward`.
     """
 
-    def __init__(self, *, best_only: bool, evaluates: bool, save_every: int | None = None, best_is: str = "loss"):
-        self.best_only = best_only
-        self.best_is = best_is
-        self.evaluates = evaluates
-        self.save_every = save_every
-        self.signal: int | None = None
-        self.signal_time = 0.0
+    best_only: bool
+    evaluates: bool
+    save_every: int | None = None
+    best_is: str = "loss"
+    signal: int | None = None
+    signal_time: float = 0.0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         if last and self.evaluates:
             control.should_evaluate = True
@@ -61,7 +60,7 @@ class Rhythm(TrainerCallback):
 
     @contextmanager
     def listen(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Stops training after the current step, with a checkpoint, at the first stop signal; at once at the second."""
+        """Ends training after the current step, with a checkpoint, at the first stop signal; at once at a second."""
 
         def stop(number: int) -> None:
             if self.signal and time.monotonic() - self.signal_time > SAME_SIGNAL:
@@ -107,6 +106,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+@dataclass(eq=False)
 class ScheduleAfterResume(TrainerCallback):
     """Sets the learning rate of this run's schedule at the resumed step.
 
@@ -114,8 +114,7 @@ class ScheduleAfterResume(TrainerCallback):
     optimizer's state was not restored.
     """
 
-    def __init__(self, step: int):
-        self.step = step
+    step: int
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = kwargs["lr_scheduler"]
@@ -125,14 +124,15 @@ class ScheduleAfterResume(TrainerCallback):
             group["lr"] = rate
 
 
+@dataclass(eq=False)
 class WholeCheckpoints(TrainerCallback):
     """Marks a checkpoint as complete when every process and callback has written its part, then removes worse ones.
 
     `keep` is the number of best checkpoints that stay beside the last; None keeps all.
     """
 
-    def __init__(self, trainer: Trainer, keep: int | None):
-        self.trainer, self.keep = trainer, keep
+    trainer: Trainer
+    keep: int | None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_model_checkpoint:  # the run folder may have moved since
@@ -153,39 +153,40 @@ class WholeCheckpoints(TrainerCallback):
             checkpoints.rotate(Path(args.output_dir), self.keep, scores, best=state.best_model_checkpoint)
 
 
+@dataclass(eq=False)
 class StreamPosition(TrainerCallback):
     """Saves the position of a `RowStream` with each checkpoint, so that resuming does not read the data again.
 
     `rows_per_step` counts the rows that one update consumes on this process; each rank has a position of its own.
     """
 
-    def __init__(self, stream: Any, rows_per_step: int, rank: int):
-        self.stream = stream
-        self.rows_per_step = rows_per_step
-        self.file = f"{rank}-{STREAM_STATE}"
+    stream: Any
+    rows_per_step: int
+    rank: int
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         position = self.stream.state_at(state.global_step * self.rows_per_step)
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file
-        write_atomically(path, json.dumps(position))
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_atomically(checkpoint / f"{self.rank}-{STREAM_STATE}", json.dumps(position))
 
     def restore(self, checkpoint: Path) -> None:
         """Moves the stream to its position at a checkpoint."""
-        with reading(checkpoint / self.file, "the position of a data stream"):
-            self.stream.load_state_dict(read_json(checkpoint / self.file))
+        path = checkpoint / f"{self.rank}-{STREAM_STATE}"
+        with reading(path, "the position of a data stream"):
+            self.stream.load_state_dict(read_json(path))
 
 
+@dataclass(eq=False)
 class MetricsLog(TrainerCallback):
     """Appends every log event of the trainer to the run's `metrics.jsonl`.
 
     `tokens_per_step` is known where every row has the same length; None uses the trainer's own count, `num_tokens`.
     """
 
-    def __init__(self, record: RunRecord, tokens_per_step: int | None):
-        self.record = record
-        self.tokens_per_step = tokens_per_step
-        self.tokens = 0
-        self.tokens_before = 0
+    record: RunRecord
+    tokens_per_step: int | None
+    tokens: int = 0
+    tokens_before: int = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # resumed: the trainer counts its tokens from zero again

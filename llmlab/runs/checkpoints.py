@@ -1,8 +1,7 @@
-"""Checkpoint folders inside a run folder: which are complete, which is the last, which go; and how a run folder is filled.
+"""What lies in a run folder: checkpoints, complete or marked as incomplete, and files that are moved in when complete.
 
-The trainer writes them.  A folder being written holds `INCOMPLETE` from before its first file until after its last one,
-those of every process and callback included, and a folder is removed after one rename, so a kill at any moment leaves
-no checkpoint that only looks complete.
+A checkpoint holds `INCOMPLETE` from before its first file until all processes and callbacks have written theirs, and
+is moved away before it is deleted: after a kill at any moment, what looks complete is.
 """
 
 import math

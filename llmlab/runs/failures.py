@@ -1,4 +1,4 @@
-"""How runs fail: a full disk or memory becomes a sentence, incomplete checkpoints go, and the record says how it ended."""
+"""How runs fail: full disks and memories become sentences, incomplete checkpoints go, the record says how it ended."""
 
 import errno
 import os

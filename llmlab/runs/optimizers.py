@@ -1,31 +1,38 @@
-"""What every trainer shares, whatever its loss: llmlab's optimizers, checks for finite numbers, evaluation that leaves
-the random states alone, and checkpoints marked as incomplete while they are written.
+"""What every trainer shares, whatever its loss: llmlab's optimizers, an end at the first number that is not finite,
+evaluation that leaves the random states alone, and checkpoints marked as incomplete while they are written.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import SwitchableOptimizer
+from llmlab.runs._trl import GradientNorms, SwitchableOptimizer
 from llmlab.runs.arguments import trying
-from llmlab.runs.divergence import FiniteNumbers
+from llmlab.settings.base import spellings_of
+from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
+LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
-class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
+
+class OurOptimizers(GradientNorms, SwitchableOptimizer):
     """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
 
-    With `load_optimizer=False` a resumed run starts with fresh optimizer state.  With `has_all_steps` training takes no
-    step: the checkpoint has them all, and only the end of training is left.
+    Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
+    checkpoint has them all, and only the end of training is left.
     """
 
     has_all_steps = False
@@ -40,6 +47,13 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.weights_are_finite():
+            source = spellings_of(type(self.settings))["policy_checkpoint"]
+            first = next(name for name, p in self.model.named_parameters() if not p.isfinite().all())
+            raise UserError(
+                f"{source.key} = {source.of(self.settings)}: its weights are not finite: {first} holds NaN or infinity; "
+                "start from another checkpoint"
+            )
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         except (TypeError, ValueError, ImportError):
@@ -67,11 +81,43 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.check_weights()
         if _internal_call and output_dir is not None:  # the first file of a checkpoint
             if self.args.should_save:
                 checkpoints.begin(Path(output_dir))
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def on_gradients(self, norm: float) -> None:
+        scaler = self.accelerator.scaler
+        if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
+            return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
+        raise self.diverged("gradient norm", norm)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]  # first, so that the record has the line
+        for name, words in LOSSES.items():
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise self.diverged(words, logs[name])
+
+    def check_weights(self) -> None:
+        """Raises `Diverged` where a weight is not finite; every process must call it."""
+        if not self.weights_are_finite():
+            raise self.diverged("norm of the weights", math.inf)
+
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Returns, on every process alike, whether the norm of the weights is finite."""
+        norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
+        return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
+
+    def diverged(self, what: str, value: float) -> Diverged:
+        """Returns the error for a number that is not finite."""
+        rate = spellings_of(type(self.settings))["learning_rate"]
+        return Diverged(
+            f"step {self.state.global_step}: the {what} is {value}: the run diverged and saved nothing of it; "
+            f"lower {rate.key} = {rate.of(self.settings):g}, warm up longer or clip gradients more"
+        )
 
     def estimate(self) -> None:
         """Runs Sophia's Hessian estimate where one is due."""
@@ -87,17 +133,22 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
     """The logits of the choices that the loss scores, (choices, alternatives)."""
 
 
+@dataclass(eq=False)
 class EstimateFirst(TrainerCallback):
     """Runs a trainer's Hessian estimate before a step's micro-batches, while gradients are empty.
 
     By then a resumed run has its random states back, which online trainers sample with.
     """
 
-    def __init__(self, trainer: OurOptimizers):
-        self.trainer = trainer
+    trainer: OurOptimizers
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.estimate()
+
+
+def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 @contextmanager

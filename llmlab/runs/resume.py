@@ -1,6 +1,4 @@
-"""What a run is resumed from: its last checkpoint, with settings and data files that keep the order of the data and the
-shape of the weights.
-"""
+"""What a run resumes from: an undamaged checkpoint, with settings and data files that continue the same training."""
 
 import hashlib
 from pathlib import Path
@@ -28,7 +26,7 @@ MAY_CHANGE = {
     *("allow_code", "eval_batches", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
 }
 OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
-HASHED_BYTES = 2**30  # of all data files together, a second or two; beyond, their sizes and times must do
+HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -38,40 +36,36 @@ def check_whole(checkpoint: Path) -> None:
     required = {"stateful_callbacks": dict[str, dict[str, Any]], "train_batch_size": int}
     types = get_type_hints(TrainerState) | required | {"log_history": list[dict[str, Any]]}
     check_types(checkpoint / checkpoints.STATE, dict.fromkeys(required) | state, types)
-    for path in sorted(checkpoint.glob("*.json")):
-        if path.name != "tokenizer.json":  # large, and not the trainer's
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".json" and path.name != "tokenizer.json":  # large, and not the trainer's
             read_json(path)
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with reading(path, "weights"), safe_open(path, "pt"):
-            pass
-    for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
-        with reading(path, "a file of torch"), safe_globals():
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        elif path.suffix == ".safetensors":
+            with reading(path, "weights"), safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".pt" or path.match("rng_state*.pth"):
+            with reading(path, "a file of torch"), safe_globals():
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
-    """Returns the size, the time and, where all files are small enough together, the hash of each local data file."""
+    """Returns what identifies each local data file: its size and its hash, or its time where they are too large."""
     sources = (*settings.datasets, *(settings.validation_datasets or ()))
     stats = {file: file.stat() for source in sources for file in files_of(source)}
     hashed = sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES
     return {
-        str(file): {"bytes": stat.st_size, "modified": stat.st_mtime_ns} | ({"hash": _hash(file)} if hashed else {})
+        str(file): {"bytes": stat.st_size, **({"hash": _hash(file)} if hashed else {"modified": stat.st_mtime_ns})}
         for file, stat in stats.items()
     }
 
 
 def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool) -> list[str]:
-    """Returns a note for each data file that is not what it was when the run began; without permission, raises them."""
+    """Returns a note for each data file that changed since the run began, or raises them all."""
     before = read_record(run).get("data_files", now)
     notes = []
     for name in sorted({*before, *now}):
-        if name not in now or name not in before:
-            notes.append(f"{name}: this data file is {'gone' if name in before else 'new'} since the run began")
-            continue
-        # the time decides only where the file was too large to hash
-        compared = ("bytes", "hash" if "hash" in before[name] and "hash" in now[name] else "modified")
-        if any(before[name].get(key) != now[name][key] for key in compared):
-            notes.append(f"{name}: this data file changed since the run began")
+        if before.get(name) != now.get(name):
+            change = "is gone" if name not in now else "changed" if name in before else "is new"
+            notes.append(f"{name}: this data file {change} since the run began")
     if notes and not allow_changed:
         raise SettingsError([f"{note}; --allow-changed-data goes on with it as it is" for note in notes])
     return notes
