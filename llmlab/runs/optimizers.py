@@ -51,7 +51,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
             source = spellings_of(type(self.settings))["policy_checkpoint"]
             first = next(name for name, p in self.model.named_parameters() if not p.isfinite().all())
             raise UserError(
-                f"{source.key} = {source.of(self.settings)}: its weights are not finite: {first} holds NaN or infinity; "
+                f"{source.key} = {source.of(self.settings)}: its weights are not finite (the first is in {first}); "
                 "start from another checkpoint"
             )
         try:
