@@ -96,8 +96,8 @@ def test_only_what_this_run_began_to_write_is_removed(tmp_path):
         (path / "notes.txt").write_text("kept")
     (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
     checkpoints.begin(tmp_path / "checkpoint-9")
-    (tmp_path / ".removed-checkpoint-0").mkdir()  # cut off in the middle of removing
-    assert {path.name for path in checkpoints.remove_partial(tmp_path)} == {"checkpoint-9", ".removed-checkpoint-0"}
+    (tmp_path / ".saving-x").mkdir()  # cut off in the middle of removing
+    assert {path.name for path in checkpoints.remove_partial(tmp_path)} == {"checkpoint-9", ".saving-x"}
     checkpoints.rotate(tmp_path, 1, {}, best=str(tmp_path / "checkpoint-1"))
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert all((path / "notes.txt").read_text() == "kept" for path in theirs)
