@@ -17,7 +17,7 @@ from datasketch import MinHash, MinHashLSH
 
 from llmlab.data.chat.formats import truth_of
 from llmlab.data.chat.messages import UnusableRow, is_empty
-from llmlab.data.text.encoding import text_hash
+from llmlab.data.hashing import text_hash
 
 Row = dict[str, Any]
 Message = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.mixture import Mixture, Schedule
-from llmlab.data.sources import Tally, TextSource, is_online, load_text
+from llmlab.data.sources import Tally, TextSource, is_online, label_of, load_text
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import STRETCH, PackedRows, all_of, hold_out, stretch_of
 from llmlab.data.text.store import TokenStore, open_store, write_store
@@ -301,11 +301,6 @@ class _Builder:
 
         identity = {**source.identity, "first": wanted, "held_out": held_out, "seed": self.seed}
         return write_store(texts, source.name, identity, self.encoder, cache_dir=self.settings.cache_dir, num_proc=1)
-
-
-def label_of(source: DataSource) -> str:
-    """Returns the short name of a source in sample ids."""
-    return "/".join(filter(None, (source.name, source.subset, source.split)))
 
 
 def unigram_entropy(rows: Mixture) -> float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from llmlab.data.hashing import text_hash
 from llmlab.settings.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,8 +191,3 @@ def _reaches_across(token: dict[str, Any]) -> bool:
     cuts = re.search(rf"\s|[A-Za-z]{_MARKS}", token["content"])
     reaches = token["lstrip"] or token["rstrip"] or token["single_word"] or cuts
     return bool(reaches) and not token["special"]
-
-
-def text_hash(text: str) -> int:
-    """Returns 64 bits of a document's content."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

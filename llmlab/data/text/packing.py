@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from llmlab.data.hashing import seeded_keys
 from llmlab.data.text.store import TokenStore
 from llmlab.settings.errors import UserError
 
@@ -109,7 +110,7 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     Raises:
         UserError: the corpus is too small for a row on either side.
     """
-    keys, ends = seeded(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
+    keys, ends = seeded_keys(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
     judged = int(np.searchsorted(ends, STRETCH)) + 1
     lengths = store.documents["tokens"][:judged]
     total = int(lengths.sum())
@@ -130,14 +131,6 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
         return HeldOut(train, np.array([[cut, total]]), f"the last {wanted:,} tokens")
     held = keys <= last
     return HeldOut(_spans(~held, ends), _spans(held, ends), f"{int(held.sum()):,} documents by hash")
-
-
-def seeded(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Returns an order of documents: uint64 keys, mixed from their hashes and a seed."""
-    with np.errstate(over="ignore"):
-        mixed = hashes ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019))
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-        return mixed ^ (mixed >> np.uint64(29))
 
 
 def _spans(chosen: np.ndarray, ends: np.ndarray) -> np.ndarray:

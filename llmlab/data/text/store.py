@@ -28,13 +28,13 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from llmlab.data.cache import cache_folder, cores
 from llmlab.data.checksums import BLOCK, VERIFIED_AT_ONCE, Checksums, tell
 from llmlab.data.interleaving import spread
 from llmlab.data.sources import Tally, TextSource, usable_texts
 from llmlab.data.text.encoding import Encoded, TextEncoder
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
-from llmlab.settings.paths import expand
 
 VERSION = 2  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
@@ -240,12 +240,6 @@ def _check_disk(
         )
 
 
-def cache_folder(cache_dir: str | None) -> Path:
-    """Returns the folder of tokenized corpora."""
-    base = cache_dir or os.environ.get("LLMLAB_CACHE") or Path.home() / ".cache" / "llmlab"
-    return expand(base) / "corpora"
-
-
 class _Writer:
     """Appends documents to the files of a corpus.
 
@@ -355,8 +349,3 @@ def _start_worker(encoder: TextEncoder) -> None:
 
 def _encode_in_worker(batch: list[str]) -> Encoded:
     return _ENCODER.encode(batch)
-
-
-def cores() -> int:
-    """Returns the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

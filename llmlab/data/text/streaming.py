@@ -17,10 +17,11 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
+from llmlab.data.hashing import seeded_keys, text_hash
 from llmlab.data.mixture import Schedule
 from llmlab.data.sources import Tally, TextSource, usable_texts
-from llmlab.data.text.encoding import TextEncoder, text_hash
-from llmlab.data.text.packing import as_example, seeded
+from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.text.packing import as_example
 from llmlab.settings.errors import UserError
 
 BLOCK_CHARACTERS = 2_000_000  # of text shuffled together
@@ -223,4 +224,4 @@ class RowStream(IterableDataset):
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
     """Whether a document belongs to validation, by a seeded hash of its text."""
-    return int(seeded(np.array([text_hash(text)], np.uint64), seed)[0]) < fraction * 2**64
+    return int(seeded_keys(np.array([text_hash(text)], np.uint64), seed)[0]) < fraction * 2**64
