@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llmlab.data.text.packing import PackedRows, as_example, stretch_of
+from llmlab.data.text.packing import PackedRows, as_example, window_rows
 
 BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
 
@@ -106,7 +106,7 @@ class Mixture(Dataset):
         source, number = self.schedule.locate(index)
         rows = len(self.sources[source])
         epoch, place = divmod(number, rows)
-        size = stretch_of(self.sources[source].length)
+        size = window_rows(self.sources[source].length)
         stretch, offset = divmod(place, size)
         if self._order.get(source, (None,))[0] != (epoch, stretch):
             shuffled = np.random.default_rng([self.seed, source, epoch, stretch])

@@ -377,6 +377,11 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
     raise UserError(f"{source.name}: cannot tell which column is the text: {why}; set column: ... ({found})")
 
 
+def label_of(source: DataSource) -> str:
+    """Returns the short name of a source in sample ids."""
+    return "/".join(filter(None, (source.name, source.subset, source.split)))
+
+
 def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         yield from demo.read_shard(shard)

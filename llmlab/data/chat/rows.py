@@ -19,13 +19,12 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
+from llmlab.data.cache import cache_folder, cores
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.rendered import open_rendered
-from llmlab.data.text.corpus import label_of
-from llmlab.data.text.encoding import text_hash
-from llmlab.data.text.packing import seeded
-from llmlab.data.text.store import cache_folder, cores
+from llmlab.data.hashing import seeded_keys, text_hash
+from llmlab.data.sources import label_of
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable
 
@@ -296,7 +295,7 @@ class _Builder:
 
         What is trained on does not depend on how many rows validate.
         """
-        keys = seeded(np.array(rows["hash"], np.int64).view(np.uint64), self.seed)
+        keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), self.seed)
         wanted = math.ceil(self.settings.validation_fraction * len(rows))
         ordered = np.sort(keys)
         held, used = keys <= ordered[wanted - 1], keys <= ordered[min(wanted, limit) - 1]
