@@ -1,7 +1,7 @@
-"""Text sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows with a text column.
+"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows.
 
-No row disappears unseen: what is not usable text is tallied by reason.  Mixing, tokenizing and packing are done
-elsewhere.
+Rows without usable text are counted by reason.  What a row means, mixing and tokenizing are the business of `text` and
+`chat`.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_content", "code")
 """Columns taken for the text, in this order, where no column is named."""
 
-LOOK_AT = 100  # rows from which columns are recognized
+LOOK_AT = 100  # rows by which columns are recognized
 CHECK_FROM = 1000  # rows after which a share of dropped rows means something
 
 
@@ -55,17 +56,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A source that was found and understood.
-
-    Attributes:
-        name: as the user wrote it.
-        rows: the rows, in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        column: the column that holds the text.
-        identity: what another content would change; plain values for a cache key.
-        size: bytes on disk, about those of the text; None where unknown.
-        splits: the splits that the source has.
-        count: rows; None where unknown.
-    """
+    """A source whose text column is known; its other attributes are those of `RowSource`."""
 
     name: str
     rows: "IterableDataset"
@@ -76,18 +67,14 @@ class TextSource:
     count: int | None = None
 
     def texts(self, tally: Tally, allow_dropped: float = 1.0) -> Iterator[str]:
-        """Yields the documents once, counting every row; stops early where too many are dropped."""
+        """Yields the documents, as `usable_texts` does."""
         return usable_texts(self.rows, self.column, tally, self.name, allow_dropped)
 
 
 def usable_texts(
     rows: Iterable[dict[str, Any]], column: str, tally: Tally, name: str, allow_dropped: float
 ) -> Iterator[str]:
-    """Yields the text of each row that has one, counting every row.
-
-    Raises:
-        UserError: more than the allowed share of at least a thousand rows had to be dropped.
-    """
+    """Yields the text of each row that has one, counting every row; stops where too many rows are dropped."""
     for row in rows:
         text = row.get(column)
         reason = _unusable(text) if column in row else f"without '{column}'"
@@ -114,16 +101,16 @@ def _unusable(text: Any) -> str | None:
 
 @dataclass(frozen=True)
 class RowSource:
-    """A source that was found, its rows not yet understood.
+    """A source with all its columns.
 
     Attributes:
         name: as the user wrote it.
-        rows: all columns of the rows, in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        identity: what another content would change; plain values for a cache key.
-        splits: the splits that the source has.
+        rows: in a fixed order, with a `state_dict` to resume from and shards to distribute.
+        identity: plain values for a cache key, which change with the content.
+        splits: the names of the splits there are.
         size: bytes on disk, about those of the text; None where unknown.
-        select: returns the rows with one column alone, which some files are read faster for.
-        count: rows; None where unknown.
+        select: returns the rows with one column alone, which parquet files are read faster for.
+        count: number of rows; None where unknown.
     """
 
     name: str
@@ -139,41 +126,17 @@ class RowSource:
         return list(itertools.islice(self.rows, LOOK_AT))
 
 
-def load_rows(
-    source: DataSource,
-    *,
-    streaming: bool = False,
-    split: str | None = None,
-    pairs: bool = False,
-    at_most: int | None = None,
-) -> RowSource:
-    """Finds a source of conversations, prompts or pairs; trees of messages become conversations.
+def load_rows(source: DataSource, use: Use, *, split: str | None = None, at_most: int | None = None) -> RowSource:
+    """Finds a source of chat data; message trees become conversations.
 
-    Args:
-        source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
-        streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
-        split: another split than the source names.
-        pairs: whether it is read for preference pairs, which some data sets have splits of their own for.
-        at_most: rows that will be read; a hub data set that has more is read as it comes.
-
-    Raises:
-        UserError: there is no such source, or it cannot be reached or read.
+    `split` overrides the source's own; a hub data set with more than `at_most` rows is streamed, not downloaded.
     """
-    found = _find(source, split, "pairs" if pairs else "instructions", streaming, at_most)
+    found = _find(source, split, use, False, at_most)
     return as_conversations(found) if is_tree(next(iter(found.rows), {})) else found
 
 
 def load_text(source: DataSource, *, streaming: bool = False, split: str | None = None) -> TextSource:
-    """Finds a text source and its text column.
-
-    Args:
-        source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
-        streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
-        split: another split than the source names.
-
-    Raises:
-        UserError: there is no such source, it cannot be reached or read, or its text column is not clear.
-    """
+    """Finds a text source and its text column; `streaming` reads a hub data set without downloading it first."""
     found = _find(source, split, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
@@ -206,7 +169,7 @@ def _find_demo(source: DataSource, split: str) -> RowSource:
     from datasets import IterableDataset
 
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
-    rows = IterableDataset.from_generator(_demo_rows, gen_kwargs={"shards": shards})
+    rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
     return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
 
@@ -233,16 +196,15 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
         raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
     if source.text_unit != "document" and not all(files.format_of(file) == "txt" for file in found):
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for text files; these have rows")
-    if sum(file.stat().st_size for file in found) == 0:
+    sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
+    if not sum(sizes):
         raise UserError(f"{source.name}: the file is empty")
     shards = [files.shards_of(by_split[name], source.text_unit) for name in chosen]
 
-    sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
-
     def select(column: str | None) -> IterableDataset:
+        read = partial(files.read_shard, column=column)
         parts = [
-            IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": each, "column": column})
-            for each in shards
+            IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": each, "read": read}) for each in shards
         ]
         return join_splits(parts, sizes, use)
 
@@ -254,25 +216,24 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
         select(None),
         identity,
         tuple(sorted(by_split)),
-        sum(file.stat().st_size for file in found) if all(map(files.is_plain, found)) else None,
+        sum(sizes) if all(map(files.is_plain, found)) else None,
         select,
         files.count_rows(found),
     )
 
 
 def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
-    """Returns the rows of several splits: of conversations each split's in turn, as often as its size says."""
+    """Returns the rows of several splits: of chat data interleaved in proportion to the splits' sizes."""
     from datasets import concatenate_datasets
 
     if len(parts) == 1:
         return parts[0]
-    if use == "text":  # whose order is the business of those that tokenize it
+    if use == "text":  # shuffled when it is packed
         return concatenate_datasets(parts)
     return Interleaved(parts, sizes if len(sizes) == len(parts) and all(sizes) else None)
 
 
 def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
-
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
@@ -300,9 +261,7 @@ def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, 
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
             f"({_first_line(error)}); without a network use local files or demo/stories"
         ) from None
-    except (FileNotFoundError, ValueError) as error:  # not there, gated, or no such subset
-        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
-    except OSError as error:  # most of all a disk that is too small
+    except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
     identity = {
         "hub": source.name,
@@ -328,7 +287,7 @@ def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
 
 
 def _has_configs(folder: Path) -> bool:
-    """Whether a folder is a copy of a hub data set, whose README.md begins with which files are which split."""
+    """Whether a folder is a copy of a hub data set whose README.md lists the files of each split."""
     readme = folder / "README.md"
     if not readme.is_file():
         return False
@@ -347,11 +306,7 @@ def _fits_disk(info: "DatasetInfo") -> bool:
 
 
 def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
-    """Returns the column that holds the text, judged by the first rows.
-
-    Raises:
-        UserError: there are no rows, the named column does not exist, or no or several columns could be the text.
-    """
+    """Returns the column that holds the text: the one named, else the one that the first rows make clear."""
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
@@ -382,14 +337,9 @@ def label_of(source: DataSource) -> str:
     return "/".join(filter(None, (source.name, source.subset, source.split)))
 
 
-def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
+def _read_shards(shards: list[Any], read: Callable[..., Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        yield from demo.read_shard(shard)
-
-
-def _file_rows(shards: list[files.Shard], column: str | None) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        yield from files.read_shard(shard, column)
+        yield from read(shard)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Conversations of message rows, which may come in any order: all are read before the first is given."""
+    """Conversations of message rows, which may come in any order: all are read before the first is yielded."""
 
     messages: Iterable[Row]
     num_shards = 1
@@ -43,10 +43,10 @@ def as_conversations(found: "RowSource") -> "RowSource":
 
 
 def best_path(tree: list[Row]) -> list[Row]:
-    """Returns the turns of a conversation from the root of a tree along the best-ranked replies.
+    """Returns the turns from the root of a tree along the best-ranked replies.
 
-    Rank 0 is the best; messages without a rank (the users' mostly) come after those with one, and those that were
-    answered before those that were not.  A last turn of the user that nobody answered is left out.
+    Rank 0 is the best; messages without a rank (mostly the users') come last, those with a reply first.  A last turn
+    of the user without an answer is left out.
     """
     replies: dict[str | None, list[Row]] = {}
     for message in tree:

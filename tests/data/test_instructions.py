@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset
 
 from llmlab.data.chat import rows as rows_module
 from llmlab.data.chat.instructions import InstructionMaker
@@ -177,7 +177,7 @@ def test_what_no_format_has_is_explained(build, tmp_path):
 def test_unpaired_preferences_are_refused_until_a_label_is_chosen(build, tokenizer, tmp_path):
     rows = [{**row, "label": k % 4 != 0} for k, row in enumerate(pairs(40))]
     source = write(tmp_path / "kto.jsonl", rows)
-    with pytest.raises(UserError, match=r"kto.jsonl: its column 'label' tells unpaired .*--only-label true"):
+    with pytest.raises(UserError, match=r"kto.jsonl: its column 'label' marks unpaired .*--only-label true"):
         build(source)
     good, bad = build(source, only_label=True), build(source, only_label=False)
     assert (len(good.train), len(bad.train)) == (30, 10)
@@ -218,7 +218,7 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     build(source, num_proc=num_proc)
     assert os.environ is environment and dict(environment) == variables  # `datasets` would leave another in its place
     [folder] = [path for path in tmp_path.rglob("rows-*") if path.is_dir()]
-    assert len(set(load_from_disk(str(folder))["cut"])) == workers
+    assert len(set(Dataset.from_file(str(folder / "rows.arrow"))["cut"])) == workers
 
 
 def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llmlab.data.chat.prompts import PromptMaker, as_read, recognize_prompts
+from llmlab.data.chat.formats import recognize
+from llmlab.data.chat.prompts import PromptMaker, as_read
 from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
@@ -99,7 +100,7 @@ def test_what_cannot_be_used_is_counted(tokenizer, tmp_path):
         "longer than max_prompt_length = 40 tokens": 1,
         "an empty prompt": 1,
         "without 'prompt'": 1,
-        "a prompt that is not the user's turn at its end": 1,
+        "a prompt that does not end with the user's turn": 1,
         "tools that are not JSON": 1,
     }
     with pytest.raises(UserError, match="5 of 9 rows cannot be used"):
@@ -118,7 +119,7 @@ def test_a_named_column_is_the_users_text(tokenizer, tmp_path):
 
 def test_unknown_columns_are_explained():
     with pytest.raises(UserError, match="no format of prompts has the columns promt; .*The closest is prompt"):
-        recognize_prompts(["promt"], "x.jsonl")
+        recognize(["promt"], "x.jsonl", "prompts")
 
 
 def test_prompts_in_parts_and_with_two_turns_in_a_row(tokenizer, tmp_path):

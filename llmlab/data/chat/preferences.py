@@ -1,7 +1,4 @@
-"""Rows of preference optimization: a prompt and two completions of it, as tokens.
-
-How sources are read, held out, mixed and cached is `rows.py`; reading pairs from their formats is `pairs.py`.
-"""
+"""Rows of preference optimization: a prompt and two completions of it, as tokens."""
 
 from typing import Any
 
@@ -9,7 +6,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import ConversationSource, load_conversations
-from llmlab.data.chat.messages import UnusableRow
+from llmlab.data.chat.messages import Row, UnusableRow
 from llmlab.data.chat.rendering import Renderer
 from llmlab.settings.data import DataSource
 
@@ -17,14 +14,8 @@ from llmlab.settings.data import DataSource
 class PreferenceMaker:
     """Makes rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; a `RowMaker`.
 
-    A completion is what the chat template writes after the prompt, the end of the turn with it.  Prompts lose their
-    beginning, completions their end.
-
-    Args:
-        tokenizer: with a chat template.
-        max_length: longest prompt and completion together, in tokens.
-        max_prompt_length: longest prompt; None leaves prompts whole.
-        stops: ids at which the model stops, beside those that the tokenizer tells.
+    A completion is what the chat template writes after the prompt, the end of the turn included.  Prompts are
+    truncated on the left to `max_prompt_length`, completions on the right to what is left of `max_length`.
     """
 
     columns = Features({name: List(Value("int32")) for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
@@ -42,26 +33,16 @@ class PreferenceMaker:
         self.renderer = Renderer(tokenizer, "all", stops)
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.limit = f"max_length = {max_length}"
-        self.identity = {
-            "pairs": [max_length, max_prompt_length],
-            "stops": self.renderer.stops,
-        }
+        self.identity = {"preferences": [self.renderer.stops, max_length, max_prompt_length]}
 
-    def open(self, named: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
-        """Finds a source of preference pairs and recognizes its format."""
-        return load_conversations(named, split=split, at_most=at_most, pairs=True)
+    def open(self, source: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
+        return load_conversations(source, "preferences", split=split, at_most=at_most)
 
-    def make(self, pair: dict[str, Any]) -> dict[str, Any]:
-        """Returns a pair as a row.
-
-        Raises:
-            UnusableRow: the chat template cannot show it, or both completions are the same tokens.
-        """
+    def make(self, pair: Row) -> dict[str, Any]:
         prompt, chosen, rejected = self.renderer.render_pair(pair)
         if chosen == rejected:
             raise UnusableRow("chosen and rejected are the same")
-        problem = next(filter(None, (self._problem(completion) for completion in (chosen, rejected))), "")
-        whole = len(prompt) + max(len(chosen), len(rejected))
+        longest = max(len(chosen), len(rejected))
         kept = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
         room = max(self.max_length - len(kept), 0)
         return {
@@ -70,11 +51,10 @@ class PreferenceMaker:
             "rejected_ids": rejected[:room],
             "tokens": 2 * len(kept) + len(chosen[:room]) + len(rejected[:room]),
             "prompt_cut": int(len(kept) < len(prompt)),
-            "cut": int(max(len(chosen), len(rejected)) > room),
-            "whole": whole,
-            # what is left must still tell the two apart
-            "lost": chosen[:room] == rejected[:room],
-            "problem": problem,
+            "cut": int(longest > room),
+            "whole": len(prompt) + longest,
+            "lost": chosen[:room] == rejected[:room],  # what is left must still tell the two apart
+            "problem": self._problem(chosen) or self._problem(rejected),
         }
 
     def _problem(self, completion: list[int]) -> str:

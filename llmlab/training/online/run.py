@@ -217,7 +217,7 @@ def plan_rows(
 ) -> list[tuple[str, str | Text]]:
     """Returns the lines about prompts, rewards, rollouts and steps for the plan of a run."""
     settings, rollout = run.settings, run.settings.rollout(run.process.num_processes)
-    data.went_through(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
+    data.set_passes(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
     sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
     if settings.top_p < 1 or settings.top_k:
         # the loss counts the probabilities of the whole distribution
