@@ -1,4 +1,4 @@
-"""Sources of chat data: rows found, their format recognized, each read as a conversation, a preference pair or a prompt.
+"""Sources of chat data: their format recognized, each row read as a conversation, a preference pair or a prompt.
 
 Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows.py`.
 """
