@@ -252,9 +252,7 @@ def _open(path: Path) -> IO[bytes]:
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     if is_utf16 or b"\0" in head:
         handle.close()
-        raise UserError(
-            f"{path}: this {'text is UTF-16; expected' if is_utf16 else 'is a binary file; expected'} UTF-8"
-        )
+        raise UserError(f"{path}: this {'text is UTF-16' if is_utf16 else 'is a binary file'}; expected UTF-8 text")
     handle.seek(0)
     return handle
 

@@ -164,7 +164,8 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
     missing = [name for name in nearest.columns if name not in found]
     schemas = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS[use])
     raise UserError(
-        f"{where}: no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}; expected one of: {schemas}. "
+        f"{where}: no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}; "
+        f"expected one of: {schemas}. "
         f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
     )
 

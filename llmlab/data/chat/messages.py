@@ -50,7 +50,7 @@ def plain_call(call: Any) -> Call:
 
 
 def read_turns(turns: Any, read_call: Callable[[Any], Call] = plain_call) -> list[Message]:
-    """Returns turns (a role, and content as text or parts) as messages; one turn with several results gives several."""
+    """Returns turns (a role, and content as text or parts) as messages; a turn with tool results may give several."""
     if not isinstance(turns, list) or not turns:
         raise UnusableRow("no turns")
     return [message for turn in turns for message in _read_turn(turn, read_call)]

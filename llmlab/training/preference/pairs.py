@@ -32,7 +32,7 @@ class Prompt(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The completions of a prompt, their scores, and the best against the worst, or the reason why there is no pair."""
+    """The completions of a prompt, their scores, and the best against the worst, or why there is no pair."""
 
     completions: list[str]
     scores: list[float | None]
