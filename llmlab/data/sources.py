@@ -126,18 +126,15 @@ class RowSource:
         return list(itertools.islice(self.rows, LOOK_AT))
 
 
-def load_rows(source: DataSource, use: Use, *, split: str | None = None, at_most: int | None = None) -> RowSource:
-    """Finds a source of chat data; message trees become conversations.
-
-    `split` overrides the source's own; a hub data set with more than `at_most` rows is streamed, not downloaded.
-    """
-    found = _find(source, split, use, False, at_most)
+def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> RowSource:
+    """Finds a source of chat data; a hub data set with more than `at_most` rows is streamed, not downloaded."""
+    found = _find(source, use, False, at_most)
     return as_conversations(found) if is_tree(next(iter(found.rows), {})) else found
 
 
-def load_text(source: DataSource, *, streaming: bool = False, split: str | None = None) -> TextSource:
+def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub data set without downloading it first."""
-    found = _find(source, split, "text", streaming, None)
+    found = _find(source, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
     rows = found.select(column)
@@ -151,30 +148,30 @@ def is_online() -> bool:
     return not datasets.config.HF_HUB_OFFLINE
 
 
-def _find(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
-    split = split or source.split
+def _find(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
     path = expand(source.name)
     if source.text_unit != "document" and not path.exists():
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for local text files")
     if source.name.startswith(demo.PREFIX):
-        return _find_demo(source, split or "train")
+        return _find_demo(source)
     if path.exists():
-        return _find_local(source, path, split, use)
+        return _find_local(source, path, use)
     if is_local(source.name):
         raise missing(source.name)
-    return _find_hub(source, split, use, streaming, at_most)
+    return _find_hub(source, use, streaming, at_most)
 
 
-def _find_demo(source: DataSource, split: str) -> RowSource:
+def _find_demo(source: DataSource) -> RowSource:
     from datasets import IterableDataset
 
+    split = source.split or "train"
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
     return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
 
 
-def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> RowSource:
+def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     from datasets import IterableDataset
 
     if path.is_dir() and _has_configs(path):
@@ -188,9 +185,9 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
         )
     else:
         by_split = files.find_files(path)
-    chosen = choose_splits(source.name, by_split, split, use)
+    chosen = choose_splits(source.name, by_split, source.split, use)
     if any("[" in name for name in chosen):
-        raise UserError(f"{source.name}: split = {split}: slices are for data sets of the hub")
+        raise UserError(f"{source.name}: split = {source.split}: slices are for data sets of the hub")
     found = [file for name in chosen for file in by_split[name]]
     if strange := next((file for file in found if files.format_of(file) is None), None):
         raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
@@ -233,12 +230,12 @@ def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "
     return Interleaved(parts, sizes if len(sizes) == len(parts) and all(sizes) else None)
 
 
-def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
+def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
         splits = tuple(info or builder.config.data_files or ())
-        chosen = choose_splits(source.name, splits, split, use) if splits else [split or "train"]
+        chosen = choose_splits(source.name, splits, source.split, use) if splits else [source.split or "train"]
         known = [info[name] for name in chosen if name in info]
         count = sum(each.num_examples for each in known) if len(known) == len(chosen) else None
         slices = any("[" in name for name in chosen)

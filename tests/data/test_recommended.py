@@ -181,8 +181,8 @@ def read_as(request, monkeypatch, tmp_path):
     if request.param != "local":
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
 
-        def find(source, path, split, use):
-            return sources._find_hub(source, split, use, request.param == "stream", None)
+        def find(source, path, use):
+            return sources._find_hub(source, use, request.param == "stream", None)
 
         monkeypatch.setattr(sources, "_find_local", find)
     return request.param
@@ -295,7 +295,7 @@ def test_a_hub_data_set_larger_than_the_need_is_not_downloaded(replica, monkeypa
     replica("HuggingFaceH4/ultrachat_200k")
 
     def find(at_most):
-        return sources._find_hub(DataSource(name="HuggingFaceH4/ultrachat_200k"), None, "instructions", False, at_most)
+        return sources._find_hub(DataSource(name="HuggingFaceH4/ultrachat_200k"), "instructions", False, at_most)
 
     few = find(2)  # how many there are is not known before
     assert few.count is None and len(list(few.rows)) == 4

@@ -152,7 +152,7 @@ def test_no_pair_can_be_made_of_that(judge, options, message):
 def test_prompts_of_any_format(tmp_path, row, prompt):
     path = write(tmp_path / "prompts.jsonl", [row])
     ((asked,), unusable) = load_prompts(DataSource(name=str(path)))
-    assert asked.prompt == prompt and not unusable
+    assert asked.messages == prompt and not unusable
     assert asked.columns == {key: value for key, value in row.items() if key != "prompt"}
 
 

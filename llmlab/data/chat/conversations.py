@@ -35,17 +35,7 @@ class OtherLabel(UnusableRow):
 
 @dataclass(frozen=True)
 class ConversationSource:
-    """A source of chat data whose format is known.
-
-    Attributes:
-        rows: all columns of the rows.
-        identity: plain values for a cache key, which change with the content.
-        splits: the names of the splits there are.
-        column: the column that holds plain text, where the user named one.
-        label: the column that says of each completion whether it is good, where the rows are unpaired preferences.
-        only_label: the label of the rows to use; None uses all.
-        count: number of rows; None where unknown.
-    """
+    """A source of chat data whose format is known; see `RowSource`."""
 
     name: str
     rows: "IterableDataset"
@@ -53,9 +43,9 @@ class ConversationSource:
     use: Use
     identity: dict[str, Any]
     splits: tuple[str, ...]
-    column: str | None = None
-    label: str | None = None
-    only_label: bool | None = None
+    column: str | None = None  # holds plain text, where the user named one
+    label: str | None = None  # the column of unpaired preferences that says whether a completion is good
+    only_label: bool | None = None  # the label of the rows to use; None uses all
     count: int | None = None
 
     def read(self, row: Row) -> Row:
@@ -85,13 +75,13 @@ class ConversationSource:
 
 
 def load_conversations(
-    source: DataSource, use: Use = "instructions", *, split: str | None = None, at_most: int | None = None
+    source: DataSource, use: Use = "instructions", *, at_most: int | None = None
 ) -> ConversationSource:
-    """Finds a source of chat data and recognizes its format; with `column`, its rows are plain text or prompts.
+    """Finds a source of chat data, of which `at_most` rows will be read, and recognizes its format.
 
-    `split` overrides the source's own; `at_most` is how many rows will be read.
+    A source with a `column` is plain text, or prompts.
     """
-    found = load_rows(source, use, split=split, at_most=at_most)
+    found = load_rows(source, use, at_most=at_most)
     first = found.first()
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:

@@ -38,8 +38,8 @@ class InstructionMaker:
         self.only_label = only_label
         self.identity = {"instructions": [loss_on, self.renderer.stops, max_seq_len, only_label]}
 
-    def open(self, source: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
-        found = load_conversations(source, split=split, at_most=at_most)
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
+        found = load_conversations(source, at_most=at_most)
         if found.label is not None and self.only_label is None:
             raise UserError(
                 f"{source.name}: its column '{found.label}' marks unpaired preferences (KTO), good answers "

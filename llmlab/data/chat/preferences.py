@@ -35,8 +35,8 @@ class PreferenceMaker:
         self.limit = f"max_length = {max_length}"
         self.identity = {"preferences": [self.renderer.stops, max_length, max_prompt_length]}
 
-    def open(self, source: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
-        return load_conversations(source, "preferences", split=split, at_most=at_most)
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
+        return load_conversations(source, "preferences", at_most=at_most)
 
     def make(self, pair: Row) -> dict[str, Any]:
         prompt, chosen, rejected = self.renderer.render_pair(pair)

@@ -30,8 +30,8 @@ class PromptMaker:
         self.limit = f"max_prompt_length = {max_prompt_length}"
         self.identity = {"prompts": max_prompt_length}
 
-    def open(self, source: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
-        return load_conversations(source, "prompts", split=split, at_most=at_most)
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
+        return load_conversations(source, "prompts", at_most=at_most)
 
     def make(self, row: Row) -> dict[str, Any]:
         tools = row["tools"]

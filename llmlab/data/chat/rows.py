@@ -45,22 +45,15 @@ CHECKS = {  # columns of every rendered row beside the maker's
 
 
 class RowMaker(Protocol):
-    """Turns conversations, pairs or prompts into rows.
+    """Turns conversations, pairs or prompts into rows."""
 
-    Attributes:
-        columns: what the trainer gets, with their types.
-        counts: whole numbers of each row, whose sums are reported; among them `cut`, whether the row was truncated.
-        limit: the setting that bounds the length of a row, for messages.
-        identity: plain values for the cache key: all options that decide what a row is.
-    """
-
-    columns: Features
-    counts: Sequence[str]
-    limit: str
-    identity: dict[str, Any]
+    columns: Features  # for the trainer
+    counts: Sequence[str]  # integers of each row whose sums are reported; `cut` is whether it was truncated
+    limit: str  # the setting that bounds the length of a row, for messages
+    identity: dict[str, Any]  # all options that decide what a row is, for the cache key
     tokenizer: PreTrainedTokenizerBase
 
-    def open(self, source: DataSource, split: str | None = None, at_most: int | None = None) -> ConversationSource:
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         """Finds a source, of which at most so many rows will be read."""
 
     def make(self, conversation: Row) -> dict[str, Any]:
@@ -69,33 +62,20 @@ class RowMaker(Protocol):
 
 @dataclass
 class RowsReport:
-    """What was read of a source.
-
-    Attributes:
-        form: the format of its rows.
-        share: of the rows that are trained on.
-        rows: rows read, usable or not.
-        counts: sums over the training rows of the maker's `counts`.
-        dropped: unusable rows by reason.
-        lost: rows truncated so far that there was nothing to learn.
-        left_out: rows of unpaired preferences whose label was not asked for.
-        passes: epochs over its training rows; None until it is known.
-        whole: whether all its rows were read, or only as many as the run needs.
-        count: number of rows it has; None where unknown.
-    """
+    """What was read of a source."""
 
     name: str
-    form: str
-    share: float
-    rows: int
+    form: str  # the format of its rows
+    share: float  # of the rows that are trained on
+    rows: int  # read, usable or not
     trained_rows: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
-    lost: int = 0
-    left_out: int = 0
-    passes: float | None = None
-    whole: bool = True
-    count: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # sums over the training rows of the maker's `counts`
+    dropped: Counter[str] = field(default_factory=Counter)  # unusable rows by reason
+    lost: int = 0  # rows truncated so far that there is nothing to learn
+    left_out: int = 0  # rows of unpaired preferences with the other label
+    passes: float | None = None  # epochs over its training rows, once they are known
+    whole: bool = True  # whether all its rows were read, or only as many as the run needs
+    count: int | None = None  # rows it has; None where unknown
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "dropped": dict(self.dropped)}
@@ -155,14 +135,9 @@ def build_rows(
     rows_needed: int | None = None,
     rows_before: Sequence[int] | None = None,
 ) -> Rows:
-    """Builds and checks the rows that the settings describe.
-
-    Sources of any formats are mixed by their weights: shares of rows, drawn until every source was used whole.
+    """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
     Args:
-        settings: sources, weights, validation, cache.
-        maker: makes the rows.
-        seed: of the held-out split and of mixing.
         allow_truncated: share of a source's rows that may be left with nothing to learn by truncation.
         validation_rows: rows to validate with at most; they do not decide what is trained on.
         max_samples: training rows at most; no source is read further.
@@ -181,7 +156,8 @@ def build_rows(
             at_most = rows_before[number]
         rows, report, splits = builder.read(source, at_most, share)
         if fraction and "validation" in splits and source.split != "validation":
-            held_out.append(builder.read_validation(source, validation_rows, split="validation"))
+            own_split = source.model_copy(update={"split": "validation"})
+            held_out.append(builder.read_validation(own_split, validation_rows))
         elif fraction:
             limit = None if validation_rows is None else math.ceil(share * validation_rows)
             rows, validation = _hold_out(rows, fraction, seed, limit, source.name)
@@ -247,15 +223,15 @@ class _Builder:
     maker: RowMaker
     allow_truncated: float
 
-    def read_validation(self, source: DataSource, rows: int | None, split: str | None = None) -> Dataset:
+    def read_validation(self, source: DataSource, rows: int | None) -> Dataset:
         """Returns the rows of a source that is for validation alone, of which so many are needed."""
-        return self.read(source, _rows_to_read(1.0, rows, None), split=split)[0]
+        return self.read(source, _rows_to_read(1.0, rows, None))[0]
 
     def read(
-        self, source: DataSource, at_most: int | None, share: float = 1.0, split: str | None = None
+        self, source: DataSource, at_most: int | None, share: float = 1.0
     ) -> tuple[Dataset, RowsReport, tuple[str, ...]]:
         """Returns the usable rows of a source after checking them, its report, and the splits that it has."""
-        found = self.maker.open(source, split, at_most)
+        found = self.maker.open(source, at_most)
         rows, whole = open_rows(found, self._folder(found), at_most, lambda texts: self._render(found, texts))
         report = RowsReport(label_of(source), found.form.name, share, len(rows), whole=whole, count=found.count)
         checks = {name: np.array(rows[name][:]) for name in CHECKS}
