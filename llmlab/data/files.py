@@ -100,20 +100,19 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
-        kind, size = format_of(path), path.stat().st_size
-        packed = is_gzipped(path)
-        with _reading(path, str(kind)):
+        kind = str(format_of(path))
+        with _reading(path, kind):
             if kind == "json":
                 with _open_text(path) as handle:
                     kind = "jsonl" if handle.read(4096).lstrip().startswith("{") else "json"  # many call lines .json
-            groups = _parquet(path).num_row_groups if kind == "parquet" and not packed else 0
-        if kind == "jsonl" and not packed:
-            starts = range(0, max(size, 1), SHARD_BYTES)
-            shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
-        elif kind == "parquet" and not packed:
-            shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
-        else:
-            shards.append(Shard(str(path), str(kind), unit=unit))
+            if kind == "jsonl" and not is_gzipped(path):
+                starts = range(0, max(path.stat().st_size, 1), SHARD_BYTES)
+                shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
+            elif kind == "parquet" and not is_gzipped(path):
+                groups = range(_parquet(path).num_row_groups)
+                shards += [Shard(str(path), kind, group, group + 1) for group in groups]
+            else:
+                shards.append(Shard(str(path), kind, unit=unit))
     return shards
 
 

@@ -8,15 +8,14 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlab.data import demo, files
+from llmlab.data import demo, files, trees
 from llmlab.data.interleaving import Interleaved
 from llmlab.data.splits import Use, choose_splits, choose_subset
-from llmlab.data.trees import as_conversations, is_tree
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.paths import expand, is_local, missing
@@ -54,17 +53,38 @@ class Tally:
             )
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """A source whose text column is known; its other attributes are those of `RowSource`."""
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """A source with all its columns.
+
+    Attributes:
+        name: as the user wrote it.
+        rows: in a fixed order, with a `state_dict` to resume from and shards to distribute.
+        identity: plain values for a cache key, which change with the content.
+        splits: the names of the splits there are.
+        select: returns the rows with one column alone, which parquet files are read faster for.
+        size: bytes on disk, about those of the text; None where unknown.
+        count: number of rows; None where unknown.
+    """
 
     name: str
     rows: "IterableDataset"
-    column: str
     identity: dict[str, Any]
-    size: int | None = None
     splits: tuple[str, ...] = ("train",)
+    select: "Callable[[str], IterableDataset] | None" = None
+    size: int | None = None
     count: int | None = None
+
+    def first(self) -> list[dict[str, Any]]:
+        """Returns the rows by which formats and columns are recognized."""
+        return list(itertools.islice(self.rows, LOOK_AT))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(RowSource):
+    """A source whose rows have their text in one column, and perhaps no other column."""
+
+    column: str
 
     def texts(self, tally: Tally, allow_dropped: float = 1.0) -> Iterator[str]:
         """Yields the documents, as `usable_texts` does."""
@@ -88,7 +108,8 @@ def usable_texts(
 
 
 def _unusable(text: Any) -> str | None:
-    if text is None or text == "" or (isinstance(text, str) and text.isspace()):
+    """Returns why a value is no document, or None."""
+    if text is None:
         return "empty"
     if not isinstance(text, str):
         return "not text"
@@ -96,40 +117,15 @@ def _unusable(text: Any) -> str | None:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a character
         return "not valid Unicode"
-    return None
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """A source with all its columns.
-
-    Attributes:
-        name: as the user wrote it.
-        rows: in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        identity: plain values for a cache key, which change with the content.
-        splits: the names of the splits there are.
-        size: bytes on disk, about those of the text; None where unknown.
-        select: returns the rows with one column alone, which parquet files are read faster for.
-        count: number of rows; None where unknown.
-    """
-
-    name: str
-    rows: "IterableDataset"
-    identity: dict[str, Any]
-    splits: tuple[str, ...]
-    size: int | None
-    select: Callable[[str], "IterableDataset"]
-    count: int | None = None
-
-    def first(self) -> list[dict[str, Any]]:
-        """Returns the rows that formats and columns are recognized from."""
-        return list(itertools.islice(self.rows, LOOK_AT))
+    return None if text and not text.isspace() else "empty"
 
 
 def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> RowSource:
     """Finds a source of chat data; a hub data set with more than `at_most` rows is streamed, not downloaded."""
     found = _find(source, use, False, at_most)
-    return as_conversations(found) if is_tree(next(iter(found.rows), {})) else found
+    if not next(iter(found.rows), {}).keys() >= trees.COLUMNS:
+        return found
+    return replace(found, rows=trees.TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
 
 
 def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
@@ -137,8 +133,7 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     found = _find(source, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
-    rows = found.select(column)
-    return TextSource(source.name, rows, column, identity, found.size, found.splits, found.count)
+    return TextSource(**{**vars(found), "rows": found.select(column), "identity": identity}, column=column)
 
 
 def is_online() -> bool:
@@ -168,7 +163,14 @@ def _find_demo(source: DataSource) -> RowSource:
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
+    return RowSource(
+        name=source.name,
+        rows=rows,
+        identity=identity,
+        splits=demo.SPLITS,
+        select=lambda column: rows,
+        size=sum(shard.size for shard in shards),
+    )
 
 
 def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
@@ -209,13 +211,13 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     if source.text_unit != "document":
         identity["text_unit"] = source.text_unit
     return RowSource(
-        source.name,
-        select(None),
-        identity,
-        tuple(sorted(by_split)),
-        sum(sizes) if all(map(files.is_plain, found)) else None,
-        select,
-        files.count_rows(found),
+        name=source.name,
+        rows=select(None),
+        identity=identity,
+        splits=tuple(sorted(by_split)),
+        select=select,
+        size=sum(sizes) if all(map(files.is_plain, found)) else None,
+        count=files.count_rows(found),
     )
 
 
@@ -236,11 +238,11 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         info = builder.info.splits or {}
         splits = tuple(info or builder.config.data_files or ())
         chosen = choose_splits(source.name, splits, source.split, use) if splits else [source.split or "train"]
-        known = [info[name] for name in chosen if name in info]
-        count = sum(each.num_examples for each in known) if len(known) == len(chosen) else None
-        slices = any("[" in name for name in chosen)
-        larger = at_most is not None and (count is None or count > at_most)
-        if not streaming and not slices and is_online():
+        sizes = [info[name].num_examples for name in chosen if name in info]
+        is_known = len(sizes) == len(chosen)
+        count = sum(sizes) if is_known else None
+        if not streaming and is_online() and not any("[" in name for name in chosen):
+            larger = at_most is not None and (count is None or count > at_most)
             streaming = larger or not _fits_disk(builder.info)
         if streaming:
             parts = [builder.as_streaming_dataset(name) for name in chosen]
@@ -249,7 +251,7 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
             loaded = [builder.as_dataset(name) for name in chosen]
             count = sum(map(len, loaded))
             parts = [data.to_iterable_dataset(num_shards=min(64, max(1, len(data)))) for data in loaded]
-        rows = join_splits(parts, [each.num_examples for each in known], use)
+        rows = join_splits(parts, sizes, use)
         next(iter(rows), None)  # a stream is reached only now
     except UserError:
         raise
@@ -267,8 +269,15 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         "content": builder.hash,
         "streamed": streaming,  # files and tables have other shards, so another order
     }
-    size = sum(each.num_bytes for each in known) if len(known) == len(chosen) else None
-    return RowSource(source.name, rows, identity, splits, size, lambda column: rows.select_columns([column]), count)
+    return RowSource(
+        name=source.name,
+        rows=rows,
+        identity=identity,
+        splits=splits,
+        select=lambda column: rows.select_columns([column]),
+        size=sum(info[name].num_bytes for name in chosen) if is_known else None,
+        count=count,
+    )
 
 
 def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
@@ -317,12 +326,12 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
                 f"{source.name}: there is no column '{source.column}'{did_you_mean(source.column, kinds)} ({found})"
             )
         return source.column
-    textual = [name for name, types in kinds.items() if str in types and types <= {str, type(None)}]
-    named = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
-    if named is not None:
-        return named
+    usual = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
+    if usual is not None:
+        return usual
     if "messages" in kinds or "conversations" in kinds:
         raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")
+    textual = [name for name, types in kinds.items() if str in types and types <= {str, type(None)}]
     if len(textual) == 1:
         return textual[0]
     why = f"several could be ({', '.join(textual)})" if textual else "none holds text"

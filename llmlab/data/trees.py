@@ -4,16 +4,13 @@ Each tree gives one conversation: at every turn the best-ranked reply.  The othe
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llmlab.data.sources import RowSource
+from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
+COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}  # by which such rows are recognized
 
 
 @dataclass(frozen=True)
@@ -30,16 +27,6 @@ class TreeRows:
                 trees.setdefault(message["message_tree_id"], []).append(message)
         for name, tree in trees.items():
             yield {"messages": best_path(tree), "message_tree_id": name}
-
-
-def is_tree(row: Row) -> bool:
-    """Whether a row is a message of a tree."""
-    return row.keys() >= COLUMNS
-
-
-def as_conversations(found: "RowSource") -> "RowSource":
-    """Returns a source of message rows as one of conversations."""
-    return replace(found, rows=TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
 
 
 def best_path(tree: list[Row]) -> list[Row]:

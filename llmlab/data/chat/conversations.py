@@ -6,7 +6,6 @@ Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
 
 from llmlab.data.chat.formats import (
     PLAIN_TEXT,
@@ -20,33 +19,25 @@ from llmlab.data.chat.formats import (
     truth_of,
 )
 from llmlab.data.chat.messages import Row, UnusableRow
-from llmlab.data.sources import Tally, choose_column, load_rows
+from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 
 class OtherLabel(UnusableRow):
     """A row of unpaired preferences whose label was not asked for."""
 
 
-@dataclass(frozen=True)
-class ConversationSource:
-    """A source of chat data whose format is known; see `RowSource`."""
+@dataclass(frozen=True, kw_only=True)
+class ConversationSource(RowSource):
+    """A source of chat data whose format is known."""
 
-    name: str
-    rows: "IterableDataset"
     form: Format
     use: Use
-    identity: dict[str, Any]
-    splits: tuple[str, ...]
     column: str | None = None  # holds plain text, where the user named one
     label: str | None = None  # the column of unpaired preferences that says whether a completion is good
     only_label: bool | None = None  # the label of the rows to use; None uses all
-    count: int | None = None
 
     def read(self, row: Row) -> Row:
         """Returns a row as `to_messages`, `to_pair` or `to_prompt` does."""
@@ -93,6 +84,4 @@ def load_conversations(
         column = choose_column(source, first)
         form = PLAIN_TEXT if use == "instructions" else column_prompts(column)
     label = label_column(form, first) if use == "instructions" else None
-    return ConversationSource(
-        source.name, found.rows, form, use, found.identity, found.splits, column, label, count=found.count
-    )
+    return ConversationSource(**vars(found), form=form, use=use, column=column, label=label)

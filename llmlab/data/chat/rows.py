@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -302,7 +302,7 @@ class _MakeRow:
     """Makes one row of one that is JSON text."""
 
     def __init__(self, source: ConversationSource, maker: RowMaker):
-        self.read = source.read
+        self.read = replace(source, rows=None, select=None).read  # other processes need no rows
         self.maker = maker
         empty = {name: [] if isinstance(kind, List) else None for name, kind in maker.columns.items()}
         checks = {"whole": 0, "lost": False, "left_out": False, "dropped": "", "problem": ""}
