@@ -153,7 +153,7 @@ def _fine_tune(run: Run[SFTSettings], load_optimizer: bool) -> RunResult:
     accumulation = settings.gradient_accumulation_steps
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
     passes = steps * rows_per_step / rows
-    data.set_passes(passes)
+    data.set_epochs(passes)
     plan = [
         *policy.rows(),
         ("data", data.summary()),

@@ -48,7 +48,7 @@ class PromptMaker:
         }
 
 
-def as_read(rows: Dataset) -> Dataset:
+def decode_prompts(rows: Dataset) -> Dataset:
     """Returns rows of prompts as the trainer and rewards see them: messages, and every column of any row."""
     names = list(dict.fromkeys(name for text in rows["columns"] for name in json.loads(text)))
 

@@ -73,7 +73,7 @@ class RowsReport:
     dropped: Counter[str] = field(default_factory=Counter)  # unusable rows by reason
     lost: int = 0  # rows truncated so far that there is nothing to learn
     left_out: int = 0  # rows of unpaired preferences with the other label
-    passes: float | None = None  # epochs over its training rows, once they are known
+    epochs: float | None = None  # of the run over its training rows, once they are known
     whole: bool = True  # whether all its rows were read, or only as many as the run needs
     count: int | None = None  # rows it has; None where unknown
 
@@ -110,10 +110,10 @@ class Rows:
     def validation_rows(self) -> int:
         return 0 if self.validation is None else len(self.validation)
 
-    def set_passes(self, passes: float) -> None:
+    def set_epochs(self, epochs: float) -> None:
         """Sets the epochs over each source, given those over the mixture."""
         for report in self.reports:
-            report.passes = round(passes * len(self.train) * report.share / report.trained_rows, 3)
+            report.epochs = round(epochs * len(self.train) * report.share / report.trained_rows, 3)
 
     def summary(self) -> str:
         """Returns a line for each source, and how many rows there are to validate with."""

@@ -11,7 +11,7 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import TrainerCallback
 
-from llmlab.data.chat.prompts import PromptMaker, as_read
+from llmlab.data.chat.prompts import PromptMaker, decode_prompts
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.hardware import Hardware
 from llmlab.rewards.checking import may_run_code
@@ -165,8 +165,8 @@ def read_prompts(run: Run[Any], policy: Policy) -> Rows:
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
                 "give more, or a smaller batch_size"
             )
-        validation = None if rows.validation is None else as_read(rows.validation)
-        return Rows(as_read(rows.train), validation, rows.reports)
+        validation = None if rows.validation is None else decode_prompts(rows.validation)
+        return Rows(decode_prompts(rows.train), validation, rows.reports)
 
 
 def make_reward(run: Run[Any], functions: Sequence[RewardFunction] = ()) -> ComposedReward:
@@ -217,7 +217,7 @@ def plan_rows(
 ) -> list[tuple[str, str | Text]]:
     """Returns the lines about prompts, rewards, rollouts and steps for the plan of a run."""
     settings, rollout = run.settings, run.settings.rollout(run.process.num_processes)
-    data.set_passes(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
+    data.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
     sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
     if settings.top_p < 1 or settings.top_k:
         # the loss counts the probabilities of the whole distribution

@@ -75,7 +75,7 @@ def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tu
     accumulation = settings.accumulation(processes)
     steps = total_steps(settings, len(train), rows_per_batch=rows_per_batch, accumulation=accumulation)
     passes = steps * rows_per_batch * accumulation / len(train)
-    data.set_passes(passes)
+    data.set_epochs(passes)
     return steps, [
         ("data", data.summary()),
         ("steps", f"{steps:,} ({passes:.2g} passes over the training pairs)"),
