@@ -162,7 +162,7 @@ def is_right(text, answer):
 
 def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
-    from llmlab.data.chat.instructions import InstructionMaker
+    from llmlab.data.chat.makers import InstructionMaker
     from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
     from llmlab.runs.policy import load_policy

@@ -12,7 +12,7 @@ from rich.console import Console
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.makers import InstructionMaker
 from llmlab.data.chat.rows import build_rows
 from llmlab.hardware import Hardware
 from llmlab.runs.arguments import build_arguments, rhythm_arguments

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.makers import InstructionMaker
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings

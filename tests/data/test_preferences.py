@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceMaker
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -181,7 +181,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (OPEN + "{% endfor %}" + PROMPT, "row 1 .* a completion does not end its turn .it ends with"),
+        (OPEN + "{% endfor %}" + PROMPT, "row 1 .* would never stop: it ends with"),
         (
             OPEN + "<|im_end|>{% if messages | length > 1 %} once more{% endif %}\n{% endfor %}" + PROMPT,
             "4 of 4 rows cannot be used, .* 4 x the chat template rewrites the prompt when it is answered",

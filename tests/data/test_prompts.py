@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmlab.data.chat.formats import recognize
-from llmlab.data.chat.prompts import PromptMaker, decode_prompts
+from llmlab.data.chat.makers import PromptMaker, decode_prompts
 from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError

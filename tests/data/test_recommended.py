@@ -15,7 +15,7 @@ import yaml
 
 from llmlab.data import sources
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.prompts import PromptMaker
+from llmlab.data.chat.makers import PromptMaker
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 
 from llmlab.cli.app import main
 from llmlab.data import load_tokenizer
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceMaker
 from llmlab.data.chat.rows import build_rows
 from llmlab.inference import load_for_inference
 from llmlab.rewards.compose import compose

@@ -100,11 +100,16 @@ def _preference(name: str, *columns: str) -> Format:
     return Format(name, columns, lambda row: _pair(row, chosen_twice)[0])
 
 
-def _before_answer(turns: list[Message]) -> list[Message]:
-    """Returns the turns before the assistant's last answer."""
-    while turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return turns
+def _prompts(form: Format) -> Format:
+    """The format of the same rows, of which the prompt is what comes before the assistant's last answer."""
+
+    def read(row: Row) -> list[Message]:
+        turns = form.read(row)
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        return turns
+
+    return Format(form.name, form.columns, read)
 
 
 MESSAGES = Format("messages", ("messages",), lambda row: read_turns(row["messages"]))
@@ -133,13 +138,11 @@ FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which
     "preferences": (SHAREGPT_PREFERENCE, PREFERENCE, INSTRUCTION_PREFERENCE, TRANSCRIPT),
     "prompts": (
         Format("prompt", ("prompt",), lambda row: _prompt_turns(row["prompt"])),
-        Format("messages", ("messages",), lambda row: _before_answer(MESSAGES.read(row))),
-        Format("ShareGPT conversations", ("conversations",), lambda row: _before_answer(SHAREGPT.read(row))),
+        _prompts(MESSAGES),
+        _prompts(SHAREGPT),
         Format("question", ("question",), lambda row: _prompt_turns(row["question"])),
-        Format("instruction", ("instruction",), lambda row: _before_answer(_alpaca({**row, "output": ""}))),
-        Format(
-            "hh-rlhf transcript", ("chosen", "rejected"), lambda row: _before_answer(_pair(row, TRANSCRIPT.columns)[0])
-        ),
+        Format("instruction", ("instruction",), lambda row: _alpaca({**row, "output": ""})[:-1]),
+        _prompts(TRANSCRIPT),
     ),
 }
 FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)

@@ -7,7 +7,7 @@ what is cached never decides what is read.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 
@@ -66,7 +66,9 @@ def _write(
     rows = iter(spread(source.rows))
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
-        tables = _render_batches(islice(rows, at_most), render, folder.parent)
+        limited = islice(rows, at_most)
+        batches = iter(lambda: [json.dumps(row, default=str) for row in islice(limited, BATCH)], [])
+        tables = (render(texts).data.table for texts in batches)
         first = next(tables)
         path = temporary / "rows" / ROWS
         path.parent.mkdir()
@@ -82,17 +84,3 @@ def _write(
         return Dataset.from_file(str(folder / ROWS)), whole
     finally:
         shutil.rmtree(temporary)
-
-
-def _render_batches(
-    rows: Iterator[dict], render: Callable[[list[str]], Dataset], folder: Path
-) -> Iterator[pyarrow.Table]:
-    while texts := [json.dumps(row, default=str) for row in islice(rows, BATCH)]:
-        table = render(texts).data.table
-        free = shutil.disk_usage(folder).free
-        if table.nbytes > free:
-            raise UserError(
-                f"cache_dir = {folder}: the next {len(texts):,} rendered rows take {table.nbytes / 1e9:,.1f} GB, and "
-                f"the disk has {free / 1e9:,.1f} GB free; choose another disk, or train for fewer steps"
-            )
-        yield table

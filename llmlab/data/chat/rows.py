@@ -1,7 +1,6 @@
 """The rows of a stage that trains on chat data: sources read, rendered, checked, held out and mixed, with a report.
 
-What a row consists of is up to a `RowMaker`: there is one for instructions, for preferences and for prompts.  Padding
-and packing are the trainer's.
+What a row consists of is `makers.py`.  Padding and packing are the trainer's.
 """
 
 import hashlib
@@ -14,15 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, interleave_datasets
-from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.cache import cache_folder, cores
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
-from llmlab.data.chat.messages import Row, UnusableRow
+from llmlab.data.chat.makers import RowMaker
+from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.row_cache import open_rows
 from llmlab.data.hashing import seeded_keys, text_hash
 from llmlab.data.sources import label_of
@@ -42,22 +41,6 @@ CHECKS = {  # columns of every rendered row beside the maker's
     "dropped": Value("string"),  # why the row is unusable, or empty
     "problem": Value("string"),  # what is wrong with the loss mask, or empty
 }
-
-
-class RowMaker(Protocol):
-    """Turns conversations, pairs or prompts into rows."""
-
-    columns: Features  # for the trainer
-    counts: Sequence[str]  # integers of each row whose sums are reported; `cut` is whether it was truncated
-    limit: str  # the setting that bounds the length of a row, for messages
-    identity: dict[str, Any]  # all options that decide what a row is, for the cache key
-    tokenizer: PreTrainedTokenizerBase
-
-    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
-        """Finds a source, of which at most so many rows will be read."""
-
-    def make(self, conversation: Row) -> dict[str, Any]:
-        """Returns `columns`, `counts` and those of `CHECKS` that apply."""
 
 
 @dataclass

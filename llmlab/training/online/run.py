@@ -11,7 +11,7 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import TrainerCallback
 
-from llmlab.data.chat.prompts import PromptMaker, decode_prompts
+from llmlab.data.chat.makers import PromptMaker, decode_prompts
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.hardware import Hardware
 from llmlab.rewards.checking import may_run_code

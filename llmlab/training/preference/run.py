@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceMaker
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.hardware import Hardware
 from llmlab.runs.arguments import build_arguments, rhythm_arguments
