@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from llmlab.data.chat.formats import (
-    PLAIN_TEXT,
     Format,
-    column_prompts,
     label_column,
+    plain_text,
     recognize,
     to_messages,
     to_pair,
@@ -35,7 +34,6 @@ class ConversationSource(RowSource):
 
     form: Format
     use: Use
-    column: str | None = None  # holds plain text, where the user named one
     label: str | None = None  # the column of unpaired preferences that says whether a completion is good
     only_label: bool | None = None  # the label of the rows to use; None uses all
 
@@ -51,7 +49,7 @@ class ConversationSource(RowSource):
             return to_pair(row, self.form)
         if self.use != "instructions":
             return to_prompt(row, self.form)
-        return to_messages({"text": row.get(self.column)} if self.column else row, self.form)
+        return to_messages(row, self.form)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
         """Yields those of the first `limit` rows that can be read, counting the others by reason."""
@@ -77,11 +75,9 @@ def load_conversations(
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
-    column = None
     if source.column is None or use == "preferences":
         form = recognize(columns, source.name, use)
     else:
-        column = choose_column(source, first)
-        form = PLAIN_TEXT if use == "instructions" else column_prompts(column)
+        form = plain_text(choose_column(source, first))
     label = label_column(form, first) if use == "instructions" else None
-    return ConversationSource(**vars(found), form=form, use=use, column=column, label=label)
+    return ConversationSource(**vars(found), form=form, use=use, label=label)

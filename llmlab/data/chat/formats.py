@@ -22,9 +22,9 @@ from llmlab.data.splits import Use
 from llmlab.settings.errors import UserError, did_you_mean
 
 LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
-RESERVED = ("completions", "completion_ids", "prompts", "trainer_state", "log_metric", "log_extra", "environments")
-"""Names under which the trainer itself passes something to rewards."""
-NOT_COLUMNS = {"prompt", *RESERVED, "image", "images"}  # TRL would read the last two as pictures
+# columns that rewards do not get: the trainer passes its own under these names, or takes them for pictures
+RESERVED = {"prompt", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+RESERVED |= {"environments", "image", "images"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _side(value: Any, is_transcript: bool) -> list[Message]:
 
 def _preference(name: str, *columns: str) -> Format:
     """A format of preferences; read as one conversation, it is the prompt and the chosen side."""
-    chosen_twice = (*columns[:-1], columns[-2])
+    chosen_twice = (*columns[:-1], columns[-2])  # compared with itself, all of it is shared
     return Format(name, columns, lambda row: _pair(row, chosen_twice)[0])
 
 
@@ -112,13 +112,18 @@ def _prompts(form: Format) -> Format:
     return Format(form.name, form.columns, read)
 
 
+def plain_text(column: str) -> Format:
+    """The format of rows with their text in a column; read as turns, it is the user's."""
+    return Format("plain text", (column,), lambda row: _prompt_turns(row[column]))
+
+
 MESSAGES = Format("messages", ("messages",), lambda row: read_turns(row["messages"]))
 SHAREGPT = Format("ShareGPT conversations", ("conversations",), lambda row: read_turns(row["conversations"]))
 SHAREGPT_PREFERENCE = _preference("ShareGPT preference", "conversations", "chosen", "rejected")
 PREFERENCE = _preference("preference", "prompt", "chosen", "rejected")
 INSTRUCTION_PREFERENCE = _preference("instruction preference", "instruction", "chosen_response", "rejected_response")
 TRANSCRIPT = _preference("hh-rlhf transcript", "chosen", "rejected")
-PLAIN_TEXT = Format("plain text", ("text",), lambda row: _prompt_turns(row["text"]))
+PLAIN_TEXT = plain_text("text")
 
 FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which they are tried
     "instructions": (
@@ -180,15 +185,10 @@ def _similarity(form: Format, found: set[str]) -> float:
     return present + similar / 2 - (len(form.columns) - present - similar) / 4
 
 
-def column_prompts(column: str) -> Format:
-    """Returns the format of prompts that stand in a column which the user named."""
-    return Format(f"column '{column}'", (column,), lambda row: _prompt_turns(row[column]))
-
-
 def label_column(form: Format, rows: Iterable[Row]) -> str | None:
     """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
     rows = list(rows)
-    if form is PLAIN_TEXT or form in FORMATS["preferences"]:
+    if form.name == PLAIN_TEXT.name or form in FORMATS["preferences"]:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
     return next((name for name in LABELS if values[name] and None not in map(truth_of, values[name])), None)
@@ -207,10 +207,11 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 def to_messages(row: Row, form: Format) -> Row:
     """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}` of plain text."""
     _check_columns(row, form)
-    if form is PLAIN_TEXT:
-        if not text_of(row["text"]).strip():
+    if form.name == PLAIN_TEXT.name:
+        text = text_of(row[form.columns[0]])
+        if not text.strip():
             raise UnusableRow("empty")
-        return {"text": row["text"]}
+        return {"text": text}
     messages = _system(row) + form.read(row)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
@@ -245,7 +246,7 @@ def to_prompt(row: Row, form: Format) -> Row:
         raise UnusableRow("an empty prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise UnusableRow("a prompt that does not end with the user's turn")
-    columns = {name: value for name, value in row.items() if name not in NOT_COLUMNS}
+    columns = {name: value for name, value in row.items() if name not in RESERVED}
     return {"prompt": prompt, "tools": _tools(row), "columns": columns}
 
 

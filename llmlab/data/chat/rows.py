@@ -256,7 +256,7 @@ class _Builder:
     def _folder(self, found: ConversationSource) -> Path:
         """Returns the cache folder of all that decides the rendered rows of a source."""
         tokenizer = self.maker.tokenizer
-        content = [VERSION, found.identity, found.column, self.maker.identity]
+        content = [VERSION, found.identity, found.form.columns, self.maker.identity]
         content += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
         return cache_folder(self.settings.cache_dir) / f"rows-{key}"
