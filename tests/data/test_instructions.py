@@ -99,7 +99,7 @@ def test_long_rows_are_cut_and_counted_and_those_that_lose_everything_left_out(b
     report = data.reports[0]
     assert (report.rows, report.counts["cut"], report.lost, report.trained_rows) == (99, 1, 1, 98)
     assert max(map(len, data.train["input_ids"])) == 64
-    assert "98 rows" in report.summary() and "1 cut, 1 left out: cut to nothing" in report.summary()
+    assert "98 rows" in report.summary() and "1 truncated, 1 left out: truncated to nothing" in report.summary()
     source = write(tmp_path / "b.jsonl", pairs(9) + long_question)
     with pytest.raises(UserError, match=r"1 of 10 rows have nothing left .* first is row 10 with \d+ tokens; 95 %"):
         build(source, max_seq_len=64)
@@ -184,7 +184,7 @@ def test_unpaired_preferences_are_refused_until_a_label_is_chosen(build, tokeniz
     assert {text.split()[-1] for text in texts(bad.train, tokenizer)} == {f"{k}." for k in range(0, 40, 4)}
     (report,) = good.reports
     assert (report.left_out, report.dropped.total()) == (10, 0)  # they do not count as dropped
-    assert "10 of the other label left out" in report.summary()
+    assert "10 with the other label left out" in report.summary()
 
 
 def test_rows_without_a_label_are_dropped_and_a_label_must_be_there(build, tmp_path):

@@ -148,13 +148,21 @@ def test_what_was_read_cut_lost_and_dropped_is_reported(build, tmp_path):
         2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in data.train
     )
     summary = report.summary()
-    for part in ("(preference)", "38 rows", "1 prompts cut from the left", "1 cut", "1 left out: cut to nothing"):
+    for part in (
+        "(preference)",
+        "38 rows",
+        "1 prompts truncated on the left",
+        "1 truncated",
+        "1 left out: truncated to nothing",
+    ):
         assert part in summary
     assert "1 dropped: an empty completion" in summary
     assert max(map(len, data.train["prompt_ids"])) == 40
     with pytest.raises(UserError, match="2 of 41 rows cannot be used, the first is row 40: 1 x chosen and rejected"):
         build(source, max_length=80, max_prompt_length=40, allow_dropped=0.01)
-    with pytest.raises(UserError, match="nothing left to train after cutting to max_length = 80, the first is row 39"):
+    with pytest.raises(
+        UserError, match="nothing left to train after truncation to max_length = 80, the first is row 39"
+    ):
         build(source, max_length=80, max_prompt_length=40, allow_dropped=0.05, allow_truncated=0)
 
 

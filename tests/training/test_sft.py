@@ -329,7 +329,7 @@ def test_neftune_reaches_the_trainer(sft_settings, tmp_path, quiet):
         ({"use_lora": True, "modules_to_save": ["lm_hed"]}, "modules_to_save: no module is called 'lm_hed'.*lm_head"),
         ({"trainer_args": {"assistant_only_loss": True}}, "trainer_args.assistant_only_loss: set 'loss_on' instead"),
         ({"trainer_args": {"optim": "adamw_torch"}}, "set 'optimizer' instead"),
-        ({"max_seq_len": 8}, "rows have nothing left to train after cutting to max_seq_len = 8"),
+        ({"max_seq_len": 8}, "rows have nothing left to train after truncation to max_seq_len = 8"),
         ({"datasets": ["demo/stori"]}, "did you mean 'stories'"),
     ],
 )

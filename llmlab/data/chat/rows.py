@@ -71,10 +71,10 @@ class RowsReport:
         if "trained_tokens" in self.counts:
             parts.append(f"{self.counts['trained_tokens'] / max(self.counts['tokens'], 1):.0%} of tokens trained")
         counted = [
-            (self.counts.get("prompt_cut"), "prompts cut from the left"),
-            (self.counts.get("cut"), "cut"),
-            (self.left_out, "of the other label left out"),
-            (self.lost, "left out: cut to nothing"),
+            (self.counts.get("prompt_cut"), "prompts truncated on the left"),
+            (self.counts.get("cut"), "truncated"),
+            (self.left_out, "with the other label left out"),
+            (self.lost, "left out: truncated to nothing"),
             *((count, f"dropped: {reason}") for reason, count in self.dropped.most_common()),
         ]
         parts += [f"{count:,} {what}" for count, what in counted if count]
@@ -247,7 +247,7 @@ class _Builder:
         if report.lost > self.allow_truncated * report.rows:
             first = np.argmax(lost)
             raise UserError(
-                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after cutting to "
+                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after truncation to "
                 f"{self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens; "
                 f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}, or raise "
                 f"allow_truncated = {self.allow_truncated:g}"
