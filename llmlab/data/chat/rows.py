@@ -247,8 +247,8 @@ class _Builder:
         if report.lost > self.allow_truncated * report.rows:
             first = np.argmax(lost)
             raise UserError(
-                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after truncation to "
-                f"{self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens; "
+                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after truncation "
+                f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens; "
                 f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}, or raise "
                 f"allow_truncated = {self.allow_truncated:g}"
             )
