@@ -164,7 +164,7 @@ def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
     from trl import SFTConfig
 
-    from llmlab.data.chat.instructions import InstructionMaker
+    from llmlab.data.chat.makers import InstructionMaker
     from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
     from llmlab.runs.arguments import build_arguments, rhythm_arguments

@@ -10,7 +10,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.makers import InstructionMaker
 from llmlab.runs.callbacks import Perplexity
 from llmlab.runs.optimizers import OurOptimizers
 from llmlab.runs.record import RunResult
@@ -107,7 +107,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
     passes = steps * rows_per_step / rows
-    data.went_through(passes)
+    data.set_epochs(passes)
     batch = f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"
     return run.train(
         trainer,

@@ -39,7 +39,7 @@ def arrow_source():
     """The kind of iterable that a streamed hub data set is: Arrow tables in several shards."""
     texts = [f"Row {i:03d} of the table has {'many ' * (i % 9)}words." for i in range(200)]
     rows = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
-    return TextSource("table", rows, "text", {})
+    return TextSource(name="table", rows=rows, column="text", identity={})
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from llmlab.data.chat.prompts import PromptMaker, as_read
+from llmlab.data.chat.makers import PromptMaker, decode_prompts
 from llmlab.data.chat.rows import Rows
 from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
@@ -70,7 +70,7 @@ class OnlineRun(Run[S]):
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
                 "give more, or a smaller batch_size"
             )
-        return Rows(as_read(rows.train), rows.validation and as_read(rows.validation), rows.reports)
+        return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
         """Reads the prompts and returns the stage's trainer; `arguments` and `options` are this stage's alone.
@@ -125,7 +125,7 @@ class OnlineRun(Run[S]):
     def _describe(self, weights: dict[str, float], temperature: float) -> list[tuple[str, Any]]:
         """Returns the plan's lines about prompts, rewards, rollouts and steps."""
         settings, prompts, rollout = self.settings, self.prompts, self.rollout
-        prompts.went_through(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
+        prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
         sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
         if settings.top_p < 1 or settings.top_k:
             # the loss takes the log-probabilities of the whole distribution

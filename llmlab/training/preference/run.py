@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceMaker
 from llmlab.data.chat.rows import Rows
 from llmlab.runs.callbacks import perplexity
 from llmlab.runs.policy import Policy
@@ -74,7 +74,7 @@ class PreferenceRun(Run[S]):
         accumulation = settings.accumulation(processes)
         steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
         passes = steps * rows_per_batch * accumulation / rows
-        data.went_through(passes)
+        data.set_epochs(passes)
         batch = f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})"
         return self.train(
             trainer,
