@@ -30,11 +30,15 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def stage_command(name: str, *, words: str | None = None) -> Callable[..., None]:
-    """Returns the typer command of a stage; arguments without `=` become entries of the list setting `words`."""
+POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do."""
     stage = STAGES[name]
     kind = stage.settings_class
-    usage = (f"[{words.upper()}]... " if words else "") + "[KEY=VALUE]..."
+    positional = POSITIONAL.get(name)
+    usage = (f"[{positional.upper()}]... " if positional else "") + "[KEY=VALUE]..."
     named = f"Named values: {', '.join(presets(name))}."
 
     def command(
@@ -67,7 +71,7 @@ def stage_command(name: str, *, words: str | None = None) -> Callable[..., None]
         layers = [read_layer(path) for path in config or ()]
         if preset is not None:
             layers.insert(0, _preset_layer(name, preset))
-        layers.append(_command_line_layer(kind, overrides or [], options, words))
+        layers.append(_command_line_layer(kind, overrides or [], options, positional))
         started = None
         if resume is not None:
             recorded, started = _read_run(resume, name)
@@ -174,7 +178,7 @@ def _preset_layer(stage: str, preset: str) -> Layer:
 
 
 def _command_line_layer(
-    kind: type[Settings], overrides: list[str], options: dict[str, Any], words: str | None
+    kind: type[Settings], overrides: list[str], options: dict[str, Any], positional: str | None
 ) -> Layer:
     """Returns what options and trailing words set; one setting set twice is an error, unless to the same value."""
     table = spellings_of(kind)
@@ -194,19 +198,16 @@ def _command_line_layer(
         key, equals, text = word.partition("=")
         if equals:
             add(key, _parse(table.get(key), text, key))
-        elif words:
-            values[words] = [*values.get(words, []), word]
+        elif positional:
+            values[positional] = [*values.get(positional, []), word]
         else:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
     for spelling, found in options.items():
-        setting = table[spelling]
-        if _is_list(setting) and found:
-            add(spelling, [_parse(None, text, spelling) if text.startswith("{") else text for text in found])
-        elif isinstance(found, list):
-            for text in found:
-                add(spelling, _parse(setting, text, spelling))
-        elif found is not None:
-            add(spelling, found)
+        if _is_list(table[spelling]) and found:
+            add(spelling, [parse_scalar(text, spelling) if text.startswith("{") else text for text in found])
+            continue
+        for value in found if isinstance(found, list) else [] if found is None else [found]:
+            add(spelling, _parse(table[spelling], value, spelling) if isinstance(value, str) else value)
     return Layer("command line", values)
 
 

@@ -77,8 +77,9 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
 
     batch_size: Annotated[int, Gt(0)] = 128
     """Prompts of one rollout, over all devices."""
-    mini_batch_size: v.MiniBatchSize = 32
-    gradient_accumulation_steps: Annotated[int, Gt(0), Trl("gradient_accumulation_steps")] = 1
+    mini_batch_size: v.BatchSize = 32
+    """Completions of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 1
     """Forward passes of one optimizer step, each on mini_batch_size completions per device."""
     ppo_epochs: Annotated[int, Gt(0), Trl("num_iterations")] = 4
     """Optimization epochs over each rollout."""
