@@ -23,7 +23,7 @@ from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.runs.history import flatten
 from llmlab.runs.lock import locked
 from llmlab.runs.record import RECORD, read_record
-from llmlab.settings.base import show
+from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
@@ -48,12 +48,6 @@ class Recorded(TypedDict, total=False):
 
 RECORDED = TypeAdapter(dict[str, Recorded])
 VERSIONS = ("torch", "transformers", "trl", "tokenizers", "datasets")
-WITHOUT_CONSEQUENCE = {
-    "output_dir",
-    "cache_dir",
-    "num_proc",
-    "allow_code",
-}  # settings that do not decide what is written
 LONGEST_CHANGE = 40  # characters; of a longer change only the name is told
 Action = Literal["skip", "run", "resume"]
 
@@ -289,7 +283,7 @@ def _previous(folder: Path) -> Path:
 
 def _material(stage: PipelineStage, earlier: dict[str, str]) -> dict[str, Any]:
     """Returns everything that decides what a stage writes, as plain values."""
-    settings = stage.resolved.settings.model_dump(mode="json", exclude=WITHOUT_CONSEQUENCE)
+    settings = stage.resolved.settings.model_dump(mode="json", exclude=local_names(stage.stage.name))
     made_here = [stage.folder.parent / name for name in stage.needs]
     return {
         "stage": stage.stage.name,
