@@ -4,17 +4,18 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from llmlab.cli.options import TrustRemoteCode
+from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.cli.pairs import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.files import parse_scalar
 from llmlab.settings.paths import expand
+from llmlab.settings.sft import SFTSettings
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import say_json
 
@@ -35,18 +36,9 @@ OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colors
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
-LossOn = Annotated[
-    Literal["assistant", "completion", "all"],
-    typer.Option(help="What is trained: every turn of the assistant, its last one, or all tokens."),
-]
+LossOn = setting_option(SFTSettings, "loss_on", panel=False)
 MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens where rows are cut.", min=1, metavar="INT")]
-ChatTemplate = Annotated[
-    str | None,
-    typer.Option(
-        help="chatml or a Jinja file; none takes the tokenizer's own, or ChatML where it has none.",
-        show_default=False,
-    ),
-]
+ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 
 
 @app.command()

@@ -103,6 +103,13 @@ def option(name: str, annotation: Any, *flags: str, help: str, default: Any = No
     return _parameter(name, annotation, typer.Option(*flags, help=help), default)
 
 
+def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -> Any:
+    """Returns a setting as the annotated parameter of a command that is no stage: its type, help and panel."""
+    setting = spellings_of(settings)[name]
+    title = setting.owner.panel if panel else None
+    return Annotated[setting.type, typer.Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
+
+
 def presets(stage: str) -> list[str]:
     """Returns the names of the presets shipped for a stage."""
     return sorted(path.stem for path in (recipe_folder() / stage).glob("*.yaml"))

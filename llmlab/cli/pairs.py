@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from llmlab.cli.options import TrustRemoteCode
+from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 SHOWN = 2  # pairs that are printed
 LONGEST = 400  # characters of a text that is printed
+
+Temperature = setting_option(SamplingSettings, "temperature")
+TopP = setting_option(SamplingSettings, "top_p")
+MaxNewTokens = setting_option(SamplingSettings, "max_new_tokens")
 
 
 def pairs(
@@ -53,9 +57,9 @@ def pairs(
     min_difference: Annotated[
         float, typer.Option(help="Smallest difference between the scores of a pair.", metavar="FLOAT")
     ] = 0.1,
-    temperature: Annotated[float, typer.Option(help="Sharpness of the choice of tokens.", metavar="FLOAT")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Choose among tokens of this probability.", metavar="FLOAT")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.", metavar="INT")] = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
     limit: Annotated[
         int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)

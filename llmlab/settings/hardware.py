@@ -10,14 +10,21 @@ LAUNCH = "processes are started from outside: accelerate launch -m llmlab ..."
 TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
 
 
-class HardwareSettings(Settings):
-    """Everything is `auto` until somebody knows better."""
+class DeviceSettings(Settings):
+    """The device and the precision of the arithmetic."""
 
-    panel: ClassVar[str] = "Machine"
-    inapplicable: ClassVar[dict[str, str]] = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
+    panel: ClassVar[str] = "Hardware"
 
     device: v.Device = "auto"
     dtype: v.Dtype = "auto"
+
+
+class HardwareSettings(DeviceSettings):
+    """Device, precision and what trades memory for speed."""
+
+    panel: ClassVar[str] = "Hardware"
+    inapplicable: ClassVar[dict[str, str]] = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
+
     tf32: v.Tf32 = None
     compile: v.Compile = "auto"
     gradient_checkpointing: v.GradientCheckpointing = False
