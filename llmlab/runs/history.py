@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.runs.record import METRICS, RECORD, is_number, read_metrics, read_record, started_in
+from llmlab.settings.base import local_names
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
 
@@ -26,7 +27,6 @@ KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; o
     "grpo": ("eval_reward", "reward"),
 }
 LOSSES = ("eval_loss", "loss")
-NOT_COMPARED = {"output_dir", "cache_dir", "num_proc"}  # where and how a run was made, not what it is
 BETTER_SMALL = ("loss", "perplexity", "ce")
 BETTER_LARGE = ("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate")
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
@@ -202,7 +202,8 @@ def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
     values = [flatten(run.record.get(part) or {}) for run in runs]
     given = {key for run in runs for key, _, _ in given_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}
-    for key in dict.fromkeys(key for found in values for key in found if key not in NOT_COMPARED):
+    local = set().union(*(local_names(run.stage) for run in runs)) if part == "settings" else set()
+    for key in dict.fromkeys(key for found in values for key in found if key not in local):
         row = [found.get(key, ...) for found in values]
         if any(value != row[0] for value in row) and (... not in row or given is None or key in given):
             rows[key] = row

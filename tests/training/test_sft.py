@@ -233,7 +233,7 @@ def test_epochs_count_steps_and_exclude_max_steps(sft_settings, quiet):
     assert record["data"]["sources"][0]["passes"] == 0.5
     with pytest.raises(UserError, match="already is at step 30; train longer"):
         sft(sft_settings(epochs=0.5, validation_fraction=0), resume=result.folder, console=quiet)
-    with pytest.raises(SettingsError, match="epochs and max_steps both say how long to train; keep one"):
+    with pytest.raises(SettingsError, match="max_steps and epochs set one quantity in two units; keep one"):
         resolve(SFTSettings, Layer("file", {"epochs": 2, "max_steps": 10}))
 
 
