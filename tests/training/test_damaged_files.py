@@ -176,9 +176,8 @@ def home(base_folder, tmp_path_factory):
         '  pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}\n'
     )
     steps = plan(read_pipeline(home / "pipeline.yaml"))
-    known = {
-        step.stage.name: {"status": "finished", "fingerprint": "x", "run": "1", **step.material} for step in steps
-    }
+    same = {"status": "finished", "owner": "x", "run": "1", "needed_runs": {}}
+    known = {step.stage.name: {**same, "inputs": step.inputs} for step in steps}
     (home / "runs").mkdir()
     (home / "runs" / "pipeline.json").write_text(json.dumps(known))
     (home / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
