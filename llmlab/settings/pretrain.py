@@ -1,6 +1,6 @@
 """Settings of `llmlab pretrain`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, fields_of
