@@ -22,7 +22,7 @@ Status = Literal["running", "finished", "interrupted", "diverged", "failed", "di
 KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; other stages by their losses
     "tokenizer": ("vocab_size",),
     "merge": ("max_difference",),
-    "generate": ("completions",),
+    "sample": ("completions",),
     "ppo": ("eval_reward", "reward"),
     "grpo": ("eval_reward", "reward"),
 }

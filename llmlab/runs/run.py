@@ -8,9 +8,9 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -82,8 +82,8 @@ def training_stage(
                 load_optimizer=load_optimizer,
                 allow_changed_data=allow_changed_data,
                 console=console,
-            ) as start:
-                run = (run_class or Run)(function.__name__, start, load_optimizer=load_optimizer)
+                make=partial(run_class or Run, function.__name__, load_optimizer),
+            ) as run:
                 return function(run, **options)
 
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -96,17 +96,14 @@ def training_stage(
     return decorate
 
 
-class Run(Generic[S]):
+class Run(Start[S]):
     """One run of a stage, from its start to its folder; making it seeds every random state."""
 
-    def __init__(self, stage: str, start: Start[S], *, load_optimizer: bool = True):
+    def __init__(self, stage: str, load_optimizer: bool, *start: Any):
+        super().__init__(*start)
         self.stage = stage
-        self.start = start
         self.load_optimizer = load_optimizer
-        self.resolved = start.resolved
-        self.settings: Any = start.resolved.settings
-        self.hardware, self.process, self.console = start.hardware, start.process, start.console
-        self.folder, self.checkpoint, self.done = start.folder, start.checkpoint, start.done
+        self.settings: Any = self.resolved.settings
         set_seed(self.settings.seed)
 
     def load_policy(self, *, attach: bool = True) -> Policy:
@@ -155,18 +152,11 @@ class Run(Generic[S]):
         best_by: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer.
+        """Returns the stage's trainer, whose class has `OurOptimizers`, with `options` of its own.
 
-        Args:
-            trainer: its class, one with `OurOptimizers`.
-            config: the class of its arguments.
-            model: what is trained.
-            tokenizer: of the model.
-            data: with `train` and `validation`, which may be None.
-            arguments: of the configuration, beside those that follow from settings and machine.
-            progress: what `ProgressLine` is told of a step.
-            best_by: the metric on the validation data that makes a checkpoint the best, `loss` or `reward`.
-            options: of this trainer alone.
+        `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
+        from the settings nor from the machine; `progress` those of `ProgressLine`. `best_by` is the validation metric
+        of the best checkpoint, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
         self.rhythm = Rhythm(
@@ -211,19 +201,13 @@ class Run(Generic[S]):
         compiled: str | None = None,
         results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains, saves the run folder and returns it with its last metrics.
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
-        Args:
-            trainer: from `make_trainer`.
-            steps: optimizer updates in all.
-            plan: lines to print before the first step.
-            parents: run folders or hub ids that the run starts from.
-            data: plain values about the data, for the record.
-            callbacks: which add metrics: they are called before those that print and record, the last one first.
-            compiled: why the model is compiled or not, where the stage has decided it.
-            results: metrics beside the trainer's.
+        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics: they
+        are called before those that print and record, the last one first. `compiled` says why the model is compiled or
+        not, where the stage has decided it. `results` are metrics beside the trainer's.
         """
-        trainer.has_all_steps = self.start.has_all_steps(steps)
+        trainer.has_all_steps = self.has_all_steps(steps)
         compiled = compiled or compile_if_worth(
             trainer.model,
             self.settings.compile,
@@ -239,7 +223,7 @@ class Run(Generic[S]):
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
             record = self._new_record(parents, data)
-            record.start(self.start.resumed_step)
+            record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ScheduleAfterResume(self.done))
@@ -285,7 +269,7 @@ class Run(Generic[S]):
             parents=parents,
             hardware=self.hardware.record(),
         )
-        record.values |= {"data": data, "data_files": self.start.data_files}
+        record.values |= {"data": data, "data_files": self.data_files}
         return record
 
 

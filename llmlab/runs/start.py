@@ -28,7 +28,7 @@ S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start(Generic[S]):
     """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run; without a
     checkpoint it begins at the first step; `data_files` identifies each local data file.
@@ -67,8 +67,9 @@ def begin(
     load_optimizer: bool,
     allow_changed_data: bool,
     console: Console | None,
-) -> Iterator[Start[S]]:
-    """Claims the run folder for as long as the run takes, and finds the checkpoint that `resume` means.
+    make: Callable[..., Any] = Start,
+) -> Iterator[Any]:
+    """Claims the run folder for as long as the run takes, and yields `make` of where the run starts.
 
     The main process alone looks at the folder, and tells the others.
     """
@@ -107,7 +108,7 @@ def begin(
         for note in notes:
             console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
         status = None if resume is None else read_record(folder).get("status", "finished")
-        yield Start(resolved, hardware, process, console, folder, status, checkpoint, files)
+        yield make(resolved, hardware, process, console, folder, status, checkpoint, files)
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

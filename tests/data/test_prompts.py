@@ -18,12 +18,12 @@ AGAIN = {"role": "user", "content": "Sure?"}
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    from llmlab.data import load_tokenizer, train_tokenizer
+    from llmlab.data import learn_bpe, load_tokenizer
     from llmlab.data.chat.rendering import add_chat_template
 
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "What is 2 + 2? Be brief. Sure?"}\n' * 20)
-    train_tokenizer([DataSource(name=str(path))], 275, tmp_path / "tokenizer", show_progress=False)
+    learn_bpe([DataSource(name=str(path))], 275, tmp_path / "tokenizer", show_progress=False)
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
     add_chat_template(tokenizer, None)
     return tokenizer

@@ -555,6 +555,7 @@ def test_a_reward_model_of_ours_beside_another_reward(grpo_settings, preference_
 def test_epochs_and_the_context_count_prompts(grpo_settings, quiet):
     """Two passes over so many prompts, of those that leave room for a completion in the context."""
     changes = {"epochs": 2, "max_samples": 24, "batch_size": 8, "mini_batch_size": 32, "ppo_epochs": 1}
+    changes["allow_code"] = True  # is given anew each time
     given = {**grpo_settings().model_dump(exclude_unset=True), **changes}
     given.pop("max_steps")
     result = grpo(GRPOSettings(**given), console=quiet)

@@ -18,7 +18,7 @@ from llmlab.rewards.reward import Reward
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
-from llmlab.runs.start import S, Start
+from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
 from llmlab.training.online.callbacks import NothingToLearn, OnlineMetrics, RolloutState
 from llmlab.training.online.kl import AdaptiveKL, KLController
@@ -29,8 +29,8 @@ RewardFunction = Reward | Callable[..., Any]
 class OnlineRun(Run[S]):
     """A run of a stage that samples: its settings in gradient steps, rewards, policy and reference model."""
 
-    def __init__(self, stage: str, start: Start[S], **options: Any):
-        super().__init__(stage, start, **options)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         self.rollout = settings.rollout(self.process.num_processes)
         if settings.use_vllm and find_spec("vllm") is None:
