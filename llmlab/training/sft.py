@@ -1,6 +1,6 @@
 """Supervised fine-tuning: policy, instruction data, trainer.
 
-The loop and the loss are TRL's SFTTrainer; the rows reach it as tokens and labels that were proven before.
+The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels, already checked.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its las
 class InstructionTrainer(OurOptimizers, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
 
-    evaluated: torch.Tensor  # the sum of the losses of this evaluation's tokens, and their number
+    evaluated: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (inputs["labels"][..., 1:] != -100).sum()
@@ -42,9 +42,9 @@ class InstructionTrainer(OurOptimizers, SFTTrainer):
 
 
 class RowsApart:
-    """Packed rows as a batch of rows, for attention that has no kernel for one long row of everything.
+    """Collates packed rows as a batch, for attention implementations without variable-length kernels.
 
-    TRL lays packed rows end to end, which flash attention reads in linear time and every other attention in quadratic.
+    TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
 
     Args:
         collator: the trainer's own.
@@ -55,14 +55,14 @@ class RowsApart:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(examples)
-        batch["labels"][batch["position_ids"] == 0] = -100  # no conversation predicts the first token of the next
-        del batch["attention_mask"]  # the positions tell where each begins, and models look at them only without it
+        batch["labels"][batch["position_ids"] == 0] = -100  # no prediction across conversations
+        del batch["attention_mask"]  # without it models see the boundaries in position_ids
         return batch
 
 
 @training_stage()
 def sft(run: Run[SFTSettings]) -> RunResult:
-    """Teaches a model to follow instructions, whole or through LoRA adapters, and writes its run folder.
+    """Fine-tunes a model on conversations (all weights or LoRA) and writes its run folder.
 
     Args:
         settings: `SFTSettings`: which model, what data, for how long.
@@ -103,7 +103,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
         trainer.data_collator = RowsApart(trainer.data_collator)
-        # the trainer would count one row of each batch
+        # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
     passes = steps * rows_per_step / rows

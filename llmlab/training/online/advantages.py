@@ -37,7 +37,7 @@ def k3(log_probs: Tensor, other: Tensor) -> Tensor:
         other: log-probabilities of the same tokens under the other one, (batch, time).
     """
     ratio = other - log_probs
-    return (torch.expm1(ratio) - ratio).clamp(min=0)  # rounding alone could take it below
+    return (torch.expm1(ratio) - ratio).clamp(min=0)  # clamp rounding errors
 
 
 def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
@@ -53,15 +53,15 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
 
 def last_written(mask: Tensor) -> Tensor:
     """Returns 1 at the last token of each row that the policy wrote, (batch, time); nowhere in a row with none."""
-    after = mask.flip(1).cumsum(1).flip(1)  # (batch, time): tokens written from here on
+    after = mask.flip(1).cumsum(1).flip(1)  # (batch, time): policy tokens from here to the end
     return mask * (after == 1)
 
 
 def at_turn_ends(mask: Tensor, factor: float) -> Tensor:
-    """Returns the factor at the last token of each turn and 1 within turns, (batch, time).
+    """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere, (batch, time).
 
     A turn is an unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step
-    of a tool-using episode: discounting per token would leave nothing of a reward some hundred tokens away.
+    of a tool-using episode: per-token discounting would vanish over hundreds of tokens.
     """
     ends = mask * (1 - torch.nn.functional.pad(mask[:, 1:], (0, 1)))
     return torch.where(ends.bool(), factor, 1.0)
@@ -98,7 +98,7 @@ def gae(
 
 
 def center(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[Tensor, Tensor]:
-    """Returns x less its mean over the masked tokens, 0 elsewhere, and its variance, a scalar.
+    """Returns x minus its mean over the masked tokens, 0 elsewhere, and its variance, a scalar.
 
     Args:
         x: (batch, time).
@@ -125,7 +125,7 @@ def explained_variance(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Returns the loss of each value, (batch, time), and where clipping decided it.
+    """Returns the loss of each value, (batch, time), and a mask of where it was clipped.
 
     Half the squared error; with `clip` the larger one of that and of the clipped value's error, which stays within
     `clip` of the value at sampling: a value that already moved that far towards its return gets no gradient.

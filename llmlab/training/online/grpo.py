@@ -1,7 +1,7 @@
 """Group relative policy optimization (GRPO).
 
-Sampling, the loop and the loss are TRL's GRPOTrainer; here are the global baseline, the absolute KL penalty and the
-metrics of groups.
+Sampling, the loop and the loss are TRL's GRPOTrainer; here are the global baseline, the absolute KL penalty and group
+metrics.
 
 Source: Shao et al. 2024 (arXiv:2402.03300); seed, LLM-Lab document, "GRPO"; RL guide, section 4.
 """
@@ -51,7 +51,7 @@ class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
             policy_loss = loss()
         log_ratio = self.log_probs - batch["ref_per_token_logps"]  # (rows, time)
         weight = torch.ones_like(log_ratio)
-        if self.args.use_bias_correction_kl:  # as TRL's KL term: the tokens were sampled from an older policy
+        if self.args.use_bias_correction_kl:  # importance-weighted like TRL's KL term
             weight = (self.log_probs - batch.get("old_per_token_logps", self.log_probs.detach())).exp()
         mask = written(batch)
         kl = ((torch.exp(-log_ratio) + log_ratio - 1) * weight).detach()  # the estimate that TRL logs
@@ -67,7 +67,7 @@ def total_rewards(by_function: Tensor, weights: Tensor) -> Tensor:
 
 
 def group_metrics(rewards: Tensor) -> dict[str, float]:
-    """Returns what is logged of rewards (groups, completions), NaN where no reward applies.
+    """Returns the group metrics of rewards, (groups, completions), NaN where none applies.
 
     `best_of_group` is the mean of the groups' best, `group_variance` the mean of their variances, and
     `zero_variance_share` the share of groups whose completions all have the same reward.
@@ -85,7 +85,7 @@ def group_metrics(rewards: Tensor) -> dict[str, float]:
 
 
 def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
-    """Returns advantages over the mean of all rewards (completions,), divided by their deviation where `scale`.
+    """Returns rewards minus the global mean, (completions,), divided by the standard deviation if `scale`.
 
     A completion without a reward (NaN) has none: 0.
     """
@@ -98,11 +98,11 @@ def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
 
 @training_stage(OnlineRun, prepare=locate_rewards)
 def grpo(run: OnlineRun[GRPOSettings], *, rewards: Sequence[RewardFunction] = ()) -> RunResult:
-    """Raises the probability of the better completions of each group, and writes the run folder.
+    """Trains a policy with GRPO on rewards of its own completions and writes the run folder.
 
     Args:
         settings: `GRPOSettings`: which model, what prompts, what is rewarded, for how long.
-        rewards: your own functions beside those of the settings, as TRL calls them: with `completions` and the
+        rewards: custom reward functions in addition to the settings', as TRL calls them: with `completions` and the
             columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
             weight and the range that `normalize_rewards` needs.
 

@@ -1,4 +1,4 @@
-"""PPO for language models: TRL's GRPOTrainer with a value function in place of comparisons within groups.
+"""PPO for language models: TRL's GRPOTrainer with a learned critic instead of group-relative advantages.
 
 Sampling, vLLM, tools, environments, reward functions, the clipped policy loss and the entropy bonus are TRL's; the
 critic is in `critic.py`, the formulas in `advantages.py`. Settings, data and run folders are `ppo.py`'s.
@@ -35,8 +35,8 @@ from llmlab.training.online.critic import Critic
 class PPOConfig(GRPOConfig):
     """TRL's GRPOConfig with the fields that PPO adds; `PPOSettings` has their help.
 
-    `beta` is the coefficient of the KL penalty, `num_iterations` the passes over a rollout, which `stop_kl` ends when
-    the KL from the sampling policy exceeds it. One completion of each prompt is the default; a rollout has at least
+    `beta` is the coefficient of the KL penalty, `num_iterations` the epochs over a rollout, which stop early when the
+    KL to the sampling policy exceeds `stop_kl`. One completion of each prompt is the default; a rollout has at least
     two. Dropout is off: else the policy that is updated would not be the one that sampled.
     """
 
@@ -72,8 +72,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     tokens, plus `vf_coef` times the clipped value loss, minus `entropy_coef` times the entropy.
 
     `beta` may change between rollouts. Where the policy's KL from the one that sampled exceeds `stop_kl`, the passes
-    over the rollout end with that update, and the same prompts are sampled again: each prompt still gets as many
-    updates. A run that resumes in the middle of a rollout begins with a new one.
+    over the rollout end with that update, and the same prompts are sampled again: each prompt still gets the same
+    number of optimizer steps. A run that resumes in the middle of a rollout begins with a new one.
 
     Args:
         args: the configuration.
@@ -92,7 +92,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
             self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
             _turn_dropout_off(self.model)  # TRL leaves dropout in attention on
-        if not isinstance(self.model, PeftModel):  # whose saving the critic steps aside for
+        if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
             keep_out_of_exports(self.model, (f"critic.{name}" for name, _ in self.critic.named_parameters()))
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
 
@@ -115,7 +115,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """Sets an advantage per token where TRL has one per completion, and adds old values and returns."""
+        """Replaces per-completion advantages by per-token ones, and adds old values and returns."""
         mask = written(rollout)  # (batch, time)
         if "old_per_token_logps" not in rollout:  # TRL skips them where it expects a single update
             rollout["old_per_token_logps"] = self.score_tokens(rollout, self._batch_size)
@@ -197,7 +197,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
 
 def _adapters_are_on(model: nn.Module) -> bool:
-    """Whether a forward pass now is the policy's: under adapters the reference is the same model without them."""
+    """Whether the adapters are enabled; disabled, the same model is the reference."""
     if not isinstance(model, PeftModel):
         return True
     layer = next(module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))

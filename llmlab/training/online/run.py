@@ -27,7 +27,7 @@ RewardFunction = Reward | Callable[..., Any]
 
 
 class OnlineRun(Run[S]):
-    """A run of a stage that samples: its settings in gradient steps, rewards, policy and reference model."""
+    """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -37,7 +37,7 @@ class OnlineRun(Run[S]):
             raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
 
     def load(self, rewards: Sequence[RewardFunction]) -> None:
-        """Loads the rewards of the settings and functions beside them, the policy, and its reference model."""
+        """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
         self.reward = self._compose(rewards)
         self.policy = self.load_policy(attach=False)
@@ -73,7 +73,7 @@ class OnlineRun(Run[S]):
         return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
-        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are this stage's alone.
+        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
 
         Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
         """
@@ -106,7 +106,7 @@ class OnlineRun(Run[S]):
     def learn(
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
     ) -> RunResult:
-        """Trains what `make_online_trainer` returned; `plan` and `parents` are those of this stage alone."""
+        """Trains; `plan` and `parents` are added to the common ones."""
         weights = {name: part.weight for name, part in self.reward.components.items()}
         return self.train(
             trainer,
@@ -149,7 +149,7 @@ class OnlineRun(Run[S]):
         ]
 
     def _callbacks(self, trainer: Any) -> list[TrainerCallback]:
-        """Returns the callbacks that add metrics; the last is the first that is called."""
+        """Returns the callbacks that add metrics; in reverse order of execution."""
         settings = self.settings
         callbacks: list[TrainerCallback] = [
             RolloutState(trainer, self.checkpoint),

@@ -20,7 +20,7 @@ class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
 
 @training_stage(PreferenceRun)
 def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:
-    """Makes a model prefer the better of two answers, and writes its run folder.
+    """Trains a policy on preference pairs with DPO and writes its run folder.
 
     Args:
         settings: `DPOSettings`: which model, what pairs, for how long.

@@ -1,6 +1,6 @@
 """Odds-ratio preference optimization: policy, pairs, trainer.
 
-The loop and the loss are TRL's ORPOTrainer, which TRL calls experimental; the pairs reach it as token ids.
+The loop and the loss are TRL's ORPOTrainer, which is experimental in TRL; the pairs reach it as token ids.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when it is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read at import
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.runs._trl import AnswerTokens
@@ -21,10 +21,10 @@ from llmlab.training.preference.run import PreferenceRun, WholeBatches
 
 
 class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers, on pairs that are tokens already.
+    """TRL's ORPOTrainer with llmlab's optimizers, on tokenized pairs.
 
-    The likelihood term is a mean over the tokens of an update (TRL: of a forward pass), the odds-ratio term over its
-    pairs, so that neither depends on `mini_batch_size` or on the number of processes.
+    The NLL term is a mean over the tokens of an optimizer step (TRL: of a forward pass), the odds-ratio term a mean
+    over its pairs, so that neither depends on `mini_batch_size` or on the number of processes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -34,7 +34,7 @@ class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
             self.eval_sizes = torch.tensor([len(masks), sum(len(mask) - 1 for mask in masks)], device=self.args.device)
 
     def measure(self, batch: dict[str, Any]) -> list[int]:
-        """Returns the number of pairs, and of tokens that the better answers' rows predict."""
+        """Returns the number of pairs and of predicted tokens in the chosen rows."""
         mask = batch["chosen_attention_mask"]  # (pairs, time)
         return [len(mask), int(mask[:, 1:].sum())]
 
@@ -45,13 +45,14 @@ class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
         return *results, nll * (tokens / pairs) * (mean_pairs / mean_tokens), *outputs[5:]
 
     def estimated_from(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Returns the better answers' rows, which the likelihood term is about."""
+        """Returns the chosen rows, which the NLL term is computed on."""
         return self._prepare_inputs({name: batch[f"chosen_{name}"] for name in ("input_ids", "attention_mask")})
 
 
 @training_stage(PreferenceRun)
 def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
-    """Fine-tunes on the better of two answers and away from the worse at once, and writes the run folder.
+    """Trains a policy on preference pairs with ORPO: NLL on the chosen completions plus an odds-ratio loss, and writes
+    the run folder.
 
     Args:
         settings: `ORPOSettings`: which model, what pairs, for how long.
@@ -63,7 +64,7 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     """
     policy = run.load_policy()
     data = run.read_pairs(policy)
-    keep_columns = {"remove_unused_columns": False}  # its collator wants columns that the model does not
+    keep_columns = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
     trainer = run.make_pair_trainer(OddsTrainer, ORPOConfig, policy, data, arguments=keep_columns)
     # this trainer counts no tokens
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)

@@ -32,26 +32,26 @@ class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name, parameter in self.model.named_parameters():
-            if "modules_to_save" in name:  # TRL turns the head on 4-bit weights into bf16, which fp32 cannot meet
+            if "modules_to_save" in name:  # TRL casts a 4-bit model's head to bf16; hidden states are fp32
                 parameter.data = parameter.data.float()
 
     @staticmethod
     def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Returns the scores of both answers, (pairs, 2): Bradley and Terry's model is their softmax."""
-        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): the better answers come first
+        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): chosen first, then rejected
         return torch.stack(scores.chunk(2), dim=1)
 
 
 @training_stage(PreferenceRun)
 def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
-    """Trains a model that scores the better of two answers higher, and writes its run folder.
+    """Trains a reward model on preference pairs (Bradley-Terry loss) and writes its run folder.
 
     Args:
         settings: `RewardModelSettings`: which model to start from, what pairs, for how long.
 
     Returns:
-        The run folder, an ordinary sequence-classification one, and its last metrics: `loss`, `win_rate` (pairs ranked
-        right), `margin`, `mean_reward`, ...
+        The run folder, an ordinary sequence-classification one, and its last metrics: `loss`, `win_rate` (share of
+        pairs ranked correctly), `margin`, `mean_reward`, ...
 
     Source: Stiennon et al. 2020 (arXiv:2009.01325); seed, LLM-Lab document, "PPO-Specific Parameters".
     """
@@ -64,7 +64,7 @@ def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
 
 
 def load_classifier_policy(run: Run[Any]) -> Policy:
-    """Returns the model to start from with a new head of one number, and its tokenizer."""
+    """Loads the initial model with a new scalar head, and its tokenizer."""
     settings, source = run.settings, run.settings.policy_checkpoint
     if read_lora(source) is not None:
         raise UserError(
@@ -88,7 +88,7 @@ def load_classifier_policy(run: Run[Any]) -> Policy:
 
 
 def whole_answers(pairs: Dataset | None) -> Dataset | None:
-    """Returns pairs as the two whole rows that are scored."""
+    """Returns each pair as two full rows, prompt + completion."""
     return pairs and pairs.map(
         lambda row: {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")},
         remove_columns="prompt_ids",

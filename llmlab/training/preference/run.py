@@ -29,14 +29,14 @@ ADVICE = (
 
 
 class PreferenceRun(Run[S]):
-    """A run of DPO, ORPO or a reward model: one way to read pairs, make the trainer and train."""
+    """A run of DPO, ORPO or a reward model: shared reading of pairs, trainer construction and training."""
 
     def read_pairs(self, policy: Policy) -> Rows:
         """Returns the pairs of the stage's sources as token ids."""
         settings, processes = self.settings, self.process.num_processes
         length, prompt_length = policy.fit(settings.max_length), settings.max_prompt_length
         if prompt_length is not None and prompt_length >= length:
-            prompt_length = length // 2  # a short context has room for an answer too
+            prompt_length = length // 2  # leave room for a completion in a short context
         return self.build_rows(
             PreferenceMaker(policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops),
             rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
@@ -68,7 +68,8 @@ class PreferenceRun(Run[S]):
         plan: list[tuple[str, str]] | None = None,
         beta: float | None = None,
     ) -> RunResult:
-        """Trains what `make_pair_trainer` returned; `plan` is of this stage alone, `beta` for `PreferenceMetrics`."""
+        """Trains what `make_pair_trainer` returned; `plan` has the stage's own rows, `beta` goes to
+        `PreferenceMetrics`."""
         settings, processes = self.settings, self.process.num_processes
         rows, rows_per_batch = len(trainer.train_dataset), settings.mini_batch_size * processes
         accumulation = settings.accumulation(processes)
@@ -92,15 +93,16 @@ class PreferenceRun(Run[S]):
 
 
 class WholeBatches:
-    """Mixin for a trainer of pairs: its loss is a mean over the pairs of an update, however these are split.
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step, independent of
+    mini_batch_size.
 
-    TRL averages the means of forward passes, which have fewer pairs where the data ends.
+    TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
 
     sizes: Tensor  # what `measure` returns for a forward pass, a mean over those of the update on all processes
 
     def measure(self, batch: dict[str, Any]) -> list[int]:
-        """Returns the number of pairs of a forward pass, perhaps times a constant, and whatever else is counted."""
+        """Returns the weights of a forward pass's losses: its pair count (up to a constant), and further counts."""
         return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -113,7 +115,7 @@ class WholeBatches:
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not model.training:
-            return loss  # evaluation counts each loss once for each of its rows
+            return loss  # evaluation already weights each loss by its rows
         return loss * self.measure(inputs)[0] / self.sizes[0]
 
 
