@@ -73,11 +73,11 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
     with warnings.catch_warnings():
         # the new name of `gradient_checkpointing` is not known to the older versions that are supported
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with trying(settings, config.__name__):
+        with blame_trainer_args(settings, config.__name__):
             return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
 
 
-def trying(settings: Settings, what: str) -> AbstractContextManager[None]:
+def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[None]:
     """Returns a context that blames the user's `trainer_args`, where there are any, for whatever a library raises."""
     arguments = settings.trainer_args
     return reading(f"trainer_args = {show(arguments)}", what) if arguments else nullcontext()
