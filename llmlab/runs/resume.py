@@ -12,20 +12,12 @@ from transformers.trainer import safe_globals
 from llmlab.data.files import files_of
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
-from llmlab.settings.base import Settings, fields_of, show
+from llmlab.settings.base import Resume, Settings, fields_of, show
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import SettingsError, UserError, reading
 from llmlab.settings.files import Layer, check_types, read_json
-from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.sources import resolve
 
-MAY_CHANGE = {
-    *("max_steps", "output_dir", "log_every", "eval_every", "eval_steps", "save_best_only", "save_total_limit"),
-    *("device", "dtype", "compile", "gradient_checkpointing", "dataloader_num_workers", "num_proc", "cache_dir"),
-    *("trainer_args", "allow_dropped", "allow_truncated", "epochs", "save_every", "tf32"),
-    *("allow_code", "eval_batches", "num_episodes", "log_interval", "eval_interval", "save_interval", "stop_patience"),
-}
-OF_THE_OPTIMIZER = {"lr", "learning_rate", "weight_decay", "warmup_steps", "grad_clip", "max_grad_norm"}
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
@@ -89,8 +81,8 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
     before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
     problems = []
     for setting in fields_of(type(settings)):
-        of_optimizer = setting.owner is OptimizerSettings or setting.name in OF_THE_OPTIMIZER
-        free = setting.name in MAY_CHANGE or (of_optimizer and not load_optimizer)
+        of_optimizer = setting.resume is Resume.NEW_OPTIMIZER
+        free = setting.resume in (Resume.FREE, Resume.LOCAL) or (of_optimizer and not load_optimizer)
         if not free and setting.of(before) != setting.of(settings):
             hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
             problems.append(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk, failures_recorded
-from llmlab.runs.progress import ProgressLine, human
+from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
 from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
@@ -21,6 +21,7 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
+from llmlab.terminal import human
 
 
 def record_of(folder, settings=None):
