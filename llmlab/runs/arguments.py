@@ -108,7 +108,7 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     problems = []
     for name in settings.trainer_args:
         if name in keys:
-            problems.append(f"trainer_args.{name}: set '{keys[name]}' instead, which is this option's name here")
+            problems.append(f"trainer_args.{name}: set '{keys[name]}' instead, the setting that decides it")
         elif name not in known:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:

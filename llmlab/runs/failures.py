@@ -70,7 +70,7 @@ def failures_recorded(
         saved = checkpoints.checkpoints(folder)
         if saved:
             again = f"llmlab {stage} --resume {folder} --no-load-optimizer learning_rate=..."
-            progress.say(f"{saved[-1].name} is from before; to go on from it with a lower rate: {again}")
+            progress.say(f"{saved[-1].name} is from before that; to resume it with a lower learning rate: {again}")
         raise
     except UserError as error:
         end("failed", reason=str(error))
