@@ -99,8 +99,8 @@ def training_stage(
 class Run(Start[S]):
     """One run of a stage. Constructing it seeds Python, NumPy and torch."""
 
-    def __init__(self, stage: str, load_optimizer: bool, *start: Any):
-        super().__init__(*start)
+    def __init__(self, stage: str, load_optimizer: bool, *start: Any, **claimed: Any):
+        super().__init__(*start, **claimed)
         self.stage = stage
         self.load_optimizer = load_optimizer
         self.settings: Any = self.resolved.settings

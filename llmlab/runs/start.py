@@ -81,10 +81,11 @@ def begin(
     check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
     with ExitStack() as stack:
 
-        def claim() -> tuple[Path, Path | None, dict[str, Any], list[str]]:
+        def claim() -> dict[str, Any]:
             output = Path(settings.output_dir)  # type: ignore[attr-defined]
             if resume is None:
-                return stack.enter_context(checkpoints.claim(output)), None, data_files(settings), []
+                folder = stack.enter_context(checkpoints.claim(output))
+                return {"folder": folder, "resumed": None, "checkpoint": None, "data_files": data_files(settings)}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
                 raise UserError(f"--resume {resume}: there is no such run folder")
@@ -98,17 +99,17 @@ def begin(
                 check_whole(checkpoint)
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
-                later = checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
-                names = ", ".join(path.name for path in later)
+                names = ", ".join(
+                    path.name for path in checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
+                )
                 target = folder / checkpoints.SUPERSEDED
-                notes += [f"{names}: moved into {target}: the run continues before them"] if later else []
-            return folder, checkpoint, files, notes
+                notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
+            for note in notes:
+                console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+            status = read_record(folder).get("status", "finished")
+            return {"folder": folder, "resumed": status, "checkpoint": checkpoint, "data_files": files}
 
-        folder, checkpoint, files, notes = on_main(process, claim)
-        for note in notes:
-            console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-        status = None if resume is None else read_record(folder).get("status", "finished")
-        yield make(resolved, hardware, process, console, folder, status, checkpoint, files)
+        yield make(resolved, hardware, process, console, **on_main(process, claim))
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

@@ -96,7 +96,7 @@ def judge_samples(
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
     if not min_difference > 0:
         raise UserError(
-            f"min_difference = {min_difference:g}: expected more than 0, so that chosen is strictly better"
+            f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better"
         )
     context = context_length(model)
     lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
