@@ -84,6 +84,17 @@ def test_max_samples_draws_a_subset(build, tokenizer, tmp_path):
     assert len(build(source, max_samples=99).train) == 50
 
 
+def test_max_samples_stops_the_reading(build, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
+    source = write(tmp_path / "a.jsonl", pairs(20))
+    with open(source, "a") as file:
+        file.write("no JSON\n")
+    data = build(source, max_samples=10)
+    assert (len(data.train), data.reports[0].rows, data.reports[0].whole) == (10, 11, False)
+    with pytest.raises(UserError, match="a.jsonl:21: this line is not valid JSON"):
+        build(source)
+
+
 def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
     one, two = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(7, "Held"))
     data = build(one, validation_fraction=0.5, validation_datasets=[two])
