@@ -57,8 +57,8 @@ class PreferenceSettings(FineTuningSettings):
         where = f" on {processes} processes" if processes > 1 else ""
         if passes is None and self.batch_size % rows:
             raise UserError(
-                f"batch_size = {self.batch_size} is no multiple of mini_batch_size = {self.mini_batch_size}{where}; "
-                f"the nearest is {max(round(self.batch_size / rows), 1) * rows}"
+                f"batch_size = {self.batch_size} is not a multiple of mini_batch_size = {self.mini_batch_size}{where}"
+                f"; the nearest is {max(round(self.batch_size / rows), 1) * rows}"
             )
         # the RL guide sets the parts alone, and the effective batch follows from them
         if passes is not None and "batch_size" in self.model_fields_set and self.batch_size != rows * passes:

@@ -48,9 +48,9 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
-        "streaming": "every prompt is measured before the first step",
+        "streaming": "prompts are tokenized and measured before the first step",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
-        "max_episode_length": "there are no tools in this stage: an episode is one completion, of max_new_tokens",
+        "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
     implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -158,7 +158,7 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
         if completions % per_update:
             unit = math.lcm(per_update, group) // group  # prompts
             raise UserError(
-                f"batch_size = {self.batch_size}{f' x {group} completions' if group > 1 else ''} is no multiple of "
+                f"batch_size = {self.batch_size}{f' x {group} completions' if group > 1 else ''} is not a multiple of "
                 f"mini_batch_size = {self.mini_batch_size}"
                 f"{f' x gradient_accumulation_steps = {passes}' if passes > 1 else ''}"
                 f"{f' on {processes} processes' if processes > 1 else ''}; "

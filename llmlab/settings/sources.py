@@ -21,7 +21,7 @@ from llmlab.settings.trust import REMOTE_CODE, refusals
 S = TypeVar("S", bound=Settings)
 LONGEST_VALUE = 200  # characters of a value in an error
 LARGEST = 2**53  # integers up to here are exact in JSON and in floats too
-NONE_WORDS = ("none", "None", "null")
+NONE_WORDS = ("none", "null")
 TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic's names of the parts of a union
 NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; `refusals` reports the other
 
@@ -86,10 +86,6 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
                 entries = {key: entry for key, entry in entries.items() if key not in names}
         for key, entry in found.items():
             _add(entries, spellings_of(stage)[key], entry)
-    unusable = {key: reason for key, entry in entries.items() if (reason := _unusable(entry.value))}
-    if unusable:
-        shown = {key: f"{entries[key].where}: {key} = {_brief(entries[key].value)}" for key in unusable}
-        raise SettingsError([*problems, *(f"{shown[key]}: {reason}" for key, reason in unusable.items())])
     settings, wrong = _validate(stage, entries)
     problems += wrong
     if settings is not None:
@@ -143,7 +139,10 @@ def _read(
             else:
                 problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, table)}")
             continue
-        is_none = isinstance(value, str) and value in NONE_WORDS and value not in setting.choices
+        if unusable := _unusable(value):
+            problems.append(f"{where}: {setting.key} = {_brief(value)}: {unusable}")
+            continue
+        is_none = isinstance(value, str) and value.lower() in NONE_WORDS and value not in setting.choices
         if is_none and "none" in setting.type_name:
             value = None
         other = spelled.get(setting.key, key)
@@ -197,7 +196,7 @@ def _unusable(value: Any) -> str | None:
     if isinstance(value, str) and "\0" in value:
         return "expected text without NUL characters"
     if isinstance(value, str) and not is_unicode(value):
-        return "expected valid Unicode, found half a character"
+        return "expected valid Unicode, found a lone surrogate"
     return None
 
 

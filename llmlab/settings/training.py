@@ -67,7 +67,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
             meaning, sense = "eval_every", "steps between evaluations"
         if "eval_steps" in values and meaning != own:
             values[meaning] = values.pop("eval_steps")
-            warn(f"eval_steps = {values[meaning]} stands beside {beside}, so it counts {sense} ({meaning})")
+            warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
     @model_validator(mode="after")

@@ -104,7 +104,7 @@ def test_other_spellings(key, name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 10, "mini_batch_size": 32}, "batch_size = 10 x 4 completions is no multiple of .* is 8$"),
+        ({"batch_size": 10, "mini_batch_size": 32}, "batch_size = 10 x 4 completions is not a multiple of .* is 8$"),
         ({"batch_size": 1, "mini_batch_size": 32}, "the nearest is 8"),
         (
             {"batch_size": 6, "mini_batch_size": 4, "gradient_accumulation_steps": 4},
