@@ -38,17 +38,12 @@ class PreferenceSettings(FineTuningSettings):
     @model_validator(mode="after")
     def check_lengths(self) -> "PreferenceSettings":
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise v.conflict(
+            raise ValueError(
                 f"max_prompt_length = {self.max_prompt_length} leaves no room for an answer in max_length = "
-                f"{self.max_length}",
-                "max_length",
-                "max_prompt_length",
+                f"{self.max_length}"
             )
         if self.gradient_accumulation_steps is None:
-            try:
-                self.accumulation(1)
-            except UserError as error:
-                raise v.conflict(str(error), "mini_batch_size", "batch_size") from None
+            self.accumulation(1)
         return self
 
     def accumulation(self, processes: int) -> int:

@@ -4,6 +4,7 @@ Spellings are resolved before layers are merged, so `--lr` on the command line o
 All problems are collected and reported at once.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -224,13 +225,13 @@ def _validate(stage: type[S], entries: dict[str, Entry]) -> tuple[S | None, list
 
 def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, Entry]) -> str:
     """Returns one of pydantic's errors as a sentence with the place, key, value and what was expected."""
-    context = detail.get("ctx") or {}
-    if "keys" in context:  # a contradiction between fields, raised by `conflict`
-        prefix = "".join(f"{part}." for part in detail["loc"])
-        places = [entries[prefix + key].where for key in context["keys"] if prefix + key in entries]
-        return f"{places[-1] if places else 'defaults'}: {detail['msg']}"
     parts = [str(part) for part in detail["loc"]]
     setting = next((s for s in fields_of(stage) if list(s.path) == parts[: len(s.path)]), None)
+    reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    if setting is None and detail["type"] == "value_error":  # of a check between fields, which the reason names
+        named = (".".join([*parts, word]) for word in re.findall(r"\w+", reason))
+        places = [entries[key].where for key in named if key in entries]
+        return f"{places[-1] if places else 'defaults'}: {reason}"
     key = setting.key if setting else ".".join(parts)
     where = entries[key].where if key in entries else "defaults"
     inner = [part for part in parts[len(setting.path) :] if part not in TYPE_TAGS] if setting else []
@@ -240,10 +241,8 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, En
     if detail["type"] == "literal_error":
         choices = [show(choice) for choice in (setting.choices if setting else ())]
         expected = f"expected one of {', '.join(choices)}{did_you_mean(str(detail['input']), choices)}"
-    elif detail["type"] == "value_error":
-        expected = str(context["error"])
     else:
-        expected = detail["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        expected = reason.replace("Input should be", "expected")
     return f"{where}: {name} = {_brief(detail['input'])}: {expected}"
 
 

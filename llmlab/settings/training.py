@@ -75,7 +75,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise v.conflict(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one", *chosen[:2])
+                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
         return self
 
 
