@@ -120,7 +120,8 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     """Completions between evaluations, instead of eval_every."""
     eval_batches: v.EvalBatches = 4
     stop_patience: Annotated[int | None, Gt(0), Resume.FREE] = 20
-    """Stop after this many logged lines without a learning signal (all advantages 0); none never stops."""
+    """Stop after this many logged lines in a row in which all groups have equal rewards, or almost all completions are
+    truncated; none never stops."""
 
     @property
     def completions_per_prompt(self) -> int:
