@@ -165,7 +165,7 @@ def print_config(resolved: Resolved[Any]) -> None:
         table.add_row(key, Text(printable(value)), Text(printable(source)), style=style)  # brackets are no markup
     console = Terminal()
     if not console.is_terminal:
-        console.width = 1000  # a pipe has no width: rows stay whole
+        console.width = 1000  # a pipe has no width: do not wrap rows
     console.print(table)
 
 
@@ -180,7 +180,7 @@ def _preset_layer(stage: str, preset: str) -> Layer:
 def _command_line_layer(
     kind: type[Settings], overrides: list[str], options: dict[str, Any], positional: str | None
 ) -> Layer:
-    """Returns what options and trailing words set; one setting set twice is an error, unless to the same value."""
+    """Returns what options and key=value words set; two different values of one setting are an error."""
     table = spellings_of(kind)
     values: dict[str, Any] = {}
     keys: dict[str, str] = {}

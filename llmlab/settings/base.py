@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
@@ -171,10 +171,7 @@ class Setting:
 
     def of(self, settings: Settings) -> Any:
         """Returns the value that these settings give it."""
-        value: Any = settings
-        for name in self.path:
-            value = getattr(value, name)
-        return value
+        return reduce(getattr, self.path, settings)
 
     def marker(self, kind: type) -> Any:
         return next((mark for mark in self.info.metadata if isinstance(mark, kind)), None)

@@ -68,10 +68,10 @@ class Layer:
 
 
 def read_layer(path: str | Path) -> Layer:
-    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without keys that stand twice."""
+    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without duplicate keys."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path}: this is a device or a pipe; expected a file")
+        raise UserError(f"{path}: not a regular file (a device or a pipe)")
     with reading(path, "settings"):
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -90,7 +90,7 @@ def read_layer(path: str | Path) -> Layer:
     twice = []
     for key, line in places:
         if key in lines:
-            twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
+            twice.append(f"{path}:{line}: '{key}' is a duplicate key, first set on line {lines[key]}")
         lines.setdefault(key, line)
     if twice:
         raise SettingsError(twice)

@@ -34,7 +34,7 @@ class SampleSettings(SamplingSettings):
     model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")]
     """Run folder or hub id."""
     prompts: Annotated[list[str], MinLen(1)]
-    """Texts to continue, or user messages where the model chats."""
+    """Texts to complete, or user messages for a chat model."""
     num_samples: Annotated[int, Gt(0)] = 1
     """Completions of each prompt."""
     seed: v.Seed = 42

@@ -67,7 +67,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
             meaning, sense = "eval_every", "steps between evaluations"
         if "eval_steps" in values and meaning != own:
             values[meaning] = values.pop("eval_steps")
-            warn(f"eval_steps = {values[meaning]} stands beside {beside}, so it counts {sense} ({meaning})")
+            warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise v.conflict(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one", *chosen[:2])
+                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
         return self
 
 

@@ -6,7 +6,6 @@ A stage picks the name and the default. Help is the docstring of a field where i
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Help, Resume, Trl
 from llmlab.settings.paths import PathName, Reads
@@ -17,12 +16,6 @@ RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
     "llmlab.settings.grpo:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's
-
-
-def conflict(message: str, *keys: str) -> PydanticCustomError:
-    """Returns the error of a check between fields; the loader adds where the last of the keys was set."""
-    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
-
 
 # A resumed run may change how its optimizer steps, not what the optimizer has accumulated
 LearningRate = Annotated[float, Gt(0), Trl("learning_rate"), Alias("lr"), Resume.NEW_OPTIMIZER]

@@ -283,10 +283,10 @@ def test_batches_follow_from_each_other(preference_settings):
     make = lambda **changes: preference_settings(DPOSettings, **changes)  # noqa: E731
     assert make(batch_size=32, mini_batch_size=4).accumulation(2) == 4
     assert DPOSettings(mini_batch_size=1, gradient_accumulation_steps=16).accumulation(4) == 16
-    with pytest.raises(UserError, match="is no multiple of mini_batch_size = 4 on 3 processes; the nearest is 36"):
+    with pytest.raises(UserError, match="is not a multiple of mini_batch_size = 4 on 3 processes; the nearest is 36"):
         make(batch_size=32).accumulation(3)
     wrong = Layer("command line", {"batch_size": 20, "mini_batch_size": 8})
-    with pytest.raises(SettingsError, match="batch_size = 20 is no multiple of mini_batch_size = 8; the nearest is"):
+    with pytest.raises(SettingsError, match="is not a multiple of mini_batch_size = 8; the nearest is"):
         resolve(DPOSettings, wrong)
     assert "batch_size" not in DPOSettings(mini_batch_size=1, gradient_accumulation_steps=16).recorded()
     assert resolve(ORPOSettings, Layer("x", {"max_steps": 5})).settings.epochs is None
