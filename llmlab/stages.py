@@ -104,7 +104,7 @@ STAGES = {
             "llmlab.training.online.grpo:grpo",
             "Sample groups of completions, and make the better ones likelier.",
             resumes=True,
-            prepares="llmlab.rewards.checking:check_rewards",
+            prepares="llmlab.rewards.loading:check_rewards",
         ),
         Stage(
             "ppo",
@@ -112,7 +112,7 @@ STAGES = {
             "llmlab.training.online.ppo:ppo",
             "Learn from rewards with a value function, held to a reference.",
             resumes=True,
-            prepares="llmlab.rewards.checking:check_rewards",
+            prepares="llmlab.rewards.loading:check_rewards",
         ),
         Stage(
             "generate",

@@ -336,19 +336,16 @@ def _histogram_table(composed: "ComposedReward", scores: "Scores") -> "Table":
 
 def _print_list() -> None:
     import inspect
-    from importlib import import_module
 
     from rich.table import Table
 
-    from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.rewards import REWARDS
     from llmlab.terminal import Terminal
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     for name, justify in (("reward", "left"), ("weight", "right"), ("what it scores, and its parameters", "left")):
         table.add_column(name, justify=justify, no_wrap=name != "what it scores, and its parameters")  # type: ignore[arg-type]
-    for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        target = getattr(import_module(module), attribute)
+    for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
             for key, parameter in inspect.signature(target).parameters.items()
@@ -356,7 +353,7 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(f"[bold]{name}[/bold]", f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(f"[bold]{name}[/bold]", f"{target.weight:g}", text)
     Terminal().print(table)
 
 
@@ -379,7 +376,7 @@ def _spark(counts: list[int]) -> str:
 def _preview(completion: Any) -> Any:
     from rich.text import Text
 
-    from llmlab.rewards.completions import answer, written
+    from llmlab.rewards.completions import answer, model_text
 
-    text = " ".join((answer(completion) or written(completion))[:400].split())
+    text = " ".join((answer(completion) or model_text(completion))[:400].split())
     return Text(printable(text) or "(empty)")

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.rewards.checking import locate_rewards
+from llmlab.rewards.loading import locate_rewards
 from llmlab.runs._trl import RolloutSteps, WholeRollouts, written
 from llmlab.runs.optimizers import OurOptimizers
 from llmlab.runs.record import RunResult

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from llmlab.data.chat.prompts import PromptMaker, as_read
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.hardware import Hardware
-from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
 from llmlab.runs._trl import show_head_bias
 from llmlab.runs.arguments import build_arguments, rhythm_arguments

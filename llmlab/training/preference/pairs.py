@@ -20,13 +20,13 @@ from llmlab.data.chat.prompts import PROMPT, user_turn
 from llmlab.data.sources import load_rows
 from llmlab.inference import Model, context_length, encode_prompt, generate_text
 from llmlab.rewards.compose import ComposedReward
-from llmlab.rewards.loading import GIVEN
+from llmlab.rewards.function import TRL_INPUTS
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
 
-NOT_COLUMNS = {*GIVEN, "prompt", "completion"}
+NOT_COLUMNS = {*TRL_INPUTS, "prompt", "completion"}
 
 
 class Asked(NamedTuple):
