@@ -244,7 +244,7 @@ def _print_tables(
 
 
 def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> None:
-    from llmlab.rewards.completions import answer, written
+    from llmlab.rewards.completions import answer, model_text
 
     labels = list(scores.components)
     fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
@@ -302,16 +302,13 @@ def _print_histogram(console: Terminal, histogram: dict[str, Any]) -> None:
 
 def _print_list() -> None:
     import inspect
-    from importlib import import_module
 
-    from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.rewards import REWARDS
 
     table = make_table(
         Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
     )
-    for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        target = getattr(import_module(module), attribute)
+    for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
             for key, parameter in inspect.signature(target).parameters.items()
@@ -319,7 +316,7 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(name, f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(name, f"{target.weight:g}", text)
     Terminal().print(table)
 
 

@@ -72,7 +72,7 @@ class NothingToLearn(TrainerCallback):
             raise UserError(
                 f"step {state.global_step}: {lines} over {MOST_CLIPPED:.0%} of the completions were cut off at "
                 f"max_new_tokens = {self.max_new_tokens}, so rewards see truncated completions only: raise it, or "
-                "fine-tune first, so that the model ends its turns (llmlab sft); stop_patience=none disables this check"
+                "fine-tune first, so that the model ends its turns (llmlab sft); stop_patience=none disables it"
             )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.rewards.checking import locate_rewards
+from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.optimizers import OurOptimizers
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage

@@ -14,7 +14,7 @@ from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config
 from llmlab.optim.sophia import next_token_logits
-from llmlab.rewards.checking import locate_rewards
+from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.optimizers import OurOptimizers
 from llmlab.runs.policy import read_lora
 from llmlab.runs.progress import human, quiet_libraries

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from llmlab.data.chat.makers import PromptMaker, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult

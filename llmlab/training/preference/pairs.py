@@ -95,9 +95,7 @@ def judge_samples(
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
     if not min_difference > 0:
-        raise UserError(
-            f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better"
-        )
+        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     context = context_length(model)
     lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
     fits = [context is None or length < context for length in lengths]
