@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -20,7 +21,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
 from llmlab.runs.resume import check_data, check_whole, data_files, find_checkpoint
 from llmlab.settings.base import Settings
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import OfMainProcess, UserError
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.terminal import Terminal
 
@@ -101,7 +102,7 @@ def begin(
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
-    with ExitStack() as held:
+    with ExitStack() as held, lost_processes_named(process):
 
         def claim() -> tuple[Path, Path | None, dict[str, Any], list[str]]:
             output = Path(settings.output_dir)  # type: ignore[attr-defined]
@@ -144,5 +145,21 @@ def on_main(process: PartialState, action: Callable[[], T]) -> T:
             raise
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise OfMainProcess(outcome[1])
     return outcome[0]
+
+
+@contextmanager
+def lost_processes_named(process: PartialState) -> Iterator[None]:
+    """Says in one sentence, on the main process alone, that another process of this run is gone."""
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:
+        # gloo's errors have no type of their own
+        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            raise
+        kind = UserError if process.is_main_process else OfMainProcess
+        raise kind(
+            "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
+            "killed (most often for its memory); --resume goes on from the last checkpoint"
+        ) from error

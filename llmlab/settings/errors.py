@@ -26,6 +26,10 @@ class Diverged(UserError):
     exit_code = 4
 
 
+class OfMainProcess(UserError):
+    """What another process of a distributed run already prints: this one ends in silence."""
+
+
 class SettingsError(UserError):
     """All problems of a set of settings at once.
 
