@@ -23,7 +23,7 @@ from rich.table import Table
 from llmlab.data.mixture import Mixture
 from llmlab.data.sources import Tally, load_text
 from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import PackedRows, all_of
+from llmlab.data.text.packing import PackedRows
 from llmlab.data.text.store import open_store
 from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
 from llmlab.settings.data import DataSource
@@ -43,12 +43,11 @@ def encoder_of(tokenizer) -> TextEncoder:
 
 
 def with_llmlab(source: DataSource, tokenizer) -> None:
-    """Reads, tokenizes, writes and opens the corpus, every word for the first time."""
+    """Reads, tokenizes, writes and opens the corpus."""
     encoder = encoder_of(tokenizer)
-    encoder.words.clear()
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(load_text(source), encoder, cache_dir=folder, num_proc=1)
-        assert len(PackedRows("rows", store, all_of(store), LENGTH)) > 0
+        assert len(PackedRows("rows", store, LENGTH)) > 0
 
 
 def with_map(source: DataSource, tokenizer) -> None:
@@ -77,7 +76,7 @@ def read_rows(source: DataSource, tokenizer) -> float:
     """Returns how many tokens a second are read in training order."""
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(load_text(source), encoder_of(tokenizer), cache_dir=folder, num_proc=1)
-        rows = PackedRows("rows", store, all_of(store), LENGTH)
+        rows = PackedRows("rows", store, LENGTH)
         mixture = Mixture([rows, rows], [2.0, 1.0], seed=0)
         seconds = cpu_seconds(lambda: [mixture[i] for i in range(len(mixture))] and None)
         return len(mixture) * LENGTH / seconds

@@ -230,13 +230,13 @@ def test_trainers_are_told(own):
     from trl import SFTConfig
 
     from llmlab.hardware import probe
+    from llmlab.runs.arguments import build_arguments
     from llmlab.settings.sft import SFTSettings
     from llmlab.settings.trust import remote_code
-    from llmlab.training.sft import trainer_arguments
 
     for allowed in (False, True):
         with remote_code(allowed):
-            made = trainer_arguments(SFTSettings(), probe("cpu", "fp32"), evaluates=False)
+            made = build_arguments(SFTConfig, SFTSettings(), probe("cpu", "fp32"))
         assert isinstance(made, SFTConfig) and made.trust_remote_code is allowed
 
 
