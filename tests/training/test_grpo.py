@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.data import load_tokenizer
@@ -269,30 +268,13 @@ def test_adaptive_kl_follows_the_controller(grpo_settings, quiet):
     assert charged[-1] > charged[3] and kl[0] < 0.01 and charged[1] == pytest.approx(0.2 * (1 - 0.2 * 4 / 100))
 
 
-class Killed(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("killed")
-
-
 @pytest.mark.parametrize("killed_at", [6, 9])
-def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, quiet, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, quiet, tmp_path, cut_off):
     """At 6 the run stands in the middle of a rollout of four steps; at 9 one step after the saved 8, between two."""
     changes = {"adaptive_kl": True, "target_kl": 0.01, "kl_horizon": 50, "max_steps": 12, "save_every": 2}
     whole = grpo(grpo_settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
-    original = GroupTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(Killed(killed_at))
-
-    monkeypatch.setattr(GroupTrainer, "__init__", init)
-    with pytest.raises(RuntimeError, match="killed"):
+    with cut_off.kill(killed_at + 1):
         grpo(grpo_settings(**changes), console=quiet)
-    monkeypatch.setattr(GroupTrainer, "__init__", original)
     part = tmp_path / "run"
     resumed = grpo(grpo_settings(**changes), resume=part, console=quiet)
     for name in ("loss", "reward", "kl", "kl_coef"):
@@ -300,12 +282,10 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, qui
     assert read_record(part)["resumed"][0]["step"] == killed_at // 2 * 2
 
 
-def test_an_interrupted_run_goes_on_in_the_middle_of_a_rollout(grpo_settings, quiet, tmp_path, interrupt_after):
+def test_an_interrupted_run_goes_on_in_the_middle_of_a_rollout(grpo_settings, quiet, tmp_path, cut_off):
     whole = grpo(grpo_settings(max_steps=12, output_dir=str(tmp_path / "whole")), console=quiet)
-    undo = interrupt_after(GroupTrainer, 7)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(7):
         grpo(grpo_settings(max_steps=12), console=quiet)
-    undo()
     assert read_record(tmp_path / "run")["status"] == "interrupted"
     resumed = grpo(grpo_settings(max_steps=12), resume=tmp_path / "run", console=quiet)
     assert logged(resumed.folder) == pytest.approx(logged(whole.folder), abs=1e-6)

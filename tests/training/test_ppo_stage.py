@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmlab.data import load_tokenizer
 from llmlab.model import load_classifier, load_model
@@ -25,19 +25,6 @@ from llmlab.training.online.kl import KL_STATE
 from llmlab.training.online.ppo import ActorCriticTrainer, ppo
 from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
-
-MINE = '''
-def wanted_share(completions, completion_ids, **columns):
-    """The share of tokens that are in the first third of the vocabulary."""
-    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
-'''
-
-
-@pytest.fixture(scope="session")
-def share_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("share") / "mine.py"
-    path.write_text(MINE)
-    return path
 
 
 @pytest.fixture
@@ -100,32 +87,15 @@ def test_a_run_learns_and_leaves_a_model(value_model, ppo_settings, base_folder,
     )
 
 
-class Killed(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step + 1:
-            raise RuntimeError("killed")
-
-
 @pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("killed_at", [6, 8])
-def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, use_lora, ppo_settings, quiet, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, use_lora, ppo_settings, quiet, tmp_path, cut_off):
     """At 6 the run stands in the middle of a rollout of four steps, at 8 between two."""
     lora = {"use_lora": True, "lora_preset": "all"} if use_lora else {}
     changes = {"adaptive_kl": True, "target_kl": 0.05, "kl_horizon": 50, "max_steps": 12, "save_every": 2, **lora}
     whole = ppo(ppo_settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
-    original = ActorCriticTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(Killed(killed_at))
-
-    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
-    with pytest.raises(RuntimeError, match="killed"):
+    with cut_off.kill(killed_at + 2):  # a step after what was saved
         ppo(ppo_settings(**changes), console=quiet)
-    monkeypatch.setattr(ActorCriticTrainer, "__init__", original)
     resumed = ppo(ppo_settings(**changes), resume=tmp_path / "run", console=quiet)
     assert read_record(resumed.folder)["resumed"][0]["step"] == killed_at
     for name in ("loss", "value_loss", "reward", "kl", "kl_coef"):

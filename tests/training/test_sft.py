@@ -204,14 +204,12 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_new_rows_are_trained(
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, interrupt_after, quiet):
+def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, cut_off, quiet):
     lora = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.1} if use_lora else {}
     make = lambda name: sft_settings(output_dir=str(tmp_path / name), max_steps=12, **lora)  # noqa: E731
     whole = sft(make("whole"), console=quiet)
-    undo = interrupt_after(InstructionTrainer, 7)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(7):
         sft(make("part"), console=quiet)
-    undo()
     resumed = sft(make("part"), resume=tmp_path / "part", console=quiet)
     assert losses(resumed.folder) == pytest.approx(losses(whole.folder), abs=1e-6)
     one, other = ([line["tokens"] for line in read_metrics(run.folder) if "loss" in line] for run in (whole, resumed))
@@ -246,18 +244,16 @@ def test_save_every_counts_beside_the_best(save_best_only, sft_settings, quiet):
 
 
 @pytest.mark.parametrize("save_best_only", [False, True])
-def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, interrupt_after):
+def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, cut_off):
     # the rate rises until the loss gets worse: the best adapters are not the last ones
     chosen = sft_settings(
         max_steps=12, eval_every=3, use_lora=True, lora_preset="all", learning_rate=0.13, warmup_steps=12,
         scheduler="none", save_best_only=save_best_only, save_total_limit=None,
     )  # fmt: skip
-    undo = interrupt_after(InstructionTrainer, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(5):
         sft(chosen, console=quiet)
     folder = Path(chosen.output_dir)
     assert adapters(folder / "best_lora_adapters") == adapters(folder / "checkpoint-3")
-    undo()
     result = sft(chosen, resume=folder, console=quiet)
     evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line}
     best = min(evaluations, key=evaluations.get)
