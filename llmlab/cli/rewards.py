@@ -259,7 +259,7 @@ def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> 
     )
     for row, completion in enumerate(completions):
         values = [_cell(column[row], digits) for column in scores.components.values()]
-        text = " ".join((answer(completion) or written(completion))[:400].split())
+        text = " ".join((answer(completion) or model_text(completion))[:400].split())
         table.add_row(str(row), _cell(scores.totals[row]), *values, Text(printable(text) or "(empty)"))
     console.print(table)
 

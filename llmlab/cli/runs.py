@@ -17,6 +17,7 @@ from llmlab.runs.history import (
     Ancestor,
     RunFolder,
     ancestors,
+    changed_settings,
     comparison,
     curve_metric,
     details,
@@ -25,7 +26,6 @@ from llmlab.runs.history import (
     find_parent,
     find_runs,
     flatten,
-    given_settings,
     open_run,
     short_names,
     summary,
@@ -90,7 +90,7 @@ def show(
     _print_heading(console, chosen)
     _print_section(console, "Lineage")
     console.print(_tree(ancestors(chosen)))
-    settings = [row for row in given_settings(chosen) if row[0] != "output_dir"]
+    settings = [row for row in changed_settings(chosen) if row[0] != "output_dir"]
     if settings:
         _print_section(console, "Settings that are not defaults")
         table = _make_table("setting", Column("value", ratio=1), Column("source", style="dim"))

@@ -169,7 +169,7 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
-def given_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+def changed_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
     """Returns (key, value, source) of the settings that are not defaults; entries of a mapping have its source."""
     sources, found = run.record.get("sources", {}), []
     for key, value in flatten(run.record.get("settings", {})).items():
@@ -200,7 +200,7 @@ def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
     A setting that some runs do not have at all counts only where another run did not leave it at its default.
     """
     values = [flatten(run.record.get(part) or {}) for run in runs]
-    given = {key for run in runs for key, _, _ in given_settings(run)} if part == "settings" else None
+    given = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}
     local = set().union(*(local_names(run.stage) for run in runs)) if part == "settings" else set()
     for key in dict.fromkeys(key for found in values for key in found if key not in local):
@@ -237,7 +237,7 @@ def details(run: RunFolder) -> dict[str, Any]:
 
     return {
         **summary(run),
-        "settings": {key: {"value": value, "source": source} for key, value, source in given_settings(run)},
+        "settings": {key: {"value": value, "source": source} for key, value, source in changed_settings(run)},
         "lineage": lineage(ancestors(run)),
         "data": run.record.get("data"),
         "metrics": _metric_values(run),

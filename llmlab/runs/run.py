@@ -30,11 +30,11 @@ from transformers import (
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import show_head_bias
+from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments, rhythm_arguments
-from llmlab.runs.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
+from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -149,21 +149,21 @@ class Run(Start[S]):
         *,
         arguments: dict[str, Any],
         progress: dict[str, Any] | None = None,
-        best_by: str = "loss",
+        best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `OurOptimizers`, with `options` of its own.
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
 
         `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
-        from the settings nor from the machine; `progress` those of `ProgressLine`. `best_by` is the validation metric
-        of the best checkpoint, `loss` or `reward`.
+        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
+        validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
-        self.rhythm = Rhythm(
+        self.rhythm = SaveSchedule(
             best_only=settings.save_best_only,
             evaluates=evaluates,
             save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
-            best_is=best_by,
+            best_metric=best_metric,
         )
         self.progress = ProgressLine(
             self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
@@ -186,7 +186,7 @@ class Run(Start[S]):
                 **options,
             )
         if isinstance(made.model, PeftModel):
-            show_head_bias(made.model)
+            expose_head_bias(made.model)
         return made
 
     def train(
@@ -226,14 +226,14 @@ class Run(Start[S]):
             record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
-            trainer.add_callback(ScheduleAfterResume(self.done))
+            trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        whole = WholeCheckpoints(trainer, self.settings.save_total_limit)
+        whole = CheckpointRotation(trainer, self.settings.save_total_limit)
         trainer.add_callback(whole)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -375,8 +375,8 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_by = trainer.state, trainer.args.metric_for_best_model
+    state, best_metric = trainer.state, trainer.args.metric_for_best_model
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_by in line)
+        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
         metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
     return metrics

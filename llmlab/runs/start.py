@@ -19,7 +19,7 @@ from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_steps_left, check_whole, data_files, find_checkpoint
+from llmlab.runs.resume import check_data, check_steps_left, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError
 from llmlab.settings.sources import Resolved, as_resolved
@@ -97,7 +97,7 @@ def begin(
             notes = check_data(folder, files, allow_changed=allow_changed_data)
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
-                check_whole(checkpoint)
+                check_undamaged(checkpoint)
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
                 names = ", ".join(

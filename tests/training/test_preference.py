@@ -28,7 +28,7 @@ from llmlab.settings.sources import resolve
 from llmlab.training.merge import merge
 from llmlab.training.preference.dpo import dpo
 from llmlab.training.preference.orpo import orpo
-from llmlab.training.preference.reward import ScoreTrainer, reward
+from llmlab.training.preference.reward import LLMLabRewardTrainer, reward
 from llmlab.training.preference.run import PreferenceMetrics
 from llmlab.training.sft import sft
 
@@ -385,13 +385,13 @@ def test_a_reward_model_learns_on_four_bit_weights(
 ):
     nn = pytest.importorskip("bitsandbytes.nn")
     seen = []
-    original = ScoreTrainer.__init__
+    original = LLMLabRewardTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         seen.append(self)
 
-    monkeypatch.setattr(ScoreTrainer, "__init__", init)
+    monkeypatch.setattr(LLMLabRewardTrainer, "__init__", init)
     four_bits = {
         "policy_checkpoint": str(wide_base_folder),
         "use_qlora": True,
@@ -421,7 +421,7 @@ def test_sophia_estimates_the_curvature_of_comparisons():
     optimizer = Sophia(model.parameters(), lr=1e-3, betas=(0.9, 0.0))
     generator, total = torch.Generator().manual_seed(1), 0
     for _ in range(2000):
-        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, ScoreTrainer.predict)
+        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, LLMLabRewardTrainer.predict)
         total = total + optimizer.state[model.weight]["hessian"] / 2000
     difference = features[:3] - features[3:]
     p = (difference @ model.weight.T).sigmoid()

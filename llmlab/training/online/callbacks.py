@@ -43,7 +43,7 @@ class OnlineMetrics(TrainerCallback):
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
 
 
-class NothingToLearn(TrainerCallback):
+class StopWithoutSignal(TrainerCallback):
     """Stops a run, with advice, when its completions give no learning signal.
 
     That is when in `patience` logged lines in a row no group had completions of different rewards, or over 90 % of the

@@ -15,26 +15,26 @@ from llmlab.data import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config
 from llmlab.optim.sophia import next_token_logits
 from llmlab.rewards.loading import locate_rewards
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.policy import read_lora
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
-from llmlab.training.online._trl import WholeRollouts
+from llmlab.training.online._trl import ResumableRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
-STOP_AT = 1.5
+STOP_KL_FACTOR = 1.5
 """Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class ActorCriticTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
+class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with self.critic.listening() as values:
+        with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
         return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
 
@@ -59,16 +59,16 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
     with quiet_libraries():
         scorer = load_value_model(run)
     trainer = run.make_online_trainer(
-        ActorCriticTrainer,
+        LLMLabPPOTrainer,
         PPOConfig,
         arguments={
             "kl_penalty": settings.kl_penalty,
             "cliprange_value": settings.cliprange_value,
-            "stop_kl": STOP_AT * settings.target_kl if settings.early_stop else None,
+            "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
         },
         scorer=scorer,
     )
-    return run.learn(
+    return run.train_online(
         trainer,
         temperature=settings.temperature,
         plan=[("critic", describe_critic(settings, trainer))],

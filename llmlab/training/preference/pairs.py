@@ -74,7 +74,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     return prompts, tally.dropped
 
 
-def judge_samples(
+def sample_pairs(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -124,7 +124,7 @@ def judge_samples(
 
 
 def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
-    """Returns pairs and counts of `judge_samples`; `unusable` counts the rows without a prompt by reason."""
+    """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
     judged = list(judged)
     scores = [[score for score in each.scores if score is not None] for each in judged]
     scored = [each for each in scores if each]
