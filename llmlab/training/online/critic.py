@@ -26,8 +26,8 @@ class Critic(nn.Module):
     policy's forward. It is excluded from the policy's state dict: checkpoints store it separately, exports do not
     include it.
 
-    A `separate` critic has a copy of the policy's backbone, which shares every frozen tensor with it (with LoRA it is a
-    second set of adapters on the same base), or the backbone and head (`score`, one label) of the sequence classifier
+    A `separate` critic has a copy of the policy's backbone, which shares frozen tensors with it (with LoRA it is a
+    second set of adapters on the base), or the backbone and head (`score`, one label) of the sequence classifier
     `scorer`.
     """
 
