@@ -15,7 +15,7 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import Adapter, check_folder, fit_vocabulary, load_model, read_adapter
+from llmlab.model import fit_vocabulary, load_model, read_adapter
 from llmlab.runs._trl import show_head_bias
 from llmlab.runs.progress import human
 from llmlab.settings.base import fields_of, show
@@ -100,8 +100,7 @@ def load_policy(
         UserError: there is no such model, a preset matches nothing in it, the LoRA settings contradict the adapter, or
             the device cannot hold 4-bit weights.
     """
-    check_folder(source)
-    adapter = read_lora(source)
+    adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
     quantization = quantization_of(settings, hardware)
@@ -135,18 +134,6 @@ def load_policy(
         show_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
-
-
-def read_lora(source: str) -> Adapter | None:
-    """Returns LoRA adapters, or None where the source is a whole model.
-
-    Raises:
-        UserError: the adapter is of another kind, or its configuration is damaged.
-    """
-    adapter = read_adapter(source)
-    if adapter is not None and adapter.config.peft_type != "LORA":
-        raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
-    return adapter
 
 
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

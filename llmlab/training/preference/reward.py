@@ -16,9 +16,9 @@ from trl import RewardConfig, RewardTrainer
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
-from llmlab.model import fit_vocabulary, load_classifier
+from llmlab.model import fit_vocabulary, load_classifier, read_adapter
 from llmlab.runs.optimizers import OurOptimizers
-from llmlab.runs.policy import Policy, prepare_quantized, quantization_of, read_lora
+from llmlab.runs.policy import Policy, prepare_quantized, quantization_of
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run
@@ -129,7 +129,7 @@ def _fit(run: Run[RewardModelSettings], load_optimizer: bool) -> RunResult:
 def load_scorer(settings: RewardModelSettings, run: Run[Any]) -> Policy:
     """Returns the model to start from with a new head of one number, and its tokenizer."""
     source = settings.policy_checkpoint
-    if read_lora(source) is not None:
+    if read_adapter(source) is not None:
         raise UserError(
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )
