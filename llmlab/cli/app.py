@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -19,30 +20,26 @@ import typer
 from llmlab import __version__
 from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
+from llmlab.stages import STAGES
 
 LONGEST_ERROR = 400  # characters of one line
 OUT_OF_MEMORY = ("you tried to allocate", "out of memory")  # torch's words
 
-# name: (module, what `build` or the function is called, one line of help, panel)
-COMMANDS = {
-    "pretrain": ("llmlab.cli.train:pretrain", "Train a decoder from nothing, or further, on plain text.", "Train"),
-    "sft": ("llmlab.cli.train:sft", "Fine-tune on instructions and conversations, whole or with LoRA.", "Train"),
-    "dpo": ("llmlab.cli.train:dpo", "Make a model prefer the better of two answers.", "Train"),
-    "orpo": ("llmlab.cli.train:orpo", "Fine-tune and prefer at once, without a reference model.", "Train"),
-    "reward": ("llmlab.cli.train:reward", "Train a model that scores answers.", "Train"),
-    "grpo": ("llmlab.cli.train:grpo", "Sample groups of completions, and make the better ones likelier.", "Train"),
-    "ppo": ("llmlab.cli.train:ppo", "Learn from rewards with a value function, held to a reference.", "Train"),
-    "run": ("llmlab.cli.run:run", "Run a pipeline of stages from one YAML file.", "Train"),
-    "merge": ("llmlab.cli.merge:merge", "Fold LoRA adapters into their base model.", "Use"),
-    "runs": ("llmlab.cli.runs:app", "List, show and compare run folders.", "Use"),
-    "chat": ("llmlab.cli.chat:chat", "Talk to a model, reply by reply.", "Use"),
-    "generate": ("llmlab.cli.chat:generate", "Complete prompts from the command line or a file.", "Use"),
-    "model": ("llmlab.cli.model:app", "Look at architectures, and write untrained ones.", "Prepare"),
-    "data": ("llmlab.cli.data:app", "Check data sources, and see rows as the model will.", "Prepare"),
-    "tokenizer": ("llmlab.cli.tokenizer:app", "Train a tokenizer, or look at one.", "Prepare"),
-    "reward-check": ("llmlab.cli.rewards:reward_check", "Score completions with rewards before training.", "Prepare"),
-    "schema": ("llmlab.cli.schema:schema", "Print the JSON Schema of a stage's settings, for editors.", "Prepare"),
+TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
+COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
+    **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"), (TRAIN, "", "")),
+    "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
+    "merge": (USE, "", ""),
+    "runs": (USE, "List, show and compare run folders.", "runs:app"),
+    "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
+    "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
+    "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
+    "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
+    "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),
+    "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
+    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
 }
+COMMANDS = {name: (panel, line or STAGES[name].help, path) for name, (panel, line, path) in COMMANDS.items()}
 
 
 def build_app(requested: str | None) -> typer.Typer:
@@ -56,24 +53,28 @@ def build_app(requested: str | None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name, (path, help_line, panel) in COMMANDS.items():
-        target: Any = _placeholder
-        if name == requested:
-            module, _, attribute = path.partition(":")
-            target = getattr(import_module(module), attribute)
+    for name, (panel, line, path) in COMMANDS.items():
+        target = _load(name, path) if name == requested else _placeholder
         if isinstance(target, typer.Typer):
-            app.add_typer(target, name=name, help=help_line, rich_help_panel=panel)
+            app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
-            app.command(name, help=_help_of(target, help_line), rich_help_panel=panel)(target)
+            text = line if target is _placeholder else target.__doc__
+            app.command(name, help=text, rich_help_panel=panel)(target)
     return app
 
 
-def _help_of(target: Any, help_line: str) -> str:
-    return help_line if target is _placeholder else (target.__doc__ or help_line)
+def _load(name: str, path: str) -> Any:
+    """Imports a command's function or app, or makes the command of a stage."""
+    if not path:
+        from llmlab.cli.options import stage_command
+
+        return stage_command(name)
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(f"llmlab.cli.{module}"), attribute)
 
 
 def _placeholder() -> None:
-    """Stands in the list of commands for one that was not asked for."""
+    """Stands in the list of commands for one that was not requested."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,12 +92,10 @@ def _root(
     if context.invoked_subcommand is not None:
         return
     typer.echo("llmlab: from an architecture to a model you can chat with (llmlab COMMAND -h)")
-    panel = ""
-    for name, (_, line, group) in COMMANDS.items():  # in the order of the table; what one screen of 80 x 24 holds
-        if group != panel:
-            typer.echo(f"{group}:")
-        panel = group
-        typer.echo(f" {name:13}{line}")
+    for panel, commands in groupby(COMMANDS.items(), key=lambda command: command[1][0]):  # one screen of 80 x 24
+        typer.echo(f"{panel}:")
+        for name, (_, line, _) in commands:
+            typer.echo(f" {name:13}{line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
-        if limit := _limit_of_the_machine(error):
+    except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
+        if limit := _system_limit(error):
             _print_error(limit)
             raise SystemExit(2) from None
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
@@ -127,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keeps what other packages have to say off the screen, and their bars out of pipes and files."""
+    """Silences the messages of other packages, and their progress bars where the output is no terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
@@ -145,8 +144,8 @@ def _print_error(line: str) -> None:
     print(f"error: {line}", file=sys.stderr)
 
 
-def _limit_of_the_machine(error: Exception) -> str:
-    """Returns what stands in the way of a file or of memory, which is no mistake of ours; else an empty text."""
+def _system_limit(error: Exception) -> str:
+    """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
@@ -155,7 +154,7 @@ def _limit_of_the_machine(error: Exception) -> str:
 
 
 def _write_log(arguments: Sequence[str]) -> str:
-    """Writes the traceback of the present exception into a log and says where it is."""
+    """Writes the traceback of the present exception into a log, and returns a request to report it."""
     text = f"llmlab {__version__}: {shlex.join(arguments)}\n\n{traceback.format_exc()}"
     try:
         descriptor, path = tempfile.mkstemp(prefix="llmlab-error-", suffix=".log")

@@ -15,39 +15,30 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.cli.options import TrustRemoteCode
-from llmlab.settings import vocabulary as v
+from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.settings.base import fields_of
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading, reason_of
 from llmlab.settings.files import Layer, write_atomically
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.hardware import DeviceSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import say
 
 
-class UseSettings(SamplingSettings):
-    """Sampling, and the machine to do it on."""
-
-    device: v.Device = "auto"
-    dtype: v.Dtype = "auto"
+class InferenceSettings(SamplingSettings, DeviceSettings):
+    """Sampling, and the device and precision to do it with."""
 
 
-def _option(name: str) -> Any:
-    setting = next(setting for setting in fields_of(UseSettings) if setting.name == name)
-    metavar = setting.type_name.replace(" | ", "|").upper()
-    panel = "Machine" if setting.owner is UseSettings else setting.owner.panel
-    return typer.Option(help=setting.help, metavar=metavar, rich_help_panel=panel)
-
-
-DEFAULT = UseSettings()
+DEFAULT = InferenceSettings()
 Run = Annotated[str, typer.Argument(help="Run folder, adapter folder or hub id.", show_default=False)]
-Temperature = Annotated[float, _option("temperature")]
-TopP = Annotated[float, _option("top_p")]
-TopK = Annotated[int, _option("top_k")]
-MaxNewTokens = Annotated[int, _option("max_new_tokens")]
-RepetitionPenalty = Annotated[float, _option("repetition_penalty")]
-Device = Annotated[str, _option("device")]
-Dtype = Annotated[str, _option("dtype")]
+Temperature = setting_option(InferenceSettings, "temperature")
+TopP = setting_option(InferenceSettings, "top_p")
+TopK = setting_option(InferenceSettings, "top_k")
+MaxNewTokens = setting_option(InferenceSettings, "max_new_tokens")
+RepetitionPenalty = setting_option(InferenceSettings, "repetition_penalty")
+Device = setting_option(InferenceSettings, "device")
+Dtype = setting_option(InferenceSettings, "dtype")
 System = Annotated[str | None, typer.Option(help="System prompt, for models that answer messages.")]
 Chats = Annotated[
     bool | None,
@@ -68,7 +59,7 @@ def chat(
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the replies repeatable.", min=0, max=v.LARGEST_SEED, metavar="INT")
+        int | None, typer.Option(help="Makes the replies repeatable.", min=0, max=LARGEST_SEED, metavar="INT")
     ] = None,
     system: System = None,
     chats: Chats = None,
@@ -127,7 +118,7 @@ def generate(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=v.LARGEST_SEED, metavar="INT")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -299,13 +290,13 @@ def _read_line(interactive: bool) -> str | None:
         return None
 
 
-def _resolve(arguments: dict[str, Any]) -> UseSettings:
-    names = {setting.name for setting in fields_of(UseSettings)}
+def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
+    names = {setting.name for setting in fields_of(InferenceSettings)}
     given = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
-    return resolve(UseSettings, Layer("command line", given)).settings
+    return resolve(InferenceSettings, Layer("command line", given)).settings
 
 
-def _load(run: str, settings: UseSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
+def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
     from transformers.utils import logging
 
     from llmlab.inference import answers_chats, load_for_inference

@@ -1,24 +1,25 @@
-"""Turns a settings class into a typer command: one option a setting, and trailing `key=value` for the same keys.
+"""Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys.
 
-Values stay text until the settings validate them, so a file, the command line and a notebook get the same errors.
+Values stay text until the settings validate them, so that a file, the command line and a notebook get the same errors.
 """
 
 import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from llmlab.settings.base import Setting, Settings, fields_of, show, spellings_of
+from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
 from llmlab.settings.errors import UserError, did_you_mean, printable
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.settings.trust import allow_remote_code
+from llmlab.stages import STAGES
 from llmlab.terminal import say
 
-COMMAND_LINE = "command line"
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -29,78 +30,88 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def stage_command(
-    name: str,
-    stage: type[Settings],
-    execute: Callable[..., Any],
-    *extra: inspect.Parameter,
-    words: str | None = None,
-    loads: bool = True,
-) -> Callable[..., None]:
-    """Returns a typer command that resolves a stage's settings and calls `execute(resolved, **extra)`.
+POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
 
-    Args:
-        name: the stage, under which presets are looked up (`recipes/<name>/<preset>.yaml`).
-        stage: the settings class whose fields become options.
-        execute: what to do with the resolved settings.
-        extra: further typer parameters that are not settings, such as `--resume`.
-        words: the list setting that arguments without `=` are entries of, such as `datasets`.
-        loads: whether the stage loads models or tokenizers, which may bring code along.
-    """
-    parameters = [
-        _parameter(
-            "overrides",
-            list[str] | None,
-            typer.Argument(
-                metavar=f"[{words.upper()}]... [KEY=VALUE]..." if words else "[KEY=VALUE]...",
-                help="Settings, as an alternative to options.",
-            ),
-        ),
-        _parameter(
-            "config",
+
+def stage_command(name: str) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do."""
+    stage = STAGES[name]
+    kind = stage.settings_class
+    positional = POSITIONAL.get(name)
+    usage = (f"[{positional.upper()}]... " if positional else "") + "[KEY=VALUE]..."
+    named = f"Named values: {', '.join(presets(name))}."
+
+    def command(
+        *,
+        overrides: Annotated[
+            list[str] | None, typer.Argument(metavar=usage, help="Settings, as an alternative to options.")
+        ] = None,
+        config: Annotated[
             list[Path] | None,
             typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py; of several the later wins."),
-        ),
-        _parameter("preset", str | None, typer.Option("--preset", help=f"Named values: {', '.join(presets(name))}.")),
-        _parameter("show_config", bool, typer.Option("--show-config", help="Print each value and its source."), False),
-        _parameter(
-            "save_config", Path | None, typer.Option("--save-config", help="Write the resolved settings, then leave.")
-        ),
-        *extra,
-        *([_parameter("trust_remote_code", *get_args(TrustRemoteCode), False)] if loads else []),
-        *_setting_parameters(stage),
-    ]
-
-    def command(**arguments: Any) -> None:
-        layers = []
-        if arguments["preset"]:
-            layers.append(_preset_layer(name, arguments["preset"]))
-        layers += [read_layer(path) for path in arguments["config"] or ()]
-        layers.append(_command_line_layer(stage, arguments, words))
-        extras = {parameter.name: arguments[parameter.name] for parameter in extra}
-        if extras.get("resume"):
-            layers.insert(0, resume_layer(extras["resume"], name))
-        resolved = resolve(stage, *layers)
+        ] = None,
+        preset: Annotated[str | None, typer.Option(help=named)] = None,
+        show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and its source.")] = False,
+        save_config: Annotated[
+            Path | None, typer.Option(help="Write the resolved settings to a file instead of running.")
+        ] = None,
+        resume: Annotated[
+            Path | None, typer.Option(help="Resume this run folder from its last checkpoint, or this checkpoint.")
+        ] = None,
+        load_optimizer: Annotated[
+            bool, typer.Option(help="With --resume: restore the optimizer's state, or only weights and step count.")
+        ] = True,
+        allow_changed_data: Annotated[
+            bool,
+            typer.Option("--allow-changed-data", help="With --resume: accept data files that have changed since."),
+        ] = False,
+        trust_remote_code: TrustRemoteCode = False,
+        **options: Any,
+    ) -> None:
+        layers = [read_layer(path) for path in config or ()]
+        if preset is not None:
+            layers.insert(0, _preset_layer(name, preset))
+        layers.append(_command_line_layer(kind, overrides or [], options, positional))
+        started = None
+        if resume is not None:
+            recorded, started = _read_run(resume, name)
+            layers.insert(0, recorded)
+        resolved = resolve(kind, *layers)
         print_warnings(resolved.warnings)
-        if arguments["save_config"]:
-            dump({"stage": name, **resolved.settings.model_dump(mode="json")}, arguments["save_config"])
-        elif arguments["show_config"]:
-            show_config(resolved)
+        if save_config is not None:
+            dump({"stage": name, **resolved.settings.model_dump(mode="json")}, save_config)
+        elif show_config:
+            print_config(resolved)
         else:
-            if extras.get("resume"):
-                extras["resume"] = return_to_start(extras["resume"])
-            execute(resolved, **extras)
+            if resume is not None and started not in (None, Path.cwd()):
+                resume = Path(os.path.abspath(resume))
+                os.chdir(started)
+                typer.echo(f"note: relative paths count from {started}, where this run was started", err=True)
+            stage.check(resolved, resumed=resume is not None)
+            resuming = {"load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data, "resume": resume}
+            stage.function(resolved, **(resuming if stage.resumes else {}))
 
+    absent = {"options", *(() if stage.resumes else ("resume", "load_optimizer", "allow_changed_data"))}
+    absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
+    fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
+    parameters = fixed + [
+        inspect.Parameter(
+            spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(setting, spelling)
+        )
+        for setting, spelling in _spellings(kind)
+    ]
     command.__name__ = name
-    command.__doc__ = stage.__doc__
+    command.__doc__ = stage.help
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def option(name: str, annotation: Any, *flags: str, help: str, default: Any = None) -> inspect.Parameter:
-    """Returns one typer option for `stage_command`'s `extra`."""
-    return _parameter(name, annotation, typer.Option(*flags, help=help), default)
+def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -> Any:
+    """Returns a setting as the annotated parameter of a command that is no stage: its type, help and panel."""
+    setting = spellings_of(settings)[name]
+    title = setting.owner.panel if panel else None
+    return Annotated[setting.type, typer.Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
 
 
 def presets(stage: str) -> list[str]:
@@ -115,16 +126,8 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def resume_layer(resume: Path, stage: str) -> Layer:
-    """Returns the settings that a run folder recorded, so that a resumed run needs only what changes.
-
-    Args:
-        resume: the run folder, or a checkpoint in it.
-        stage: of the run.
-
-    Raises:
-        UserError: the folder is missing, is no run folder, or is another stage's.
-    """
+def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
+    """Returns the settings that a run folder recorded, and the folder from which its relative paths count."""
     from llmlab.runs.checkpoints import find_run
     from llmlab.runs.record import RECORD, started_in
 
@@ -139,22 +142,8 @@ def resume_layer(resume: Path, stage: str) -> Layer:
     started = started_in(run, layer.values)
     inside = started is not None and run.resolve().is_relative_to(started)
     output_dir = run.resolve().relative_to(started) if inside else os.path.abspath(run)
-    return Layer(layer.label, {**layer.values["settings"], "output_dir": str(output_dir)}, path=layer.path)
-
-
-def return_to_start(resume: Path) -> Path:
-    """Moves to the folder that a run was started in, from which its relative paths count; returns the run's path."""
-    from llmlab.runs.checkpoints import find_run
-    from llmlab.runs.record import read_record, started_in
-
-    run, _ = find_run(resume)
-    started = started_in(run, read_record(run))
-    if started in (None, Path.cwd()):
-        return resume
-    resume = Path(os.path.abspath(resume))
-    os.chdir(started)
-    typer.echo(f"note: relative paths count from {started}, where this run was started", err=True)
-    return resume
+    values = {**layer.values["settings"], "output_dir": str(output_dir)}
+    return Layer(layer.label, values, path=layer.path), started
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
@@ -163,7 +152,7 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
         say(f"warning: {warning}", error=True, fg="yellow")
 
 
-def show_config(resolved: Resolved[Any]) -> None:
+def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
     from rich.table import Table
     from rich.text import Text
@@ -188,13 +177,16 @@ def _preset_layer(stage: str, preset: str) -> Layer:
     return Layer(f"preset {preset}", layer.values, path=layer.path)
 
 
-def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words: str | None) -> Layer:
+def _command_line_layer(
+    kind: type[Settings], overrides: list[str], options: dict[str, Any], positional: str | None
+) -> Layer:
+    """Returns what options and trailing words set; one setting set twice is an error, unless to the same value."""
+    table = spellings_of(kind)
     values: dict[str, Any] = {}
     keys: dict[str, str] = {}
 
     def add(key: str, value: Any) -> None:
-        setting = spellings_of(stage).get(key)
-        first = keys.setdefault(setting.key if setting else key, key)
+        first = keys.setdefault(table[key].key if key in table else key, key)
         if first in values and values[first] != value:
             spelled = f"'{key}'" if first == key else f"'{key}' (as '{first}' too)"
             raise UserError(
@@ -202,25 +194,21 @@ def _command_line_layer(stage: type[Settings], arguments: dict[str, Any], words:
             )
         values[first] = value
 
-    for word in arguments["overrides"] or ():
+    for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals and words:
-            values[words] = [*values.get(words, []), word]
-            continue
-        if not equals:
+        if equals:
+            add(key, _parse(table.get(key), text, key))
+        elif positional:
+            values[positional] = [*values.get(positional, []), word]
+        else:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
-        add(key, _parse(spellings_of(stage).get(key), text, key))
-    for setting in fields_of(stage):
-        for spelling in setting.spellings:
-            value = arguments.get(_identifier(spelling))
-            if value is None or value == [] or spellings_of(stage)[spelling] is not setting:
-                continue
-            if _is_list(setting):
-                add(spelling, [_parse(None, text, spelling) if text.startswith("{") else text for text in value])
-            else:
-                for text in value if isinstance(value, list) else [value]:
-                    add(spelling, _parse(setting, text, spelling) if isinstance(text, str) else text)
-    return Layer(COMMAND_LINE, values)
+    for spelling, found in options.items():
+        if _is_list(table[spelling]) and found:
+            add(spelling, [parse_scalar(text, spelling) if text.startswith("{") else text for text in found])
+            continue
+        for value in found if isinstance(found, list) else [] if found is None else [found]:
+            add(spelling, _parse(table[spelling], value, spelling) if isinstance(value, str) else value)
+    return Layer("command line", values)
 
 
 def _parse(setting: Setting | None, text: str, key: str) -> Any:
@@ -235,39 +223,42 @@ def _is_list(setting: Setting) -> bool:
     return setting.type_name.startswith("list of")
 
 
-def _setting_parameters(stage: type[Settings]) -> list[inspect.Parameter]:
-    parameters = []
-    for setting in fields_of(stage):
-        for spelling in setting.spellings:
-            if spellings_of(stage)[spelling] is not setting:
-                continue  # another setting has this name of its own
-            parameters.append(_parameter(_identifier(spelling), *_option(setting, spelling)))
-    return parameters
+def _spellings(kind: type[Settings]) -> list[tuple[Setting, str]]:
+    """Returns each setting with each of its spellings, but for those that are another setting's own name."""
+    table = spellings_of(kind)
+    return [(s, spelling) for s in fields_of(kind) for spelling in s.spellings if table[spelling] is s]
 
 
-def _option(setting: Setting, spelling: str) -> tuple[Any, Any]:
-    flag = "--" + spelling.replace("_", "-")
+def _option(setting: Setting, spelling: str) -> Any:
+    """Returns the option of one spelling, as an annotation; only that of a setting's own name is in the help."""
+    flag = spelling.replace("_", "-")
     is_flag = setting.type_name == "true | false"
+    flags = [f"--{flag}/--no-{flag}" if is_flag else f"--{flag}"]
+    if spelling == "output_dir":
+        flags.append("-o")
     info = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if is_flag else flag,
-        help=f"{setting.help} [dim]\\[{setting.shown_default}][/dim]",
+        *flags,
+        help=_describe(setting),
         hidden=spelling != setting.name,
         metavar=None if is_flag else _metavar(setting),
         show_default=False,
         rich_help_panel=setting.owner.panel,
     )
-    return (bool | None if is_flag else list[str] | None), info  # a list, to see what is given twice
+    return Annotated[bool | None if is_flag else list[str] | None, info]  # a list, to see what is given twice
+
+
+def _describe(setting: Setting) -> str:
+    """Returns a setting's help with its bounds, condition, default and TRL field, for rich's markup."""
+    trl, condition = setting.marker(Trl), setting.marker(When)
+    facts = [
+        setting.bounds,
+        f"only when {condition}" if condition else "",
+        f"default: {setting.shown_default}",
+        f"TRL: {trl.name}" if trl else "",
+    ]
+    plain = f"[{'; '.join(filter(None, facts))}]"
+    return f"{escape(setting.help)} [dim]{escape(plain)}[/dim]"
 
 
 def _metavar(setting: Setting) -> str:
     return setting.type_name.removesuffix(" or none").replace(" | ", "|").replace("list of ", "").upper()
-
-
-def _identifier(spelling: str) -> str:
-    return f"setting_{spelling}"
-
-
-def _parameter(name: str, annotation: Any, info: Any, default: Any = None) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
-    )

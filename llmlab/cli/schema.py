@@ -25,7 +25,8 @@ def stage_schema(name: str) -> dict[str, Any]:
             }
         own = {key: value for key, value in home[setting.name].items() if key != "title"}
         if own.get("type") == "array":
-            own = {"anyOf": [own, own["items"]], "description": setting.help}
+            own = {"anyOf": [own, own["items"]]}
+        own["description"] = setting.help
         for spelling in setting.spellings:
             if spellings_of(stage)[spelling] is setting:
                 properties[spelling] = own

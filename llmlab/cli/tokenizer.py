@@ -1,32 +1,25 @@
-"""`llmlab tokenizer train` and `llmlab tokenizer show`: make a vocabulary, and see how it cuts text."""
+"""`llmlab tokenizer train` and `llmlab tokenizer show`: train a tokenizer, and see the tokens of a text."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmlab.cli.options import TrustRemoteCode, stage_command
 from llmlab.settings.errors import printable
-from llmlab.settings.sources import Resolved
-from llmlab.settings.tokenizer import TokenizerSettings
-from llmlab.stages import STAGES
 
 app = typer.Typer(no_args_is_help=True)
 
 
-def _train(resolved: Resolved[TokenizerSettings]) -> Any:
-    return STAGES["tokenizer"].function(resolved)
-
-
-app.command("train")(stage_command("tokenizer", TokenizerSettings, _train, words="datasets", loads=False))
+app.command("train")(stage_command("tokenizer"))
 
 
 @app.command()
 def show(
     tokenizer: Annotated[str, typer.Argument(help="Hub id, folder or tokenizer.json.")],
-    text: Annotated[str, typer.Argument(help="Text to cut into tokens.")],
+    text: Annotated[str, typer.Argument(help="Text to tokenize.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show how a tokenizer cuts a text: each token and its id, and bytes per token."""
+    """Show the tokens of a text, their ids, and the bytes per token."""
     from rich.text import Text
 
     from llmlab.data import load_tokenizer

@@ -3,8 +3,11 @@
 What it is trained on, and how, is each stage's own business.
 """
 
+import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -17,7 +20,7 @@ from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_model, read_adapter
 from llmlab.runs._trl import show_head_bias
-from llmlab.runs.progress import human
+from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
@@ -34,21 +37,13 @@ OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configurat
 
 @dataclass(frozen=True)
 class Policy:
-    """A model ready to be trained.
-
-    Attributes:
-        model: in training form, with adapters where there are any.
-        tokenizer: with a chat template.
-        parents: the folder or hub id it comes from, and the base of an adapter.
-        stops: ids at which it stops.
-        new_tokens: tokens that were added for the chat template.
-    """
+    """A model ready to be trained, and its tokenizer with a chat template."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    parents: list[str]
-    stops: tuple[int, ...]
-    new_tokens: list[str]
+    parents: list[str]  # the folder or hub id it comes from, and the base model of an adapter
+    stops: tuple[int, ...]  # token ids that end generation
+    new_tokens: list[str]  # added for the chat template
 
     @property
     def continues_adapter(self) -> bool:
@@ -66,7 +61,7 @@ class Policy:
         return min(length, context_length(self.model) or length)
 
     def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
-        """Returns the lines about it for the plan of a run; `model` is it with adapters attached since."""
+        """Returns the plan's lines about it; `model` is the trainer's, where the trainer attached the adapters."""
         model = model or self.model
         trainable, total = trainable_share(model)
         rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
@@ -84,21 +79,10 @@ class Policy:
 def load_policy(
     source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None, attach: bool = True
 ) -> Policy:
-    """Loads what a stage trains.
+    """Loads what a stage trains from a run folder or hub id, of a whole model or of LoRA adapters.
 
-    Whole models are held in fp32 and trained under autocast; under adapters the frozen weights stay in the arithmetic
-    of the run.  An adapter folder brings its base, and its adapter is trained further.
-
-    Args:
-        source: a run folder or a hub id, of a whole model or of LoRA adapters.
-        settings: whether and how adapters are attached.
-        hardware: where it will run.
-        chat_template: as in `add_chat_template`.
-        attach: whether to attach new adapters; without, only the model for them is made ready.
-
-    Raises:
-        UserError: there is no such model, a preset matches nothing in it, the LoRA settings contradict the adapter, or
-            the device cannot hold 4-bit weights.
+    Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
+    The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
     """
     adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
@@ -136,6 +120,34 @@ def load_policy(
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
 
+def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | None, str]:
+    """Returns the frozen reference model, and its description; None where the policy without its adapters serves."""
+    named = settings.reference_checkpoint
+    same = [named is not None and os.path.abspath(named) == os.path.abspath(parent) for parent in policy.parents]
+    if named is None or same[0]:
+        if policy.continues_adapter:
+            return None, "the adapters of the first step, a frozen copy"
+        if settings.use_lora:
+            return None, "the policy with its adapters off"
+        return copy.deepcopy(policy.model), "the starting policy, a frozen copy"
+    if policy.continues_adapter and same[1]:
+        raise UserError(
+            f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
+            "there; leave it out (the adapters of the first step), or merge them first: llmlab merge"
+        )
+    tokenizer = load_tokenizer(named)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"reference_checkpoint = {named}: it has another vocabulary ({len(tokenizer):,} tokens) than the policy "
+            f"({len(policy.tokenizer):,}), so their probabilities cannot be compared"
+        )
+    dtype = next(policy.model.parameters()).dtype if settings.use_lora else torch.float32
+    with quiet_libraries():
+        reference = load_model(named, dtype=dtype)
+    fit_vocabulary(reference, policy.tokenizer)
+    return reference, named
+
+
 def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Lets the model's saved generation settings stop at the end of a turn too, and returns all ids it stops at."""
     config = model.generation_config
@@ -148,11 +160,7 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns how frozen weights are kept in 4 bits, or None where they are not.
-
-    Raises:
-        UserError: this machine cannot.
-    """
+    """Returns how frozen weights are kept in 4 bits, or None where they are not."""
     if not settings.use_qlora:
         return None
     check_quantization(hardware)

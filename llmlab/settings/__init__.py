@@ -2,3 +2,25 @@
 
 Nothing here imports more than pydantic and PyYAML.
 """
+
+from importlib import import_module
+from typing import Any
+
+CLASSES = {  # by stage
+    "tokenizer": "tokenizer:TokenizerSettings",
+    "pretrain": "pretrain:PretrainSettings",
+    "merge": "merge:MergeSettings",
+    "sft": "sft:SFTSettings",
+    "dpo": "dpo:DPOSettings",
+    "orpo": "orpo:ORPOSettings",
+    "reward": "reward:RewardModelSettings",
+    "grpo": "grpo:GRPOSettings",
+    "ppo": "ppo:PPOSettings",
+    "sample": "generation:SampleSettings",
+}
+
+
+def settings_class(stage: str) -> Any:
+    """Returns the settings class of a stage, imported when it is first needed."""
+    module, _, name = CLASSES[stage].partition(":")
+    return getattr(import_module(f"llmlab.settings.{module}"), name)

@@ -1,86 +1,97 @@
-"""What a setting is: a field of a small frozen pydantic model, whose annotated type carries everything else.
+"""What a setting is: a field of a small frozen pydantic class whose annotated type carries all else about it.
 
-The markers here (`Trl`, `Alias`, `When`, `Panel`) are read by the loader, the command line, the schema, the docs and
-the trainers.  Reading files and merging layers is in `sources.py`; the named types are in `vocabulary.py`.
+The loader, command line, schema, docs, trainers and run records read the markers here, and nothing else.
 """
 
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from llmlab.settings.trust import TRAINER_ARGS, leaves
+from llmlab.settings import CLASSES, settings_class
+from llmlab.settings.trust import TRAINER_ARGS, leaves_machine
 
 
 @dataclass(frozen=True)
 class Trl:
-    """The field of the TRL or Transformers configuration that this setting becomes, under the same meaning."""
+    """The field of the TRL or Transformers configuration that this setting becomes."""
 
     name: str
 
 
-@dataclass(frozen=True)
 class Alias:
     """Other accepted spellings: the other seed's, and Hugging Face's."""
 
-    names: tuple[str, ...]
-
     def __init__(self, *names: str):
-        object.__setattr__(self, "names", names)
+        self.names = names
 
 
-@dataclass(frozen=True)
 class When:
-    """The setting is asked for, and valid, only when another field has one of these values."""
-
-    field: str
-    values: tuple[Any, ...]
+    """The setting is valid only when another field has one of these values."""
 
     def __init__(self, field: str, *values: Any):
-        object.__setattr__(self, "field", field)
-        object.__setattr__(self, "values", values)
+        self.field, self.values = field, values
 
     def __str__(self) -> str:
-        return f"{self.field} is {' or '.join(show(value) for value in self.values)}"
+        return f"{self.field} is {' or '.join(map(show, self.values))}"
+
+
+class Resume(Enum):
+    """Whether a resumed run may have another value than its record: marks a type, or all fields of a class."""
+
+    FIXED = "no: the weights or the order of the data depend on it"
+    NEW_OPTIMIZER = "only with --no-load-optimizer"
+    FREE = "yes"
+    LOCAL = "yes, and it changes nothing that the run computes: comparisons and pipelines ignore it"
+
+
+def Help(text: str) -> Any:
+    """The help of a type that unrelated classes share; all other fields have a docstring."""
+    return Field(description=text)
 
 
 class Settings(BaseModel):
-    """The base of every settings class: unknown keys are errors and values never change after they were resolved."""
+    """The base of every settings class: unknown keys are errors, and resolved values never change."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     panel: ClassVar[str] = "Options"
     """Title under which help and docs show the fields that this class introduces."""
 
+    resume: ClassVar[Resume] = Resume.FIXED
+    """Of the fields that this very class introduces, unless their types say otherwise."""
+
     inapplicable: ClassVar[dict[str, str]] = {}
-    """Keys of the seeds that cannot mean anything here, and why: accepted from a file only, with one warning."""
+    """Keys of the seeds that cannot mean anything here, and why: accepted from a file, with a warning."""
 
     implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Keys without a field, and the values that say what the stage does anyway: accepted in silence."""
+    """Keys without a field, and the values that describe what the stage does anyway: accepted silently."""
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Fields that say one thing in several units: the one of the last layer wins."""
+    """Fields for one quantity in several units; the first follows from the others. The last layer's choice holds."""
 
     relatives: ClassVar[tuple[str, ...]] = ()
-    """Classes (`module:name`) whose keys may stand in one file with this one's: they are named in one warning."""
+    """Classes (`module:name`) whose keys may stand in the same file; those that have no effect here are warned of."""
 
     @classmethod
-    def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-        """Returns a layer's values with keys that have no field of their own put into this class's words.
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Lets fields that only change a default keep their help."""
+        for name, info in cls.model_fields.items():
+            declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
+            info.description = next((field.description for field in declared if field.description), None)
 
-        Args:
-            values: of the layer.
-            say: takes a sentence about how a value was read, where that is not obvious.
-        """
-        return values
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Rewrites in place those keys of a layer that have no field of their own but mean one of this class."""
 
     @classmethod
     def why_inapplicable(cls, key: str) -> str | None:
@@ -88,22 +99,25 @@ class Settings(BaseModel):
         for base in cls.__mro__:
             if key in vars(base).get("inapplicable", {}):
                 return vars(base)["inapplicable"][key]
-        return cls.owners_elsewhere(key, spellings_of)
+        return cls.relative_with(key, spellings_of)
 
     @classmethod
-    def owners_elsewhere(cls, key: str, keys_of: Callable[[type["Settings"]], Any]) -> str | None:
-        """Returns to which of the relatives a key belongs, of those whose keys `keys_of` has it among."""
+    def relative_with(cls, key: str, keys_of: Callable[[type["Settings"]], Any]) -> str | None:
+        """Returns a phrase that names the relatives with this key, or None."""
         modules = (path.partition(":") for path in cls.relatives)
         others = [getattr(import_module(module), name) for module, _, name in modules]
         owners = [other.panel for other in others if other is not cls and key in keys_of(other)]
         return f"belongs to {' and '.join(owners)}" if owners else None
 
     def recorded(self) -> dict[str, Any]:
-        """Returns plain values for a run's record, which the run can be resumed with."""
+        """Returns plain values for a run's record, without what follows from others or must be confirmed each time."""
         values = self.model_dump(mode="json")
-        if TRAINER_ARGS in values:  # what sends data off this machine is said anew each time
-            kept = {name: value for name, value in values[TRAINER_ARGS].items() if not leaves(name, value)}
-            values[TRAINER_ARGS] = kept
+        for first, *others in self.alternatives:
+            if any(values[name] is not None for name in others):
+                del values[first]
+        if TRAINER_ARGS in values:
+            arguments = values[TRAINER_ARGS].items()
+            values[TRAINER_ARGS] = {name: value for name, value in arguments if not leaves_machine(name, value)}
         return values
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -114,11 +128,7 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Setting:
-    """One field as the command line, the docs and the loader see it.
-
-    `path` is the dotted name (`model.d_model` for a field of the nested model settings), `owner` the class that
-    introduces the field.
-    """
+    """One field: `path` is its name after those of its groups (`model`, `d_model`), `owner` its first class."""
 
     path: tuple[str, ...]
     info: FieldInfo
@@ -138,7 +148,7 @@ class Setting:
 
     @property
     def help(self) -> str:
-        return self.info.description or ""
+        return " ".join((self.info.description or "").split())
 
     @property
     def default(self) -> Any:
@@ -146,8 +156,18 @@ class Setting:
 
     @property
     def shown_default(self) -> str:
-        """The default in a reader's words."""
         return "required" if self.info.is_required() else show(self.default)
+
+    @property
+    def resume(self) -> Resume:
+        return self.marker(Resume) or vars(self.owner).get("resume", Resume.FIXED)
+
+    @property
+    def bounds(self) -> str:
+        """The bounds of a number, such as `>= 0, < 1`."""
+        signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        marks = [(sign, getattr(mark, name, None)) for mark in self.info.metadata for name, sign in signs]
+        return ", ".join(f"{sign} {bound}" for sign, bound in marks if bound is not None)
 
     def of(self, settings: Settings) -> Any:
         """Returns the value that these settings give it."""
@@ -164,16 +184,13 @@ class Setting:
         """Every accepted name, the stage's own first."""
         aliases = [name for mark in self.info.metadata if isinstance(mark, Alias) for name in mark.names]
         trl = self.marker(Trl)
-        names = [self.name, *aliases, *([trl.name] if trl else ())]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([self.name, *aliases, *([trl.name] if trl else [])]))
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a `Literal` type, or nothing where the type is open."""
-        options = [self.type, *typing.get_args(self.type)]
-        return tuple(
-            value for part in options if typing.get_origin(part) is Literal for value in typing.get_args(part)
-        )
+        """The values of a `Literal` type; empty for any other."""
+        parts = [part for part in (self.type, *typing.get_args(self.type)) if typing.get_origin(part) is Literal]
+        return tuple(value for part in parts for value in typing.get_args(part))
 
     @property
     def type_name(self) -> str:
@@ -182,33 +199,30 @@ class Setting:
 
 
 def describe_type(annotation: Any) -> str:
-    """Returns the type in a reader's words."""
+    """Returns a type in a reader's words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return describe_type(arguments[0])
     if origin is Literal:
-        return " | ".join(show(value) for value in arguments)
+        return " | ".join(map(show, arguments))
     if origin in (Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in arguments)
-    if origin in (list, tuple):
+        return " or ".join(map(describe_type, arguments))
+    if origin is list:
         return f"list of {describe_type(arguments[0])}"
     if origin is dict:
         return "mapping"
-    if annotation is type(None):
-        return "none"
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+    if is_group(annotation):
         return getattr(annotation, "type_name", "mapping")
-    return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+    names = {str: "text", bool: "true | false", types.NoneType: "none"}
+    return names.get(annotation, annotation.__name__)
 
 
 def show(value: Any) -> str:
     """Returns a value as a person would write it in YAML."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(show(part) for part in value) + "]"
+        return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show(part)}" for key, part in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -216,8 +230,9 @@ def show(value: Any) -> str:
 
 @cache
 def fields_of(stage: type[Settings]) -> tuple[Setting, ...]:
-    """Returns the settings of a class, nested groups unfolded: its own first, then those it composes."""
-    return tuple(sorted(_walk(stage, ()), key=lambda setting: setting.owner is not stage))
+    """Returns the settings of a class, groups unfolded: its own first, then those of its bases."""
+    order = {base: number for number, base in enumerate(stage.__mro__)}
+    return tuple(sorted(_walk(stage, ()), key=lambda setting: order.get(setting.owner, 1)))
 
 
 def _walk(stage: type[Settings], prefix: tuple[str, ...]) -> Iterator[Setting]:
@@ -229,6 +244,13 @@ def _walk(stage: type[Settings], prefix: tuple[str, ...]) -> Iterator[Setting]:
             yield Setting((*prefix, name), info, owner)
 
 
+def local_names(stage: str) -> set[str]:
+    """Returns the settings of a stage that change nothing it computes; empty for a stage of another version."""
+    if stage not in CLASSES:
+        return set()
+    return {setting.name for setting in fields_of(settings_class(stage)) if setting.resume is Resume.LOCAL}
+
+
 def is_group(annotation: Any) -> bool:
     """Whether a field's type is itself a settings class (such as `model`), whose fields have names of their own."""
     return isinstance(annotation, type) and issubclass(annotation, Settings)
@@ -238,12 +260,13 @@ def is_group(annotation: Any) -> bool:
 def spellings_of(stage: type[Settings]) -> dict[str, Setting]:
     """Returns every accepted key of a stage: dotted paths, names, then aliases; a field's own name wins."""
     table: dict[str, Setting] = {}
-    settings = fields_of(stage)
-    for names in (lambda s: [s.key], lambda s: [s.name], lambda s: s.spellings):
-        for setting in settings:
+    for names in (
+        lambda setting: [setting.key],
+        lambda setting: [setting.name],
+        lambda setting: setting.spellings,
+        lambda setting: [".".join((*setting.path[:-1], name)) for name in setting.spellings],
+    ):
+        for setting in fields_of(stage):
             for name in names(setting):
                 table.setdefault(name, setting)
-    for setting in settings:
-        for name in setting.spellings:
-            table.setdefault(".".join((*setting.path[:-1], name)), setting)
     return table

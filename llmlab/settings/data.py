@@ -1,16 +1,16 @@
 """Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight.
 
-Reading them is the business of `llmlab.data`.
+`llmlab.data` reads them.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BeforeValidator, GetJsonSchemaHandler, model_validator
 
-from llmlab.settings.base import Alias, Settings
+from llmlab.settings import vocabulary as v
+from llmlab.settings.base import Alias, Help, Resume, Settings
 from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.vocabulary import AllowDropped, CacheDir, NumProc, Streaming, ValidationFraction
 
 
 class DataSource(Settings):
@@ -21,19 +21,18 @@ class DataSource(Settings):
 
     type_name: ClassVar[str] = "name | subset | weight | split"
 
-    name: PathName = Field(
-        min_length=1, description="Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."
-    )
-    subset: str | None = Field(None, description="Configuration of a data set, from the hub or a copy of it.")
-    weight: Annotated[float, Gt(0)] = Field(1.0, description="Relative share: [2.0, 1.0] gives 66.7 % and 33.3 %.")
-    split: str | None = Field(
-        None, description="Split, or several as a+b; none is train, else train_sft or its like, else every named set."
-    )
-    column: str | None = Field(None, description="Column that holds the text; none recognizes it.")
-    text_unit: Literal["document", "paragraph", "line"] = Field(
-        "document",
-        description="What a row of a text file is: what stands between <|endoftext|>, a paragraph or a line.",
-    )
+    name: PathName
+    """Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."""
+    subset: str | None = None
+    """Configuration of a data set on the hub, or of a copy of one."""
+    weight: Annotated[float, Gt(0)] = 1.0
+    """Relative weight in the mixture: [2.0, 1.0] gives 66.7 % and 33.3 %."""
+    split: str | None = None
+    """Split, or several as a+b; none is train, else train_sft or its like, else every named set."""
+    column: str | None = None
+    """Column that holds the text; none recognizes it."""
+    text_unit: Literal["document", "paragraph", "line"] = "document"
+    """A row of a text file: a document (ended by <|endoftext|>), a paragraph or a line."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,18 +61,10 @@ def _as_list(value: Any) -> Any:
 Datasets = Annotated[
     list[DataSource],
     BeforeValidator(_as_list),
+    MinLen(1),
     Reads("path"),
-    Field(
-        min_length=1,
-        description="Training data, one source an entry: name | subset | weight | split; all but the name optional.",
-    ),
     Alias("dataset", "dataset_name"),
-]
-ValidationDatasets = Annotated[
-    list[DataSource] | None,
-    BeforeValidator(_as_list),
-    Reads("path"),
-    Field(description="Validation data; none holds out a share of each training source."),
+    Help("Training data, one source an entry: name | subset | weight | split; only the name is required."),
 ]
 
 
@@ -83,14 +74,20 @@ class DataSettings(Settings):
     panel: ClassVar[str] = "Data"
 
     datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
-    validation_datasets: ValidationDatasets = None
-    validation_fraction: ValidationFraction = 0.01
-    allow_dropped: AllowDropped = 0.05
-    num_proc: NumProc = None
-    cache_dir: CacheDir = None
+    validation_datasets: Annotated[list[DataSource] | None, BeforeValidator(_as_list), Reads("path")] = None
+    """Validation data; none holds out a share of each training source."""
+    validation_fraction: v.ValidationFraction = 0.01
+    """Share of the rows held out for validation, by hash, unless validation_datasets is set."""
+    allow_dropped: Annotated[float, Ge(0), Le(1), Resume.FREE] = 0.05
+    """Largest share of unusable rows (empty, not text, unknown form) before the run is refused."""
+    num_proc: Annotated[int | None, Gt(0), Le(1024), Alias("dataset_num_proc"), Resume.LOCAL] = None
+    """Processes that tokenize; none uses every core."""
+    cache_dir: Annotated[PathName | None, Resume.LOCAL] = None
+    """Folder of tokenized data; none is ~/.cache/llmlab (or $LLMLAB_CACHE)."""
 
 
 class TextDataSettings(DataSettings):
-    """Plain text, which may also be read as it comes."""
+    """Plain text, which may also be streamed."""
 
-    streaming: Streaming = False
+    streaming: bool = False
+    """Tokenize the sources while training, without a tokenized copy on disk."""

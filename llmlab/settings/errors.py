@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear sentence each, exit code 2, never a traceback.
+"""Errors that the user can correct: one sentence each and exit code 2, never a traceback.
 
 Programming errors are not these: they keep their own types and their tracebacks.
 """
@@ -15,23 +15,19 @@ LONGEST_REASON = 300  # characters of another library's message
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message names the key, the value and file, and what was expected."""
+    """A mistake in the user's input: the message names the key, the value and file, and what was expected."""
 
     exit_code = 2
 
 
 class Diverged(UserError):
-    """A run whose loss, gradients or weights are no longer finite numbers: nothing of them was saved."""
+    """A run whose loss, gradients or weights are no longer finite numbers; none of them was saved."""
 
     exit_code = 4
 
 
 class SettingsError(UserError):
-    """All problems of a set of settings at once.
-
-    Args:
-        problems: one sentence a problem, each starting with where it stands (`file:line`, `command line`).
-    """
+    """All problems of a set of settings at once, each a sentence that starts with its place (`file:line`)."""
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
@@ -45,27 +41,24 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns text that a terminal only shows: control characters become visible escapes."""
+    """Returns text that cannot steer a terminal: control characters become visible escapes."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text is whole: JSON, YAML and file names can spell half a character."""
+    """Whether a text has no lone surrogates, which JSON, YAML and file names can spell."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @contextmanager
 def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
-    """Turns whatever a library raises while it reads one file or setting of the user's into a sentence that names it.
+    """Turns whatever a library raises while it reads a user's file or setting into a UserError that names it.
 
     Put it around the library's call alone: a mistake of our own inside it would be blamed on the user.
 
     Args:
         subject: the file, or the setting and its value (`model = runs/sft`).
         expected: what it was read as, such as `a tokenizer`.
-
-    Raises:
-        UserError: anything but an interrupt went wrong; one that says so already passes.
     """
     try:
         yield
@@ -75,9 +68,8 @@ def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
         # the tokenizers library panics outside of Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(
-            f"{subject}: cannot be read{f' as {expected}' if expected else ''}: {reason_of(error)}"
-        ) from error
+        read_as = f" as {expected}" if expected else ""
+        raise UserError(f"{subject}: cannot be read{read_as}: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -90,8 +82,9 @@ def reason_of(error: BaseException) -> str:
         return f"it is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)"
     system = error.strerror if isinstance(error, OSError) else None
     lines = (system or str(error)).strip().splitlines() or [""]
-    if lines[0].endswith(":"):  # a heading, which says nothing without what it heads
+    if lines[0].endswith(":"):  # a heading, which says nothing alone
         lines[0] = " ".join(line.strip() for line in lines[:2])
-    first = printable(lines[0].strip().rstrip(".:"))
-    named = f"{type(error).__name__}: {first}" if isinstance(error, (KeyError, IndexError)) or not first else first
-    return named if len(named) <= LONGEST_REASON else f"{named[:LONGEST_REASON]}..."
+    reason = printable(lines[0].strip().rstrip(".:"))
+    if isinstance(error, (KeyError, IndexError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."

@@ -1,7 +1,7 @@
 """Reads and writes configuration files, and remembers the line of every key.
 
-YAML, JSON, and a Python file of literal assignments (as guides print them) are data here: nothing in them is ever
-executed.  What the keys mean is `sources.py`'s business.
+YAML, JSON and a Python file of literal assignments (as guides print them) are data here: nothing in them is executed.
+What the keys mean is `sources.py`'s business.
 """
 
 import ast
@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
 
-NAMED_MAPPINGS = ("rewards", "reward_weights")
+NAMED_MAPPINGS = ("rewards", "reward_weights")  # settings whose value may be a mapping
 LONGEST_SHOWN = 60  # characters of a value in an error
-DEEPEST = 50  # levels of nesting in a file of settings
-MOST = 100_000  # values in it, each alias counted with all that it stands for
+DEEPEST = 50  # levels of nesting in a settings file
+MOST = 100_000  # values in it, each alias counted with everything it stands for
+OWN_TAGS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+
+Places = list[tuple[str, int]]
+"""Dotted keys and their lines, in the order of the file."""
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with 1.2's floats, so that `5e-6` is a number, and with dates as text."""
 
 
-OURS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in OURS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in OWN_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -45,10 +49,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values: a file, a preset, or the command line.
-
-    `lines` maps a key (dotted where nested) to its line in the file; `path` is the file, or None.
-    """
+    """One source of values: a file, a preset or the command line; `lines` maps dotted keys to lines of the file."""
 
     label: str
     values: dict[str, Any]
@@ -61,18 +62,13 @@ class Layer:
         return f"{self.label}:{line}" if line else self.label
 
     def section(self, key: str) -> "Layer":
-        """Returns the mapping under a key as a layer of its own, lines kept."""
+        """Returns the mapping under a key as a layer with the same lines."""
         lines = {name[len(key) + 1 :]: line for name, line in self.lines.items() if name.startswith(f"{key}.")}
         return Layer(self.label, self.values[key] or {}, lines, self.path)
 
 
 def read_layer(path: str | Path) -> Layer:
-    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping.
-
-    Raises:
-        UserError: the file is missing, unreadable, not of these kinds, or does not hold a mapping.
-        SettingsError: a key stands twice.
-    """
+    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without keys that stand twice."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path}: this is a device or a pipe; expected a file")
@@ -88,14 +84,23 @@ def read_layer(path: str | Path) -> Layer:
     if path.suffix not in readers:
         raise UserError(f"{path}: settings files end in .yaml, .yml, .json or .py, not '{path.suffix}'")
     with reading(path, "settings"):
-        values, lines = readers[path.suffix](text, path)
+        values, places = readers[path.suffix](text, path)
+        _check_extent(values)
+    lines: dict[str, int] = {}
+    twice = []
+    for key, line in places:
+        if key in lines:
+            twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
+        lines.setdefault(key, line)
+    if twice:
+        raise SettingsError(twice)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
     return Layer(str(path), values, lines, path)
 
 
 def parse_scalar(text: str, key: str = "a value") -> Any:
-    """Reads one command-line value as YAML would: `1e-4`, `true`, `[a, b]`, `{key: 1}`."""
+    """Reads one command-line value as YAML: `1e-4`, `true`, `[a, b]`, `{key: 1}`."""
     with reading(f"command line: {key} = {text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}"):
         try:
             return load_yaml(text)
@@ -104,19 +109,14 @@ def parse_scalar(text: str, key: str = "a value") -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """Returns the plain data of a YAML text.
-
-    Raises:
-        YAMLError: it is not YAML.
-        ValueError: it is too deep, too large, or has a number that Python does not read.
-    """
+    """Returns the plain data of a YAML text; raises YAMLError, or ValueError where it is too deep or too large."""
     value = yaml.load(text, _Loader)  # a SafeLoader subclass: nothing runs
     _check_extent(value)
     return value
 
 
 def _check_extent(value: Any, most: float = MOST) -> None:
-    """Raises ValueError for data that holds itself, is nested too deeply, or grows beyond measure by its aliases."""
+    """Raises ValueError for data that contains itself, is nested too deeply, or grows beyond measure by aliases."""
     count, waiting = 0, [(value, 0)]
     while waiting:
         inner, depth = waiting.pop()
@@ -131,60 +131,48 @@ def _check_extent(value: Any, most: float = MOST) -> None:
             waiting += [(part, depth + 1) for part in inner]
 
 
-def _read_yaml(text: str, path: Path) -> tuple[Any, dict[str, int]]:
+def _read_yaml(text: str, path: Path) -> tuple[Any, Places]:
     try:
         node = yaml.compose(text, _Loader)
-        values = {} if node is None else load_yaml(text)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: this is not valid YAML: {error.problem}") from None
+        values = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: this is not valid YAML: {error}") from None
-    lines: dict[str, int] = {}
-    twice: list[str] = []
-
-    def visit(node: yaml.Node, prefix: str) -> None:
-        if isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                lines[f"{prefix}{index}"] = item.start_mark.line + 1
-                visit(item, f"{prefix}{index}.")
-        elif isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-                if key in lines:
-                    twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
-                lines.setdefault(key, line)
-                visit(value_node, f"{key}.")
-
-    if node is not None:
-        visit(node, "")
-    if twice:
-        raise SettingsError(twice)
-    return values, lines
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: this is not valid YAML: {reason}") from None
+    return ({} if node is None else values), list(_places(node))
 
 
-def _read_json(text: str, path: Path) -> tuple[Any, dict[str, int]]:
+def _places(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields the dotted keys below a node with their lines; entries of a list have numbers as keys."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield f"{prefix}{index}", item.start_mark.line + 1
+            yield from _places(item, f"{prefix}{index}.")
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from _places(value, f"{prefix}{key.value}.")
+
+
+def _read_json(text: str, path: Path) -> tuple[Any, Places]:
     try:
         values = json.loads(text)
-        _check_extent(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
-    try:  # JSON is YAML but for tabs: lines come from the YAML reader where it can read the text
+    _check_extent(values)  # before the YAML reader, which is slow on what is too large
+    try:  # JSON is YAML but for tabs: the lines come from the YAML reader where it can read the text
         return values, _read_yaml(text.replace("\t", " "), path)[1]
-    except SettingsError:
-        raise
     except UserError:
-        return values, {}
+        return values, []
 
 
-def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
+def _read_python(text: str, path: Path) -> tuple[Any, Places]:
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: this is not valid Python: {error.msg}") from None
     values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    twice: list[str] = []
+    places: Places = []
     for node in body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
         if not isinstance(node, (ast.Assign, ast.Expr)) or not (name or isinstance(node.value, ast.Dict)):
@@ -195,42 +183,30 @@ def _read_python(text: str, path: Path) -> tuple[Any, dict[str, int]]:
             raise UserError(
                 f"{path}:{node.lineno}: only literal values are read from a Python file; it is never executed"
             ) from None
-        # the name of a block says nothing, but for that of a setting whose value is the mapping
+        # the name of a block means nothing, unless it is a setting whose value is the mapping
         if isinstance(node.value, ast.Dict) and name not in NAMED_MAPPINGS:
-            places = [(str(ast.literal_eval(key)), key.lineno) for key in node.value.keys if key is not None]
+            places += [(str(ast.literal_eval(key)), key.lineno) for key in node.value.keys if key is not None]
             values |= value
         else:
-            places = [(name, node.lineno)]
+            places.append((name, node.lineno))
             values[name] = value
-        for key, line in places:
-            if key in lines:
-                twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
-            lines.setdefault(key, line)
-    if twice:
-        raise SettingsError(twice)
-    _check_extent(values)
-    return values, lines
+    return values, places
 
 
 def read_json(path: str | Path, shape: type = dict) -> Any:
-    """Returns what a JSON file holds, checked to be a mapping or list.
-
-    Raises:
-        UserError: it cannot be read, is not JSON, or holds something else.
-    """
+    """Returns what a JSON file holds, checked to be a mapping or list."""
     path = Path(path)
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
         _check_extent(value, most=math.inf)
     if not isinstance(value, shape):
-        raise UserError(
-            f"{path}: expected a JSON {'list' if shape is list else 'object'}, found {type(value).__name__}"
-        )
+        expected = "list" if shape is list else "object"
+        raise UserError(f"{path}: expected a JSON {expected}, found {type(value).__name__}")
     return value
 
 
 def finite(value: Any) -> Any:
-    """Returns plain values with what JSON has no word for (NaN, infinity) as None."""
+    """Returns plain values with NaN and infinity, which JSON cannot spell, as None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -239,15 +215,9 @@ def finite(value: Any) -> Any:
 
 
 def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, Any]) -> None:
-    """Checks values that a file gives some library against the types that the library declares.
+    """Raises UserError where a value that is passed on to a library has another type than the library declares.
 
-    Args:
-        subject: the file, or the setting that holds the values.
-        values: by name; names without a type pass.
-        types: by name, such as `typing.get_type_hints` of a configuration class.
-
-    Raises:
-        UserError: a value is of another type.
+    `types` are by name, such as `typing.get_type_hints` of a configuration class; values without a type pass.
     """
     for name in sorted(values.keys() & types.keys()):
         try:
@@ -262,10 +232,7 @@ def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, An
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a temporary name beside it, then renames it: readers never see half of it.
 
-    A link is followed, and what is no regular file (`/dev/null`, a pipe) is written as it is, never replaced.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
+    A link is followed, and what is no regular file (a device, a pipe) is written to, never replaced.
     """
     try:
         if path.exists() and not path.is_file():

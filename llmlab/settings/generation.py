@@ -1,9 +1,8 @@
-"""How text is sampled, and the settings of the `generate` stage that writes samples of a model into a run folder."""
+"""How text is sampled, and the settings of the `sample` stage that writes samples of a model into a run folder."""
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le
-from pydantic import Field
+from annotated_types import Ge, Gt, Le, MinLen
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Settings
@@ -15,26 +14,28 @@ class SamplingSettings(Settings):
 
     panel: ClassVar[str] = "Sampling"
 
-    temperature: Annotated[float, Ge(0)] = Field(
-        0.7, description="Sharpness of the choice; 0 takes the likeliest token."
-    )
-    top_p: Annotated[float, Gt(0), Le(1)] = Field(
-        0.9, description="Choose among the tokens that hold this probability."
-    )
-    top_k: Annotated[int, Ge(0)] = Field(0, description="Choose among this many tokens; 0 is all.")
-    max_new_tokens: Annotated[int, Gt(0)] = Field(256, description="Longest completion in tokens.")
-    repetition_penalty: Annotated[float, Gt(0)] = Field(1.0, description="Above 1 makes repeated tokens less likely.")
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """Sampling temperature; 0 is greedy decoding."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Nucleus sampling: the smallest set of tokens with this total probability."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Sample among the k most likely tokens; 0 is all."""
+    max_new_tokens: Annotated[int, Gt(0)] = 256
+    """Longest completion in tokens."""
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    """Above 1, repeated tokens become less likely."""
 
 
-class GenerateSettings(SamplingSettings):
-    """Write completions of prompts, to see what a model learned."""
+class SampleSettings(SamplingSettings):
+    """Completions of fixed prompts."""
 
     panel: ClassVar[str] = "Generate"
 
-    model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")] = Field(
-        description="Run folder or hub id.", min_length=1
-    )
-    prompts: list[str] = Field(description="Texts to continue, or to answer where the model chats.", min_length=1)
-    num_samples: Annotated[int, Gt(0)] = Field(1, description="Completions of each prompt.")
+    model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")]
+    """Run folder or hub id."""
+    prompts: Annotated[list[str], MinLen(1)]
+    """Texts to continue, or user messages where the model chats."""
+    num_samples: Annotated[int, Gt(0)] = 1
+    """Completions of each prompt."""
     seed: v.Seed = 42
-    output_dir: v.OutputDir = "runs/generate"
+    output_dir: v.OutputDir = "runs/sample"

@@ -1,9 +1,8 @@
-"""Settings of `llmlab grpo`. Source: seed, LLM-Lab document, "GRPO"; Shao et al. 2024 (arXiv:2402.03300)."""
+"""Settings of `llmlab grpo`."""
 
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
@@ -13,7 +12,7 @@ NO_VALUES = "GRPO compares completions with each other, and has no value functio
 
 
 class GRPOSettings(OnlineSettings):
-    """Sample a group of completions of each prompt, and make the better ones of a group likelier."""
+    """Group relative policy optimization. Source: seed, LLM-Lab document, "GRPO"; arXiv:2402.03300."""
 
     panel: ClassVar[str] = "GRPO"
     inapplicable: ClassVar[dict[str, str]] = {
@@ -23,19 +22,13 @@ class GRPOSettings(OnlineSettings):
     }
 
     output_dir: v.OutputDir = "grpo_checkpoints"
-    group_size: Annotated[int, Ge(2), Trl("num_generations")] = Field(
-        4, description="Completions of each prompt, which are compared with each other."
-    )
+    group_size: Annotated[int, Ge(2), Trl("num_generations")] = 4
+    """Completions of each prompt, which form a group."""
     grpo_temperature: Temperature = 1.0
-    baseline_mode: Literal["group_mean", "global_mean"] = Field(
-        "group_mean",
-        description="What a completion's reward is compared with: the mean of its group, or of the whole rollout "
-        "(then also scaled by the deviation in the rollout).",
-    )
-
-    target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = Field(
-        0.1, description="Wanted KL divergence from the reference, in nats a token."
-    )
+    baseline_mode: Literal["group_mean", "global_mean"] = "group_mean"
+    """Baseline of the advantages: the mean reward of the group, or of the whole rollout (then also divided by the
+    rollout's standard deviation)."""
+    target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = 0.1
 
     @property
     def completions_per_prompt(self) -> int:

@@ -1,36 +1,51 @@
-"""Where and in which arithmetic a stage runs; what the machine has is probed by `llmlab.hardware`."""
+"""Where and in which precision a stage runs; what the machine has is probed by `llmlab.hardware`."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Le
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Settings
+from llmlab.settings.base import Resume, Settings, Trl
 
 LAUNCH = "processes are started from outside: accelerate launch -m llmlab ..."
 TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
 
 
-class HardwareSettings(Settings):
-    """Everything is `auto` until somebody knows better."""
+class DeviceSettings(Settings):
+    """Device and precision."""
 
-    panel: ClassVar[str] = "Machine"
+    panel: ClassVar[str] = "Hardware"
+    resume: ClassVar[Resume] = Resume.FREE
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto prefers CUDA, then MPS, then the CPU."""
+    dtype: v.Dtype = "auto"
+    """Mixed precision; auto is bf16 where the device supports it, else fp16 on CUDA, else fp32."""
+
+
+class HardwareSettings(DeviceSettings):
+    """Device, precision, and what trades compute for memory or start-up time for speed."""
+
+    resume: ClassVar[Resume] = Resume.FREE
     inapplicable: ClassVar[dict[str, str]] = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
 
-    device: v.Device = "auto"
-    dtype: v.Dtype = "auto"
-    tf32: v.Tf32 = None
-    compile: v.Compile = "auto"
-    gradient_checkpointing: v.GradientCheckpointing = False
-    dataloader_num_workers: v.DataloaderNumWorkers = 0
+    tf32: bool | None = None
+    """TF32 matrix products on CUDA devices that have them; none keeps torch's default."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile; auto enables it where the run is long enough to regain the compile time."""
+    gradient_checkpointing: Annotated[bool, Trl("gradient_checkpointing")] = False
+    """Recompute activations in the backward pass: about a third slower, with much less memory."""
+    dataloader_num_workers: Annotated[int, Ge(0), Le(256), Trl("dataloader_num_workers")] = 0
+    """Worker processes of the data loader; 0 loads in the training process."""
 
     @classmethod
-    def translate(cls, values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
         """Reads the RL guide's `bf16` and `fp16` ("use BF16 if available", "fallback if no BF16") as a dtype."""
-        values = {f"trainer_args.{key}" if key in TRAINER_ARGS else key: value for key, value in values.items()}
-        if not {"bf16", "fp16"} & set(values) or "dtype" in values:
-            return super().translate(values, say)
-        bf16, fp16 = values.get("bf16"), values.get("fp16")
-        rest = {key: value for key, value in values.items() if key not in ("bf16", "fp16")}
-        if bf16 is None and fp16 is False:
-            return super().translate(rest, say)
-        return super().translate({**rest, "dtype": "auto" if bf16 else "fp16" if fp16 else "fp32"}, say)
+        for key in values.keys() & TRAINER_ARGS:
+            values[f"trainer_args.{key}"] = values.pop(key)
+        if "dtype" not in values and values.keys() & {"bf16", "fp16"}:
+            bf16, fp16 = values.pop("bf16", None), values.pop("fp16", None)
+            if bf16 is not None or fp16 is not False:
+                values["dtype"] = "auto" if bf16 else "fp16" if fp16 else "fp32"
+        super().translate(values, warn)

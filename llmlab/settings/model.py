@@ -1,98 +1,94 @@
-"""The architecture of a decoder trained from nothing, in the seed's words.
+"""The architecture of a decoder trained from scratch, in the seed's words.
 
 `llmlab.model.build_config` turns these settings into a Transformers configuration.
-Source: seed, LLM-Lab document, "Model Configuration".
 """
 
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from llmlab.settings.base import Alias, Settings, When
 from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.vocabulary import conflict
 
+YARN = When("positional_encoding", "yarn")
+
 
 class ModelSettings(Settings):
-    """The decoder's shape. The defaults are Qwen2.5-0.5B's: about 494 million parameters."""
+    """The decoder's shape; the defaults are Qwen2.5-0.5B's, about 494 million parameters.
+
+    Source: seed, LLM-Lab document, "Model Configuration".
+    """
 
     panel: ClassVar[str] = "Model"
 
-    tokenizer_name: Annotated[PathName, Reads("path")] = Field(
-        "Qwen/Qwen2.5-0.5B", description="Tokenizer: a hub id, a folder, or a tokenizer.json file.", min_length=1
-    )
-    positional_encoding: Literal["sinusoidal", "rope", "alibi", "yarn"] = Field(
-        "rope", description="How positions are told: added sines, rotation, distance penalties, or stretched rotation."
-    )
-    attention_type: Literal["mha", "mqa", "gqa"] = Field(
-        "gqa", description="Key/value heads: one each (mha), one for all (mqa), or n_kv_heads groups (gqa)."
-    )
-    norm_type: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Normalization of activations.")
-    activation: Annotated[Literal["relu", "gelu", "silu", "leaky_relu", "swiglu"], Alias("hidden_act")] = Field(
-        "swiglu", description="Feed-forward activation; swiglu is gated and has half as many weights again."
-    )
-    d_model: Annotated[int, Gt(0), Alias("hidden_size")] = Field(
-        896, description="Width of embeddings and hidden states."
-    )
-    n_heads: Annotated[int, Gt(0), Alias("num_attention_heads")] = Field(14, description="Attention heads.")
-    n_kv_heads: Annotated[int, Gt(0), Alias("num_key_value_heads"), When("attention_type", "gqa")] = Field(
-        2, description="Key/value heads of grouped-query attention."
-    )
-    d_ff: Annotated[int, Gt(0), Alias("intermediate_size")] = Field(
-        4864, description="Width of the feed-forward layers (4 x d_model, or 2.67 x with swiglu, is usual)."
-    )
-    n_layers: Annotated[int, Gt(0), Le(10_000), Alias("num_hidden_layers")] = Field(24, description="Decoder layers.")
-    vocab_size: Annotated[int, Gt(0)] = Field(
-        151936, description="Rows of the embedding; follows the tokenizer unless set, and is never smaller than it."
-    )
-    max_seq_len: Annotated[int, Gt(1), Alias("max_position_embeddings", "max_seq_length", "max_length")] = Field(
-        1024, description="Longest sequence in tokens."
-    )
-    dropout: Annotated[float, Ge(0), Lt(1)] = Field(
-        0.0, description="Share of activations dropped in training (0.1 helps on small data)."
-    )
-    sliding_window: Annotated[int | None, Gt(0)] = Field(
-        None, description="Tokens each token may look back; none is all."
-    )
-    attention_bias: bool = Field(False, description="Biases in the attention projections.")
-    norm_eps: Annotated[float, Gt(0), Alias("rms_norm_eps", "layer_norm_eps")] = Field(
-        1e-6, description="Term against division by 0 in the normalization."
-    )
-    tie_word_embeddings: bool = Field(True, description="Share the input embedding with the output head.")
-    rope_theta: Annotated[float, Gt(0), When("positional_encoding", "rope", "yarn")] = Field(
-        10000.0, description="Base of the rotation's wavelengths."
-    )
-    yarn_factor: Annotated[float, Gt(1), When("positional_encoding", "yarn")] = Field(
-        4.0, description="How many times longer than its original length the context becomes."
-    )
-    yarn_original_max_seq_len: Annotated[
-        int | None, Gt(0), Alias("original_max_position_embeddings"), When("positional_encoding", "yarn")
-    ] = Field(None, description="Length before stretching; none is max_seq_len / yarn_factor.")
-    initializer_range: Annotated[float, Gt(0)] = Field(0.02, description="Standard deviation of the initial weights.")
+    tokenizer_name: Annotated[PathName, Reads("path")] = "Qwen/Qwen2.5-0.5B"
+    """Tokenizer: a hub id, a folder, or a tokenizer.json file."""
+    positional_encoding: Literal["sinusoidal", "rope", "alibi", "yarn"] = "rope"
+    """Position encoding: sinusoidal added to the embeddings, rotary (rope), ALiBi's linear attention biases, or YaRN
+    (rope scaled to a longer context)."""
+    attention_type: Literal["mha", "mqa", "gqa"] = "gqa"
+    """Multi-head, multi-query or grouped-query attention: one key/value head per query head, one in all, or
+    n_kv_heads."""
+    norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    """Normalization layers."""
+    activation: Annotated[Literal["relu", "gelu", "silu", "leaky_relu", "swiglu"], Alias("hidden_act")] = "swiglu"
+    """Activation of the feed-forward layers; swiglu is gated and has a third matrix."""
+    d_model: Annotated[int, Gt(0), Alias("hidden_size")] = 896
+    """Hidden size."""
+    n_heads: Annotated[int, Gt(0), Alias("num_attention_heads")] = 14
+    """Attention heads."""
+    n_kv_heads: Annotated[int, Gt(0), Alias("num_key_value_heads"), When("attention_type", "gqa")] = 2
+    """Key/value heads of grouped-query attention."""
+    d_ff: Annotated[int, Gt(0), Alias("intermediate_size")] = 4864
+    """Hidden size of the feed-forward layers; usually 4 x d_model, or 2.67 x with swiglu."""
+    n_layers: Annotated[int, Gt(0), Le(10_000), Alias("num_hidden_layers")] = 24
+    """Decoder layers."""
+    vocab_size: Annotated[int, Gt(0)] = 151936
+    """Rows of the embedding; the tokenizer's size unless set, and never smaller."""
+    max_seq_len: Annotated[int, Gt(1), Alias("max_position_embeddings", "max_seq_length", "max_length")] = 1024
+    """Context length in tokens, and the length of a packed row."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout probability; 0.1 helps on small data."""
+    sliding_window: Annotated[int | None, Gt(0)] = None
+    """Sliding-window attention over this many tokens; none is full attention."""
+    attention_bias: bool = False
+    """Biases in the attention projections."""
+    norm_eps: Annotated[float, Gt(0), Alias("rms_norm_eps", "layer_norm_eps")] = 1e-6
+    """Epsilon of the normalization layers."""
+    tie_word_embeddings: bool = True
+    """Share the weights of the input embedding and the output head."""
+    rope_theta: Annotated[float, Gt(0), When("positional_encoding", "rope", "yarn")] = 10000.0
+    """Base of the rotary frequencies."""
+    yarn_factor: Annotated[float, Gt(1), YARN] = 4.0
+    """YaRN's factor: the context length divided by the original one."""
+    yarn_original_max_seq_len: Annotated[int | None, Gt(0), Alias("original_max_position_embeddings"), YARN] = None
+    """Context length before YaRN; none is max_seq_len / yarn_factor."""
+    initializer_range: Annotated[float, Gt(0)] = 0.02
+    """Standard deviation of the initial weights."""
 
     @model_validator(mode="after")
     def check_heads(self) -> "ModelSettings":
-        if self.d_model % self.n_heads:
-            near = nearest_divisor(self.d_model, self.n_heads)
+        width, heads, groups = self.d_model, self.n_heads, self.n_kv_heads
+        if width % heads:
             raise conflict(
-                f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}; "
-                f"the nearest number of heads that divides it is {near}",
+                f"d_model = {width} is not divisible by n_heads = {heads}; "
+                f"the nearest number of heads that divides it is {nearest_divisor(width, heads)}",
                 "d_model",
                 "n_heads",
             )
-        if self.attention_type == "gqa" and self.n_heads % self.n_kv_heads:
-            near = nearest_divisor(self.n_heads, self.n_kv_heads)
+        if self.attention_type == "gqa" and heads % groups:
             raise conflict(
-                f"n_heads = {self.n_heads} is not divisible by n_kv_heads = {self.n_kv_heads}; "
-                f"the nearest number of key/value heads that divides it is {near}",
+                f"n_heads = {heads} is not divisible by n_kv_heads = {groups}; "
+                f"the nearest number of key/value heads that divides it is {nearest_divisor(heads, groups)}",
                 "n_heads",
                 "n_kv_heads",
             )
-        if self.positional_encoding in ("rope", "yarn") and (self.d_model // self.n_heads) % 2:
+        if self.positional_encoding in ("rope", "yarn") and width // heads % 2:
             raise conflict(
                 f"{self.positional_encoding} rotates pairs, so d_model / n_heads must be even; "
-                f"{self.d_model} / {self.n_heads} is {self.d_model // self.n_heads}",
+                f"{width} / {heads} is {width // heads}",
                 "d_model",
                 "n_heads",
                 "positional_encoding",
@@ -109,6 +105,6 @@ class ModelSettings(Settings):
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """Returns the divisor of a number that is nearest to the wanted one, the larger of two equally near."""
-    below = next(d for d in range(min(wanted, number), 0, -1) if number % d == 0)
-    above = next((d for d in range(wanted, min(number, 2 * wanted - below) + 1) if number % d == 0), below)
-    return above
+    below = next(divisor for divisor in range(min(wanted, number), 0, -1) if number % divisor == 0)
+    largest = min(number, 2 * wanted - below)
+    return next((divisor for divisor in range(wanted, largest + 1) if number % divisor == 0), below)

@@ -1,7 +1,6 @@
 """Names of models, data sets and folders: which can only be local paths, and what is missing before anything loads.
 
-Only the file system is asked, and nothing heavy is imported.  Whether a folder's files are whole is its reader's
-business.
+Only the file system is asked, and nothing heavy is imported; the content of files is their reader's business.
 """
 
 import os
@@ -20,6 +19,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of the usual file systems
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_ENDINGS = tuple(f".{kind}{gz}" for kind in ("txt", "json", "jsonl", "csv", "parquet") for gz in ("", ".gz"))
 MODEL_FILES = ("config.json", "adapter_config.json")
+LOCK = ".llmlab.lock"  # locked by the run that writes into a folder; a killed run leaves the file, unlocked
+OWNER = ".llmlab.pipeline"  # names the pipeline that a run folder belongs to
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ PathName = Annotated[str, AfterValidator(check_path)]
 
 
 def expand(text: str | Path) -> Path:
-    """Returns a path with `~` replaced by the home folder it means; one of nobody's stays as it is."""
+    """Returns a path with `~` replaced by the home folder, where that user exists."""
     return Path(os.path.expanduser(text))
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path here: it exists, has a path's form, or its parent folder exists."""
+    """Whether a name can only be a local path: it exists, has a path's form, or its parent folder exists."""
     path = expand(name)
     return (
         os.path.exists(path)
@@ -60,7 +61,7 @@ def is_local(name: str) -> bool:
 
 
 def missing(name: str, what: str = "file or folder") -> UserError:
-    """Returns the error for a path that is not there, with the nearest name beside it."""
+    """Returns the error for a path that does not exist, with the nearest name beside it."""
     path = expand(name)
     while not os.path.isdir(path.parent):
         path = path.parent
@@ -69,7 +70,7 @@ def missing(name: str, what: str = "file or folder") -> UserError:
 
 
 def check_model(name: str) -> None:
-    """Raises UserError for a name that can only be local and holds no model; what may be a hub id passes."""
+    """Raises UserError for a name that can only be local and holds no model; a possible hub id passes."""
     folder = expand(name)
     if os.path.isfile(folder):
         raise UserError(f"{name}: this is a file; expected a run folder or a hub id")
@@ -79,23 +80,17 @@ def check_model(name: str) -> None:
         return
     if any(os.path.isfile(folder / file) for file in MODEL_FILES):
         return
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    if checkpoints:
-        last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    steps = [path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")]
+    if steps := [int(step) for step in steps if step.isdecimal()]:
+        last = folder / f"checkpoint-{max(steps)}"
         raise UserError(f"{name}: this run has no finished model; try its last checkpoint, {last}")
     raise UserError(f"{name}: this folder holds no model: it has neither config.json nor adapter_config.json")
 
 
 def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[Path] = ()) -> None:
-    """Checks that what the settings read is there, as far as that is known without a network.
+    """Raises SettingsError for everything that settings read and that is missing, as far as known without a network.
 
-    Args:
-        settings: of any stage.
-        sources: where each setting came from.
-        made: folders that earlier stages will have written by then.
-
-    Raises:
-        SettingsError: everything that is missing.
+    `sources` says where each setting came from; `made` are the folders that earlier stages will have written.
     """
     problems = []
     for setting in fields_of(type(settings)):
@@ -114,10 +109,6 @@ def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[P
                 problems.append(f"{sources.get(setting.key, 'arguments')}: {setting.key} = {error}")
     if problems:
         raise SettingsError(problems)
-
-
-LOCK = ".llmlab.lock"  # held by the run that writes into a folder; a killed one leaves the file, unlocked
-OWNER = ".llmlab.pipeline"  # says to which pipeline a run folder belongs
 
 
 def check_free(path: Path) -> None:

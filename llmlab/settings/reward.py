@@ -1,4 +1,4 @@
-"""Settings of `llmlab reward`: a model that scores answers, learned from pairs (arXiv:2009.01325)."""
+"""Settings of `llmlab reward`."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from llmlab.settings.preference import PreferenceSettings
 
 
 class RewardModelSettings(PreferenceSettings):
-    """Train a model that scores the better of two answers higher."""
+    """A reward model trained on pairs with the Bradley-Terry loss (arXiv:2009.01325)."""
 
     panel: ClassVar[str] = "Reward model"
 

@@ -1,16 +1,14 @@
-"""What a completion is rewarded for: rewards in the form `name | weight` or a mapping with their parameters.
+"""What a completion is rewarded for: rewards in the form `name | weight`, or a mapping with their parameters.
 
-Which rewards and parameters exist, and what they compute, is the business of `llmlab.rewards`.
+`llmlab.rewards` knows which rewards and parameters there are, and computes them.
 """
 
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Gt
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, model_validator
+from annotated_types import Gt, MinLen
+from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_validator
 
 from llmlab.settings.base import Alias, Settings
-
-FIELDS = ("name", "weight", "min", "max", "cap", "parameters")
 
 
 class RewardSettings(Settings):
@@ -23,16 +21,18 @@ class RewardSettings(Settings):
 
     type_name: ClassVar[str] = "name | weight"
 
-    name: str = Field(min_length=1, description="A reward of llmlab, or a function of your own: path/to/file.py:name.")
-    weight: float | None = Field(
-        None, description="Factor of the value; none is the guide's weight of that reward, or 1."
-    )
-    min: float | None = Field(None, description="Smaller values are raised to this.")
-    max: float | None = Field(None, description="Larger values are lowered to this.")
-    cap: Annotated[float, Gt(0)] | None = Field(
-        None, description="Largest size, positive or negative, of weight x value."
-    )
-    parameters: dict[str, JsonValue] = Field({}, description="The reward's own parameters.")
+    name: Annotated[str, MinLen(1)]
+    """A reward of llmlab, or a function of your own: path/to/file.py:name."""
+    weight: float | None = None
+    """Factor of the value; none is the guide's weight of that reward, or 1."""
+    min: float | None = None
+    """Lower clip of the value."""
+    max: float | None = None
+    """Upper clip of the value."""
+    cap: Annotated[float, Gt(0)] | None = None
+    """Largest magnitude of weight x value."""
+    parameters: dict[str, JsonValue] = {}
+    """The reward's own parameters."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,13 +46,13 @@ class RewardSettings(Settings):
             return value
         if not isinstance(value, dict):
             raise ValueError("expected 'name | weight' or a mapping with a name")
-        inline = {key: part for key, part in value.items() if key not in FIELDS}
-        parameters = value.get("parameters", {})
+        fields = {key: part for key, part in value.items() if key in cls.model_fields}
+        inline = {key: part for key, part in value.items() if key not in cls.model_fields}
+        parameters = fields.get("parameters", {})
         if not inline or not isinstance(parameters, dict):
             return value
         if twice := sorted(inline.keys() & parameters.keys()):
             raise ValueError(f"'{twice[0]}' stands beside `parameters` and in it; keep one")
-        fields = {key: part for key, part in value.items() if key in FIELDS}
         return {**fields, "parameters": {**parameters, **inline}}
 
     @model_validator(mode="after")
@@ -78,20 +78,7 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
-Rewards = Annotated[
-    list[RewardSettings],
-    BeforeValidator(as_list),
-    Field(
-        min_length=1,
-        description="What completions are rewarded for, one an entry: name | weight (optional), or a mapping "
-        "{name: weight}.",
-    ),
-    Alias("reward_funcs", "reward_functions", "reward_weights"),
-]
-NormalizeRewards = Annotated[
-    bool,
-    Field(description="Map the weighted sum to [0, 1] by its smallest and largest possible value."),
-]
+SPELLINGS = Alias("reward_funcs", "reward_functions", "reward_weights")
 
 
 class RewardsSettings(Settings):
@@ -99,5 +86,7 @@ class RewardsSettings(Settings):
 
     panel: ClassVar[str] = "Rewards"
 
-    rewards: Rewards
-    normalize_rewards: NormalizeRewards = True
+    rewards: Annotated[list[RewardSettings], BeforeValidator(as_list), MinLen(1), SPELLINGS]
+    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}."""
+    normalize_rewards: bool = True
+    """Map the weighted sum to [0, 1] by its smallest and largest possible value."""

@@ -1,11 +1,12 @@
-"""Merges layers of values (defaults, preset, file, command line) into settings, and knows where each value came from.
+"""Merges layers of values (preset, files, command line) over the defaults, and knows where each value came from.
 
 Spellings are resolved before layers are merged, so `--lr` on the command line overrides `learning_rate` in a file.
 All problems are collected and reported at once.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,15 +20,15 @@ from llmlab.settings.trust import REMOTE_CODE, refusals
 
 S = TypeVar("S", bound=Settings)
 LONGEST_VALUE = 200  # characters of a value in an error
-LARGEST = 2**53  # the integers up to here are whole in JSON and in floats too
+LARGEST = 2**53  # integers up to here are exact in JSON and in floats too
 NONE_WORDS = ("none", "None", "null")
-TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic says which part of a union refused a value
-NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; the other is refused elsewhere
+TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic's names of the parts of a union
+NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; `refusals` reports the other
 
 
 @dataclass(frozen=True)
-class Given:
-    """A value somebody gave: `rank` orders the layers, `where` is `file:line` or the layer's label."""
+class Entry:
+    """A value that somebody set: `where` is `file:line` or the layer's label, `rank` orders the layers."""
 
     value: Any
     where: str
@@ -42,156 +43,147 @@ class Resolved(Generic[S]):
     sources: dict[str, str]
     warnings: tuple[str, ...] = ()
 
-    def given(self, key: str) -> bool:
-        """Whether somebody set this key, in contrast to the default that holds otherwise."""
-        return self.sources[key] != "default"
-
     def rows(self) -> list[tuple[str, str, str]]:
         """Returns (key, value, source) for each setting, in the order of declaration."""
         return [(s.key, show(s.of(self.settings)), self.sources[s.key]) for s in fields_of(type(self.settings))]
 
 
 def as_resolved(settings: S | Resolved[S]) -> Resolved[S]:
-    """Returns settings with their sources: those made in Python are arguments where they differ from the defaults."""
+    """Returns settings with their sources; in those made in Python, what differs from its default is an argument."""
     if isinstance(settings, Resolved):
         return settings
     fields = fields_of(type(settings))
     return Resolved(settings, {s.key: "default" if s.of(settings) == s.default else "arguments" for s in fields})
 
 
-def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
-    """Validates the merged layers, later ones winning.
+def load(stage: type[S], path: str | Path, **overrides: Any) -> S:
+    """Reads a settings file for notebooks and scripts: `load(PretrainSettings, "x.yaml", lr=1e-3)`.
+
+    Args:
+        stage: the settings class.
+        path: a YAML, JSON or .py file.
+        overrides: settings that replace those of the file, under any spelling.
+
+    Returns:
+        The validated settings.
 
     Raises:
         SettingsError: every unknown key, wrong value and contradiction, each with its place.
     """
-    problems: list[str] = []
-    warnings: list[str] = []
-    given: dict[str, Given] = {}
-    for rank, layer in enumerate(layers, start=1):
-        problems += refusals(layer)
-        found = _canonical(stage, layer, rank, problems, warnings)
-        for fields in stage.alternatives:
-            if any(key in found and found[key].value is not None for key in fields):
-                given = {key: entry for key, entry in given.items() if key not in fields}
-        for key, entry in found.items():
-            if key in given and _is_mapping(spellings_of(stage)[key]) and isinstance(entry.value, dict):
-                entry = Given({**(given[key].value or {}), **entry.value}, entry.where, rank)
-            given[key] = entry
-    unusable = [
-        f"{entry.where}: {key} = {_brief(entry.value)}: {reason}"
-        for key, entry in given.items()
-        if (reason := _unusable(entry.value))
-    ]
-    if unusable:
-        raise SettingsError([*problems, *unusable])
-    settings, wrong = _validate(stage, given)
-    problems += wrong
-    if settings is not None:
-        misplaced = _misplaced(settings, given)
-        problems += [message for message, is_error in misplaced.values() if is_error]
-        warnings += [message for message, is_error in misplaced.values() if not is_error]
-        if misplaced and not problems:
-            given = {key: entry for key, entry in given.items() if key not in misplaced}
-            settings, problems = _validate(stage, given)
-    if problems or settings is None:
-        raise SettingsError(problems)
-    sources = {s.key: given[s.key].where if s.key in given else _unsaid(s, settings) for s in fields_of(stage)}
-    return Resolved(settings, sources, tuple(warnings))
-
-
-def _is_mapping(setting: Setting) -> bool:
-    """Whether layers add entries to a setting's value rather than replace it."""
-    return setting.type_name == "mapping"
-
-
-def _unsaid(setting: Setting, settings: Settings) -> str:
-    """Says where a value comes from that nobody gave."""
-    return "default" if setting.of(settings) == setting.default else "implied"
-
-
-def load(stage: type[S], path: str | Path, **overrides: Any) -> S:
-    """Reads a settings file for notebooks and scripts: `load(PretrainSettings, "x.yaml", lr=1e-3)`."""
     return resolve(stage, read_layer(path), Layer("arguments", overrides)).settings
 
 
-def _canonical(
+def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
+    """Validates the merged layers, later ones winning, and raises a SettingsError with all of their problems."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    entries: dict[str, Entry] = {}
+    for rank, layer in enumerate(layers, start=1):
+        problems += refusals(layer)
+        found = _read(stage, layer, rank, problems, warnings)
+        for names in stage.alternatives:
+            if any(name in found and found[name].value is not None for name in names):
+                entries = {key: entry for key, entry in entries.items() if key not in names}
+        for key, entry in found.items():
+            _add(entries, spellings_of(stage)[key], entry)
+    unusable = {key: reason for key, entry in entries.items() if (reason := _unusable(entry.value))}
+    if unusable:
+        shown = {key: f"{entries[key].where}: {key} = {_brief(entries[key].value)}" for key in unusable}
+        raise SettingsError([*problems, *(f"{shown[key]}: {reason}" for key, reason in unusable.items())])
+    settings, wrong = _validate(stage, entries)
+    problems += wrong
+    if settings is not None:
+        misplaced = _misplaced(settings, entries)
+        problems += [message for message, is_error in misplaced.values() if is_error]
+        warnings += [message for message, is_error in misplaced.values() if not is_error]
+        if misplaced and not problems:
+            settings, problems = _validate(stage, {k: entry for k, entry in entries.items() if k not in misplaced})
+            entries = {key: entry for key, entry in entries.items() if key not in misplaced}
+    if problems or settings is None:
+        raise SettingsError(problems)
+    sources = {s.key: "default" if s.of(settings) == s.default else "implied" for s in fields_of(stage)}
+    return Resolved(settings, sources | {key: entry.where for key, entry in entries.items()}, tuple(warnings))
+
+
+def _add(entries: dict[str, Entry], setting: Setting, entry: Entry) -> None:
+    """Sets a value; a mapping is merged into the one before."""
+    before = entries.get(setting.key)
+    if before and setting.type_name == "mapping" and isinstance(entry.value, dict):
+        entry = replace(entry, value={**(before.value or {}), **entry.value})
+    entries[setting.key] = entry
+
+
+def _read(
     stage: type[Settings], layer: Layer, rank: int, problems: list[str], warnings: list[str]
-) -> dict[str, Given]:
+) -> dict[str, Entry]:
     """Returns a layer's values under the stage's own dotted keys."""
-    groups = {name for name, info in stage.model_fields.items() if is_group(info.annotation)}
-    found: dict[str, Given] = {}
+    table = spellings_of(stage)
+    found: dict[str, Entry] = {}
     spelled: dict[str, str] = {}
     unused: dict[str, list[str]] = defaultdict(list)
-
-    def take(key: str, value: Any, where: str, from_group_file: bool = False) -> None:
-        if key in groups and isinstance(value, str):
-            return take_file(key, value)
-        if key in groups and isinstance(value, dict):
-            for name, inner in value.items():
-                take(f"{key}.{name}", inner, layer.where(f"{key}.{name}"))
-            return
-        mapping, _, rest = key.partition(".")
-        if rest and mapping in stage.model_fields and isinstance(stage.model_fields[mapping].default_factory, type):
-            key, value = mapping, {rest: value}  # trainer_args.neftune_noise_alpha=5
-        setting = spellings_of(stage).get(key)
+    values = {str(key): value for key, value in layer.values.items()}
+    stage.translate(values, lambda sentence: warnings.append(f"{layer.label}: {sentence}"))
+    keys = list(_unfold(stage, values, layer, problems))
+    # a key overrides the file of its group; a setting's own name is read before its other spellings
+    keys.sort(key=lambda item: (item[2] is layer, item[0] in table and table[item[0]].name != item[0].split(".")[-1]))
+    for key, value, source in keys:
+        where = source.where(key if source is layer else key.partition(".")[2])
+        mapping, _, inner = key.partition(".")
+        if inner and mapping in table and table[mapping].type_name == "mapping":
+            key, value = mapping, {inner: value}  # trainer_args.neftune_noise_alpha=5
+        setting = table.get(key)
         if setting is None:
             reason = stage.why_inapplicable(key)
             if key in NOT_SETTINGS or value in stage.implied.get(key, ()):
-                return
+                continue
             if reason and layer.path is not None:
                 unused[reason].append(key)
             elif reason:
                 problems.append(f"{where}: '{key}' cannot be set here: {reason}")
             else:
-                problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, spellings_of(stage))}")
-            return
-        if (
-            isinstance(value, str)
-            and value in NONE_WORDS
-            and value not in setting.choices
-            and "none" in setting.type_name
-        ):
+                problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, table)}")
+            continue
+        is_none = isinstance(value, str) and value in NONE_WORDS and value not in setting.choices
+        if is_none and "none" in setting.type_name:
             value = None
         other = spelled.get(setting.key, key)
         if other != key and found[setting.key].value != value:
-            # one of the two may be another algorithm's own word
-            owner_of = {name: stage.owners_elsewhere(name, lambda kind: kind.model_fields) for name in (key, other)}
-            foreign = next((name for name, owner in owner_of.items() if owner), None)
-            if foreign is None or layer.path is None:
-                problems.append(f"{where}: '{key}' and '{other}' are two spellings of one setting; keep one")
+            # a file for several algorithms may hold another one's own setting, which is an alias here
+            owner = stage.relative_with(key, lambda relative: relative.model_fields)
+            if owner and layer.path is not None:
+                unused[owner].append(key)
             else:
-                unused[owner_of[foreign]].append(foreign)
-            if foreign == key:
-                return
-        if not from_group_file:  # a key beside a group's file overrides the file's
+                problems.append(f"{where}: '{key}' and '{other}' are two spellings of one setting; keep one")
+            continue
+        if source is layer:
             spelled[setting.key] = key
-        if setting.key in found and _is_mapping(setting) and isinstance(value, dict):
-            value = {**(found[setting.key].value or {}), **value}
-        found[setting.key] = Given(value, where, rank)
-
-    def take_file(key: str, name: str) -> None:
-        base = layer.path.parent if layer.path else Path()
-        path = base / name if (base / name).exists() else Path(name)
-        try:
-            nested = read_layer(path)
-        except UserError as error:
-            problems.append(f"{layer.where(key)}: {key} = {name}: {error}")
-            return
-        for inner, value in nested.values.items():
-            take(f"{key}.{inner}", value, nested.where(str(inner)), from_group_file=True)
-
-    def say(sentence: str) -> None:
-        warnings.append(f"{layer.label}: {sentence}")
-
-    # whole groups first: a key beside them is more specific than what their file says
-    for key, value in sorted(stage.translate(layer.values, say).items(), key=lambda item: item[0] not in groups):
-        take(str(key), value, layer.where(str(key)))
+        _add(found, setting, Entry(value, where, rank))
     if unused:
-        parts = [f"{', '.join(map(repr, keys))} ({reason})" for reason, keys in unused.items()]
+        parts = [f"{', '.join(map(repr, names))} ({reason})" for reason, names in unused.items()]
         first = next(iter(unused.values()))[0]
         warnings.append(f"{layer.where(first)}: no effect here: {'; '.join(parts)}")
     return found
+
+
+def _unfold(
+    stage: type[Settings], values: dict[str, Any], layer: Layer, problems: list[str]
+) -> Iterator[tuple[str, Any, Layer]]:
+    """Yields (dotted key, value, its layer) with the groups of settings, and the files they may name, unfolded."""
+    groups = {name for name, info in stage.model_fields.items() if is_group(info.annotation)}
+    for key, value in values.items():
+        source = layer
+        if key in groups and isinstance(value, str):
+            beside = (layer.path.parent if layer.path else Path()) / value
+            try:
+                source = read_layer(beside if beside.exists() else value)
+            except UserError as error:
+                problems.append(f"{layer.where(key)}: {key} = {value}: {error}")
+                continue
+            value = source.values
+        if key in groups and isinstance(value, dict):
+            yield from ((f"{key}.{inner}", part, source) for inner, part in value.items())
+        else:
+            yield key, value, source
 
 
 def _unusable(value: Any) -> str | None:
@@ -210,16 +202,16 @@ def _unusable(value: Any) -> str | None:
 
 
 def _brief(value: Any) -> str:
-    """Returns a value as YAML has it, its middle left out where it is long."""
+    """Returns a value as in YAML, its middle left out where it is long."""
     if isinstance(value, int) and value.bit_length() > 400:
         return "a number of more than 100 digits"
     text = show(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 20]}...{text[-15:]}"
 
 
-def _validate(stage: type[S], given: dict[str, Given]) -> tuple[S | None, list[str]]:
+def _validate(stage: type[S], entries: dict[str, Entry]) -> tuple[S | None, list[str]]:
     tree: dict[str, Any] = {}
-    for key, entry in given.items():
+    for key, entry in entries.items():
         *groups, name = key.split(".")
         branch = tree
         for group in groups:
@@ -228,51 +220,49 @@ def _validate(stage: type[S], given: dict[str, Given]) -> tuple[S | None, list[s
     try:
         return stage.model_validate(tree), []
     except ValidationError as error:
-        return None, list(dict.fromkeys(_sentence(stage, detail, given) for detail in error.errors()))
+        return None, list(dict.fromkeys(_sentence(stage, detail, entries) for detail in error.errors()))
 
 
-def _sentence(stage: type[Settings], detail: ErrorDetails, given: dict[str, Given]) -> str:
+def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, Entry]) -> str:
+    """Returns one of pydantic's errors as a sentence with the place, key, value and what was expected."""
     context = detail.get("ctx") or {}
     if "keys" in context:  # a contradiction between fields, raised by `conflict`
         prefix = "".join(f"{part}." for part in detail["loc"])
-        places = [given[prefix + key].where for key in context["keys"] if prefix + key in given]
+        places = [entries[prefix + key].where for key in context["keys"] if prefix + key in entries]
         return f"{places[-1] if places else 'defaults'}: {detail['msg']}"
     parts = [str(part) for part in detail["loc"]]
     setting = next((s for s in fields_of(stage) if list(s.path) == parts[: len(s.path)]), None)
     key = setting.key if setting else ".".join(parts)
-    where = given[key].where if key in given else "defaults"
+    where = entries[key].where if key in entries else "defaults"
     inner = [part for part in parts[len(setting.path) :] if part not in TYPE_TAGS] if setting else []
     name = key + "".join(
         f"[{part}]" if part.isdigit() else f".{part}" for part in inner if part.isidentifier() or part.isdigit()
     )
-    value = detail["input"]
     if detail["type"] == "literal_error":
         choices = [show(choice) for choice in (setting.choices if setting else ())]
-        expected = f"expected one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+        expected = f"expected one of {', '.join(choices)}{did_you_mean(str(detail['input']), choices)}"
     elif detail["type"] == "value_error":
         expected = str(context["error"])
     else:
         expected = detail["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-    return f"{where}: {name} = {_brief(value)}: {expected}"
+    return f"{where}: {name} = {_brief(detail['input'])}: {expected}"
 
 
-def _misplaced(settings: Settings, given: dict[str, Given]) -> dict[str, tuple[str, bool]]:
-    """Returns the given keys whose condition does not hold: (sentence, whether it is an error).
+def _misplaced(settings: Settings, entries: dict[str, Entry]) -> dict[str, tuple[str, bool]]:
+    """Returns (sentence, whether it is an error) for each key whose `When` does not hold.
 
-    A value that only repeats the default is silent, and one whose condition a higher layer changed is dropped with a
-    warning: both come from files that list everything.
+    A value that only repeats the default is silent, and one whose condition a higher layer changed gives a warning:
+    both come from files that list every setting.
     """
     misplaced: dict[str, tuple[str, bool]] = {}
     for setting in fields_of(type(settings)):
-        condition, entry = setting.marker(When), given.get(setting.key)
+        condition, entry = setting.marker(When), entries.get(setting.key)
         if condition is None or entry is None or setting.of(settings) == setting.default:
             continue
         other = next(s for s in fields_of(type(settings)) if s.path == (*setting.path[:-1], condition.field))
-        actual = other.of(settings)
-        if actual in condition.values:
-            continue
-        decider = given.get(other.key)
-        overridden = decider is not None and decider.rank > entry.rank
-        sentence = f"{entry.where}: {setting.key} applies only when {condition}, and {other.key} is {show(actual)}"
-        misplaced[setting.key] = (sentence + ("; ignored" if overridden else ""), not overridden)
+        actual, decider = other.of(settings), entries.get(other.key)
+        if actual not in condition.values:
+            overridden = decider is not None and decider.rank > entry.rank
+            sentence = f"{entry.where}: {setting.key} applies only when {condition}, and {other.key} is {show(actual)}"
+            misplaced[setting.key] = (sentence + ("; ignored" if overridden else ""), not overridden)
     return misplaced

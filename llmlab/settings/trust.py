@@ -1,7 +1,6 @@
 """What no file may decide: that code which a model brings along runs, and that something leaves this machine.
 
-Both are the user's own word, on the command line or in a call. A settings file, preset, pipeline or run record that
-says one of them is refused.
+Only the user decides it, on the command line or in a call; files, pipelines and run records that do are refused.
 """
 
 import inspect
@@ -32,14 +31,14 @@ def remote_code_allowed() -> bool:
 
 
 def allow_remote_code(allowed: bool) -> bool:
-    """Decides it for the rest of the process: the command line's `--trust-remote-code`."""
+    """Sets it for the rest of the process: the command line's `--trust-remote-code`."""
     _allowed.set(allowed)
     return allowed
 
 
 @contextmanager
 def remote_code(allowed: bool) -> Iterator[None]:
-    """Decides it for a block."""
+    """Sets it for a block."""
     token = _allowed.set(allowed)
     try:
         yield
@@ -48,7 +47,7 @@ def remote_code(allowed: bool) -> Iterator[None]:
 
 
 def takes_trust(function: F) -> F:
-    """Gives a function the keyword `trust_remote_code`; None, its default, is as the command line says."""
+    """Adds the keyword `trust_remote_code` to a function; None, its default, keeps the command line's choice."""
     signature = inspect.signature(function)
     keyword = inspect.Parameter(REMOTE_CODE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None)
 
@@ -62,16 +61,16 @@ def takes_trust(function: F) -> F:
 
 
 def refusals(layer: "Layer") -> list[str]:
-    """Returns what is wrong with a layer that decides what it may not, a sentence each."""
+    """Returns a sentence for each key of a layer that it may not set."""
     problems = []
-    for key, value in _flat(layer.values):
+    for key, value in _flatten(layer.values):
         head, _, name = key.rpartition(".")
         if name == REMOTE_CODE:
             problems.append(
                 f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
                 f"({REMOTE_CODE}=True in a call) lets code run that a model brings along"
             )
-        elif layer.path is not None and head == TRAINER_ARGS and leaves(name, value):
+        elif layer.path is not None and head == TRAINER_ARGS and leaves_machine(name, value):
             problems.append(
                 f"{layer.where(key)}: {key} sends data off this machine, which no file decides; "
                 f"give {key}=... on the command line"
@@ -79,15 +78,15 @@ def refusals(layer: "Layer") -> list[str]:
     return problems
 
 
-def leaves(name: str, value: Any) -> bool:
+def leaves_machine(name: str, value: Any) -> bool:
     """Whether a trainer argument of this value sends something off this machine."""
     if name == "report_to":
-        return bool(_services(value))
+        return bool(_remote_services(value))
     return bool(value) and (name in (*PUBLISHES, *SENDS, "vllm_server_host") or name.startswith("hub_"))
 
 
 def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[str, str]]:
-    """Returns the line of a run's plan that says where these arguments send what; none where nothing is sent."""
+    """Returns the row of a run's plan that names what these arguments send where; empty where they send nothing."""
     places = []
     if trainer_args.get("push_to_hub"):
         name = trainer_args.get("hub_model_id") or f"<your account>/{Path(output_dir).absolute().name}"
@@ -95,19 +94,19 @@ def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[st
         places.append(f"the run folder to the Hugging Face hub, as {name} ({kind})")
     if trainer_args.get("log_completions_hub_repo"):
         places.append(f"completions to the Hugging Face hub, as {trainer_args['log_completions_hub_repo']}")
-    places += [f"metrics to {service}" for service in _services(trainer_args.get("report_to"))]
+    places += [f"metrics to {service}" for service in _remote_services(trainer_args.get("report_to"))]
     places += [f"{name} {trainer_args[name]}" for name in SENDS if trainer_args.get(name)]
     return [("publishes", "; ".join(places))] if places else []
 
 
-def _services(value: Any) -> list[str]:
+def _remote_services(value: Any) -> list[str]:
     named = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
     return [str(name) for name in named if name not in LOCAL_REPORTS]
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every dotted key of nested mappings and lists, as `Layer.lines` has them, with its value."""
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key of nested mappings and lists, as in `Layer.lines`, with its value."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         yield f"{prefix}{key}", inner
-        yield from _flat(inner, f"{prefix}{key}.")
+        yield from _flatten(inner, f"{prefix}{key}.")

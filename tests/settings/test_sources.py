@@ -8,11 +8,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.settings.base import Trl, When, fields_of, spellings_of
+from llmlab.settings.base import Resume, Trl, When, fields_of, spellings_of
 from llmlab.settings.data import DataSource
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
+from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import load, resolve
@@ -300,7 +301,7 @@ def test_alternatives_of_a_later_layer_replace_those_of_an_earlier_one():
     assert resolve(DPOSettings, Layer("file", {"epochs": 2}), Layer("cli", {"max_steps": 5})).settings.epochs is None
     assert resolve(DPOSettings, file, Layer("cli", {"gradient_accumulation_steps": 2})).settings.accumulation(1) == 2
     assert resolve(DPOSettings, file, Layer("cli", {"epochs": None})).settings.max_steps == 5
-    with pytest.raises(SettingsError, match="both say how long to train"):
+    with pytest.raises(SettingsError, match="set one quantity in two units; keep one"):
         resolve(DPOSettings, Layer("file", {"max_steps": 5, "epochs": 2}))
 
 
@@ -338,3 +339,26 @@ def test_python_files_of_blocks(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_layer(write(tmp_path, "a.py", wrong))
+
+
+@pytest.mark.parametrize(
+    ("resume", "names"),
+    [
+        (
+            Resume.FREE,
+            {
+                *("device", "dtype", "tf32", "compile", "gradient_checkpointing", "dataloader_num_workers"),
+                *("max_steps", "epochs", "log_every", "eval_every", "eval_steps", "save_every", "save_best_only"),
+                *("save_total_limit", "trainer_args", "allow_dropped", "allow_truncated"),
+            },
+        ),
+        (Resume.LOCAL, {"output_dir", "cache_dir", "num_proc"}),
+        (
+            Resume.NEW_OPTIMIZER,
+            {s.name for s in fields_of(OptimizerSettings)}
+            | {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"},
+        ),
+    ],
+)
+def test_what_a_resumed_run_may_change(resume, names):
+    assert {s.name for s in fields_of(SFTSettings) if s.resume is resume} == names

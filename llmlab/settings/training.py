@@ -1,0 +1,110 @@
+"""What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Gt
+from pydantic import Field, JsonValue, model_validator
+
+from llmlab.settings import vocabulary as v
+from llmlab.settings.base import Alias, Resume, Trl, spellings_of
+from llmlab.settings.data import DataSettings
+from llmlab.settings.hardware import HardwareSettings
+from llmlab.settings.lora import LoraSettings
+from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.paths import PathName
+
+BESIDE_TRANSFORMERS_EVAL_STEPS = (
+    *("save_steps", "logging_steps", "eval_strategy", "num_train_epochs", "per_device_train_batch_size"),
+    "load_best_model_at_end",
+)
+BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
+
+
+class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
+    """What every training stage has. Source: seed, LLM-Lab document, "Base Training"."""
+
+    panel: ClassVar[str] = "Training"
+    inapplicable: ClassVar[dict[str, str]] = {
+        "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
+    }
+    implied: ClassVar[dict[str, tuple[Any, ...]]] = {"metric_for_best_model": ("eval_loss", "loss")}
+
+    output_dir: v.OutputDir
+    max_steps: v.MaxSteps = 10000
+    """Optimizer steps of the whole run."""
+    weight_decay: v.WeightDecay = 0.0
+    """Decoupled weight decay; norms, biases and embeddings get none."""
+    warmup_steps: v.WarmupSteps = 0.1
+    """Optimizer steps of linear warmup; below 1, a share of all steps."""
+    log_every: Annotated[int, Gt(0), Trl("logging_steps"), Alias("log_interval"), Resume.FREE] = 10
+    """Optimizer steps between logged lines."""
+    eval_every: v.EvalEvery = 500
+    """Optimizer steps between evaluations on the validation data."""
+    save_best_only: v.SaveBestOnly = True
+    """End with the weights of the best evaluation (lowest loss; highest reward in grpo and ppo) and save only
+    evaluations that improve on it. The last step is saved in any case, so that the run can be resumed."""
+    save_total_limit: v.SaveTotalLimit = 2
+    """Checkpoints to keep: the best and the last ones, or the newest without validation; none keeps all."""
+    seed: v.Seed = 42
+    """Seed of initialization, data order, dropout and sampling."""
+    trainer_args: Annotated[dict[str, JsonValue], Resume.FREE] = Field(default_factory=dict)
+    """Further fields of the stage's TRL or Transformers configuration; names and types are checked."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Reads `eval_steps` as batches beside `eval_every`, and as the interval beside Transformers' words.
+
+        The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
+        """
+        batches = "eval_steps" if "eval_steps" in cls.model_fields else "eval_batches"
+        own = spellings_of(cls)["eval_steps"].name
+        beside = next((name for name in BESIDE_TRANSFORMERS_EVAL_STEPS if name in values), None)
+        meaning, sense = own, ""
+        if "eval_every" in values and (batches == "eval_steps" or batches not in values):
+            meaning, beside, sense = batches, "eval_every", "validation batches of one evaluation"
+        elif beside is not None and "eval_every" not in values:
+            meaning, sense = "eval_every", "steps between evaluations"
+        if "eval_steps" in values and meaning != own:
+            values[meaning] = values.pop("eval_steps")
+            warn(f"eval_steps = {values[meaning]} stands beside {beside}, so it counts {sense} ({meaning})")
+        super().translate(values, warn)
+
+    @model_validator(mode="after")
+    def check_alternatives(self) -> "TrainingSettings":
+        for names in self.alternatives:
+            chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
+            if chosen[1:] and names != BATCH:
+                raise v.conflict(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one", *chosen[:2])
+        return self
+
+
+class FineTuningSettings(TrainingSettings, LoraSettings):
+    """What the stages share that start from a trained model."""
+
+    panel: ClassVar[str] = "Training"
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
+
+    policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
+    """Model to train: a run folder, a hub id, or a folder of LoRA adapters."""
+    epochs: v.Epochs = None
+    """Epochs over the training rows (prompts in grpo and ppo), instead of max_steps."""
+    learning_rate: v.LearningRate = 1.4e-5
+    """Peak learning rate, after warmup."""
+    max_grad_norm: v.MaxGradNorm = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    max_samples: Annotated[int | None, Gt(0)] = None
+    """Training rows at most, a random sample; none is all."""
+    chat_template: PathName | None = None
+    """Chat template: chatml or a Jinja file; none keeps the tokenizer's, or uses chatml where it has none."""
+    save_every: v.SaveEvery = 500
+    """Optimizer steps between checkpoints to resume from; those of the best evaluations come in addition."""
+    save_best_only: v.SaveBestOnly = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def prefer_given_steps(cls, values: Any) -> Any:
+        """Takes `max_steps` alone as the length of the run, where a stage counts in epochs by default."""
+        if isinstance(values, dict) and "max_steps" in values and "epochs" not in values:
+            return {**values, "epochs": None}
+        return values
