@@ -18,7 +18,7 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import Adapter, check_folder, fit_vocabulary, load_model, read_adapter
+from llmlab.model import fit_vocabulary, load_model, read_adapter
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
@@ -85,8 +85,7 @@ def load_policy(
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
     The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
     """
-    check_folder(source)
-    adapter = read_lora(source)
+    adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
     quantization = quantization_config(settings, hardware)
@@ -149,14 +148,6 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
         reference = load_model(named, dtype=dtype)
     fit_vocabulary(reference, policy.tokenizer)
     return reference, named
-
-
-def read_lora(source: str) -> Adapter | None:
-    """Returns LoRA adapters, or None where the source is a whole model."""
-    adapter = read_adapter(source)
-    if adapter is not None and adapter.config.peft_type != "LORA":
-        raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
-    return adapter
 
 
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

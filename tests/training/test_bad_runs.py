@@ -66,7 +66,10 @@ def test_an_adapter_that_does_not_fit(adapter, values, message):
         ({"rope_parameters": 5}, "rope_parameters = 5"),
         ({"model_type": ["llama"]}, "no architecture of that name"),
         ({"pad_token_id": "x"}, "pad_token_id = 'x'"),
-        ({"architectures": ["LLMLabForSequenceClassification"]}, "this model scores text; expected a language model"),
+        (
+            {"architectures": ["LLMLabForSequenceClassification"]},
+            "a sequence-classification model; expected a language",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit(base, values, message):

@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
-from llmlab.model import fit_vocabulary, load_classifier, load_config
+from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
 from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.optimizers import StageTrainer
-from llmlab.runs.policy import read_lora
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
@@ -82,7 +81,7 @@ def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel
     source = settings.value_checkpoint
     if source is None:
         return None
-    adapter = read_lora(source)
+    adapter = read_adapter(source)
     kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
     if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
         raise UserError(

@@ -15,9 +15,9 @@ from trl import RewardConfig, RewardTrainer
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
-from llmlab.model import fit_vocabulary, load_classifier
+from llmlab.model import fit_vocabulary, load_classifier, read_adapter
 from llmlab.runs.optimizers import StageTrainer
-from llmlab.runs.policy import Policy, prepare_quantized, quantization_config, read_lora
+from llmlab.runs.policy import Policy, prepare_quantized, quantization_config
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
@@ -66,7 +66,7 @@ def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
 def load_score_model(run: Run[Any]) -> Policy:
     """Loads the initial model with a new scalar head, and its tokenizer."""
     settings, source = run.settings, run.settings.policy_checkpoint
-    if read_lora(source) is not None:
+    if read_adapter(source) is not None:
         raise UserError(
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )
