@@ -129,21 +129,18 @@ def recipe_folder() -> Path:
 def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
     """Returns the settings that a run folder recorded, and the folder from which its relative paths count."""
     from llmlab.runs.checkpoints import find_run
+    from llmlab.runs.history import open_run
     from llmlab.runs.record import RECORD, started_in
 
-    run, _ = find_run(resume)
-    if not run.is_dir():
-        raise UserError(f"--resume {resume}: there is no such run folder")
-    if not (run / RECORD).is_file():
-        raise UserError(f"--resume {resume}: this is no run folder of llmlab: it has no {RECORD}")
-    layer = read_layer(run / RECORD)
-    if layer.values.get("stage") != stage:
-        raise UserError(f"--resume {resume}: this run is of stage '{layer.values.get('stage')}', not '{stage}'")
-    started = started_in(run, layer.values)
-    inside = started is not None and run.resolve().is_relative_to(started)
-    output_dir = run.resolve().relative_to(started) if inside else os.path.abspath(run)
-    values = {**layer.values["settings"], "output_dir": str(output_dir)}
-    return Layer(layer.label, values, path=layer.path), started
+    folder = find_run(resume)[0]
+    run = open_run(folder)
+    if run.stage != stage:
+        raise UserError(f"--resume {resume}: this run is of stage '{run.stage}', not '{stage}'")
+    started = started_in(folder, run.record)
+    inside = started is not None and folder.resolve().is_relative_to(started)
+    output_dir = folder.resolve().relative_to(started) if inside else os.path.abspath(folder)
+    values = {**run.record.get("settings", {}), "output_dir": str(output_dir)}
+    return Layer(str(folder / RECORD), values, path=folder / RECORD), started
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
@@ -160,9 +157,10 @@ def print_config(resolved: Resolved[Any]) -> None:
     from llmlab.terminal import Terminal
 
     table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for key, value, source in resolved.rows():
+    for setting in fields_of(type(resolved.settings)):
+        value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
         style = "dim" if source == "default" else "bold"
-        table.add_row(key, Text(printable(value)), Text(printable(source)), style=style)  # brackets are no markup
+        table.add_row(setting.key, Text(printable(value)), Text(printable(source)), style=style)  # no markup
     console = Terminal()
     if not console.is_terminal:
         console.width = 1000  # a pipe has no width: do not wrap rows
