@@ -162,9 +162,12 @@ def is_right(text, answer):
 
 def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
-    from llmlab.data.chat.instructions import InstructionMaker
+    from trl import SFTConfig
+
+    from llmlab.data.chat.makers import InstructionMaker
     from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
+    from llmlab.runs.arguments import build_arguments, rhythm_arguments
     from llmlab.runs.policy import load_policy
     from llmlab.training.sft import InstructionTrainer, trainer_arguments
 
@@ -178,7 +181,13 @@ def cost(options):
         return InstructionTrainer(
             settings,
             model=policy.model,
-            args=trainer_arguments(settings, machine, evaluates=False),
+            args=build_arguments(
+                SFTConfig,
+                settings,
+                machine,
+                **rhythm_arguments(settings, evaluates=False),
+                **trainer_arguments(settings),
+            ),
             train_dataset=data.train,
             processing_class=policy.tokenizer,
             callbacks=callbacks,

@@ -61,6 +61,6 @@ STAGES = {
         Stage("reward", "Train a reward model on preference pairs.", "preference.reward:reward"),
         Stage("grpo", "Train on rewards, compared within groups of sampled completions.", "online.grpo:grpo"),
         Stage("ppo", "Train on rewards with a value function and a KL penalty.", "online.ppo:ppo"),
-        Stage("generate", "Write completions of prompts into a run folder.", "generate:write_samples", resumes=False),
+        Stage("sample", "Write completions of prompts into a run folder.", "sample:write_samples", resumes=False),
     )
 }

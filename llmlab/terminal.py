@@ -1,26 +1,37 @@
-"""Where llmlab prints: text of data, records, models and templates is shown, and never steers the terminal.
+"""How llmlab prints: consoles, lines, tables, progress bars, numbers and charts; what they say is up to the callers.
 
-Every console is made here. Markup is llmlab's own: text from elsewhere goes through rich's `escape`, or
-into a `Text`.
+Text from elsewhere (data, records, models, templates) never steers the terminal: markup is llmlab's own, and that
+text goes through `safe`, or into a rich `Text`.
 """
 
 import json
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from llmlab.settings.errors import UNPRINTABLE, printable
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+MARK = 0x100  # of a character of a chart: a point, in place of the eight bits of its dots
+NARROWEST = 10  # characters across a chart, however narrow the terminal
 
 
 class Terminal(Console):
     """A rich console whose text has no control characters, wherever in tables, bars or lines it comes from."""
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, whole_rows: bool = False, **options: Any):
         super().__init__(**{"highlight": False, "emoji": False, **options})
+        if whole_rows and not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = 1000  # a pipe has no width: rows stay whole
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)  # before a table measures it
@@ -28,6 +39,11 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    @property
+    def plain(self) -> bool:
+        """Whether colors cannot be told apart here."""
+        return self.color_system is None or self.no_color
 
 
 def say(text: str, *, error: bool = False, **style: Any) -> None:
@@ -39,3 +55,133 @@ def say_json(values: Any, **options: Any) -> None:
     """Prints values as JSON for other programs, control characters in JSON's own escapes."""
     text = json.dumps(values, ensure_ascii=False, **options)
     typer.echo(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def safe(text: Any) -> str:
+    """Returns text from elsewhere as markup that shows it as it is."""
+    return escape(printable(str(text)))
+
+
+def make_table(*columns: Column | str, **options: Any) -> Table:
+    """Returns an empty table without lines around its cells."""
+    return Table(*columns, **{"box": None, "pad_edge": False, "header_style": "bold", **options})
+
+
+def numeric(name: str, **options: Any) -> Column:
+    """Returns a column of numbers: to the right, and never folded."""
+    return Column(name, justify="right", no_wrap=True, **options)
+
+
+def track(items: Iterable[Any], total: int | None, description: str) -> Iterator[Any]:
+    """Yields the items, with a progress bar on standard error where that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Terminal(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=total, description=safe(description))
+
+
+# Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def human(number: float, unit: str = "") -> str:
+    """Returns a number with a decimal prefix, such as `134.5 M` or `1.2 G`."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.1f} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip()
+
+
+def short_number(value: float) -> str:
+    """Returns counts whole and measurements with four digits."""
+    whole = isinstance(value, int) or (value.is_integer() and abs(value) >= 1000)
+    return f"{int(value):,}" if whole else f"{value:.4g}" if abs(value) < 10000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Returns a share with one decimal; what is neither nothing nor everything never looks so."""
+    if 0.9995 <= share < 1:
+        return ">99.9 %"
+    return "<0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Returns a time by its two largest units, such as `1m 41s`."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24}h"
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s"
+
+
+# Charts -----------------------------------------------------------------------------------------------------------
+
+
+def draw_bars(counts: Sequence[int], height: int = 1) -> list[str]:
+    """Returns upright bars, one character wide, as lines from the top; what is not 0 is never empty."""
+    scale = 8 * height / (max(counts, default=0) or 1)
+    eighths = [math.ceil(count * scale) for count in counts]
+    return ["".join(BLOCKS[min(max(filled - 8 * line, 0), 8)] for filled in eighths) for line in range(height)][::-1]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart, or with `marks` single points."""
+
+    points: Sequence[tuple[int, float]]
+    style: str
+    marks: bool = False
+
+
+def draw_curves(
+    curves: Sequence[Curve], *, width: int, height: int, scale: Sequence[tuple[int, float]] | None = None
+) -> list[Text]:
+    """Returns curves in braille dots (two across and four down a character) over an axis of steps.
+
+    Where many points share a dot's column, their mean is drawn; the axes span the points of `scale`, or of all curves.
+    """
+    whole = scale or [point for curve in curves for point in curve.points]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*whole, strict=True))
+    labels = {0: short_number(high), height // 2: short_number((low + high) / 2), height - 1: short_number(low)}
+    margin = max(map(len, labels.values()))
+    across, down = 2 * max(width - margin - 2, NARROWEST), 4 * height  # dots
+    cells: dict[tuple[int, int], tuple[int, str]] = {}
+    for curve in curves:
+        columns: dict[int, list[float]] = {}
+        for step, value in curve.points:
+            columns.setdefault(round((step - left) / ((right - left) or 1) * (across - 1)), []).append(value)
+        places = [
+            (x, round((high - sum(values) / len(values)) / ((high - low) or 1) * (down - 1)))
+            for x, values in sorted(columns.items())
+        ]
+        for x, y in places if curve.marks else _join(places):
+            dot = 0x40 << x % 2 if y % 4 == 3 else 1 << (y % 4 + 3 * (x % 2))  # as Unicode numbers them
+            earlier, _ = cells.get((y // 4, x // 2), (0, ""))
+            cells[y // 4, x // 2] = (earlier | (MARK if curve.marks else dot), curve.style)
+    lines = []
+    for row in range(height):
+        line = Text(f"{labels.get(row, ''):>{margin}} {'┤' if row in labels else '│'}", style="dim")
+        for column in range(across // 2):
+            dots, style = cells.get((row, column), (0, ""))
+            character = "●" if dots & MARK else chr(0x2800 + dots) if dots else " "
+            line.append(character, style=f"not dim {style}" if style else "")
+        line.rstrip()
+        lines.append(line)
+    first, last = f"{left:,}", f"step {right:,}"
+    lines.append(Text(f"{'':>{margin}} └{'─' * (across // 2)}", style="dim"))
+    lines.append(Text(f"{'':>{margin}}  {first}{last:>{across // 2 - len(first)}}", style="dim"))
+    return lines
+
+
+def _join(dots: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the dots with those between them, so that the line has no gaps."""
+    line = dots[:1]
+    for (x, y), (to_x, to_y) in zip(dots, dots[1:], strict=False):
+        count = max(to_x - x, abs(to_y - y))
+        line += [(x + round((to_x - x) * i / count), y + round((to_y - y) * i / count)) for i in range(1, count + 1)]
+    return line

@@ -137,7 +137,7 @@ def test_runs_are_found_in_order_of_their_start(tmp_path):
     write(tmp_path / ".hidden" / "run")
     write(tmp_path / "venv" / "run")
     (tmp_path / "venv" / "pyvenv.cfg").write_text("")
-    assert [run.folder for run in find_runs(tmp_path, tmp_path / "a")] == [early, late]
+    assert [run.folder for run in find_runs(tmp_path)] == [early, late]
 
 
 def test_a_damaged_record_does_not_hide_the_others(tmp_path):

@@ -1,43 +1,42 @@
-"""`llmlab data check` and `llmlab data preview`: what a source holds, and its rows as the model will see them."""
+"""`llmlab data check` and `preview`: statistics and problems of data sources, and their rows as tokenized."""
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
+from rich.rule import Rule
+from rich.table import Column
+from rich.text import Text
 
 from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.cli.pairs import pairs
+from llmlab.cli.pairs import pairs, parse_source
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
-from llmlab.settings.files import parse_scalar
 from llmlab.settings.paths import expand
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import say_json
+from llmlab.terminal import Terminal, draw_bars, make_table, numeric, percent, safe, say_json, track
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from llmlab.data.chat.conversations import ConversationSource
     from llmlab.data.chat.rendering import RenderedRow, Renderer
-    from llmlab.data.inspect import DataReport, Finding, Lengths
+    from llmlab.data.inspect import DataReport, Lengths
 
 app = typer.Typer(no_args_is_help=True)
 
 HEIGHT = 5  # lines of a histogram
 TICKS = 10  # bins between two labels of its axis
-BLOCKS = " ▁▂▃▄▅▆▇█"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colors
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = setting_option(SFTSettings, "loss_on", panel=False)
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens where rows are cut.", min=1, metavar="INT")]
+MaxSeqLen = Annotated[
+    int, typer.Option("--max-seq-len", help="Tokens where rows are truncated.", min=1, metavar="INT")
+]
 ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 
 
@@ -61,11 +60,11 @@ def check(
     from llmlab.data.chat.rendering import find_problem
     from llmlab.data.inspect import inspect_rows
 
-    found = [_load(_parse(text), limit) for text in sources]  # a bad source is told before the first is read
+    found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
     reports = [
         inspect_rows(
-            _progress(source, limit),
+            _rows(source, limit),
             source.read,
             name=source.name,
             form=source.form.name + (", unpaired" if source.label else ""),
@@ -79,8 +78,8 @@ def check(
     if as_json:
         say_json({"sources": [asdict(report) for report in reports]})
         return
-    console = _console()
-    console.print(_overview(reports))
+    console = Terminal()
+    _print_overview(console, reports)
     for report in reports:
         _print_details(console, report)
 
@@ -94,29 +93,31 @@ def preview(
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
     seed: Annotated[
-        int, typer.Option(help="Another seed shows other rows.", min=0, max=LARGEST_SEED, metavar="INT")
+        int, typer.Option(help="Random seed of the sampled rows.", min=0, max=LARGEST_SEED, metavar="INT")
     ] = 42,
-    limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
+    limit: Annotated[
+        int, typer.Option(help="Rows to sample from and to count tokens of.", min=1, metavar="INT")
+    ] = 2000,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
+    """Show rows as tokenized: special tokens, the loss mask, and where rows are truncated."""
     from random import Random
 
     from llmlab.data.chat.messages import UnusableRow
     from llmlab.data.inspect import Lengths
     from llmlab.data.sources import Tally
 
-    found = _load(_parse(source), limit)
+    found = _load(parse_source(source), limit)
     renderer = _renderer(tokenizer, loss_on, chat_template)
     tally, rendered = Tally(), []
-    for number, row in enumerate(_progress(found, limit), 1):
+    for number, row in enumerate(_rows(found, limit), 1):
         try:
             rendered.append((number, renderer.render(found.read(row))))
             tally.documents += 1
         except UnusableRow as reason:
             tally.dropped[str(reason)] += 1
     tally.check(found.name, 1.0)
-    console = _console()
+    console = Terminal()
     for number, row in sorted(Random(seed).sample(rendered, min(count, len(rendered))), key=lambda pair: pair[0]):
         _print_row(console, number, row, renderer, max_seq_len)
     _print_legend(console)
@@ -130,14 +131,6 @@ def preview(
 
 
 app.command()(pairs)
-
-
-def _parse(text: str) -> DataSource:
-    try:
-        return DataSource.model_validate(parse_scalar(text) if text.startswith("{") else text)
-    except ValidationError as error:
-        details = "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors())
-        raise UserError(f"{text}: {details.removeprefix('Value error, ')}") from None
 
 
 def _load(source: DataSource, limit: int | None) -> "ConversationSource":
@@ -169,187 +162,125 @@ def _renderer(name: str | None, loss_on: Any, chat_template: str | None) -> Any:
     return Renderer(tokenizer, loss_on)
 
 
-def _console() -> "Console":
-    from llmlab.terminal import Terminal
-
-    return Terminal()
-
-
-def _progress(source: "ConversationSource", limit: int | None) -> Iterator[dict[str, Any]]:
-    """Yields the rows, with a bar on standard error where somebody may watch it."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from llmlab.terminal import Terminal
-
-    console = Terminal(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} rows"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(itertools.islice(source.rows, limit), total=limit, description=_short(source.name))
+def _rows(source: "ConversationSource", limit: int | None) -> Iterator[dict[str, Any]]:
+    return track(itertools.islice(source.rows, limit), limit, _short(source.name))
 
 
 def _short(name: str) -> str:
     """Returns a source's name for a place with little room."""
-    from rich.markup import escape
-
     path = expand(name)
-    return escape(path.name if path.exists() else name)
+    return path.name if path.exists() else name
 
 
-def _overview(reports: "Iterable[DataReport]") -> "Table":
-    """Returns a source each: its name and format, and what counts."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("source", overflow="fold", ratio=1)
-    for heading in ("rows", "dropped", "duplicate", "similar", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _print_overview(console: Terminal, reports: "list[DataReport]") -> None:
+    counted = ("rows", "dropped", "duplicate", "similar", "tokens")
+    table = make_table(Column("source", overflow="fold", ratio=1), *map(numeric, counted))
     for report in reports:
         counts = (report.dropped.total, report.exact_duplicates.rows, report.near_duplicates.rows)
-        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
         marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
-        source = f"{_short(report.name)}\n[dim]{escape(report.format)}[/]"
+        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
+        source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"
         table.add_row(source, f"{report.rows:,}", *marked, tokens)
-    return table
+    console.print(table)
 
 
-def _print_details(console: "Console", report: "DataReport") -> None:
-    from rich.markup import escape
-    from rich.rule import Rule
-
+def _print_details(console: Terminal, report: "DataReport") -> None:
     console.print()
-    console.print(Rule(f"[bold]{escape(report.name)}[/]", align="left", style="dim"))
-    console.print(f"[dim]columns[/]  {escape(', '.join(report.columns))}")
+    console.print(Rule(f"[bold]{safe(report.name)}[/]", align="left", style="dim"))
+    console.print(f"[dim]columns[/]  {safe(', '.join(report.columns))}")
     if report.scripts:
-        shares = [f"{script} {_percent(share)}" for script, share in list(report.scripts.items())[:6]]
+        shares = [f"{script} {percent(share)}" for script, share in list(report.scripts.items())[:6]]
         console.print(f"[dim]letters[/]  {', '.join(shares)}{', ...' if len(report.scripts) > 6 else ''}")
     if report.labels:
         counts = ", ".join(f"{label} {count:,}" for label, count in sorted(report.labels.items(), reverse=True))
         console.print(f"[dim]labels[/]   {counts}; llmlab sft learns one of them: --only-label true")
     if report.tokens:
-        share = report.tokens.trained / report.tokens.lengths.total
-        console.print(f"[dim]trained[/]  {_percent(share)} of the tokens")
+        console.print(f"[dim]trained[/]  {percent(report.tokens.trained / report.tokens.lengths.total)} of the tokens")
     _print_findings(console, report)
     if report.characters is None or report.words is None:
         return
-    _print_lengths(console, report)
+    measured = {"characters": report.characters, "words": report.words}
     if report.tokens:
-        console.print("\n[bold]Tokens a row[/]")
-        _print_histogram(console, report.tokens.lengths)
-    else:
-        console.print("\n[bold]Words a row[/]")
-        _print_histogram(console, report.words)
+        measured["tokens"] = report.tokens.lengths
+    marks = (*(f"{mark} %" for mark in report.words.percentiles), "longest", "total")
+    table = make_table("length of a row", *(numeric(mark, min_width=8) for mark in marks))
+    for unit, lengths in measured.items():
+        values = (*lengths.percentiles.values(), lengths.longest, lengths.total)
+        table.add_row(unit, *(f"{value:,}" for value in values))
+    console.print()
+    console.print(table)
+    unit, lengths = list(measured.items())[-1]
+    console.print(f"\n[bold]{unit.capitalize()} a row[/]")
+    _print_histogram(console, lengths)
 
 
-def _print_findings(console: "Console", report: "DataReport") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    findings: list[tuple[str, str, Finding]] = [
-        ("red", f"dropped: {why}", rows) for why, rows in report.dropped.items()
-    ]
+def _print_findings(console: Terminal, report: "DataReport") -> None:
+    findings = [("red", f"dropped: {why}", rows) for why, rows in report.dropped.items()]
     findings.append(("yellow", "same as an earlier row", report.exact_duplicates))
     findings.append(("yellow", "nearly the same as an earlier row", report.near_duplicates))
     findings += [("yellow", problem, rows) for problem, rows in report.problems.items()]
     if report.tokens:
-        findings.append(("red", "nothing left to train after cutting", report.tokens.lost))
+        findings.append(("red", "no trained token left after truncation", report.tokens.lost))
         findings.append(("yellow", f"longer than {report.tokens.max_seq_len:,} tokens", report.tokens.truncated))
-    findings = [finding for finding in findings if finding[2].rows]
-    if not findings:
-        console.print("\n[green]Nothing to mend was found.[/]")
-        return
-    console.print()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("found", overflow="fold", ratio=1)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("first rows", no_wrap=True)
+    table = make_table(Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows")
     for style, what, found in findings:
-        first = ", ".join(map(str, found.first)) + (", ..." if found.rows > len(found.first) else "")
-        table.add_row(Text(printable(what), style=style), f"{found.rows:,}", _percent(found.rows / report.rows), first)
-    console.print(table)
-
-
-def _print_lengths(console: "Console", report: "DataReport") -> None:
-    from rich.table import Table
-
-    from llmlab.data.inspect import PERCENTILES
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("length of a row")
-    for heading in (*(f"{mark} %" for mark in PERCENTILES), "longest", "total"):
-        table.add_column(heading, justify="right", min_width=8, no_wrap=True)
-    measured = [("characters", report.characters), ("words", report.words)]
-    if report.tokens:
-        measured.append(("tokens", report.tokens.lengths))
-    for unit, lengths in measured:
-        if lengths:
-            values = (*lengths.percentiles.values(), lengths.longest, lengths.total)
-            table.add_row(unit, *(f"{value:,}" for value in values))
+        if found.rows:
+            first = ", ".join(map(str, found.first)) + (", ..." if found.rows > len(found.first) else "")
+            share = percent(found.rows / report.rows)
+            table.add_row(Text(printable(what), style=style), f"{found.rows:,}", share, first)
     console.print()
-    console.print(table)
+    console.print(table if table.row_count else "[green]No problems were found.[/]")
 
 
-def _print_histogram(console: "Console", lengths: "Lengths") -> None:
-    """Prints block characters, one column a bin, over an axis of lengths."""
-    from llmlab.data.inspect import BINS
-
-    peak = max(lengths.counts)
-    top = f"{peak:,}"
-    heights = [max(round(count / peak * HEIGHT * 8), int(count > 0)) for count in lengths.counts]
-    for line in range(HEIGHT - 1, -1, -1):
-        bars = "".join(BLOCKS[min(max(height - 8 * line, 0), 8)] for height in heights)
-        label = top if line == HEIGHT - 1 else ""
-        console.print(f"[dim]{label:>{len(top)}} │[/][cyan]{bars}[/]")
+def _print_histogram(console: Terminal, lengths: "Lengths") -> None:
+    """Prints upright bars, one a bin, over an axis of lengths."""
+    top = f"{max(lengths.counts):,}"
+    margin = " " * len(top)
+    for number, bars in enumerate(draw_bars(lengths.counts, HEIGHT)):
+        console.print(f"[dim]{margin if number else top} │[/][cyan]{bars}[/]")
     starts = range(0, len(lengths.counts), TICKS)
     axis = "".join(f"{start * lengths.bin_width:,}".ljust(TICKS) for start in starts)
-    beyond = lengths.longest >= BINS * lengths.bin_width
+    beyond = lengths.longest >= len(lengths.counts) * lengths.bin_width
     note = f"last column: up to {lengths.longest:,}" if beyond else ""
-    console.print(f"[dim]{' ' * len(top)} └{'─' * len(lengths.counts)}\n{' ' * len(top)}  {axis}{note}[/]")
+    console.print(f"[dim]{margin} └{'─' * len(lengths.counts)}\n{margin}  {axis}{note}[/]")
 
 
-def _print_row(console: "Console", number: int, row: "RenderedRow", renderer: "Renderer", max_seq_len: int) -> None:
-    """Prints a row's text, its tokens' part in training shown by color or brackets, up to where it is cut."""
-    from rich.rule import Rule
-    from rich.text import Text
-
-    plain = console.color_system is None or console.no_color
+def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Renderer", max_seq_len: int) -> None:
+    """Prints a row's text up to where it is cut; colors or brackets show which tokens are trained."""
     total, trained = len(row.input_ids), sum(row.trained)
-    counts = f"{total:,} tokens, {trained:,} trained ({_percent(trained / max(total, 1))})"
+    counts = f"{total:,} tokens, {trained:,} trained ({percent(trained / max(total, 1))})"
     console.print(Rule(f"[bold]row {number:,}[/]  {counts}", align="left", style="dim"))
     special = set(renderer.tokenizer.all_special_ids)
     kinds = [(on, token in special) for token, on in zip(row.input_ids, row.trained, strict=True)][:max_seq_len]
     text, position = Text(), 0
     for on, parts in itertools.groupby(kinds, key=lambda kind: kind[0]):
-        text.append(OPEN if plain and on else "")
+        text.append(OPEN if console.plain and on else "")
         for is_special, run in itertools.groupby(parts, key=lambda kind: kind[1]):
             end = position + sum(1 for _ in run)
             piece = renderer.tokenizer.decode(row.input_ids[position:end], skip_special_tokens=False)
             text.append(printable(piece.translate(CONTROLS)), style=_style(on, is_special))
             position = end
-        text.append(CLOSE if plain and on else "")
+        text.append(CLOSE if console.plain and on else "")
     console.print(text, soft_wrap=True)
     if total > max_seq_len:
         lost = sum(row.trained[max_seq_len:])
-        cut = f"cut here: max_seq_len = {max_seq_len:,}; {total - max_seq_len:,} tokens more, {lost:,} of them trained"
+        cut = f"truncated here: max_seq_len = {max_seq_len:,}; {total - max_seq_len:,} tokens more, {lost:,} trained"
         console.print(Rule(f"[bold red]✂ {cut}[/]", align="left", style="red", characters="╌"))
     if total > max_seq_len or not text.plain.endswith("\n"):
         console.print()
 
 
-def _print_legend(console: "Console") -> None:
-    from rich.text import Text
-
-    if console.color_system is None or console.no_color:
+def _print_legend(console: Terminal) -> None:
+    if console.plain:
         console.print(f"{OPEN}trained{CLOSE}  not trained")
         return
-    parts = (("trained", True, False), ("special, trained", True, True), ("not trained", False, False))
-    legend = [Text(f" {what} ", style=_style(on, special)) for what, on, special in (*parts, ("special", False, True))]
+    parts = (
+        ("trained", True, False),
+        ("special, trained", True, True),
+        ("not trained", False, False),
+        ("special", False, True),
+    )
+    legend = [Text(f" {what} ", style=_style(trained, special)) for what, trained, special in parts]
     console.print(Text("  ").join(legend))
 
 
@@ -357,9 +288,3 @@ def _style(trained: bool, special: bool) -> str:
     if trained:
         return "bold magenta on green" if special else "black on green"
     return "magenta" if special else "dim"
-
-
-def _percent(share: float) -> str:
-    if 0.9995 <= share < 1:
-        return ">99.9 %"
-    return "<0.1 %" if 0 < share < 0.001 else f"{share:.1%}".replace("%", " %")

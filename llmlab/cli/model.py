@@ -1,4 +1,4 @@
-"""`llmlab model info`, `init` and `convert`: what an architecture costs, untrained models, and relatives' weights."""
+"""`llmlab model info`, `init` and `convert`: sizes, initialization, conversion from and to related families."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +11,9 @@ from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import say
+from llmlab.terminal import Terminal, make_table, numeric, safe, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llmlab.model import ModelSize
 
 app = typer.Typer(no_args_is_help=True)
@@ -40,21 +38,15 @@ def info(
 
     Of other architectures than llmlab's, and of adapters, parameters and the memory for them are shown.
     """
-    from rich.markup import escape
-
-    from llmlab.model import LLMLabConfig
-    from llmlab.terminal import Terminal
+    from llmlab.model import LLMLabConfig, build_config, measure
 
     source, changes = _split(words)
-    console = Terminal()
-    adapter = None
+    adapter = ""
     if source and Path(source).is_dir():
         if changes:
             raise UserError(f"{next(iter(changes))}: {source} is a finished model, whose shape is fixed")
         config, size, adapter = _of_folder(source)
     else:
-        from llmlab.model import build_config, measure
-
         config = build_config(_settings(source, changes))
         size = measure(config)
     ours = isinstance(config, LLMLabConfig)
@@ -63,11 +55,12 @@ def info(
             f"--sequence: activations are estimated for llmlab's own decoder, and this is {config.model_type}"
         )
     length = sequence or (config.max_position_embeddings if ours else 1)
+    console = Terminal()
     if source:
-        console.print(f"{escape(source)}: {escape(config.model_type)}", soft_wrap=True)
+        console.print(f"{safe(source)}: {safe(config.model_type)}", soft_wrap=True)
     _print_parameters(console, size)
     if adapter:
-        console.print(f"{'':11}{escape(adapter)}", soft_wrap=True)
+        console.print(f"{'':11}{safe(adapter)}", soft_wrap=True)
     _print_memory(console, size, length if ours else None, batch_size)
     if ours:
         console.print(
@@ -95,22 +88,14 @@ def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":
         return config, size, ""
     with reading(f"{source}/adapter_config.json", f"adapters of {home}"):
         count = adapter_parameters(config, adapter.config)
-    return (
-        config,
-        size,
-        f"adapters ({adapter.config.peft_type.value}): {count:,} parameters, {count / size.total:.2%} of {home}",
-    )
+    kind = adapter.config.peft_type.value
+    return config, size, f"adapters ({kind}): {count:,} parameters, {count / size.total:.2%} of {home}"
 
 
-def _print_parameters(console: "Console", size: "ModelSize") -> None:
-    from rich.table import Table
-
+def _print_parameters(console: Terminal, size: "ModelSize") -> None:
     from llmlab.model.size import PARTS
 
-    shape = Table(title="Parameters", title_justify="left", box=None, pad_edge=False)
-    shape.add_column("part")
-    shape.add_column("count", justify="right")
-    shape.add_column("share", justify="right")
+    shape = make_table("part", numeric("count"), numeric("share"), title="Parameters", title_justify="left")
     for part in PARTS:
         count = getattr(size, part)
         note = "shared" if part == "head" and not count else f"{count / size.total:.1%}"
@@ -120,27 +105,23 @@ def _print_parameters(console: "Console", size: "ModelSize") -> None:
     console.print(shape)
 
 
-def _print_memory(console: "Console", size: "ModelSize", length: int | None, batch_size: int) -> None:
+def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batch_size: int) -> None:
     """Prints what training takes; activations are estimated where a length is known."""
-    from rich.table import Table
-
     from llmlab.model.size import STATE_VALUES
 
     what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
-    memory = Table(title=f"\nTraining memory in GB, {what}", title_justify="left", box=None, pad_edge=False)
-    columns = ["optimizer", "weights", "gradients", "states"]
+    columns = ["weights", "gradients", "states"]
     columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
-    for column in columns:
-        memory.add_column(column, justify="left" if column == "optimizer" else "right")
+    title = f"\nTraining memory in GB, {what}"
+    memory = make_table("optimizer", *map(numeric, columns), title=title, title_justify="left")
     for name in STATE_VALUES:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
         if length is None:
             values.append(sum(values))
         else:
-            wide, narrow = (
-                size.training_memory(name, rows=batch_size, sequence=length, dtype=dtype) for dtype in ("fp32", "bf16")
-            )
-            values += [wide.activations, narrow.activations, wide.total, narrow.total]
+            precisions = ("fp32", "bf16")
+            costs = [size.training_memory(name, rows=batch_size, sequence=length, dtype=each) for each in precisions]
+            values += [*(cost.activations for cost in costs), *(cost.total for cost in costs)]
         memory.add_row(name, *(f"{value / 1e9:.2f}" for value in values))
     console.print(memory)
 
@@ -186,7 +167,7 @@ def convert(
     to: Annotated[str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2.")] = "llmlab",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert weights to llmlab's decoder or from it, and check that both give the same logits."""
+    """Convert a model between llmlab's architecture and Llama, Mistral or Qwen2, and verify equal logits."""
     from llmlab.data import load_tokenizer
     from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
     from llmlab.runs import checkpoints

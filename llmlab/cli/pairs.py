@@ -5,26 +5,26 @@ Sampling, scoring and choosing are in `training/preference/pairs.py`; here are o
 
 import os
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
+from rich.table import Column
+from rich.text import Text
 
 from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
-from llmlab.settings.files import Layer
+from llmlab.settings.files import Layer, parse_scalar
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import expand
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
+from llmlab.terminal import Terminal, make_table, numeric, safe, track
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llmlab.training.preference.pairs import PairsReport
 
 SHOWN = 2  # pairs that are printed
@@ -54,26 +54,26 @@ def pairs(
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
     ] = 4,
-    min_difference: Annotated[
-        float, typer.Option(help="Smallest difference between the scores of a pair.", metavar="FLOAT")
-    ] = 0.1,
+    min_difference: Annotated[float, typer.Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
+    ] = 42,
     limit: Annotated[
         int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, or to replace.")] = Path(
-        "pairs.jsonl"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Output file (.jsonl); replaced if it exists.")
+    ] = Path("pairs.jsonl"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sampling = resolve(SamplingSettings, Layer("command line", given)).settings
     settings, folder = reward_settings(rewards, config, normalize)
-    source = _source(prompts)
+    source = parse_source(prompts, "--prompts ")
     _check_output(output, source)
 
     from llmlab.inference import answers_chats, load_for_inference
@@ -97,20 +97,22 @@ def pairs(
             min_difference=min_difference,
             seed=seed,
         )
-        report = summarize(_progress(judged, len(asked)), unusable)
+        report = summarize(track(judged, len(asked), "Sampling"), unusable)
     write_pairs(report, output)
     _print(report, output)
 
 
-def _source(text: str) -> DataSource:
+def parse_source(text: str, option: str = "") -> DataSource:
+    """Returns a data source in either form, `name | subset | weight | split` or a mapping; `option` is for errors."""
     try:
-        return DataSource.model_validate(text)
+        return DataSource.model_validate(parse_scalar(text) if text.startswith("{") else text)
     except ValidationError as error:
-        raise UserError(f"--prompts {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        details = "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors())
+        raise UserError(f"{option}{text}: {details.removeprefix('Value error, ')}") from None
 
 
 def _check_output(output: Path, source: DataSource) -> None:
-    """Refuses before the sampling what would fail after it."""
+    """Checks the output path before sampling."""
     if output.is_dir():
         raise UserError(f"--output {output}: this is a folder; expected a file, such as {output / 'pairs.jsonl'}")
     if not output.name.endswith(".jsonl"):
@@ -126,52 +128,26 @@ def _check_output(output: Path, source: DataSource) -> None:
         raise UserError(f"--output {output}: cannot be written: the folder is read-only")
 
 
-def _progress(items: Iterable[Any], total: int) -> Iterator[Any]:
-    """Yields the items, with a bar on standard error where somebody may watch it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from llmlab.terminal import Terminal
-
-    console = Terminal(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description="Sampling")
-
-
 def _print(report: "PairsReport", output: Path) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from llmlab.terminal import Terminal
-
     console = Terminal()
     for pair in report.pairs[:SHOWN]:
-        _print_pair(console, pair)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", no_wrap=True)
+        scores = pair["scores"]
+        for name, style, messages in (
+            ("prompt", "bold", pair["prompt"]),
+            (f"chosen, {scores[0]:.3f}", "green", pair["chosen"]),
+            (f"rejected, {scores[1]:.3f}", "red", pair["rejected"]),
+        ):
+            text = re.sub(r"\s*\n\s*", "\n", messages[-1]["content"].strip())
+            shown = printable(text[:LONGEST]) + (" ..." if len(text) > LONGEST else "")
+            console.print(Text.assemble((f"{name}: ", style), shown))
+        console.print()
+    table = make_table(Column(overflow="fold"), numeric(""), show_header=False)
     for name, value in (("mean score", report.mean), ("best, mean", report.best), ("worst, mean", report.worst)):
         table.add_row(name, "-" if value is None else f"{value:.3f}")
     table.add_row("completions", f"{report.completions:,}")
     table.add_row("prompts", f"{report.prompts:,}")
     for reason, count in report.without.most_common():
-        table.add_row(f"[yellow]no pair: {escape(reason)}[/]", f"{count:,}")
+        table.add_row(f"[yellow]no pair: {safe(reason)}[/]", f"{count:,}")
     table.add_row("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]")
     console.print(table)
     console.print(f"\nWritten to {output}", markup=False, soft_wrap=True)
-
-
-def _print_pair(console: "Console", pair: dict[str, Any]) -> None:
-    from rich.text import Text
-
-    high, low = pair["scores"]
-    parts = (
-        ("prompt", "bold", pair["prompt"][-1]["content"]),
-        (f"chosen, {high:.3f}", "green", pair["chosen"][0]["content"]),
-        (f"rejected, {low:.3f}", "red", pair["rejected"][0]["content"]),
-    )
-    for name, style, content in parts:
-        content = re.sub(r"\s*\n\s*", "\n", content.strip())
-        text = printable(content[:LONGEST])
-        console.print(Text.assemble((f"{name}: ", style), text + (" ..." if len(content) > LONGEST else "")))
-    console.print()

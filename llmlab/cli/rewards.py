@@ -1,4 +1,4 @@
-"""`llmlab reward-check`: what rewards say about completions in a file, before anything is trained with them.
+"""`llmlab reward-check`: scores the completions of a file, to debug rewards before training with them.
 
 Scoring is in `rewards`; here are only reading, the tables and the JSON.
 """
@@ -8,11 +8,13 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.bar import Bar
+from rich.table import Column
+from rich.text import Text
 
 from llmlab.cli.options import TrustRemoteCode
 from llmlab.settings.base import spellings_of
@@ -21,17 +23,15 @@ from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.paths import expand, missing
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
-from llmlab.terminal import say_json
+from llmlab.terminal import Terminal, draw_bars, make_table, numeric, safe, say_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from llmlab.rewards.compose import ComposedReward, Scores
 
-BARS = "▁▂▃▄▅▆▇█"
 BINS = 10
 LONGEST_BAR = 40
 Values = list[float | None]
+Bounds = tuple[float | None, float | None]
 
 Named = Annotated[
     str | None,
@@ -98,6 +98,7 @@ def reward_check(
 
 
 def reward_settings(rewards: str | None, config: Path | None, normalize: bool | None) -> tuple[RewardsSettings, Path]:
+    """Returns the settings that the options ask for, and the folder that paths of reward files count from."""
     layers = []
     if config is not None:
         layer = read_layer(config)
@@ -125,7 +126,6 @@ def reward_settings(rewards: str | None, config: Path | None, normalize: bool | 
 def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """Returns prompts, completions and the other columns of a file, as trainers give them to rewards."""
     from llmlab.data import files
-    from llmlab.rewards.completions import read_messages
 
     if not os.path.exists(expand(path)):
         raise missing(str(path))
@@ -137,18 +137,8 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         if "completion" not in row:
             found = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"{path}: row {number} has no 'completion' (found {found})")
-        if not _is_text_or_messages(row["completion"]):
-            kind = type(row["completion"]).__name__
-            raise UserError(f"{path}: row {number}: completion: expected text or a list of messages, found {kind}")
-        if not _is_text_or_messages(row.get("prompt", "")):
-            kind = type(row["prompt"]).__name__
-            raise UserError(f"{path}: row {number}: prompt: expected text or a list of messages, found {kind}")
         for name in ("prompt", "completion"):
-            if isinstance(row.get(name), list):
-                try:
-                    read_messages(row[name])
-                except UserError as error:
-                    raise UserError(f"{path}: row {number}: {name}: {error}") from None
+            _check_readable(row.get(name, ""), f"{path}: row {number}: {name}")
     prompts = [row.get("prompt", "") for row in rows]
     completions = [
         [{"role": "assistant", "content": row["completion"]}]
@@ -160,8 +150,18 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     return prompts, completions, {str(name): [row.get(name) for row in rows] for name in names}
 
 
-def _is_text_or_messages(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, dict) for part in value))
+def _check_readable(value: Any, where: str) -> None:
+    """Raises UserError for what is neither text nor messages that rewards can read."""
+    from llmlab.rewards.completions import read_messages
+
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
+    try:
+        read_messages(value)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _groups(prompts: list[Any]) -> list[list[int]]:
@@ -185,40 +185,30 @@ def _summary(values: Values, groups: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def _histogram(values: Values, low: float, high: float) -> list[int]:
-    """Returns how many values fall into each tenth from low to high."""
+def _histogram(values: Values, bounds: Bounds) -> dict[str, Any]:
+    """Returns how many values fall into each tenth of the bounds, or of the values' own range where none are known."""
+    numbers = [value for value in values if value is not None]
+    low = min(numbers, default=0.0) if bounds[0] is None else bounds[0]
+    high = max(numbers, default=0.0) if bounds[1] is None else bounds[1]
     counts = [0] * BINS
-    for value in values:
-        if value is not None:
-            share = (value - low) / (high - low) if high > low else 0.0
-            counts[min(max(math.floor(share * BINS + 1e-9), 0), BINS - 1)] += 1
-    return counts
+    for value in numbers:
+        share = (value - low) / (high - low) if high > low else 0.0
+        counts[min(max(math.floor(share * BINS + 1e-9), 0), BINS - 1)] += 1
+    return {"from": low, "to": high, "counts": counts}
 
 
-def _span(values: Values, bounds: tuple[float | None, float | None]) -> tuple[float, float]:
-    """Returns a range to draw values in: the known bounds, else the values' own."""
-    numbers = [value for value in values if value is not None] or [0.0]
-    low, high = bounds
-    return min(numbers) if low is None else low, max(numbers) if high is None else high
+def _bounds(composed: "ComposedReward") -> Bounds:
+    return (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
 
 
 def _print_json(file: Path, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]) -> None:
-    bounds = (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
-    total_span = _span(scores.totals, bounds)
     report = {
         "file": str(file),
         "rows": len(scores.totals),
         "groups": len(groups),
         "normalized": composed.normalize,
         "bounds": composed.bounds,
-        "reward": {
-            **_summary(scores.totals, groups),
-            "histogram": {
-                "from": total_span[0],
-                "to": total_span[1],
-                "counts": _histogram(scores.totals, *total_span),
-            },
-        },
+        "reward": _summary(scores.totals, groups) | {"histogram": _histogram(scores.totals, _bounds(composed))},
         "components": {
             label: {"weight": reward.weight, "range": [reward.low, reward.high], "cap": reward.cap}
             | _summary(scores.components[label], groups)
@@ -236,116 +226,89 @@ def _print_json(file: Path, composed: "ComposedReward", scores: "Scores", groups
 def _print_tables(
     composed: "ComposedReward", scores: "Scores", groups: list[list[int]], completions: list[Any], shown: int
 ) -> None:
-    from rich.markup import escape
-
-    from llmlab.terminal import Terminal
-
     console = Terminal()
-    labels = list(scores.components)
-    # names head the rows' table where they fit, else letters that the components' table explains
-    width = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24
-    keys = labels if width <= console.width else [_letter(number) for number in range(len(labels))]
     if shown:
-        console.print(_rows_table(keys, scores, completions[:shown], digits=3 if keys == labels else 2))
+        _print_rows(console, scores, completions[:shown])
         if len(completions) > shown:
             console.print(f"[dim]... {len(completions) - shown:,} more rows (--rows)[/dim]")
         console.print()
-    console.print(_components_table(composed, scores, groups, keys if keys != labels else None))
-    console.print()
-    console.print(_histogram_table(composed, scores))
-    console.print()
+    _print_components(console, composed, scores, groups)
+    _print_histogram(console, _histogram(scores.totals, (0.0, 1.0) if composed.normalize else (None, None)))
     if groups:
-        console.print(
-            f"[dim]flat: share of the {len(groups):,} prompts whose completions all get the same value.[/dim]"
-        )
+        console.print(f"[dim]flat: share of the {len(groups):,} prompts whose completions all get the same value.[/]")
     else:
-        console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/dim]")
+        console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
     same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]
     if same:
-        console.print(f"[yellow]The same value in every row: {escape(', '.join(same))}.[/yellow]")
+        console.print(f"[yellow]The same value in every row: {safe(', '.join(same))}.[/]")
 
 
-def _rows_table(keys: Sequence[str], scores: "Scores", completions: list[Any], digits: int) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
+def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> None:
+    from llmlab.rewards.completions import answer, written
 
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", expand=True)
-    table.add_column("row", justify="right", style="dim", no_wrap=True)
-    table.add_column("reward", justify="right", style="bold", no_wrap=True)
-    for key in keys:
-        table.add_column(escape(key), justify="right", no_wrap=True)
-    table.add_column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)
+    labels = list(scores.components)
+    fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
+    width, digits, gap = (None, 3, 2) if fits else (5, 2, 1)  # else names are folded
+    table = make_table(
+        numeric("row", style="dim"),
+        numeric("reward", style="bold"),
+        *(Column(safe(label), justify="right", width=width, overflow="fold") for label in labels),
+        Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12),
+        expand=True,
+        padding=(0, gap, 0, 0),
+    )
     for row, completion in enumerate(completions):
-        values = [column[row] for column in scores.components.values()]
-        table.add_row(
-            str(row), _cell(scores.totals[row]), *(_cell(value, digits) for value in values), _preview(completion)
-        )
-    return table
+        values = [_cell(column[row], digits) for column in scores.components.values()]
+        text = " ".join((answer(completion) or written(completion))[:400].split())
+        table.add_row(str(row), _cell(scores.totals[row]), *values, Text(printable(text) or "(empty)"))
+    console.print(table)
 
 
-def _components_table(
-    composed: "ComposedReward", scores: "Scores", groups: list[list[int]], keys: Sequence[str] | None
-) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    if keys:
-        table.add_column("", style="bold", no_wrap=True)
-    table.add_column("component", no_wrap=True, overflow="ellipsis")
-    for name in ("weight", "mean", "min", "max", *(("flat",) if groups else ()), "none"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("distribution", no_wrap=True)
-
-    def add(key: str, label: str, weight: str, values: Values, bounds: Any, style: str | None = None) -> None:
+def _print_components(
+    console: Terminal, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]
+) -> None:
+    """Prints a line for each component, and one for their sum."""
+    columns = ("weight", "mean", "min", "max", *(["flat"] if groups else []), "none")
+    name = Column("component", no_wrap=True, overflow="ellipsis")
+    table = make_table(name, *map(numeric, columns), Column("distribution", no_wrap=True))
+    lines = [
+        (label, f"{reward.weight:g}", scores.components[label], (reward.low, reward.high))
+        for label, reward in composed.components.items()
+    ]
+    lines.append(("reward", "", scores.totals, _bounds(composed)))
+    for label, weight, values, bounds in lines:
         found = _summary(values, groups)
-        flat = [f"{found['zero_variance']:.0%}"] if groups else []
-        none = str(len(values) - found["count"]) if len(values) > found["count"] else "-"
         numbers = [_cell(found[name]) for name in ("mean", "min", "max")]
-        spark = _spark(_histogram(values, *_span(values, bounds)))
-        table.add_row(*([key] if keys else []), escape(label), weight, *numbers, *flat, none, spark, style=style)
-
-    for number, (label, reward) in enumerate(composed.components.items()):
-        bounds = (reward.low, reward.high)
-        add(keys[number] if keys else "", label, f"{reward.weight:g}", scores.components[label], bounds)
-    bounds = (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
-    add("", "reward", "", scores.totals, bounds, style="bold")
-    return table
+        flat = [f"{found['zero_variance']:.0%}"] if groups else []
+        bars = draw_bars(_histogram(values, bounds)["counts"])[0]
+        style = None if weight else "bold"
+        table.add_row(safe(label), weight, *numbers, *flat, str(values.count(None) or "-"), bars, style=style)
+    console.print(table)
+    console.print()
 
 
-def _histogram_table(composed: "ComposedReward", scores: "Scores") -> "Table":
-    from rich.table import Table
-
-    low, high = _span(scores.totals, (0.0, 1.0) if composed.normalize else (None, None))
-    counts = _histogram(scores.totals, low, high)
-    if low == high:
-        counts = [sum(counts)]
-    table = Table(box=None, pad_edge=False, show_edge=False, show_header=True, header_style="bold")
-    table.add_column("reward", justify="right", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("", style="cyan", no_wrap=True)
-    step = (high - low) / len(counts)
-    for number, count in enumerate(counts):
+def _print_histogram(console: Terminal, histogram: dict[str, Any]) -> None:
+    """Prints a line for each tenth of the range, or one for all where every value is the same."""
+    low, high, counts = histogram["from"], histogram["to"], histogram["counts"]
+    table = make_table(numeric("reward"), numeric("rows"), Column(no_wrap=True))
+    step = (high - low) / BINS
+    for number, count in enumerate(counts if step else [sum(counts)]):
         start = low + number * step
-        size = count / max(counts) * LONGEST_BAR if count else 0
-        bar = "█" * int(size) + ("▌" if size % 1 >= 0.5 or 0 < size < 1 else "")
-        place = f"{start:.2f} - {start + step:.2f}" if step else f"{start:.3g}"
-        table.add_row(place, str(count) if count else "-", bar)
-    return table
+        bar = Bar(max(counts), 0, count, width=LONGEST_BAR, color="cyan")
+        table.add_row(f"{start:.2f} - {start + step:.2f}" if step else f"{start:.3g}", str(count or "-"), bar)
+    console.print(table)
+    console.print()
 
 
 def _print_list() -> None:
     import inspect
     from importlib import import_module
 
-    from rich.table import Table
-
     from llmlab.rewards import REWARDS, WEIGHTS
-    from llmlab.terminal import Terminal
 
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    for name, justify in (("reward", "left"), ("weight", "right"), ("what it scores, and its parameters", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "what it scores, and its parameters")  # type: ignore[arg-type]
+    table = make_table(
+        Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
+    )
     for name, path in REWARDS.items():
         module, _, attribute = path.partition(":")
         target = getattr(import_module(module), attribute)
@@ -356,30 +319,11 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(f"[bold]{name}[/bold]", f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(name, f"{WEIGHTS.get(name, 1.0):g}", text)
     Terminal().print(table)
-
-
-def _letter(number: int) -> str:
-    return chr(ord("a") + number) if number < 26 else f"{_letter(number // 26 - 1)}{_letter(number % 26)}"
 
 
 def _cell(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def _spark(counts: list[int]) -> str:
-    """Returns counts as a line of bars; a bin that has anything is never shown empty."""
-    top = max(counts) or 1
-    return "".join(BARS[math.ceil(count / top * (len(BARS) - 1))] if count else " " for count in counts)
-
-
-def _preview(completion: Any) -> Any:
-    from rich.text import Text
-
-    from llmlab.rewards.completions import answer, written
-
-    text = " ".join((answer(completion) or written(completion))[:400].split())
-    return Text(printable(text) or "(empty)")

@@ -1,16 +1,18 @@
 """`llmlab runs list`, `show` and `compare`: what was run, from what, with what result, as tables, trees and curves.
 
-Only how runs look is here; what they are is read by `llmlab/runs/history.py`.
+Only how runs look is here; they are read by `llmlab/runs/history.py`.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.segment import Segments
+from rich.table import Column
+from rich.text import Text
+from rich.tree import Tree
 
-from llmlab.cli.curves import Curve, draw, short_number
 from llmlab.runs.history import (
     Ancestor,
     RunFolder,
@@ -29,14 +31,9 @@ from llmlab.runs.history import (
     summary,
 )
 from llmlab.settings.base import show as written
-from llmlab.settings.errors import UserError, printable
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
-from llmlab.terminal import say_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.tree import Tree
+from llmlab.terminal import Curve, Terminal, draw_curves, duration, make_table, numeric, safe, say_json, short_number
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -47,9 +44,8 @@ STATUS_STYLES = {
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LIST_COLUMNS = ("run", "stage", "status", "steps", "result", "from", "started", "took")
-RIGHT = {name: {"justify": "right"} for name in ("steps", "took")}
-# what gives way on a narrow terminal, one after the other, down to so many characters; 0 leaves it out
-GIVE_WAY = (("from", 9), ("run", 20), ("started", 0), ("took", 0), ("result", 12), ("run", 9))
+LEFT_OUT = ("started", "took")  # on a narrow terminal, before
+SHRINKING = {"run": 12, "from": 12}  # have fewer characters than this
 WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
@@ -66,15 +62,15 @@ def list_runs(
     """List the runs in a folder and below: how they went, how good they became, what they started from."""
     runs = find_runs(folder or Path())
     if as_json:
-        return _print_json([summary(run) for run in runs])
-    console = _console(whole_rows=True)
+        return say_json(finite([summary(run) for run in runs]), indent=2)
+    console = Terminal(whole_rows=True)
     if not runs:
-        console.print(f"no runs in {_safe(str(folder or 'this folder'))} or below", soft_wrap=True)
+        console.print(f"no runs in {safe(folder or 'this folder')} or below", soft_wrap=True)
         return
     _print_list(console, runs)
     for run in runs:
         if run.problem:
-            console.print(f"[red]damaged[/] {_safe(run.problem)}", soft_wrap=True)
+            console.print(f"[red]damaged[/] {safe(run.problem)}", soft_wrap=True)
 
 
 @app.command()
@@ -89,29 +85,29 @@ def show(
     if metric is None and drawn.removeprefix("eval_") in chosen.curves:
         drawn = drawn.removeprefix("eval_")  # the evaluations are marked on it
     if as_json:
-        return _print_json(details(chosen))
-    console = _console()
+        return say_json(finite(details(chosen)), indent=2)
+    console = Terminal()
     _print_heading(console, chosen)
-    _section(console, "Lineage")
+    _print_section(console, "Lineage")
     console.print(_tree(ancestors(chosen)))
     settings = [row for row in given_settings(chosen) if row[0] != "output_dir"]
     if settings:
-        _section(console, "Settings that are not defaults")
-        table = _table(("setting", {}), ("value", {"ratio": 1}), ("source", {"style": "dim"}))
+        _print_section(console, "Settings that are not defaults")
+        table = _make_table("setting", Column("value", ratio=1), Column("source", style="dim"))
         for key, value, source in settings:
-            table.add_row(_safe(key), _safe(_brief(value)), _safe(source))
+            table.add_row(safe(key), safe(_brief(value)), safe(source))
         console.print(table)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
     if drawn:
-        _section(console, drawn)
+        _print_section(console, drawn)
         curves = [Curve(chosen.curves[drawn], CURVE_STYLES[0])]
         evaluated = chosen.curves.get(f"eval_{drawn}")
         if evaluated:
             curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
         _print_chart(console, curves)
         if evaluated:
-            console.print(f"[{CURVE_STYLES[0]}]⠒⠒[/] {_safe(drawn)}   [{CURVE_STYLES[2]}]●[/] eval_{_safe(drawn)}")
+            console.print(f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(drawn)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(drawn)}")
     _print_surroundings(console, chosen)
 
 
@@ -129,292 +125,220 @@ def compare(
     chosen = [open_run(folder) for folder in runs]
     drawn = curve_metric(chosen, metric)
     if as_json:
-        return _print_json(comparison(chosen))
-    console = _console()
-    names = short_names(chosen)
+        return say_json(finite(comparison(chosen)), indent=2)
+    console = Terminal()
     styles = [CURVE_STYLES[number % len(CURVE_STYLES)] for number in range(len(chosen))]
-    headings = [f"[{style}]{_safe(name)}[/]" for name, style in zip(names, styles, strict=True)]
-    _section(console, "Settings that differ")
-    table = _table(("", {"style": "dim"}), *((heading, {"ratio": 1}) for heading in headings))
-    rows = 0
+    names = [f"[{style}]{safe(name)}[/]" for name, style in zip(short_names(chosen), styles, strict=True)]
+    _print_section(console, "Settings that differ")
+    table = _make_table(Column(style="dim"), *(Column(name, ratio=1) for name in names))
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
         for key, values in differing(chosen, part).items():
-            table.add_row(title + _safe(key), *("-" if value is ... else _safe(_brief(value)) for value in values))
-            rows += 1
-    console.print(table if rows else "[dim]none[/]")
-    _print_metrics(console, chosen, headings)
-    curves = [(run.curves.get(drawn or "", []), style) for run, style in zip(chosen, styles, strict=True)]
+            table.add_row(title + safe(key), *("-" if value is ... else safe(_brief(value)) for value in values))
+    console.print(table if table.row_count else "[dim]none[/]")
+    _print_metrics(console, chosen, names)
     if drawn is None:
         return
-    _section(console, drawn)
-    if console.color_system is None or console.no_color:  # lines of one color would be one line
-        whole = [point for points, _ in curves for point in points]
-        for name, (points, style) in zip(names, curves, strict=True):
-            console.print(_safe(name) if points else f"{_safe(name)}: logged no {_safe(drawn)}")
-            if points:
-                _print_chart(console, [Curve(points, style)], scale=whole)
+    _print_section(console, drawn)
+    curves = [Curve(run.curves.get(drawn, []), style) for run, style in zip(chosen, styles, strict=True)]
+    logged = [name if curve.points else f"{name} (none logged)" for name, curve in zip(names, curves, strict=True)]
+    if not console.plain:
+        _print_chart(console, [curve for curve in curves if curve.points])
+        legend = zip(styles, logged, strict=True)
+        console.print("   ".join(f"[{style}]⠒⠒[/] {name}" for style, name in legend))
         return
-    _print_chart(console, [Curve(points, style) for points, style in curves if points])
-    legend = [
-        f"[{style}]⠒⠒[/] {_safe(name)}{'' if points else ' (none logged)'}"
-        for name, (points, style) in zip(names, curves, strict=True)
-    ]
-    console.print("   ".join(legend))
+    whole = [point for curve in curves for point in curve.points]
+    for name, curve in zip(logged, curves, strict=True):  # lines of one color would be one line
+        console.print(name)
+        if curve.points:
+            _print_chart(console, [curve], scale=whole)
 
 
 # Parts of what is printed -----------------------------------------------------------------------------------------
 
 
-def _print_list(console: "Console", runs: Sequence[RunFolder]) -> None:
-    """Prints one table, with a line of its own for each folder that runs lie in."""
-    from rich.text import Text
-
-    groups: dict[Path, list[tuple[str, ...]]] = {}
+def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
+    """Prints one table, with a line of its own above the runs of each folder."""
+    groups: dict[Path, list[RunFolder]] = {}
     for run in runs:
-        groups.setdefault(run.folder.resolve().parent, []).append(_list_row(run))
-    rows = [LIST_COLUMNS, *(row for group in groups.values() for row in group)]
-    widths = [
-        max(Text.from_markup(line).cell_len for row in rows for line in row[column].splitlines())
-        for column in range(len(LIST_COLUMNS))
-    ]
-    for name, narrowest in GIVE_WAY:
-        column = LIST_COLUMNS.index(name)
-        missing = sum(widths) + sum(width > 0 for width in widths) - 1 - console.width
-        if missing > 0:
-            widths[column] = min(max(widths[column] - missing, narrowest), widths[column]) if narrowest else 0
-    shown = [number for number, width in enumerate(widths) if width]
-    whole = {"no_wrap": True, "overflow": "ellipsis"}
-    columns = [
-        (LIST_COLUMNS[number], {"width": widths[number], **whole, **RIGHT.get(LIST_COLUMNS[number], {})})
-        for number in shown
-    ]
-    console.print(_table(*columns))
+        groups.setdefault(run.folder.resolve().parent, []).append(run)
+    rows = [_list_row(run) for group in groups.values() for run in group]
+    widths = {
+        name: max(Text.from_markup(cell).cell_len for cell in cells)
+        for name, *cells in zip(LIST_COLUMNS, LIST_COLUMNS, *rows, strict=True)
+    }
+    for name in LEFT_OUT:
+        if sum(min(width, SHRINKING.get(name, width)) + 1 for name, width in widths.items()) - 1 > console.width:
+            del widths[name]
+    table = _make_table()
+    for name in widths:
+        justify = "right" if name in ("steps", "took") else "left"
+        table.add_column(name, justify=justify, overflow="ellipsis", no_wrap=name not in SHRINKING)
+    for row in rows:
+        cells = (cell for name, cell in zip(LIST_COLUMNS, row, strict=True) if name in widths)
+        table.add_row(*(Text.from_markup(cell) for cell in cells))
+    heading, *lines = console.render_lines(table, pad=False, new_lines=True)
+    console.print(Segments(heading))
     for folder, group in groups.items():
-        table = _table(*columns)
-        table.show_header = False
-        for row in group:
-            cells, origin = list(row), LIST_COLUMNS.index("from")
-            limit = widths[origin]
-            lines = (line if len(line) <= limit else f"…{line[1 - limit :]}" for line in cells[origin].splitlines())
-            cells[origin] = "\n".join(lines)  # of a parent's path the end is kept
-            table.add_row(*(cells[number] for number in shown))
-        console.print(f"[blue]{_safe(_path(folder))}/[/]", soft_wrap=True)
-        console.print(table)
+        console.print(f"[blue]{safe(_path(folder))}/[/]", soft_wrap=True)
+        for _ in group:
+            console.print(Segments(lines.pop(0)))
 
 
 def _list_row(run: RunFolder) -> tuple[str, ...]:
-    key, parents = run.key_metric, []
+    """Returns a run's cells for `LIST_COLUMNS`, in markup, a line each."""
+    parents = []
     for parent in run.parents:
         found = find_parent(run, parent)
-        beside = found is not None and found.folder.resolve().parent == run.folder.resolve().parent
-        parents.append(found.folder.name if found and beside else _path(found.folder) if found else parent)
+        folder = found.folder.resolve() if found else None
+        beside = folder is not None and folder.parent == run.folder.resolve().parent
+        parents.append(parent if folder is None else folder.name if beside else "/".join(folder.parts[-2:]))
+    key = run.key_metric
     return (
-        _safe(run.folder.resolve().name),
-        _safe(run.stage or "-"),
+        safe(run.folder.resolve().name),
+        safe(run.stage or "-"),
         _status(run),
         "-" if run.step is None else f"{run.step:,}",
-        f"[dim]{_safe(key[0])}[/] {short_number(key[1])}" if key else "-",
-        _safe("\n".join(parents) or "-"),
+        f"[dim]{safe(key[0])}[/] {short_number(key[1])}" if key else "-",
+        safe(" + ".join(parents) or "-"),
         run.started.astimezone().strftime("%m-%d %H:%M") if run.started else "-",
-        _duration(run.seconds),
+        duration(run.seconds),
     )
 
 
 def _status(run: RunFolder) -> str:
-    return f"[{STATUS_STYLES.get(run.status, 'none')}]{_safe(run.status)}[/]"
+    return f"[{STATUS_STYLES.get(run.status, 'none')}]{safe(run.status)}[/]"
 
 
-def _print_heading(console: "Console", run: RunFolder) -> None:
-    facts = [f"[bold]{_safe(run.stage)}[/]", _status(run)]
-    if run.step is not None:
-        facts.append(f"{run.step:,} steps")
-    if run.tokens:
-        facts.append(f"{run.tokens:,} tokens")
-    if run.seconds is not None:
-        facts.append(_duration(run.seconds))
-    console.print(f"[bold]{_safe(_path(run.folder))}[/]", soft_wrap=True)
+def _print_heading(console: Terminal, run: RunFolder) -> None:
+    facts = [f"[bold]{safe(run.stage)}[/]", _status(run)]
+    facts += [f"{number:,} {unit}" for number, unit in ((run.step, "steps"), (run.tokens, "tokens")) if number]
+    facts += [duration(run.seconds)] if run.seconds is not None else []
+    console.print(f"[bold]{safe(_path(run.folder))}[/]", soft_wrap=True)
     console.print("  ".join(facts))
     if run.started:
         console.print(f"[dim]started {run.started.astimezone():%Y-%m-%d %H:%M}[/]")
     if run.status == "died":
-        console.print(f"[red]It says that it is running, and has been silent for {_duration(run.silence)}.[/]")
+        console.print(f"[red]It is recorded as running, and has been silent for {duration(run.silence)}.[/]")
     for resumed in run.record.get("resumed", []):
-        console.print(f"[dim]resumed at step {resumed['step']:,}, {_safe(str(resumed['at']))}[/]")
+        console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
 
 
-def _tree(ancestor: Ancestor, tree: "Tree | None" = None) -> "Tree":
-    from rich.tree import Tree
-
+def _tree(ancestor: Ancestor, tree: Tree | None = None) -> Tree:
     run = ancestor.run
     if run is None:
-        label = f"{_safe(ancestor.name)}  [dim]not a run folder here[/]"
+        label = f"{safe(ancestor.name)}  [dim]not a run folder here[/]"
     else:
         key = run.key_metric
-        result = f"  [dim]{_safe(key[0])}[/] {short_number(key[1])}" if key else ""
-        label = f"{_safe(_path(run.folder))}  [dim]{_safe(run.stage)}[/]{result}"
+        result = f"  [dim]{safe(key[0])}[/] {short_number(key[1])}" if key else ""
+        label = f"{safe(_path(run.folder))}  [dim]{safe(run.stage)}[/]{result}"
     branch = Tree(label, guide_style="dim") if tree is None else tree.add(label)
     for parent in ancestor.parents:
         _tree(parent, branch)
     return branch
 
 
-def _print_data(console: "Console", run: RunFolder) -> None:
+def _print_data(console: Terminal, run: RunFolder) -> None:
+    """Prints a line for each source, and one for the rest, of the values that are numbers and text."""
     data = run.record.get("data") or {}
     sources = [source for source in data.get("sources", []) if isinstance(source, dict)]
-    rest = {key: value for key, value in flatten(data).items() if key != "sources" and _plain_value(value)}
-    if not sources and not rest:
-        return
-    _section(console, "Data")
-    flat = [
-        {key: value for key, value in flatten(source).items() if value != {} and _plain_value(value)}
-        for source in sources
-    ]
-    for source in flat:
-        name = source.pop("name", "")
-        console.print(f"{_safe(str(name))}  " + "  ".join(f"[dim]{_safe(k)}[/] {_cell(v)}" for k, v in source.items()))
-    if rest:
-        console.print("  ".join(f"[dim]{_safe(key)}[/] {_cell(value)}" for key, value in rest.items()))
+    lines = []
+    for part in (*sources, {key: value for key, value in data.items() if key != "sources"}):
+        values = {key: value for key, value in flatten(part).items() if isinstance(value, (str, int, float))}
+        name = [safe(values.pop("name"))] if "name" in values else []
+        lines.append("  ".join([*name, *(f"[dim]{safe(key)}[/] {_cell(value)}" for key, value in values.items())]))
+    if any(lines):
+        _print_section(console, "Data")
+        console.print("\n".join(line for line in lines if line))
 
 
-def _print_metrics(console: "Console", runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
+def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
     """Prints the last value of each metric, and the best one where one direction is better."""
-    names = dict.fromkeys(name for run in runs for name in run.metrics)
-    named = [name for name in names if name == "tokens_per_second" or not name.endswith(OF_THE_MACHINE)]
-    if not named:
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics)
+    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(OF_THE_MACHINE)]
+    if not metrics:
         return
-    _section(console, "Metrics")
+    _print_section(console, "Metrics")
     one = len(runs) == 1
-    right = {"justify": "right", "no_wrap": True}
-    has_best = one and any(runs[0].best(name) for name in named)
-    table = _table(
-        ("", {"style": "dim"}), *((heading, right) for heading in headings), *([("best", right)] * has_best)
-    )
-    for name in named:
+    has_best = one and any(runs[0].best(name) for name in metrics)
+    table = _make_table(Column(style="dim"), *map(numeric, (*headings, *["best"] * has_best)))
+    for name in metrics:
         last = [run.metrics.get(name) for run in runs]
         bests = [run.best(name) for run in runs]
+        best_cells = [f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests]
         if one:
-            table.add_row(_safe(name), _cell(last[0]), *([_best_cell(bests[0])] * has_best))
+            table.add_row(safe(name), _cell(last[0]), *(best_cells if has_best else ()))
             continue
-        table.add_row(_safe(name), *_marked(name, last))
+        table.add_row(safe(name), *_mark_best(name, last))
         if any(best and best[1] != value for best, value in zip(bests, last, strict=True)):
-            cells = (_best_cell(best) for best in bests)
-            table.add_row("  best", *cells)
+            table.add_row("  best", *best_cells)
     if not one:
         table.add_row("steps", *(_cell(run.step) for run in runs))
         table.add_row("tokens", *(_cell(run.tokens) for run in runs))
-        table.add_row("time", *(_duration(run.seconds) for run in runs))
-        table.add_row("status", *(_status(run) for run in runs))
+        table.add_row("time", *(duration(run.seconds) for run in runs))
+        table.add_row("status", *map(_status, runs))
     console.print(table)
 
 
-def _print_surroundings(console: "Console", run: RunFolder) -> None:
+def _print_surroundings(console: Terminal, run: RunFolder) -> None:
     hardware, git = run.record.get("hardware") or {}, run.record.get("git")
-    _section(console, "Made with")
+    _print_section(console, "Made with")
     if hardware:
         memory = f", {hardware['memory'] / 1e9:.0f} GB" if hardware.get("memory") else ""
         processes = f", {hardware['processes']} processes" if hardware.get("processes", 1) != 1 else ""
         device = f"{hardware.get('name', '')} ({hardware.get('device', '')}{memory}{processes})"
-        console.print(_safe(f"{device}, {hardware.get('dtype', '')}: {hardware.get('reason', '')}"))
+        console.print(safe(f"{device}, {hardware.get('dtype', '')}: {hardware.get('reason', '')}"))
     versions = run.record.get("versions") or {}
-    console.print(_safe("  ".join(f"{name} {number}" for name, number in versions.items())), style="dim")
+    console.print(safe("  ".join(f"{name} {number}" for name, number in versions.items())), style="dim")
     if git:
-        console.print(f"[dim]git {_safe(git['revision'][:12])}{', with changes' if git.get('changed') else ''}[/]")
+        console.print(f"[dim]git {safe(git['revision'][:12])}[/]")
 
 
-def _marked(name: str, values: Sequence[float | None]) -> list[str]:
-    """Returns the values as text, the best one bold where one direction is better."""
-    sign = direction(name)
-    present = [value for value in values if value is not None]
-    best = max(present, key=lambda value: sign * value) if sign and len(set(present)) > 1 else None
-    return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]
+def _print_section(console: Terminal, title: str) -> None:
+    console.print(f"\n[bold]{safe(title)}[/]")
 
 
-def _best_cell(best: tuple[int, float] | None) -> str:
-    return f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else ""
-
-
-def _print_chart(
-    console: "Console", curves: Sequence[Curve], scale: Sequence[tuple[int, float]] | None = None
-) -> None:
-    for line in draw(curves, width=min(console.width, WIDEST), height=HEIGHT, scale=scale):
+def _print_chart(console: Terminal, curves: Sequence[Curve], scale: Sequence[tuple[int, float]] | None = None) -> None:
+    for line in draw_curves(curves, width=min(console.width, WIDEST), height=HEIGHT, scale=scale):
         console.print(line, soft_wrap=True)
 
 
-# Words and numbers ------------------------------------------------------------------------------------------------
+# Cells ------------------------------------------------------------------------------------------------------------
 
 
-def _print_json(values: Any) -> None:
-    say_json(finite(values), indent=2)
-
-
-def _console(whole_rows: bool = False) -> "Console":
-    """Returns the terminal; with `whole_rows`, a pipe is so wide that no row is folded."""
-    from llmlab.terminal import Terminal
-
-    console = Terminal()
-    if whole_rows and not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 1000
-    return console
-
-
-def _table(*columns: tuple[str, dict[str, Any]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name, options in columns:
-        table.add_column(name, **{"overflow": "fold", **options})
+def _make_table(*columns: Column | str) -> Any:
+    table = make_table(*columns, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
     return table
 
 
-def _section(console: "Console", title: str) -> None:
-    console.print(f"\n[bold]{_safe(title)}[/]")
-
-
-def _safe(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(printable(text))  # what columns are measured by is what is printed
-
-
 def _path(folder: Path) -> str:
-    return (
-        str(folder.resolve().relative_to(Path.cwd())) if folder.resolve().is_relative_to(Path.cwd()) else str(folder)
-    )
+    """Returns a folder as seen from the working directory, where it lies in that."""
+    whole = folder.resolve()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(folder)
 
 
 def _brief(value: Any) -> str:
     """Returns a value for a cell: of mappings in a list (data sources, rewards) only what is set."""
-    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        shown = []
-        for entry in value:
-            rest = {k: v for k, v in entry.items() if k != "name" and v not in (None, {}, 1.0, "train")}
-            shown.append(f"{entry.get('name', '')} {written(rest) if rest else ''}".strip())
-        return "\n".join(shown)
-    return written(value)
+    if not (isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)):
+        return written(value)
+    shown = []
+    for entry in value:
+        rest = {k: v for k, v in entry.items() if k != "name" and v not in (None, {}, 1.0, "train")}
+        shown.append(f"{entry.get('name', '')} {written(rest) if rest else ''}".strip())
+    return "\n".join(shown)
 
 
-def _plain_value(value: Any) -> bool:
-    return isinstance(value, (str, int, float))
+def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
+    """Returns the values as cells, the best one bold where one direction is better."""
+    sign = direction(metric)
+    present = [sign * value for value in values if value is not None]
+    best = sign * max(present) if sign and len(set(present)) > 1 else None
+    return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        short_number(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-        else _safe(written(value))
-    )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.0f}s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours}h"
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return short_number(value) if is_number else safe(written(value))

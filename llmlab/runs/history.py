@@ -1,10 +1,8 @@
-"""Finished and unfinished runs, as their folders tell: found, followed back to what they started from, and compared.
+"""Run folders read back: found, followed to the runs that they started from, and compared.
 
-Everything here only reads `llmlab.json` and `metrics.jsonl`, and imports nothing heavy. Writing them is the business
-of `record.py`; how runs look on a terminal is that of `cli/runs.py`.
+Only `llmlab.json` and `metrics.jsonl` are read; `record.py` writes them, and `cli/runs.py` shows what is found here.
 """
 
-import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llmlab.runs.record import METRICS, RECORD, read_metrics, read_record, started_in
+from llmlab.runs.record import METRICS, RECORD, is_number, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -24,7 +22,7 @@ Status = Literal["running", "finished", "interrupted", "diverged", "failed", "di
 KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; other stages by their losses
     "tokenizer": ("vocab_size",),
     "merge": ("max_difference",),
-    "generate": ("completions",),
+    "sample": ("completions",),
     "ppo": ("eval_reward", "reward"),
     "grpo": ("eval_reward", "reward"),
 }
@@ -33,18 +31,12 @@ BETTER_SMALL = ("loss", "perplexity", "ce")
 BETTER_LARGE = ("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate")
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
-SKIPPED_FOLDERS = {"node_modules", "__pycache__", "site-packages"}
+NOT_SEARCHED = (".", "checkpoint-", "node_modules", "__pycache__", "site-packages")  # beginnings of folders' names
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder: its record and, read when first needed, its metrics.
-
-    Attributes:
-        folder: as it was found or given.
-        record: the content of `llmlab.json`; empty where it is damaged.
-        problem: why the record cannot be read, or empty.
-    """
+    """A run folder with its record, which is empty where it is damaged (`problem` says why)."""
 
     folder: Path
     record: dict[str, Any]
@@ -53,7 +45,7 @@ class RunFolder:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
-        return [line for line in read_metrics(self.folder) if isinstance(line, dict)]
+        return read_metrics(self.folder)
 
     @property
     def stage(self) -> str:
@@ -74,10 +66,10 @@ class RunFolder:
 
     @property
     def seconds(self) -> float | None:
-        """The time it worked: that of its metrics (pauses before it was resumed left out), else start to end."""
-        started, ended = self.started, _time(self.record.get("ended"))
+        """The time it trained, without pauses before it was resumed; where no metrics say, from start to end."""
         if self.lines and "seconds" in self.lines[-1]:
             return float(self.lines[-1]["seconds"])
+        started, ended = self.started, _time(self.record.get("ended"))
         return (ended - started).total_seconds() if started and ended else None
 
     @property
@@ -88,7 +80,7 @@ class RunFolder:
 
     @property
     def status(self) -> Status:
-        """As recorded; a run that says it is running and has long been silent has died."""
+        """As recorded; a run that is recorded as running but has long been silent has died."""
         if self.problem:
             return "damaged"
         recorded = self.record.get("status", "finished")
@@ -100,17 +92,17 @@ class RunFolder:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last value of each metric: what the run recorded as its result, else what it last logged."""
+        """The last value of each metric: the recorded result, else the last one logged."""
         last = {name: values[-1][1] for name, values in self.curves.items()}
-        return last | {name: value for name, value in self.record.get("metrics", {}).items() if _is_number(value)}
+        return last | {name: value for name, value in self.record.get("metrics", {}).items() if is_number(value)}
 
     @cached_property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Metric -> its (step, value) in order; values that are no finite numbers left out."""
+        """Metric -> its finite values as (step, value), in order."""
         found: dict[str, list[tuple[int, float]]] = {}
         for line in self.lines:
             for name, value in line.items():
-                if name not in ("step", "tokens", "seconds") and _is_number(value) and "step" in line:
+                if name not in ("step", "tokens", "seconds") and is_number(value) and "step" in line:
                     found.setdefault(name, []).append((line["step"], value))
         return found
 
@@ -126,14 +118,14 @@ class RunFolder:
         return [str(parent) for parent in self.record.get("parents", []) if parent]
 
     def best(self, metric: str) -> tuple[int, float] | None:
-        """Returns the (step, value) where a metric was best, or None where there is no better or no curve."""
+        """Returns the (step, value) where a metric was best; None without a curve or a better direction."""
         sign, curve = direction(metric), self.curves.get(metric)
         return max(curve, key=lambda point: sign * point[1]) if curve and sign else None
 
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One run, or a model that is none, with what it started from."""
+    """A run, or a model that was not made by one here, with what it started from."""
 
     name: str
     run: RunFolder | None
@@ -141,11 +133,7 @@ class Ancestor:
 
 
 def open_run(folder: str | Path) -> RunFolder:
-    """Returns the run of a folder.
-
-    Raises:
-        UserError: there is no such folder, it is no run folder, or its record is damaged.
-    """
+    """Returns the run of a folder; the error where there is none names the nearest."""
     folder = expand(folder)
     if os.path.lexists(folder / RECORD):
         return RunFolder(folder, read_record(folder))
@@ -154,12 +142,8 @@ def open_run(folder: str | Path) -> RunFolder:
         while not near.is_dir():
             near = near.parent
         at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
-        known = {} if at_root else {str(run.folder): run for run in find_runs(near)}
-        by_name = {run.folder.name: path for path, run in known.items()}
-        hint = did_you_mean(str(folder), known) or did_you_mean(folder.name, by_name)
-        for name, path in by_name.items():
-            hint = hint.replace(f"'{name}'", f"'{path}'")
-        raise UserError(f"{folder}: there is no such run folder{hint}")
+        known = [] if at_root else [str(run.folder) for run in find_runs(near)]
+        raise UserError(f"{folder}: there is no such run folder{did_you_mean(str(folder), known)}")
     if (folder.parent / RECORD).is_file():
         raise UserError(f"{folder}: this is no run folder; did you mean '{folder.parent}', which holds it?")
     inside = [str(run.folder) for run in find_runs(folder)] if folder.is_dir() else []
@@ -167,46 +151,53 @@ def open_run(folder: str | Path) -> RunFolder:
     raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
 
 
-def find_runs(*folders: str | Path) -> list[RunFolder]:
-    """Returns the runs in these folders and below, those that started first at first; damaged records included.
+def find_runs(folder: str | Path) -> list[RunFolder]:
+    """Returns the runs in a folder and below in the order of their start, damaged ones included.
 
     Hidden folders, virtual environments and checkpoints are not searched.
-
-    Raises:
-        UserError: there is no such folder.
     """
-    found: dict[Path, RunFolder] = {}
-    for folder in folders:
-        if not os.path.isdir(expand(folder)):
-            raise UserError(f"{folder}: there is no such folder")
-        for place, inner, files in os.walk(expand(folder)):
-            if "pyvenv.cfg" in files:
-                inner.clear()
-                continue
-            inner[:] = sorted(
-                name for name in inner if not name.startswith((".", "checkpoint-")) and name not in SKIPPED_FOLDERS
-            )
-            if RECORD in (*files, *inner):
-                found.setdefault(Path(place).resolve(), _open_or_tell(Path(place)))
-    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
+    if not os.path.isdir(expand(folder)):
+        raise UserError(f"{folder}: there is no such folder")
+    found = []
+    for place, inner, files in os.walk(expand(folder)):
+        if "pyvenv.cfg" in files:
+            inner.clear()
+            continue
+        inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
+        if RECORD in (*files, *inner):
+            found.append(_open_or_note(Path(place)))
+    return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
 def given_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
-    """Returns (key, value, source) of the settings that are not defaults."""
-    values, sources = flatten(run.record.get("settings", {})), run.record.get("sources", {})
-    named = ((key, value, _source_of(key, sources)) for key, value in values.items())
-    return [(key, value, source) for key, value, source in named if source != "default"]
+    """Returns (key, value, source) of the settings that are not defaults; entries of a mapping have its source."""
+    sources, found = run.record.get("sources", {}), []
+    for key, value in flatten(run.record.get("settings", {})).items():
+        named = key
+        while named and named not in sources:
+            named = named.rpartition(".")[0]
+        if sources.get(named, "default") != "default":
+            found.append((key, value, sources[named]))
+    return found
 
 
 def ancestors(run: RunFolder) -> Ancestor:
-    """Returns the run with what it started from, back to the first parent that is no run folder or has none."""
-    return _follow(run, str(run.folder), ())
+    """Returns the run with what it started from, back to models that are no run folders here."""
+
+    def follow(run: RunFolder | None, name: str, seen: tuple[Path, ...]) -> Ancestor:
+        if run is None or run.folder.resolve() in seen:
+            return Ancestor(name, run, ())
+        seen = (*seen, run.folder.resolve())
+        found = [(find_parent(run, parent), parent) for parent in run.parents]
+        return Ancestor(name, run, tuple(follow(up, str(up.folder) if up else name, seen) for up, name in found))
+
+    return follow(run, str(run.folder), ())
 
 
 def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
-    """Returns key -> each run's value for the keys of a part of the record (`settings`, `versions`) that differ.
+    """Returns key -> each run's value (`...` without one) where a part of the record (`settings`, `versions`) differs.
 
-    A run without the key has `...` there; a setting that some runs do not have counts where another was given it.
+    A setting that some runs do not have at all counts only where another run did not leave it at its default.
     """
     values = [flatten(run.record.get(part) or {}) for run in runs]
     given = {key for run in runs for key, _, _ in given_settings(run)} if part == "settings" else None
@@ -220,7 +211,7 @@ def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
 
 
 def summary(run: RunFolder) -> dict[str, Any]:
-    """Returns what a list tells of a run, as plain values."""
+    """Returns what a list shows of a run, as plain values."""
     key = run.key_metric
     return {
         "folder": str(run.folder),
@@ -239,10 +230,15 @@ def summary(run: RunFolder) -> dict[str, Any]:
 
 def details(run: RunFolder) -> dict[str, Any]:
     """Returns everything that is shown of one run, as plain values."""
+
+    def lineage(ancestor: Ancestor) -> dict[str, Any]:
+        stage = ancestor.run.stage if ancestor.run else None
+        return {"name": ancestor.name, "stage": stage, "parents": [lineage(parent) for parent in ancestor.parents]}
+
     return {
         **summary(run),
         "settings": {key: {"value": value, "source": source} for key, value, source in given_settings(run)},
-        "lineage": _lineage(ancestors(run)),
+        "lineage": lineage(ancestors(run)),
         "data": run.record.get("data"),
         "metrics": _metric_values(run),
         **{part: run.record.get(part) for part in ("resumed", "versions", "hardware", "git")},
@@ -274,11 +270,6 @@ def _metric_values(run: RunFolder) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _lineage(ancestor: Ancestor) -> dict[str, Any]:
-    stage = ancestor.run.stage if ancestor.run else None
-    return {"name": ancestor.name, "stage": stage, "parents": [_lineage(parent) for parent in ancestor.parents]}
-
-
 def short_names(runs: Sequence[RunFolder]) -> list[str]:
     """Returns the runs' folders without the path that all of them share."""
     folders = [run.folder.resolve() for run in runs]
@@ -289,16 +280,12 @@ def short_names(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | None:
-    """Returns the metric to draw: the one asked for, else the one that all runs with curves can best be judged by.
-
-    Raises:
-        UserError: no run has a curve of that name.
-    """
+    """Returns the metric to draw: the one asked for, else the one that suits all runs with curves best."""
     drawn = [run for run in runs if run.curves]
     known = sorted({name for run in drawn for name in run.curves})
     if asked is not None:
         if asked not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "no run here logged anything"
+            expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
             raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
         return asked
     preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
@@ -330,48 +317,22 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_parent(run: RunFolder, parent: str) -> RunFolder | None:
     """Returns the run that a recorded parent names, or None where it is a hub id, another model, or gone.
 
-    A relative path counts from the working directory of then; a checkpoint's run is the folder around it.
+    A relative path counts from the folder that the run was started in; a checkpoint's run is the folder around it.
     """
-    folder, started = run.folder.resolve(), started_in(run.folder, run.record)
-    roots = [started, Path()] if started else [Path()]
-    for root in roots:
+    folder, here = run.folder.resolve(), Path.cwd()
+    for root in (started_in(run.folder, run.record) or here, here):
         place = root / expand(parent)
         for candidate in (place, place.parent):
-            if os.path.isfile(candidate / RECORD) and candidate.resolve() != folder:
-                return _open_or_tell(_from_here(candidate))
+            if os.path.isfile(candidate / RECORD) and (found := candidate.resolve()) != folder:
+                return _open_or_note(found.relative_to(here) if found.is_relative_to(here) else found)
     return None
 
 
-def _follow(run: RunFolder | None, name: str, seen: tuple[Path, ...]) -> Ancestor:
-    if run is None or run.folder.resolve() in seen:
-        return Ancestor(name, run, ())
-    seen = (*seen, run.folder.resolve())
-    found = [(find_parent(run, parent), parent) for parent in run.parents]
-    return Ancestor(name, run, tuple(_follow(up, str(up.folder) if up else parent, seen) for up, parent in found))
-
-
-def _open_or_tell(folder: Path) -> RunFolder:
+def _open_or_note(folder: Path) -> RunFolder:
     try:
         return open_run(folder)
     except UserError as error:
         return RunFolder(folder, {}, str(error))
-
-
-def _from_here(folder: Path) -> Path:
-    """Returns a folder relative to the working directory where it lies in it."""
-    folder = folder.resolve()
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _source_of(key: str, sources: dict[str, str]) -> str:
-    """Returns where a key's value came from; a mapping's entries have the mapping's source."""
-    while key and key not in sources:
-        key = key.rpartition(".")[0]
-    return sources.get(key, "default")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _time(text: Any) -> datetime | None:

@@ -7,12 +7,12 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,38 +22,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from llmlab.runs.callbacks import is_better
+from llmlab.terminal import human, make_table, safe
 
 ROOM_FOR_BAR = 100  # columns of a terminal that has room for a bar beside the values
 
 
 def print_plan(console: Console, title: str, rows: Sequence[tuple[str, str | Text]]) -> None:
     """Prints the short plan of a run: what will be trained, on what, for how long."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = make_table(Column(style="dim", no_wrap=True), Column(overflow="fold"), show_header=False)
     for name, text in rows:
-        table.add_row(name, escape(text) if isinstance(text, str) else text)
-    console.print(f"[bold]{escape(title)}[/]", highlight=False, soft_wrap=True)
+        table.add_row(name, safe(text) if isinstance(text, str) else text)
+    console.print(f"[bold]{safe(title)}[/]", soft_wrap=True)
     console.print(table)
-
-
-def human(number: float, unit: str = "") -> str:
-    """Returns a number with a decimal prefix, such as `134.5 M` or `1.2 G`."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.1f} {prefix}{unit}"
-    return f"{number:.0f} {unit}".rstrip()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the libraries' notices and bars off the screen while our own line tells the same."""
+    """Keeps the libraries' notices and progress bars off the screen: llmlab's own line shows the same."""
     level, bars, data_bars = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
@@ -74,7 +65,7 @@ def quiet_libraries() -> Iterator[None]:
             enable_progress_bars()
 
 
-class Values(TextColumn):
+class ValuesColumn(TextColumn):
     """A column that gives way to the others on a narrow terminal, and stays one line."""
 
     def render(self, task: Task) -> Text:
@@ -88,7 +79,7 @@ class ProgressLine(TrainerCallback):
 
     Args:
         console: where to print.
-        tokens_per_step: tokens that one update consumes on all processes; None takes the trainer's own count.
+        tokens_per_step: tokens of one update on all processes; None takes the trainer's own count.
         flops_per_token: forward and backward; None leaves MFU out.
         peak_flops: of all devices together; None leaves MFU out.
     """
@@ -100,63 +91,47 @@ class ProgressLine(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.training_seconds = 0.0
-        self.logged_seconds = 0.0
-        self.logged_step = 0
-        self.logged_tokens = 0.0
+        self._training_seconds = 0.0
+        self._logged = (0, 0.0, 0.0)  # step, training seconds and tokens at the last log event
         self._step_began = 0.0
         self._best: float | None = None
-        self._values: dict[str, float] = {}
         self._progress: Progress | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.logged_step = state.global_step
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._logged = (state.global_step, *self._logged[1:])
         self._best = state.best_metric
-        self._began = time.monotonic()
-        self._first_step = state.global_step
+        self._began, self._first_step = time.monotonic(), state.global_step
         if self.console.is_terminal:
+            whole = Column(no_wrap=True)
             self._progress = Progress(
                 TextColumn("[bold]step"),
-                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                MofNCompleteColumn(table_column=whole.copy()),
                 *([BarColumn(bar_width=16)] if self.console.width >= ROOM_FOR_BAR else []),
-                Values("{task.description}", table_column=Column()),
-                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                ValuesColumn("{task.description}", table_column=Column()),
+                TimeElapsedColumn(table_column=whole.copy()),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(elapsed_when_finished=True, table_column=whole.copy()),
                 console=self.console,
             )
             self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
             self._progress.start()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
         self._step_began = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.training_seconds += time.monotonic() - self._step_began
+    def on_step_end(self, args, state, control, **kwargs):
+        self._training_seconds += time.monotonic() - self._step_began
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs: dict[str, Any], **kwargs):
         if "loss" not in logs:
             return
-        steps, seconds = state.global_step - self.logged_step, self.training_seconds - self.logged_seconds
-        self.logged_step, self.logged_seconds = state.global_step, self.training_seconds
-        tokens = steps * self.tokens_per_step if self.tokens_per_step else logs["num_tokens"] - self.logged_tokens
-        self.logged_tokens += tokens
-        rate = tokens / max(seconds, 1e-9)
+        step, seconds, total = self._logged
+        steps = state.global_step - step
+        tokens = steps * self.tokens_per_step if self.tokens_per_step else logs["num_tokens"] - total
+        rate = tokens / max(self._training_seconds - seconds, 1e-9)
+        self._logged = (state.global_step, self._training_seconds, total + tokens)
         logs["tokens_per_second"] = round(rate, 1)
         parts = [
             f"reward {logs['reward']:.3f}" if logs.get("reward") is not None else "",
@@ -175,20 +150,10 @@ class ProgressLine(TrainerCallback):
             elapsed = time.monotonic() - self._began
             done = max(state.global_step - self._first_step, 1)
             left = elapsed / done * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {text}  {_clock(elapsed)} left {_clock(left)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            times = f"{timedelta(seconds=int(elapsed))} left {timedelta(seconds=int(left))}"
+            self.say(f"step {state.global_step}/{state.max_steps}  {text}  {times}")
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
         name = "reward" if "eval_reward" in metrics else "loss"
         value, best = metrics[f"eval_{name}"], self._best
         better = is_better(value, best, name)
@@ -197,14 +162,12 @@ class ProgressLine(TrainerCallback):
         note = note if state.global_step else "  before the first step"
         self.say(f"step {state.global_step}  validation {name} [bold]{value:.4f}[/bold]{_perplexity(metrics)}{note}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         self.stop()
 
     def say(self, text: str) -> None:
         """Prints a line, in markup, above the progress line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def stop(self) -> None:
         """Leaves the progress line as it stands."""
@@ -216,25 +179,18 @@ class ProgressLine(TrainerCallback):
 def print_result(
     console: Console, folder: Path, metrics: dict[str, float], *, before: dict[str, float] | None = None
 ) -> None:
-    """Prints where a run was saved and how good it became, from what it was before where that is known."""
-    parts = [f"[green]saved[/green] {escape(str(folder))}"]
-    kinds = ("reward",) if "eval_reward" in metrics else ("loss", "win_rate")
-    for kind in kinds:
+    """Prints where a run was saved and its validation metrics, with those `before` training where they are known."""
+    parts = [f"[green]saved[/green] {safe(folder)}"]
+    for kind in ("reward",) if "eval_reward" in metrics else ("loss", "win_rate"):
         name = f"eval_{kind}"
         if name in metrics:
             start = f"{before[name]:.4f} -> " if before and name in before else ""
             more = _perplexity(metrics) if kind == "loss" else ""
             parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]{more}")
     if "unigram_entropy" in metrics:
-        parts.append(f"(knowing only word counts: {metrics['unigram_entropy']:.4f})")
-    console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        parts.append(f"(unigram entropy: {metrics['unigram_entropy']:.4f})")
+    console.print("  ".join(parts), soft_wrap=True)
 
 
 def _perplexity(metrics: dict[str, float]) -> str:
     return f", perplexity {metrics['eval_perplexity']:.4g}" if "eval_perplexity" in metrics else ""
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -27,47 +27,30 @@ METRICS = "metrics.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-class Resumed(TypedDict):
-    """Where a run was resumed."""
-
-    step: int
-    at: str
-
-
-class Machine(TypedDict, total=False):
-    """What the run was made on."""
-
-    memory: float
-    processes: int
-
-
-class Revision(TypedDict):
-    """The working directory's revision in git."""
-
-    revision: str
-
-
-class Shape(TypedDict, total=False):
-    """What those who read a record rely on; it may hold more."""
-
-    stage: str
-    status: str
-    started: str
-    ended: str
-    step: int
-    settings: dict[str, Any]
-    sources: dict[str, str]
-    parents: list[str | None]
-    metrics: dict[str, Any]
-    data: dict[str, Any] | None
-    data_files: dict[str, dict[str, Any]]
-    resumed: list[Resumed]
-    versions: dict[str, str]
-    hardware: Machine
-    git: Revision | None
-
-
-SHAPE = TypeAdapter(Shape)
+# what those who read a record rely on; it may hold more
+SHAPE = TypeAdapter(
+    TypedDict(
+        "Record",
+        {
+            "stage": str,
+            "status": str,
+            "started": str,
+            "ended": str,
+            "step": int,
+            "settings": dict[str, Any],
+            "sources": dict[str, str],
+            "parents": list[str | None],
+            "metrics": dict[str, Any],
+            "data": dict[str, Any] | None,
+            "data_files": dict[str, dict[str, Any]],
+            "resumed": list[TypedDict("Resumed", {"step": int, "at": str})],
+            "versions": dict[str, str],
+            "hardware": TypedDict("Hardware", {"memory": float, "processes": int}, total=False),
+            "git": TypedDict("Git", {"revision": str}) | None,
+        },
+        total=False,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +64,7 @@ class RunResult:
 class RunRecord:
     """Writes a run folder's record as the run goes on; only the main process may hold one.
 
-    Args:
-        folder: the run folder.
-        stage: the stage's name.
-        settings: the resolved settings as plain values.
-        sources: key -> where its value came from.
-        parents: run folders or hub ids that this run starts from.
-        hardware: plain values of the probed machine.
+    `sources` says where each setting's value came from; `parents` are run folders or hub ids that the run starts from.
     """
 
     def __init__(
@@ -117,11 +94,7 @@ class RunRecord:
         self._seconds_before = 0.0
 
     def start(self, resumed_step: int | None = None) -> None:
-        """Writes the record; when resuming, keeps the earlier start and drops metrics past the resumed step.
-
-        Args:
-            resumed_step: that a resumed run goes on from, 0 where it had no checkpoint yet; None is a new run.
-        """
+        """Writes the record; a resumed run keeps its start, and its metrics up to the step that it resumes at."""
         if resumed_step is not None:
             earlier = read_record(self.folder)
             self.values["started"] = earlier.get("started", self.values["started"])
@@ -147,6 +120,16 @@ class RunRecord:
         write_atomically(self.folder / RECORD, _json(self.values, indent=2) + "\n")
 
 
+def record_result(
+    folder: Path, *, stage: str, resolved: Any, parents: list[str], metrics: dict[str, float], **results: Any
+) -> RunResult:
+    """Writes the record of a finished stage that has no steps."""
+    values = {"settings": resolved.settings.recorded(), "sources": resolved.sources}
+    record = RunRecord(folder, stage=stage, parents=parents, hardware={}, **values)
+    record.finish("finished", metrics=metrics, **results)
+    return RunResult(folder, metrics)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns a run folder's record, or an empty mapping where there is none (a plain Transformers folder)."""
     path = folder / RECORD
@@ -167,7 +150,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
     """Returns the folder that a run was started in, which its relative paths count from; None where it is gone.
 
-    The run folder's own place tells it where a whole tree has moved.
+    Where the whole tree has moved, it is derived from the run folder's own place.
     """
     output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
     folder, depth = folder.resolve(), len(output_dir.parts)
@@ -178,7 +161,7 @@ def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`; what a crash cut off or damaged is left out."""
+    """Returns the lines of a run's `metrics.jsonl` but those that a crash cut off or damaged."""
     path = folder / METRICS
     lines = []
     with reading(path, "metrics"):
@@ -188,12 +171,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and all(_is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds")):
+        if isinstance(line, dict) and all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds")):
             lines.append(line)
     return lines
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a plain value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -207,7 +191,6 @@ def git_revision() -> dict[str, Any] | None:
     """Returns the revision of the working directory's repository, or None outside one.
 
     Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
-    Whether there are changes only git can tell.
     """
     here = Path.cwd()
     git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
@@ -215,23 +198,19 @@ def git_revision() -> dict[str, Any] | None:
         return None
     try:
         if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
-            git = git.parent / _line(git).removeprefix("gitdir:").strip()
-        head = _line(git / "HEAD")
+            git = git.parent / _read(git).removeprefix("gitdir:").strip()
+        head = _read(git / "HEAD")
         if head.startswith("ref:"):
-            name, common = head.removeprefix("ref:").strip(), git / _line(git / "commondir")
-            packed = dict(reversed(line.split(" ", 1)) for line in _lines(common / "packed-refs") if " " in line)
-            head = _line(git / name) or _line(common / name) or packed.get(name, "")
+            name, common = head.removeprefix("ref:").strip(), git / _read(git / "commondir")
+            packed = re.search(f"^([0-9a-f]+) {re.escape(name)}$", _read(common / "packed-refs"), re.MULTILINE)
+            head = _read(git / name) or _read(common / name) or (packed[1] if packed else "")
     except (OSError, ValueError):
         return None
     return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
 
 
-def _line(path: Path) -> str:
-    return next(iter(_lines(path)), "").strip()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def _json(value: Any, indent: int | None = None) -> str:

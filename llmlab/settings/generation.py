@@ -1,4 +1,4 @@
-"""How text is sampled, and the settings of the `generate` stage that writes samples of a model into a run folder."""
+"""How text is sampled, and the settings of the `sample` stage that writes samples of a model into a run folder."""
 
 from typing import Annotated, ClassVar
 
@@ -23,7 +23,7 @@ class SamplingSettings(Settings):
     """Above 1, repeated tokens become less likely."""
 
 
-class GenerateSettings(SamplingSettings):
+class SampleSettings(SamplingSettings):
     """Completions of fixed prompts."""
 
     panel: ClassVar[str] = "Generate"
@@ -35,4 +35,4 @@ class GenerateSettings(SamplingSettings):
     num_samples: Annotated[int, Gt(0)] = 1
     """Completions of each prompt."""
     seed: v.Seed = 42
-    output_dir: v.OutputDir = "runs/generate"
+    output_dir: v.OutputDir = "runs/sample"

@@ -1,6 +1,6 @@
 """Settings of `llmlab pretrain`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, fields_of
@@ -39,3 +39,8 @@ class PretrainSettings(TrainingSettings, TextDataSettings):
     grad_clip: v.MaxGradNorm = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
     eval_steps: v.EvalBatches = 100
+
+    def recorded(self) -> dict[str, Any]:
+        """Leaves out the shape beside init_from, whose model has its own."""
+        shape = {"model": {"max_seq_len": self.model.max_seq_len}} if self.init_from else {}
+        return super().recorded() | shape

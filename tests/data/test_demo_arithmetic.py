@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.prompts import PromptMaker
+from llmlab.data.chat.makers import PromptMaker
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
 from llmlab.data.demo.arithmetic import WORDINGS, work
 from llmlab.data.sources import Tally, load_text

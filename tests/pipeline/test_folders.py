@@ -52,7 +52,7 @@ def test_a_folder_of_the_users_is_neither_moved_nor_deleted(pipeline, stages, tm
     theirs.mkdir()
     (theirs / "notes.txt").write_text("mine")
     for _ in range(2):
-        with pytest.raises(SettingsError, match="stage 'tokenizer': tokenizer is not known to be this pipeline's"):
+        with pytest.raises(SettingsError, match="stage 'tokenizer': tokenizer was not written by this pipeline"):
             run(pipeline)
     assert not stages and sorted(path.name for path in tmp_path.iterdir()) == ["p.yaml", "tokenizer"]
     assert (theirs / "notes.txt").read_text() == "mine"
@@ -63,7 +63,7 @@ def test_one_that_takes_the_place_of_a_run_folder_is_the_users_too(pipeline, sta
     (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "notes.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="not known to be this pipeline's"):
+    with pytest.raises(SettingsError, match="was not written by this pipeline"):
         run(pipeline, "tokenizer.vocab_size=301")
     assert (tmp_path / "tokenizer" / "notes.txt").read_text() == "mine"
 
@@ -71,7 +71,7 @@ def test_one_that_takes_the_place_of_a_run_folder_is_the_users_too(pipeline, sta
 def test_a_previous_folder_of_the_users_stays(pipeline, stages, tmp_path):
     (tmp_path / "tokenizer.previous").mkdir()
     (tmp_path / "tokenizer.previous" / "notes.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="tokenizer.previous is not known"):
+    with pytest.raises(SettingsError, match="tokenizer.previous was not written"):
         run(pipeline)
     assert (tmp_path / "tokenizer.previous" / "notes.txt").read_text() == "mine"
 

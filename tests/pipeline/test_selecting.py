@@ -107,7 +107,7 @@ def test_what_was_made_from_an_earlier_run_of_a_stage_runs_again(path, stages):
     stages.fails = set()
     assert actions(path) == SKIP_ALL | {"pretrain": "resume", "more": "run"}
     run(path, only="pretrain")
-    assert steps(path)["more"].reason == "'pretrain' has run again since" and steps(path)["more"].action == "run"
+    assert steps(path)["more"].reason == "'pretrain' was rerun since" and steps(path)["more"].action == "run"
     run(path)
     assert stages.done[-2:] == [("pretrain", True), ("more", False)]
     assert actions(path) == SKIP_ALL
@@ -133,20 +133,18 @@ def test_changed_settings_are_named_with_both_values(path, stages, tmp_path):
     assert set(step.changes) == {"max_steps 5 → 6", "model.d_model 896 → 64", "model.n_heads 14 → 2"}
     assert not steps(path)["pretrain"].changes
     state = json.loads((tmp_path / "out" / "pipeline.json").read_text())
-    state["pretrain"]["versions"]["torch"] = "1.0"
+    state["pretrain"]["inputs"]["versions"]["torch"] = "1.0"
     (tmp_path / "out" / "pipeline.json").write_text(json.dumps(state))
     step = steps(path)["pretrain"]
     assert step.reason == "its versions changed" and step.changes[0].startswith("torch 1.0 → ")
 
 
-def test_a_record_without_details_is_still_read(path, stages, tmp_path):
+def test_a_record_of_another_version_is_a_sentence(path, stages, tmp_path):
     run(path)
     file = tmp_path / "out" / "pipeline.json"
-    kept = ("fingerprint", "status", "owner")
-    state = {name: {key: entry[key] for key in kept} for name, entry in json.loads(file.read_text()).items()}
-    file.write_text(json.dumps(state))
-    assert actions(path) == SKIP_ALL
-    assert steps(path, "more.lr=1")["more"].reason == "its settings, inputs or versions changed"
+    file.write_text(json.dumps({name: {"status": "finished"} for name in json.loads(file.read_text())}))
+    with pytest.raises(UserError, match="damaged, or of another version of llmlab; remove it"):
+        actions(path)
 
 
 # --from and --only --------------------------------------------------------------------------------------------------

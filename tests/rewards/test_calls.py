@@ -182,10 +182,10 @@ def test_what_trl_parses_by_a_response_template_is_read_the_same(tmp_path):
     """Where it fails, TRL hands over the text, in which the malformed call is still one."""
     from trl.chat_template_utils import parse_response, qwen3_template
 
-    from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
+    from llmlab.data.tokenizer import learn_bpe, load_tokenizer
     from llmlab.settings.data import DataSource
 
-    train_tokenizer([DataSource(name="demo/stories", subset="20kB")], 300, tmp_path / "t", show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="20kB")], 300, tmp_path / "t", show_progress=False)
     tokenizer = load_tokenizer(str(tmp_path / "t"))
     tokenizer.response_template = qwen3_template
 

@@ -32,7 +32,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.online.kl import KL_STATE, KLController, restore_controller
+from llmlab.training.online.kl import KL_STATE, KLController
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -70,7 +70,7 @@ def texts(path):
 
 def restores(folder):
     check_whole(folder)
-    restore_controller(KLController(0.1, target=0.1, horizon=10), folder)
+    KLController(0.1, target=0.1, horizon=10).load(folder)
 
 
 def schema(path):
@@ -176,9 +176,8 @@ def home(base_folder, tmp_path_factory):
         '  pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}\n'
     )
     steps = plan(read_pipeline(home / "pipeline.yaml"))
-    known = {
-        step.stage.name: {"status": "finished", "fingerprint": "x", "run": "1", **step.material} for step in steps
-    }
+    same = {"status": "finished", "owner": "x", "run": "1", "needed_runs": {}}
+    known = {step.stage.name: {**same, "inputs": step.inputs} for step in steps}
     (home / "runs").mkdir()
     (home / "runs" / "pipeline.json").write_text(json.dumps(known))
     (home / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')

@@ -15,7 +15,7 @@ from trl.experimental.orpo import ORPOConfig
 
 from llmlab.data import build_corpus, load_tokenizer
 from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.makers import InstructionMaker
 from llmlab.data.mixture import Mixture
 from llmlab.data.text import corpus as corpus_module
 from llmlab.hardware import probe

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from llmlab.cli.app import main
 from llmlab.model import load_model
-from llmlab.runs.divergence import FiniteNumbers
 from llmlab.runs.history import open_run
 from llmlab.runs.optimizers import OurOptimizers
 from llmlab.settings.dpo import DPOSettings
@@ -180,7 +179,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_best_and_ends_the_run(settin
 def test_steps_that_a_gradient_scaler_skips_are_no_divergence():
     """In fp16 a scaled gradient overflows now and then: the scaler skips that update and halves its scale."""
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
-    trainer = FiniteNumbers()
+    trainer = object.__new__(OurOptimizers)
     trainer.settings, trainer.state = DPOSettings(), SimpleNamespace(global_step=7)
     trainer.args, trainer.accelerator = SimpleNamespace(fp16=True), SimpleNamespace(scaler=scaler)
     trainer.on_gradients(math.inf)

@@ -213,12 +213,13 @@ def test_the_kl_is_in_the_reward_and_not_in_the_loss(trainer):
     written = batch["completion_mask"] * batch["tool_mask"]
     scores = torch.tensor([1.0, 2.0, float("nan"), 3.0])
     ppo.all_rewards = scores[:, None]
-    ppo.values = torch.randn(4, 6)
+    values = torch.randn(4, 6)
+    ppo.all_values = [torch.nn.functional.pad(values, (0, 1))]  # the last token's value is of no action
     ppo.args.whiten_advantages, ppo.args.gamma, ppo.args.gae_lambda = False, 0.9, 0.8
     batch["ref_per_token_logps"] = batch["old_per_token_logps"] - 0.25
     done = ppo.finish_rollout(batch)
     rewards = token_rewards(scores.nan_to_num(), torch.full((4, 6), 0.5 * 0.25), written)
-    expected, returns = gae(rewards, ppo.values, written, at_turn_ends(written, 0.9), at_turn_ends(written, 0.8))
+    expected, returns = gae(rewards, values, written, at_turn_ends(written, 0.9), at_turn_ends(written, 0.8))
     rows = [0, 1, 3]
     assert torch.allclose(done["advantages"][rows], expected[rows])
     assert torch.allclose((done["returns"] * written)[rows], returns[rows])
@@ -436,7 +437,7 @@ def test_evaluation_changes_nothing(trainer):
     ppo.eval_dataset = Dataset.from_list([{"prompt": f"w{i}"} for i in range(8)])
     metrics = ppo.evaluate()
     assert 0 <= metrics["eval_reward"] <= 1 and math.isfinite(metrics["eval_loss"])
-    assert ppo.moved == []
+    assert ppo.divergences == []
 
 
 TOOL_SAYS = [3, TARGET, 4]

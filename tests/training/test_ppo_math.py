@@ -12,7 +12,7 @@ from llmlab.training.online.advantages import (
     explained_variance,
     gae,
     k3,
-    kl_charge,
+    kl_penalty,
     token_rewards,
     value_loss,
     whiten,
@@ -113,10 +113,10 @@ def test_the_score_comes_last_and_each_token_pays():
     assert not nothing.any()
 
 
-def test_kl_charges():
+def test_kl_penaltys():
     ours, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
-    assert kl_charge(ours, reference, "kl").tolist() == [[0.5, -1.0]]
-    assert kl_charge(ours, reference, "abs").tolist() == [[0.5, 1.0]]
+    assert kl_penalty(ours, reference, "kl").tolist() == [[0.5, -1.0]]
+    assert kl_penalty(ours, reference, "abs").tolist() == [[0.5, 1.0]]
 
 
 @settings(deadline=None)

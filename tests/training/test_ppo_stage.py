@@ -22,7 +22,7 @@ from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online.critic import FILE
 from llmlab.training.online.kl import KL_STATE
-from llmlab.training.online.ppo import EpisodeTrainer, ppo
+from llmlab.training.online.ppo import ActorCriticTrainer, ppo
 from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
 
@@ -116,16 +116,16 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, use_lora, ppo_sett
     lora = {"use_lora": True, "lora_preset": "all"} if use_lora else {}
     changes = {"adaptive_kl": True, "target_kl": 0.05, "kl_horizon": 50, "max_steps": 12, "save_every": 2, **lora}
     whole = ppo(ppo_settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
-    original = EpisodeTrainer.__init__
+    original = ActorCriticTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.add_callback(Killed(killed_at))
 
-    monkeypatch.setattr(EpisodeTrainer, "__init__", init)
+    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
     with pytest.raises(RuntimeError, match="killed"):
         ppo(ppo_settings(**changes), console=quiet)
-    monkeypatch.setattr(EpisodeTrainer, "__init__", original)
+    monkeypatch.setattr(ActorCriticTrainer, "__init__", original)
     resumed = ppo(ppo_settings(**changes), resume=tmp_path / "run", console=quiet)
     assert read_record(resumed.folder)["resumed"][0]["step"] == killed_at
     for name in ("loss", "value_loss", "reward", "kl", "kl_coef"):
@@ -184,13 +184,13 @@ def test_the_split_of_an_update_changes_nothing(ppo_settings, tmp_path, quiet):
 
 def test_the_early_stop_is_at_one_and_a_half_targets(ppo_settings, monkeypatch, quiet):
     seen = []
-    original = EpisodeTrainer.__init__
+    original = ActorCriticTrainer.__init__
 
     def init(self, *args, **kwargs):
         seen.append(kwargs["args"])
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(EpisodeTrainer, "__init__", init)
+    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
     result = ppo(ppo_settings(target_kl=1e-6, max_steps=8), console=quiet)
     assert seen[0].stop_kl == pytest.approx(1.5e-6)
     assert logged(result.folder, "early_stop") == [0, 1] * 4
@@ -204,7 +204,7 @@ def test_options_reach_the_trainer(ppo_settings, monkeypatch, quiet):
     def init(self, *, args, **kwargs):
         raise Seen(args)
 
-    monkeypatch.setattr(EpisodeTrainer, "__init__", init)
+    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
     options = {
         "temperature": 0.6,
         "value_model": "shared",
@@ -456,13 +456,13 @@ def test_a_chat_template_that_adds_tokens(use_lora, ppo_settings, base_folder, t
 def test_frozen_weights_in_four_bits_are_held_once(ppo_settings, wide_base_folder, monkeypatch, quiet):
     pytest.importorskip("bitsandbytes")
     seen = []
-    original = EpisodeTrainer.__init__
+    original = ActorCriticTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         seen.append(self)
 
-    monkeypatch.setattr(EpisodeTrainer, "__init__", init)
+    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
     settings = ppo_settings(policy_checkpoint=str(wide_base_folder), use_qlora=True, lora_preset="all")
     result = ppo(settings, console=quiet)
     (trainer,) = seen

@@ -266,12 +266,12 @@ def test_a_named_reference_is_used_and_must_share_the_vocabulary(
             tokens += ids.shape[1] - len(prompt)
     assert logged(result.folder, "kl")[0] == pytest.approx(ratio / tokens, abs=1e-5)  # nats a token
     assert logged(result.folder, "completion_length")[0] == pytest.approx(tokens / 16)
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
     from llmlab.settings.data import DataSource
 
     other = tmp_path / "other"
     load_model(base_folder).save_pretrained(other)
-    train_tokenizer([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "tok", show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "tok", show_progress=False)
     load_tokenizer(str(tmp_path / "tok")).save_pretrained(other)
     settings = preference_settings(DPOSettings, reference_checkpoint=str(other), output_dir=str(tmp_path / "x"))
     with pytest.raises(UserError, match="reference_checkpoint = .*other: it has another vocabulary"):

@@ -292,7 +292,7 @@ def test_perplexity_stands_beside_every_validation_loss(settings):
 def test_a_run_extended_beyond_what_it_read_sees_what_a_long_run_sees(settings, quiet, seen, tmp_path, monkeypatch):
     """Only the beginning of the corpus is tokenized for the short run; the long one tokenizes on from there."""
     for module in (corpus_module, packing):
-        monkeypatch.setattr(module, "STRETCH", 1024)
+        monkeypatch.setattr(module, "WINDOW", 1024)
     monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 1000)
 
     def make(name, steps, cache="cache"):

@@ -36,7 +36,7 @@ def script(tmp_path):
     path.write_text(
         "import sys, time\n"
         "from llmlab.cli.app import main\n"
-        "from llmlab.training import callbacks\n"
+        "from llmlab.runs import callbacks\n"
         "def slowly(self, args, state, control, **kwargs):\n"
         "    print('step', state.global_step, flush=True)\n"
         "    time.sleep(0.05)\n"

@@ -65,7 +65,7 @@ def test_from_a_checkpoint_of_the_run(settings, quiet):
         "checkpoint-6",
     ]
     assert {p.name for p in (resumed.folder / "superseded").iterdir()} == {"checkpoint-4", "checkpoint-6"}
-    with pytest.raises(UserError, match="no whole checkpoint; expected one of .*: checkpoint-2, checkpoint-4"):
+    with pytest.raises(UserError, match="no complete checkpoint; expected one of .*: checkpoint-2, checkpoint-4"):
         sft(settings(), resume=whole.folder / "checkpoint-3", console=quiet)
 
 
@@ -90,7 +90,7 @@ def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, mon
     shutil.rmtree(folder / "superseded", ignore_errors=True)
     for checkpoint in checkpoints.checkpoints(folder):
         shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match="no whole checkpoint"):  # a finished run is not done again
+    with pytest.raises(UserError, match="no complete checkpoint"):  # a finished run is not done again
         sft(settings(), resume=folder, console=quiet)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk, failures_recorded
-from llmlab.runs.progress import ProgressLine, human
+from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
 from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
@@ -21,6 +21,7 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
+from llmlab.terminal import human
 
 
 def record_of(folder, settings=None):
@@ -96,8 +97,8 @@ def test_only_what_this_run_began_to_write_is_removed(tmp_path):
         (path / "notes.txt").write_text("kept")
     (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
     checkpoints.begin(tmp_path / "checkpoint-9")
-    (tmp_path / ".removed-checkpoint-0").mkdir()  # cut off in the middle of removing
-    assert {path.name for path in checkpoints.remove_partial(tmp_path)} == {"checkpoint-9", ".removed-checkpoint-0"}
+    (tmp_path / ".saving-x").mkdir()  # cut off in the middle of removing
+    assert {path.name for path in checkpoints.remove_partial(tmp_path)} == {"checkpoint-9", ".saving-x"}
     checkpoints.rotate(tmp_path, 1, {}, best=str(tmp_path / "checkpoint-1"))
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert all((path / "notes.txt").read_text() == "kept" for path in theirs)

@@ -15,7 +15,7 @@ from llmlab.data import load_tokenizer
 from llmlab.hardware import probe
 from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
-from llmlab.runs.policy import load_policy
+from llmlab.runs.policy import load_policy, load_reference
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
@@ -23,7 +23,6 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.preference.dpo import load_reference
 from llmlab.training.sft import InstructionTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
@@ -230,7 +229,7 @@ def test_epochs_count_steps_and_exclude_max_steps(sft_settings, quiet):
     result = sft(sft_settings(epochs=0.5, validation_fraction=0, log_every=10), console=quiet)
     record = read_record(result.folder)
     assert record["step"] == 30  # half of 240 rows in batches of 4
-    assert record["data"]["sources"][0]["passes"] == 0.5
+    assert record["data"]["sources"][0]["epochs"] == 0.5
     with pytest.raises(UserError, match="already is at step 30; train longer"):
         sft(sft_settings(epochs=0.5, validation_fraction=0), resume=result.folder, console=quiet)
     with pytest.raises(SettingsError, match="max_steps and epochs set one quantity in two units; keep one"):
@@ -302,7 +301,7 @@ def test_sources_of_different_formats_mix_by_weight(sft_settings, wide_base_fold
     assert (first["trained_rows"], second["trained_rows"]) == (60, 30)
     assert first["share"] == pytest.approx(2 / 3)
     # 8 rows of training, two thirds of them of 60 and one third of 30
-    assert (first["passes"], second["passes"]) == pytest.approx((8 * 2 / 3 / 60, 8 / 3 / 30), abs=1e-3)
+    assert (first["epochs"], second["epochs"]) == pytest.approx((8 * 2 / 3 / 60, 8 / 3 / 30), abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["sophia", "muon", "lion", "adafactor"])
@@ -329,7 +328,7 @@ def test_neftune_reaches_the_trainer(sft_settings, tmp_path, quiet):
         ({"use_lora": True, "modules_to_save": ["lm_hed"]}, "modules_to_save: no module is called 'lm_hed'.*lm_head"),
         ({"trainer_args": {"assistant_only_loss": True}}, "trainer_args.assistant_only_loss: set 'loss_on' instead"),
         ({"trainer_args": {"optim": "adamw_torch"}}, "set 'optimizer' instead"),
-        ({"max_seq_len": 8}, "rows have nothing left to train after cutting to max_seq_len = 8"),
+        ({"max_seq_len": 8}, "rows have nothing left to train after truncation to max_seq_len = 8"),
         ({"datasets": ["demo/stori"]}, "did you mean 'stories'"),
     ],
 )
@@ -418,6 +417,6 @@ def test_an_extended_run_keeps_to_the_rows_it_read(sft_settings, quiet, chat_fil
     sft(sft_settings(max_steps=40, validation_fraction=0), resume=first.folder, console=quiet)
     after = read_record(first.folder)["data"]["sources"][0]
     assert after["rows"] == 30
-    assert after["passes"] == pytest.approx(40 * 4 / 30, abs=1e-3)
+    assert after["epochs"] == pytest.approx(40 * 4 / 30, abs=1e-3)
     straight = sft(sft_settings(max_steps=40, output_dir=str(tmp_path / "straight")), console=quiet)
     assert read_record(straight.folder)["data"]["sources"][0]["rows"] > 160

@@ -1,4 +1,4 @@
-"""The value function of PPO: a head on hidden states, its own trunk or the policy's, and where it is kept.
+"""The value function of PPO: a value head on the policy's hidden states or on a backbone of its own, and its file.
 
 What it learns from, and its loss, are in `ppo_trainer.py`.
 """
@@ -20,10 +20,11 @@ FILE = "critic.safetensors"
 
 
 class Critic(nn.Module):
-    """Predicts at each token what the policy will yet earn; it listens to the policy's forward passes.
+    """Value function: predicts the return at each token, via hooks on the policy's forward passes.
 
-    It is a child of the policy, so one optimizer and one distributed wrapper hold both, and it runs inside the
-    policy's forward.  It is no part of the policy's state: checkpoints hold it in its own file, exports not at all.
+    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, and it runs inside the
+    policy's forward.  It is excluded from the policy's state dict: checkpoints store it separately, exports do not
+    include it.
 
     Args:
         policy: what to attach to, with adapters where there are any.
@@ -45,7 +46,7 @@ class Critic(nn.Module):
             self.trunk = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
         width = (base.config if self.trunk is None else self.trunk.config).get_text_config().hidden_size
         self.head = nn.Linear(width, 1)
-        nn.init.zeros_(self.head.weight)  # what it would say of an unknown state is nothing, not noise
+        nn.init.zeros_(self.head.weight)  # zero-initialized head: initial values are 0
         nn.init.zeros_(self.head.bias)
         if separate and scorer is not None:
             with torch.no_grad():
@@ -54,7 +55,7 @@ class Critic(nn.Module):
         self.heard: list[Tensor] | None = None
         base.base_model.register_forward_hook(self._listen, with_kwargs=True)
         policy.critic = self
-        object.__setattr__(self, "policy", policy)  # not a module of this one: that would be a circle
+        object.__setattr__(self, "policy", policy)  # kept outside the module tree: a parent reference would be a cycle
         if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
             policy.save_pretrained = self._aside(policy.save_pretrained)
             policy.load_adapter = self._aside(policy.load_adapter)
@@ -70,7 +71,7 @@ class Critic(nn.Module):
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Takes it out of the policy's modules for a while."""
+        """Temporarily removes the critic from the policy's modules."""
         del self.policy.critic
         try:
             yield
@@ -95,11 +96,11 @@ class Critic(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def trained(self) -> dict[str, Tensor]:
-        """Returns what it learned, by name; the rest comes from where it started."""
+        """Returns the trainable parameters by name; frozen ones are restored from their source."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def save(self, folder: Path) -> None:
-        """Writes what it learned into a folder."""
+        """Saves the trainable parameters."""
         save_file({name: tensor.contiguous() for name, tensor in self.trained().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
@@ -107,7 +108,7 @@ class Critic(nn.Module):
         saved, mine = load_file(folder / FILE), self.trained()
         if saved.keys() != mine.keys():
             raise ValueError(
-                f"{folder / FILE}: a critic of another kind: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
+                f"{folder / FILE}: a critic with other parameters: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
             )
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
