@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.errors import UserError, did_you_mean, printable
+from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.settings.trust import allow_remote_code
 from llmlab.stages import STAGES
-from llmlab.terminal import say
+from llmlab.terminal import Terminal, make_table, safe, say
 
 TrustRemoteCode = Annotated[
     bool,
@@ -151,20 +150,11 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from llmlab.terminal import Terminal
-
-    table = Table("setting", "value", "source", box=None, pad_edge=False)
+    table = make_table("setting", "value", "source")
     for setting in fields_of(type(resolved.settings)):
         value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
-        style = "dim" if source == "default" else "bold"
-        table.add_row(setting.key, Text(printable(value)), Text(printable(source)), style=style)  # no markup
-    console = Terminal()
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no width: do not wrap rows
-    console.print(table)
+        table.add_row(setting.key, safe(value), safe(source), style="dim" if source == "default" else "bold")
+    Terminal(whole_rows=True).print(table)
 
 
 def _preset_layer(stage: str, preset: str) -> Layer:
@@ -255,7 +245,7 @@ def _describe(setting: Setting) -> str:
         f"TRL: {trl.name}" if trl else "",
     ]
     plain = f"[{'; '.join(filter(None, facts))}]"
-    return f"{escape(setting.help)} [dim]{escape(plain)}[/dim]"
+    return f"{safe(setting.help)} [dim]{safe(plain)}[/dim]"
 
 
 def _metavar(setting: Setting) -> str:

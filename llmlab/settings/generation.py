@@ -26,7 +26,7 @@ class SamplingSettings(Settings):
 class SampleSettings(SamplingSettings):
     """Completions of fixed prompts."""
 
-    panel: ClassVar[str] = "Generate"
+    panel: ClassVar[str] = "Sample"
 
     model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")]
     """Run folder or hub id."""
