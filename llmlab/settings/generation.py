@@ -35,4 +35,5 @@ class SampleSettings(SamplingSettings):
     num_samples: Annotated[int, Gt(0)] = 1
     """Completions of each prompt."""
     seed: v.Seed = 42
+    """Seed of the sampling."""
     output_dir: v.OutputDir = "runs/sample"

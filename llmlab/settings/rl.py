@@ -42,9 +42,10 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(FineTuningSettings, RewardsSettings):
+class OnlineSettings(RewardsSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
+    panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),

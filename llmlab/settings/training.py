@@ -81,7 +81,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         return self
 
 
-class FineTuningSettings(TrainingSettings, LoraSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings):
     """What the stages share that start from a trained model."""
 
     panel: ClassVar[str] = "Training"
