@@ -73,9 +73,6 @@ class Settings(BaseModel):
     inapplicable: ClassVar[dict[str, str]] = {}
     """Keys of the seeds that cannot mean anything here, and why: accepted from a file, with a warning."""
 
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Keys without a field, and the values that describe what the stage does anyway: accepted silently."""
-
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Fields for one quantity in several units; the first follows from the others. The last layer's choice holds."""
 

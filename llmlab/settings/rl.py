@@ -4,9 +4,9 @@ Source: seed, LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Param
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmlab.settings import vocabulary as v
@@ -42,9 +42,10 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(FineTuningSettings, RewardsSettings):
+class OnlineSettings(RewardsSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
+    panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
@@ -52,7 +53,7 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
         "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    best_metrics: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
@@ -99,12 +100,9 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     kl_horizon: Annotated[int, Gt(0), Alias("horizon"), When("adaptive_kl", True)] = 10000
     """Completions over which the weight of the KL penalty changes by at most 20 %."""
 
-    max_new_tokens: Annotated[int, Gt(0), Trl("max_completion_length")] = 128
-    """Longest completion in tokens."""
-    top_k: Annotated[int, Ge(0), Trl("top_k")] = 0
-    """Sample among the k most likely tokens; 0 is all."""
-    top_p: Annotated[float, Gt(0), Le(1), Trl("top_p")] = 1.0
-    """Nucleus sampling: the smallest set of tokens with this total probability."""
+    max_new_tokens: v.MaxNewTokens = 128
+    top_k: v.TopK = 0
+    top_p: v.TopP = 1.0
     use_vllm: Annotated[bool, Trl("use_vllm")] = False
     """Sample with vLLM, which must be installed."""
     vllm_mode: Annotated[Literal["colocate", "server"], Trl("vllm_mode"), When("use_vllm", True)] = "colocate"

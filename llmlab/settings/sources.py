@@ -44,10 +44,6 @@ class Resolved(Generic[S]):
     sources: dict[str, str]
     warnings: tuple[str, ...] = ()
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Returns (key, value, source) for each setting, in the order of declaration."""
-        return [(s.key, show(s.of(self.settings)), self.sources[s.key]) for s in fields_of(type(self.settings))]
-
 
 def as_resolved(settings: S | Resolved[S]) -> Resolved[S]:
     """Returns settings with their sources; in those made in Python, what differs from its default is an argument."""
@@ -131,13 +127,11 @@ def _read(
         setting = table.get(key)
         if setting is None:
             reason = stage.why_inapplicable(key)
-            if key in NOT_SETTINGS or value in stage.implied.get(key, ()):
-                continue
             if reason and layer.path is not None:
                 unused[reason].append(key)
             elif reason:
                 problems.append(f"{where}: '{key}' cannot be set here: {reason}")
-            else:
+            elif key not in NOT_SETTINGS:
                 problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, table)}")
             continue
         if unusable := _unusable(value):

@@ -28,7 +28,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
     inapplicable: ClassVar[dict[str, str]] = {
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
     }
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {"metric_for_best_model": ("eval_loss", "loss")}
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
 
     output_dir: v.OutputDir
     max_steps: v.MaxSteps = 10000
@@ -57,6 +57,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
 
         The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
         """
+        if values.get("metric_for_best_model") in cls.best_metrics:
+            del values["metric_for_best_model"]
         batches = "eval_steps" if "eval_steps" in cls.model_fields else "eval_batches"
         own = spellings_of(cls)["eval_steps"].name
         beside = next((name for name in BESIDE_TRANSFORMERS_EVAL_STEPS if name in values), None)
@@ -79,7 +81,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         return self
 
 
-class FineTuningSettings(TrainingSettings, LoraSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings):
     """What the stages share that start from a trained model."""
 
     panel: ClassVar[str] = "Training"
