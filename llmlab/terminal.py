@@ -31,7 +31,7 @@ class Terminal(Console):
     def __init__(self, *, whole_rows: bool = False, **options: Any):
         super().__init__(**{"highlight": False, "emoji": False, **options})
         if whole_rows and not self.is_terminal and "COLUMNS" not in os.environ:
-            self.width = 1000  # a pipe has no width: rows stay whole
+            self.width = 1000  # a pipe has no width: do not wrap rows
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)  # before a table measures it

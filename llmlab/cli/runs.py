@@ -1,7 +1,4 @@
-"""`llmlab runs list`, `show` and `compare`: what was run, from what, with what result, as tables, trees and curves.
-
-Only how runs look is here; they are read by `llmlab/runs/history.py`.
-"""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from llmlab.runs.history import (
     Ancestor,
     RunFolder,
     ancestors,
+    changed_settings,
     comparison,
     curve_metric,
     details,
@@ -25,7 +23,6 @@ from llmlab.runs.history import (
     find_parent,
     find_runs,
     flatten,
-    given_settings,
     open_run,
     short_names,
     summary,
@@ -42,7 +39,7 @@ STATUS_STYLES = {
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
-OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
+NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LIST_COLUMNS = ("run", "stage", "status", "steps", "result", "from", "started", "took")
 LEFT_OUT = ("started", "took")  # on a narrow terminal, before
 SHRINKING = {"run": 12, "from": 12}  # have fewer characters than this
@@ -59,7 +56,7 @@ def list_runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs in a folder and below: how they went, how good they became, what they started from."""
+    """List the runs in a folder and below: their status, result and parents."""
     runs = find_runs(folder or Path())
     if as_json:
         return say_json(finite([summary(run) for run in runs]), indent=2)
@@ -79,7 +76,7 @@ def show(
     metric: Metric = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one run: its settings and their sources, where it comes from, its data, results and curve."""
+    """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
     chosen = open_run(run)
     drawn = curve_metric([chosen], metric) or ""
     if metric is None and drawn.removeprefix("eval_") in chosen.curves:
@@ -90,7 +87,7 @@ def show(
     _print_heading(console, chosen)
     _print_section(console, "Lineage")
     console.print(_tree(ancestors(chosen)))
-    settings = [row for row in given_settings(chosen) if row[0] != "output_dir"]
+    settings = [row for row in changed_settings(chosen) if row[0] != "output_dir"]
     if settings:
         _print_section(console, "Settings that are not defaults")
         table = _make_table("setting", Column("value", ratio=1), Column("source", style="dim"))
@@ -254,7 +251,7 @@ def _print_data(console: Terminal, run: RunFolder) -> None:
 def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
     """Prints the last value of each metric, and the best one where one direction is better."""
     metrics = dict.fromkeys(name for run in runs for name in run.metrics)
-    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(OF_THE_MACHINE)]
+    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(NOT_SHOWN)]
     if not metrics:
         return
     _print_section(console, "Metrics")
