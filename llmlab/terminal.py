@@ -62,9 +62,10 @@ def safe(text: Any) -> str:
     return escape(printable(str(text)))
 
 
-def make_table(*columns: Column | str, **options: Any) -> Table:
-    """Returns an empty table without lines around its cells."""
-    return Table(*columns, **{"box": None, "pad_edge": False, "header_style": "bold", **options})
+def make_table(*columns: Column | str, gap: int = 2, **options: Any) -> Table:
+    """Returns an empty table without lines around its cells, and so many spaces between them."""
+    plain = {"box": None, "pad_edge": False, "padding": (0, gap, 0, 0), "header_style": "bold"}
+    return Table(*columns, **{**plain, **options})
 
 
 def numeric(name: str, **options: Any) -> Column:
