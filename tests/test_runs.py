@@ -102,7 +102,7 @@ def test_which_direction_is_better(name, sign):
     assert direction(name) == sign
 
 
-def test_given_settings_have_their_sources(tmp_path):
+def test_changed_settings_have_their_sources(tmp_path):
     settings = {"lr": 1e-3, "model": {"d_model": 64, "n_heads": 2}, "trainer_args": {"a": 1}, "seed": 42}
     sources = {
         **{"lr": "x.yaml:3", "model.d_model": "command line", "model.n_heads": "default"},

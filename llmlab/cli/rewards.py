@@ -255,7 +255,7 @@ def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> 
         *(Column(safe(label), justify="right", width=width, overflow="fold") for label in labels),
         Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12),
         expand=True,
-        padding=(0, gap, 0, 0),
+        gap=gap,
     )
     for row, completion in enumerate(completions):
         values = [_cell(column[row], digits) for column in scores.components.values()]
