@@ -21,7 +21,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -203,9 +202,9 @@ class Run(Start[S]):
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
-        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics: they
-        are called before those that print and record, the last one first. `compiled` says the reason of the stage's
-        own compile decision. `results` are metrics in addition to the trainer's.
+        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
+        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
+        compile decision. `results` are metrics in addition to the trainer's.
         """
         trainer.has_all_steps = self.has_all_steps(steps)
         compiled = compiled or compile_if_worth(
@@ -229,8 +228,8 @@ class Run(Start[S]):
             trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        whole = CheckpointRotation(trainer, self.settings.save_total_limit)
-        trainer.add_callback(whole)  # must run after all other callbacks
+        rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
+        trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
             record_failures(self.stage, self.folder, record, self.progress, self.settings),
@@ -242,12 +241,12 @@ class Run(Start[S]):
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
-            trainer.check_weights()
-            checkpoints.publish(self.folder, lambda temporary: save_policy(trainer, temporary))
+            with checkpoints.staged(self.folder) as temporary:
+                save_policy(trainer, temporary)
         metrics = last_metrics(trainer) | (results or {})
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-            whole.rotate(trainer.args, trainer.state)
+            rotation.rotate(trainer.args, trainer.state)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
@@ -274,14 +273,7 @@ class Run(Start[S]):
 
 
 def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the number of optimizer steps of a run, counted as Trainer does.
-
-    Args:
-        settings: with `epochs` and `max_steps`.
-        rows: training rows of one epoch.
-        rows_per_batch: rows per forward pass, over all processes.
-        accumulation: gradient accumulation steps.
-    """
+    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
     if settings.epochs is None:
         return settings.max_steps
     batches = math.ceil(rows / rows_per_batch)
@@ -320,9 +312,10 @@ class BestAdapters(TrainerCallback):
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.folder = trainer, folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
+            with checkpoints.staged(self.folder) as temporary:
+                save_weights(self.trainer, temporary / BEST_ADAPTERS)
 
 
 def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:

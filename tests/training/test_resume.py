@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from llmlab.cli.app import main
 from llmlab.runs import checkpoints
+from llmlab.runs import run as runs
 from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
 from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
@@ -91,7 +92,7 @@ def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, cut
 def test_killed_before_its_final_save_it_takes_no_step_more(changes, settings, quiet, cut_off, tmp_path):
     whole = sft(settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
 
-    with cut_off.kill(within=(checkpoints, "publish")):
+    with cut_off.kill(within=(runs, "save_policy")):
         sft(settings(**changes), console=quiet)
     folder = tmp_path / "run"
     files = [path / "model.safetensors" for path in (whole.folder, folder)]
