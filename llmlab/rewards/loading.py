@@ -81,7 +81,8 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         return None
     function = target(**parameters) if inspect.isclass(target) else partial(target, **parameters)
     bounds = getattr(function if inspect.isclass(target) else target, "bounds", None) or (None, None)
-    low, high = (parameters[end] if isinstance(end, str) else end for end in bounds)
+    values = inspect.signature(function).parameters  # whose defaults are the parameters' values
+    low, high = (values[end].default if isinstance(end, str) else end for end in bounds)
     return Reward(
         function,
         name=name.rpartition(":")[2],

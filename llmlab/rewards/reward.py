@@ -42,8 +42,7 @@ class Reward:
             raise UserError(f"reward '{self.name}': this function is async; give it to GRPOTrainer itself")
         accepted = inspect.signature(function).parameters
         self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-        self._accepted = accepted.keys()
-        self._parameters = getattr(function, "keywords", {}).keys()
+        self._accepted, self._parameters = frozenset(accepted), frozenset(getattr(function, "keywords", ()))
 
     @property
     def __name__(self) -> str:

@@ -61,16 +61,13 @@ class RewardModel:
                 self.tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home if adapter else self.path)
             self._is_adapter = adapter is not None
             if adapter is None:
-                kinds = self.config.architectures or ["nothing"]
+                found = ", ".join(self.config.architectures or ["nothing"])
+                scores = "ForSequenceClassification" in found
             else:
-                kinds = [
-                    "ForSequenceClassification"
-                    if adapter.config.task_type == "SEQ_CLS"
-                    else f"an adapter for {adapter.config.task_type}"
-                ]
+                found, scores = f"an adapter for {adapter.config.task_type}", adapter.config.task_type == "SEQ_CLS"
                 self.config.num_labels = 1
-            if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-                raise UserError(f"{self.path}: expected a sequence-classification model, found {', '.join(kinds)}")
+            if not scores:
+                raise UserError(f"{self.path}: expected a sequence-classification model, found {found}")
         except UserError as error:
             raise UserError(f"model = {error}") from None
         self.index = self._index_of(label)
@@ -107,8 +104,8 @@ class RewardModel:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             with torch.inference_mode():
-                logits = self._model(**self._collate([encoded[row][0] for row in rows])).logits.float()
-            # (batch, labels)
+                inputs = self._collate([encoded[row][0] for row in rows])
+                logits = self._model(**inputs).logits.float()  # (batch, labels)
             if self.index is not None:
                 values = logits.softmax(-1)[:, self.index]
             else:

@@ -103,6 +103,20 @@ def test_a_function_of_ones_own(own, tmp_path):
     assert composed(["x"]) == [pytest.approx(3 / 9)]
 
 
+def test_a_function_of_ones_own_for_one_completion(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from llmlab.rewards.function import reward_function\n"
+        "@reward_function(weight=3.0, high='most')\n"
+        "def shouts(completion, row, *, most=2):\n"
+        "    return None if row['answer'] is None else min(completion.count('!'), most)\n"
+    )
+    (reward,) = load_rewards(["mine.py:shouts"], True, tmp_path)
+    assert (reward.weight, reward.low, reward.high) == (3, 0, 2)
+    (reward,) = load_rewards([{"name": "mine.py:shouts", "most": 5}], True, tmp_path)
+    assert reward.high == 5
+    assert reward(["a!", "!!!!!!", "!"], answer=["x", "y", None], most=[0] * 3) == [1, 5, None]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
