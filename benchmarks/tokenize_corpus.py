@@ -25,7 +25,7 @@ from llmlab.data.sources import Tally, load_text
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import PackedRows
 from llmlab.data.text.store import open_store
-from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
+from llmlab.data.tokenizer import learn_bpe, load_tokenizer
 from llmlab.settings.data import DataSource
 
 LENGTH = 512
@@ -96,7 +96,7 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         folder = tempfile.mkdtemp()
-        tokenizer = train_tokenizer([DataSource(name="demo/stories")], 1024, folder, show_progress=False)
+        tokenizer = learn_bpe([DataSource(name="demo/stories")], 1024, folder, show_progress=False)
     table = Table(
         "source", "MB", "llmlab MB/s", "encode_batch_fast", "datasets.map", "ratio to map", "rows read, tokens/s"
     )

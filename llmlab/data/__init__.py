@@ -10,7 +10,7 @@ _HOMES = {
     "load_text": "sources",
     "load_tokenizer": "tokenizer",
     "stop_token_ids": "tokenizer",
-    "train_tokenizer": "tokenizer",
+    "learn_bpe": "tokenizer",
 }
 __all__ = sorted(_HOMES)
 

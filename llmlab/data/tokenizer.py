@@ -92,7 +92,7 @@ def stop_token_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
 
-def train_tokenizer(
+def learn_bpe(
     sources: Sequence[DataSource],
     vocab_size: int,
     output_dir: str | Path,

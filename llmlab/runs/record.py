@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-# what those who read a record rely on; it may hold more
+# fields that readers rely on; more are allowed
 SHAPE = TypeAdapter(
     TypedDict(
         "Record",
@@ -118,6 +118,16 @@ class RunRecord:
 
     def _write(self) -> None:
         write_atomically(self.folder / RECORD, _json(self.values, indent=2) + "\n")
+
+
+def record_result(
+    folder: Path, *, stage: str, resolved: Any, parents: list[str], metrics: dict[str, float], **results: Any
+) -> RunResult:
+    """Writes the record of a finished stage that has no steps."""
+    values = {"settings": resolved.settings.recorded(), "sources": resolved.sources}
+    record = RunRecord(folder, stage=stage, parents=parents, hardware={}, **values)
+    record.finish("finished", metrics=metrics, **results)
+    return RunResult(folder, metrics)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

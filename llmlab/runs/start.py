@@ -19,7 +19,7 @@ from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_steps_left, check_whole, data_files, find_checkpoint
+from llmlab.runs.resume import check_data, check_steps_left, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError
 from llmlab.settings.sources import Resolved, as_resolved
@@ -29,7 +29,7 @@ S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start(Generic[S]):
     """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run; without a
     checkpoint it begins at the first step; `data_files` identifies each local data file.
@@ -68,8 +68,9 @@ def begin(
     load_optimizer: bool,
     allow_changed_data: bool,
     console: Console | None,
-) -> Iterator[Start[S]]:
-    """Claims the run folder for as long as the run takes, and finds the checkpoint that `resume` means.
+    make: Callable[..., Any] = Start,
+) -> Iterator[Any]:
+    """Claims the run folder for as long as the run takes, and yields `make` of where the run starts.
 
     The main process alone looks at the folder, and tells the others.
     """
@@ -81,10 +82,11 @@ def begin(
     check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
     with ExitStack() as stack, lost_processes_named(process):
 
-        def claim() -> tuple[Path, Path | None, dict[str, Any], list[str]]:
+        def claim() -> dict[str, Any]:
             output = Path(settings.output_dir)  # type: ignore[attr-defined]
             if resume is None:
-                return stack.enter_context(checkpoints.claim(output)), None, data_files(settings), []
+                folder = stack.enter_context(checkpoints.claim(output))
+                return {"folder": folder, "resumed": None, "checkpoint": None, "data_files": data_files(settings)}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
                 raise UserError(f"--resume {resume}: there is no such run folder")
@@ -95,20 +97,20 @@ def begin(
             notes = check_data(folder, files, allow_changed=allow_changed_data)
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
-                check_whole(checkpoint)
+                check_undamaged(checkpoint)
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
-                later = checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
-                names = ", ".join(path.name for path in later)
+                names = ", ".join(
+                    path.name for path in checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
+                )
                 target = folder / checkpoints.SUPERSEDED
-                notes += [f"{names}: moved into {target}: the run continues before them"] if later else []
-            return folder, checkpoint, files, notes
+                notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
+            for note in notes:
+                console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+            status = read_record(folder).get("status", "finished")
+            return {"folder": folder, "resumed": status, "checkpoint": checkpoint, "data_files": files}
 
-        folder, checkpoint, files, notes = on_main(process, claim)
-        for note in notes:
-            console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-        status = None if resume is None else read_record(folder).get("status", "finished")
-        yield Start(resolved, hardware, process, console, folder, status, checkpoint, files)
+        yield make(resolved, hardware, process, console, **on_main(process, claim))
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def shorten(text: str, most: int = 60) -> str:
+    """Returns the beginning of a text that is longer than this."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text has no lone surrogates, which JSON, YAML and file names can spell."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
@@ -91,4 +96,4 @@ def reason_of(error: BaseException) -> str:
     reason = printable(lines[0].strip().rstrip(".:"))
     if isinstance(error, (KeyError, IndexError)) or not reason:
         reason = f"{type(error).__name__}: {reason}"
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
+    return shorten(reason, LONGEST_REASON)

@@ -3,7 +3,6 @@
 Every way in which these are not what they should be is told apart here; folding one into the other is `merge`.
 """
 
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,16 +14,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from llmlab.model import ADAPTER_CONFIG as CONFIG
-from llmlab.model import check_folder, load_config, read_adapter
+from llmlab.model import load_config, read_adapter
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
 from llmlab.runs.run import BEST_ADAPTERS as BEST
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import check_types, read_json
-from llmlab.settings.paths import expand
+from llmlab.settings.paths import expand, is_local
 
 SCORES = "SEQ_CLS"  # the task of a reward model in PEFT's words
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
@@ -36,7 +34,7 @@ def find_adapter(source: str | Path) -> Path:
         UserError: there is none, or several.
     """
     folder, where = expand(source), f"adapter = {source}"
-    if not folder.exists() and HUB_ID.fullmatch(str(source)) and (adapter := read_adapter(source)) is not None:
+    if not is_local(str(source)) and (adapter := read_adapter(source)) is not None:
         return adapter.folder
     if not folder.is_dir():
         what = "this is a file" if folder.is_file() else "there is no such folder"
@@ -126,7 +124,6 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
             "merge that one first, then give the result with --base"
         )
     try:
-        check_folder(base)
         base_config = load_config(base)
     except UserError as error:
         if named:

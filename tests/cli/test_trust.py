@@ -39,13 +39,13 @@ def edit(path, **changes):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
     from llmlab.settings.data import DataSource
 
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("The cat meows. The dog barks. " * 40)
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    return train_tokenizer([DataSource(name=str(text))], 270, folder, show_progress=False)
+    return learn_bpe([DataSource(name=str(text))], 270, folder, show_progress=False)
 
 
 @pytest.fixture(scope="module")

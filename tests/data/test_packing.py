@@ -86,9 +86,9 @@ def test_a_cache_is_used_again_until_anything_changes(open_, tmp_path, encoder):
 
 
 def test_another_tokenizer_never_gets_this_ones_cache(open_, tmp_path, encoder):
-    from llmlab.data.tokenizer import train_tokenizer
+    from llmlab.data.tokenizer import learn_bpe
 
-    other = TextEncoder.of(train_tokenizer([STORIES], 300, tmp_path / "t", show_progress=False))
+    other = TextEncoder.of(learn_bpe([STORIES], 300, tmp_path / "t", show_progress=False))
     source = lines(tmp_path / "rows.txt", ["Once upon a time there was a fox."])
     first, second = open_(source), open_(source, other)
     assert first.folder != second.folder

@@ -73,10 +73,10 @@ def share_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(corpus_file, tmp_path_factory):
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
 
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_tokenizer([DataSource(name=str(corpus_file))], 300, folder, show_progress=False)
+    learn_bpe([DataSource(name=str(corpus_file))], 300, folder, show_progress=False)
     return folder
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llmlab.cli.app import main
 from llmlab.model import load_model
 from llmlab.runs.history import open_run
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.stages import STAGES
@@ -44,12 +44,12 @@ def poison(monkeypatch):
 
     def at(step, value):
         def training_step(self, model, *args, **kwargs):
-            loss = super(OurOptimizers, self).training_step(model, *args, **kwargs)
+            loss = super(StageTrainer, self).training_step(model, *args, **kwargs)
             if self.state.global_step == step - 1:
                 next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
             return loss
 
-        monkeypatch.setattr(OurOptimizers, "training_step", training_step, raising=False)
+        monkeypatch.setattr(StageTrainer, "training_step", training_step, raising=False)
         return lambda: monkeypatch.undo()
 
     return at
@@ -148,16 +148,16 @@ def test_a_validation_loss_that_is_not_finite_is_no_best_and_ends_the_run(settin
 def test_steps_that_a_gradient_scaler_skips_are_no_divergence():
     """In fp16 a scaled gradient overflows now and then: the scaler skips that update and halves its scale."""
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
-    trainer = object.__new__(OurOptimizers)
+    trainer = object.__new__(StageTrainer)
     trainer.settings, trainer.state = DPOSettings(), SimpleNamespace(global_step=7)
     trainer.args, trainer.accelerator = SimpleNamespace(fp16=True), SimpleNamespace(scaler=scaler)
-    trainer.on_gradients(math.inf)
+    trainer.on_nonfinite_gradients(math.inf)
     scaler.get_scale = lambda: 0.5  # what overflows now was not scaled up
     with pytest.raises(Diverged, match="step 7: the gradient norm is inf"):
-        trainer.on_gradients(math.inf)
+        trainer.on_nonfinite_gradients(math.inf)
     trainer.args.fp16, trainer.accelerator.scaler = False, None
     with pytest.raises(Diverged):
-        trainer.on_gradients(math.nan)
+        trainer.on_nonfinite_gradients(math.nan)
 
 
 def test_the_command_and_a_pipeline_end_with_exit_code_4(corpus_file, tokenizer_folder, tmp_path, monkeypatch, capsys):

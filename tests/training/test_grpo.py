@@ -19,7 +19,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
-from llmlab.training.online.grpo import GroupTrainer, global_advantages, group_metrics, grpo
+from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
 from llmlab.training.online.kl import KLController
 from llmlab.training.preference.reward import reward
 
@@ -184,14 +184,14 @@ def test_advantages_and_group_metrics_by_hand():
 
 def test_the_baseline_reaches_the_trainer(grpo_settings, quiet, monkeypatch):
     seen = {}
-    original = GroupTrainer.finish_rollout
+    original = LLMLabGRPOTrainer.finish_rollout
 
     def watch(self, rollout):
         rollout = original(self, rollout)
         seen[self.settings.baseline_mode] = (self.all_rewards[:, 0].clone(), rollout["advantages"].clone())
         return rollout
 
-    monkeypatch.setattr(GroupTrainer, "finish_rollout", watch)
+    monkeypatch.setattr(LLMLabGRPOTrainer, "finish_rollout", watch)
     for mode in ("group_mean", "global_mean"):
         settings = grpo_settings(max_steps=1, baseline_mode=mode)
         grpo(settings.model_copy(update={"output_dir": settings.output_dir + mode}), console=quiet)
@@ -207,7 +207,7 @@ def test_the_baseline_reaches_the_trainer(grpo_settings, quiet, monkeypatch):
 @pytest.mark.parametrize("more", [{}, {"use_bias_correction_kl": False}], ids=str)
 def test_a_penalty_is_averaged_as_trl_averages_its_own(more, grpo_settings, quiet, monkeypatch):
     """With TRL's estimate in place of the size, our way gives TRL's loss and gradients."""
-    total = GroupTrainer.total_loss
+    total = LLMLabGRPOTrainer.total_loss
     compared = []
 
     def both(self, loss, batch):
@@ -219,8 +219,8 @@ def test_a_penalty_is_averaged_as_trl_averages_its_own(more, grpo_settings, quie
         compared.append(self._metrics["train"]["kl"][-2:])
         return loss()
 
-    monkeypatch.setattr(GroupTrainer, "penalty", staticmethod(lambda ratio: torch.exp(-ratio) + ratio - 1))
-    monkeypatch.setattr(GroupTrainer, "total_loss", both)
+    monkeypatch.setattr(LLMLabGRPOTrainer, "penalty", staticmethod(lambda ratio: torch.exp(-ratio) + ratio - 1))
+    monkeypatch.setattr(LLMLabGRPOTrainer, "total_loss", both)
     more = {"trainer_args": more, "mini_batch_size": 4, "gradient_accumulation_steps": 2}
     grpo(grpo_settings(kl_penalty="abs", init_kl_coef=0.5, max_steps=4, **more), console=quiet)
     assert compared[-1][0] == pytest.approx(compared[-1][1], rel=1e-5) and compared[-1][0] > 0.001
@@ -411,9 +411,9 @@ def test_the_split_of_an_update_changes_nothing(grpo_settings, tmp_path, quiet):
 @pytest.mark.parametrize("optimizer", ["sophia", "muon"])
 def test_other_optimizers_sample_once(optimizer, grpo_settings, quiet, monkeypatch):
     sampled = []
-    original = GroupTrainer.finish_rollout
+    original = LLMLabGRPOTrainer.finish_rollout
     monkeypatch.setattr(
-        GroupTrainer, "finish_rollout", lambda self, rollout: sampled.append(1) or original(self, rollout)
+        LLMLabGRPOTrainer, "finish_rollout", lambda self, rollout: sampled.append(1) or original(self, rollout)
     )
     result = grpo(grpo_settings(optimizer=optimizer, learning_rate=1e-3, max_steps=12), console=quiet)
     assert len(sampled) == 3 and len(logged(result.folder)) == 12
@@ -535,6 +535,7 @@ def test_a_reward_model_of_ours_beside_another_reward(grpo_settings, preference_
 def test_epochs_and_the_context_count_prompts(grpo_settings, quiet):
     """Two passes over so many prompts, of those that leave room for a completion in the context."""
     changes = {"epochs": 2, "max_samples": 24, "batch_size": 8, "mini_batch_size": 32, "ppo_epochs": 1}
+    changes["allow_code"] = True  # is given anew each time
     given = {**grpo_settings().model_dump(exclude_unset=True), **changes}
     given.pop("max_steps")
     result = grpo(GRPOSettings(**given), console=quiet)

@@ -454,12 +454,10 @@ def test_two_adapters_in_settings(tmp_path):
 def test_as_a_stage_of_a_pipeline(adapter, tmp_path):
     path = tmp_path / "p.yaml"
     prompts = "{model: '${merge}', prompts: [The cat], max_new_tokens: 4}"
-    path.write_text(
-        f"output_dir: {tmp_path / 'out'}\nstages:\n  merge: {{adapter: {adapter}}}\n  generate: {prompts}\n"
-    )
+    path.write_text(f"output_dir: {tmp_path / 'out'}\nstages:\n  merge: {{adapter: {adapter}}}\n  sample: {prompts}\n")
     pipeline = read_pipeline(path)
-    assert [step.stage.name for step in execute(pipeline, plan(pipeline))] == ["merge", "generate"]
-    assert len((tmp_path / "out" / "generate" / "samples.jsonl").read_text().splitlines()) == 1
+    assert [step.stage.name for step in execute(pipeline, plan(pipeline))] == ["merge", "sample"]
+    assert len((tmp_path / "out" / "sample" / "samples.jsonl").read_text().splitlines()) == 1
     assert [step.action for step in plan(pipeline)] == ["skip", "skip"]
 
 

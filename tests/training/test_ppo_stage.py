@@ -22,7 +22,7 @@ from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online.critic import FILE
 from llmlab.training.online.kl import KL_STATE
-from llmlab.training.online.ppo import ActorCriticTrainer, ppo
+from llmlab.training.online.ppo import LLMLabPPOTrainer, ppo
 from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
 
@@ -154,13 +154,13 @@ def test_the_split_of_an_update_changes_nothing(ppo_settings, tmp_path, quiet):
 
 def test_the_early_stop_is_at_one_and_a_half_targets(ppo_settings, monkeypatch, quiet):
     seen = []
-    original = ActorCriticTrainer.__init__
+    original = LLMLabPPOTrainer.__init__
 
     def init(self, *args, **kwargs):
         seen.append(kwargs["args"])
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
+    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
     result = ppo(ppo_settings(target_kl=1e-6, max_steps=8), console=quiet)
     assert seen[0].stop_kl == pytest.approx(1.5e-6)
     assert logged(result.folder, "early_stop") == [0, 1] * 4
@@ -174,7 +174,7 @@ def test_options_reach_the_trainer(ppo_settings, monkeypatch, quiet):
     def init(self, *, args, **kwargs):
         raise Seen(args)
 
-    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
+    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
     options = {
         "temperature": 0.6,
         "value_model": "shared",
@@ -286,10 +286,10 @@ def test_adapters_and_those_of_an_earlier_run(ppo_settings, base_folder, chat_fi
     saved = load_file(again.folder / "checkpoint-8" / FILE)
     assert {"head.weight", "head.bias"} < saved.keys() and all("ref" not in name for name in saved)
     before = load_file(first.folder / "adapter_model.safetensors")
-    trunk = {name: value for name, value in saved.items() if "lora_B" in name}
-    assert trunk and all(value.abs().max() > 0 for value in trunk.values())
+    backbone = {name: value for name, value in saved.items() if "lora_B" in name}
+    assert backbone and all(value.abs().max() > 0 for value in backbone.values())
     policy = PeftModel.from_pretrained(load_model(base_folder), again.folder)
-    assert len(trunk) == sum("lora_B" in name for name, _ in policy.named_parameters()) == len(before) // 2
+    assert len(backbone) == sum("lora_B" in name for name, _ in policy.named_parameters()) == len(before) // 2
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own(ppo_settings, deberta, quiet):
@@ -317,7 +317,7 @@ def test_a_critic_from_a_reward_model(use_lora, adapted, ppo_settings, preferenc
     assert any(logged(result.folder, "value"))
     assert "reward/reward_model" in result.metrics
     learned = load_file(result.folder / "checkpoint-8" / FILE)
-    assert all(("lora_" in name) == use_lora for name in learned if name.startswith("trunk."))
+    assert all(("lora_" in name) == use_lora for name in learned if name.startswith("backbone."))
 
 
 def test_a_critic_of_another_vocabulary_is_refused(ppo_settings, base_folder, tmp_path, quiet):
@@ -426,13 +426,13 @@ def test_a_chat_template_that_adds_tokens(use_lora, ppo_settings, base_folder, t
 def test_frozen_weights_in_four_bits_are_held_once(ppo_settings, wide_base_folder, monkeypatch, quiet):
     pytest.importorskip("bitsandbytes")
     seen = []
-    original = ActorCriticTrainer.__init__
+    original = LLMLabPPOTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         seen.append(self)
 
-    monkeypatch.setattr(ActorCriticTrainer, "__init__", init)
+    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
     settings = ppo_settings(policy_checkpoint=str(wide_base_folder), use_qlora=True, lora_preset="all")
     result = ppo(settings, console=quiet)
     (trainer,) = seen

@@ -28,7 +28,7 @@ from llmlab.settings.sources import resolve
 from llmlab.training.merge import merge
 from llmlab.training.preference.dpo import dpo
 from llmlab.training.preference.orpo import orpo
-from llmlab.training.preference.reward import ScoreTrainer, reward
+from llmlab.training.preference.reward import LLMLabRewardTrainer, reward
 from llmlab.training.preference.run import PreferenceMetrics
 from llmlab.training.sft import sft
 
@@ -264,12 +264,12 @@ def test_a_named_reference_is_used_and_must_share_the_vocabulary(
             tokens += ids.shape[1] - len(prompt)
     assert logged(result.folder, "kl")[0] == pytest.approx(ratio / tokens, abs=1e-5)  # nats a token
     assert logged(result.folder, "completion_length")[0] == pytest.approx(tokens / 16)
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
     from llmlab.settings.data import DataSource
 
     other = tmp_path / "other"
     load_model(base_folder).save_pretrained(other)
-    train_tokenizer([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "tok", show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "tok", show_progress=False)
     load_tokenizer(str(tmp_path / "tok")).save_pretrained(other)
     settings = preference_settings(DPOSettings, reference_checkpoint=str(other), output_dir=str(tmp_path / "x"))
     with pytest.raises(UserError, match="reference_checkpoint = .*other: it has another vocabulary"):
@@ -281,10 +281,10 @@ def test_batches_follow_from_each_other(preference_settings):
     make = lambda **changes: preference_settings(DPOSettings, **changes)  # noqa: E731
     assert make(batch_size=32, mini_batch_size=4).accumulation(2) == 4
     assert DPOSettings(mini_batch_size=1, gradient_accumulation_steps=16).accumulation(4) == 16
-    with pytest.raises(UserError, match="is no multiple of mini_batch_size = 4 on 3 processes; the nearest is 36"):
+    with pytest.raises(UserError, match="is not a multiple of mini_batch_size = 4 on 3 processes; the nearest is 36"):
         make(batch_size=32).accumulation(3)
     wrong = Layer("command line", {"batch_size": 20, "mini_batch_size": 8})
-    with pytest.raises(SettingsError, match="batch_size = 20 is no multiple of mini_batch_size = 8; the nearest is"):
+    with pytest.raises(SettingsError, match="is not a multiple of mini_batch_size = 8; the nearest is"):
         resolve(DPOSettings, wrong)
     assert "batch_size" not in DPOSettings(mini_batch_size=1, gradient_accumulation_steps=16).recorded()
     assert resolve(ORPOSettings, Layer("x", {"max_steps": 5})).settings.epochs is None
@@ -385,13 +385,13 @@ def test_a_reward_model_learns_on_four_bit_weights(
 ):
     nn = pytest.importorskip("bitsandbytes.nn")
     seen = []
-    original = ScoreTrainer.__init__
+    original = LLMLabRewardTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         seen.append(self)
 
-    monkeypatch.setattr(ScoreTrainer, "__init__", init)
+    monkeypatch.setattr(LLMLabRewardTrainer, "__init__", init)
     four_bits = {
         "policy_checkpoint": str(wide_base_folder),
         "use_qlora": True,
@@ -421,7 +421,7 @@ def test_sophia_estimates_the_curvature_of_comparisons():
     optimizer = Sophia(model.parameters(), lr=1e-3, betas=(0.9, 0.0))
     generator, total = torch.Generator().manual_seed(1), 0
     for _ in range(2000):
-        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, ScoreTrainer.predict)
+        estimate_hessian(forward, {"input_ids": torch.arange(6)}, optimizer, generator, LLMLabRewardTrainer.predict)
         total = total + optimizer.state[model.weight]["hessian"] / 2000
     difference = features[:3] - features[3:]
     p = (difference @ model.weight.T).sigmoid()

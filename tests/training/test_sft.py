@@ -23,7 +23,7 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.sft import InstructionTrainer, sft
+from llmlab.training.sft import LLMLabSFTTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
 
@@ -363,13 +363,13 @@ def test_qlora_learns_on_four_bit_weights(sft_settings, wide_base_folder, chat_f
 def test_packed_conversations_never_see_each_other(sft_settings, chat_file, quiet, monkeypatch):
     """A conversation's loss is the same whatever it is packed with, and rows of a batch stay rows."""
     seen = []
-    original = InstructionTrainer.compute_loss
+    original = LLMLabSFTTrainer.compute_loss
 
     def watch(self, model, inputs, *args, **kwargs):
         seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(InstructionTrainer, "compute_loss", watch)
+    monkeypatch.setattr(LLMLabSFTTrainer, "compute_loss", watch)
     result = sft(sft_settings(packing=True, max_steps=1, max_seq_len=96, validation_fraction=0), console=quiet)
     batch = seen[0]
     assert batch["input_ids"].shape[0] == 4 and "attention_mask" not in batch

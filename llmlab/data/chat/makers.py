@@ -20,7 +20,7 @@ from llmlab.settings.errors import UserError
 IDS = List(Value("int32"))
 
 
-class RowMaker:
+class RowEncoder:
     """Turns what a source holds into rows; `limit` is the setting that bounds their length, for messages."""
 
     use: Use
@@ -41,7 +41,7 @@ class RowMaker:
         raise NotImplementedError
 
 
-class InstructionMaker(RowMaker):
+class InstructionEncoder(RowEncoder):
     """Rows of supervised fine-tuning, truncated on the right; `loss_on` and `stops` as in `Renderer`.
 
     `only_label` is the label of the rows to train on, where they are unpaired preferences.
@@ -97,7 +97,7 @@ class InstructionMaker(RowMaker):
         }
 
 
-class PreferenceMaker(RowMaker):
+class PreferenceEncoder(RowEncoder):
     """Rows of preference optimization: a prompt and two completions, the end of the turn included.
 
     Prompts are truncated on the left to `max_prompt_length`, completions on the right to what is left of `max_length`.
@@ -143,7 +143,7 @@ class PreferenceMaker(RowMaker):
         return find_problem(row, self.tokenizer, self.renderer.stops)
 
 
-class PromptMaker(RowMaker):
+class PromptEncoder(RowEncoder):
     """Rows of online training: a prompt, and the other columns of the row for rewards, both as JSON.
 
     Prompts stay messages: the trainer tokenizes them.  Those of more than `max_prompt_length` tokens are unusable.

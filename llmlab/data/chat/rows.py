@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value, interleave_datasets
 
 from llmlab.data.cache import cache_folder, cores
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
-from llmlab.data.chat.makers import RowMaker
+from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.row_cache import open_rows
 from llmlab.data.hashing import seeded_keys, text_hash
@@ -109,7 +109,7 @@ class Rows:
 
 def build_rows(
     settings: DataSettings,
-    maker: RowMaker,
+    maker: RowEncoder,
     *,
     seed: int,
     allow_truncated: float = 0.05,
@@ -171,7 +171,7 @@ def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None
     return min(limits, default=None)
 
 
-def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowMaker, seed: int) -> Dataset:
+def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed: int) -> Dataset:
     """Returns the rows of several sources in these proportions, every source used whole at least once."""
     parts = [part.select_columns(list(maker.columns)) for part in parts]
     if len(parts) == 1:
@@ -203,7 +203,7 @@ class _Builder:
     """Reads one source at a time."""
 
     settings: DataSettings
-    maker: RowMaker
+    maker: RowEncoder
     allow_truncated: float
 
     def read_validation(self, source: DataSource, rows: int | None) -> Dataset:
@@ -284,7 +284,7 @@ class _Builder:
 class _MakeRow:
     """Makes one row of one that is JSON text."""
 
-    def __init__(self, source: ConversationSource, maker: RowMaker):
+    def __init__(self, source: ConversationSource, maker: RowEncoder):
         self.read = replace(source, rows=None, select=None).read  # other processes need no rows
         self.maker = maker
         empty = {name: [] if isinstance(kind, List) else None for name, kind in maker.columns.items()}

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -91,20 +91,11 @@ class Corpus:
     report: CorpusReport
 
 
-class _Part(NamedTuple):
-    """One source's training and validation rows."""
-
-    train: PackedRows | Reader
-    validation: PackedRows | None
-    report: SourceReport
-
-
 def build_corpus(
     settings: TextDataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
-    seed: int | None = None,
     rows_needed: int | None = None,
     validation_rows: int | None = None,
     rank: int = 0,
@@ -115,29 +106,30 @@ def build_corpus(
     `rows_needed` (None is one epoch) and `validation_rows` (None is all that are held out, of a stream 512) count
     those of all processes.  Streams give each rank its own part; map-style rows are the same in each, for a sampler.
     """
-    seed = settings.seed if seed is None else seed  # type: ignore[attr-defined]
+    seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
     weights = [source.weight for source in settings.datasets]
     shares = (np.array(weights) / sum(weights)).tolist()
     needed = [None] * len(weights) if rows_needed is None else Schedule(weights, seed).counts(rows_needed).tolist()
     sources = [builder.find(named) for named in settings.datasets]
     parts = [builder.part(*each) for each in zip(settings.datasets, sources, shares, needed, strict=True)]
+    trains, validations, reports = zip(*parts, strict=True)
     if settings.streaming:
-        train: Mixture | RowStream = RowStream([part.train for part in parts], weights, seed=seed)
+        train: Mixture | RowStream = RowStream(trains, weights, seed=seed)
     else:
-        train = Mixture([part.train for part in parts], weights, seed=seed, length=rows_needed)
-        for part, epochs in zip(parts, train.epochs(), strict=True):
-            part.report.epochs = epochs
+        train = Mixture(trains, weights, seed=seed, length=rows_needed)
+        for report, epochs in zip(reports, train.epochs(), strict=True):
+            report.epochs = epochs
     if settings.validation_datasets is None:
-        validation = builder.mix([part.validation for part in parts], weights)
+        validation = builder.mix(validations, weights)
     else:
         named = settings.validation_datasets
         validation = builder.mix([builder.validation_rows(source) for source in named], [s.weight for s in named])
-    report = CorpusReport([part.report for part in parts])
+    summary = CorpusReport(list(reports))
     if validation is not None:
-        report.validation_rows = len(validation)
-        report.unigram_entropy = unigram_entropy(validation)
-    return Corpus(train, validation, report)
+        summary.validation_rows = len(validation)
+        summary.unigram_entropy = unigram_entropy(validation, builder.encoder.vocab_size)
+    return Corpus(train, validation, summary)
 
 
 @dataclass(frozen=True)
@@ -156,8 +148,10 @@ class _Builder:
         """Finds a source; what a hub data set is read for is its tokens, so it needs no other copy on disk."""
         return load_text(named, streaming=self.settings.streaming or is_online())
 
-    def part(self, named: DataSource, source: TextSource, share: float, rows: int | None) -> _Part:
-        """Reads a source for so many training rows (None is all of it); its own validation split is preferred."""
+    def part(
+        self, named: DataSource, source: TextSource, share: float, rows: int | None
+    ) -> tuple[PackedRows | Reader, PackedRows | None, SourceReport]:
+        """Returns so many training rows of a source (None is all) and validation rows, its own if it has any."""
         report = SourceReport(label_of(named), share, Tally(), count=source.count)
         fraction = self.settings.validation_fraction if self.settings.validation_datasets is None else 0.0
         own = None
@@ -168,7 +162,7 @@ class _Builder:
             train, held_out = self._stream(source, report, fraction)
         else:
             train, held_out = self._pack(source, report, fraction, rows)
-        return _Part(train, own or held_out, report)
+        return train, own or held_out, report
 
     def _pack(
         self, source: TextSource, report: SourceReport, fraction: float, rows: int | None
@@ -200,8 +194,7 @@ class _Builder:
         validation = None
         if fraction:
             validation = self._first_rows(f"{report.name}/held-out", source, fraction)
-            count = len(validation.store.documents)
-            report.held_out = f"{fraction:g} of the documents by hash; the first {count:,} validate"
+            report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
         reader = Reader(
             source,
             self.encoder,
@@ -264,13 +257,11 @@ class _Builder:
         )
 
 
-def unigram_entropy(rows: Mixture) -> float:
+def unigram_entropy(rows: Mixture, vocab_size: int) -> float:
     """Returns the entropy of the token frequencies of the rows, in nats per token."""
-    counts = np.zeros(1, np.int64)
+    counts = np.zeros(vocab_size, np.int64)
     for index in range(min(len(rows), ENTROPY_ROWS)):
         source, row = rows.locate(index)
-        more = np.bincount(rows.sources[source].row(row), minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
+        np.add.at(counts, rows.sources[source].row(row), 1)
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum()) if len(frequencies) > 1 else 0.0

@@ -40,8 +40,8 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
 
     @classmethod
