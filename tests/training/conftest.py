@@ -113,7 +113,10 @@ def make_base(tokenizer_folder, folder, **shape):
 
 @pytest.fixture(scope="session")
 def tiny_settings(corpus_file, tokenizer_folder, base_folder, chat_file, pairs_file, share_file, tmp_path_factory):
-    """Returns a function that makes settings of a short run of any stage on the tiny data, in fp32."""
+    """Returns a function that makes settings of a short run of any stage on the tiny data, in fp32.
+
+    A change to `...` takes the stage's own default.
+    """
     everywhere = {
         "num_proc": 1,
         "max_steps": 20,
@@ -177,7 +180,7 @@ def tiny_settings(corpus_file, tokenizer_folder, base_folder, chat_file, pairs_f
             values["model"] = {**shape, **changes.get("model", {})}
         if {"epochs", "num_episodes"} & changes.keys():
             del values["max_steps"]
-        return STAGES[stage].settings_class(**values)
+        return STAGES[stage].settings_class(**{name: value for name, value in values.items() if value is not ...})
 
     return make
 

@@ -23,6 +23,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from llmlab.hardware import probe
+from llmlab.model import load_classifier
 from llmlab.runs.arguments import build_arguments
 from llmlab.settings.base import Trl, When, fields_of
 from llmlab.settings.errors import UserError
@@ -31,7 +32,20 @@ from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
 NOT_HERE = ("tf32",)  # CUDA alone has it: see the last test
-LATER = {"grpo": ("baseline_mode", "kl_penalty")}  # the trainer asks the settings: test_grpo shows both
+ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
+    "grpo": ("baseline_mode", "kl_penalty"),
+    "ppo": ("lora_dropout",),
+}
+MAY_REFUSE = ("device", "allow_dropped", "allow_truncated", "allow_code")  # a refusal is their effect
+DATA = {
+    "pretrain": "text",
+    "sft": "chat",
+    "dpo": "pairs",
+    "orpo": "pairs",
+    "reward": "pairs",
+    "grpo": "chat",
+    "ppo": "chat",
+}
 
 
 class Seen(BaseException):
@@ -87,32 +101,44 @@ def handed_over(trainer):
     }
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where all runs are, so that they can be compared."""
+    return tmp_path_factory.mktemp("every")
+
+
 @pytest.fixture
-def capture(tiny_settings, tmp_path, monkeypatch):
+def capture(tiny_settings, place, monkeypatch):
     """Returns a function that runs a stage as far as its trainer, and says what that was given."""
     monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
     monkeypatch.setattr("llmlab.runs.compile.missing_tool", lambda device_type: None)
-
-    def see(self, *args, **kwargs):
-        raise Seen(self)
+    monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: stop(self))
 
     def run(stage, **changes):
-        settings = tiny_settings(stage, **{"output_dir": tmp_path / "run", **changes})
-        monkeypatch.setattr(Trainer, "train", see)
+        settings = tiny_settings(stage, **{"output_dir": place / "run", **changes})
         try:
             STAGES[stage].function(settings, console=Console(quiet=True))
         except Seen as seen:
             trainer = seen.args[0]
-            return (handed_over(trainer) if isinstance(trainer, Trainer) else trainer) | {"folders": folders()}
+            built = handed_over(trainer) if isinstance(trainer, Trainer) else trainer
+            return {**built, "folders": sorted(path.name for path in place.iterdir())}
         except UserError as error:
-            return {"refused": str(error).replace(str(settings.output_dir), "")}
+            return {"refused": str(error)}
         finally:
-            shutil.rmtree(settings.output_dir, ignore_errors=True)
-
-    def folders():
-        return sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+            for path in place.iterdir():
+                shutil.rmtree(path)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """What `capture` said of settings that many tests compare with."""
+    return {}
+
+
+def stop(seen):
+    raise Seen(seen)
 
 
 def own(stage):
@@ -139,11 +165,11 @@ SIZES = {  # values that fit together
     "grpo": {"mini_batch_size": 2, "gradient_accumulation_steps": 4, "group_size": 2},
     "ppo": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "value_model": "shared"},
 }
-ELSEWHERE = ("num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
+ONE_BY_ONE = ("num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
 
 
 def named(stage):
-    return [s for s in own(stage) if s.marker(Trl) is not None and s.marker(Trl).name not in ELSEWHERE]
+    return [s for s in own(stage) if s.marker(Trl) is not None and s.marker(Trl).name not in ONE_BY_ONE]
 
 
 def changed(setting, before):
@@ -155,9 +181,9 @@ def changed(setting, before):
 
 
 @pytest.mark.parametrize("stage", TRAINING)
-def test_arguments_of_the_trainer(stage, capture, tiny_settings, tmp_path):
-    before = tiny_settings(stage, tmp_path / "run")
-    values = {"output_dir": str(tmp_path / "other")}
+def test_arguments_of_the_trainer(stage, capture, tiny_settings, place):
+    before = tiny_settings(stage, place / "run")
+    values = {"output_dir": str(place / "other")}
     values |= {s.name: changed(s, s.of(before)) for s in named(stage) if s.name not in ("output_dir", *SIZES[stage])}
     values |= SIZES[stage]
     arguments = capture(stage, **values)["arguments"]
@@ -187,7 +213,7 @@ def test_settings_of_the_optimizer(stage, optimizer, capture):
 
 
 def single(stage):
-    done = {s.key for s in named(stage)} | OF_OPTIMIZERS.keys() | {*NOT_HERE, *LATER.get(stage, ())}
+    done = {s.key for s in named(stage)} | OF_OPTIMIZERS.keys() | {*NOT_HERE, *ELSEWHERE.get(stage, ())}
     return [s for s in own(stage) if s.key not in done]
 
 
@@ -201,43 +227,44 @@ def others(base_folder, wide_base_folder, corpus_file, chat_file, pairs_file, tm
     (folder / "chat.jsonl").write_text(chat_file.read_text().replace("The", "That"))
     (folder / "pairs.jsonl").write_text(pairs_file.read_text().replace("The", "That"))
     turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
-    rows = [{"messages": turns, "k": k, "label": k % 3 == 0} for k in range(60)]
+    rows = [{"messages": turns, "k": k} for k in range(60)]
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from llmlab.model import load_classifier
-
+    rows = [{**row, "label": row["k"] % 3 == 0} for row in rows]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = {"question": "Why? " * 15, "answer": ""}
+    (folder / "uneven.jsonl").write_text(json.dumps(long) + "\n" + chat_file.read_text())
+    useless = {
+        "text": {"text": ""},
+        "chat": {"question": "", "answer": ""},
+        "pairs": {"prompt": "", "chosen": "", "rejected": ""},
+    }
+    endless = {
+        "chat": {"question": "Why? " * 90, "answer": "Moo."},
+        "pairs": {"prompt": "Why? " * 90, "chosen": "Moo.", "rejected": "Mu."},
+    }
+    for name, file in {"text": corpus_file, "chat": chat_file, "pairs": pairs_file}.items():
+        for fault, rows in (("empty", useless), ("long", endless)):
+            if name in rows:
+                (folder / f"{fault}-{name}.jsonl").write_text(file.read_text() + (json.dumps(rows[name]) + "\n") * 60)
     load_classifier(base_folder).save_pretrained(folder / "scorer")
     for path in base_folder.glob("token*"):
         shutil.copy(path, folder / "scorer")
     return folder
 
 
-def damaged(path, folder, rows):
-    """A copy with rows that cannot be used: more than the default allows."""
-    copy = folder / f"damaged-{path.name}"
-    copy.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows) * 40)
-    return [str(copy)]
-
-
-@pytest.mark.parametrize(
-    ("stage", "setting"),
-    [pytest.param(stage, setting, id=f"{stage}-{setting.key}") for stage in TRAINING for setting in single(stage)],
-)
-def test_each_other_setting_has_an_effect(
-    stage, setting, capture, others, corpus_file, chat_file, pairs_file, base_folder, wide_base_folder, tmp_path,
-    monkeypatch, share_file, tiny_settings,
-):  # fmt: skip
-    kind = {"pretrain": "text", "sft": "chat", "grpo": "chat", "ppo": "chat"}.get(stage, "pairs")
-    own_data = {"text": corpus_file, "chat": chat_file, "pairs": pairs_file}[kind]
-    before, after = dict(conditions(setting)), {}
+def other_values(stage, others, wide_base_folder, base_folder, place):
+    """Values that no tiny run has, by key; other settings get the next number, choice or truth."""
+    data = [str(others / f"{DATA[stage]}.jsonl")]
     online = stage in ("grpo", "ppo")
-    batches = {"eval_batches": 1, "eval_steps": 1}
-    values = {
-        "datasets": [str(others / f"{kind}.jsonl")],
-        "validation_datasets": [str(others / f"{kind}.jsonl")],
+    return {
+        "datasets": data,
+        "validation_datasets": data,
         "validation_fraction": 0.5,
-        "cache_dir": str(tmp_path / "other-cache"),
+        "cache_dir": str(place / "other-cache"),
         "num_proc": 2,
         "max_samples": 11,
+        "allow_dropped": 0.9,
+        "allow_truncated": 0.9,
         "trainer_args": {"torch_empty_cache_steps": 7},
         "policy_checkpoint": str(others / "base"),
         "reference_checkpoint": str(wide_base_folder),
@@ -249,32 +276,29 @@ def test_each_other_setting_has_an_effect(
         "device": "cuda",
         "compile": True,
         "epochs": 2.0,
-        "save_total_limit": 7,
-        "save_every": 5,
-        "eval_every": 5,
+        "eval_batches": 1,
+        "eval_steps": 1,
         "lora_preset": "all",
         "lora_alpha": 7.0,
-        "lora_bias": "all",
         "lora_target_modules": ["k_proj"],
         "modules_to_save": ["norm"],
         "loss_on": "completion",
         "only_label": False,
-        "max_prompt_length": 12,
+        "max_prompt_length": 60 if online else 12,
+        "max_seq_len": 68 if online else 60,
         "batch_size": 16,
         "gradient_accumulation_steps": 6,
         "rewards": ["length"],
         "reward_model": str(others / "scorer"),
         "value_checkpoint": str(others / "scorer"),
+        "allow_code": False,
         "num_episodes": 640,
         "log_interval": 64,
         "save_interval": 64,
         "eval_interval": 64,
         "stop_patience": 3,
         "use_vllm": True,
-        "max_seq_len": 60,
         "model.tokenizer_name": str(others / "base"),
-        "model.positional_encoding": "alibi",
-        "model.attention_type": "mha",
         "model.d_model": 64,
         "model.n_heads": 4,
         "model.n_kv_heads": 1,
@@ -282,77 +306,85 @@ def test_each_other_setting_has_an_effect(
         "model.vocab_size": 512,
         "model.sliding_window": 4,
         "model.yarn_original_max_seq_len": 12,
-        "model.activation": "relu",
-        "model.norm_type": "layernorm",
-        **batches,
     }
-    for_bases = {
-        "only_label": {"datasets": [str(others / "turns.jsonl")], "only_label": True},
+
+
+def start_for(stage, key, others, place):
+    """What a run needs beside the tiny settings for one of them to mean something."""
+    uneven = {"datasets": [str(others / "uneven.jsonl")]} if stage in ("grpo", "ppo") else {}
+    long = {"max_seq_len": 40} if stage == "sft" else {"max_length": 40, "max_prompt_length": 39}
+    return {
+        "only_label": {"datasets": [str(others / "labelled.jsonl")], "only_label": True},
         "loss_on": {"datasets": [str(others / "turns.jsonl")]},
         "lora_target_modules": {"use_lora": True, "lora_target_modules": ["q_proj"]},
-        "validation_datasets": {"validation_fraction": 0.1},
-        "allow_dropped": {"datasets": damaged(own_data, tmp_path, [{"text": ""}, {"question": "", "answer": ""}])},
+        "allow_dropped": {"datasets": [str(others / f"empty-{DATA[stage]}.jsonl")]},
+        "allow_truncated": {"datasets": [str(others / f"long-{DATA[stage]}.jsonl")], **long},
         "compile": {"compile": False},
-        "normalize_rewards": {"rewards": [{"name": "length", "weight": 0.5}]},
-        "kl_penalty": {"init_kl_coef": 0.1},
-        "target_kl": {"adaptive_kl": True, "init_kl_coef": 0.1} if stage == "grpo" else {"early_stop": True},
-        "stop_patience": {"stop_patience": 9},
+        "max_prompt_length": uneven,
+        "max_seq_len": uneven,
+        "gradient_accumulation_steps": {"batch_size": ...},
+        "log_interval": {"log_every": ...},
+        "eval_interval": {"eval_every": ...},
         "reward_model": {"rewards": ["length"]},
-    }
-    if online:
+        "normalize_rewards": {"rewards": [{"name": "length", "weight": 0.5}]},
+        "num_proc": {"cache_dir": str(place / "cache")},
+    }.get(key, {})
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [pytest.param(stage, setting, id=f"{stage}-{setting.key}") for stage in TRAINING for setting in single(stage)],
+)
+def test_each_other_setting_has_an_effect(
+    stage, setting, capture, unchanged, others, base_folder, wide_base_folder, place, monkeypatch
+):
+    key = setting.key
+    if key == "num_proc":
+        count_processes(monkeypatch)
+    elif key in ("use_vllm", "vllm_mode"):
+        pretend_vllm(monkeypatch)
+    before = {**conditions(setting), **start_for(stage, key, others, place)}
+    if stage in ("grpo", "ppo"):
         before = {"validation_fraction": 0.1, **before}
-    before |= for_bases.get(setting.key, {})
-    if setting.key == "allow_dropped":
-        values["allow_dropped"] = 0.9
-    if setting.key == "allow_truncated":
-        long = {
-            "question": "Why? " * 90,
-            "answer": "Moo.",
-            "prompt": "Why? " * 90,
-            "chosen": "Moo.",
-            "rejected": "Mu.",
-        }
-        before["datasets"] = damaged(own_data, tmp_path, [long])
-        values["allow_truncated"] = 0.9
-        before["max_seq_len" if stage == "sft" else "max_length"] = 40
-        if stage != "sft":
-            before["max_prompt_length"] = 39
-    if setting.key == "num_proc":  # a cache of its own, and the processes that fill it
-        monkeypatch.setattr("llmlab.data.chat.rows.WORTH_PROCESSES", 1)
-        monkeypatch.setattr("llmlab.data.text.store.SERIAL_BATCHES", 0)
-        monkeypatch.setattr(ProcessPoolExecutor, "__init__", lambda self, number, *rest: stop({"workers": number}))
-        original = datasets.Dataset.map
-        monkeypatch.setattr(
-            datasets.Dataset,
-            "map",
-            lambda self, *args, num_proc=None, **more: (
-                stop({"workers": num_proc}) if num_proc else original(self, *args, **more)
-            ),
-        )
-        before["cache_dir"] = str(tmp_path / "empty-cache")
-    if setting.key in ("use_vllm", "vllm_mode"):
-        vllm = ModuleType("vllm")
-        vllm.__spec__ = ModuleSpec("vllm", None)
-        monkeypatch.setitem(sys.modules, "vllm", vllm)
-        monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, *, args, **more: stop({"args": str(args)}))
-    value = values.get(setting.key, values.get(setting.name))
-    if value is None:
-        choices = [choice for choice in setting.choices if choice != before.get(setting.name, setting.default)]
-        value = choices[-1] if choices else changed(setting, before.get(setting.name, setting.default))
-    shape = {name: before.pop(name) for name in list(before) if len(setting.path) > 1}
-    if len(setting.path) > 1:
-        base = {"n_kv_heads": 2, **shape}
-        before["model"], after["model"] = base, {**base, setting.name: value}
+    values = other_values(stage, others, wide_base_folder, base_folder, place)
+    if key in values:
+        value = values[key]
     else:
-        after = {setting.name: value}
-    first, second = capture(stage, **before), capture(stage, **{**before, **after})
-    assert first != second, f"{setting.key} = {value}: no effect"
-    if setting.key not in ("device", "allow_dropped", "allow_truncated", "allow_code"):
-        assert "refused" not in first and "refused" not in second, (first, second)
+        now = before.get(setting.name, setting.default)
+        choices = [choice for choice in setting.choices if choice != now]
+        value = choices[-1] if choices else changed(setting, now)
+    if len(setting.path) > 1:
+        shape = {"n_kv_heads": 2, **before}
+        before, after = {"model": shape}, {"model": {**shape, setting.name: value}}
+    else:
+        after = {**before, setting.name: value}
+    if str((stage, before)) not in unchanged or key in ("num_proc", "use_vllm", "vllm_mode"):
+        unchanged[str((stage, before))] = capture(stage, **before)
+    first, second = unchanged[str((stage, before))], capture(stage, **after)
+    assert first != second, f"{key} = {value}: no effect"
+    if key not in MAY_REFUSE:
+        assert "refused" not in first and "refused" not in second, (first.get("refused"), second.get("refused"))
 
 
-def stop(seen):
-    raise Seen(seen)
+def count_processes(monkeypatch):
+    """Ends a run where it would start processes, and says how many."""
+    monkeypatch.setattr("llmlab.data.chat.rows.WORTH_PROCESSES", 1)
+    monkeypatch.setattr("llmlab.data.text.store.SERIAL_BATCHES", 0)
+    monkeypatch.setattr(ProcessPoolExecutor, "__init__", lambda self, number, *rest: stop({"workers": number}))
+    original = datasets.Dataset.map
+
+    def render(self, *args, num_proc=None, **kwargs):
+        return stop({"workers": num_proc}) if num_proc else original(self, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.Dataset, "map", render)
+
+
+def pretend_vllm(monkeypatch):
+    """Lets vLLM seem to be installed, and ends a run where TRL's trainer would start it."""
+    vllm = ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, *, args, **kwargs: stop({"arguments": args.to_dict()}))
 
 
 def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):
