@@ -26,7 +26,7 @@ from llmlab.inference import context_length, encode_prompt
 from llmlab.model import fit_context, load_classifier, load_model
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
-from llmlab.runs.policy import stop_at
+from llmlab.runs.policy import set_stop_tokens
 from llmlab.runs.progress import human, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult
 from llmlab.settings.errors import UserError, reading
@@ -329,7 +329,7 @@ def _round(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: to
         return
     config = model.generation_config
     pad = config.pad_token_id
-    stop_at(model, tokenizer)
+    set_stop_tokens(model, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id if pad is None else pad
     try:
         config.validate(strict=True)
