@@ -65,8 +65,8 @@ def test_the_best_against_the_worst(judge):
         (("a cat", "a dog"), {}, "scores differ by less than 0.1"),
         (("a cat", "a"), {"min_difference": 1.5}, "scores differ by less than 1.5"),
         (("no score", "no score"), {}, "no reward applies to it"),
-        (("no score", "a cat"), {}, "fewer than two completions that say something"),
-        (("a cat", " \n"), {}, "fewer than two completions that say something"),
+        (("no score", "a cat"), {}, "fewer than two non-empty completions"),
+        (("a cat", " \n"), {}, "fewer than two non-empty completions"),
         (("a cat sat", "a dog sat down"), {"max_new_tokens": 1}, "no completion ended before max_new_tokens"),
     ],
 )
@@ -166,7 +166,7 @@ def test_rows_without_a_prompt_are_counted(tmp_path):
         "an empty prompt": 1,
         "a prompt that does not end with the user's turn": 1,
         "expected text, found int": 1,
-        "it has tools, which are not called here": 1,
+        "prompts with tools are not supported here": 1,
     }
     assert len(load_prompts(DataSource(name=str(path)), limit=1)[1]) == 0
     with pytest.raises(UserError, match=r"no prompt in its 1 rows \(1 x an empty prompt\)"):

@@ -351,7 +351,7 @@ def test_resuming_restores_the_critic_and_the_course(lora, value_model, trainer,
 
 def test_a_critic_of_another_kind_is_refused(trainer, tmp_path):
     trainer(value_model="shared", save_strategy="steps", save_steps=4).train()
-    with pytest.raises(ValueError, match="a critic of another kind"):
+    with pytest.raises(ValueError, match="a critic with other parameters"):
         trainer(max_steps=8).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 

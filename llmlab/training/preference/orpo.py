@@ -33,14 +33,14 @@ class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrai
             masks = self.eval_dataset["chosen_attention_mask"]
             self.eval_sizes = torch.tensor([len(masks), sum(len(mask) - 1 for mask in masks)], device=self.args.device)
 
-    def loss_weights(self, batch: dict[str, Any]) -> list[int]:
+    def count_pairs(self, batch: dict[str, Any]) -> list[int]:
         """Returns the number of pairs and of predicted tokens in the chosen rows."""
         mask = batch["chosen_attention_mask"]  # (pairs, time)
         return [len(mask), int(mask[:, 1:].sum())]
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         *results, nll = (outputs := super().concatenated_forward(model, batch))[:5]
-        pairs, tokens = self.loss_weights(batch)
+        pairs, tokens = self.count_pairs(batch)
         mean_pairs, mean_tokens = self.sizes if model.training else self.eval_sizes
         return *results, nll * (tokens / pairs) * (mean_pairs / mean_tokens), *outputs[5:]
 

@@ -101,16 +101,16 @@ class StepMeanLoss:
     TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
 
-    sizes: Tensor  # what `loss_weights` returns for a forward pass, a mean over those of the update on all processes
+    sizes: Tensor  # what `count_pairs` returns for a forward pass, a mean over those of the update on all processes
 
-    def loss_weights(self, batch: dict[str, Any]) -> list[int]:
+    def count_pairs(self, batch: dict[str, Any]) -> list[int]:
         """Returns the weights of a forward pass's losses: its pair count (up to a constant), and further counts."""
         return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches:
-            sizes = torch.tensor([self.loss_weights(batch) for batch in batches], dtype=torch.float64).mean(0).float()
+            sizes = torch.tensor([self.count_pairs(batch) for batch in batches], dtype=torch.float64).mean(0).float()
             self.sizes = self.accelerator.reduce(sizes.to(self.args.device), reduction="mean")  # type: ignore[attr-defined]
         return batches, items
 
@@ -118,7 +118,7 @@ class StepMeanLoss:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not model.training:
             return loss  # evaluation already weights each loss by its rows
-        return loss * self.loss_weights(inputs)[0] / self.sizes[0]
+        return loss * self.count_pairs(inputs)[0] / self.sizes[0]
 
 
 class PreferenceMetrics(TrainerCallback):
