@@ -69,7 +69,8 @@ def pairs(
     ] = Path("pairs.jsonl"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
+    """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
+    dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sampling = resolve(SamplingSettings, Layer("command line", given)).settings
     settings, folder = reward_settings(rewards, config, normalize)

@@ -235,7 +235,9 @@ def _print_tables(
     _print_components(console, composed, scores, groups)
     _print_histogram(console, _histogram(scores.totals, (0.0, 1.0) if composed.normalize else (None, None)))
     if groups:
-        console.print(f"[dim]flat: share of the {len(groups):,} prompts whose completions all get the same value.[/]")
+        console.print(
+            f"[dim]zero variance: share of the {len(groups):,} prompts whose completions all get the same value.[/]"
+        )
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
     same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]

@@ -2,8 +2,8 @@
 
 A reward is called with the completions of a batch (texts, or lists of messages) and the columns of the data set as
 lists, and returns one number a completion, or None where it does not apply. Parameters are keyword-only:
-`functools.partial(length, target=200)` in Python, `{name: length, target: 200}` in YAML. None of them ever executes
-what a model wrote, and only a reward model needs torch. `compose` weighs and adds them.
+`functools.partial(length, target=200)` in Python, `{name: length, target: 200}` in YAML. None executes model output,
+and only a reward model needs torch. `compose` weighs and adds them.
 """
 
 from typing import Any

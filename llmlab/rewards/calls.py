@@ -1,6 +1,6 @@
 """Tool calls of completions: the messages' own, or those that their text spells in the form of the model's family.
 
-Text is read as literal data in time proportional to its length, and nothing in it is ever run. A call that is opened
+Parsing takes linear time and executes nothing. A call that is opened
 and malformed stays a call, without a name; calls that are quoted while thinking are none. Where the tokenizer has a
 response template, TRL's trainers parse text with it, and rewards see the messages that it makes.
 """
@@ -28,7 +28,7 @@ _MARK = re.compile(
     r"<think>|<tool_call>(?!\s*<function=)|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call_start\|>"
     r"|<｜tool▁calls▁begin｜>(?!\s*<｜tool▁call▁begin｜>)|<｜tool▁call▁begin｜>"
 )
-_JSON_FORMS = {  # by mark: what stands before the JSON, with the name as a group, and what stands after it
+_JSON_FORMS = {  # by mark: (prefix pattern with the name as a group, suffix)
     "<tool_call>": ("", r"\s*</tool_call>"),
     "[TOOL_CALLS]": (r"\s*(?:([A-Za-z_][\w.-]{0,200})(?:\[CALL_ID\][\w-]{0,64})?(?:\[ARGS\])?)?", ""),
     "<｜tool▁call▁begin｜>": (
@@ -68,13 +68,13 @@ def calls_in_text(text: str) -> list[ToolCall]:
                 calls.append(call)
         except ValueError:
             if mark[0] == "<think>":
-                break  # cut off while thinking
+                break  # truncated inside <think>
             calls.append(MALFORMED)
     return calls
 
 
 class _Scan:
-    """A text and how far it has been read; ValueError where it does not go on as expected."""
+    """A cursor over a text; raises ValueError where the expected syntax is missing."""
 
     def __init__(self, text: str):
         self.text, self.position = text, 0

@@ -1,6 +1,6 @@
 """`@reward_function`: a reward is written for one completion, and called with a batch, as TRL's trainers do.
 
-Weighing and combining rewards is `compose`; checking the values of a user's own function is `Reward`.
+Weighing and combining rewards is `compose`; `Reward` checks what custom functions return.
 """
 
 import inspect

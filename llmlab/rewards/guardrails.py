@@ -1,7 +1,7 @@
-"""The reward for staying inside guardrails: patterns that must not occur, and lists that found things must be in.
+"""The reward for staying inside guardrails: denied patterns and allow-lists.
 
-Which ones is data, `guardrails.yaml` here and files of the same form; none of it is code. A pattern cannot tell a
-deed from its mention, so this is a training signal and no protection.
+Which ones is data, `guardrails.yaml` here and files of the same form; none of it is code. Patterns cannot tell use
+from mention: a training signal, not a safeguard.
 """
 
 from functools import lru_cache
@@ -79,8 +79,8 @@ def guardrail_pass(
 
     Args:
         file: a YAML file of guardrails of your own, of the form of `llmlab/rewards/guardrails.yaml`.
-        defaults: watch for the shipped ones too.
-        violation: the score of a violation; -1 makes it the guide's other reading, a penalty of the whole weight.
+        defaults: include the shipped guardrails.
+        violation: the score of a violation; -1 turns it into a penalty of the full weight, the guide's alternative.
 
     Returns:
         1 where no guardrail is broken, else `violation`.

@@ -1,4 +1,4 @@
-"""From names in settings to rewards: llmlab's own by name, a user's function by `path/to/file.py:function`.
+"""Loads rewards from settings: llmlab's by name, custom functions by `path/to/file.py:function`.
 
 Parameters are checked against the function's own signature and types. A user's file runs only where that is allowed.
 """

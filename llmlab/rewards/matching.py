@@ -1,6 +1,6 @@
 """Rewards for the expected answer: word for word, or as a regular expression.
 
-Patterns run with a time limit, since a model's text can make a careless one backtrack for ever.
+Patterns run with a time limit, since model output can trigger catastrophic backtracking.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ TIMEOUT = 1.0
 
 @reward_function()
 def exact_match(completion: Completion, row: Row, *, column: str = "answer", ignore_case: bool = False) -> Score:
-    """Scores whether the answer equals the expected one; runs of space count as one space.
+    """Scores whether the answer equals the expected one; whitespace is normalized.
 
     Args:
-        column: the column of expected answers; a list in a row is several that are right.
+        column: the column of expected answers; a list means several accepted answers.
         ignore_case: compare without case.
 
     Returns:
@@ -81,6 +81,6 @@ def time_limit(pattern: str) -> Iterator[float]:
         yield TIMEOUT
     except TimeoutError:
         raise RowError(
-            f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: it backtracks without end; "
+            f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: catastrophic backtracking; "
             "avoid repeats inside repeats such as (a|aa)+"
         ) from None

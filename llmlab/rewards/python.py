@@ -37,7 +37,7 @@ def lint_pass(
 ) -> Score:
     """Scores the share of Python code blocks in which ruff finds nothing.
 
-    Blocks are those fenced as `python` or `py`. `# noqa` does not silence anything, and no configuration file is read.
+    Blocks are those fenced as `python` or `py`. `# noqa` comments and configuration files are ignored.
     A block that Python or ruff cannot read does not pass.
 
     Args:
@@ -70,7 +70,7 @@ def ast_correct(completion: Completion, row: Row, *, fenced: bool = True) -> flo
         fenced: code stands in blocks fenced as `python` or `py`; False reads the whole answer as code.
 
     Returns:
-        1 or 0; no code at all is 0.
+        1 or 0; without code the score is 0.
 
     Source: seed, RL guide, section 3.
     """

@@ -1,4 +1,4 @@
-"""One reward with its name, weight and range, whose values are checked: what is wrong stops with the row and reason.
+"""One reward with its name, weight and range, whose values are checked, with the row and the reason in the error.
 
 TRL's trainers take it as it stands; it then gives the bare values, and its weight is for `compose`.
 """
@@ -13,15 +13,15 @@ from llmlab.settings.errors import UserError, reading, reason_of
 
 
 class Reward:
-    """A reward function that never fails silently.
+    """A reward function with weight and range whose output is validated.
 
     Args:
         function: takes `completions` and columns as keyword lists, returns one number or None a completion. Columns
-            with the name of an argument that `functools.partial` gave it are kept from it.
+            with the name of an argument that `functools.partial` gave it are not passed to it.
         name: under which it is logged.
         weight: factor of its values in a composed reward.
-        low: the smallest value, which smaller ones are raised to; None where it is unknown.
-        high: the largest value, which larger ones are lowered to; None where it is unknown.
+        low: lower bound; values are clipped to it; None where it is unknown.
+        high: upper bound; values are clipped to it; None where it is unknown.
         cap: largest absolute value of weight x value.
     """
 

@@ -1,4 +1,4 @@
-"""Rewards for a completion's shape: how long it is, and how much of it repeats itself.
+"""Rewards for a completion's shape: length and repetition.
 
 Everything the model wrote counts, its tool calls too; tool results do not.
 """
@@ -17,7 +17,8 @@ Unit = Literal["words", "characters", "tokens"]
 
 @reward_function()
 def length(completion: Completion, row: Row, *, target: Annotated[int, Ge(1)] = 200, unit: Unit = "words") -> float:
-    """Scores how near a completion's length is to a target: 1 at the target, 0 at nothing and at twice the target.
+    """Scores how near a completion's length is to a target: 1 at the target, falling linearly to 0 at zero and at
+    twice the target.
 
     Args:
         target: the best length.
@@ -37,7 +38,7 @@ def repetition_penalty(
 
     Args:
         n: size of the n-grams.
-        unit: what they consist of: `words`, `tokens`, or `characters`, for languages that do not space words.
+        unit: what they consist of: `words`, `tokens`, or `characters`, for languages without spaces between words.
 
     Returns:
         `1 - different / all`, from 0 (also for fewer than n units) to below 1.

@@ -31,7 +31,7 @@ def tool_success(completion: Completion, row: Row, *, absent: Annotated[float, G
 
     Args:
         absent: the score without any call, at most 1; None says that the reward does not apply. Rows whose `tools` are
-            empty are never charged for calling none.
+            empty never get it.
 
     Returns:
         A share from 0 to 1; `absent` without calls.
@@ -77,7 +77,7 @@ def off_policy_penalty(
     """Marks completions that deviate from what is expected: a tool or an answer outside the allowed ones.
 
     The columns `allowed_tools` (an empty list allows none) and `allowed_answers` (compared without surrounding space)
-    say what a row allows. One deviation is enough, so that it does not thin out among many calls; a call that cannot
+    say what a row allows. A single deviation counts fully, however many calls there are; a call that cannot
     be read is one.
 
     Args:

@@ -23,7 +23,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
     # take no step when the checkpoint already has them all; the first value is the number of epochs
     "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # one sentence for a damaged checkpoint
+    # damaged checkpoints become a UserError
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),

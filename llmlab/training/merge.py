@@ -1,7 +1,7 @@
-"""The merge stage: an adapter folded into its base model, checked, and saved as an ordinary model.
+"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model.
 
 PEFT merges, in float64; here are the checks around it. The run folder appears only after the model, read back from
-disk, computed what base and adapter compute together.
+disk, was shown to give the same logits as base + adapter.
 """
 
 import math
@@ -55,7 +55,7 @@ TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 
 @takes_trust
 def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console | None = None) -> RunResult:
-    """Folds adapters into their base model, checks the result against both, and saves it as an ordinary model.
+    """Merges adapters into their base model, checks the result against both, and saves it as an ordinary model.
 
     Args:
         settings: the adapter, the base model where it is another than the adapter names, and where to save.
@@ -214,7 +214,7 @@ def _tied_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _tie_where_equal(model: PreTrainedModel, notes: list[str]) -> None:
-    """Ties embedding and head again where merging left them equal, and else lets the configuration say so."""
+    """Re-ties embedding and output head if still equal, else sets tie_word_embeddings=false."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     equal = torch.equal(embedding.weight, head.weight)
     if equal:

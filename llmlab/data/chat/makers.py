@@ -1,4 +1,4 @@
-"""What a row consists of: the tokens and labels of a conversation, those of a preference pair, or a prompt.
+"""Encoders from conversations, preference pairs and prompts to dataset rows.
 
 Reading, holding out, mixing and caching are `rows.py`.
 """
@@ -21,7 +21,7 @@ IDS = List(Value("int32"))
 
 
 class RowEncoder:
-    """Turns what a source holds into rows; `limit` is the setting that bounds their length, for messages."""
+    """Base class: encodes rows; `limit` names the length setting in error messages."""
 
     use: Use
     columns: Features  # for the trainer
@@ -30,10 +30,10 @@ class RowEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: str, *options: Any):
         self.tokenizer = tokenizer
         self.limit = limit
-        self.identity = [self.use, limit, *options]  # all that decides what a row is, for the cache key
+        self.identity = [self.use, limit, *options]  # everything that affects the rows, for the cache key
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
-        """Finds a source, of which at most so many rows will be read."""
+        """Opens a source; at most `at_most` rows will be read."""
         return load_conversations(source, self.use, at_most=at_most)
 
     def make(self, conversation: Row) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class PreferenceEncoder(RowEncoder):
             "prompt_cut": int(len(kept) < len(prompt)),
             "cut": int(longest > room),
             "whole": len(prompt) + longest,
-            "lost": chosen[:room] == rejected[:room],  # what is left must still tell the two apart
+            "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
             "problem": self._problem(chosen) or self._problem(rejected),
         }
 
@@ -173,7 +173,7 @@ class PromptEncoder(RowEncoder):
 
 
 def decode_prompts(rows: Dataset) -> Dataset:
-    """Returns rows of prompts as the trainer and rewards take them: messages, and every column of any row."""
+    """Returns rows of prompts as the trainer and rewards take them: messages, and the union of all rows' columns."""
     names = list(dict.fromkeys(name for text in rows["columns"] for name in json.loads(text)))
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:

@@ -39,7 +39,7 @@ CHECKS = {  # columns of every rendered row beside the maker's
     "lost": Value("bool"),  # truncated so far that there is nothing to learn
     "left_out": Value("bool"),  # of unpaired preferences, the label is the other one
     "dropped": Value("string"),  # why the row is unusable, or empty
-    "problem": Value("string"),  # what is wrong with the loss mask, or empty
+    "problem": Value("string"),  # problem with the loss mask, or empty
 }
 
 
@@ -74,7 +74,7 @@ class RowsReport:
             (self.counts.get("prompt_cut"), "prompts truncated on the left"),
             (self.counts.get("cut"), "truncated"),
             (self.left_out, "with the other label left out"),
-            (self.lost, "left out: truncated to nothing"),
+            (self.lost, "left out: no trained token left after truncation"),
             *((count, f"dropped: {reason}") for reason, count in self.dropped.most_common()),
         ]
         parts += [f"{count:,} {what}" for count, what in counted if count]
@@ -121,11 +121,11 @@ def build_rows(
     """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
     Args:
-        allow_truncated: share of a source's rows that may be left with nothing to learn by truncation.
-        validation_rows: rows to validate with at most; they do not decide what is trained on.
+        allow_truncated: maximal share of a source's rows that may lose all trained tokens to truncation.
+        validation_rows: at most this many validation rows; the training rows do not depend on it.
         max_samples: training rows at most; no source is read further.
         rows_needed: rows that the whole run trains on; larger sources are read only as far. None reads them whole.
-        rows_before: rows of each source that the run to resume has read; it goes on with the same.
+        rows_before: rows read per source by the run being resumed, which reads the same ones.
     """
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
@@ -181,9 +181,9 @@ def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name: str) -> tuple[Dataset, Dataset]:
-    """Splits by a seeded hash of the rows, so that equal rows stay on one side; about `limit` rows validate.
+    """Splits off a held-out set by a seeded hash, so that duplicates stay on one side; it has about `limit` rows.
 
-    What is trained on does not depend on how many rows validate.
+    The training rows do not depend on `limit`.
     """
     keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), seed)
     ordered = np.sort(keys)
@@ -234,14 +234,14 @@ class _Builder:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in report.dropped.most_common(5))
             raise UserError(
                 f"{report.name}: {unusable:,} of {rows:,} rows cannot be used, the first is row "
-                f"{np.argmax(dropped != '') + 1}: {reasons}; mend them, or raise "
+                f"{np.argmax(dropped != '') + 1}: {reasons}; fix them, or raise "
                 f"allow_dropped = {self.settings.allow_dropped:g}"
             )
         wrong = np.flatnonzero(problem != "")
         if len(wrong):
             raise UserError(
                 f"{report.name}: row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): "
-                f"{problem[wrong[0]]}; use a chat template that marks the assistant's turns whole, or set "
+                f"{problem[wrong[0]]}; use a chat template whose generation block covers the end of turn, or set "
                 "chat_template=chatml"
             )
         if report.lost > self.allow_truncated * report.rows:
@@ -269,13 +269,13 @@ class _Builder:
             return raw.map(
                 _MakeRow(found, self.maker),
                 remove_columns="row",
-                new_fingerprint=uuid.uuid4().hex,  # else it hashes the maker, tokenizer and all; the cache is ours
+                new_fingerprint=uuid.uuid4().hex,  # skip datasets' fingerprinting: caching is done here
                 features=Features({**self.maker.columns, **counts, **CHECKS}),
                 num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
                 desc=f"Rendering {printable(found.name)}" if sys.stderr.isatty() else None,
             )
         finally:
-            # with several processes `datasets` leaves a copy in its place, and a variable set
+            # with num_proc, datasets monkeypatches and sets an environment variable
             os.environ = environment  # noqa: B003
             os.environ.clear()
             os.environ.update(variables)
@@ -285,7 +285,7 @@ class _MakeRow:
     """Makes one row of one that is JSON text."""
 
     def __init__(self, source: ConversationSource, maker: RowEncoder):
-        self.read = replace(source, rows=None, select=None).read  # other processes need no rows
+        self.read = replace(source, rows=None, select=None).read  # the rows are not pickled for worker processes
         self.maker = maker
         empty = {name: [] if isinstance(kind, List) else None for name, kind in maker.columns.items()}
         checks = {"whole": 0, "lost": False, "left_out": False, "dropped": "", "problem": ""}

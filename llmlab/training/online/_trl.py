@@ -1,6 +1,6 @@
 """Private names of TRL's GRPOTrainer that GRPO and PPO need; a contract test checks each.
 
-A name is here because no public one serves; what it is for stands beside it.
+The comment beside each says why no public name serves.
 """
 
 import math

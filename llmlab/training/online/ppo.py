@@ -44,7 +44,7 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
 
     Args:
         settings: `PPOSettings`: which model, what prompts, what is rewarded, for how long.
-        rewards: your own functions beside those of the settings, as in `grpo`.
+        rewards: custom reward functions in addition to the settings', as in `grpo`.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `kl` (from the reference),

@@ -48,7 +48,7 @@ class OnlineRun(Run[S]):
         if self.with_adapters and self.reference is not None:
             raise UserError(
                 f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
-                "the policy with its adapters off; leave it out, or set use_lora=false"
+                "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
 
     def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
