@@ -92,7 +92,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     saved = model.dtype if model.dtype in DTYPES.values() else torch.float32
     dtype = saved if settings.dtype == "auto" else DTYPES[settings.dtype]
     model = model.double().eval()
-    with reading(adapter, "an adapter's weights: damaged or incomplete"):
+    with reading(adapter, "an adapter's weights, which are damaged or incomplete"):
         weights = load_peft_weights(
             str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
         )
