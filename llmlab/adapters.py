@@ -1,4 +1,4 @@
-"""LoRA adapters: which modules a preset means in any Transformers architecture, and the PEFT configuration.
+"""LoRA adapters: resolves presets to target modules for any architecture, and the PEFT configuration.
 
 Reading adapters is in `model/build.py`, merging them in `training/merge.py`.
 """

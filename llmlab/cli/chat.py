@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 
 from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.settings.base import fields_of
-from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading, reason_of
+from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
 from llmlab.settings.files import Layer, write_atomically
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.hardware import DeviceSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import say
+from llmlab.terminal import human, say, track
 
 
 class InferenceSettings(SamplingSettings, DeviceSettings):
@@ -59,7 +60,7 @@ def chat(
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the replies repeatable.", min=0, max=LARGEST_SEED, metavar="INT")
+        int | None, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
     ] = None,
     system: System = None,
     chats: Chats = None,
@@ -80,9 +81,9 @@ def chat(
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - gives input() line editing and a history
 
-        notice(
-            f"{run}: {_describe(model)}; {'it answers messages' if chats else 'it continues text'}. /help for help."
-        )
+        size = human(sum(parameter.numel() for parameter in model.parameters()))
+        kind = f"{size} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
+        notice(f"{run}: {kind}; it {'answers messages' if chats else 'continues text'}. /help for help.")
     while (line := _read_line(interactive)) is not None:
         if not line.strip():
             continue
@@ -91,14 +92,10 @@ def chat(
                 break
             if not session.command(line.strip()):
                 session.reply(line)
-        except UserError as error:
+        except (UserError, KeyboardInterrupt) as stop:
             if not interactive:
                 raise
-            notice(str(error))
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            notice("\n(stopped)")
+            notice(str(stop) or "\n(stopped)")
 
 
 def generate(
@@ -112,7 +109,7 @@ def generate(
         Path | None, typer.Option("--output", "-o", help="Write .jsonl with `prompt` and `completion` here.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Completions made at the same time.", min=1, metavar="INT")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
     temperature: Temperature = DEFAULT.temperature,
     top_p: TopP = DEFAULT.top_p,
     top_k: TopK = DEFAULT.top_k,
@@ -138,24 +135,23 @@ def generate(
     from llmlab.inference import generate_text
 
     head = [{"role": "system", "content": system}] if system else []
-    asked = [head + _messages(text) if chats or not isinstance(text, str) else text for text in prompts]
+    messages = ([{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts)
+    continued = [isinstance(text, str) and not chats for text in prompts]
+    inputs = [text if alone else head + turns for text, alone, turns in zip(prompts, continued, messages, strict=True)]
     results = generate_text(
-        model, tokenizer, asked, settings, num_samples=num_samples, seed=seed, batch_size=batch_size
+        model, tokenizer, inputs, settings, num_samples=num_samples, seed=seed, batch_size=batch_size
     )
     rows = []
-    for number, (text, completions) in enumerate(zip(prompts, results, strict=True), start=1):
+    for number, completions in enumerate(results if output is None else track(results, len(inputs), "Generating")):
         for sample, completion in enumerate(completions, start=1):
-            rows.append(json.dumps({"prompt": text, "completion": completion}, ensure_ascii=False) + "\n")
+            rows.append({"prompt": prompts[number], "completion": completion})
             if output is None:
                 if len(prompts) * num_samples > 1:
-                    notice(f"prompt {number}, sample {sample}")
-                continues = isinstance(text, str) and not chats
-                Writer().write((text if continues else "") + completion + "\n")
-        if output is not None and sys.stderr.isatty():
-            print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
+                    notice(f"prompt {number + 1}, sample {sample}")
+                Writer().write((prompts[number] if continued[number] else "") + completion + "\n")
     if output is not None:
-        write_atomically(output, "".join(rows))
-        notice(f"\n{len(rows)} completions in {output}" if sys.stderr.isatty() else f"{len(rows)} in {output}")
+        write_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        notice(f"{len(rows)} completions in {output}")
 
 
 @dataclass
@@ -170,7 +166,7 @@ class Session:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def command(self, line: str) -> bool:
-        """Obeys a line such as `/system Be brief`; returns whether it was a command."""
+        """Executes a line such as `/system Be brief`; returns whether it was a command."""
         matched = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line, re.DOTALL)
         if matched is None:
             return False
@@ -179,10 +175,10 @@ class Session:
             notice(HELP)
         elif word == "reset":
             self.turns = []
-            notice("The conversation starts anew.")
+            notice("Started a new conversation.")
         elif word == "system" and self.chats:
             self.system, self.turns = rest, []
-            notice(f"The conversation starts anew, {'with this' if rest else 'without a'} system prompt.")
+            notice(f"Started a new conversation, {'with this' if rest else 'without a'} system prompt.")
         elif word == "system":
             notice("This model continues text: it takes no system prompt.")
         else:
@@ -190,17 +186,14 @@ class Session:
         return True
 
     def reply(self, text: str) -> None:
-        """Prints the model's answer to a message, or its continuation of a text, as it is made.
-
-        What a KeyboardInterrupt cuts off stays in the conversation.
-        """
+        """Streams the model's answer to a message, or its continuation of a text; what is cut off counts as said."""
         from llmlab.inference import stream_reply
 
         text = text.removeprefix("/") if text.startswith("//") else text
         writer = Writer()
         if not self.chats:
             writer.write(text)
-        prompt = self._with(text) if self.chats else text
+        prompt = self._prompt(text) if self.chats else text
         pieces: list[str] = []
         try:
             with closing(stream_reply(self.model, self.tokenizer, prompt, self.settings)) as stream:
@@ -215,25 +208,23 @@ class Session:
         if not pieces:
             notice("(no reply)")
 
-    def _with(self, text: str) -> list[dict[str, str]]:
-        """Returns the messages to answer: what fits of the conversation, and the new one."""
+    def _prompt(self, text: str) -> list[dict[str, str]]:
+        """Returns the messages to answer: the latest of the conversation that fit, and the new one."""
         from llmlab.inference import drop_oldest_turns, prompt_room
 
         head = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*head, *self.turns, {"role": "user", "content": text}]
-        room = prompt_room(self.model, self.settings.max_new_tokens)
-        if room is None:
-            return messages
-        messages, dropped = drop_oldest_turns(self.tokenizer, messages, room)
-        if dropped:
-            notice(f"(the context is full: the {dropped} oldest messages are forgotten)")
+        if (room := prompt_room(self.model, self.settings.max_new_tokens)) is not None:
+            messages, dropped = drop_oldest_turns(self.tokenizer, messages, room)
+            if dropped:
+                notice(f"(the context is full: the {dropped} oldest messages were dropped)")
         return messages
 
 
 COMMANDS = ("/reset", "/system", "/help", "/exit")
 HELP = """\
-/reset           start the conversation anew
-/system [TEXT]   start anew with this system prompt, or without one
+/reset           start a new conversation
+/system [TEXT]   start a new conversation with this system prompt, or without one
 /help            this list
 /exit            leave; so do Ctrl+D and Ctrl+C at the prompt
 Ctrl+C           during a reply: stop it
@@ -241,12 +232,12 @@ Ctrl+C           during a reply: stop it
 
 
 def notice(text: str) -> None:
-    """Prints a line about the conversation, dimmed, where it does not mix with what the model writes."""
+    """Prints a dimmed line on standard error, where it does not mix with what the model writes."""
     say(text, error=True, dim=True)
 
 
 class Writer:
-    """Prints pieces of text at once: as a terminal only shows it, and on one wrapped between words."""
+    """Prints streamed text, wrapped between words on a terminal."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
@@ -255,14 +246,12 @@ class Writer:
     def write(self, text: str) -> None:
         text = printable(text)
         if self.terminal:
-            text = "".join(map(self._place, re.findall(r"\s*\S+|\s+", text)))
+            text = "".join(map(self._wrap, re.findall(r"\s*\S+|\s+", text)))
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def _place(self, word: str) -> str:
+    def _wrap(self, word: str) -> str:
         """Returns a word with the space before it, on a new line where it does not fit."""
-        from rich.cells import cell_len
-
         if "\n" in word:
             self.column = 0
         elif self.column and self.column + cell_len(word) > shutil.get_terminal_size().columns:
@@ -280,14 +269,13 @@ def _read_line(interactive: bool) -> str | None:
     except UnicodeDecodeError:
         raise UserError("standard input: this is not UTF-8 text") from None
     except EOFError:
-        if interactive:
-            print()
-        return None
+        pass
     except KeyboardInterrupt:
         if not interactive:
             raise
+    if interactive:
         print()
-        return None
+    return None
 
 
 def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
@@ -311,16 +299,6 @@ def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str
     return model, tokenizer, chats
 
 
-def _describe(model: Any) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    return f"{size} parameters, {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
-
-
-def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
     with reading(f"--file {path}", "text"):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -332,20 +310,15 @@ def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
         if path.suffix != ".jsonl":
             yield line
             continue
-        try:
+        where = f"{path}:{number}"
+        with reading(where, "JSON"):
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
-            raise UserError(f"{path}:{number}: this is no JSON: {reason}") from None
         if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
-            raise UserError(f"{path}:{number}: expected a mapping with `prompt` or `messages`")
+            raise UserError(f"{where}: expected a mapping with `prompt` or `messages`")
         prompt = row.get("prompt", row.get("messages"))
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, list) and prompt and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
-        ):
-            raise UserError(
-                f"{path}:{number}: expected a prompt of text or of messages, found {json.dumps(prompt)[:60]}"
-            )
+        is_chat = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+        if not isinstance(prompt, str) and not (is_chat and prompt):
+            raise UserError(f"{where}: expected a prompt of text or of messages, found {json.dumps(prompt)[:60]}")
         if not is_unicode(str(prompt)):
-            raise UserError(f"{path}:{number}: expected valid Unicode, found half a character")
+            raise UserError(f"{where}: expected valid Unicode, found a lone surrogate")
         yield prompt

@@ -1,4 +1,4 @@
-"""`llmlab data check` and `llmlab data preview`: what a source holds, and its rows as the model will see them."""
+"""`llmlab data check` and `preview`: statistics and problems of data sources, and their rows as tokenized."""
 
 import itertools
 import sys
@@ -34,7 +34,9 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = setting_option(SFTSettings, "loss_on", panel=False)
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens where rows are cut.", min=1, metavar="INT")]
+MaxSeqLen = Annotated[
+    int, typer.Option("--max-seq-len", help="Tokens where rows are truncated.", min=1, metavar="INT")
+]
 ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 
 
@@ -49,7 +51,7 @@ def check(
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
     limit: Annotated[
-        int | None, typer.Option(help="Read so many rows of each source.", min=1, metavar="INT", show_default=False)
+        int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -91,12 +93,14 @@ def preview(
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
     seed: Annotated[
-        int, typer.Option(help="Another seed shows other rows.", min=0, max=LARGEST_SEED, metavar="INT")
+        int, typer.Option(help="Random seed of the sampled rows.", min=0, max=LARGEST_SEED, metavar="INT")
     ] = 42,
-    limit: Annotated[int, typer.Option(help="Rows to choose from and to measure.", min=1, metavar="INT")] = 2000,
+    limit: Annotated[
+        int, typer.Option(help="Rows to sample from and to count tokens of.", min=1, metavar="INT")
+    ] = 2000,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show rows as the model will see them: special tokens, what is trained, and where rows are cut."""
+    """Show rows as tokenized: special tokens, the loss mask, and where rows are truncated."""
     from random import Random
 
     from llmlab.data.chat.messages import UnusableRow
@@ -216,7 +220,7 @@ def _print_findings(console: Terminal, report: "DataReport") -> None:
     findings.append(("yellow", "nearly the same as an earlier row", report.near_duplicates))
     findings += [("yellow", problem, rows) for problem, rows in report.problems.items()]
     if report.tokens:
-        findings.append(("red", "nothing left to train after cutting", report.tokens.lost))
+        findings.append(("red", "no trained token left after truncation", report.tokens.lost))
         findings.append(("yellow", f"longer than {report.tokens.max_seq_len:,} tokens", report.tokens.truncated))
     table = make_table(Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows")
     for style, what, found in findings:
@@ -260,7 +264,7 @@ def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Re
     console.print(text, soft_wrap=True)
     if total > max_seq_len:
         lost = sum(row.trained[max_seq_len:])
-        cut = f"cut here: max_seq_len = {max_seq_len:,}; {total - max_seq_len:,} tokens more, {lost:,} of them trained"
+        cut = f"truncated here: max_seq_len = {max_seq_len:,}; {total - max_seq_len:,} tokens more, {lost:,} trained"
         console.print(Rule(f"[bold red]✂ {cut}[/]", align="left", style="red", characters="╌"))
     if total > max_seq_len or not text.plain.endswith("\n"):
         console.print()

@@ -1,4 +1,4 @@
-"""`llmlab model info`, `init` and `convert`: what an architecture costs, untrained models, and relatives' weights."""
+"""`llmlab model info`, `init` and `convert`: sizes, initialization, conversion from and to related families."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,7 +166,7 @@ def convert(
     to: Annotated[str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2.")] = "llmlab",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert weights to llmlab's decoder or from it, and check that both give the same logits."""
+    """Convert a model between llmlab's architecture and Llama, Mistral or Qwen2, and verify equal logits."""
     from llmlab.data import load_tokenizer
     from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
     from llmlab.runs import checkpoints

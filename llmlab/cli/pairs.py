@@ -54,22 +54,23 @@ def pairs(
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
     ] = 4,
-    min_difference: Annotated[
-        float, typer.Option(help="Smallest difference between the scores of a pair.", metavar="FLOAT")
-    ] = 0.1,
+    min_difference: Annotated[float, typer.Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
+    ] = 42,
     limit: Annotated[
         int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, or to replace.")] = Path(
-        "pairs.jsonl"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Output file (.jsonl); replaced if it exists.")
+    ] = Path("pairs.jsonl"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
+    """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
+    dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sampling = resolve(SamplingSettings, Layer("command line", given)).settings
     settings, folder = reward_settings(rewards, config, normalize)
@@ -79,7 +80,7 @@ def pairs(
     from llmlab.inference import answers_chats, load_for_inference
     from llmlab.rewards.compose import compose
     from llmlab.runs.progress import quiet_libraries
-    from llmlab.training.preference.pairs import judge_samples, load_prompts, summarize, write_pairs
+    from llmlab.training.preference.pairs import load_prompts, sample_pairs, summarize, write_pairs
 
     reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     asked, unusable = load_prompts(source, limit=limit)
@@ -87,7 +88,7 @@ def pairs(
         model, tokenizer = load_for_inference(run)
         if not answers_chats(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        judged = judge_samples(
+        judged = sample_pairs(
             model,
             tokenizer,
             asked,
@@ -112,7 +113,7 @@ def parse_source(text: str, option: str = "") -> DataSource:
 
 
 def _check_output(output: Path, source: DataSource) -> None:
-    """Refuses before the sampling what would fail after it."""
+    """Checks the output path before sampling."""
     if output.is_dir():
         raise UserError(f"--output {output}: this is a folder; expected a file, such as {output / 'pairs.jsonl'}")
     if not output.name.endswith(".jsonl"):

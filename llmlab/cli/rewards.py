@@ -1,4 +1,4 @@
-"""`llmlab reward-check`: what rewards say about completions in a file, before anything is trained with them.
+"""`llmlab reward-check`: scores the completions of a file, to debug rewards before training with them.
 
 Scoring is in `rewards`; here are only reading, the tables and the JSON.
 """
@@ -227,19 +227,17 @@ def _print_tables(
     composed: "ComposedReward", scores: "Scores", groups: list[list[int]], completions: list[Any], shown: int
 ) -> None:
     console = Terminal()
-    labels = list(scores.components)
-    # names head the rows' table where they fit, else short ones that the components' table explains
-    fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
-    keys = labels if fits else [f"r{number}" for number, _ in enumerate(labels, 1)]
     if shown:
-        _print_rows(console, keys, scores, completions[:shown], digits=3 if fits else 2)
+        _print_rows(console, scores, completions[:shown])
         if len(completions) > shown:
             console.print(f"[dim]... {len(completions) - shown:,} more rows (--rows)[/dim]")
         console.print()
-    _print_components(console, composed, scores, groups, None if fits else keys)
-    _print_histogram(console, _histogram(scores.totals, _bounds(composed)))
+    _print_components(console, composed, scores, groups)
+    _print_histogram(console, _histogram(scores.totals, (0.0, 1.0) if composed.normalize else (None, None)))
     if groups:
-        console.print(f"[dim]flat: share of the {len(groups):,} prompts whose completions all get the same value.[/]")
+        console.print(
+            f"[dim]zero variance: share of the {len(groups):,} prompts whose completions all get the same value.[/]"
+        )
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
     same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]
@@ -247,50 +245,46 @@ def _print_tables(
         console.print(f"[yellow]The same value in every row: {safe(', '.join(same))}.[/]")
 
 
-def _print_rows(console: Terminal, keys: list[str], scores: "Scores", completions: list[Any], digits: int) -> None:
-    from llmlab.rewards.completions import answer, written
+def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> None:
+    from llmlab.rewards.completions import answer, model_text
 
+    labels = list(scores.components)
+    fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
+    width, digits, gap = (None, 3, 2) if fits else (5, 2, 1)  # else names are folded
     table = make_table(
         numeric("row", style="dim"),
         numeric("reward", style="bold"),
-        *(numeric(safe(key)) for key in keys),
+        *(Column(safe(label), justify="right", width=width, overflow="fold") for label in labels),
         Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12),
         expand=True,
+        gap=gap,
     )
     for row, completion in enumerate(completions):
         values = [_cell(column[row], digits) for column in scores.components.values()]
-        text = " ".join((answer(completion) or written(completion))[:400].split())
+        text = " ".join((answer(completion) or model_text(completion))[:400].split())
         table.add_row(str(row), _cell(scores.totals[row]), *values, Text(printable(text) or "(empty)"))
     console.print(table)
 
 
 def _print_components(
-    console: Terminal, composed: "ComposedReward", scores: "Scores", groups: list[list[int]], keys: list[str] | None
+    console: Terminal, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]
 ) -> None:
-    """Prints a line for each component, after its key in the rows' table if it has one, and one for their sum."""
-    table = make_table(
-        *([Column(style="bold", no_wrap=True)] if keys else []),
-        Column("component", no_wrap=True, overflow="ellipsis"),
-        *map(numeric, ("weight", "mean", "min", "max", *(["flat"] if groups else []), "none")),
-        Column("distribution", no_wrap=True),
-    )
+    """Prints a line for each component, and one for their sum."""
+    columns = ("weight", "mean", "min", "max", *(["flat"] if groups else []), "none")
+    name = Column("component", no_wrap=True, overflow="ellipsis")
+    table = make_table(name, *map(numeric, columns), Column("distribution", no_wrap=True))
     lines = [
         (label, f"{reward.weight:g}", scores.components[label], (reward.low, reward.high))
         for label, reward in composed.components.items()
     ]
     lines.append(("reward", "", scores.totals, _bounds(composed)))
-    for key, (label, weight, values, bounds) in zip([*(keys or [""] * len(lines[1:])), ""], lines, strict=True):
+    for label, weight, values, bounds in lines:
         found = _summary(values, groups)
-        table.add_row(
-            *([key] if keys else []),
-            safe(label),
-            weight,
-            *(_cell(found[name]) for name in ("mean", "min", "max")),
-            *([f"{found['zero_variance']:.0%}"] if groups else []),
-            str(values.count(None) or "-"),
-            draw_bars(_histogram(values, bounds)["counts"])[0],
-            style=None if weight else "bold",
-        )
+        numbers = [_cell(found[name]) for name in ("mean", "min", "max")]
+        flat = [f"{found['zero_variance']:.0%}"] if groups else []
+        bars = draw_bars(_histogram(values, bounds)["counts"])[0]
+        style = None if weight else "bold"
+        table.add_row(safe(label), weight, *numbers, *flat, str(values.count(None) or "-"), bars, style=style)
     console.print(table)
     console.print()
 
@@ -310,16 +304,13 @@ def _print_histogram(console: Terminal, histogram: dict[str, Any]) -> None:
 
 def _print_list() -> None:
     import inspect
-    from importlib import import_module
 
-    from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.rewards import REWARDS
 
     table = make_table(
         Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
     )
-    for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        target = getattr(import_module(module), attribute)
+    for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
             for key, parameter in inspect.signature(target).parameters.items()
@@ -327,7 +318,7 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(name, f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(name, f"{target.weight:g}", text)
     Terminal().print(table)
 
 

@@ -23,7 +23,7 @@ def run(
     ] = None,
     first: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Run this stage from its beginning, and every one after it."),
+        typer.Option("--from", metavar="STAGE", help="Rerun this stage and every later one."),
     ] = None,
     only: Annotated[
         str | None,
@@ -33,7 +33,7 @@ def run(
         bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and leave.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.
 

@@ -1,13 +1,12 @@
 """Local data files: which files a path means, their shards, and the rows of each shard.
 
-Read here rather than by `datasets`' builders so that errors name the file and line, rows whose types do not agree are
-counted instead of cast, nothing is copied to disk, and a resumed stream can skip shards of a large file.
+Not `datasets`' builders: errors name file and line, rows of inconsistent types are counted instead of cast, nothing is
+copied to disk, and a resumed stream can skip shards of a large file.
 """
 
 import csv
 import gzip
 import io
-import itertools
 import json
 import re
 import sys
@@ -129,7 +128,7 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
         elif shard.format == "csv":
             yield from _read_csv(path)
         else:
-            yield from _read_text(path) if shard.unit == "document" else _read_pieces(path, shard.unit)
+            yield from _read_text(path, shard.unit)
 
 
 @contextmanager
@@ -144,45 +143,45 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
             raise UserError(f"{path}: the compressed file is damaged: {error}") from None
 
 
-def _read_text(path: Path) -> Iterator[dict[str, Any]]:
+def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
+    """Yields the documents of a text file, its paragraphs or its lines; only a document may be blank."""
     pieces: list[str] = []
-    length, whole = 0, True
+    length, separated = 0, False
+    for text, ends in _split_lines(path):
+        pieces.append(text)
+        length += len(text)
+        separated = separated or ends
+        if unit == "document" and not ends and length <= LONGEST_DOCUMENT:
+            continue
+        if unit == "paragraph" and not ends and text.strip():
+            continue
+        piece = "".join(pieces)
+        pieces, length = [], 0
+        if ends or unit != "document":
+            piece = piece.strip("\n")
+        if piece.strip() or unit == "document":
+            yield {"text": piece}
+    rest = "".join(pieces)
+    if not separated and unit == "document":
+        yield {"text": rest}
+    elif rest.strip():  # what follows the last separator is usually nothing
+        yield {"text": rest.strip("\n")}
+
+
+def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yields the lines of a text file, cut at each `SEPARATOR`, and whether one follows."""
     with _open_text(path) as handle:
         for line in handle:
-            if SEPARATOR in line:
-                whole = False
-                *ends, line = line.split(SEPARATOR)
-                for end in ends:
-                    yield {"text": "".join([*pieces, end]).strip("\n")}
-                    pieces, length = [], 0
-            pieces.append(line)
-            length += len(line)
-            if length > LONGEST_DOCUMENT:
-                yield {"text": "".join(pieces)}
-                pieces, length = [], 0
-    rest = "".join(pieces)
-    if whole or rest.strip():  # what follows the last separator is usually nothing
-        yield {"text": rest if whole else rest.strip("\n")}
-
-
-def _read_pieces(path: Path, unit: str) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a text file, or its paragraphs (parted by blank lines); blank ones only part others."""
-    pieces: list[str] = []
-    with _open_text(path) as handle:
-        for line in itertools.chain(handle, [""]):
             *ends, last = line.split(SEPARATOR)
-            for text, ends_here in [*((end, True) for end in ends), (last, unit == "line" or not last.strip())]:
-                pieces.append(text)
-                if ends_here:
-                    if (piece := "".join(pieces).strip("\n")).strip():
-                        yield {"text": piece}
-                    pieces = []
+            for end in ends:
+                yield end, True
+            yield last, False
 
 
 def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
     with _open(path) as handle:
         position = shard.start
-        if position > 0:  # the line that reaches into this shard belongs to the one before
+        if position > 0:  # a line that starts in the previous shard belongs to it
             handle.seek(position - 1)
             position += len(handle.readline()) - 1
         while position < shard.end and (line := handle.readline()):

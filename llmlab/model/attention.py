@@ -55,11 +55,13 @@ class LLMLabAttention(LlamaAttention):
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, key/value heads, time, head_dim)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         if position_embeddings is not None:
-            dtype = query.dtype  # under autocast the tables are wider than the products
+            dtype = query.dtype  # under autocast cos/sin are fp32 while queries and keys are bf16
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = query.to(dtype), key.to(dtype)
         elif self.config.positional_encoding == "alibi" and query.shape[1] != self.config.num_attention_heads:
-            raise ValueError("positional_encoding = alibi: tensor parallelism splits heads away from their slopes")
+            raise ValueError(
+                "positional_encoding = alibi: tensor parallelism is not supported, which shards heads but no slopes"
+            )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0

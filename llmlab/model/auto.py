@@ -25,6 +25,6 @@ def load_auto(kind: str, source: str | Path, **options: Any) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(
-            f"{source}: it brings Python code along, which runs only with --trust-remote-code "
+            f"{source}: it requires its own Python code, which runs only with --trust-remote-code "
             "(trust_remote_code=True in a call); read that code first"
         ) from None

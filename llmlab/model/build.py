@@ -105,7 +105,7 @@ def load_model(
         )
     if model.can_generate():
         check_types(f"{source}/generation_config.json", vars(model.generation_config), GENERATION_TYPES)
-    if missing_keys := sorted(info["missing_keys"]):  # Transformers would go on with random weights
+    if missing_keys := sorted(info["missing_keys"]):  # Transformers would initialize them randomly
         kind = ", ".join(model.config.architectures or ["unknown"])
         raise UserError(
             f"{source}: no complete language model: {len(missing_keys)} weights are missing, such as "
@@ -120,7 +120,8 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """Loads a sequence-classification model with one output, whose head is new where the source is a language model.
+    """Loads a sequence-classification model with one output, with a newly initialized head if the source is a language
+    model.
 
     An adapter of such a model is merged into its base.
     """
@@ -200,7 +201,9 @@ class Adapter:
         from peft import PeftModel  # a second or two, for those who need it
 
         with reading(self.source, f"an adapter of {self.base}"), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # which would stay untrained
+            warnings.filterwarnings(
+                "error", message="Found missing adapter keys"
+            )  # PEFT would leave these at their initial values
             return PeftModel.from_pretrained(model, self.folder, **options)
 
 

@@ -48,7 +48,7 @@ class MuonWithAdamW(Optimizer):
         if not groups:
             raise UserError("optimizer = muon: no hidden 2-D weight is trainable; expected adamw, adafactor or lion")
         if not nesterov and any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-            # torch 2.13 normalizes a bf16 momentum buffer in place, which forgets its size
+            # torch 2.13 normalizes a bf16 momentum buffer in place, losing its norm
             raise UserError("muon_nesterov = false: needs fp32 weights, and these are bf16; expected true")
         groups += [{**group, **adamw, "part": "adamw"} for group in others if group["params"]]
         super().__init__(groups, {"lr": lr})
@@ -66,7 +66,7 @@ class MuonWithAdamW(Optimizer):
             optimizer.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # also the last act of load_state_dict
+        super().__setstate__(state)  # called at the end of load_state_dict too
         self._join()
 
     @torch.no_grad()

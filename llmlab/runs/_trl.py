@@ -1,6 +1,6 @@
 """Private names of TRL's and Transformers' trainers that every stage or a preference stage needs; contract-tested.
 
-A name is here because no public one serves; what it is for stands beside it.
+The comment beside each says why no public name serves.
 """
 
 import math
@@ -19,25 +19,25 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
-    # stopping before an update whose gradients are not finite: no callback is told their norm
+    # stop before a step with non-finite gradients: no callback gets their norm
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
-    # no step where a killed run had them all: its first value is the number of epochs
+    # take no step when the checkpoint already has them all; the first value is the number of epochs
     "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # one sentence for a damaged checkpoint
+    # damaged checkpoints become a UserError
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
 
 
-def show_head_bias(model: PeftModel) -> None:
-    """Lets TRL's loss, which reads weight and bias off the output head, read PEFT's wrapper of trained rows too."""
+def expose_head_bias(model: PeftModel) -> None:
+    """Gives PEFT's TrainableTokensWrapper around the output head the `bias` that TRL's chunked loss reads."""
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         object.__setattr__(head, "bias", head.original_module.bias)  # not a second parameter of the module
 
 
-class PairsReady:
+class TokenizedPairs:
     """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
 
     It also logs `completion_length`, the mean number of tokens of an answer.
@@ -53,13 +53,13 @@ class PairsReady:
         return dataset
 
 
-class AnswerTokens:
-    """Mixin for an ORPOTrainer: the same, for its public `tokenize_row`, whose columns these become."""
+class TokenizedORPOPairs:
+    """Mixin for an ORPOTrainer: the dataset has token ids already; `tokenize_row` renames them to TRL's columns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
-                # it looks for texts before it tokenizes
+                # ORPOTrainer requires these columns before tokenizing
                 kwargs[name] = kwargs[name].map(lambda row: {"prompt": "", "chosen": "", "rejected": ""})
         super().__init__(*args, **kwargs)
 
@@ -74,8 +74,9 @@ class AnswerTokens:
         return row
 
 
-class SwitchableOptimizer:
-    """Mixin for a Trainer: one sentence for a damaged checkpoint; resumes without the optimizer's state if asked."""
+class ResumableCheckpoint:
+    """Mixin for a Trainer: damaged checkpoints raise UserError; resumes without optimizer state with
+    `load_optimizer=False`."""
 
     load_optimizer: bool = True
 
@@ -94,14 +95,14 @@ class SwitchableOptimizer:
 
 
 class GradientNorms:
-    """Mixin for a Trainer: `on_gradients` gets the norm of an update's gradients before the update, if not finite."""
+    """Mixin for a Trainer: calls `on_nonfinite_gradients(norm)` before a step whose gradient norm is not finite."""
 
-    def on_gradients(self, norm: float) -> None:
+    def on_nonfinite_gradients(self, norm: float) -> None:
         pass
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         value = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if value is not None and not math.isfinite(value):  # DeepSpeed has none before its first update
-            self.on_gradients(float(value))
+            self.on_nonfinite_gradients(float(value))
         return norm

@@ -73,18 +73,18 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
     with warnings.catch_warnings():
         # the new name of `gradient_checkpointing` is not known to the older versions that are supported
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with trying(settings, config.__name__):
+        with blame_trainer_args(settings, config.__name__):
             return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
 
 
-def trying(settings: Settings, what: str) -> AbstractContextManager[None]:
+def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[None]:
     """Returns a context that blames the user's `trainer_args`, where there are any, for whatever a library raises."""
     arguments = settings.trainer_args
     return reading(f"trainer_args = {show(arguments)}", what) if arguments else nullcontext()
 
 
 def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
-    """Returns when the trainer evaluates; `Rhythm` decides when it saves."""
+    """Returns when the trainer evaluates; `SaveSchedule` decides when it saves."""
     # load_best_model_at_end requires save_steps to be a multiple of eval_steps, although no save follows from them
     never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
     if not evaluates:
@@ -108,7 +108,7 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     problems = []
     for name in settings.trainer_args:
         if name in keys:
-            problems.append(f"trainer_args.{name}: set '{keys[name]}' instead, which is this option's name here")
+            problems.append(f"trainer_args.{name}: set '{keys[name]}' instead, the setting that decides it")
         elif name not in known:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:

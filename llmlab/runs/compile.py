@@ -44,7 +44,7 @@ def decide_compile(
             )
         return True, "on, as asked"
     if device_type not in SAVED:
-        return False, f"off: not known to pay on {device_type}"
+        return False, f"off: not measured on {device_type}"
     if missing:
         return False, f"off: it needs {missing}, not found here"
     speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)

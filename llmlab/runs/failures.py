@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def check_disk(folder: Path, *, needed: int) -> None:
 
 
 @contextmanager
-def failures_recorded(
+def record_failures(
     stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine, settings: Settings
 ) -> Iterator[None]:
     """Records how a run ended that did not finish, and raises system errors as UserError; bugs keep their type."""
@@ -70,20 +70,19 @@ def failures_recorded(
         saved = checkpoints.checkpoints(folder)
         if saved:
             again = f"llmlab {stage} --resume {folder} --no-load-optimizer learning_rate=..."
-            progress.say(f"{saved[-1].name} is from before; to go on from it with a lower rate: {again}")
+            progress.say(f"{saved[-1].name} is from before that; to resume it with a lower learning rate: {again}")
         raise
     except UserError as error:
         end("failed", reason=str(error))
         trained = any(folder.glob("checkpoint-*")) or any("loss" in line for line in read_metrics(folder))
         if record is not None and "resumed" not in record.values and not trained:
-            for name in (RECORD, METRICS):  # a new run without a step: it can be started again
+            for name in (RECORD, METRICS):  # a new run without a step: it can be started again in this folder
                 (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # other files are in it
-                folder.rmdir()
         raise
     except Exception as error:
         end("failed")
-        reason, words = reason_of(error), str(error) if isinstance(error, RuntimeError) else ""
+        reason = reason_of(error)
+        words = str(error) if isinstance(error, RuntimeError) else ""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in words for part in NO_MEMORY):
             raise UserError(f"out of memory: {how_to_save_memory(settings)}") from error
         if _is_write_error(error, folder) or any(part in words for part in TORCH_CANNOT_WRITE):

@@ -19,8 +19,8 @@ from transformers import TrainerCallback, set_seed
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import GradientNorms, SwitchableOptimizer
-from llmlab.runs.arguments import trying
+from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
+from llmlab.runs.arguments import blame_trainer_args
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -28,7 +28,7 @@ from llmlab.settings.optimizer import OptimizerSettings
 LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
-class OurOptimizers(GradientNorms, SwitchableOptimizer):
+class StageTrainer(GradientNorms, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
 
     Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
@@ -40,7 +40,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        with trying(settings, "arguments of the trainer"):
+        with blame_trainer_args(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
         self.estimate_from: Any = None  # the coming step's first batch, where a Hessian estimate is due
         if settings.optimizer == "sophia":
@@ -57,7 +57,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         except (TypeError, ValueError, ImportError):
-            with trying(self.settings, "arguments of the trainer"):
+            with blame_trainer_args(self.settings, "arguments of the trainer"):
                 raise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -67,7 +67,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with random_states_kept(self.args.device):
+        with restore_random_states(self.args.device):
             set_seed(self.args.seed + self.args.process_index)  # equal weights get equal scores at every step
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
@@ -88,7 +88,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
-    def on_gradients(self, norm: float) -> None:
+    def on_nonfinite_gradients(self, norm: float) -> None:
         scaler = self.accelerator.scaler
         if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
             return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
@@ -140,7 +140,7 @@ class EstimateFirst(TrainerCallback):
     By then a resumed run has its random states back, which online trainers sample with.
     """
 
-    trainer: OurOptimizers
+    trainer: StageTrainer
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.estimate()
@@ -152,8 +152,8 @@ def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 @contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Restores the random states of Python, NumPy, torch and the device."""
+def restore_random_states(device: torch.device) -> Iterator[None]:
+    """Restores the random states of Python, NumPy, torch and the device afterwards."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_state = on_device and on_device.get_rng_state()

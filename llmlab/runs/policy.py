@@ -1,6 +1,6 @@
-"""The model that a stage after pretraining starts from: whole or with adapters, its tokenizer and its chat template.
+"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template.
 
-What it is trained on, and how, is each stage's own business.
+Data and losses are the stages'.
 """
 
 import copy
@@ -19,13 +19,13 @@ from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_model, read_adapter
-from llmlab.runs._trl import show_head_bias
+from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
 
-OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configuration's field
+LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -51,17 +51,18 @@ class Policy:
         return isinstance(self.model, PeftModel) and len(self.parents) > 1
 
     def new_adapters(self, settings: LoraSettings) -> LoraConfig | None:
-        """Returns what a trainer shall attach; None where adapters are not wanted, or there already."""
+        """Returns the LoraConfig for the trainer to attach; None without LoRA or when the adapters are already
+        attached."""
         if not settings.use_lora or isinstance(self.model, PeftModel):
             return None
         return lora_config(self.model, settings, self.tokenizer.convert_tokens_to_ids(self.new_tokens))
 
-    def fit(self, length: int) -> int:
-        """Returns a length in tokens, or the model's context where that is shorter."""
+    def cap_length(self, length: int) -> int:
+        """Caps a length in tokens at the model's context length."""
         return min(length, context_length(self.model) or length)
 
     def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
-        """Returns the plan's lines about it; `model` is the trainer's, where the trainer attached the adapters."""
+        """Returns the plan's rows about the model; pass the trainer's model, which may have adapters attached."""
         model = model or self.model
         trainable, total = trainable_share(model)
         rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
@@ -79,7 +80,7 @@ class Policy:
 def load_policy(
     source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None, attach: bool = True
 ) -> Policy:
-    """Loads what a stage trains from a run folder or hub id, of a whole model or of LoRA adapters.
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters.
 
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
     The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
@@ -87,7 +88,7 @@ def load_policy(
     adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
-    quantization = quantization_of(settings, hardware)
+    quantization = quantization_config(settings, hardware)
     frozen = adapter is not None or settings.use_lora
     options = {
         "dtype": hardware.torch_dtype if frozen else torch.float32,
@@ -105,8 +106,8 @@ def load_policy(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"{source}: its tokenizer names no eos token: is its tokenizer_config.json missing?")
-    stops = stop_at(model, tokenizer)
+        raise UserError(f"{source}: its tokenizer has no eos token: is its tokenizer_config.json missing?")
+    stops = set_stop_tokens(model, tokenizer)
     if quantization is not None:
         model = prepare_quantized(model)
     if adapter is not None:
@@ -115,21 +116,22 @@ def load_policy(
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))
     if isinstance(model, PeftModel):
-        show_head_bias(model)
+        expose_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
 
 def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | None, str]:
-    """Returns the frozen reference model, and its description; None where the policy without its adapters serves."""
+    """Returns the frozen reference model and its description; None when the policy with its adapters disabled is the
+    reference."""
     named = settings.reference_checkpoint
     same = [named is not None and os.path.abspath(named) == os.path.abspath(parent) for parent in policy.parents]
     if named is None or same[0]:
         if policy.continues_adapter:
-            return None, "the adapters of the first step, a frozen copy"
+            return None, "a frozen copy of the initial adapters"
         if settings.use_lora:
-            return None, "the policy with its adapters off"
-        return copy.deepcopy(policy.model), "the starting policy, a frozen copy"
+            return None, "the policy with its adapters disabled"
+        return copy.deepcopy(policy.model), "a frozen copy of the initial policy"
     if policy.continues_adapter and same[1]:
         raise UserError(
             f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
@@ -148,8 +150,8 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
     return reference, named
 
 
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Lets the model's saved generation settings stop at the end of a turn too, and returns all ids it stops at."""
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Adds the end-of-turn token to the generation config's eos ids, and returns all of them."""
     config = model.generation_config
     known = config.eos_token_id
     known = known if isinstance(known, list) else [known]
@@ -159,8 +161,8 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return stops
 
 
-def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns how frozen weights are kept in 4 bits, or None where they are not."""
+def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+    """Returns the bitsandbytes config for QLoRA, or None."""
     if not settings.use_qlora:
         return None
     check_quantization(hardware)
@@ -173,7 +175,7 @@ def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesC
 
 
 def check_quantization(hardware: Hardware) -> None:
-    """Raises UserError where weights cannot be kept in 4 bits."""
+    """Checks that this device can load 4-bit weights."""
     try:
         import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
     except ImportError:
@@ -183,13 +185,13 @@ def check_quantization(hardware: Hardware) -> None:
 
 
 def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model of 4-bit weights ready for adapters: these frozen, the rest in fp32."""
-    keep_packing(model)
-    # the trainer turns checkpointing on itself where it is wanted
+    """Prepares a 4-bit model for LoRA: base weights frozen, other parameters in fp32."""
+    keep_quantized_layout(model)
+    # Trainer enables gradient checkpointing itself
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def keep_packing(model: PreTrainedModel) -> None:
+def keep_quantized_layout(model: PreTrainedModel) -> None:
     """Keeps evaluation on CPUs from repacking 4-bit weights, which rounds their scales in the middle of a run."""
     from bitsandbytes.nn import Linear4bit
 
@@ -199,9 +201,9 @@ def keep_packing(model: PreTrainedModel) -> None:
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
-    """Refuses LoRA settings that say something else than the adapter to go on with."""
+    """Checks that the LoRA settings agree with the adapter that is trained further."""
     for setting in fields_of(type(settings)):
-        field = OF_AN_ADAPTER.get(setting.name)
+        field = LORA_FIELDS.get(setting.name)
         value = setting.of(settings)
         if field is not None and value not in (setting.default, getattr(adapter, field)):
             raise UserError(

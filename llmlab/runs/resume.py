@@ -21,7 +21,7 @@ from llmlab.settings.sources import resolve
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
-def check_whole(checkpoint: Path) -> None:
+def check_undamaged(checkpoint: Path) -> None:
     """Raises UserError for a checkpoint with damaged files, before the run that would fail over them begins."""
     state = read_json(checkpoint / checkpoints.STATE)
     # the trainer relies on these, and its annotations are looser or stricter
@@ -59,7 +59,7 @@ def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool
             change = "is gone" if name not in now else "changed" if name in before else "is new"
             notes.append(f"{name}: this data file {change} since the run began")
     if notes and not allow_changed:
-        raise SettingsError([f"{note}; --allow-changed-data goes on with it as it is" for note in notes])
+        raise SettingsError([f"{note}; --allow-changed-data resumes all the same" for note in notes])
     return notes
 
 
@@ -87,7 +87,7 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
             hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
             problems.append(
                 f"{setting.key} = {show(setting.of(settings))}: the run to resume has {show(setting.of(before))}, "
-                f"and this cannot change on the way{hint}"
+                f"which a resumed run cannot change{hint}"
             )
     if problems:
         raise SettingsError(problems)

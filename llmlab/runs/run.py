@@ -1,6 +1,6 @@
-"""One run of a training stage: claimed folder, seeds, trainer, training, run folder.
+"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves.
 
-A stage brings its model, its data and its trainer's class. Losses and data order are the trainer's.
+Stages provide model, data and trainer class; losses and data order live in the trainers.
 """
 
 import inspect
@@ -21,7 +21,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -30,11 +29,11 @@ from transformers import (
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import show_head_bias
+from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments, rhythm_arguments
-from llmlab.runs.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
+from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -60,7 +59,7 @@ ARGUMENTS = """
 def training_stage(
     run_class: type["Run[Any]"] | None = None, *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
-    """Makes a stage's public function, which takes settings, from one that takes a `Run` and options of its own.
+    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
 
     `prepare` completes the settings before the run folder is claimed. The function's name is the stage's.
     """
@@ -97,17 +96,17 @@ def training_stage(
 
 
 class Run(Start[S]):
-    """One run of a stage, from its start to its folder; making it seeds every random state."""
+    """One run of a stage. Constructing it seeds Python, NumPy and torch."""
 
-    def __init__(self, stage: str, load_optimizer: bool, *start: Any):
-        super().__init__(*start)
+    def __init__(self, stage: str, load_optimizer: bool, *start: Any, **claimed: Any):
+        super().__init__(*start, **claimed)
         self.stage = stage
         self.load_optimizer = load_optimizer
         self.settings: Any = self.resolved.settings
         set_seed(self.settings.seed)
 
     def load_policy(self, *, attach: bool = True) -> Policy:
-        """Returns the model that is trained; without `attach`, new adapters are left to the trainer."""
+        """Loads the policy; with `attach=False` the trainer attaches new adapters."""
         settings = self.settings
         with quiet_libraries():
             return load_policy(
@@ -119,7 +118,7 @@ class Run(Start[S]):
             )
 
     def reading(self) -> AbstractContextManager[Any]:
-        """Returns the context that data is read in: its progress shows on terminals alone."""
+        """Returns a context for reading data: progress bars show only on a terminal."""
         return nullcontext() if self.console.is_terminal else quiet_libraries()
 
     def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int, eval_batches: int) -> Rows:
@@ -149,21 +148,21 @@ class Run(Start[S]):
         *,
         arguments: dict[str, Any],
         progress: dict[str, Any] | None = None,
-        best_by: str = "loss",
+        best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `OurOptimizers`, with `options` of its own.
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
 
         `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
-        from the settings nor from the machine; `progress` those of `ProgressLine`. `best_by` is the validation metric
-        of the best checkpoint, `loss` or `reward`.
+        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
+        validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
-        self.rhythm = Rhythm(
+        self.rhythm = SaveSchedule(
             best_only=settings.save_best_only,
             evaluates=evaluates,
             save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
-            best_is=best_by,
+            best_metric=best_metric,
         )
         self.progress = ProgressLine(
             self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
@@ -186,7 +185,7 @@ class Run(Start[S]):
                 **options,
             )
         if isinstance(made.model, PeftModel):
-            show_head_bias(made.model)
+            expose_head_bias(made.model)
         return made
 
     def train(
@@ -203,9 +202,9 @@ class Run(Start[S]):
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
-        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics: they
-        are called before those that print and record, the last one first. `compiled` says why the model is compiled or
-        not, where the stage has decided it. `results` are metrics beside the trainer's.
+        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
+        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
+        compile decision. `results` are metrics in addition to the trainer's.
         """
         trainer.has_all_steps = self.has_all_steps(steps)
         compiled = compiled or compile_if_worth(
@@ -226,14 +225,14 @@ class Run(Start[S]):
             record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
-            trainer.add_callback(ScheduleAfterResume(self.done))
+            trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        whole = WholeCheckpoints(trainer, self.settings.save_total_limit)
-        trainer.add_callback(whole)  # the last to be called
+        rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
+        trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -242,17 +241,17 @@ class Run(Start[S]):
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
-            trainer.check_weights()
-            checkpoints.publish(self.folder, lambda temporary: save_policy(trainer, temporary))
+            with checkpoints.staged(self.folder) as temporary:
+                save_policy(trainer, temporary)
         metrics = last_metrics(trainer) | (results or {})
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-            whole.rotate(trainer.args, trainer.state)
+            rotation.rotate(trainer.args, trainer.state)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
     def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
-        """Estimates the tokens that this process sees in an update."""
+        """Estimates the tokens per optimizer step on this process."""
         if self.progress.tokens_per_step is not None:
             return self.progress.tokens_per_step / self.process.num_processes
         counted = sum(source["counts"]["tokens"] for source in data["sources"])
@@ -274,14 +273,7 @@ class Run(Start[S]):
 
 
 def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the optimizer updates of a run over so many rows, as the trainer counts them.
-
-    Args:
-        settings: with `epochs` and `max_steps`.
-        rows: training rows of one pass.
-        rows_per_batch: rows of a forward pass on all processes.
-        accumulation: forward passes of an update.
-    """
+    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
     if settings.epochs is None:
         return settings.max_steps
     batches = math.ceil(rows / rows_per_batch)
@@ -289,25 +281,25 @@ def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: 
 
 
 def step_limit(settings: Any) -> dict[str, int]:
-    """Returns the trainer's argument that lets `epochs` decide, where they are set."""
+    """Returns `max_steps=-1`, which lets num_train_epochs decide, when `epochs` is set."""
     return {} if settings.epochs is None else {"max_steps": -1}
 
 
 def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
-    """Returns the plan's line about optimizer and schedule."""
+    """Returns the plan's row for optimizer and learning-rate schedule."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
-        schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
+        schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
     return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
 
 
 def describe_steps(settings: Any, steps: int, passes: float, batch: str, *, evaluates: bool) -> list[tuple[str, Any]]:
-    """Returns the plan's lines about steps, batches, evaluations and the optimizer of a run over rows."""
+    """Returns the plan's rows for steps, batch, evaluation and optimizer."""
     batches = getattr(settings, "eval_steps", None) or settings.eval_batches
     return [
-        ("steps", f"{steps:,} ({passes:.2g} passes over the training rows)"),
+        ("steps", f"{steps:,} ({passes:.2g} epochs over the training rows)"),
         ("batch", batch),
         describe_evaluation(settings, batches, evaluates=evaluates),
         describe_optimizer(settings, steps),
@@ -320,20 +312,22 @@ class BestAdapters(TrainerCallback):
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.folder = trainer, folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
+            with checkpoints.staged(self.folder) as temporary:
+                save_weights(self.trainer, temporary / BEST_ADAPTERS)
 
 
 def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
-    """Returns the plan's line about the rhythm of evaluations and how many batches each takes."""
+    """Returns the plan's row for the evaluation interval and batches per evaluation."""
     if not evaluates:
         return "evaluation", "none: there is no validation data"
     return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """Writes weights or adapters, tokenizer and where generation stops; `best_lora_adapters/` too if nothing did."""
+    """Saves weights or adapters, tokenizer and generation config, and `best_lora_adapters/` if no evaluation has
+    written it."""
     save_weights(trainer, folder)
     best = trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()
     if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel) and not best:
@@ -341,15 +335,15 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """Writes weights or adapters, tokenizer and where generation stops.
+    """Saves weights or adapters, tokenizer and generation config.
 
-    Every process calls it, since each may hold a part of the weights; the main one writes.
+    Call it on every process (weights may be sharded); the main process writes.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_context(model, trainer.processing_class)
     sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     of_checkpoints = sharding and sharding.state_dict_type
-    if sharding:  # else the trainer saves nothing but checkpoints of shards
+    if sharding:  # Trainer would save sharded weights only
         sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if sharding:
@@ -358,23 +352,24 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
         return
     (folder / "training_args.bin").unlink(missing_ok=True)
     if isinstance(model, PeftModel):
-        shutil.rmtree(folder / "ref", ignore_errors=True)  # a frozen copy: the reference of a preference loss
-        if model.get_base_model().can_generate():  # a model that scores cannot
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # DPO's frozen reference adapters
+        if model.get_base_model().can_generate():  # sequence-classification models cannot generate
             model.get_base_model().generation_config.save_pretrained(folder)
 
 
 def first_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Returns the metrics on the validation data before the first step; none where that was not asked."""
+    """Returns the validation metrics at step 0, empty without `eval_on_start`."""
     return next((line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; of the validation data those of the weights that were kept."""
+    """Returns the last value of each metric; validation metrics are those of the best checkpoint where it was
+    restored."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_by = trainer.state, trainer.args.metric_for_best_model
+    state, best_metric = trainer.state, trainer.args.metric_for_best_model
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_by in line)
+        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
         metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
     return metrics

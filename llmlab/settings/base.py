@@ -1,4 +1,4 @@
-"""What a setting is: a field of a small frozen pydantic class whose annotated type carries all else about it.
+"""What a setting is: a field of a small frozen pydantic class whose annotated type holds everything else about it.
 
 The loader, command line, schema, docs, trainers and run records read the markers here, and nothing else.
 """
@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
@@ -72,9 +72,6 @@ class Settings(BaseModel):
 
     inapplicable: ClassVar[dict[str, str]] = {}
     """Keys of the seeds that cannot mean anything here, and why: accepted from a file, with a warning."""
-
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Keys without a field, and the values that describe what the stage does anyway: accepted silently."""
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Fields for one quantity in several units; the first follows from the others. The last layer's choice holds."""
@@ -171,10 +168,7 @@ class Setting:
 
     def of(self, settings: Settings) -> Any:
         """Returns the value that these settings give it."""
-        value: Any = settings
-        for name in self.path:
-            value = getattr(value, name)
-        return value
+        return reduce(getattr, self.path, settings)
 
     def marker(self, kind: type) -> Any:
         return next((mark for mark in self.info.metadata if isinstance(mark, kind)), None)

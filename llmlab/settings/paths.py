@@ -70,7 +70,7 @@ def missing(name: str, what: str = "file or folder") -> UserError:
 
 
 def check_model(name: str) -> None:
-    """Raises UserError for a name that can only be local and holds no model; a possible hub id passes."""
+    """Checks that a local path holds a model; hub ids pass unchecked."""
     folder = expand(name)
     if os.path.isfile(folder):
         raise UserError(f"{name}: this is a file; expected a run folder or a hub id")
@@ -112,7 +112,7 @@ def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[P
 
 
 def check_free(path: Path) -> None:
-    """Raises UserError where a folder holds anything but the marks of a run that has not begun."""
+    """Raises UserError where a folder holds anything but a lock and an owner file."""
     if not os.path.isdir(path) or all(entry.name in (LOCK, OWNER) for entry in path.iterdir()):
         return
     ours = os.path.isfile(path / "llmlab.json")

@@ -28,7 +28,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
     inapplicable: ClassVar[dict[str, str]] = {
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
     }
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {"metric_for_best_model": ("eval_loss", "loss")}
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
 
     output_dir: v.OutputDir
     max_steps: v.MaxSteps = 10000
@@ -57,6 +57,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
 
         The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
         """
+        if values.get("metric_for_best_model") in cls.best_metrics:
+            del values["metric_for_best_model"]
         batches = "eval_steps" if "eval_steps" in cls.model_fields else "eval_batches"
         own = spellings_of(cls)["eval_steps"].name
         beside = next((name for name in BESIDE_TRANSFORMERS_EVAL_STEPS if name in values), None)
@@ -67,7 +69,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
             meaning, sense = "eval_every", "steps between evaluations"
         if "eval_steps" in values and meaning != own:
             values[meaning] = values.pop("eval_steps")
-            warn(f"eval_steps = {values[meaning]} stands beside {beside}, so it counts {sense} ({meaning})")
+            warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
     @model_validator(mode="after")
@@ -75,11 +77,11 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise v.conflict(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one", *chosen[:2])
+                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
         return self
 
 
-class FineTuningSettings(TrainingSettings, LoraSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings):
     """What the stages share that start from a trained model."""
 
     panel: ClassVar[str] = "Training"

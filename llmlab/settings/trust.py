@@ -1,6 +1,6 @@
-"""What no file may decide: that code which a model brings along runs, and that something leaves this machine.
+"""What no file may decide: running a model's own Python code, and sending data off this machine.
 
-Only the user decides it, on the command line or in a call; files, pipelines and run records that do are refused.
+Only the command line or a call can allow these; files, pipelines and run records cannot.
 """
 
 import inspect
@@ -68,7 +68,7 @@ def refusals(layer: "Layer") -> list[str]:
         if name == REMOTE_CODE:
             problems.append(
                 f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
-                f"({REMOTE_CODE}=True in a call) lets code run that a model brings along"
+                f"({REMOTE_CODE}=True in a call) allows a model's own Python code to run"
             )
         elif layer.path is not None and head == TRAINER_ARGS and leaves_machine(name, value):
             problems.append(

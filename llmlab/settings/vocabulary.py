@@ -6,7 +6,6 @@ A stage picks the name and the default. Help is the docstring of a field where i
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic_core import PydanticCustomError
 
 from llmlab.settings.base import Alias, Help, Resume, Trl
 from llmlab.settings.paths import PathName, Reads
@@ -17,12 +16,6 @@ RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
     "llmlab.settings.grpo:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's
-
-
-def conflict(message: str, *keys: str) -> PydanticCustomError:
-    """Returns the error of a check between fields; the loader adds where the last of the keys was set."""
-    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": list(keys)})
-
 
 # A resumed run may change how its optimizer steps, not what the optimizer has accumulated
 LearningRate = Annotated[float, Gt(0), Trl("learning_rate"), Alias("lr"), Resume.NEW_OPTIMIZER]
@@ -41,8 +34,13 @@ EvalBatches = Annotated[int, Gt(0), Resume.FREE, Help("Validation batches of one
 SaveEvery = Annotated[int, Gt(0), Alias("save_steps", "save_interval"), Resume.FREE]
 SaveBestOnly = Annotated[bool, Alias("load_best_model_at_end"), Resume.FREE]
 SaveTotalLimit = Annotated[int | None, Gt(0), Trl("save_total_limit"), Resume.FREE]
-Seed = Annotated[int, Ge(0), Le(LARGEST_SEED), Trl("seed"), Help("Random seed.")]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED), Trl("seed")]
 OutputDir = Annotated[PathName, Trl("output_dir"), Resume.LOCAL, Help("Run folder to write.")]
+MaxNewTokens = Annotated[int, Gt(0), Trl("max_completion_length"), Help("Longest completion in tokens.")]
+TopK = Annotated[int, Ge(0), Trl("top_k"), Help("Sample among the k most likely tokens; 0 is all.")]
+TopP = Annotated[
+    float, Gt(0), Le(1), Trl("top_p"), Help("Nucleus sampling: the smallest set of tokens with this probability.")
+]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 ValidationFraction = Annotated[float, Ge(0), Lt(1)]

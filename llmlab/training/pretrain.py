@@ -1,7 +1,7 @@
 """Pretraining: tokenizer, model, packed rows, trainer.
 
-The loop is Transformers' Trainer; here it gets our rows in their own order and a loss that never holds all logits.
-Instruction data and adapters are later stages' business.
+The loop is Transformers' Trainer; llmlab adds packed rows in mixture order and a chunked loss that never materializes
+all logits. Instruction data and adapters are later stages' business.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ from llmlab.model import (
 from llmlab.runs.callbacks import Perplexity, StreamPosition
 from llmlab.runs.compile import compile_layers, decide_compile
 from llmlab.runs.failures import check_memory
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, training_stage
@@ -35,8 +35,8 @@ from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 
 
-class PretrainTrainer(OurOptimizers, Trainer):
-    """Transformers' Trainer with llmlab's optimizers and a loss without full logits."""
+class PretrainTrainer(StageTrainer, Trainer):
+    """Transformers' Trainer with llmlab's optimizers and the chunked loss."""
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "return_logits": False}, *args, **kwargs)
@@ -44,16 +44,16 @@ class PretrainTrainer(OurOptimizers, Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.settings.streaming:
             return super().get_train_dataloader()
-        # each process has its own part of a stream already: Accelerate's sharding would drop the rest of it
+        # each process already streams its own shard: Accelerate would shard again and drop rows
         return DataLoader(
             self.train_dataset,
             batch_size=self.settings.batch_size,
             collate_fn=self.data_collator,
-            generator=torch.Generator(),  # else starting to iterate draws from the state that resuming just restored
+            generator=torch.Generator(),  # so that making the iterator does not consume the restored random state
         )
 
 
-def complete_shape(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSettings]:
+def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSettings]:
     """Returns the settings with the vocabulary size and the sequence length that the model really has."""
     settings = resolved.settings
     shape, length = settings.model, settings.model.max_seq_len
@@ -82,7 +82,7 @@ def complete_shape(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSet
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
-@training_stage(prepare=complete_shape)
+@training_stage(prepare=resolve_architecture)
 def pretrain(run: Run[PretrainSettings]) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 
@@ -153,7 +153,7 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
 
 
 def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> LLMLabForCausalLM:
-    """Returns a new model of the settings' shape, or that of `init_from`."""
+    """Returns a new model with the settings' architecture, or the one in `init_from`."""
     if settings.init_from:
         model = load_model(settings.init_from)
         return model if isinstance(model, LLMLabForCausalLM) else to_llmlab(model)
@@ -169,8 +169,8 @@ def trainer_arguments(settings: PretrainSettings) -> dict[str, Any]:
     """Returns the arguments of Transformers' Trainer that pretraining needs."""
     return {
         "per_device_eval_batch_size": settings.batch_size,
-        "train_sampling_strategy": "sequential",  # the rows come in the mixture's own order
-        "ignore_data_skip": settings.streaming,  # a stream goes on from its saved position
+        "train_sampling_strategy": "sequential",  # rows are already in mixture order
+        "ignore_data_skip": settings.streaming,  # streams restore their own position
         "remove_unused_columns": False,
         "prediction_loss_only": True,
     }
@@ -191,7 +191,7 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
         ("data", corpus.report.summary()),
-        ("steps", f"{settings.max_steps:,}" + (f", going on from {run.checkpoint.name}" if run.checkpoint else "")),
+        ("steps", f"{settings.max_steps:,}" + (f", resuming from {run.checkpoint.name}" if run.checkpoint else "")),
         (
             "batch",
             f"{batch} sequences of {sequence} = {batch * sequence:,} tokens"

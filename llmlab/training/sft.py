@@ -1,6 +1,6 @@
 """Supervised fine-tuning: policy, instruction data, trainer.
 
-The loop and the loss are TRL's SFTTrainer; the rows reach it as tokens and labels that were proven before.
+The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels, already checked.
 """
 
 from dataclasses import replace
@@ -10,9 +10,9 @@ import torch
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.chat.makers import InstructionMaker
+from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs.callbacks import Perplexity
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_steps, step_limit, total_steps, training_stage
 from llmlab.settings.sft import SFTSettings
@@ -21,30 +21,30 @@ SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
-class InstructionTrainer(OurOptimizers, SFTTrainer):
+class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
 
-    evaluated: torch.Tensor  # the sum of the losses of this evaluation's tokens, and their number
+    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (inputs["labels"][..., 1:] != -100).sum()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not model.training:
-            self.evaluated += torch.stack([loss * tokens, tokens])
+            self.eval_sums += torch.stack([loss * tokens, tokens])
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.evaluated = torch.zeros(2, device=self.args.device)
+        self.eval_sums = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
+        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
         output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
         return output
 
 
-class RowsApart:
-    """Packed rows as a batch of rows, for attention that has no kernel for one long row of everything.
+class UnflattenedRows:
+    """Collates packed rows as a batch, for attention implementations without variable-length kernels.
 
-    TRL lays packed rows end to end, which flash attention reads in linear time and every other attention in quadratic.
+    TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
 
     Args:
         collator: the trainer's own.
@@ -55,14 +55,14 @@ class RowsApart:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(examples)
-        batch["labels"][batch["position_ids"] == 0] = -100  # no conversation predicts the first token of the next
-        del batch["attention_mask"]  # the positions tell where each begins, and models look at them only without it
+        batch["labels"][batch["position_ids"] == 0] = -100  # no prediction across conversations
+        del batch["attention_mask"]  # without it models see the boundaries in position_ids
         return batch
 
 
 @training_stage()
 def sft(run: Run[SFTSettings]) -> RunResult:
-    """Teaches a model to follow instructions, whole or through LoRA adapters, and writes its run folder.
+    """Fine-tunes a model on conversations (all weights or LoRA) and writes its run folder.
 
     Args:
         settings: `SFTSettings`: which model, what data, for how long.
@@ -75,11 +75,11 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     """
     settings = run.settings
     policy = run.load_policy()
-    length = policy.fit(settings.max_seq_len)
+    length = policy.cap_length(settings.max_seq_len)
     rows_per_batch = settings.batch_size * run.process.num_processes
     accumulation = settings.gradient_accumulation_steps
     rows_per_step = rows_per_batch * accumulation
-    maker = InstructionMaker(
+    maker = InstructionEncoder(
         policy.tokenizer,
         max_seq_len=length,
         loss_on=settings.loss_on,
@@ -93,7 +93,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         eval_batches=settings.eval_steps,
     )
     trainer = run.make_trainer(
-        InstructionTrainer,
+        LLMLabSFTTrainer,
         SFTConfig,
         policy.model,
         policy.tokenizer,
@@ -102,8 +102,8 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     )
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
-        trainer.data_collator = RowsApart(trainer.data_collator)
-        # the trainer would count one row of each batch
+        trainer.data_collator = UnflattenedRows(trainer.data_collator)
+        # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
     passes = steps * rows_per_step / rows

@@ -53,7 +53,7 @@ def test_check_shows_what_was_found_within_80_columns(cli, rows_file, tokenizer)
     assert re.search(r"dropped: without 'answer' +1 +16\.7 % +4 *\n", output)
     assert re.search(r"same as an earlier row +1 +16\.7 % +3 *\n", output)
     assert re.search(r"empty turn of the user +1 +16\.7 % +5 *\n", output)
-    assert re.search(r"nothing left to train after cutting +1 +16\.7 % +6 *\n", output)
+    assert re.search(r"no trained token left after truncation +1 +16\.7 % +6 *\n", output)
     assert "Cyrillic" in output and "█" in output
     assert max(map(len, output.splitlines())) <= 80
 
@@ -134,7 +134,7 @@ def test_preview_marks_what_is_trained_without_colors(cli, rows_file, tokenizer)
 def test_preview_cuts_and_samples_by_seed(cli, tokenizer):
     words = ["preview", "demo/chat | 20kB", "-t", tokenizer, "-n", 2, "--max-seq-len", 12]
     _, output, _ = cli(*words)
-    assert output.count("✂ cut here: max_seq_len = 12") == 2
+    assert output.count("✂ truncated here: max_seq_len = 12") == 2
     assert cli(*words)[1] == output
     assert cli(*words, "--seed", 1)[1] != output
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.makers import InstructionMaker
+from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -37,7 +37,7 @@ def build(tokenizer, tmp_path):
         options = {"seed": 3} | {k: changes.pop(k) for k in list(changes) if k in OPTIONS}
         only_label = changes.pop("only_label", None)
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
+        maker = InstructionEncoder(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
         return build_rows(DataSettings(datasets=list(sources), **values), maker, **options)
 
     return make
@@ -82,6 +82,17 @@ def test_max_samples_draws_a_subset(build, tokenizer, tmp_path):
     assert texts(few.train, tokenizer) == texts(build(source, max_samples=10).train, tokenizer)
     assert texts(few.train, tokenizer) != texts(other.train, tokenizer)
     assert len(build(source, max_samples=99).train) == 50
+
+
+def test_max_samples_stops_the_reading(build, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
+    source = write(tmp_path / "a.jsonl", pairs(20))
+    with open(source, "a") as file:
+        file.write("no JSON\n")
+    data = build(source, max_samples=10)
+    assert (len(data.train), data.reports[0].rows, data.reports[0].whole) == (10, 11, False)
+    with pytest.raises(UserError, match="a.jsonl:21: this line is not valid JSON"):
+        build(source)
 
 
 def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
@@ -211,8 +222,8 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     """`num_proc` unset is every core."""
     monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
     monkeypatch.setattr(rows_module, "cores", lambda: 3)
-    make = InstructionMaker.make
-    monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
+    make = InstructionEncoder.make
+    monkeypatch.setattr(InstructionEncoder, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
     environment, variables = os.environ, dict(os.environ)
     build(source, num_proc=num_proc)

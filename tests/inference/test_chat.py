@@ -77,7 +77,7 @@ def test_commands_steer_the_conversation(tokenizer, chain, capsys):
     talk.reply("three")
     assert talk.command("/system Be brief.") and (talk.system, talk.turns) == ("Be brief.", [])
     talk.reply("four")
-    assert talk._with("five")[0] == {"role": "system", "content": "Be brief."}
+    assert talk._prompt("five")[0] == {"role": "system", "content": "Be brief."}
     assert talk.command("/system") and talk.system is None
     capsys.readouterr()
     assert talk.command("/rest")
@@ -95,7 +95,7 @@ def test_old_turns_are_forgotten_with_a_notice(tokenizer, chain, capsys):
     for number in range(4):
         talk.reply(f"message {number}")
     # "u:message 0\n" + "a:Hi\n" are 17 tokens and the open "a:" two: one turn fits into half of the context
-    assert "the 2 oldest messages are forgotten" in capsys.readouterr().err
+    assert "the 2 oldest messages were dropped" in capsys.readouterr().err
     assert [m["content"] for m in talk.turns] == ["message 3", "Hi"]
 
 
@@ -174,7 +174,7 @@ def test_control_c_stops_a_reply_and_leaves_at_the_prompt(save, chain):
         terminal.expect("(stopped)")
         terminal.expect(">>> ")
         terminal.type("/reset\n")
-        terminal.expect("starts anew")
+        terminal.expect("a new conversation")
         terminal.expect(">>> ")
         time.sleep(0.1)  # the prompt is printed before input() waits
         terminal.process.send_signal(signal.SIGINT)

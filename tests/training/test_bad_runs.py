@@ -14,7 +14,7 @@ from llmlab.inference import encode_prompt, load_for_inference
 from llmlab.model import load_config, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.failures import check_memory
-from llmlab.runs.resume import check_whole
+from llmlab.runs.resume import check_undamaged
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training.pretrain import pretrain
 from llmlab.training.sft import sft
@@ -100,11 +100,11 @@ def test_pickles_are_never_loaded_unsafely(base, tmp_path):
     checkpoint.mkdir()
     state = {"global_step": 1, "train_batch_size": 1, "stateful_callbacks": {}}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    check_whole(checkpoint)
+    check_undamaged(checkpoint)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": Harm()}, checkpoint / name)
         with pytest.raises(UserError, match=f"{name}: cannot be read as a file of torch"):
-            check_whole(checkpoint)
+            check_undamaged(checkpoint)
         (checkpoint / name).unlink()
     assert not (tmp_path / "harm").exists()
 
@@ -211,12 +211,12 @@ def test_what_does_not_fit_into_memory_is_refused_beforehand(settings, quiet, tm
 
 
 def test_a_run_that_a_mistake_ends_before_its_first_step_leaves_no_folder(sft_settings, quiet, tmp_path, monkeypatch):
-    from llmlab.training.sft import InstructionTrainer
+    from llmlab.training.sft import LLMLabSFTTrainer
 
     def fail(self, *args, **kwargs):
         raise UserError("not like this")
 
-    monkeypatch.setattr(InstructionTrainer, "train", fail)
+    monkeypatch.setattr(LLMLabSFTTrainer, "train", fail)
     with pytest.raises(UserError, match="not like this"):
         sft(sft_settings(max_steps=1), console=quiet)
     assert not (tmp_path / "run").exists()

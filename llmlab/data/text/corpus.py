@@ -1,4 +1,4 @@
-"""The text corpus of a stage: sources found, tokenized, split and mixed, with a report of what went in.
+"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report.
 
 One function does it for map-style and streaming sources; the parts are in the modules beside this one.
 """
@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ ENTROPY_ROWS = 20_000  # rows that the unigram entropy is taken over, at most
 
 @dataclass
 class SourceReport:
-    """What a source gave."""
+    """What was read of a source."""
 
     name: str  # and its subset
     share: float  # of all training tokens
@@ -44,7 +44,7 @@ class SourceReport:
         return {**values, "documents": self.tally.documents, "dropped": dict(self.tally.dropped)}
 
     def summary(self, *, alone: bool) -> str:
-        """Returns one line for people; a source that is alone has no share to tell."""
+        """Returns one line for people; the share is left out for a single source."""
         line = self.name if alone else f"{self.name} {self.share:.1%}"
         if self.tokens is not None:
             line += f": {self.tokens:,} tokens"
@@ -91,20 +91,11 @@ class Corpus:
     report: CorpusReport
 
 
-class _Part(NamedTuple):
-    """One source's training and validation rows."""
-
-    train: PackedRows | Reader
-    validation: PackedRows | None
-    report: SourceReport
-
-
 def build_corpus(
     settings: TextDataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_len: int,
-    seed: int | None = None,
     rows_needed: int | None = None,
     validation_rows: int | None = None,
     rank: int = 0,
@@ -115,34 +106,35 @@ def build_corpus(
     `rows_needed` (None is one epoch) and `validation_rows` (None is all that are held out, of a stream 512) count
     those of all processes.  Streams give each rank its own part; map-style rows are the same in each, for a sampler.
     """
-    seed = settings.seed if seed is None else seed  # type: ignore[attr-defined]
+    seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
     weights = [source.weight for source in settings.datasets]
     shares = (np.array(weights) / sum(weights)).tolist()
     needed = [None] * len(weights) if rows_needed is None else Schedule(weights, seed).counts(rows_needed).tolist()
     sources = [builder.find(named) for named in settings.datasets]
     parts = [builder.part(*each) for each in zip(settings.datasets, sources, shares, needed, strict=True)]
+    trains, validations, reports = zip(*parts, strict=True)
     if settings.streaming:
-        train: Mixture | RowStream = RowStream([part.train for part in parts], weights, seed=seed)
+        train: Mixture | RowStream = RowStream(trains, weights, seed=seed)
     else:
-        train = Mixture([part.train for part in parts], weights, seed=seed, length=rows_needed)
-        for part, epochs in zip(parts, train.epochs(), strict=True):
-            part.report.epochs = epochs
+        train = Mixture(trains, weights, seed=seed, length=rows_needed)
+        for report, epochs in zip(reports, train.epochs(), strict=True):
+            report.epochs = epochs
     if settings.validation_datasets is None:
-        validation = builder.mix([part.validation for part in parts], weights)
+        validation = builder.mix(validations, weights)
     else:
         named = settings.validation_datasets
         validation = builder.mix([builder.validation_rows(source) for source in named], [s.weight for s in named])
-    report = CorpusReport([part.report for part in parts])
+    summary = CorpusReport(list(reports))
     if validation is not None:
-        report.validation_rows = len(validation)
-        report.unigram_entropy = unigram_entropy(validation)
-    return Corpus(train, validation, report)
+        summary.validation_rows = len(validation)
+        summary.unigram_entropy = unigram_entropy(validation, builder.encoder.vocab_size)
+    return Corpus(train, validation, summary)
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """What every source is built with."""
+    """Shared context for building each source."""
 
     settings: TextDataSettings
     encoder: TextEncoder
@@ -153,11 +145,13 @@ class _Builder:
     world_size: int
 
     def find(self, named: DataSource) -> TextSource:
-        """Finds a source; what a hub data set is read for is its tokens, so it needs no other copy on disk."""
+        """Finds a source; hub datasets are streamed: the token store is the only copy on disk."""
         return load_text(named, streaming=self.settings.streaming or is_online())
 
-    def part(self, named: DataSource, source: TextSource, share: float, rows: int | None) -> _Part:
-        """Reads a source for so many training rows (None is all of it); its own validation split is preferred."""
+    def part(
+        self, named: DataSource, source: TextSource, share: float, rows: int | None
+    ) -> tuple[PackedRows | Reader, PackedRows | None, SourceReport]:
+        """Returns so many training rows of a source (None is all) and validation rows, its own if it has any."""
         report = SourceReport(label_of(named), share, Tally(), count=source.count)
         fraction = self.settings.validation_fraction if self.settings.validation_datasets is None else 0.0
         own = None
@@ -168,13 +162,13 @@ class _Builder:
             train, held_out = self._stream(source, report, fraction)
         else:
             train, held_out = self._pack(source, report, fraction, rows)
-        return _Part(train, own or held_out, report)
+        return train, own or held_out, report
 
     def _pack(
         self, source: TextSource, report: SourceReport, fraction: float, rows: int | None
     ) -> tuple[PackedRows, PackedRows | None]:
         window = window_rows(self.length)
-        # whole windows, since a longer run must not shuffle otherwise what this one sees
+        # whole windows, so that a longer run starts with the same rows
         limit = None if rows is None else math.ceil(max(rows, 1) / window) * window
         tokens = None if limit is None else max(limit * self.length, WINDOW)
         while True:
@@ -191,7 +185,7 @@ class _Builder:
         validation = None
         if fraction:
             report.held_out = split.rule
-            # of a large source the first ones, however much of it is read
+            # from the beginning of a large source, independent of how much is read
             most = self.most_validation_rows if len(store) > WINDOW else None
             validation = PackedRows(f"{report.name}/held-out", store, self.length, split.validation, most)
         return self._checked(train), validation
@@ -200,8 +194,7 @@ class _Builder:
         validation = None
         if fraction:
             validation = self._first_rows(f"{report.name}/held-out", source, fraction)
-            count = len(validation.store.documents)
-            report.held_out = f"{fraction:g} of the documents by hash; the first {count:,} validate"
+            report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
         reader = Reader(
             source,
             self.encoder,
@@ -236,13 +229,13 @@ class _Builder:
         store = self._store(source, rows * self.length, (fraction, self.seed) if fraction else None)
         if not len(store):
             raise UserError(
-                f"{source.name}: validation_fraction = {fraction:g} holds out none of its {store.tally.documents:,} "
-                "documents; name validation_datasets, or read it without streaming"
+                f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
+                f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
             )
         return self._checked(PackedRows(label, store, self.length, limit=rows))
 
     def _checked(self, rows: PackedRows) -> PackedRows:
-        """Returns rows of which there is at least one."""
+        """Checks that there is at least one row."""
         if not len(rows):
             raise UserError(
                 f"{rows.name}: its {rows.tokens:,} tokens do not fill one row of max_seq_len = {self.length}; "
@@ -264,13 +257,11 @@ class _Builder:
         )
 
 
-def unigram_entropy(rows: Mixture) -> float:
+def unigram_entropy(rows: Mixture, vocab_size: int) -> float:
     """Returns the entropy of the token frequencies of the rows, in nats per token."""
-    counts = np.zeros(1, np.int64)
+    counts = np.zeros(vocab_size, np.int64)
     for index in range(min(len(rows), ENTROPY_ROWS)):
         source, row = rows.locate(index)
-        more = np.bincount(rows.sources[source].row(row), minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
+        np.add.at(counts, rows.sources[source].row(row), 1)
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum()) if len(frequencies) > 1 else 0.0

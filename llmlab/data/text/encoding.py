@@ -30,7 +30,7 @@ class EncodedBatch(NamedTuple):
 class TextEncoder:
     """Encodes documents with a serialized tokenizer (`Tokenizer.to_str()`); small enough to send to another process.
 
-    Special tokens that are spelled out in a document are read as the text they are.
+    Special tokens written out in a document are tokenized as plain text.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int):
@@ -40,8 +40,8 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.dtype = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
 
     @classmethod

@@ -1,13 +1,14 @@
 """Streamed rows: sources tokenized and packed as they are read, shuffled in blocks, resumed exactly.
 
-A block's rows are shuffled and its unfinished row is carried into the next, so a position is small: where the source
-stood before the block, what was carried, and how many rows were taken.  Order across sources is the `Schedule` that
-map-style data has too.  There is no tokenized copy on disk, and no random access.
+A block's rows are shuffled and its unfinished row is carried into the next, so a position is small: the source's state
+before the block, the carried tokens, and the rows consumed.  Order across sources is the `Schedule` that map-style
+data has too.  There is no tokenized copy on disk, and no random access.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ BLOCK_CHARACTERS = 2_000_000  # of text shuffled together
 REMEMBERED = 32  # blocks of each source whose beginning can still be resumed from
 
 State = dict[str, Any]
+START: State = {"epoch": 0, "block": 0, "row": 0, "carried": [], "position": None}
 
 
 class Block(NamedTuple):
@@ -36,36 +38,27 @@ class Block(NamedTuple):
     rows: np.ndarray
 
 
+@dataclass
 class Reader:
     """Reads one source block by block, again and again; of several processes each reads its own part.
 
     Documents of the `held_out` fraction are left to validation; `seed` orders shards and rows; `tally` counts.
     """
 
-    def __init__(
-        self,
-        source: TextSource,
-        encoder: TextEncoder,
-        *,
-        tally: Tally,
-        length: int,
-        seed: int,
-        held_out: float = 0.0,
-        allow_dropped: float = 0.05,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.source = source
-        self.rows = split_dataset_by_node(source.rows, rank, world_size)
-        self.name = source.name if world_size == 1 else f"{source.name}@{rank}"
-        self.encoder = encoder
-        self.length = length
-        self.seed = seed
-        self.held_out = held_out
-        self.allow_dropped = allow_dropped
-        self.tally = tally
-        self.start: State = {"epoch": 0, "block": 0, "row": 0, "carried": [], "position": None}
-        self.load(self.start)
+    source: TextSource
+    encoder: TextEncoder
+    tally: Tally
+    length: int
+    seed: int
+    held_out: float = 0.0
+    allow_dropped: float = 0.05
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.rows = split_dataset_by_node(self.source.rows, self.rank, self.world_size)
+        self.name = self.source.name if self.world_size == 1 else f"{self.source.name}@{self.rank}"
+        self.load(START)
 
     def load(self, state: State) -> None:
         """Goes back to a state."""
@@ -131,7 +124,7 @@ class RowStream(IterableDataset):
         self.readers = list(readers)
         self.schedule = Schedule(weights, seed)
         self.rows = 0  # yielded since the beginning of training
-        self.load_state_dict({"rows": 0, "sources": [reader.start for reader in readers]})
+        self.load_state_dict({"rows": 0, "sources": [START] * len(readers)})
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:

@@ -1,6 +1,6 @@
-"""Private names of TRL's GRPOTrainer that GRPO and PPO need; a contract test holds each.
+"""Private names of TRL's GRPOTrainer that GRPO and PPO need; a contract test checks each.
 
-A name is here because no public one serves; what it is for stands beside it.
+The comment beside each says why no public name serves.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 PRIVATE_NAMES = {  # where it is: its parameters
-    # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
+    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion; see
+    # `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
     # a data set's tools differ from prompt to prompt; see `RolloutSteps`
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
@@ -27,9 +28,9 @@ PRIVATE_NAMES = {  # where it is: its parameters
         *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
         *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
     ),
-    # the slice of a rollout that a forward pass learns from, sampled where it is the first; see `WholeRollouts`
+    # returns the micro-batch of a rollout, sampling a new rollout at its first one; see `ResumableRollouts`
     "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
-    # a critic that resumes brings its own file: it is not missing from the policy's
+    # the critic is loaded from its own file
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
 # how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
@@ -41,18 +42,19 @@ TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL
 EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
-def written(batch: dict[str, Any]) -> Tensor:
-    """Returns 1 for the tokens of a rollout that the policy wrote, (batch, time)."""
+def policy_mask(batch: dict[str, Any]) -> Tensor:
+    """Returns the policy-token mask of a rollout, (batch, time): 1 for generated tokens, 0 for padding and tool
+    results."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Keeps parameters out of what a model saves, however its weights were gathered; names are exact."""
+    """Excludes parameters (by exact name) from every saved state dict of the model."""
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
 
 
 class RolloutSteps:
-    """Mixin for a GRPOTrainer: the steps of a rollout under public names, and each prompt's own `tools`.
+    """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
 
     A trainer overrides what it needs. `all_rewards` (completions of all processes, reward functions) are those of the
     last rollout, `log_probs` (batch, time) those of the last forward pass. `token_share` is the tokens
@@ -72,22 +74,22 @@ class RolloutSteps:
         return nullcontext()
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """Gets TRL's rollout on this process and returns the one that is trained on."""
+        """Post-processes this process's rollout."""
         return rollout
 
     def total_loss(self, loss: Callable[[], Tensor], batch: dict[str, Any]) -> Tensor:
-        """Gets what computes TRL's loss of a forward pass, and its batch; returns the loss."""
+        """Returns the loss of a micro-batch; `loss()` computes TRL's."""
         return loss()
 
-    def load_beside(self, checkpoint: Path) -> None:
-        """Restores what a checkpoint has beside the policy."""
+    def load_extra_state(self, checkpoint: Path) -> None:
+        """Restores further state (such as a critic) from a checkpoint."""
 
     def _generate(self, prompts: list[Any]) -> Any:
         with self.sampling():
             return super()._generate(prompts)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Shows each prompt its own tools, where TRL knows only tools that all prompts share."""
+        """Renders each prompt with its own tools, where TRL knows only tools that all prompts share."""
         if not any(self._prompt_tools):
             return super()._tokenize_prompts(prompts)  # type: ignore[misc]
         encode = partial(
@@ -114,7 +116,7 @@ class RolloutSteps:
         return self.finish_rollout(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Weighs by tokens what TRL averages over the forward passes of an update: the entropy bonus, and metrics."""
+        """Weights the entropy bonus and token-mean metrics by token count; TRL averages them over forward passes."""
         loss = partial(super()._compute_loss, model, inputs)  # type: ignore[misc]
         if not self.model.training:  # type: ignore[attr-defined]
             return self.total_loss(loss, inputs)
@@ -134,19 +136,20 @@ class RolloutSteps:
         return total
 
     def _token_shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
-        """Returns the tokens of this process' and of all processes' forward pass, over the mean of the update's."""
+        """Returns the token counts of this forward pass (this process, mean of all processes) divided by the step's
+        mean."""
         passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         update = [inputs]
         if passes > 1:
             parts = self._buffered_inputs  # type: ignore[attr-defined]
             first = self._step - self._step % passes  # type: ignore[has-type]
             update = [parts[step % len(parts)] for step in range(first, first + passes)]
-        counts = torch.stack([written(inputs).sum(), sum(written(part).sum() for part in update) / passes])
+        counts = torch.stack([policy_mask(inputs).sum(), sum(policy_mask(part).sum() for part in update) / passes])
         everywhere, mean = self.accelerator.reduce(counts, reduction="mean").tolist()  # type: ignore[attr-defined]
         return counts[0].item() / max(mean, 1), everywhere / max(mean, 1)
 
     @contextmanager
-    def no_kl_penalty(self) -> Iterator[None]:
+    def without_kl_term(self) -> Iterator[None]:
         """Leaves the KL term out of TRL's loss."""
         beta, self.beta = self.beta, 0.0  # type: ignore[has-type]
         try:
@@ -154,17 +157,18 @@ class RolloutSteps:
         finally:
             self.beta = beta
 
-    def mean_over_update(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Returns this forward pass' part of a mean over the tokens of an update, as TRL's `dapo` loss takes it."""
+    def token_mean(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns this micro-batch's contribution to a mean over the tokens of an optimizer step (TRL's `dapo`
+        normalization)."""
         tokens = batch["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # type: ignore[attr-defined]
         if self.model.training:  # type: ignore[attr-defined]
             passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
             tokens = tokens * passes / self.args.steps_per_generation  # type: ignore[attr-defined]
-        return (values * written(batch)).sum() / tokens
+        return (values * policy_mask(batch)).sum() / tokens
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        self.load_beside(Path(resume_from_checkpoint))
+        self.load_extra_state(Path(resume_from_checkpoint))
 
     def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
         """Returns the log-probabilities of a rollout's completions, (batch, time)."""
@@ -183,14 +187,14 @@ class RolloutSteps:
         self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
 
     def end_passes(self) -> None:
-        """Lets the next forward pass begin with a new rollout; call it between updates."""
+        """Makes the next forward pass sample a new rollout; call it between optimizer steps."""
         per_rollout = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
         self._step += -self._step % per_rollout  # type: ignore[has-type]
 
 
 @contextmanager
 def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
-    """Lets a GRPOTrainer that is made here take this model as its reference, instead of reading one from disk."""
+    """While active, GRPOTrainer uses this model as its reference instead of loading one."""
     from trl.trainer import grpo_trainer  # seconds, for those who use it
 
     original = grpo_trainer.create_model_from_path
@@ -202,7 +206,7 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
         grpo_trainer.create_model_from_path = original
 
 
-class WholeRollouts:
+class ResumableRollouts:
     """Mixin for a GRPOTrainer: takes its reference as a model, and resumes in the middle of a rollout.
 
     `reference` is a whole model's frozen reference; None where there is none, or where the policy without adapters is.
@@ -214,27 +218,28 @@ class WholeRollouts:
             super().__init__(**kwargs)
 
     def rollout_state(self) -> dict[str, Any]:
-        """Returns what a checkpoint must keep of the rollout that is learned from, and of what waits to be logged."""
+        """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
         waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
         return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `rollout_state` was taken."""
+        """Restores `rollout_state`."""
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
 
     def set_logged_advantages(self, advantages: Tensor) -> None:
-        """Puts the advantages of a whole rollout into the table of completions."""
+        """Sets the advantages in TRL's logged table of completions."""
         self._logs["advantages"].extend(advantages.tolist())  # type: ignore[attr-defined]
 
     def estimated_from(self, batch: Any) -> dict[str, Tensor]:
-        """Returns what Sophia's estimate is made of: the tokens that the policy wrote in the coming forward pass."""
+        """Returns the model inputs of Sophia's Hessian estimate: the next micro-batch, labelled at the policy's
+        tokens."""
         self.model.train()  # type: ignore[attr-defined]  # as the step will: in evaluation it samples otherwise
         part = self._prepare_inputs(batch)
-        self.prepared = part  # the step itself must not sample again
+        self.prepared = part  # the training step reuses these inputs instead of sampling again
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), written(part)], dim=1)
+        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), policy_mask(part)], dim=1)
         return {
             "input_ids": ids,
             "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),

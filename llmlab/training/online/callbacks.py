@@ -38,13 +38,13 @@ class OnlineMetrics(TrainerCallback):
             elif theirs.startswith("reward_components/"):
                 logs[f"{prefix}reward/{theirs.split('/')[1]}"] = logs.pop(name)
         if "loss" in logs:
-            # the trainer logs it for the lines in which it sampled, and goes on counting when it is resumed
+            # present only in logs of steps that sampled
             logs["num_tokens"] = state.num_input_tokens_seen - self.tokens_before
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
 
 
-class NothingToLearn(TrainerCallback):
-    """Ends a run with advice when its completions give no gradient.
+class StopWithoutSignal(TrainerCallback):
+    """Stops a run, with advice, when its completions give no learning signal.
 
     That is when in `patience` logged lines in a row no group had completions of different rewards, or over 90 % of the
     completions were cut off; None never ends a run.
@@ -63,16 +63,16 @@ class NothingToLearn(TrainerCallback):
         lines = f"in each of the last {self.patience} logged lines"
         if self.equal >= self.patience:
             raise UserError(
-                f"step {state.global_step}: {lines} all completions of a prompt had the same reward (on average "
+                f"step {state.global_step}: {lines} all completions of a prompt had the same reward (mean "
                 f"{logs['reward']:.3g}), so nothing can be learned: look at the rewards with llmlab reward-check, "
-                "raise the temperature or group_size, or start from a policy that succeeds now and then (llmlab sft); "
-                "stop_patience=none goes on all the same"
+                "raise the temperature or group_size, or start from a policy that sometimes succeeds (llmlab sft); "
+                "stop_patience=none disables this check"
             )
         if self.cut >= self.patience:
             raise UserError(
                 f"step {state.global_step}: {lines} over {MOST_CLIPPED:.0%} of the completions were cut off at "
-                f"max_new_tokens = {self.max_new_tokens}, so that rewards see no endings: raise it, or fine-tune "
-                "first, so that the model ends its turns (llmlab sft); stop_patience=none goes on all the same"
+                f"max_new_tokens = {self.max_new_tokens}, so rewards see truncated completions only: raise it, or "
+                "fine-tune first, so that the model ends its turns (llmlab sft); stop_patience=none disables it"
             )
 
 
@@ -87,7 +87,7 @@ class RolloutState(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.checkpoint is not None and self._file(self.checkpoint).is_file():
-            # the type alone, which is this process' device: torch knows no location `cpu:0`
+            # the device type only: torch.load has no map_location `cpu:0`
             device = self.trainer.accelerator.device.type
             with reading(self._file(self.checkpoint), "a rollout"):
                 self.trainer.load_rollout_state(torch.load(self._file(self.checkpoint), map_location=device))

@@ -1,7 +1,7 @@
 """Group relative policy optimization (GRPO).
 
-Sampling, the loop and the loss are TRL's GRPOTrainer; here are the global baseline, the absolute KL penalty and the
-metrics of groups.
+Sampling, the loop and the loss are TRL's GRPOTrainer; here are the global baseline, the absolute KL penalty and group
+metrics.
 
 Source: Shao et al. 2024 (arXiv:2402.03300); seed, LLM-Lab document, "GRPO"; RL guide, section 4.
 """
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.rewards.checking import locate_rewards
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.rewards.loading import locate_rewards
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
-from llmlab.training.online._trl import RolloutSteps, WholeRollouts, written
+from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, policy_mask
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 
-class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
+class LLMLabGRPOTrainer(ResumableRollouts, StageTrainer, RolloutSteps, GRPOTrainer):
     """TRL's GRPOTrainer with llmlab's optimizers, a choice of baselines and penalties, and metrics of groups."""
 
     penalty = staticmethod(torch.abs)
@@ -47,27 +47,27 @@ class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
         """Returns TRL's loss; with `kl_penalty: abs` its KL term is the mean of absolute log-ratios instead."""
         if self.settings.kl_penalty == "kl" or self.beta == 0:
             return loss()
-        with self.no_kl_penalty():
+        with self.without_kl_term():
             policy_loss = loss()
         log_ratio = self.log_probs - batch["ref_per_token_logps"]  # (rows, time)
         weight = torch.ones_like(log_ratio)
-        if self.args.use_bias_correction_kl:  # as TRL's KL term: the tokens were sampled from an older policy
+        if self.args.use_bias_correction_kl:  # importance-weighted like TRL's KL term
             weight = (self.log_probs - batch.get("old_per_token_logps", self.log_probs.detach())).exp()
-        mask = written(batch)
+        mask = policy_mask(batch)
         kl = ((torch.exp(-log_ratio) + log_ratio - 1) * weight).detach()  # the estimate that TRL logs
         total, tokens = self.accelerator.reduce(torch.stack([(kl * mask).sum(), mask.sum()]), reduction="sum")
         self.note("kl", (total / tokens.clamp(min=1)).item())
-        return policy_loss + self.beta * self.mean_over_update(self.penalty(log_ratio) * weight, batch)
+        return policy_loss + self.beta * self.token_mean(self.penalty(log_ratio) * weight, batch)
 
 
-def total_rewards(by_function: Tensor, weights: Tensor) -> Tensor:
+def total_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """Returns the weighted sum of rewards (completions, functions), NaN where none applies."""
-    total = (by_function * weights.to(by_function.device)).nansum(1)
-    return total.masked_fill(by_function.isnan().all(1), torch.nan)
+    total = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(1)
+    return total.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
 
 
 def group_metrics(rewards: Tensor) -> dict[str, float]:
-    """Returns what is logged of rewards (groups, completions), NaN where no reward applies.
+    """Returns the group metrics of rewards, (groups, completions), NaN where none applies.
 
     `best_of_group` is the mean of the groups' best, `group_variance` the mean of their variances, and
     `zero_variance_share` the share of groups whose completions all have the same reward.
@@ -85,7 +85,7 @@ def group_metrics(rewards: Tensor) -> dict[str, float]:
 
 
 def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
-    """Returns advantages over the mean of all rewards (completions,), divided by their deviation where `scale`.
+    """Returns rewards minus the global mean, (completions,), divided by the standard deviation if `scale`.
 
     A completion without a reward (NaN) has none: 0.
     """
@@ -98,11 +98,11 @@ def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
 
 @training_stage(OnlineRun, prepare=locate_rewards)
 def grpo(run: OnlineRun[GRPOSettings], *, rewards: Sequence[RewardFunction] = ()) -> RunResult:
-    """Raises the probability of the better completions of each group, and writes the run folder.
+    """Trains a policy with GRPO on rewards of its own completions and writes the run folder.
 
     Args:
         settings: `GRPOSettings`: which model, what prompts, what is rewarded, for how long.
-        rewards: your own functions beside those of the settings, as TRL calls them: with `completions` and the
+        rewards: custom reward functions in addition to the settings', as TRL calls them: with `completions` and the
             columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
             weight and the range that `normalize_rewards` needs.
 
@@ -114,11 +114,11 @@ def grpo(run: OnlineRun[GRPOSettings], *, rewards: Sequence[RewardFunction] = ()
     Source: seed, LLM-Lab document, "GRPO" and "LoRA for RLHF"; arXiv:2402.03300.
     """
     run.load(rewards)
-    trainer = run.make_online_trainer(GroupTrainer, GRPOConfig, arguments={})
+    trainer = run.make_online_trainer(LLMLabGRPOTrainer, GRPOConfig, arguments={})
     args = trainer.args
     if run.settings.kl_penalty == "abs" and (args.loss_type, args.importance_sampling_level) != ("dapo", "token"):
         raise UserError(
             f"kl_penalty = abs: not supported with trainer_args loss_type = {args.loss_type} and "
             f"importance_sampling_level = {args.importance_sampling_level}; expected dapo and token, the defaults"
         )
-    return run.learn(trainer, temperature=run.settings.grpo_temperature)
+    return run.train_online(trainer, temperature=run.settings.grpo_temperature)

@@ -16,7 +16,7 @@ KL_STATE = "kl_state.json"
 
 
 class KLController:
-    """A coefficient that grows while the divergence is above its target, and shrinks while it is below.
+    """The KL coefficient: grows while the KL is above its target, and shrinks while it is below.
 
     Args:
         coefficient: the first one.
@@ -41,7 +41,7 @@ class KLController:
         write_atomically(folder / KL_STATE, json.dumps({"coefficient": self.coefficient}))
 
     def load(self, folder: Path) -> None:
-        """Reads its state from a checkpoint; one of a run that did not adapt has none."""
+        """Reads its state from a checkpoint; absent when the earlier run had a fixed coefficient."""
         if (folder / KL_STATE).is_file():
             with reading(folder / KL_STATE, "the state of a KL controller"):
                 self.coefficient = float(read_json(folder / KL_STATE)["coefficient"])
@@ -70,7 +70,7 @@ class AdaptiveKL(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs or logs.get("kl") is None:
             return
-        logs["kl_coef"] = self.trainer.beta  # that of the steps since the last line
+        logs["kl_coef"] = self.trainer.beta  # the coefficient used since the last log
         samples = (state.global_step - self.step) * self.samples_per_step
         self.step = state.global_step
         self.trainer.beta = self.controller.update(logs["kl"], samples)

@@ -14,41 +14,41 @@ from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
-from llmlab.rewards.checking import locate_rewards
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.rewards.loading import locate_rewards
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
-from llmlab.training.online._trl import WholeRollouts
+from llmlab.training.online._trl import ResumableRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
-STOP_AT = 1.5
-"""Times target_kl: the KL from the sampling policy that ends the passes over a rollout."""
+STOP_KL_FACTOR = 1.5
+"""Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class ActorCriticTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
+class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with self.critic.listening() as values:
+        with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
-        return logits + 0 * values[0].sum()  # DDP wants every parameter in every pass
+        return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
 
 
 @training_stage(OnlineRun, prepare=locate_rewards)
 def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) -> RunResult:
-    """Raises the probability of completions that earn more than the critic predicted, and writes the run folder.
+    """Trains a policy with PPO (clipped objective, learned critic, GAE) and writes the run folder.
 
     Args:
         settings: `PPOSettings`: which model, what prompts, what is rewarded, for how long.
-        rewards: your own functions beside those of the settings, as in `grpo`.
+        rewards: custom reward functions in addition to the settings', as in `grpo`.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `kl` (from the reference),
-        `kl_coef`, `policy_kl` (from the policy that sampled), `value_loss`, `explained_variance`, `entropy`, `loss`,
+        `kl_coef`, `policy_kl` (to the sampling policy), `value_loss`, `explained_variance`, `entropy`, `loss`,
         ...; of the validation prompts those that apply with `eval_` before them.
 
     Source: seed, LLM-Lab document, "PPO" and "LoRA for RLHF"; RL guide, section 4; arXiv:1707.06347.
@@ -58,16 +58,16 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
     with quiet_libraries():
         scorer = load_value_model(run)
     trainer = run.make_online_trainer(
-        ActorCriticTrainer,
+        LLMLabPPOTrainer,
         PPOConfig,
         arguments={
             "kl_penalty": settings.kl_penalty,
             "cliprange_value": settings.cliprange_value,
-            "stop_kl": STOP_AT * settings.target_kl if settings.early_stop else None,
+            "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
         },
         scorer=scorer,
     )
-    return run.learn(
+    return run.train_online(
         trainer,
         temperature=settings.temperature,
         plan=[("critic", describe_critic(settings, trainer))],
@@ -76,7 +76,7 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
 
 
 def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | None:
-    """Returns the reward model that the critic starts from, with adapters where the policy has them."""
+    """Returns the reward model that initializes the critic, with adapters where the policy has them."""
     settings, policy = run.settings, run.policy
     source = settings.value_checkpoint
     if source is None:
@@ -85,7 +85,7 @@ def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel
     kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
     if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
         raise UserError(
-            f"value_checkpoint = {source}: it has no head that scores (found {', '.join(kinds) or 'none'}), and a new "
+            f"value_checkpoint = {source}: it has no score head (found {', '.join(kinds) or 'none'}), and a new "
             "one would be random; expected a run folder of llmlab reward"
         )
     scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)

@@ -10,34 +10,34 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from llmlab.data.chat.makers import PromptMaker, decode_prompts
+from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.training.online.callbacks import NothingToLearn, OnlineMetrics, RolloutState
+from llmlab.training.online.callbacks import OnlineMetrics, RolloutState, StopWithoutSignal
 from llmlab.training.online.kl import AdaptiveKL, KLController
 
 RewardFunction = Reward | Callable[..., Any]
 
 
 class OnlineRun(Run[S]):
-    """A run of a stage that samples: its settings in gradient steps, rewards, policy and reference model."""
+    """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **claimed: Any):
+        super().__init__(*args, **claimed)
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         self.rollout = settings.rollout(self.process.num_processes)
         if settings.use_vllm and find_spec("vllm") is None:
             raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
 
     def load(self, rewards: Sequence[RewardFunction]) -> None:
-        """Loads the rewards of the settings and functions beside them, the policy, and its reference model."""
+        """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
         self.reward = self._compose(rewards)
         self.policy = self.load_policy(attach=False)
@@ -48,7 +48,7 @@ class OnlineRun(Run[S]):
         if self.with_adapters and self.reference is not None:
             raise UserError(
                 f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
-                "the policy with its adapters off; leave it out, or set use_lora=false"
+                "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
 
     def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
@@ -60,7 +60,7 @@ class OnlineRun(Run[S]):
         """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
         settings, processes = self.settings, self.process.num_processes
         rows = self.build_rows(
-            PromptMaker(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
+            PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
             rows_per_step=settings.batch_size / self.rollout.updates,
             rows_per_batch=settings.mini_batch_size * processes,
             eval_batches=settings.eval_batches,
@@ -73,7 +73,7 @@ class OnlineRun(Run[S]):
         return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
-        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are this stage's alone.
+        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
 
         Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
         """
@@ -96,17 +96,17 @@ class OnlineRun(Run[S]):
                 **best,
                 **arguments,
             },
-            best_by="reward",
+            best_metric="reward",
             reference=self.reference,
             reward_funcs=self.reward,
             peft_config=self.policy.new_adapters(settings),
             **options,
         )
 
-    def learn(
+    def train_online(
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
     ) -> RunResult:
-        """Trains what `make_online_trainer` returned; `plan` and `parents` are those of this stage alone."""
+        """Trains; `plan` and `parents` are added to the common ones."""
         weights = {name: part.weight for name, part in self.reward.components.items()}
         return self.train(
             trainer,
@@ -149,11 +149,11 @@ class OnlineRun(Run[S]):
         ]
 
     def _callbacks(self, trainer: Any) -> list[TrainerCallback]:
-        """Returns the callbacks that add metrics; the last is the first that is called."""
+        """Returns the callbacks that add metrics; in reverse order of execution."""
         settings = self.settings
         callbacks: list[TrainerCallback] = [
             RolloutState(trainer, self.checkpoint),
-            NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
         ]
         if settings.adaptive_kl:
             controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)

@@ -1,6 +1,6 @@
 """Odds-ratio preference optimization: policy, pairs, trainer.
 
-The loop and the loss are TRL's ORPOTrainer, which TRL calls experimental; the pairs reach it as token ids.
+The loop and the loss are TRL's ORPOTrainer, which is experimental in TRL; the pairs reach it as token ids.
 """
 
 import os
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when it is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read at import
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from llmlab.runs._trl import AnswerTokens
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs._trl import TokenizedORPOPairs
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.orpo import ORPOSettings
-from llmlab.training.preference.run import PreferenceRun, WholeBatches
+from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
-class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers, on pairs that are tokens already.
+class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
+    """TRL's ORPOTrainer with llmlab's optimizers, on tokenized pairs.
 
-    The likelihood term is a mean over the tokens of an update (TRL: of a forward pass), the odds-ratio term over its
-    pairs, so that neither depends on `mini_batch_size` or on the number of processes.
+    The NLL term is a mean over the tokens of an optimizer step (TRL: of a forward pass), the odds-ratio term a mean
+    over its pairs, so that neither depends on `mini_batch_size` or on the number of processes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -33,25 +33,26 @@ class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
             masks = self.eval_dataset["chosen_attention_mask"]
             self.eval_sizes = torch.tensor([len(masks), sum(len(mask) - 1 for mask in masks)], device=self.args.device)
 
-    def measure(self, batch: dict[str, Any]) -> list[int]:
-        """Returns the number of pairs, and of tokens that the better answers' rows predict."""
+    def count_pairs(self, batch: dict[str, Any]) -> list[int]:
+        """Returns the number of pairs and of predicted tokens in the chosen rows."""
         mask = batch["chosen_attention_mask"]  # (pairs, time)
         return [len(mask), int(mask[:, 1:].sum())]
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         *results, nll = (outputs := super().concatenated_forward(model, batch))[:5]
-        pairs, tokens = self.measure(batch)
+        pairs, tokens = self.count_pairs(batch)
         mean_pairs, mean_tokens = self.sizes if model.training else self.eval_sizes
         return *results, nll * (tokens / pairs) * (mean_pairs / mean_tokens), *outputs[5:]
 
     def estimated_from(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Returns the better answers' rows, which the likelihood term is about."""
+        """Returns the chosen rows, which the NLL term is computed on."""
         return self._prepare_inputs({name: batch[f"chosen_{name}"] for name in ("input_ids", "attention_mask")})
 
 
 @training_stage(PreferenceRun)
 def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
-    """Fine-tunes on the better of two answers and away from the worse at once, and writes the run folder.
+    """Trains a policy on preference pairs with ORPO: NLL on the chosen completions plus an odds-ratio loss, and writes
+    the run folder.
 
     Args:
         settings: `ORPOSettings`: which model, what pairs, for how long.
@@ -63,10 +64,10 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     """
     policy = run.load_policy()
     data = run.read_pairs(policy)
-    keep_columns = {"remove_unused_columns": False}  # its collator wants columns that the model does not
-    trainer = run.make_pair_trainer(OddsTrainer, ORPOConfig, policy, data, arguments=keep_columns)
+    keep_columns = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
+    trainer = run.make_pair_trainer(LLMLabORPOTrainer, ORPOConfig, policy, data, arguments=keep_columns)
     # this trainer counts no tokens
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
     rows = run.settings.mini_batch_size * trainer.args.gradient_accumulation_steps * run.process.num_processes
     run.progress.tokens_per_step = round(tokens * rows)
-    return run.learn(trainer, policy, data)
+    return run.train_pairs(trainer, policy, data)

@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
 
 
 class PairsReport(NamedTuple):
-    """What a round of sampling gave.
+    """The result of sampling: pairs, counts and mean scores.
 
     Attributes:
         pairs: the rows for the file.
@@ -65,7 +65,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     tally, prompts = Tally(), []
     for row in load_conversations(source, "prompts or text", at_most=limit).conversations(tally, limit):
         if row["tools"]:
-            tally.dropped["it has tools, which are not called here"] += 1
+            tally.dropped["prompts with tools are not supported here"] += 1
         else:
             prompts.append(Prompt(row["prompt"], row["columns"]))
     if not prompts:
@@ -74,7 +74,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     return prompts, tally.dropped
 
 
-def judge_samples(
+def sample_pairs(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -86,7 +86,8 @@ def judge_samples(
     seed: int | None = None,
     batch_size: int = 16,
 ) -> Iterator[Comparison]:
-    """Yields for each prompt its completions, their scores, and the best against the worst where they differ enough.
+    """Samples and scores completions of each prompt; the best and the worst form a pair where their scores differ by
+    `min_difference`.
 
     An empty completion is in no pair.  One that was truncated, as far as its text shows, is never the chosen one: the
     chat template would end the turn where it breaks off.
@@ -94,7 +95,7 @@ def judge_samples(
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
     if not min_difference > 0:
-        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that a pair has a better side")
+        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     context = context_length(model)
     lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
     fits = [context is None or length < context for length in lengths]
@@ -123,7 +124,7 @@ def judge_samples(
 
 
 def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
-    """Returns pairs and counts of `judge_samples`; `unusable` counts the rows without a prompt by reason."""
+    """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
     judged = list(judged)
     scores = [[score for score in each.scores if score is not None] for each in judged]
     scored = [each for each in scores if each]
@@ -163,7 +164,7 @@ def _choose(
     scored = [(score, k) for score, k in scored if completions[k].strip()]
     ended = [(score, k) for score, k in scored if whole[k]]
     if len(scored) < 2:
-        return None, "fewer than two completions that say something"
+        return None, "fewer than two non-empty completions"
     if not ended:
         return None, "no completion ended before max_new_tokens or the model's context"
     (high, best), (low, worst) = max(ended, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])

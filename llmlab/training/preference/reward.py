@@ -16,62 +16,62 @@ from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.model import fit_vocabulary, load_classifier, read_adapter
-from llmlab.runs.optimizers import OurOptimizers
-from llmlab.runs.policy import Policy, prepare_quantized, quantization_of
+from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.policy import Policy, prepare_quantized, quantization_config
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
-from llmlab.training.preference.run import PreferenceRun, WholeBatches
+from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
-class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
+class LLMLabRewardTrainer(StageTrainer, StepMeanLoss, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name, parameter in self.model.named_parameters():
-            if "modules_to_save" in name:  # TRL turns the head on 4-bit weights into bf16, which fp32 cannot meet
+            if "modules_to_save" in name:  # TRL casts a 4-bit model's head to bf16; hidden states are fp32
                 parameter.data = parameter.data.float()
 
     @staticmethod
     def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Returns the scores of both answers, (pairs, 2): Bradley and Terry's model is their softmax."""
-        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): the better answers come first
+        scores = model(**batch, use_cache=False).logits.squeeze(-1)  # (2 * pairs,): chosen first, then rejected
         return torch.stack(scores.chunk(2), dim=1)
 
 
 @training_stage(PreferenceRun)
 def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
-    """Trains a model that scores the better of two answers higher, and writes its run folder.
+    """Trains a reward model on preference pairs (Bradley-Terry loss) and writes its run folder.
 
     Args:
         settings: `RewardModelSettings`: which model to start from, what pairs, for how long.
 
     Returns:
-        The run folder, an ordinary sequence-classification one, and its last metrics: `loss`, `win_rate` (pairs ranked
-        right), `margin`, `mean_reward`, ...
+        The run folder, an ordinary sequence-classification one, and its last metrics: `loss`, `win_rate` (share of
+        pairs ranked correctly), `margin`, `mean_reward`, ...
 
     Source: Stiennon et al. 2020 (arXiv:2009.01325); seed, LLM-Lab document, "PPO-Specific Parameters".
     """
     with quiet_libraries():
-        policy = load_classifier_policy(run)
+        policy = load_score_model(run)
     data = run.read_pairs(policy)
-    answers = replace(data, train=whole_answers(data.train), validation=whole_answers(data.validation))
-    trainer = run.make_pair_trainer(ScoreTrainer, RewardConfig, policy, answers)
-    return run.learn(trainer, policy, data)
+    answers = replace(data, train=join_prompts(data.train), validation=join_prompts(data.validation))
+    trainer = run.make_pair_trainer(LLMLabRewardTrainer, RewardConfig, policy, answers)
+    return run.train_pairs(trainer, policy, data)
 
 
-def load_classifier_policy(run: Run[Any]) -> Policy:
-    """Returns the model to start from with a new head of one number, and its tokenizer."""
+def load_score_model(run: Run[Any]) -> Policy:
+    """Loads the initial model with a new scalar head, and its tokenizer."""
     settings, source = run.settings, run.settings.policy_checkpoint
     if read_adapter(source) is not None:
         raise UserError(
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )
     dtype = run.hardware.torch_dtype if settings.use_lora else torch.float32
-    quantization = quantization_of(settings, run.hardware)
+    quantization = quantization_config(settings, run.hardware)
     model = load_classifier(source, dtype=dtype, quantization_config=quantization)
     tokenizer = load_tokenizer(source)
     new_tokens = add_chat_template(tokenizer, settings.chat_template)
@@ -87,8 +87,8 @@ def load_classifier_policy(run: Run[Any]) -> Policy:
     return Policy(model, tokenizer, [source], (), new_tokens)
 
 
-def whole_answers(pairs: Dataset | None) -> Dataset | None:
-    """Returns pairs as the two whole rows that are scored."""
+def join_prompts(pairs: Dataset | None) -> Dataset | None:
+    """Returns each pair as two full rows, prompt + completion."""
     return pairs and pairs.map(
         lambda row: {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")},
         remove_columns="prompt_ids",
