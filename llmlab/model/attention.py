@@ -10,7 +10,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
@@ -23,25 +27,15 @@ MASK_FUNCTIONS = {
 BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
-class LLMLabAttention(nn.Module):
-    """Causal self-attention, with grouped key/value heads."""
+class LLMLabAttention(LlamaAttention):
+    """Llama's causal self-attention with sliding windows, other position encodings and `block_attention`."""
 
     def __init__(self, config: LLMLabConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        super().__init__(config, layer_idx)
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        width = config.num_attention_heads * config.head_dim
-        key_value_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        if config.attention_output_bias != config.attention_bias:
+            width = config.num_attention_heads * config.head_dim
+            self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
         self,

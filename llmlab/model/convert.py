@@ -106,24 +106,22 @@ def _transfer_weights(
         None, config=config, state_dict=weights, dtype=source.dtype, attn_implementation="sdpa"
     )
     target.generation_config = source.generation_config
-    target.to(source.device).train(source.training)
-    difference, tolerance = compare_logits(source, target)
+    target.to(source.device)
+    difference, tolerance = _compare_logits(source, target)
     if not difference <= tolerance:
         raise RuntimeError(f"the converted model's logits differ by {difference:.2g}, more than {tolerance:.2g}")
     return target
 
 
 @torch.no_grad()
-def compare_logits(first: PreTrainedModel, second: PreTrainedModel) -> tuple[float, float]:
-    """Returns the largest difference of two models' logits on random tokens, and how much of it rounding explains."""
+def _compare_logits(source: PreTrainedModel, target: PreTrainedModel) -> tuple[float, float]:
+    """Returns the largest difference of the logits for random tokens, and how much of it rounding explains."""
+    length = min((getattr(source.config, "sliding_window", None) or 0) + PROBE_TOKENS, LONGEST_PROBE)
     generator = torch.Generator().manual_seed(0)
-    past_window = min((getattr(first.config, "sliding_window", None) or 0) + 8, LONGEST_PROBE)
-    length = max(PROBE_TOKENS, past_window)
-    tokens = torch.randint(0, first.config.vocab_size, (1, length), generator=generator).to(first.device)
-    logits = []
-    for model in (first, second):
-        was_training = model.training
-        logits.append(model.eval()(tokens, use_cache=False).logits.float())  # (batch, time, vocabulary)
+    tokens = torch.randint(0, source.config.vocab_size, (1, length), generator=generator).to(source.device)
+    was_training = source.training
+    expected, found = (model.eval()(tokens, use_cache=False).logits.float() for model in (source, target))
+    for model in (source, target):
         model.train(was_training)
-    largest = max(logits[0].abs().max().item(), 1.0)
-    return (logits[0] - logits[1]).abs().max().item(), max(1e-5, 4 * torch.finfo(first.dtype).eps) * largest
+    largest = max(expected.abs().max().item(), 1.0)
+    return (expected - found).abs().max().item(), max(1e-5, 4 * torch.finfo(source.dtype).eps) * largest

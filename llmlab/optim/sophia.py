@@ -53,11 +53,6 @@ class Sophia(Optimizer):
         """Steps taken so far."""
         return self.param_groups[0]["steps"]
 
-    @property
-    def estimate_is_due(self) -> bool:
-        """Whether the Hessian diagonal should be estimated before the next step."""
-        return self.steps >= self.param_groups[0]["next_estimate"]
-
     @torch.no_grad()
     def update_hessian(self) -> None:
         """Updates the moving average of the Hessian's diagonal by the squares of the current gradients."""
@@ -147,7 +142,7 @@ def estimate_hessian(
 def estimate_is_due(optimizer: Optimizer | None) -> bool:
     """Whether the optimizer, possibly wrapped by Accelerate, is a Sophia that needs an estimate before it steps."""
     sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return isinstance(sophia, Sophia) and sophia.estimate_is_due
+    return isinstance(sophia, Sophia) and sophia.steps >= sophia.param_groups[0]["next_estimate"]
 
 
 def estimate_hessian_if_due(
