@@ -131,12 +131,12 @@ def main():
         (folder / f"{name}.json").write_text(json.dumps(result))
         return
 
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
     from llmlab.settings.data import DataSource
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train_tokenizer([DataSource(name=options.text)], options.vocab_size, folder / "tokenizer", show_progress=False)
+        learn_bpe([DataSource(name=options.text)], options.vocab_size, folder / "tokenizer", show_progress=False)
         began = time.monotonic()
         words = [options.text, "--steps", str(options.steps)]
         processes = [start([*words, "--only", which, name]) for which in ("llmlab", "peer")]

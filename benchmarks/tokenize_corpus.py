@@ -23,9 +23,9 @@ from rich.table import Table
 from llmlab.data.mixture import Mixture
 from llmlab.data.sources import Tally, load_text
 from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import PackedRows, all_of
+from llmlab.data.text.packing import PackedRows
 from llmlab.data.text.store import open_store
-from llmlab.data.tokenizer import load_tokenizer, train_tokenizer
+from llmlab.data.tokenizer import learn_bpe, load_tokenizer
 from llmlab.settings.data import DataSource
 
 LENGTH = 512
@@ -43,12 +43,11 @@ def encoder_of(tokenizer) -> TextEncoder:
 
 
 def with_llmlab(source: DataSource, tokenizer) -> None:
-    """Reads, tokenizes, writes and opens the corpus, every word for the first time."""
+    """Reads, tokenizes, writes and opens the corpus."""
     encoder = encoder_of(tokenizer)
-    encoder.words.clear()
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(load_text(source), encoder, cache_dir=folder, num_proc=1)
-        assert len(PackedRows("rows", store, all_of(store), LENGTH)) > 0
+        assert len(PackedRows("rows", store, LENGTH)) > 0
 
 
 def with_map(source: DataSource, tokenizer) -> None:
@@ -77,7 +76,7 @@ def read_rows(source: DataSource, tokenizer) -> float:
     """Returns how many tokens a second are read in training order."""
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(load_text(source), encoder_of(tokenizer), cache_dir=folder, num_proc=1)
-        rows = PackedRows("rows", store, all_of(store), LENGTH)
+        rows = PackedRows("rows", store, LENGTH)
         mixture = Mixture([rows, rows], [2.0, 1.0], seed=0)
         seconds = cpu_seconds(lambda: [mixture[i] for i in range(len(mixture))] and None)
         return len(mixture) * LENGTH / seconds
@@ -97,7 +96,7 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         folder = tempfile.mkdtemp()
-        tokenizer = train_tokenizer([DataSource(name="demo/stories")], 1024, folder, show_progress=False)
+        tokenizer = learn_bpe([DataSource(name="demo/stories")], 1024, folder, show_progress=False)
     table = Table(
         "source", "MB", "llmlab MB/s", "encode_batch_fast", "datasets.map", "ratio to map", "rows read, tokens/s"
     )

@@ -22,7 +22,6 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 SHAPE = {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3}
 CONTENDERS = {
@@ -82,10 +81,11 @@ def make_trainer(name, rows, options, callbacks, folder):
 
 
 def _llmlab_trainer(name, rows, options, callbacks, folder):
-    from transformers import default_data_collator
+    from transformers import TrainingArguments, default_data_collator
 
     from llmlab.hardware import probe
     from llmlab.model import build_config, new_model
+    from llmlab.runs.arguments import build_arguments, rhythm_arguments
     from llmlab.runs.compile import compile_layers
     from llmlab.settings.pretrain import PretrainSettings
     from llmlab.training.pretrain import PretrainTrainer, trainer_arguments
@@ -109,7 +109,13 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
         log_every=1000,
         trainer_args={"logging_first_step": False},
     )
-    arguments = trainer_arguments(settings, probe(), SimpleNamespace(validation=None))
+    arguments = build_arguments(
+        TrainingArguments,
+        settings,
+        probe(),
+        **rhythm_arguments(settings, evaluates=False),
+        **trainer_arguments(settings),
+    )
     arguments.save_strategy = "no"  # a checkpoint is no part of a step
     trainer = PretrainTrainer(
         settings,

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import Any
 
 from llmlab.settings import settings_class
-from llmlab.settings.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Stage:
 
         if not issubclass(self.settings_class, RewardsSettings):
             return resolved
-        from llmlab.rewards.checking import check_rewards
+        from llmlab.rewards.loading import check_rewards
 
         return check_rewards(resolved)
 
@@ -62,13 +61,6 @@ STAGES = {
         Stage("reward", "Train a reward model on preference pairs.", "preference.reward:reward"),
         Stage("grpo", "Train on rewards, compared within groups of sampled completions.", "online.grpo:grpo"),
         Stage("ppo", "Train on rewards with a value function and a KL penalty.", "online.ppo:ppo"),
-        Stage("generate", "Write completions of prompts into a run folder.", "generate:write_samples", resumes=False),
+        Stage("sample", "Write completions of prompts into a run folder.", "sample:write_samples", resumes=False),
     )
 }
-
-
-def find_stage(name: str) -> Stage:
-    """Returns the stage of that name."""
-    if name not in STAGES:
-        raise UserError(f"unknown stage '{name}': expected one of {', '.join(STAGES)}{did_you_mean(name, STAGES)}")
-    return STAGES[name]

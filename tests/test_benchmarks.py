@@ -45,11 +45,11 @@ def chat_model(questions, tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmlab.data import stop_token_ids, train_tokenizer
+    from llmlab.data import learn_bpe, stop_token_ids
     from llmlab.settings.data import DataSource
 
     folder = tmp_path_factory.mktemp("model") / "chat"
-    tokenizer = train_tokenizer([DataSource(name="demo/arithmetic", subset="100kB")], 300, folder, show_progress=False)
+    tokenizer = learn_bpe([DataSource(name="demo/arithmetic", subset="100kB")], 300, folder, show_progress=False)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512))

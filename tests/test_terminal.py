@@ -129,10 +129,10 @@ def test_records_of_runs(cli, tmp_path, monkeypatch):
 
 
 def test_data(cli, tmp_path):
-    from llmlab.data.tokenizer import train_tokenizer
+    from llmlab.data.tokenizer import learn_bpe
     from llmlab.settings.data import DataSource
 
-    train_tokenizer([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "t", show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="50kB")], 300, tmp_path / "t", show_progress=False)
     path = tmp_path / f"rows{EVIL.replace('/', '')}.jsonl"
     rows = [{"question": EVIL, "answer": f"{EVIL}{number}", EVIL: EVIL} for number in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
+from llmlab.settings.errors import OfMainProcess, UserError, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
@@ -68,7 +68,7 @@ def _load(name: str, path: str) -> Any:
     if not path:
         from llmlab.cli.options import stage_command
 
-        return stage_command(name, words="adapter" if name == "merge" else None)
+        return stage_command(name)
     module, _, attribute = path.partition(":")
     return getattr(import_module(f"llmlab.cli.{module}"), attribute)
 
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with remote_code(False):  # until the command's own option says otherwise
             build_app(requested)(args=arguments, prog_name="llmlab")
+    except OfMainProcess as error:
+        raise SystemExit(error.exit_code) from None
     except UserError as error:
         for line in str(error).split("\n"):
             _print_error(line)
@@ -117,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as error:  # the last resort: a mistake of ours, told in one line, with the place of the rest
-        if limit := _limit_of_the_machine(error):
+    except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
+        if limit := _system_limit(error):
             _print_error(limit)
             raise SystemExit(2) from None
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keeps what other packages have to say off the screen, and their bars out of pipes and files."""
+    """Silences the messages of other packages, and their progress bars where the output is no terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports each kernel that a CPU lacks
@@ -144,8 +146,8 @@ def _print_error(line: str) -> None:
     print(f"error: {line}", file=sys.stderr)
 
 
-def _limit_of_the_machine(error: Exception) -> str:
-    """Returns what stands in the way of a file or of memory, which is no mistake of ours; else an empty text."""
+def _system_limit(error: Exception) -> str:
+    """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
@@ -154,7 +156,7 @@ def _limit_of_the_machine(error: Exception) -> str:
 
 
 def _write_log(arguments: Sequence[str]) -> str:
-    """Writes the traceback of the present exception into a log and says where it is."""
+    """Writes the traceback of the present exception into a log, and returns a request to report it."""
     text = f"llmlab {__version__}: {shlex.join(arguments)}\n\n{traceback.format_exc()}"
     try:
         descriptor, path = tempfile.mkstemp(prefix="llmlab-error-", suffix=".log")

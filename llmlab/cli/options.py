@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.errors import UserError, did_you_mean, printable
+from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.settings.trust import allow_remote_code
 from llmlab.stages import STAGES
-from llmlab.terminal import say
+from llmlab.terminal import Terminal, make_table, safe, say
 
 TrustRemoteCode = Annotated[
     bool,
@@ -30,11 +29,15 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def stage_command(name: str, *, words: str | None = None) -> Callable[..., None]:
-    """Returns the typer command of a stage; arguments without `=` become entries of the list setting `words`."""
+POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do."""
     stage = STAGES[name]
     kind = stage.settings_class
-    usage = (f"[{words.upper()}]... " if words else "") + "[KEY=VALUE]..."
+    positional = POSITIONAL.get(name)
+    usage = (f"[{positional.upper()}]... " if positional else "") + "[KEY=VALUE]..."
     named = f"Named values: {', '.join(presets(name))}."
 
     def command(
@@ -67,7 +70,7 @@ def stage_command(name: str, *, words: str | None = None) -> Callable[..., None]
         layers = [read_layer(path) for path in config or ()]
         if preset is not None:
             layers.insert(0, _preset_layer(name, preset))
-        layers.append(_command_line_layer(kind, overrides or [], options, words))
+        layers.append(_command_line_layer(kind, overrides or [], options, positional))
         started = None
         if resume is not None:
             recorded, started = _read_run(resume, name)
@@ -125,21 +128,18 @@ def recipe_folder() -> Path:
 def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
     """Returns the settings that a run folder recorded, and the folder from which its relative paths count."""
     from llmlab.runs.checkpoints import find_run
+    from llmlab.runs.history import open_run
     from llmlab.runs.record import RECORD, started_in
 
-    run, _ = find_run(resume)
-    if not run.is_dir():
-        raise UserError(f"--resume {resume}: there is no such run folder")
-    if not (run / RECORD).is_file():
-        raise UserError(f"--resume {resume}: this is no run folder of llmlab: it has no {RECORD}")
-    layer = read_layer(run / RECORD)
-    if layer.values.get("stage") != stage:
-        raise UserError(f"--resume {resume}: this run is of stage '{layer.values.get('stage')}', not '{stage}'")
-    started = started_in(run, layer.values)
-    inside = started is not None and run.resolve().is_relative_to(started)
-    output_dir = run.resolve().relative_to(started) if inside else os.path.abspath(run)
-    values = {**layer.values["settings"], "output_dir": str(output_dir)}
-    return Layer(layer.label, values, path=layer.path), started
+    folder = find_run(resume)[0]
+    run = open_run(folder)
+    if run.stage != stage:
+        raise UserError(f"--resume {resume}: this run is of stage '{run.stage}', not '{stage}'")
+    started = started_in(folder, run.record)
+    inside = started is not None and folder.resolve().is_relative_to(started)
+    output_dir = folder.resolve().relative_to(started) if inside else os.path.abspath(folder)
+    values = {**run.record.get("settings", {}), "output_dir": str(output_dir)}
+    return Layer(str(folder / RECORD), values, path=folder / RECORD), started
 
 
 def print_warnings(warnings: tuple[str, ...]) -> None:
@@ -150,19 +150,11 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from llmlab.terminal import Terminal
-
-    table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for key, value, source in resolved.rows():
-        style = "dim" if source == "default" else "bold"
-        table.add_row(key, Text(printable(value)), Text(printable(source)), style=style)  # brackets are no markup
-    console = Terminal()
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no width: rows stay whole
-    console.print(table)
+    table = make_table("setting", "value", "source")
+    for setting in fields_of(type(resolved.settings)):
+        value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
+        table.add_row(setting.key, safe(value), safe(source), style="dim" if source == "default" else "bold")
+    Terminal(whole_rows=True).print(table)
 
 
 def _preset_layer(stage: str, preset: str) -> Layer:
@@ -174,9 +166,9 @@ def _preset_layer(stage: str, preset: str) -> Layer:
 
 
 def _command_line_layer(
-    kind: type[Settings], overrides: list[str], options: dict[str, Any], words: str | None
+    kind: type[Settings], overrides: list[str], options: dict[str, Any], positional: str | None
 ) -> Layer:
-    """Returns what options and trailing words set; one setting set twice is an error, unless to the same value."""
+    """Returns what options and key=value words set; two different values of one setting are an error."""
     table = spellings_of(kind)
     values: dict[str, Any] = {}
     keys: dict[str, str] = {}
@@ -194,19 +186,16 @@ def _command_line_layer(
         key, equals, text = word.partition("=")
         if equals:
             add(key, _parse(table.get(key), text, key))
-        elif words:
-            values[words] = [*values.get(words, []), word]
+        elif positional:
+            values[positional] = [*values.get(positional, []), word]
         else:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
     for spelling, found in options.items():
-        setting = table[spelling]
-        if _is_list(setting) and found:
-            add(spelling, [_parse(None, text, spelling) if text.startswith("{") else text for text in found])
-        elif isinstance(found, list):
-            for text in found:
-                add(spelling, _parse(setting, text, spelling))
-        elif found is not None:
-            add(spelling, found)
+        if _is_list(table[spelling]) and found:
+            add(spelling, [parse_scalar(text, spelling) if text.startswith("{") else text for text in found])
+            continue
+        for value in found if isinstance(found, list) else [] if found is None else [found]:
+            add(spelling, _parse(table[spelling], value, spelling) if isinstance(value, str) else value)
     return Layer("command line", values)
 
 
@@ -256,7 +245,7 @@ def _describe(setting: Setting) -> str:
         f"TRL: {trl.name}" if trl else "",
     ]
     plain = f"[{'; '.join(filter(None, facts))}]"
-    return f"{escape(setting.help)} [dim]{escape(plain)}[/dim]"
+    return f"{safe(setting.help)} [dim]{safe(plain)}[/dim]"
 
 
 def _metavar(setting: Setting) -> str:

@@ -241,7 +241,7 @@ def _print_tables(report: dict[str, Any], completions: list[Any], shown: int) ->
 
 
 def _print_rows(console: Terminal, scores: list[dict[str, Any]], completions: list[Any]) -> None:
-    from llmlab.rewards.completions import answer, written
+    from llmlab.rewards.completions import answer, model_text
 
     labels = list(scores[0]["components"])
     fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
@@ -256,7 +256,7 @@ def _print_rows(console: Terminal, scores: list[dict[str, Any]], completions: li
     )
     for score, completion in zip(scores, completions, strict=False):
         values = (_cell(value, digits) for value in score["components"].values())
-        text = " ".join((answer(completion) or written(completion))[:400].split())
+        text = " ".join((answer(completion) or model_text(completion))[:400].split())
         table.add_row(str(score["row"]), _cell(score["reward"]), *values, Text(printable(text) or "(empty)"))
     console.print(table)
 
@@ -297,16 +297,13 @@ def _print_histogram(console: Terminal, low: float, high: float, counts: list[in
 
 def _print_list() -> None:
     import inspect
-    from importlib import import_module
 
-    from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.rewards import REWARDS
 
     table = make_table(
         Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
     )
-    for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        target = getattr(import_module(module), attribute)
+    for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
             for key, parameter in inspect.signature(target).parameters.items()
@@ -314,7 +311,7 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(name, f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(name, f"{target.weight:g}", text)
     Terminal().print(table)
 
 

@@ -5,13 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.settings.base import Settings, fields_of, spellings_of
-from llmlab.stages import STAGES, find_stage
+from llmlab.settings.base import fields_of, spellings_of
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.stages import STAGES
 
 
 def stage_schema(name: str) -> dict[str, Any]:
     """Returns the JSON Schema of a stage's recipe, every accepted spelling a property."""
-    stage: type[Settings] = find_stage(name).settings_class
+    if name not in STAGES:
+        raise UserError(f"unknown stage '{name}': expected one of {', '.join(STAGES)}{did_you_mean(name, STAGES)}")
+    stage = STAGES[name].settings_class
     schema = stage.model_json_schema()
     properties = schema["properties"]
     for setting in fields_of(stage):
@@ -25,7 +28,8 @@ def stage_schema(name: str) -> dict[str, Any]:
             }
         own = {key: value for key, value in home[setting.name].items() if key != "title"}
         if own.get("type") == "array":
-            own = {"anyOf": [own, own["items"]], "description": setting.help}
+            own = {"anyOf": [own, own["items"]]}
+        own["description"] = setting.help
         for spelling in setting.spellings:
             if spellings_of(stage)[spelling] is setting:
                 properties[spelling] = own

@@ -10,7 +10,7 @@ from llmlab.settings.errors import printable
 app = typer.Typer(no_args_is_help=True)
 
 
-app.command("train")(stage_command("tokenizer", words="datasets"))
+app.command("train")(stage_command("tokenizer"))
 
 
 @app.command()

@@ -1,16 +1,7 @@
-"""Text corpora and tokenizers: from sources to packed rows.  Public names are imported when they are first used."""
+"""Data sources, corpora and tokenizers.  Public names are imported when they are first used."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llmlab.data.sources import load_text as load_text
-    from llmlab.data.text.corpus import Corpus as Corpus
-    from llmlab.data.text.corpus import CorpusReport as CorpusReport
-    from llmlab.data.text.corpus import build_corpus as build_corpus
-    from llmlab.data.tokenizer import load_tokenizer as load_tokenizer
-    from llmlab.data.tokenizer import stop_token_ids as stop_token_ids
-    from llmlab.data.tokenizer import train_tokenizer as train_tokenizer
+from typing import Any
 
 _HOMES = {
     "Corpus": "text.corpus",
@@ -19,7 +10,7 @@ _HOMES = {
     "load_text": "sources",
     "load_tokenizer": "tokenizer",
     "stop_token_ids": "tokenizer",
-    "train_tokenizer": "tokenizer",
+    "learn_bpe": "tokenizer",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,7 +1,7 @@
 """Checksums of cache files, block by block: a file that changed since we wrote it is never read as if it had not.
 
-A checksum of the whole would have to read the whole: blocks are verified alone, and a file grows without being read
-again.  They detect accidents (cut, altered, half written), not forgery.
+Blocks are verified alone, so a large file is verified where it is read, and grows without being read again.  They
+detect accidents (cut, altered, half written), not forgery.
 """
 
 import sys
@@ -42,16 +42,16 @@ class Checksums:
         """Returns plain values."""
         return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes) -> None:
         """Appends data."""
-        rest = memoryview(data).cast("B")
-        while len(rest):
+        begin = 0
+        while begin < len(data):
             if self.size % BLOCK == 0:
                 self.sums.append(0)
-            part = rest[: BLOCK - self.size % BLOCK]
+            part = memoryview(data)[begin : begin + BLOCK - self.size % BLOCK]
             self.sums[-1] = zlib.crc32(part, self.sums[-1])
             self.size += len(part)
-            rest = rest[len(part) :]
+            begin += len(part)
 
     def verify_block(self, path: Path, number: int) -> None:
         """Raises UserError where a block of the file is not what was written."""

@@ -1,14 +1,12 @@
-"""Local files of text: which files a path means, the shards they fall into, and the rows of each shard.
+"""Local data files: which files a path means, their shards, and the rows of each shard.
 
 Read here rather than by `datasets`' builders so that errors name the file and line, rows whose types do not agree are
-counted instead of cast, nothing is copied to disk, and a large file has shards that a resumed stream can skip.
-Nothing here decides what a row means: `sources.py` does.
+counted instead of cast, nothing is copied to disk, and a resumed stream can skip shards of a large file.
 """
 
 import csv
 import gzip
 import io
-import itertools
 import json
 import re
 import sys
@@ -29,16 +27,8 @@ SEPARATOR = "<|endoftext|>"
 SHARD_BYTES = 64_000_000
 LONGEST_DOCUMENT = 16_000_000  # characters; a longer text file is cut at a line end, so that memory stays bounded
 
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "eval": "test",
-}
+_SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "eval": "test"}
+_SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 
 class Shard(NamedTuple):
@@ -52,19 +42,16 @@ class Shard(NamedTuple):
 
 
 def format_of(path: Path) -> str | None:
-    """Returns which of `FORMATS` a file name ends in (before a `.gz`), or None."""
+    """Returns the one of `FORMATS` that a file name ends in (before a `.gz`), or None."""
     name = path.name.lower().removesuffix(".gz")
     return next((kind for kind in FORMATS if name.endswith(f".{kind}")), None)
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split that a path has.
+    """Returns the files of each split at a path.
 
-    A folder's files belong to the split that their names tell (`train-00.jsonl`, `validation/part.txt`, `dev.csv`);
-    those that tell none are training data.
-
-    Raises:
-        UserError: nothing there can be read as text.
+    A folder's files belong to the split in their name (`train-00.jsonl`, `validation/part.txt`, `dev.csv`), else to
+    the training data.
     """
     if path.is_file():
         if format_of(path) is None:
@@ -84,14 +71,18 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file's bytes are about those of its text."""
-    return format_of(path) in ("txt", "json", "jsonl", "csv") and path.suffix.lower() != ".gz"
+    """Whether a file's size is about that of its text."""
+    return format_of(path) != "parquet" and not is_gzipped(path)
+
+
+def is_gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def count_rows(files: Iterable[Path]) -> int | None:
-    """Returns the rows of these files where that can be told without reading them."""
+    """Returns the number of rows of parquet files; None for others, which would have to be read."""
     files = list(files)
-    if any(format_of(path) != "parquet" or path.suffix.lower() == ".gz" for path in files):
+    if any(format_of(path) != "parquet" or is_gzipped(path) for path in files):
         return None
     return sum(_parquet(path).metadata.num_rows for path in files)
 
@@ -108,28 +99,24 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
-        kind, size = format_of(path), path.stat().st_size
-        packed = path.suffix.lower() == ".gz"
-        with _reading(path, str(kind)):
-            if kind == "json" and _starts_with_object(path):
-                kind = "jsonl"  # many corpora call JSON lines .json
-            groups = _parquet(path).num_row_groups if kind == "parquet" and not packed else 0
-        if kind == "jsonl" and not packed:
-            starts = range(0, max(size, 1), SHARD_BYTES)
-            shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
-        elif kind == "parquet" and not packed:
-            shards += [Shard(str(path), kind, group, group + 1) for group in range(groups)]
-        else:
-            shards.append(Shard(str(path), str(kind), unit=unit))
+        kind = str(format_of(path))
+        with _reading(path, kind):
+            if kind == "json":
+                with _open_text(path) as handle:
+                    kind = "jsonl" if handle.read(4096).lstrip().startswith("{") else "json"  # many call lines .json
+            if kind == "jsonl" and not is_gzipped(path):
+                starts = range(0, max(path.stat().st_size, 1), SHARD_BYTES)
+                shards += [Shard(str(path), kind, start, start + SHARD_BYTES) for start in starts]
+            elif kind == "parquet" and not is_gzipped(path):
+                groups = range(_parquet(path).num_row_groups)
+                shards += [Shard(str(path), kind, group, group + 1) for group in groups]
+            else:
+                shards.append(Shard(str(path), kind, unit=unit))
     return shards
 
 
 def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a shard as plain mappings; `column` is all that is read of a parquet file.
-
-    Raises:
-        UserError: the file is not what its ending says, or is not UTF-8 text.
-    """
+    """Yields the rows of a shard as plain mappings; of a parquet file only `column` is read."""
     path = Path(shard.path)
     with _reading(path, shard.format):
         if shard.format == "parquet":
@@ -141,12 +128,12 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
         elif shard.format == "csv":
             yield from _read_csv(path)
         else:
-            yield from _read_text(path) if shard.unit == "document" else _read_pieces(path, shard.unit)
+            yield from _read_text(path, shard.unit)
 
 
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns whatever is wrong with a file into one sentence."""
+    """Turns every error in a file into a UserError of one sentence."""
     with reading(path, kind):
         try:
             yield
@@ -156,39 +143,39 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
             raise UserError(f"{path}: the compressed file is damaged: {error}") from None
 
 
-def _read_text(path: Path) -> Iterator[dict[str, Any]]:
+def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
+    """Yields the documents of a text file, its paragraphs or its lines; only a document may be blank."""
     pieces: list[str] = []
-    length, whole = 0, True
+    length, separated = 0, False
+    for text, ends in _split_lines(path):
+        pieces.append(text)
+        length += len(text)
+        separated = separated or ends
+        if unit == "document" and not ends and length <= LONGEST_DOCUMENT:
+            continue
+        if unit == "paragraph" and not ends and text.strip():
+            continue
+        piece = "".join(pieces)
+        pieces, length = [], 0
+        if ends or unit != "document":
+            piece = piece.strip("\n")
+        if piece.strip() or unit == "document":
+            yield {"text": piece}
+    rest = "".join(pieces)
+    if not separated and unit == "document":
+        yield {"text": rest}
+    elif rest.strip():  # what follows the last separator is usually nothing
+        yield {"text": rest.strip("\n")}
+
+
+def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yields the lines of a text file, cut at each `SEPARATOR`, and whether one follows."""
     with _open_text(path) as handle:
         for line in handle:
-            if SEPARATOR in line:
-                whole = False
-                *ends, line = line.split(SEPARATOR)
-                for end in ends:
-                    yield {"text": "".join([*pieces, end]).strip("\n")}
-                    pieces, length = [], 0
-            pieces.append(line)
-            length += len(line)
-            if length > LONGEST_DOCUMENT:
-                yield {"text": "".join(pieces)}
-                pieces, length = [], 0
-    rest = "".join(pieces)
-    if whole or rest.strip():  # what follows the last separator is usually nothing
-        yield {"text": rest if whole else rest.strip("\n")}
-
-
-def _read_pieces(path: Path, unit: str) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a text file, or its paragraphs (parted by blank lines); blank ones only part others."""
-    pieces: list[str] = []
-    with _open_text(path) as handle:
-        for line in itertools.chain(handle, [""]):
             *ends, last = line.split(SEPARATOR)
-            for text, ends_here in [*((end, True) for end in ends), (last, unit == "line" or not last.strip())]:
-                pieces.append(text)
-                if ends_here:
-                    if (piece := "".join(pieces).strip("\n")).strip():
-                        yield {"text": piece}
-                    pieces = []
+            for end in ends:
+                yield end, True
+            yield last, False
 
 
 def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
@@ -207,7 +194,7 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
                     number = _line_number(path, position)
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
                     raise UserError(f"{path}:{number}: this line is not valid JSON: {reason}") from None
-                yield _as_row(row)
+                yield row if isinstance(row, dict) else {"text": row}
             position += len(line)
 
 
@@ -219,7 +206,8 @@ def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, or one object a line; found {type(rows).__name__}")
-    yield from map(_as_row, rows)
+    for row in rows:
+        yield row if isinstance(row, dict) else {"text": row}
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -246,25 +234,23 @@ def _parquet(path: Path) -> Any:
 
     try:
         with _open_bytes(path) as handle:
-            source = io.BytesIO(handle.read()) if path.suffix.lower() == ".gz" else path
+            source = io.BytesIO(handle.read()) if is_gzipped(path) else path
         return pyarrow.parquet.ParquetFile(source)
     except pyarrow.ArrowInvalid:
         raise UserError(f"{path}: this is not a parquet file") from None
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if is_gzipped(path) else path.open("rb")  # type: ignore[return-value]
 
 
 def _open(path: Path) -> IO[bytes]:
     handle = _open_bytes(path)
     head = handle.read(4096)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if is_utf16 or b"\0" in head:
         handle.close()
-        raise UserError(f"{path}: this text is UTF-16; expected UTF-8")
-    if b"\0" in head:
-        handle.close()
-        raise UserError(f"{path}: this is a binary file; expected UTF-8 text")
+        raise UserError(f"{path}: this {'text is UTF-16' if is_utf16 else 'is a binary file'}; expected UTF-8 text")
     handle.seek(0)
     return handle
 
@@ -273,23 +259,14 @@ def _open_text(path: Path, newline: str | None = None) -> IO[str]:
     return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
 
 
-def _starts_with_object(path: Path) -> bool:
-    with _open(path) as handle:
-        return handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
-
-
-def _as_row(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {"text": value}
-
-
 def _line_number(path: Path, position: int) -> int:
+    """Returns the number of the line that begins at a byte."""
+    number = 1
     with _open(path) as handle:
-        return 1 + sum(block.count(b"\n") for block in _blocks(handle, position))
-
-
-def _blocks(handle: IO[bytes], length: int) -> Iterator[bytes]:
-    for size in itertools.chain(itertools.repeat(1 << 20, length >> 20), [length & ((1 << 20) - 1)]):
-        yield handle.read(size)
+        while handle.tell() < position:
+            handle.readline()
+            number += 1
+    return number
 
 
 def _endings() -> str:

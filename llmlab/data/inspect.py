@@ -1,7 +1,6 @@
-"""What a source of data holds, in numbers: what cannot be used, repeats, or stands in the wrong place, and how long.
+"""A report on a source of data: unusable rows, duplicates, turns out of order, scripts and lengths.
 
-Pure functions over rows; the report says what was found and where, and changes and judges nothing.  Printing it is the
-command line's business.
+Pure functions over rows, which change nothing; printing the report is the command line's business.
 """
 
 import json
@@ -17,7 +16,7 @@ from datasketch import MinHash, MinHashLSH
 
 from llmlab.data.chat.formats import truth_of
 from llmlab.data.chat.messages import UnusableRow, is_empty
-from llmlab.data.text.encoding import text_hash
+from llmlab.data.hashing import text_hash
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -31,22 +30,20 @@ SHINGLE = 5
 PERMUTATIONS = 128
 COMPARED = 100_000  # characters of a row that are compared for near duplicates
 
-TWO_IN_A_ROW = "two turns of the assistant in a row"
-
-# What may follow what; a call is a turn of the assistant that calls tools.
 _FOLLOWERS = {
     "": ("system", "user"),
     "system": ("user",),
-    "user": ("assistant", "call"),
+    "user": ("assistant", "tool call"),
     "assistant": ("user",),
-    "call": ("tool",),
-    "tool": ("tool", "assistant", "call"),
+    "tool call": ("tool result",),
+    "tool result": ("tool result", "assistant", "tool call"),
 }
+"""Which turns may follow which; a tool call is a turn of the assistant that calls tools."""
 
 
 @dataclass
 class Finding:
-    """Rows of which the same is true: how many, and the numbers of the first, counted from 1."""
+    """How many rows something was found in, and the numbers of the first, counted from 1."""
 
     rows: int = 0
     first: list[int] = field(default_factory=list)
@@ -70,15 +67,7 @@ class Findings(dict[str, Finding]):
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long rows are.
-
-    Attributes:
-        total: sum over the rows.
-        percentiles: the length that so many percent of the rows do not exceed.
-        longest: of any row.
-        bin_width: of the histogram, which begins at 0.
-        counts: rows in each bin; the last bin also holds what is longer.
-    """
+    """The distribution of the lengths of rows; the last bin of the histogram also holds what is longer."""
 
     total: int
     percentiles: dict[str, int]
@@ -92,23 +81,18 @@ class Lengths:
         values = np.asarray(lengths, np.int64)
         marks = np.percentile(values, PERCENTILES, method="inverted_cdf")
         longest = int(values.max())
-        width = _bin_width(min(longest, int(1.25 * marks[-1])))
-        bins = np.minimum(values // width, BINS - 1)
-        counts = np.bincount(bins)
+        widths = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
+        width = next(width for width in widths if width * BINS > min(longest, int(1.25 * marks[-1])))
+        counts = np.bincount(np.minimum(values // width, BINS - 1))
         percentiles = {str(mark): int(value) for mark, value in zip(PERCENTILES, marks, strict=True)}
         return cls(int(values.sum()), percentiles, longest, width, counts.tolist())
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenReport:
-    """Rows as tokens of one tokenizer and chat template.
+    """Rows as tokens of one tokenizer: their lengths and how many are trained before cutting to `max_seq_len`.
 
-    Attributes:
-        lengths: tokens a row, before cutting.
-        trained: tokens that are trained, of all rows, before cutting.
-        max_seq_len: where rows are cut.
-        truncated: rows that are longer.
-        lost: rows in which nothing is left to train after cutting.
+    `lost` rows have nothing left to train after cutting.
     """
 
     lengths: Lengths
@@ -118,41 +102,24 @@ class TokenReport:
     lost: Finding
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataReport:
-    """What a source holds.
-
-    Attributes:
-        name: of the source.
-        format: the format recognized.
-        columns: the columns found.
-        rows: rows read.
-        usable: rows that can be trained on.
-        dropped: the others, by reason.
-        exact_duplicates: rows whose content an earlier row has.
-        near_duplicates: rows nearly the same as an earlier one, exact duplicates not counted.
-        problems: empty turns, turns out of order, and what the chat template gets wrong.
-        scripts: share of the letters by script.
-        characters: characters a row that can be read, all turns together.
-        words: words a row.
-        tokens: tokens a row, where a tokenizer was given.
-        labels: rows by label, where they are unpaired preferences.
-    """
+    """What a source holds; near duplicates do not count exact ones, and lengths are of the rows that can be read."""
 
     name: str
     format: str
-    columns: list[str]
-    rows: int
-    usable: int
-    dropped: Findings
-    exact_duplicates: Finding
-    near_duplicates: Finding
-    problems: Findings
-    scripts: dict[str, float]
-    characters: Lengths | None
-    words: Lengths | None
-    tokens: TokenReport | None
-    labels: dict[str, int]
+    columns: list[str] = field(default_factory=list)
+    rows: int = 0
+    usable: int = 0
+    dropped: Findings = field(default_factory=Findings)
+    exact_duplicates: Finding = field(default_factory=Finding)
+    near_duplicates: Finding = field(default_factory=Finding)
+    problems: Findings = field(default_factory=Findings)
+    scripts: dict[str, float] = field(default_factory=dict)  # share of the letters
+    characters: Lengths | None = None
+    words: Lengths | None = None
+    tokens: TokenReport | None = None  # where a tokenizer was given
+    labels: dict[str, int] = field(default_factory=dict)  # rows by label, of unpaired preferences
 
 
 def inspect_rows(
@@ -168,54 +135,41 @@ def inspect_rows(
 ) -> DataReport:
     """Reads every row once and reports what they are.
 
-    Args:
-        rows: raw rows.
-        read: returns a row as `{"messages": ..., "tools": ...}` or `{"text": ...}`, or raises UnusableRow.
-        name: the source, for the report.
-        form: name of the format, for the report.
-        label: the column whose values are counted.
-        render: returns a conversation's tokens (`input_ids` and `trained`), or raises UnusableRow; None counts none.
-        find_problem: says what is wrong with a rendered row, or returns an empty text.
-        max_seq_len: where rows will be cut.
+    `read` returns a row as `{"messages": ..., "tools": ...}` or `{"text": ...}`, and `render` its tokens (`input_ids`
+    and `trained`); both may raise UnusableRow.  `find_problem` says what is wrong with a rendered row, or returns "".
     """
+    report = DataReport(name, form)
     columns: dict[str, None] = {}
     alphabet: Counter[str] = Counter()
-    characters: list[int] = []
-    words: list[int] = []
-    tokens: list[int] = []
+    labels: Counter[str] = Counter()
+    characters, words, tokens = [], [], []
     trained, truncated, lost = 0, Finding(), Finding()
-    dropped, exact, near, problems = Findings(), Finding(), Finding(), Findings()
     seen: set[int] = set()
     similar = NearDuplicates()
-    labels: Counter[str] = Counter()
-    number = 0
     for number, row in enumerate(rows, 1):
+        report.rows = number
+        columns.update(dict.fromkeys(map(str, row)))
         if label is not None:
             labels[{True: "true", False: "false", None: "neither"}[truth_of(row.get(label))]] += 1
-        columns.update(dict.fromkeys(map(str, row)))
         try:
             conversation = read(row)
+            text = text_of(conversation)
+            alphabet.update(text)
+            characters.append(len(text))
+            words.append(len(text.split()))
+            content = text_hash(json.dumps(conversation, sort_keys=True, default=str))
+            if content in seen:
+                report.exact_duplicates.add(number)
+            elif similar.add(number, text):
+                report.near_duplicates.add(number)
+            seen.add(content)
+            for problem in turn_problems(conversation.get("messages") or []):
+                report.problems.add(problem, number)
+            rendered = render(conversation) if render else None
         except UnusableRow as reason:
-            dropped.add(str(reason), number)
+            report.dropped.add(str(reason), number)
             continue
-        text = text_of(conversation)
-        alphabet.update(text)
-        characters.append(len(text))
-        words.append(len(text.split()))
-        content = content_hash(conversation)
-        if content in seen:
-            exact.add(number)
-        elif similar.add(number, text):
-            near.add(number)
-        seen.add(content)
-        for problem in turn_problems(conversation.get("messages") or []):
-            problems.add(problem, number)
-        if render is not None:
-            try:
-                rendered = render(conversation)
-            except UnusableRow as reason:
-                dropped.add(str(reason), number)
-                continue
+        if rendered is not None:
             tokens.append(len(rendered.input_ids))
             trained += sum(rendered.trained)
             if len(rendered.input_ids) > max_seq_len:
@@ -223,30 +177,19 @@ def inspect_rows(
             if not any(rendered.trained[:max_seq_len]):
                 lost.add(number)
             if find_problem and (problem := find_problem(rendered)):
-                problems.add(problem, number)
-    return DataReport(
-        name=name,
-        format=form,
-        columns=list(columns),
-        rows=number,
-        usable=number - dropped.total,
-        dropped=dropped,
-        exact_duplicates=exact,
-        near_duplicates=near,
-        problems=problems,
-        scripts=scripts_of(alphabet),
-        characters=Lengths.of(characters) if characters else None,
-        words=Lengths.of(words) if words else None,
-        tokens=TokenReport(Lengths.of(tokens), trained, max_seq_len, truncated, lost) if tokens else None,
-        labels=dict(labels),
-    )
+                report.problems.add(problem, number)
+    report.columns, report.labels = list(columns), dict(labels)
+    report.usable = report.rows - report.dropped.total
+    if characters:
+        report.scripts = scripts_of(alphabet)
+        report.characters, report.words = Lengths.of(characters), Lengths.of(words)
+    if tokens:
+        report.tokens = TokenReport(Lengths.of(tokens), trained, max_seq_len, truncated, lost)
+    return report
 
 
 class NearDuplicates:
-    """Finds texts nearly the same as an earlier one: MinHash and locality-sensitive hashing over word 5-grams.
-
-    Finds most pairs above the similarity `NEAR` and few below; only the first 100,000 characters count.
-    """
+    """Finds most texts above the similarity `NEAR`, by MinHash and locality-sensitive hashing over word 5-grams."""
 
     def __init__(self) -> None:
         self._index = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
@@ -254,7 +197,7 @@ class NearDuplicates:
         self._empty = MinHash(num_perm=PERMUTATIONS)
 
     def add(self, number: int, text: str) -> int | None:
-        """Takes a text in, and returns the number of an earlier one nearly the same; None where there is none."""
+        """Adds a text, and returns the number of an earlier one nearly the same; None where there is none."""
         sketch = self._empty.copy()
         sketch.update_batch(shingles_of(text[:COMPARED]))
         for earlier in sorted(self._index.query(sketch)):
@@ -273,24 +216,16 @@ def shingles_of(text: str) -> list[bytes]:
 
 
 def text_of(conversation: Row) -> str:
-    """Returns the text of all turns, calls included, without their roles."""
+    """Returns the text of all turns, tool calls included, without their roles."""
     if "text" in conversation:
         return conversation["text"]
-    return "\n".join(
-        part
-        for message in conversation["messages"]
-        for part in (
-            message.get("reasoning_content"),
-            message["content"],
-            *(_call_text(call) for call in message.get("tool_calls") or ()),
-        )
-        if part
-    )
-
-
-def content_hash(conversation: Row) -> int:
-    """Returns 64 bits of everything that a conversation is."""
-    return text_hash(json.dumps(conversation, sort_keys=True, default=str))
+    parts: list[str] = []
+    for message in conversation["messages"]:
+        parts += filter(None, (message.get("reasoning_content"), message["content"]))
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            parts.append(f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}")
+    return "\n".join(parts)
 
 
 def turn_problems(messages: Sequence[Message]) -> list[str]:
@@ -298,31 +233,18 @@ def turn_problems(messages: Sequence[Message]) -> list[str]:
     found: dict[str, None] = {}
     before = ""
     for message in messages:
-        calls = bool(message.get("tool_calls"))
-        turn = "call" if message["role"] == "assistant" and calls else message["role"]
+        turn = {"tool": "tool result"}.get(message["role"], message["role"])
+        if turn == "assistant" and message.get("tool_calls"):
+            turn = "tool call"
         if is_empty(message):
             found[f"empty turn of the {turn}"] = None
         if turn not in _FOLLOWERS[before]:
-            found[_disorder(before, turn)] = None
-        before = turn if turn != "system" or not before else before  # one in the middle interrupts, no more
-    if messages and before not in ("assistant", "call"):
+            found[f"{turn} after {before}" if before else f"starts with the {turn}"] = None
+        if turn != "system" or not before:  # one in the middle interrupts, no more
+            before = turn
+    if messages and before not in ("assistant", "tool call"):
         found[f"ends with the {before}"] = None
     return list(found)
-
-
-def _disorder(before: str, turn: str) -> str:
-    if turn == "system":
-        return "system turn that is not the first"
-    if turn == "tool":
-        return "tool result without a call"
-    if before in ("assistant", "call") and turn in ("assistant", "call"):
-        return TWO_IN_A_ROW
-    if before == "call":
-        return "call without a result"
-    if before in ("", "system"):
-        return "starts with the assistant"
-    names = {"call": "assistant", "tool": "tool result"}
-    return f"{names.get(turn, turn)} after {names.get(before, before)}"
 
 
 def scripts_of(characters: Counter[str]) -> dict[str, float]:
@@ -338,15 +260,3 @@ def _script(letter: str) -> str:
     """Returns the first word of a letter's name; widths, styles and signs (a micro sign is a mu) aside."""
     words = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "OTHER").split()
     return "Han" if words[0] in ("CJK", "IDEOGRAPHIC") else words[0].capitalize()
-
-
-def _call_text(call: Row) -> str:
-    function = call["function"]
-    return f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}"
-
-
-def _bin_width(longest: int) -> int:
-    """Returns the smallest round width with which the bins reach this length."""
-    return next(
-        width for power in range(20) for width in (10**power, 2 * 10**power, 5 * 10**power) if width * BINS > longest
-    )

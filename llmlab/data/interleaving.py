@@ -1,6 +1,6 @@
-"""Rows of several parts in turn, so that any beginning is of all of them; where reading stands can be kept.
+"""Rows of several parts in turn, so that any prefix has rows of all of them; the position can be saved and restored.
 
-`datasets` interleaves too, but reads ahead in threads, by tables where rows lie in tables, and ends with a wait.
+`datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,7 @@ PARTS = 8  # of one source that are read in turn
 
 
 class Interleaved:
-    """All rows of some parts, once, each part's as often as its weight says until it ends.
-
-    Args:
-        parts: what to read.
-        weights: such as their sizes; None are equal ones.
-    """
+    """All rows of some parts, once, in proportion to their weights (such as sizes; None are equal) until they end."""
 
     num_shards = 1
 
@@ -45,7 +40,7 @@ class Interleaved:
                 yield row
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where reading stands, which JSON can hold."""
+        """Returns the position, which JSON can hold."""
         states = [
             part.state_dict() if state is None and taken else state
             for part, state, taken in zip(self.parts, self.states, self.taken, strict=True)
@@ -53,7 +48,7 @@ class Interleaved:
         return {"taken": list(self.taken), "ended": list(self.ended), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Lets every iteration begin where reading stood; with an empty mapping, at the start."""
+        """Lets every iteration begin at a position; an empty one is the start."""
         self.start = state
         count = len(self.parts)
         self.taken = list(state.get("taken", [0] * count))
@@ -62,6 +57,6 @@ class Interleaved:
 
 
 def spread(rows: "IterableDataset") -> "IterableDataset | Interleaved":
-    """Returns the same rows in an order whose beginning is of all parts of the source, not of its first file."""
+    """Returns the same rows in an order whose prefixes have rows of all parts of the source, not of its first file."""
     count = min(PARTS, rows.num_shards)
     return rows if count == 1 else Interleaved([rows.shard(count, index) for index in range(count)])

@@ -12,20 +12,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llmlab.data.text.packing import PackedRows, as_example, stretch_of
+from llmlab.data.text.packing import PackedRows, as_example, window_rows
 
 BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
 
 
 class Schedule:
-    """Says for every row which source it comes from, and the how manyth of that source it is.
+    """The source of every row of a mixture, and the row's index within that source.
 
-    In each block of rows every source appears as often as its weight says (off by less than one; the heaviest source
-    takes up the rounding), in an order shuffled by the seed.
-
-    Args:
-        weights: relative shares: [2.0, 1.0] gives 66.7 % and 33.3 %. Source: seed, "Dataset Configuration".
-        seed: of the order.
+    In each block of rows every source appears in proportion to its weight (off by less than one; the heaviest source
+    takes up the rounding), in an order shuffled by the seed.  Weights [2.0, 1.0] give 66.7 % and 33.3 %.
     """
 
     def __init__(self, weights: Sequence[float], seed: int):
@@ -40,7 +36,7 @@ class Schedule:
         return Schedule, (self.weights, self.seed)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Returns the source of a row, and its number among that source's rows."""
+        """Returns the source of a row, and its index within that source."""
         block, offset = divmod(row, self.block)
         sources, numbers = self._order(block)
         return int(sources[offset]), int(numbers[offset])
@@ -57,7 +53,7 @@ class Schedule:
         return counts
 
     def _order_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each row of a block, and its number among that source's rows, (block,) each."""
+        """Source of each row of a block, and its index within that source, (block,) each."""
         before = self._before(block)
         counts = self._before(block + 1) - before
         sources = np.repeat(np.arange(len(counts)), counts)
@@ -69,13 +65,9 @@ class Schedule:
 
 
 class Mixture(Dataset):
-    """Map-style rows of several packed sources; every pass over a source is shuffled anew, stretch by stretch.
+    """Map-style rows of several packed sources; every epoch over a source is shuffled anew, stretch by stretch.
 
-    Args:
-        sources: the rows to mix.
-        weights: relative shares.
-        seed: of all shuffling.
-        length: rows; None is one epoch, in which every source is seen whole at least once.
+    `length` in rows; None is one epoch, in which every source is seen whole at least once.
     """
 
     def __init__(
@@ -95,18 +87,18 @@ class Mixture(Dataset):
         return as_example(self.sources[source].row(row))
 
     def sample_id(self, index: int) -> str:
-        """Returns the stable name of the row at a place, without reading it."""
+        """Returns the stable name of a row, without reading it."""
         source, row = self.locate(index)
         return self.sources[source].sample_id(row)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the source at a place, and which of its rows."""
+        """Returns the source of a row, and its index within that source."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         source, number = self.schedule.locate(index)
         rows = len(self.sources[source])
         epoch, place = divmod(number, rows)
-        size = stretch_of(self.sources[source].length)
+        size = window_rows(self.sources[source].length)
         stretch, offset = divmod(place, size)
         if self._order.get(source, (None,))[0] != (epoch, stretch):
             shuffled = np.random.default_rng([self.seed, source, epoch, stretch])
@@ -115,13 +107,12 @@ class Mixture(Dataset):
         return source, stretch * size + int(self._order[source][1][offset])
 
     def _epoch(self) -> int:
-        longest = max(
-            math.ceil(len(rows) / share) for rows, share in zip(self.sources, self.schedule.shares, strict=True)
-        )
+        shares = zip(self.sources, self.schedule.shares, strict=True)
+        longest = max(math.ceil(len(rows) / share) for rows, share in shares)
         block = self.schedule.block if len(self.sources) > 1 else 1
         return math.ceil(longest / block) * block
 
     def epochs(self) -> list[float]:
-        """Returns how many times each source is gone through."""
+        """Returns the epochs over each source."""
         counts = self.schedule.counts(self.length)
         return [float(count) / len(rows) for count, rows in zip(counts, self.sources, strict=True)]

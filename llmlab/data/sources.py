@@ -1,21 +1,21 @@
-"""Text sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows with a text column.
+"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows.
 
-No row disappears unseen: what is not usable text is tallied by reason.  Mixing, tokenizing and packing are done
-elsewhere.
+Rows without usable text are counted by reason.  What a row means, mixing and tokenizing are the business of `text` and
+`chat`.
 """
 
 import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlab.data import demo, files
+from llmlab.data import demo, files, trees
 from llmlab.data.interleaving import Interleaved
 from llmlab.data.splits import Use, choose_splits, choose_subset
-from llmlab.data.trees import as_conversations, is_tree
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.paths import expand, is_local, missing
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_content", "code")
 """Columns taken for the text, in this order, where no column is named."""
 
-LOOK_AT = 100  # rows from which columns are recognized
+LOOK_AT = 100  # rows by which columns are recognized
 CHECK_FROM = 1000  # rows after which a share of dropped rows means something
 
 
@@ -53,41 +53,48 @@ class Tally:
             )
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """A source that was found and understood.
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """A source with all its columns.
 
     Attributes:
         name: as the user wrote it.
-        rows: the rows, in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        column: the column that holds the text.
-        identity: what another content would change; plain values for a cache key.
+        rows: in a fixed order, with a `state_dict` to resume from and shards to distribute.
+        identity: plain values for a cache key, which change with the content.
+        splits: the names of the splits there are.
+        select: returns the rows with one column alone, which parquet files are read faster for.
         size: bytes on disk, about those of the text; None where unknown.
-        splits: the splits that the source has.
-        count: rows; None where unknown.
+        count: number of rows; None where unknown.
     """
 
     name: str
     rows: "IterableDataset"
-    column: str
     identity: dict[str, Any]
-    size: int | None = None
     splits: tuple[str, ...] = ("train",)
+    select: "Callable[[str], IterableDataset] | None" = None
+    size: int | None = None
     count: int | None = None
 
+    def first(self) -> list[dict[str, Any]]:
+        """Returns the rows by which formats and columns are recognized."""
+        return list(itertools.islice(self.rows, LOOK_AT))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(RowSource):
+    """A source whose rows have their text in one column, and perhaps no other column."""
+
+    column: str
+
     def texts(self, tally: Tally, allow_dropped: float = 1.0) -> Iterator[str]:
-        """Yields the documents once, counting every row; stops early where too many are dropped."""
+        """Yields the documents, as `usable_texts` does."""
         return usable_texts(self.rows, self.column, tally, self.name, allow_dropped)
 
 
 def usable_texts(
     rows: Iterable[dict[str, Any]], column: str, tally: Tally, name: str, allow_dropped: float
 ) -> Iterator[str]:
-    """Yields the text of each row that has one, counting every row.
-
-    Raises:
-        UserError: more than the allowed share of at least a thousand rows had to be dropped.
-    """
+    """Yields the text of each row that has one, counting every row; stops where too many rows are dropped."""
     for row in rows:
         text = row.get(column)
         reason = _unusable(text) if column in row else f"without '{column}'"
@@ -101,7 +108,8 @@ def usable_texts(
 
 
 def _unusable(text: Any) -> str | None:
-    if text is None or text == "" or (isinstance(text, str) and text.isspace()):
+    """Returns why a value is no document, or None."""
+    if text is None:
         return "empty"
     if not isinstance(text, str):
         return "not text"
@@ -109,76 +117,23 @@ def _unusable(text: Any) -> str | None:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a character
         return "not valid Unicode"
-    return None
+    return None if text and not text.isspace() else "empty"
 
 
-@dataclass(frozen=True)
-class RowSource:
-    """A source that was found, its rows not yet understood.
-
-    Attributes:
-        name: as the user wrote it.
-        rows: all columns of the rows, in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        identity: what another content would change; plain values for a cache key.
-        splits: the splits that the source has.
-        size: bytes on disk, about those of the text; None where unknown.
-        select: returns the rows with one column alone, which some files are read faster for.
-        count: rows; None where unknown.
-    """
-
-    name: str
-    rows: "IterableDataset"
-    identity: dict[str, Any]
-    splits: tuple[str, ...]
-    size: int | None
-    select: Callable[[str], "IterableDataset"]
-    count: int | None = None
-
-    def first(self) -> list[dict[str, Any]]:
-        """Returns the rows that formats and columns are recognized from."""
-        return list(itertools.islice(self.rows, LOOK_AT))
+def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> RowSource:
+    """Finds a source of chat data; a hub data set with more than `at_most` rows is streamed, not downloaded."""
+    found = _find(source, use, False, at_most)
+    if not next(iter(found.rows), {}).keys() >= trees.COLUMNS:
+        return found
+    return replace(found, rows=trees.TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
 
 
-def load_rows(
-    source: DataSource,
-    *,
-    streaming: bool = False,
-    split: str | None = None,
-    pairs: bool = False,
-    at_most: int | None = None,
-) -> RowSource:
-    """Finds a source of conversations, prompts or pairs; trees of messages become conversations.
-
-    Args:
-        source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
-        streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
-        split: another split than the source names.
-        pairs: whether it is read for preference pairs, which some data sets have splits of their own for.
-        at_most: rows that will be read; a hub data set that has more is read as it comes.
-
-    Raises:
-        UserError: there is no such source, or it cannot be reached or read.
-    """
-    found = _find(source, split, "pairs" if pairs else "instructions", streaming, at_most)
-    return as_conversations(found) if is_tree(next(iter(found.rows), {})) else found
-
-
-def load_text(source: DataSource, *, streaming: bool = False, split: str | None = None) -> TextSource:
-    """Finds a text source and its text column.
-
-    Args:
-        source: a hub id, a file (txt, json, jsonl, csv, parquet, each also .gz), a folder of them, or `demo/...`.
-        streaming: read a hub data set as it comes instead of downloading it first; local files are always read so.
-        split: another split than the source names.
-
-    Raises:
-        UserError: there is no such source, it cannot be reached or read, or its text column is not clear.
-    """
-    found = _find(source, split, "text", streaming, None)
+def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
+    """Finds a text source and its text column; `streaming` reads a hub data set without downloading it first."""
+    found = _find(source, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
-    rows = found.select(column)
-    return TextSource(source.name, rows, column, identity, found.size, found.splits, found.count)
+    return TextSource(**{**vars(found), "rows": found.select(column), "identity": identity}, column=column)
 
 
 def is_online() -> bool:
@@ -188,30 +143,37 @@ def is_online() -> bool:
     return not datasets.config.HF_HUB_OFFLINE
 
 
-def _find(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
-    split = split or source.split
+def _find(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
     path = expand(source.name)
     if source.text_unit != "document" and not path.exists():
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for local text files")
     if source.name.startswith(demo.PREFIX):
-        return _find_demo(source, split or "train")
+        return _find_demo(source)
     if path.exists():
-        return _find_local(source, path, split, use)
+        return _find_local(source, path, use)
     if is_local(source.name):
         raise missing(source.name)
-    return _find_hub(source, split, use, streaming, at_most)
+    return _find_hub(source, use, streaming, at_most)
 
 
-def _find_demo(source: DataSource, split: str) -> RowSource:
+def _find_demo(source: DataSource) -> RowSource:
     from datasets import IterableDataset
 
+    split = source.split or "train"
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
-    rows = IterableDataset.from_generator(_demo_rows, gen_kwargs={"shards": shards})
+    rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    return RowSource(source.name, rows, identity, demo.SPLITS, sum(shard.size for shard in shards), lambda _: rows)
+    return RowSource(
+        name=source.name,
+        rows=rows,
+        identity=identity,
+        splits=demo.SPLITS,
+        select=lambda column: rows,
+        size=sum(shard.size for shard in shards),
+    )
 
 
-def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> RowSource:
+def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     from datasets import IterableDataset
 
     if path.is_dir() and _has_configs(path):
@@ -225,24 +187,23 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
         )
     else:
         by_split = files.find_files(path)
-    chosen = choose_splits(source.name, by_split, split, use)
+    chosen = choose_splits(source.name, by_split, source.split, use)
     if any("[" in name for name in chosen):
-        raise UserError(f"{source.name}: split = {split}: slices are for data sets of the hub")
+        raise UserError(f"{source.name}: split = {source.split}: slices are for data sets of the hub")
     found = [file for name in chosen for file in by_split[name]]
     if strange := next((file for file in found if files.format_of(file) is None), None):
         raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
     if source.text_unit != "document" and not all(files.format_of(file) == "txt" for file in found):
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for text files; these have rows")
-    if sum(file.stat().st_size for file in found) == 0:
+    sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
+    if not sum(sizes):
         raise UserError(f"{source.name}: the file is empty")
     shards = [files.shards_of(by_split[name], source.text_unit) for name in chosen]
 
-    sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
-
     def select(column: str | None) -> IterableDataset:
+        read = partial(files.read_shard, column=column)
         parts = [
-            IterableDataset.from_generator(_file_rows, gen_kwargs={"shards": each, "column": column})
-            for each in shards
+            IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": each, "read": read}) for each in shards
         ]
         return join_splits(parts, sizes, use)
 
@@ -250,39 +211,38 @@ def _find_local(source: DataSource, path: Path, split: str | None, use: Use) -> 
     if source.text_unit != "document":
         identity["text_unit"] = source.text_unit
     return RowSource(
-        source.name,
-        select(None),
-        identity,
-        tuple(sorted(by_split)),
-        sum(file.stat().st_size for file in found) if all(map(files.is_plain, found)) else None,
-        select,
-        files.count_rows(found),
+        name=source.name,
+        rows=select(None),
+        identity=identity,
+        splits=tuple(sorted(by_split)),
+        select=select,
+        size=sum(sizes) if all(map(files.is_plain, found)) else None,
+        count=files.count_rows(found),
     )
 
 
 def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
-    """Returns the rows of several splits: of conversations each split's in turn, as often as its size says."""
+    """Returns the rows of several splits: of chat data interleaved in proportion to the splits' sizes."""
     from datasets import concatenate_datasets
 
     if len(parts) == 1:
         return parts[0]
-    if use == "text":  # whose order is the business of those that tokenize it
+    if use == "text":  # shuffled when it is packed
         return concatenate_datasets(parts)
     return Interleaved(parts, sizes if len(sizes) == len(parts) and all(sizes) else None)
 
 
-def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, at_most: int | None) -> RowSource:
-
+def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
         splits = tuple(info or builder.config.data_files or ())
-        chosen = choose_splits(source.name, splits, split, use) if splits else [split or "train"]
-        known = [info[name] for name in chosen if name in info]
-        count = sum(each.num_examples for each in known) if len(known) == len(chosen) else None
-        slices = any("[" in name for name in chosen)
-        larger = at_most is not None and (count is None or count > at_most)
-        if not streaming and not slices and is_online():
+        chosen = choose_splits(source.name, splits, source.split, use) if splits else [source.split or "train"]
+        sizes = [info[name].num_examples for name in chosen if name in info]
+        is_known = len(sizes) == len(chosen)
+        count = sum(sizes) if is_known else None
+        if not streaming and is_online() and not any("[" in name for name in chosen):
+            larger = at_most is not None and (count is None or count > at_most)
             streaming = larger or not _fits_disk(builder.info)
         if streaming:
             parts = [builder.as_streaming_dataset(name) for name in chosen]
@@ -291,7 +251,7 @@ def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, 
             loaded = [builder.as_dataset(name) for name in chosen]
             count = sum(map(len, loaded))
             parts = [data.to_iterable_dataset(num_shards=min(64, max(1, len(data)))) for data in loaded]
-        rows = join_splits(parts, [each.num_examples for each in known], use)
+        rows = join_splits(parts, sizes, use)
         next(iter(rows), None)  # a stream is reached only now
     except UserError:
         raise
@@ -300,9 +260,7 @@ def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, 
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
             f"({_first_line(error)}); without a network use local files or demo/stories"
         ) from None
-    except (FileNotFoundError, ValueError) as error:  # not there, gated, or no such subset
-        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
-    except OSError as error:  # most of all a disk that is too small
+    except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
     identity = {
         "hub": source.name,
@@ -311,8 +269,15 @@ def _find_hub(source: DataSource, split: str | None, use: Use, streaming: bool, 
         "content": builder.hash,
         "streamed": streaming,  # files and tables have other shards, so another order
     }
-    size = sum(each.num_bytes for each in known) if len(known) == len(chosen) else None
-    return RowSource(source.name, rows, identity, splits, size, lambda column: rows.select_columns([column]), count)
+    return RowSource(
+        name=source.name,
+        rows=rows,
+        identity=identity,
+        splits=splits,
+        select=lambda column: rows.select_columns([column]),
+        size=sum(info[name].num_bytes for name in chosen) if is_known else None,
+        count=count,
+    )
 
 
 def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
@@ -328,7 +293,7 @@ def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
 
 
 def _has_configs(folder: Path) -> bool:
-    """Whether a folder is a copy of a hub data set, whose README.md begins with which files are which split."""
+    """Whether a folder is a copy of a hub data set whose README.md lists the files of each split."""
     readme = folder / "README.md"
     if not readme.is_file():
         return False
@@ -347,11 +312,7 @@ def _fits_disk(info: "DatasetInfo") -> bool:
 
 
 def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
-    """Returns the column that holds the text, judged by the first rows.
-
-    Raises:
-        UserError: there are no rows, the named column does not exist, or no or several columns could be the text.
-    """
+    """Returns the column that holds the text: the one named, else the one that the first rows make clear."""
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
@@ -365,26 +326,26 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
                 f"{source.name}: there is no column '{source.column}'{did_you_mean(source.column, kinds)} ({found})"
             )
         return source.column
-    textual = [name for name, types in kinds.items() if str in types and types <= {str, type(None)}]
-    named = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
-    if named is not None:
-        return named
+    usual = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
+    if usual is not None:
+        return usual
     if "messages" in kinds or "conversations" in kinds:
         raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")
+    textual = [name for name, types in kinds.items() if str in types and types <= {str, type(None)}]
     if len(textual) == 1:
         return textual[0]
     why = f"several could be ({', '.join(textual)})" if textual else "none holds text"
     raise UserError(f"{source.name}: cannot tell which column is the text: {why}; set column: ... ({found})")
 
 
-def _demo_rows(shards: list[demo.DemoShard]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        yield from demo.read_shard(shard)
+def label_of(source: DataSource) -> str:
+    """Returns the short name of a source in sample ids."""
+    return "/".join(filter(None, (source.name, source.subset, source.split)))
 
 
-def _file_rows(shards: list[files.Shard], column: str | None) -> Iterator[dict[str, Any]]:
+def _read_shards(shards: list[Any], read: Callable[..., Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        yield from files.read_shard(shard, column)
+        yield from read(shard)
 
 
 def _first_line(error: Exception) -> str:

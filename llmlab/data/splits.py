@@ -1,7 +1,6 @@
 """Which subset and splits of a data set are read: those that are named, else its training data.
 
-Data sets have no one name for it: `train`, `train_sft` beside `train_prefs`, or a split for each set that they are
-made of.
+Data sets have several names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts.
 """
 
 import re
@@ -10,24 +9,14 @@ from typing import Literal
 
 from llmlab.settings.errors import UserError, did_you_mean
 
-Use = Literal["text", "instructions", "pairs"]
+Use = Literal["text", "instructions", "preferences", "prompts", "prompts or text"]
 
-_WORDS: dict[Use, set[str]] = {"text": set(), "instructions": {"sft"}, "pairs": {"prefs", "preference", "dpo"}}
+_WORDS = {"text": set(), "preferences": {"prefs", "preference", "dpo"}}  # of names that say what a split is for
 _NOT_TRAINING = {"test", "validation", "valid", "val", "dev", "eval", "heldout"}
 
 
 def choose_splits(source: str, splits: Iterable[str], named: str | None, use: Use) -> list[str]:
-    """Returns the splits to read, in order.
-
-    Args:
-        source: its name, for messages.
-        splits: those that there are.
-        named: by the user, several as `a+b`; None is the training data.
-        use: what it is read for, which tells `train_sft` from `train_prefs`.
-
-    Raises:
-        UserError: there is no such split, or it is not clear which is the training data.
-    """
+    """Returns the splits to read, in order: those named (several as `a+b`), else the training data for this use."""
     splits = list(splits)
     found = f"(found {', '.join(sorted(splits))})"
     if named is not None:
@@ -52,11 +41,7 @@ def choose_splits(source: str, splits: Iterable[str], named: str | None, use: Us
 
 
 def choose_subset(source: str, subsets: Iterable[str], use: Use) -> str:
-    """Returns the subset to read of a data set that has several and says of none that it is the default.
-
-    Raises:
-        UserError: it is not clear which.
-    """
+    """Returns the subset to read of a data set that has several and no default."""
     subsets = list(subsets)
     fitting = _of_use(subsets, use)
     if len(fitting) != 1:
@@ -67,7 +52,7 @@ def choose_subset(source: str, subsets: Iterable[str], use: Use) -> str:
 
 
 def _of_use(names: list[str], use: Use) -> list[str]:
-    return [name for name in names if _words(name) & _WORDS[use]]
+    return [name for name in names if _words(name) & _WORDS.get(use, {"sft"})]
 
 
 def _words(name: str) -> set[str]:

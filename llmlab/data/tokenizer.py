@@ -1,20 +1,17 @@
-"""Tokenizers: loaded from wherever they are, or learned from text as a byte-level BPE for ChatML.
+"""Tokenizers: loaded from wherever they are, or trained on text as a byte-level BPE for ChatML.
 
-Which token ends what: `<|endoftext|>` is the eos token and ends a document, so a base model stops there; `<|im_end|>`
-ends a turn, so a chat model stops there.  Generation stops at either (`stop_token_ids`, which belongs into the
-generation configuration), so one vocabulary serves both and fine-tuning needs no new tokens.  `<|im_start|>` is the
-bos token, the first of every conversation; like `<|pad|>` it is never added to plain text.
+`<|endoftext|>` is the eos token and ends a document; `<|im_end|>` ends a turn.  Generation stops at either
+(`stop_token_ids`), so one vocabulary serves base and chat models.  `<|im_start|>` is the bos token, the first of every
+conversation; like `<|pad|>` it is never added to plain text.
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmlab.data.sources import Tally, load_text
-from llmlab.data.text.encoding import QWEN_PATTERN
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
@@ -31,6 +28,12 @@ TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>
 SMALLEST = 256 + len(SPECIAL_TOKENS) + len(TOOL_TAGS)
 """Entries of a vocabulary without merges: one token a byte, which is the character-level choice for English."""
 
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 splits text before merging, which llama.cpp and Ollama know; every digit stands alone."""
+
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "llmlab.json"}
 FILES |= {".llmlab.lock", ".llmlab.pipeline"}  # of a run that holds the folder meanwhile
@@ -40,21 +43,14 @@ KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence�
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
-    """Loads a tokenizer.
-
-    Args:
-        name: hub id, folder with a tokenizer, or the path of a `tokenizer.json`.
-
-    Raises:
-        UserError: there is none, it cannot be reached or read, or it is not backed by the `tokenizers` library.
-    """
+    """Loads the fast tokenizer of a hub id, of a folder, or of the path of a `tokenizer.json`."""
     from huggingface_hub import is_offline_mode
 
     from llmlab.model.auto import load_auto
 
     path = expand(name)
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
-        return _load_bare(path)
+        return _load_tokenizer_json(path)
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("*vocab*")):
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise UserError(f"{name}: there is no tokenizer in this folder; expected tokenizer.json (found {found})")
@@ -76,7 +72,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _load_bare(path: Path) -> "PreTrainedTokenizerFast":
+def _load_tokenizer_json(path: Path) -> "PreTrainedTokenizerFast":
+    """Loads a tokenizer.json that has no configuration beside it, and guesses which tokens are eos and padding."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +92,7 @@ def stop_token_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
 
-def train_tokenizer(
+def learn_bpe(
     sources: Sequence[DataSource],
     vocab_size: int,
     output_dir: str | Path,
@@ -104,30 +101,23 @@ def train_tokenizer(
     allow_dropped: float = 0.05,
     show_progress: bool = True,
 ) -> "PreTrainedTokenizerFast":
-    """Learns a byte-level BPE vocabulary and saves it in Transformers' layout, with the ChatML template.
+    """Trains a byte-level BPE on `max_bytes` of text and saves it, with the ChatML template, as Transformers does."""
+    from transformers import PreTrainedTokenizerFast
 
-    Any text round-trips; digits stand alone, so that numbers are read digit by digit.  The text is cut as Qwen2 cuts
-    it, which llama.cpp and Ollama know.
-
-    Args:
-        sources: text to learn from, taken from the start of each in proportion to its weight.
-        vocab_size: entries in all; at least `SMALLEST`, which has no merges.
-        output_dir: new folder, or one that holds nothing but a tokenizer.
-        max_bytes: bytes of text to learn from.
-        allow_dropped: share of a source's rows that may be unusable.
-        show_progress: whether to show the learning's progress bars.
-
-    Raises:
-        UserError: the size cannot be reached with this text, or the folder holds something else.
-    """
     folder = expand(output_dir)
     if vocab_size < SMALLEST:
         raise UserError(
             f"vocab_size = {vocab_size}: expected at least {SMALLEST}: 256 bytes, "
             f"{len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
         )
-    _check_replaceable(folder)
-    backend = _learn(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"output_dir = {folder}: it holds more than a tokenizer ({', '.join(others[:3])}); choose another"
+        )
+    backend = _train_bpe(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
     reached = backend.get_vocab_size(with_added_tokens=True)
     if reached < vocab_size:
         names = ", ".join(source.name for source in sources)
@@ -135,12 +125,20 @@ def train_tokenizer(
             f"vocab_size = {vocab_size}: {names} has pairs enough for {reached} entries only; "
             f"give more text, or vocab_size {reached}"
         )
-    tokenizer = _as_chatml(backend)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        bos_token=BOS,
+        pad_token=PAD,
+        extra_special_tokens=[END_OF_TURN],
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE.read_text(encoding="utf-8"),
+    )
     _publish(tokenizer, folder)
     return tokenizer
 
 
-def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
+def _train_bpe(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -162,20 +160,6 @@ def _learn(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "Token
     return backend
 
 
-def _as_chatml(backend: "Tokenizer") -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        bos_token=BOS,
-        pad_token=PAD,
-        extra_special_tokens=[END_OF_TURN],
-        clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE.read_text(encoding="utf-8"),
-    )
-
-
 def _sample(sources: Sequence[DataSource], max_bytes: int, allow_dropped: float) -> Iterator[str]:
     """Yields text from the start of each source, up to its share of the bytes."""
     weights = sum(source.weight for source in sources)
@@ -189,29 +173,16 @@ def _sample(sources: Sequence[DataSource], max_bytes: int, allow_dropped: float)
         tally.check(source.name, allow_dropped)
 
 
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
-    if others:
-        raise UserError(
-            f"output_dir = {folder}: it holds more than a tokenizer ({', '.join(others[:3])}); choose another"
-        )
-
-
 def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Saves into a temporary folder first, so that no half-written tokenizer is left behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-        try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             try:
                 tokenizer.save_pretrained(temporary)
             except Exception as error:  # the library raises nothing narrower where the disk is full
                 raise UserError(f"output_dir = {folder}: cannot be written: {error}") from None
-            for path in sorted(temporary.iterdir()):
+            for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(temporary)
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None

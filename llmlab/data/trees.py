@@ -4,21 +4,18 @@ Each tree gives one conversation: at every turn the best-ranked reply.  The othe
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llmlab.data.sources import RowSource
+from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
+COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}  # by which such rows are recognized
 
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Conversations of message rows, which may come in any order: all are read before the first is given."""
+    """Conversations of message rows, which may come in any order: all are read before the first is yielded."""
 
     messages: Iterable[Row]
     num_shards = 1
@@ -32,21 +29,11 @@ class TreeRows:
             yield {"messages": best_path(tree), "message_tree_id": name}
 
 
-def is_tree(row: Row) -> bool:
-    """Whether a row is a message of a tree."""
-    return row.keys() >= COLUMNS
-
-
-def as_conversations(found: "RowSource") -> "RowSource":
-    """Returns a source of message rows as one of conversations."""
-    return replace(found, rows=TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
-
-
 def best_path(tree: list[Row]) -> list[Row]:
-    """Returns the turns of a conversation from the root of a tree along the best-ranked replies.
+    """Returns the turns from the root of a tree along the best-ranked replies.
 
-    Rank 0 is the best; messages without a rank (the users' mostly) come after those with one, and those that were
-    answered before those that were not.  A last turn of the user that nobody answered is left out.
+    Rank 0 is the best; messages without a rank (mostly the users') come last, those with a reply first.  A last turn
+    of the user without an answer is left out.
     """
     replies: dict[str | None, list[Row]] = {}
     for message in tree:

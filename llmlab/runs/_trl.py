@@ -1,22 +1,16 @@
-"""The only place that touches private names of TRL's and Transformers' trainers; a contract test guards each.
+"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs; contract-tested.
 
-A name is here because no public one serves; what it is for stands beside it.
+The comment beside each says why no public name serves.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from llmlab.settings.errors import reading
 
@@ -25,46 +19,25 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
-    # stopping before an update whose gradients are not finite: no callback is told their norm
+    # stop before a step with non-finite gradients: no callback gets their norm
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
-    # no step where a killed run had them all: its first value is the number of epochs
+    # take no step when the checkpoint already has them all; the first value is the number of epochs
     "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # PPO puts values, KL and advantages where GRPOTrainer has one advantage a completion; see `RolloutSteps`
-    "trl.GRPOTrainer._generate": ("self", "prompts"),
-    # a data set's tools differ from prompt to prompt; see `PromptTools`
-    "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
-    "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
-    "trl.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
-    "trl.GRPOTrainer._get_per_token_logps_and_entropies": (
-        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
-        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
-        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
-    ),
-    # the slice of a rollout that a forward pass learns from, sampled where it is the first; see `WholeRollouts`
-    "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
     # one sentence for a damaged checkpoint
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
-    # a critic that resumes brings its own file: it is not missing from the policy's
+    # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
-# how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
-NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
-TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL's, and those of PPO
-    *("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
-    *("policy_kl", "value_loss", "value_clip_ratio"),
-}
-EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
-def show_head_bias(model: PeftModel) -> None:
-    """Lets TRL's loss, which reads weight and bias off the output head, read PEFT's wrapper of trained rows too."""
+def expose_head_bias(model: PeftModel) -> None:
+    """Gives PEFT's TrainableTokensWrapper around the output head the `bias` that TRL's chunked loss reads."""
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         object.__setattr__(head, "bias", head.original_module.bias)  # not a second parameter of the module
 
 
-class PairsReady:
+class TokenizedPairs:
     """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
 
     It also logs `completion_length`, the mean number of tokens of an answer.
@@ -80,13 +53,13 @@ class PairsReady:
         return dataset
 
 
-class AnswerTokens:
-    """Mixin for an ORPOTrainer: the same, for its public `tokenize_row`, whose columns these become."""
+class TokenizedORPOPairs:
+    """Mixin for an ORPOTrainer: the dataset has token ids already; `tokenize_row` renames them to TRL's columns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
-                # it looks for texts before it tokenizes
+                # ORPOTrainer requires these columns before tokenizing
                 kwargs[name] = kwargs[name].map(lambda row: {"prompt": "", "chosen": "", "rejected": ""})
         super().__init__(*args, **kwargs)
 
@@ -101,8 +74,9 @@ class AnswerTokens:
         return row
 
 
-class SwitchableOptimizer:
-    """Mixin for a Trainer: says what a damaged checkpoint lacks, and resumes without the optimizer's state if told."""
+class ResumableCheckpoint:
+    """Mixin for a Trainer: damaged checkpoints raise UserError; resumes without optimizer state with
+    `load_optimizer=False`."""
 
     load_optimizer: bool = True
 
@@ -121,217 +95,14 @@ class SwitchableOptimizer:
 
 
 class GradientNorms:
-    """Mixin for a Trainer: `on_gradients` gets the norm of an update's gradients before the update, if not finite."""
+    """Mixin for a Trainer: calls `on_nonfinite_gradients(norm)` before a step whose gradient norm is not finite."""
 
-    def on_gradients(self, norm: float) -> None:
+    def on_nonfinite_gradients(self, norm: float) -> None:
         pass
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         value = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if value is not None and not math.isfinite(value):  # DeepSpeed has none before its first update
-            self.on_gradients(float(value))
+            self.on_nonfinite_gradients(float(value))
         return norm
-
-
-def written(batch: dict[str, Any]) -> Tensor:
-    """Returns 1 for the tokens of a rollout that the policy wrote, (batch, time)."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Keeps parameters out of what a model saves, however its weights were gathered; names are exact."""
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
-
-
-class PromptTools:
-    """Mixin for a GRPOTrainer: shows each prompt's own `tools`, where TRL knows only tools that all prompts share."""
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._prompt_tools = [row.get("tools") for row in inputs]
-        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        if not any(self._prompt_tools):
-            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
-        encode = partial(
-            self.processing_class.apply_chat_template,  # type: ignore[attr-defined]
-            add_generation_prompt=True,
-            return_dict=True,
-            **self.chat_template_kwargs,  # type: ignore[attr-defined]
-        )
-        pairs = zip(prompts, self._prompt_tools, strict=True)
-        return [encode(prompt, tools=tools or None)["input_ids"] for prompt, tools in pairs], None, {}
-
-
-class RolloutSteps(PromptTools):
-    """Mixin for a GRPOTrainer: gives the steps of a rollout public names.
-
-    A trainer overrides what it needs of `sampling` (a context around sampling), `scoring` (one around a forward pass
-    that scores tokens: it is told the model, and gives what is to be told the result), `finish_rollout` (gets and
-    returns TRL's rollout, on this process), `total_loss` (gets what computes TRL's loss, and its batch) and
-    `load_beside` (gets a checkpoint's folder).  `all_rewards`, (completions of all processes, reward functions), are
-    those of the last rollout; `token_share` is the tokens of this forward pass over the mean of its update's.
-    """
-
-    all_rewards: Tensor
-    token_share: float
-
-    def sampling(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def scoring(self, model: Any) -> AbstractContextManager[Callable[[Tensor], None]]:
-        return nullcontext(lambda log_probs: None)
-
-    def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        return rollout
-
-    def total_loss(self, loss: Callable[[], Tensor], batch: dict[str, Any]) -> Tensor:
-        return loss()
-
-    def load_beside(self, checkpoint: Path) -> None:
-        pass
-
-    def _generate(self, prompts: list[Any]) -> Any:
-        with self.sampling():
-            return super()._generate(prompts)  # type: ignore[misc]
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.all_rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
-        return self.all_rewards
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.scoring(model) as done:
-            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
-            done(result[0])
-        return result
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        return self.finish_rollout(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Weighs by tokens what TRL averages over the forward passes of an update: the entropy bonus, and metrics."""
-        loss = partial(super()._compute_loss, model, inputs)  # type: ignore[misc]
-        if not self.model.training:  # type: ignore[attr-defined]
-            return self.total_loss(loss, inputs)
-        here, self.token_share = self.token_shares(inputs)
-        metrics, bonus = self._metrics["train"], self.entropy_coef  # type: ignore[attr-defined, has-type]
-        before = {name: len(metrics[name]) for name in TOKEN_MEANS & metrics.keys()}
-        if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
-            self.entropy_coef = bonus * here
-        try:
-            total = self.total_loss(loss, inputs)
-        finally:
-            if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
-                self.entropy_coef = bonus
-        for name in TOKEN_MEANS & metrics.keys():
-            if len(metrics[name]) > before.get(name, 0):
-                metrics[name][-1] *= self.token_share
-        return total
-
-    def token_shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
-        """Returns the tokens of this process' and of all processes' forward pass, over the mean of the update's."""
-        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        update = [inputs]
-        if passes > 1:
-            parts = self._buffered_inputs  # type: ignore[attr-defined]
-            first = self._step - self._step % passes  # type: ignore[has-type]
-            update = [parts[step % len(parts)] for step in range(first, first + passes)]
-        counts = torch.stack([written(inputs).sum(), sum(written(part).sum() for part in update) / passes])
-        everywhere, mean = self.accelerator.reduce(counts, reduction="mean").tolist()  # type: ignore[attr-defined]
-        return counts[0].item() / max(mean, 1), everywhere / max(mean, 1)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        self.load_beside(Path(resume_from_checkpoint))
-
-    def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
-        """Returns the log-probabilities of a rollout's completions, (batch, time)."""
-        inputs = {name: rollout[name] for name in EXTRA_INPUTS if name in rollout}
-        return self._get_per_token_logps_and_entropies(
-            self.model,  # type: ignore[attr-defined]
-            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
-            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
-            rollout["completion_ids"].shape[1],
-            batch_size=batch_size,
-            **inputs,
-        )[0]
-
-    def note(self, name: str, value: float) -> None:
-        """Adds a value to the metric of that name, which is logged as a mean."""
-        self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
-
-    def end_passes(self) -> None:
-        """Lets the next forward pass begin with a new rollout; call it between updates."""
-        per_rollout = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
-        self._step += -self._step % per_rollout  # type: ignore[has-type]
-
-
-@contextmanager
-def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
-    """Lets a GRPOTrainer that is made here take this model as its reference, instead of reading one from disk."""
-    from trl.trainer import grpo_trainer  # seconds, for those who use it
-
-    original = grpo_trainer.create_model_from_path
-    if model is not None:
-        grpo_trainer.create_model_from_path = lambda *args, **kwargs: model
-    try:
-        yield
-    finally:
-        grpo_trainer.create_model_from_path = original
-
-
-class WholeRollouts:
-    """Mixin for a GRPOTrainer: takes its reference as a model, and goes on in the middle of a rollout.
-
-    Args:
-        reference: the frozen reference of a whole model; None where there is none, or adapters that are off are it.
-        kwargs: of the trainer.
-    """
-
-    def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
-        self.prepared: dict[str, Any] | None = None
-        with reference_is(reference):
-            super().__init__(**kwargs)
-
-    def rollout_state(self) -> dict[str, Any]:
-        """Returns what a checkpoint must keep of the rollout that is learned from, and of what waits to be logged."""
-        waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
-        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}
-
-    def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `rollout_state` was taken."""
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
-        for name, values in state["metrics"].items():
-            self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
-
-    def set_logged_advantages(self, advantages: Tensor) -> None:
-        """Puts the advantages of a whole rollout into the table of completions."""
-        self._logs["advantages"].extend(advantages.tolist())  # type: ignore[attr-defined]
-
-    def estimated_from(self, batch: Any) -> dict[str, Tensor]:
-        """Returns what Sophia's estimate is made of: the tokens that the policy wrote in the coming forward pass."""
-        self.model.train()  # type: ignore[attr-defined]  # as the step will: in evaluation it samples otherwise
-        part = self._prepare_inputs(batch)
-        self.prepared = part  # the step itself must not sample again
-        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), written(part)], dim=1)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
-            "labels": ids.masked_fill(scored == 0, -100),
-        }
-
-    def _generate(self, prompts: list[Any]) -> Any:
-        try:
-            return super()._generate(prompts)  # type: ignore[misc]
-        except RuntimeError as error:
-            if not any(words in str(error) for words in NO_DISTRIBUTION):
-                raise
-            raise self.diverged("sum of a next token's probabilities", math.nan) from error  # type: ignore[attr-defined]
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if self.prepared is not None:
-            part, self.prepared = self.prepared, None
-            return part
-        return super()._prepare_inputs(generation_batch)  # type: ignore[misc]

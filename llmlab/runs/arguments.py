@@ -1,6 +1,6 @@
-"""Translates a stage's settings into the arguments of the TRL or Transformers trainer underneath.
+"""Translates a stage's settings into the configuration of the TRL or Transformers trainer underneath.
 
-The `Trl` markers of the settings do most of it; here is what has no one-to-one field.
+The `Trl` markers of the settings give most of it; here is what has no one-to-one field.
 """
 
 import warnings
@@ -25,85 +25,67 @@ SCHEDULERS = {
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
 }
 
-PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # what needs them: its package
-REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # argument: the package it needs
 
-# fields of the trainer's configuration that a setting of another form decides
-OURS = {
-    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "dtype"),
-    **dict.fromkeys(("use_cpu", "no_cuda"), "device"),
-    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "optimizer"),
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "compile"),
-    **dict.fromkeys(("load_best_model_at_end", "save_strategy", "metric_for_best_model"), "save_best_only"),
-    **dict.fromkeys(("eval_strategy", "eval_on_start", "do_eval"), "eval_every"),
-    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "loss_on"),
-    **dict.fromkeys(("chat_template_path", "eos_token"), "chat_template"),
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "datasets"),
-    "model_init_kwargs": "policy_checkpoint",
-    "trust_remote_code": "--trust-remote-code",
-    **dict.fromkeys(("generation_batch_size", "steps_per_generation"), "batch_size"),
-    "truncation_mode": "max_seq_len (rows lose their end)",
+# fields of the trainer's configuration that follow from a setting of another name
+COVERED = {
+    "dtype": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
+    "device": ("use_cpu", "no_cuda"),
+    "optimizer": ("optim", "optim_args", "optim_target_modules"),
+    "compile": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    "save_best_only": ("load_best_model_at_end", "save_strategy", "metric_for_best_model"),
+    "eval_every": ("eval_strategy", "eval_on_start", "do_eval"),
+    "loss_on": ("assistant_only_loss", "completion_only_loss"),
+    "chat_template": ("chat_template_path", "eos_token"),
+    "datasets": ("dataset_text_field", "dataset_kwargs"),
+    "policy_checkpoint": ("model_init_kwargs",),
+    "batch_size": ("generation_batch_size", "steps_per_generation"),
+    "max_seq_len": ("truncation_mode",),
 }
 
 
 def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **fixed: Any) -> C:
-    """Returns the trainer's configuration for these settings on this machine.
+    """Returns the trainer's configuration (a TRL or Transformers class) for these settings on this machine.
 
-    Args:
-        config: the TRL or Transformers configuration class.
-        settings: a training stage's settings.
-        hardware: the probed machine.
-        fixed: what the stage decides itself; `trainer_args` of the settings may override it.
-
-    Raises:
-        SettingsError: `trainer_args` names an unknown field, or one that a setting already covers.
+    The user's `trainer_args` override what the stage fixes, which overrides the settings.
     """
     scheduler, scheduler_kwargs = SCHEDULERS[settings.scheduler]
-    checkpointing = (
-        {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
-    )
+    arguments = {
+        **settings.trainer_arguments(),
+        "lr_scheduler_type": scheduler,
+        "lr_scheduler_kwargs": scheduler_kwargs,
+        "bf16": hardware.dtype == "bf16",
+        "fp16": hardware.dtype == "fp16",
+        "tf32": settings.tf32 if hardware.device == "cuda" else None,
+        "use_cpu": hardware.device == "cpu",
+        "dataloader_pin_memory": hardware.device == "cuda",
+        "save_total_limit": None,  # it would remove whatever is called checkpoint-*
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
+        "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
+        "logging_first_step": True,
+    }
+    if settings.gradient_checkpointing:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if REMOTE_CODE in signature(config).parameters:
+        arguments[REMOTE_CODE] = remote_code_allowed()
     with warnings.catch_warnings():
         # the new name of `gradient_checkpointing` is not known to the older versions that are supported
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with trying(settings, config.__name__):
-            return config(
-                **{
-                    **settings.trainer_arguments(),
-                    "lr_scheduler_type": scheduler,
-                    "lr_scheduler_kwargs": scheduler_kwargs,
-                    "bf16": hardware.dtype == "bf16",
-                    "fp16": hardware.dtype == "fp16",
-                    "tf32": settings.tf32 if hardware.device == "cuda" else None,
-                    "use_cpu": hardware.device == "cpu",
-                    "dataloader_pin_memory": hardware.device == "cuda",
-                    "save_total_limit": None,  # it would remove whatever is called checkpoint-*
-                    "report_to": "none",
-                    "disable_tqdm": True,
-                    "ddp_find_unused_parameters": False,  # every parameter takes part in every step
-                    "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
-                    "logging_first_step": True,
-                    **({REMOTE_CODE: remote_code_allowed()} if REMOTE_CODE in signature(config).parameters else {}),
-                    **checkpointing,
-                    **fixed,
-                    **checked_trainer_args(config, settings),
-                }
-            )
+        with blame_trainer_args(settings, config.__name__):
+            return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
 
 
-def trying(settings: Settings, what: str) -> AbstractContextManager[None]:
-    """Returns the context in which a library first takes the user's `trainer_args`, which then are what is wrong."""
-    asked = settings.trainer_args
-    return reading(f"trainer_args = {show(asked)}", what) if asked else nullcontext()
+def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[None]:
+    """Returns a context that blames the user's `trainer_args`, where there are any, for whatever a library raises."""
+    arguments = settings.trainer_args
+    return reading(f"trainer_args = {show(arguments)}", what) if arguments else nullcontext()
 
 
 def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
-    """Returns when the trainer evaluates; `Rhythm` decides when it saves.
-
-    Args:
-        settings: with `eval_every` and `save_best_only`.
-        evaluates: whether there is validation data.
-    """
-    # `Rhythm` asks for saves itself; load_best_model_at_end wants a multiple of the evaluations' steps all the same
+    """Returns when the trainer evaluates; `SaveSchedule` decides when it saves."""
+    # load_best_model_at_end requires save_steps to be a multiple of eval_steps, although no save follows from them
     never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
     if not evaluates:
         return {**never, "eval_strategy": "no"}
@@ -119,24 +101,20 @@ def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
 
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
-    covered = {name: setting.key for name, setting in spellings_of(type(settings)).items()}
-    ours = {name: word for name, word in OURS.items() if word.split()[0] in covered or word.startswith("--")}
-    covered = {**ours, **covered}
+    spellings = spellings_of(type(settings))
+    keys = {field: key for key, names in COVERED.items() if key in spellings for field in names}
+    keys |= {"trust_remote_code": "--trust-remote-code"} | {name: setting.key for name, setting in spellings.items()}
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     problems = []
     for name in settings.trainer_args:
-        if name in covered:
-            problems.append(f"trainer_args.{name}: set '{covered[name]}' instead, which is this option's name here")
+        if name in keys:
+            problems.append(f"trainer_args.{name}: set '{keys[name]}' instead, the setting that decides it")
         elif name not in known:
             problems.append(f"trainer_args.{name}: {config.__name__} has no such field{did_you_mean(name, known)}")
     if problems:
         raise SettingsError(problems)
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
-    reporters = settings.trainer_args.get("report_to") or []
-    needed = [("report_to", name) for name in ([reporters] if isinstance(reporters, str) else reporters)]
-    needed = [(key, name) for key, name in needed if name in REPORTERS]
-    needed += [(key, package) for key, package in PACKAGES.items() if settings.trainer_args.get(key)]
-    for key, package in needed:
-        if find_spec(package) is None:
-            raise UserError(f"trainer_args.{key}: it needs {package}, which is not installed")
+    for name, package in PACKAGES.items():  # late, the libraries' own complaint breaks whatever is loaded next
+        if settings.trainer_args.get(name) and find_spec(package) is None:
+            raise UserError(f"trainer_args.{name}: it needs {package}, which is not installed")
     return settings.trainer_args

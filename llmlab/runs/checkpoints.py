@@ -1,17 +1,17 @@
-"""Checkpoint folders inside a run folder: which are whole, which is the last, how the final weights get their place.
+"""What lies in a run folder: checkpoints, complete or marked as incomplete, and files that are moved in when complete.
 
-The trainer fills them.  One that is being written holds `INCOMPLETE` from before its first file until after its last
-one, those of every process and callback included, so that a kill at any moment leaves no doubt.
+A checkpoint holds `INCOMPLETE` from before its first file until all processes and callbacks have written theirs, and
+is moved away before it is deleted: after a kill at any moment, what looks complete is.
 """
 
 import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llmlab.runs.lock import locked
 from llmlab.runs.record import RECORD
@@ -22,15 +22,15 @@ from llmlab.settings.paths import LOCK, check_free
 
 STATE = "trainer_state.json"
 INCOMPLETE = ".incomplete"
-REMOVED = ".removed-"  # a checkpoint gets this prefix in one rename, before its files go one by one
-SAVING = ".saving-"
+TEMPORARY = ".saving-"  # prefix of folders whose contents are about to be moved out, or to be deleted
 SUPERSEDED = "superseded"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Returns the whole checkpoints of a run folder, earliest step first."""
-    found = [path for path in run.glob("checkpoint-*") if step_of(path) is not None and _is_whole(path)]
-    return sorted(found, key=lambda path: step_of(path) or 0)
+    """Returns the complete checkpoints of a run folder, earliest step first."""
+    found = [path.parent for path in run.glob(f"checkpoint-*/{STATE}") if path.is_file()]
+    complete = [path for path in found if step_of(path) is not None and not (path / INCOMPLETE).exists()]
+    return sorted(complete, key=lambda path: step_of(path) or 0)
 
 
 def find_run(resume: str | Path) -> tuple[Path, Path | None]:
@@ -41,13 +41,13 @@ def find_run(resume: str | Path) -> tuple[Path, Path | None]:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Returns the step in a checkpoint's name, or None where the trainer gives no such name."""
+    """Returns the step in a checkpoint's name, or None for a name that the trainer would not give."""
     match = re.fullmatch("checkpoint-(0|[1-9][0-9]*)", checkpoint.name)
     return int(match[1]) if match else None
 
 
 def saved_step(checkpoint: Path) -> int:
-    """Returns the number of optimizer updates behind a checkpoint."""
+    """Returns the number of optimizer updates that a checkpoint records."""
     step = read_json(checkpoint / STATE).get("global_step")
     if not isinstance(step, int) or step < 0:
         raise UserError(f"{checkpoint / STATE}: global_step = {step}: expected a number of steps")
@@ -55,7 +55,7 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def begin(checkpoint: Path) -> None:
-    """Marks a checkpoint as incomplete before anything is written into it; an earlier one of that step goes."""
+    """Makes a checkpoint folder that is marked as incomplete, in place of an earlier one of that step."""
     if checkpoint.exists():
         _remove(checkpoint)
     checkpoint.mkdir(parents=True)
@@ -63,18 +63,14 @@ def begin(checkpoint: Path) -> None:
 
 
 def complete(checkpoint: Path) -> None:
-    """Declares a checkpoint whole."""
+    """Removes the mark that `begin` left."""
     (checkpoint / INCOMPLETE).unlink(missing_ok=True)
 
 
 def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None = None) -> None:
-    """Removes all checkpoints but the last and so many of the best; the trainer's own rotation keeps the newest.
+    """Removes all checkpoints but the last, the `keep` highest by `scores` (step -> value), and `best`.
 
-    Args:
-        run: the run folder.
-        keep: how many of the best.
-        scores: step -> value on the validation data, larger is better; those without one are worse, the newest first.
-        best: the checkpoint that the run will end with.
+    Those without a finite score rank lowest, newest first.  The trainer's own rotation would keep the newest.
     """
 
     def rank(path: Path) -> tuple[bool, float]:
@@ -90,79 +86,60 @@ def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None =
 
 
 def supersede(run: Path, step: int) -> list[Path]:
-    """Sets aside the checkpoints past a step from which the run goes another way, and returns them."""
+    """Moves the checkpoints after a step, which a run resumed there would overwrite, into `superseded/`."""
     later = [path for path in checkpoints(run) if (step_of(path) or 0) > step]
     for path in later:
-        kept = run / SUPERSEDED / path.name
-        kept.parent.mkdir(exist_ok=True)
-        if kept.exists():
-            shutil.rmtree(kept)
-        os.replace(path, kept)
+        target = run / SUPERSEDED / path.name
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(path, target)
     return later
 
 
 def remove_partial(run: Path) -> list[Path]:
-    """Removes what a run was writing or removing when it was cut off, and returns it."""
-    partial = [path.parent for path in run.glob(f"checkpoint-*/{INCOMPLETE}")]
-    partial += [*run.glob(f"{REMOVED}checkpoint-*"), *run.glob(f"{SAVING}*")]
+    """Removes and returns the folders that a killed run was writing or deleting."""
+    partial = [*(path.parent for path in run.glob(f"checkpoint-*/{INCOMPLETE}")), *run.glob(f"{TEMPORARY}*")]
     for path in partial:
         shutil.rmtree(path)
     return partial
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / STATE).is_file() and not (checkpoint / INCOMPLETE).exists()
-
-
 def _remove(checkpoint: Path) -> None:
-    removed = checkpoint.with_name(REMOVED + checkpoint.name)
-    if removed.exists():
-        shutil.rmtree(removed)
-    os.replace(checkpoint, removed)  # half removed, it could look whole
-    shutil.rmtree(removed)
+    with TemporaryDirectory(dir=checkpoint.parent, prefix=TEMPORARY) as temporary:
+        os.replace(checkpoint, Path(temporary) / checkpoint.name)  # half deleted in place, it could look complete
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill, then moves what is in it into the run folder, one rename each."""
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=SAVING))
-    try:
-        yield temporary
-        for path in sorted(temporary.iterdir()):
+    """Yields a temporary folder to fill, then moves its contents into the run folder, one rename each."""
+    with TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            target = folder / path.name
             if path.is_dir() and not any(path.iterdir()):
-                continue  # of a process that writes nothing itself
-            if path.is_dir() and (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)  # only files are replaced in one rename
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary)
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary folder, then moves what is in it into the run folder."""
-    with staged(folder) as temporary:
-        write(temporary)
+                continue  # from a process that writes nothing itself
+            if path.is_dir() and target.is_dir():
+                shutil.rmtree(target)  # a rename replaces files only
+            os.replace(path, target)
 
 
 @contextmanager
 def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
-    """Holds a run folder against other runs; folders that were made for it and stay empty are removed again.
+    """Holds a run folder against other processes, empty unless `resume`, and makes it and its parents where missing.
 
-    Meanwhile SIGTERM and SIGHUP end what is going on as Ctrl+C does.
-
-    Raises:
-        UserError: it holds something already, another run is writing into it, or it cannot be written.
+    Those that are still empty at the end are removed.  Meanwhile SIGTERM and SIGHUP stop the program as Ctrl+C does.
     """
     path = Path(folder)
-    with ExitStack() as held:
-        held.enter_context(handle_signals(interrupt))
+    with ExitStack() as stack:
+        stack.enter_context(handle_signals(interrupt))
         try:
             if not resume and not (path / LOCK).exists():
                 check_free(path)  # before anything is written
-            for place in (*reversed(path.parents), path):  # removed from the innermost
-                if not place.exists():
-                    held.callback(_remove_empty, place)
-            held.enter_context(locked(path))
+            for parent in (*reversed(path.parents), path):  # removed in reverse, the innermost first
+                if not parent.exists():
+                    stack.callback(_remove_if_empty, parent)
+            stack.enter_context(locked(path))
         except OSError as error:
             raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
         if not resume:
@@ -170,6 +147,6 @@ def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
         yield path
 
 
-def _remove_empty(place: Path) -> None:
-    with suppress(OSError):  # it holds a run now
-        place.rmdir()
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -22,7 +22,7 @@ Status = Literal["running", "finished", "interrupted", "diverged", "failed", "di
 KEY_METRICS = {  # headline metrics of stages in order of preference; other stages use their losses
     "tokenizer": ("vocab_size",),
     "merge": ("max_difference",),
-    "generate": ("completions",),
+    "sample": ("completions",),
     "ppo": ("eval_reward", "reward"),
     "grpo": ("eval_reward", "reward"),
 }

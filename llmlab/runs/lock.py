@@ -1,6 +1,6 @@
-"""One run a folder: a lock that lives as long as its process, on this machine or another that shares the disk.
+"""One process per run folder: a lock that the system releases when its process ends, also on shared disks.
 
-What a folder may hold before a run begins is `checkpoints.claim`'s business.
+Whether the folder may hold something already is checked by `checkpoints.claim`.
 """
 
 import errno
@@ -16,32 +16,28 @@ from llmlab.settings.paths import LOCK
 
 try:
     import fcntl
-except ImportError:  # Windows has none: two runs in one folder are not noticed there
+except ImportError:  # Windows has none: two runs in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
-ATTEMPTS = 100  # to lock a file that other runs keep removing
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # a file system that cannot, as some network disks
+ATTEMPTS = 100  # other processes may remove the file between opening and locking it
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems without locks, as some network disks
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder where it is missing, and holds it against other processes; forked ones inherit no lock.
-
-    Raises:
-        UserError: another process holds it.
-        OSError: it cannot be written.
-    """
+    """Makes the folder where it is missing and holds it against other processes; forked ones inherit no lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     with _lock(folder) as handle:
         try:
+            handle.truncate(0)  # a killed process left its name
             handle.write(f"{os.getpid()} on {platform.node()}")
             handle.flush()
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)  # still locked: whoever opened it meanwhile looks again
+            (folder / LOCK).unlink(missing_ok=True)  # while locked: a process that has it open tries again
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -51,14 +47,13 @@ def _lock(folder: Path) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # a run that was refused has just removed the folder
+        except FileNotFoundError:  # the lock's last owner has just removed the folder
             continue
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
-                handle.truncate(0)  # a dead process left its name
                 return handle
-        except FileNotFoundError:  # its owner has just removed it
+        except FileNotFoundError:  # its last owner has just removed it
             pass
         except OSError as error:
             if error.errno in NO_LOCKS:
@@ -67,7 +62,6 @@ def _lock(folder: Path) -> IO[str]:
                 raise
             handle.seek(0)
             owner = handle.read().strip()
-            handle.close()
             raise UserError(
                 f"{folder}: another run{f' (process {owner})' if owner else ''} is writing into this folder; "
                 "wait for it, stop it, or choose another folder"

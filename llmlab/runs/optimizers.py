@@ -1,36 +1,38 @@
-"""What every trainer of llmlab's shares, whatever its loss: optimizers, finite numbers, and evaluation and checkpoints
-that leave no trace in training.
+"""What every trainer shares, whatever its loss: llmlab's optimizers, an end at the first number that is not finite,
+evaluation that leaves the random states alone, and checkpoints marked as incomplete while they are written.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, set_seed
 
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import SwitchableOptimizer
-from llmlab.runs.arguments import trying
-from llmlab.runs.divergence import FiniteNumbers
-from llmlab.settings.errors import UserError
+from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
+from llmlab.runs.arguments import blame_trainer_args
+from llmlab.settings.base import spellings_of
+from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
+LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
-class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
-    """Mixin for a trainer of Transformers' or TRL's; rate, decay and seed are those of the trainer's arguments.
 
-    Args:
-        settings: the stage's settings, which name the optimizer.
-        load_optimizer: when resuming, whether to restore the optimizer's state.
-        kwargs: of the trainer.
+class StageTrainer(GradientNorms, ResumableCheckpoint):
+    """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
 
-    With `has_all_steps` it takes no step: what it resumes from has them all, and only the end of training is left.
+    Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
+    checkpoint has them all, and only the end of training is left.
     """
 
     has_all_steps = False
@@ -38,19 +40,24 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
         self.load_optimizer = load_optimizer
-        with trying(settings, "arguments of the trainer"):
+        with blame_trainer_args(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
-        self.estimate_from: Any = None  # the coming step's first batch, where an estimate is due
+        self.estimate_from: Any = None  # the coming step's first batch, where a Hessian estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.weights_are_finite():
+            source = spellings_of(type(self.settings))["policy_checkpoint"]
+            first = next(name for name, p in self.model.named_parameters() if not p.isfinite().all())
+            raise UserError(
+                f"{source.key} = {source.of(self.settings)}: its weights are not finite (the first is in {first}); "
+                "start from another checkpoint"
+            )
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
-        except (TypeError, ValueError, ImportError) as error:
-            if isinstance(error, UserError) or not self.settings.trainer_args:
-                raise
-            with trying(self.settings, "arguments of the trainer"):
+        except (TypeError, ValueError, ImportError):
+            with blame_trainer_args(self.settings, "arguments of the trainer"):
                 raise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -60,8 +67,8 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with random_states_kept(self.args.device):
-            set_seed(self.args.seed + self.args.process_index)  # equal weights are scored alike at every step
+        with restore_random_states(self.args.device):
+            set_seed(self.args.seed + self.args.process_index)  # equal weights get equal scores at every step
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -74,42 +81,79 @@ class OurOptimizers(FiniteNumbers, SwitchableOptimizer):
         return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and output_dir is not None:  # the first that is written of a checkpoint
+        self.check_weights()
+        if _internal_call and output_dir is not None:  # the first file of a checkpoint
             if self.args.should_save:
                 checkpoints.begin(Path(output_dir))
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
+    def on_nonfinite_gradients(self, norm: float) -> None:
+        scaler = self.accelerator.scaler
+        if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
+            return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
+        raise self.diverged("gradient norm", norm)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]  # first, so that the record has the line
+        for name, words in LOSSES.items():
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise self.diverged(words, logs[name])
+
+    def check_weights(self) -> None:
+        """Raises `Diverged` where a weight is not finite; every process must call it."""
+        if not self.weights_are_finite():
+            raise self.diverged("norm of the weights", math.inf)
+
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Returns, on every process alike, whether the norm of the weights is finite."""
+        norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
+        return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
+
+    def diverged(self, what: str, value: float) -> Diverged:
+        """Returns the error for a number that is not finite."""
+        rate = spellings_of(type(self.settings))["learning_rate"]
+        return Diverged(
+            f"step {self.state.global_step}: the {what} is {value}: the run diverged and saved nothing of it; "
+            f"lower {rate.key} = {rate.of(self.settings):g}, warm up longer or clip gradients more"
+        )
+
     def estimate(self) -> None:
-        """Runs Sophia's estimate where one is due."""
+        """Runs Sophia's Hessian estimate where one is due."""
         if self.estimate_from is not None:
             inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
             estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
 
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Returns what the model is shown for Sophia's estimate, of a batch as it comes from the data."""
+        """Returns the model inputs for Sophia's Hessian estimate from a batch of the data loader."""
         return self._prepare_inputs(batch)
 
     predict = staticmethod(next_token_logits)
-    """The choices whose likelihood the loss is about."""
+    """The logits of the choices that the loss scores, (choices, alternatives)."""
 
 
+@dataclass(eq=False)
 class EstimateFirst(TrainerCallback):
-    """Runs a trainer's estimate before a step's micro-batches, of which processes hear only at the last one.
+    """Runs a trainer's Hessian estimate before a step's micro-batches, while gradients are empty.
 
     By then a resumed run has its random states back, which online trainers sample with.
     """
 
-    def __init__(self, trainer: OurOptimizers):
-        self.trainer = trainer
+    trainer: StageTrainer
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.estimate()
 
 
+def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+
+
 @contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Puts the random states of Python, NumPy, torch and the device back to what they were."""
+def restore_random_states(device: torch.device) -> Iterator[None]:
+    """Restores the random states of Python, NumPy, torch and the device afterwards."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_state = on_device and on_device.get_rng_state()

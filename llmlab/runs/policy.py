@@ -1,10 +1,13 @@
-"""The model that a stage after pretraining starts from: whole or with adapters, its tokenizer and its chat template.
+"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template.
 
-What it is trained on, and how, is each stage's own business.
+Data and losses are the stages'.
 """
 
+import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -15,14 +18,14 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import Adapter, check_folder, fit_vocabulary, load_model, read_adapter
-from llmlab.runs._trl import show_head_bias
-from llmlab.runs.progress import human
+from llmlab.model import fit_vocabulary, load_model, read_adapter
+from llmlab.runs._trl import expose_head_bias
+from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
 
-OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configuration's field
+LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -34,21 +37,13 @@ OF_AN_ADAPTER = {  # settings that an adapter folder has decided: its configurat
 
 @dataclass(frozen=True)
 class Policy:
-    """A model ready to be trained.
-
-    Attributes:
-        model: in training form, with adapters where there are any.
-        tokenizer: with a chat template.
-        parents: the folder or hub id it comes from, and the base of an adapter.
-        stops: ids at which it stops.
-        new_tokens: tokens that were added for the chat template.
-    """
+    """A model ready to be trained, and its tokenizer with a chat template."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    parents: list[str]
-    stops: tuple[int, ...]
-    new_tokens: list[str]
+    parents: list[str]  # the folder or hub id it comes from, and the base model of an adapter
+    stops: tuple[int, ...]  # token ids that end generation
+    new_tokens: list[str]  # added for the chat template
 
     @property
     def continues_adapter(self) -> bool:
@@ -56,17 +51,18 @@ class Policy:
         return isinstance(self.model, PeftModel) and len(self.parents) > 1
 
     def new_adapters(self, settings: LoraSettings) -> LoraConfig | None:
-        """Returns what a trainer shall attach; None where adapters are not wanted, or there already."""
+        """Returns the LoraConfig for the trainer to attach; None without LoRA or when the adapters are already
+        attached."""
         if not settings.use_lora or isinstance(self.model, PeftModel):
             return None
         return lora_config(self.model, settings, self.tokenizer.convert_tokens_to_ids(self.new_tokens))
 
-    def fit(self, length: int) -> int:
-        """Returns a length in tokens, or the model's context where that is shorter."""
+    def cap_length(self, length: int) -> int:
+        """Caps a length in tokens at the model's context length."""
         return min(length, context_length(self.model) or length)
 
     def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
-        """Returns the lines about it for the plan of a run; `model` is it with adapters attached since."""
+        """Returns the plan's rows about the model; pass the trainer's model, which may have adapters attached."""
         model = model or self.model
         trainable, total = trainable_share(model)
         rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
@@ -84,27 +80,15 @@ class Policy:
 def load_policy(
     source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None, attach: bool = True
 ) -> Policy:
-    """Loads what a stage trains.
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters.
 
-    Whole models are held in fp32 and trained under autocast; under adapters the frozen weights stay in the arithmetic
-    of the run.  An adapter folder brings its base, and its adapter is trained further.
-
-    Args:
-        source: a run folder or a hub id, of a whole model or of LoRA adapters.
-        settings: whether and how adapters are attached.
-        hardware: where it will run.
-        chat_template: as in `add_chat_template`.
-        attach: whether to attach new adapters; without, only the model for them is made ready.
-
-    Raises:
-        UserError: there is no such model, a preset matches nothing in it, the LoRA settings contradict the adapter, or
-            the device cannot hold 4-bit weights.
+    Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
+    The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
     """
-    check_folder(source)
-    adapter = read_lora(source)
+    adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
-    quantization = quantization_of(settings, hardware)
+    quantization = quantization_config(settings, hardware)
     frozen = adapter is not None or settings.use_lora
     options = {
         "dtype": hardware.torch_dtype if frozen else torch.float32,
@@ -122,8 +106,8 @@ def load_policy(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"{source}: its tokenizer names no eos token: is its tokenizer_config.json missing?")
-    stops = stop_at(model, tokenizer)
+        raise UserError(f"{source}: its tokenizer has no eos token: is its tokenizer_config.json missing?")
+    stops = set_stop_tokens(model, tokenizer)
     if quantization is not None:
         model = prepare_quantized(model)
     if adapter is not None:
@@ -132,25 +116,42 @@ def load_policy(
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))
     if isinstance(model, PeftModel):
-        show_head_bias(model)
+        expose_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
 
-def read_lora(source: str) -> Adapter | None:
-    """Returns LoRA adapters, or None where the source is a whole model.
+def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | None, str]:
+    """Returns the frozen reference model and its description; None when the policy with its adapters disabled is the
+    reference."""
+    named = settings.reference_checkpoint
+    same = [named is not None and os.path.abspath(named) == os.path.abspath(parent) for parent in policy.parents]
+    if named is None or same[0]:
+        if policy.continues_adapter:
+            return None, "a frozen copy of the initial adapters"
+        if settings.use_lora:
+            return None, "the policy with its adapters disabled"
+        return copy.deepcopy(policy.model), "a frozen copy of the initial policy"
+    if policy.continues_adapter and same[1]:
+        raise UserError(
+            f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
+            "there; leave it out (the adapters of the first step), or merge them first: llmlab merge"
+        )
+    tokenizer = load_tokenizer(named)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"reference_checkpoint = {named}: it has another vocabulary ({len(tokenizer):,} tokens) than the policy "
+            f"({len(policy.tokenizer):,}), so their probabilities cannot be compared"
+        )
+    dtype = next(policy.model.parameters()).dtype if settings.use_lora else torch.float32
+    with quiet_libraries():
+        reference = load_model(named, dtype=dtype)
+    fit_vocabulary(reference, policy.tokenizer)
+    return reference, named
 
-    Raises:
-        UserError: the adapter is of another kind, or its configuration is damaged.
-    """
-    adapter = read_adapter(source)
-    if adapter is not None and adapter.config.peft_type != "LORA":
-        raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
-    return adapter
 
-
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Lets the model's saved generation settings stop at the end of a turn too, and returns all ids it stops at."""
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Adds the end-of-turn token to the generation config's eos ids, and returns all of them."""
     config = model.generation_config
     known = config.eos_token_id
     known = known if isinstance(known, list) else [known]
@@ -160,12 +161,8 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return stops
 
 
-def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns how frozen weights are kept in 4 bits, or None where they are not.
-
-    Raises:
-        UserError: this machine cannot.
-    """
+def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+    """Returns the bitsandbytes config for QLoRA, or None."""
     if not settings.use_qlora:
         return None
     check_quantization(hardware)
@@ -178,7 +175,7 @@ def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesC
 
 
 def check_quantization(hardware: Hardware) -> None:
-    """Raises UserError where weights cannot be kept in 4 bits."""
+    """Checks that this device can load 4-bit weights."""
     try:
         import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
     except ImportError:
@@ -188,13 +185,13 @@ def check_quantization(hardware: Hardware) -> None:
 
 
 def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model of 4-bit weights ready for adapters: these frozen, the rest in fp32."""
-    keep_packing(model)
-    # the trainer turns checkpointing on itself where it is wanted
+    """Prepares a 4-bit model for LoRA: base weights frozen, other parameters in fp32."""
+    keep_quantized_layout(model)
+    # Trainer enables gradient checkpointing itself
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def keep_packing(model: PreTrainedModel) -> None:
+def keep_quantized_layout(model: PreTrainedModel) -> None:
     """Keeps evaluation on CPUs from repacking 4-bit weights, which rounds their scales in the middle of a run."""
     from bitsandbytes.nn import Linear4bit
 
@@ -204,9 +201,9 @@ def keep_packing(model: PreTrainedModel) -> None:
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
-    """Refuses LoRA settings that say something else than the adapter to go on with."""
+    """Checks that the LoRA settings agree with the adapter that is trained further."""
     for setting in fields_of(type(settings)):
-        field = OF_AN_ADAPTER.get(setting.name)
+        field = LORA_FIELDS.get(setting.name)
         value = setting.of(settings)
         if field is not None and value not in (setting.default, getattr(adapter, field)):
             raise UserError(

@@ -120,6 +120,16 @@ class RunRecord:
         write_atomically(self.folder / RECORD, _json(self.values, indent=2) + "\n")
 
 
+def record_result(
+    folder: Path, *, stage: str, resolved: Any, parents: list[str], metrics: dict[str, float], **results: Any
+) -> RunResult:
+    """Writes the record of a finished stage that has no steps."""
+    values = {"settings": resolved.settings.recorded(), "sources": resolved.sources}
+    record = RunRecord(folder, stage=stage, parents=parents, hardware={}, **values)
+    record.finish("finished", metrics=metrics, **results)
+    return RunResult(folder, metrics)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns a run folder's record, or an empty mapping where there is none (a plain Transformers folder)."""
     path = folder / RECORD

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed; the order of the data and the shape of the weights hang on the rest."""
+"""What a run resumes from: an undamaged checkpoint, with settings and data files that continue the same training."""
 
 import hashlib
 from pathlib import Path
@@ -18,63 +18,49 @@ from llmlab.settings.errors import SettingsError, UserError, reading
 from llmlab.settings.files import Layer, check_types, read_json
 from llmlab.settings.sources import resolve
 
-HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by their sizes and times
+HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
-def check_whole(checkpoint: Path) -> None:
-    """Raises UserError for a checkpoint whose files are damaged, before a run that would fail over them begins."""
+def check_undamaged(checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint with damaged files, before the run that would fail over them begins."""
     state = read_json(checkpoint / checkpoints.STATE)
-    # what the trainer relies on, which its annotations are looser or stricter than
-    relied = {"stateful_callbacks": dict[str, dict[str, Any]], "train_batch_size": int}
-    types = get_type_hints(TrainerState) | relied | {"log_history": list[dict[str, Any]]}
-    check_types(checkpoint / checkpoints.STATE, dict.fromkeys(relied) | state, types)
-    for path in sorted(checkpoint.glob("*.json")):
-        if path.name != "tokenizer.json":  # large, and not the trainer's
+    # the trainer relies on these, and its annotations are looser or stricter
+    required = {"stateful_callbacks": dict[str, dict[str, Any]], "train_batch_size": int}
+    types = get_type_hints(TrainerState) | required | {"log_history": list[dict[str, Any]]}
+    check_types(checkpoint / checkpoints.STATE, dict.fromkeys(required) | state, types)
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".json" and path.name != "tokenizer.json":  # large, and not the trainer's
             read_json(path)
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with reading(path, "weights"), safe_open(path, "pt"):
-            pass
-    for path in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
-        with reading(path, "a file of torch"), safe_globals():
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        elif path.suffix == ".safetensors":
+            with reading(path, "weights"), safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".pt" or path.match("rng_state*.pth"):
+            with reading(path, "a file of torch"), safe_globals():
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
-    """Returns size, time and, where all data are small enough, the hash of each local data file."""
-    found = [
-        file for source in (*settings.datasets, *(settings.validation_datasets or ())) for file in files_of(source)
-    ]
-    hashed = sum(file.stat().st_size for file in found) <= HASHED_BYTES
-    identities = {}
-    for file in found:
-        about = file.stat()
-        identities[str(file)] = {"bytes": about.st_size, "modified": about.st_mtime_ns}
-        if hashed:
-            identities[str(file)]["hash"] = _hash(file)
-    return identities
+    """Returns what identifies each local data file: its size and its hash, or its time where they are too large."""
+    sources = (*settings.datasets, *(settings.validation_datasets or ()))
+    stats = {file: file.stat() for source in sources for file in files_of(source)}
+    hashed = sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES
+    return {
+        str(file): {"bytes": stat.st_size, **({"hash": _hash(file)} if hashed else {"modified": stat.st_mtime_ns})}
+        for file, stat in stats.items()
+    }
 
 
 def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool) -> list[str]:
-    """Returns what is to be said of data files that are not what they were when the run began.
-
-    Raises:
-        SettingsError: there are such files, and nobody allowed them.
-    """
+    """Returns a note for each data file that changed since the run began, or raises them all."""
     before = read_record(run).get("data_files", now)
     notes = []
     for name in sorted({*before, *now}):
-        if name not in now or name not in before:
-            notes.append(f"{name}: this data file is {'gone' if name in before else 'new'} since the run began")
-        elif any(before[name].get(key) != now[name][key] for key in _compared(before[name], now[name])):
-            notes.append(f"{name}: this data file changed since the run began")
+        if before.get(name) != now.get(name):
+            change = "is gone" if name not in now else "changed" if name in before else "is new"
+            notes.append(f"{name}: this data file {change} since the run began")
     if notes and not allow_changed:
-        raise SettingsError([f"{note}; --allow-changed-data goes on with it as it is" for note in notes])
+        raise SettingsError([f"{note}; --allow-changed-data resumes all the same" for note in notes])
     return notes
-
-
-def _compared(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
-    """Returns what tells whether a file changed: its time only where it was too large to be read."""
-    return "bytes", "hash" if "hash" in before and "hash" in now else "modified"
 
 
 def _hash(file: Path) -> str:
@@ -86,48 +72,43 @@ def _hash(file: Path) -> str:
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
-    """Returns the checkpoint to go on from, after checking that these settings can; None is the first step.
+    """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
 
-    Args:
-        run: the run folder.
-        settings: the settings of the resumed run.
-        load_optimizer: False allows another optimizer and other values of its settings.
-        chosen: the checkpoint that the user names; None is the last.
-
-    Raises:
-        SettingsError: every setting that changed and must not.
-        UserError: there is no such checkpoint, or nothing is left to do.
+    Settings that decide the data or the model must be those of the record; those of the optimizer too, unless its
+    state is not loaded.
     """
     record = read_record(run)
     before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
     problems = []
     for setting in fields_of(type(settings)):
-        if setting.resume in (Resume.FREE, Resume.LOCAL) or setting.of(before) == setting.of(settings):
-            continue
         of_optimizer = setting.resume is Resume.NEW_OPTIMIZER
-        if of_optimizer and not load_optimizer:
-            continue
-        hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
-        problems.append(
-            f"{setting.key} = {show(setting.of(settings))}: the run to resume has {show(setting.of(before))}, "
-            f"and this cannot change on the way{hint}"
-        )
+        free = setting.resume in (Resume.FREE, Resume.LOCAL) or (of_optimizer and not load_optimizer)
+        if not free and setting.of(before) != setting.of(settings):
+            hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
+            problems.append(
+                f"{setting.key} = {show(setting.of(settings))}: the run to resume has {show(setting.of(before))}, "
+                f"which a resumed run cannot change{hint}"
+            )
     if problems:
         raise SettingsError(problems)
-    found = checkpoints.checkpoints(run)
-    if chosen is not None:
-        found = [path for path in found if path.name == chosen.name]
-        if not found:
-            whole = ", ".join(path.name for path in checkpoints.checkpoints(run)) or "none"
-            raise UserError(f"--resume {chosen}: this is no whole checkpoint; expected one of those in {run}: {whole}")
-    if not found:
-        if record.get("status", "finished") == "finished":
-            raise UserError(f"--resume {run}: this run has no whole checkpoint; start it again in another output_dir")
-        return None  # it ended before its first checkpoint
-    checkpoint = found[-1]
-    step, last = checkpoints.saved_step(checkpoint), settings.max_steps  # type: ignore[attr-defined]
-    in_other_units = getattr(settings, "epochs", None) or getattr(settings, "num_episodes", None)
-    # one that was killed between its last checkpoint and its final save has only that to do
-    if not in_other_units and (step > last or (step == last and record.get("status", "finished") == "finished")):
-        raise UserError(f"--resume {run}: it already is at step {step}; give a larger max_steps to extend it")
+    saved = checkpoints.checkpoints(run)
+    if chosen is not None and chosen.name not in [path.name for path in saved]:
+        names = ", ".join(path.name for path in saved) or "none"
+        raise UserError(f"--resume {chosen}: this is no complete checkpoint; expected one of those in {run}: {names}")
+    finished = record.get("status", "finished") == "finished"
+    if not saved:
+        if finished:
+            raise UserError(
+                f"--resume {run}: this run has no complete checkpoint; start it again in another output_dir"
+            )
+        return None
+    checkpoint = run / chosen.name if chosen else saved[-1]
+    if not (getattr(settings, "epochs", None) or getattr(settings, "num_episodes", None)):
+        check_steps_left(run, checkpoints.saved_step(checkpoint), settings.max_steps, finished)  # type: ignore[attr-defined]
     return checkpoint
+
+
+def check_steps_left(run: Path, done: int, steps: int, finished: bool) -> None:
+    """Raises UserError where a run has no step left; one killed before its final save has that to do."""
+    if done > steps or (done == steps and finished):
+        raise UserError(f"--resume {run}: it already is at step {done}; train longer to extend it")

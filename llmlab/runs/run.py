@@ -1,79 +1,192 @@
-"""What the stages after pretraining share around their trainers: where a run starts, how it goes, what it leaves.
+"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves.
 
-A stage makes its policy, its data and its trainer, and hands the trainer over; the loss is never looked at here.
+Stages provide model, data and trainer class; losses and data order live in the trainers.
 """
 
+import inspect
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 from peft import PeftModel
+from rich.console import Console
 from rich.text import Text
 from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
+from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
-from llmlab.runs.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
+from llmlab.runs._trl import expose_head_bias
+from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.failures import check_disk, record_failures
+from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.start import S, Start
+from llmlab.runs.start import S, Start, begin
 from llmlab.settings.base import spellings_of
-from llmlab.settings.trust import destinations
+from llmlab.settings.sources import Resolved, as_resolved
+from llmlab.settings.trust import destinations, takes_trust
 
 BEST_ADAPTERS = "best_lora_adapters"
+ARGUMENTS = """
+    Every stage that trains also takes:
+        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
+        load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
+        allow_changed_data: with `resume`, go on although data files changed since the run began.
+        console: where to print; None is the terminal.
+        trust_remote_code: whether code that a model brings along may run; None is as the command line says.
 
-
-class Run(Generic[S]):
-    """One run of a stage, from where it starts to its folder; making it seeds every random state.
-
-    Args:
-        stage: the stage's name.
-        start: what `begin` yields.
+    Raises UserError for what settings, models, data, machine or disk make impossible, Diverged where a loss, gradient
+    or weight is not finite, and KeyboardInterrupt after an interrupted run was saved.
     """
 
-    def __init__(self, stage: str, start: Start[S]):
+
+def training_stage(
+    run_class: type["Run[Any]"] | None = None, *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
+) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
+    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
+
+    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's.
+    """
+
+    def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
+        @wraps(function)
+        def start_run(
+            settings: Any,
+            *,
+            resume: str | Path | None = None,
+            load_optimizer: bool = True,
+            allow_changed_data: bool = False,
+            console: Console | None = None,
+            **options: Any,
+        ) -> RunResult:
+            with begin(
+                prepare(as_resolved(settings)),
+                resume=resume,
+                load_optimizer=load_optimizer,
+                allow_changed_data=allow_changed_data,
+                console=console,
+                make=partial(run_class or Run, function.__name__, load_optimizer),
+            ) as run:
+                return function(run, **options)
+
+        own = list(inspect.signature(function).parameters.values())[1:]
+        common = inspect.signature(start_run, follow_wrapped=False)
+        parameters = [*list(common.parameters.values())[:-1], *own]
+        start_run.__signature__ = common.replace(parameters=parameters)  # type: ignore[attr-defined]
+        start_run.__doc__ = (function.__doc__ or "") + ARGUMENTS
+        return takes_trust(start_run)
+
+    return decorate
+
+
+class Run(Start[S]):
+    """One run of a stage. Constructing it seeds Python, NumPy and torch."""
+
+    def __init__(self, stage: str, load_optimizer: bool, *start: Any, **claimed: Any):
+        super().__init__(*start, **claimed)
         self.stage = stage
-        self.start = start
-        self.resolved = start.resolved
-        self.settings: Any = start.resolved.settings
-        self.hardware, self.process, self.console = start.hardware, start.process, start.console
-        self.folder, self.checkpoint, self.done = start.folder, start.checkpoint, start.done
+        self.load_optimizer = load_optimizer
+        self.settings: Any = self.resolved.settings
         set_seed(self.settings.seed)
 
+    def load_policy(self, *, attach: bool = True) -> Policy:
+        """Loads the policy; with `attach=False` the trainer attaches new adapters."""
+        settings = self.settings
+        with quiet_libraries():
+            return load_policy(
+                settings.policy_checkpoint,
+                settings,
+                self.hardware,
+                chat_template=settings.chat_template,
+                attach=attach,
+            )
+
     def reading(self) -> AbstractContextManager[Any]:
-        """Returns the context that data is read in: its progress shows on terminals alone."""
+        """Returns a context for reading data: progress bars show only on a terminal."""
         return nullcontext() if self.console.is_terminal else quiet_libraries()
 
-    def extent(self, rows_per_step: float) -> dict[str, Any]:
-        """Returns how far sources are read, for `build_rows`: as far as the run needs, resumed as far as it did."""
-        steps = self.settings.max_steps if getattr(self.settings, "epochs", None) is None else None
-        before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
-        return {
-            "rows_needed": None if steps is None else math.ceil(steps * rows_per_step),
-            "rows_before": None if before is None else [source["rows"] for source in before],
-        }
-
-    def callbacks(self, *, evaluates: bool, best_is: str = "loss") -> list[TrainerCallback]:
-        """Makes the callbacks that the trainer is built with; `best_is` as in `Rhythm`."""
+    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int, eval_batches: int) -> Rows:
+        """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
         settings = self.settings
-        self.rhythm = Rhythm(
-            best_only=settings.save_best_only, evaluates=evaluates, save_every=settings.save_every, best_is=best_is
+        steps = settings.max_steps if settings.epochs is None else None
+        before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
+        with self.process.main_process_first(), self.reading():
+            return build_rows(
+                settings,
+                maker,
+                seed=settings.seed,
+                allow_truncated=getattr(settings, "allow_truncated", 0.05),
+                validation_rows=eval_batches * rows_per_batch,
+                max_samples=settings.max_samples,
+                rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
+                rows_before=None if before is None else [source["rows"] for source in before],
+            )
+
+    def make_trainer(
+        self,
+        trainer: type[Trainer],
+        config: type[TrainingArguments],
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Any,
+        *,
+        arguments: dict[str, Any],
+        progress: dict[str, Any] | None = None,
+        best_metric: str = "loss",
+        **options: Any,
+    ) -> Any:
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
+
+        `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
+        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
+        validation `best_metric`, `loss` or `reward`.
+        """
+        settings, evaluates = self.settings, data.validation is not None
+        self.rhythm = SaveSchedule(
+            best_only=settings.save_best_only,
+            evaluates=evaluates,
+            save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
+            best_metric=best_metric,
         )
-        self.progress = ProgressLine(self.console, tokens_per_step=None, flops_per_token=None, peak_flops=None)
-        return [self.rhythm, self.progress]
+        self.progress = ProgressLine(
+            self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
+        )
+        with quiet_libraries():
+            made = trainer(
+                settings=settings,
+                load_optimizer=self.load_optimizer,
+                model=model,
+                args=build_arguments(
+                    config,
+                    settings,
+                    self.hardware,
+                    **{**rhythm_arguments(settings, evaluates=evaluates), **arguments},
+                ),
+                train_dataset=data.train,
+                eval_dataset=data.validation,
+                processing_class=tokenizer,
+                callbacks=[self.rhythm, self.progress],
+                **options,
+            )
+        if isinstance(made.model, PeftModel):
+            expose_head_bias(made.model)
+        return made
 
     def train(
         self,
@@ -83,76 +196,68 @@ class Run(Generic[S]):
         plan: Sequence[tuple[str, str | Text]],
         parents: list[str],
         data: dict[str, Any],
-        callbacks: list[TrainerCallback] | None = None,
-        save: Callable[[Trainer, Path], None] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        compiled: str | None = None,
+        results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains, saves the run folder and returns it with its last metrics.
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
-        Args:
-            trainer: of the stage, with the callbacks from here.
-            steps: optimizer updates in all.
-            plan: lines to print before the first step.
-            parents: run folders or hub ids that the run starts from.
-            data: plain values about the data, for the record.
-            callbacks: further ones, which may add metrics: they come before those that print and record.
-            save: writes the finished model into a folder; None is `save_policy`.
-
-        Raises:
-            UserError: nothing is left to do, or memory or disk ran out.
-            KeyboardInterrupt: after an interrupted run was saved.
+        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
+        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
+        compile decision. `results` are metrics in addition to the trainer's.
         """
-        trainer.has_all_steps = self.start.has_all_steps(steps)
-        compiled = compile_if_worth(
+        trainer.has_all_steps = self.has_all_steps(steps)
+        compiled = compiled or compile_if_worth(
             trainer.model,
             self.settings.compile,
             device_type=self.hardware.device,
             steps=steps - self.done,
             tokens_per_step=self._tokens_per_step(trainer, data),
         )
-        trainer.remove_callback(PrinterCallback)  # the progress line tells the same
-        for callback in callbacks or ():
+        trainer.remove_callback(PrinterCallback)  # the progress line prints the same
+        for callback in callbacks:
             trainer.callback_handler.callbacks.insert(0, callback)
         record = None
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
             record = self._new_record(parents, data)
-            record.start(self.start.resumed_step)
+            record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
-            trainer.add_callback(ScheduleAfterResume(self.done))
+            trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        whole = WholeCheckpoints(trainer, self.settings.save_total_limit)
-        trainer.add_callback(whole)  # the last to be called
+        rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
+        trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
-            sent = destinations(self.settings.trainer_args, self.settings.output_dir)
+            published = destinations(self.settings.trainer_args, self.settings.output_dir)
             title = f"{self.stage}: into {self.folder}"
-            print_plan(self.console, title, [*plan, ("compile", compiled), *sent])
+            print_plan(self.console, title, [*plan, *self.hardware.rows(), ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
-            trainer.check_weights()
-            checkpoints.publish(self.folder, lambda temporary: (save or save_policy)(trainer, temporary))
-        metrics = last_metrics(trainer)
+            with checkpoints.staged(self.folder) as temporary:
+                save_policy(trainer, temporary)
+        metrics = last_metrics(trainer) | (results or {})
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-            whole.rotate(trainer.args, trainer.state)
+            rotation.rotate(trainer.args, trainer.state)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
     def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
-        """Estimates the tokens that this process sees in an update."""
+        """Estimates the tokens per optimizer step on this process."""
         if self.progress.tokens_per_step is not None:
             return self.progress.tokens_per_step / self.process.num_processes
         counted = sum(source["counts"]["tokens"] for source in data["sources"])
-        in_a_row = counted / sum(source["trained_rows"] for source in data["sources"])
-        in_a_row += getattr(self.settings, "max_new_tokens", 0)  # what is sampled comes after the prompt
-        return in_a_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        per_row = counted / sum(source["trained_rows"] for source in data["sources"])
+        per_row += getattr(self.settings, "max_new_tokens", 0)  # a completion comes after the prompt
+        return per_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
     def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         record = RunRecord(
@@ -163,33 +268,42 @@ class Run(Generic[S]):
             parents=parents,
             hardware=self.hardware.record(),
         )
-        record.values |= {"data": data, "data_files": self.start.data_files}
+        record.values |= {"data": data, "data_files": self.data_files}
         return record
 
 
 def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the optimizer updates of a run over so many rows, as the trainer counts them.
-
-    Args:
-        settings: with `epochs` and `max_steps`.
-        rows: training rows of one pass.
-        rows_per_batch: rows of a forward pass on all processes.
-        accumulation: forward passes of an update.
-    """
+    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
     if settings.epochs is None:
         return settings.max_steps
     batches = math.ceil(rows / rows_per_batch)
     return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
 
 
+def step_limit(settings: Any) -> dict[str, int]:
+    """Returns `max_steps=-1`, which lets num_train_epochs decide, when `epochs` is set."""
+    return {} if settings.epochs is None else {"max_steps": -1}
+
+
 def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
-    """Returns the plan's line about optimizer and schedule."""
+    """Returns the plan's row for optimizer and learning-rate schedule."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
-        schedule += " [yellow](as long as the run: the peak is never reached)[/yellow]"
+        schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
     return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+
+
+def describe_steps(settings: Any, steps: int, passes: float, batch: str, *, evaluates: bool) -> list[tuple[str, Any]]:
+    """Returns the plan's rows for steps, batch, evaluation and optimizer."""
+    batches = getattr(settings, "eval_steps", None) or settings.eval_batches
+    return [
+        ("steps", f"{steps:,} ({passes:.2g} epochs over the training rows)"),
+        ("batch", batch),
+        describe_evaluation(settings, batches, evaluates=evaluates),
+        describe_optimizer(settings, steps),
+    ]
 
 
 class BestAdapters(TrainerCallback):
@@ -198,20 +312,22 @@ class BestAdapters(TrainerCallback):
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.folder = trainer, folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
+            with checkpoints.staged(self.folder) as temporary:
+                save_weights(self.trainer, temporary / BEST_ADAPTERS)
 
 
 def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
-    """Returns the plan's line about the rhythm of evaluations and how many batches each takes."""
+    """Returns the plan's row for the evaluation interval and batches per evaluation."""
     if not evaluates:
         return "evaluation", "none: there is no validation data"
     return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """Writes weights or adapters, tokenizer and where generation stops; `best_lora_adapters/` too if nothing did."""
+    """Saves weights or adapters, tokenizer and generation config, and `best_lora_adapters/` if no evaluation has
+    written it."""
     save_weights(trainer, folder)
     best = trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()
     if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel) and not best:
@@ -219,15 +335,15 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """Writes weights or adapters, tokenizer and where generation stops.
+    """Saves weights or adapters, tokenizer and generation config.
 
-    Every process calls it, since each may hold a part of the weights; the main one writes.
+    Call it on every process (weights may be sharded); the main process writes.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_context(model, trainer.processing_class)
     sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     of_checkpoints = sharding and sharding.state_dict_type
-    if sharding:  # else the trainer saves nothing but checkpoints of shards
+    if sharding:  # Trainer would save sharded weights only
         sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
     if sharding:
@@ -236,23 +352,24 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
         return
     (folder / "training_args.bin").unlink(missing_ok=True)
     if isinstance(model, PeftModel):
-        shutil.rmtree(folder / "ref", ignore_errors=True)  # a frozen copy: the reference of a preference loss
-        if model.get_base_model().can_generate():  # a model that scores cannot
+        shutil.rmtree(folder / "ref", ignore_errors=True)  # DPO's frozen reference adapters
+        if model.get_base_model().can_generate():  # sequence-classification models cannot generate
             model.get_base_model().generation_config.save_pretrained(folder)
 
 
 def first_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Returns the metrics on the validation data before the first step; none where that was not asked."""
+    """Returns the validation metrics at step 0, empty without `eval_on_start`."""
     return next((line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; of the validation data those of the weights that were kept."""
+    """Returns the last value of each metric; validation metrics are those of the best checkpoint where it was
+    restored."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_by = trainer.state, trainer.args.metric_for_best_model
+    state, best_metric = trainer.state, trainer.args.metric_for_best_model
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_by in line)
+        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
         metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
     return metrics

@@ -1,6 +1,6 @@
-"""What asks a process to stop: Ctrl+C, SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal).
+"""Signals that ask a process to stop: Ctrl+C, SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal).
 
-When a run stops is decided by who handles them: `callbacks.Rhythm` after the current step.
+When it stops is up to the handler: `callbacks.SaveSchedule` lets the current step finish.
 """
 
 import os
@@ -14,15 +14,12 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGHUP ended the program: its exit code is 128 and the signal's number, as shells report it."""
+    """SIGTERM or SIGHUP ended the program; the exit code is 128 plus the signal's number, as shells report it."""
 
 
 @contextmanager
 def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Calls `handler(number)` for each signal that asks this process to stop.
-
-    After a hangup nothing more is written to the terminal, which is gone.
-    """
+    """Calls `handler(number)` on each stop signal; after a hangup, output to the lost terminal is dropped."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
@@ -36,22 +33,17 @@ def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
             os.close(nowhere)
         handler(number)
 
-    handled = [signal.SIGINT, signal.SIGTERM]
+    signals = [signal.SIGINT, signal.SIGTERM]
     if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # as `nohup` sets it
-        handled.append(HANGUP)
-    before = {number: signal.signal(number, handle) for number in handled}
+        signals.append(HANGUP)
+    earlier = {number: signal.signal(number, handle) for number in signals}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in earlier.items():
+            signal.signal(number, previous)
 
 
 def interrupt(number: int) -> None:
-    """Ends what is going on at once.
-
-    Raises:
-        KeyboardInterrupt: the signal is Ctrl+C's.
-        Interrupted: it is another.
-    """
+    """Raises KeyboardInterrupt for Ctrl+C's signal and `Interrupted` for any other."""
     raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)

@@ -16,7 +16,7 @@ CLASSES = {  # by stage
     "reward": "reward:RewardModelSettings",
     "grpo": "grpo:GRPOSettings",
     "ppo": "ppo:PPOSettings",
-    "generate": "generation:GenerateSettings",
+    "sample": "generation:SampleSettings",
 }
 
 

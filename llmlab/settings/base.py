@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
@@ -53,7 +53,7 @@ class Resume(Enum):
 
 
 def Help(text: str) -> Any:
-    """The help of a named type; fields of a single class have a docstring instead."""
+    """The help of a type that unrelated classes share; all other fields have a docstring."""
     return Field(description=text)
 
 
@@ -61,12 +61,7 @@ class Settings(BaseModel):
     """The base of every settings class: unknown keys are errors, and resolved values never change."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     panel: ClassVar[str] = "Options"
@@ -78,14 +73,18 @@ class Settings(BaseModel):
     inapplicable: ClassVar[dict[str, str]] = {}
     """Keys of the seeds that cannot mean anything here, and why: accepted from a file, with a warning."""
 
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Keys without a field, and the values that describe what the stage does anyway: accepted silently."""
-
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Fields for one quantity in several units; the first follows from the others. The last layer's choice holds."""
 
     relatives: ClassVar[tuple[str, ...]] = ()
     """Classes (`module:name`) whose keys may stand in the same file; those that have no effect here are warned of."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Lets fields that only change a default keep their help."""
+        for name, info in cls.model_fields.items():
+            declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
+            info.description = next((field.description for field in declared if field.description), None)
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
@@ -169,10 +168,7 @@ class Setting:
 
     def of(self, settings: Settings) -> Any:
         """Returns the value that these settings give it."""
-        value: Any = settings
-        for name in self.path:
-            value = getattr(value, name)
-        return value
+        return reduce(getattr, self.path, settings)
 
     def marker(self, kind: type) -> Any:
         return next((mark for mark in self.info.metadata if isinstance(mark, kind)), None)

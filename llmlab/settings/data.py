@@ -77,6 +77,7 @@ class DataSettings(Settings):
     validation_datasets: Annotated[list[DataSource] | None, BeforeValidator(_as_list), Reads("path")] = None
     """Validation data; none holds out a share of each training source."""
     validation_fraction: v.ValidationFraction = 0.01
+    """Share of the rows held out for validation, by hash, unless validation_datasets is set."""
     allow_dropped: Annotated[float, Ge(0), Le(1), Resume.FREE] = 0.05
     """Largest share of unusable rows (empty, not text, unknown form) before the run is refused."""
     num_proc: Annotated[int | None, Gt(0), Le(1024), Alias("dataset_num_proc"), Resume.LOCAL] = None

@@ -26,6 +26,10 @@ class Diverged(UserError):
     exit_code = 4
 
 
+class OfMainProcess(UserError):
+    """What another process of a distributed run already prints: this one ends in silence."""
+
+
 class SettingsError(UserError):
     """All problems of a set of settings at once, each a sentence that starts with its place (`file:line`)."""
 
@@ -43,6 +47,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Returns text that cannot steer a terminal: control characters become visible escapes."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def shorten(text: str, most: int = 60) -> str:
+    """Returns the beginning of a text that is longer than this."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def is_unicode(text: str) -> bool:
@@ -87,4 +96,4 @@ def reason_of(error: BaseException) -> str:
     reason = printable(lines[0].strip().rstrip(".:"))
     if isinstance(error, (KeyError, IndexError)) or not reason:
         reason = f"{type(error).__name__}: {reason}"
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
+    return shorten(reason, LONGEST_REASON)

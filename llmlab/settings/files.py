@@ -18,10 +18,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading, shorten
 
 NAMED_MAPPINGS = ("rewards", "reward_weights")  # settings whose value may be a mapping
-LONGEST_SHOWN = 60  # characters of a value in an error
 DEEPEST = 50  # levels of nesting in a settings file
 MOST = 100_000  # values in it, each alias counted with everything it stands for
 OWN_TAGS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
@@ -68,10 +67,10 @@ class Layer:
 
 
 def read_layer(path: str | Path) -> Layer:
-    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without keys that stand twice."""
+    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without duplicate keys."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path}: this is a device or a pipe; expected a file")
+        raise UserError(f"{path}: not a regular file (a device or a pipe)")
     with reading(path, "settings"):
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -90,7 +89,7 @@ def read_layer(path: str | Path) -> Layer:
     twice = []
     for key, line in places:
         if key in lines:
-            twice.append(f"{path}:{line}: '{key}' stands here again; it was first set on line {lines[key]}")
+            twice.append(f"{path}:{line}: '{key}' is a duplicate key, first set on line {lines[key]}")
         lines.setdefault(key, line)
     if twice:
         raise SettingsError(twice)
@@ -101,7 +100,7 @@ def read_layer(path: str | Path) -> Layer:
 
 def parse_scalar(text: str, key: str = "a value") -> Any:
     """Reads one command-line value as YAML: `1e-4`, `true`, `[a, b]`, `{key: 1}`."""
-    with reading(f"command line: {key} = {text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}"):
+    with reading(f"command line: {key} = {shorten(text)}"):
         try:
             return load_yaml(text)
         except yaml.YAMLError:
@@ -224,9 +223,7 @@ def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, An
             TypeAdapter(types[name]).validate_python(values[name])
         except ValidationError as error:
             expected = error.errors()[0]["msg"].replace("Input should be", "expected")
-            shown = repr(values[name])
-            shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
-            raise UserError(f"{subject}: {name} = {shown}: {expected}") from None
+            raise UserError(f"{subject}: {name} = {shorten(repr(values[name]))}: {expected}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

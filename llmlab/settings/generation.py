@@ -1,8 +1,8 @@
-"""How text is sampled, and the settings of the `generate` stage that writes samples of a model into a run folder."""
+"""How text is sampled, and the settings of the `sample` stage that writes samples of a model into a run folder."""
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, MinLen
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Settings
@@ -16,26 +16,24 @@ class SamplingSettings(Settings):
 
     temperature: Annotated[float, Ge(0)] = 0.7
     """Sampling temperature; 0 is greedy decoding."""
-    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
-    """Nucleus sampling: the smallest set of tokens with this total probability."""
-    top_k: Annotated[int, Ge(0)] = 0
-    """Sample among the k most likely tokens; 0 is all."""
-    max_new_tokens: Annotated[int, Gt(0)] = 256
-    """Longest completion in tokens."""
+    top_p: v.TopP = 0.9
+    top_k: v.TopK = 0
+    max_new_tokens: v.MaxNewTokens = 256
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Above 1, repeated tokens become less likely."""
 
 
-class GenerateSettings(SamplingSettings):
+class SampleSettings(SamplingSettings):
     """Completions of fixed prompts."""
 
-    panel: ClassVar[str] = "Generate"
+    panel: ClassVar[str] = "Sample"
 
     model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")]
     """Run folder or hub id."""
     prompts: Annotated[list[str], MinLen(1)]
-    """Texts to continue, or user messages where the model chats."""
+    """Texts to complete, or user messages for a chat model."""
     num_samples: Annotated[int, Gt(0)] = 1
     """Completions of each prompt."""
     seed: v.Seed = 42
-    output_dir: v.OutputDir = "runs/generate"
+    """Seed of the sampling."""
+    output_dir: v.OutputDir = "runs/sample"

@@ -29,7 +29,6 @@ class GRPOSettings(OnlineSettings):
     """Baseline of the advantages: the mean reward of the group, or of the whole rollout (then also divided by the
     rollout's standard deviation)."""
     target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = 0.1
-    """Target KL divergence to the reference model, in nats per token."""
 
     @property
     def completions_per_prompt(self) -> int:

@@ -21,7 +21,7 @@ class DeviceSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device; auto prefers CUDA, then MPS, then the CPU."""
     dtype: v.Dtype = "auto"
-    """Mixed precision; auto is bf16 where the device supports it, else fp16 on CUDA, else fp32."""
+    """Precision of the computation; auto is bf16 where the device supports it, else fp16 on GPUs and fp32 on CPUs."""
 
 
 class HardwareSettings(DeviceSettings):

@@ -6,7 +6,6 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import model_validator
 
 from llmlab.settings.base import Alias, Settings, When
-from llmlab.settings.vocabulary import conflict
 
 ON = When("use_lora", True)
 
@@ -60,5 +59,5 @@ class LoraSettings(Settings):
     @model_validator(mode="after")
     def check_targets(self) -> "LoraSettings":
         if self.use_lora and self.lora_preset == "custom" and not self.lora_target_modules:
-            raise conflict("lora_preset = custom needs lora_target_modules", "lora_target_modules", "lora_preset")
+            raise ValueError("lora_preset = custom needs lora_target_modules")
         return self

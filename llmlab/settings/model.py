@@ -10,7 +10,6 @@ from pydantic import model_validator
 
 from llmlab.settings.base import Alias, Settings, When
 from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.vocabulary import conflict
 
 YARN = When("positional_encoding", "yarn")
 
@@ -72,33 +71,24 @@ class ModelSettings(Settings):
     def check_heads(self) -> "ModelSettings":
         width, heads, groups = self.d_model, self.n_heads, self.n_kv_heads
         if width % heads:
-            raise conflict(
+            raise ValueError(
                 f"d_model = {width} is not divisible by n_heads = {heads}; "
-                f"the nearest number of heads that divides it is {nearest_divisor(width, heads)}",
-                "d_model",
-                "n_heads",
+                f"the nearest number of heads that divides it is {nearest_divisor(width, heads)}"
             )
         if self.attention_type == "gqa" and heads % groups:
-            raise conflict(
+            raise ValueError(
                 f"n_heads = {heads} is not divisible by n_kv_heads = {groups}; "
-                f"the nearest number of key/value heads that divides it is {nearest_divisor(heads, groups)}",
-                "n_heads",
-                "n_kv_heads",
+                f"the nearest number of key/value heads that divides it is {nearest_divisor(heads, groups)}"
             )
         if self.positional_encoding in ("rope", "yarn") and width // heads % 2:
-            raise conflict(
-                f"{self.positional_encoding} rotates pairs, so d_model / n_heads must be even; "
-                f"{width} / {heads} is {width // heads}",
-                "d_model",
-                "n_heads",
-                "positional_encoding",
+            raise ValueError(
+                f"positional_encoding = {self.positional_encoding} rotates pairs, so d_model / n_heads must be even; "
+                f"{width} / {heads} is {width // heads}"
             )
         original = self.yarn_original_max_seq_len
         if self.positional_encoding == "yarn" and original is not None and original >= self.max_seq_len:
-            raise conflict(
-                f"yarn_original_max_seq_len = {original} must be shorter than max_seq_len = {self.max_seq_len}",
-                "max_seq_len",
-                "yarn_original_max_seq_len",
+            raise ValueError(
+                f"yarn_original_max_seq_len = {original} must be shorter than max_seq_len = {self.max_seq_len}"
             )
         return self
 

@@ -18,7 +18,7 @@ class ORPOSettings(PreferenceSettings):
     beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = 0.1
     """Weight of the odds-ratio loss beside the chosen completion's cross-entropy (0.05 to 0.2)."""
     batch_size: v.EffectiveBatchSize = 16
-    mini_batch_size: v.MiniBatchSize = 1
+    mini_batch_size: v.BatchSize = 1
     epochs: v.Epochs = 3
     learning_rate: v.LearningRate = 5e-6
     weight_decay: v.WeightDecay = 0.01

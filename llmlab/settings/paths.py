@@ -112,7 +112,7 @@ def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[P
 
 
 def check_free(path: Path) -> None:
-    """Raises UserError where a folder holds anything but the marks of a run that has not begun."""
+    """Raises UserError where a folder holds anything but a lock and an owner file."""
     if not os.path.isdir(path) or all(entry.name in (LOCK, OWNER) for entry in path.iterdir()):
         return
     ours = os.path.isfile(path / "llmlab.json")

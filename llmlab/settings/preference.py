@@ -23,10 +23,13 @@ class PreferenceSettings(FineTuningSettings):
 
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
     batch_size: v.EffectiveBatchSize = 128
-    mini_batch_size: v.MiniBatchSize = 32
+    """Pairs of one optimizer step, over all devices."""
+    mini_batch_size: v.BatchSize = 32
+    """Pairs of one forward pass, per device."""
     gradient_accumulation_steps: Annotated[int | None, Gt(0)] = None
     """Forward passes of one optimizer step; none follows from batch_size and mini_batch_size."""
     max_length: v.MaxLength = 4096
+    """Longest prompt and completion together, in tokens; completions lose their end, counted and reported."""
     max_prompt_length: Annotated[int | None, Gt(0)] = 2048
     """Longest prompt in tokens; longer ones are truncated at the beginning, counted and reported."""
     allow_truncated: v.AllowTruncated = 0.05
@@ -35,17 +38,12 @@ class PreferenceSettings(FineTuningSettings):
     @model_validator(mode="after")
     def check_lengths(self) -> "PreferenceSettings":
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise v.conflict(
+            raise ValueError(
                 f"max_prompt_length = {self.max_prompt_length} leaves no room for an answer in max_length = "
-                f"{self.max_length}",
-                "max_length",
-                "max_prompt_length",
+                f"{self.max_length}"
             )
         if self.gradient_accumulation_steps is None:
-            try:
-                self.accumulation(1)
-            except UserError as error:
-                raise v.conflict(str(error), "mini_batch_size", "batch_size") from None
+            self.accumulation(1)
         return self
 
     def accumulation(self, processes: int) -> int:
@@ -54,8 +52,8 @@ class PreferenceSettings(FineTuningSettings):
         where = f" on {processes} processes" if processes > 1 else ""
         if passes is None and self.batch_size % rows:
             raise UserError(
-                f"batch_size = {self.batch_size} is no multiple of mini_batch_size = {self.mini_batch_size}{where}; "
-                f"the nearest is {max(round(self.batch_size / rows), 1) * rows}"
+                f"batch_size = {self.batch_size} is not a multiple of mini_batch_size = {self.mini_batch_size}{where}"
+                f"; the nearest is {max(round(self.batch_size / rows), 1) * rows}"
             )
         # the RL guide sets the parts alone, and the effective batch follows from them
         if passes is not None and "batch_size" in self.model_fields_set and self.batch_size != rows * passes:

@@ -1,6 +1,6 @@
 """Settings of `llmlab pretrain`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, fields_of
@@ -28,12 +28,19 @@ class PretrainSettings(TrainingSettings, TextDataSettings):
     """Model to continue pretraining from, with its shape and tokenizer: a run folder or hub id (llmlab, Llama,
     Mistral, Qwen2)."""
     output_dir: v.OutputDir = "runs/pretrain"
-    max_steps: v.MaxSteps = 10000
     lr: v.LearningRate = 3e-4
+    """Peak learning rate, after warmup."""
     weight_decay: v.WeightDecay = 0.1
     warmup_steps: v.WarmupSteps = 1000
     batch_size: v.BatchSize = 1
-    gradient_accumulation_steps: v.GradientAccumulationSteps = 64
+    """Sequences of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 64
+    """Forward passes of one optimizer step: the effective batch is batch_size times this, per device."""
     grad_clip: v.MaxGradNorm = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
     eval_steps: v.EvalBatches = 100
-    save_best_only: v.SaveBestOnly = True
+
+    def recorded(self) -> dict[str, Any]:
+        """Leaves out the shape beside init_from, whose model has its own."""
+        shape = {"model": {"max_seq_len": self.model.max_seq_len}} if self.init_from else {}
+        return super().recorded() | shape

@@ -52,7 +52,7 @@ class RewardSettings(Settings):
         if not inline or not isinstance(parameters, dict):
             return value
         if twice := sorted(inline.keys() & parameters.keys()):
-            raise ValueError(f"'{twice[0]}' stands beside `parameters` and in it; keep one")
+            raise ValueError(f"'{twice[0]}' is set both beside and inside of `parameters`; keep one")
         return {**fields, "parameters": {**parameters, **inline}}
 
     @model_validator(mode="after")

@@ -4,9 +4,9 @@ Source: seed, LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Param
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmlab.settings import vocabulary as v
@@ -42,17 +42,18 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(FineTuningSettings, RewardsSettings):
+class OnlineSettings(RewardsSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
+    panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
-        "streaming": "every prompt is measured before the first step",
+        "streaming": "prompts are tokenized and measured before the first step",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
-        "max_episode_length": "there are no tools in this stage: an episode is one completion, of max_new_tokens",
+        "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    best_metrics: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
@@ -77,8 +78,9 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
 
     batch_size: Annotated[int, Gt(0)] = 128
     """Prompts of one rollout, over all devices."""
-    mini_batch_size: v.MiniBatchSize = 32
-    gradient_accumulation_steps: Annotated[int, Gt(0), Trl("gradient_accumulation_steps")] = 1
+    mini_batch_size: v.BatchSize = 32
+    """Completions of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 1
     """Forward passes of one optimizer step, each on mini_batch_size completions per device."""
     ppo_epochs: Annotated[int, Gt(0), Trl("num_iterations")] = 4
     """Optimization epochs over each rollout."""
@@ -98,12 +100,9 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     kl_horizon: Annotated[int, Gt(0), Alias("horizon"), When("adaptive_kl", True)] = 10000
     """Completions over which the weight of the KL penalty changes by at most 20 %."""
 
-    max_new_tokens: Annotated[int, Gt(0), Trl("max_completion_length")] = 128
-    """Longest completion in tokens."""
-    top_k: Annotated[int, Ge(0), Trl("top_k")] = 0
-    """Sample among the k most likely tokens; 0 is all."""
-    top_p: Annotated[float, Gt(0), Le(1), Trl("top_p")] = 1.0
-    """Nucleus sampling: the smallest set of tokens with this total probability."""
+    max_new_tokens: v.MaxNewTokens = 128
+    top_k: v.TopK = 0
+    top_p: v.TopP = 1.0
     use_vllm: Annotated[bool, Trl("use_vllm")] = False
     """Sample with vLLM, which must be installed."""
     vllm_mode: Annotated[Literal["colocate", "server"], Trl("vllm_mode"), When("use_vllm", True)] = "colocate"
@@ -119,7 +118,8 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     """Completions between evaluations, instead of eval_every."""
     eval_batches: v.EvalBatches = 4
     stop_patience: Annotated[int | None, Gt(0), Resume.FREE] = 20
-    """Stop after this many logged lines without a learning signal (all advantages 0); none never stops."""
+    """Stop after this many logged lines in a row in which all groups have equal rewards, or almost all completions are
+    truncated; none never stops."""
 
     @property
     def completions_per_prompt(self) -> int:
@@ -129,24 +129,17 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
     @model_validator(mode="after")
     def check_sizes(self) -> "OnlineSettings":
         if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            raise v.conflict(
+            raise ValueError(
                 f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
-                f"{self.max_seq_len}",
-                "max_seq_len",
-                "max_new_tokens",
+                f"{self.max_seq_len}"
             )
         if self.adaptive_kl and self.init_kl_coef == 0:
-            why = "adaptive_kl needs init_kl_coef above 0: what is 0 stays 0 when it is scaled"
-            raise v.conflict(why, "adaptive_kl", "init_kl_coef")
+            raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
-            why = "reference_checkpoint needs init_kl_coef above 0: where it is 0 there is no reference"
-            raise v.conflict(why, "reference_checkpoint", "init_kl_coef")
+            raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
         if self.rewards == [] and self.reward_model is None:
-            raise v.conflict("rewards: expected at least one", "rewards")
-        try:
-            self.rollout(1)
-        except UserError as error:
-            raise v.conflict(str(error), "mini_batch_size", "batch_size") from None
+            raise ValueError("rewards: expected at least one")
+        self.rollout(1)
         return self
 
     def rollout(self, processes: int) -> Rollout:
@@ -157,7 +150,7 @@ class OnlineSettings(FineTuningSettings, RewardsSettings):
         if completions % per_update:
             unit = math.lcm(per_update, group) // group  # prompts
             raise UserError(
-                f"batch_size = {self.batch_size}{f' x {group} completions' if group > 1 else ''} is no multiple of "
+                f"batch_size = {self.batch_size}{f' x {group} completions' if group > 1 else ''} is not a multiple of "
                 f"mini_batch_size = {self.mini_batch_size}"
                 f"{f' x gradient_accumulation_steps = {passes}' if passes > 1 else ''}"
                 f"{f' on {processes} processes' if processes > 1 else ''}; "

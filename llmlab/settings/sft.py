@@ -20,12 +20,15 @@ class SFTSettings(FineTuningSettings):
     validation_fraction: v.ValidationFraction = 0.05
     output_dir: v.OutputDir = "sft_checkpoints"
     batch_size: v.BatchSize = 4
-    gradient_accumulation_steps: v.GradientAccumulationSteps = 16
+    """Sequences of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 16
+    """Forward passes of one optimizer step: the effective batch is batch_size times this, per device."""
     max_steps: v.MaxSteps = 5000
     learning_rate: v.LearningRate = 5e-6
     weight_decay: v.WeightDecay = 0.01
     warmup_steps: v.WarmupSteps = 100
     max_seq_len: v.MaxLength = 1024
+    """Longest row in tokens; longer ones are truncated at the end, counted and reported."""
     packing: Annotated[bool, Trl("packing")] = False
     """Pack several conversations into one row; attention does not cross their borders."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"

@@ -4,6 +4,7 @@ Spellings are resolved before layers are merged, so `--lr` on the command line o
 All problems are collected and reported at once.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from llmlab.settings.trust import REMOTE_CODE, refusals
 S = TypeVar("S", bound=Settings)
 LONGEST_VALUE = 200  # characters of a value in an error
 LARGEST = 2**53  # integers up to here are exact in JSON and in floats too
-NONE_WORDS = ("none", "None", "null")
+NONE_WORDS = ("none", "null")
 TYPE_TAGS = ("int", "float", "str", "bool", "list", "dict")  # pydantic's names of the parts of a union
 NOT_SETTINGS = ("stage", REMOTE_CODE)  # a recipe may say which stage it is for; `refusals` reports the other
 
@@ -42,10 +43,6 @@ class Resolved(Generic[S]):
     settings: S
     sources: dict[str, str]
     warnings: tuple[str, ...] = ()
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Returns (key, value, source) for each setting, in the order of declaration."""
-        return [(s.key, show(s.of(self.settings)), self.sources[s.key]) for s in fields_of(type(self.settings))]
 
 
 def as_resolved(settings: S | Resolved[S]) -> Resolved[S]:
@@ -86,10 +83,6 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
                 entries = {key: entry for key, entry in entries.items() if key not in names}
         for key, entry in found.items():
             _add(entries, spellings_of(stage)[key], entry)
-    unusable = {key: reason for key, entry in entries.items() if (reason := _unusable(entry.value))}
-    if unusable:
-        shown = {key: f"{entries[key].where}: {key} = {_brief(entries[key].value)}" for key in unusable}
-        raise SettingsError([*problems, *(f"{shown[key]}: {reason}" for key, reason in unusable.items())])
     settings, wrong = _validate(stage, entries)
     problems += wrong
     if settings is not None:
@@ -134,16 +127,17 @@ def _read(
         setting = table.get(key)
         if setting is None:
             reason = stage.why_inapplicable(key)
-            if key in NOT_SETTINGS or value in stage.implied.get(key, ()):
-                continue
             if reason and layer.path is not None:
                 unused[reason].append(key)
             elif reason:
                 problems.append(f"{where}: '{key}' cannot be set here: {reason}")
-            else:
+            elif key not in NOT_SETTINGS:
                 problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, table)}")
             continue
-        is_none = isinstance(value, str) and value in NONE_WORDS and value not in setting.choices
+        if unusable := _unusable(value):
+            problems.append(f"{where}: {setting.key} = {_brief(value)}: {unusable}")
+            continue
+        is_none = isinstance(value, str) and value.lower() in NONE_WORDS and value not in setting.choices
         if is_none and "none" in setting.type_name:
             value = None
         other = spelled.get(setting.key, key)
@@ -197,7 +191,7 @@ def _unusable(value: Any) -> str | None:
     if isinstance(value, str) and "\0" in value:
         return "expected text without NUL characters"
     if isinstance(value, str) and not is_unicode(value):
-        return "expected valid Unicode, found half a character"
+        return "expected valid Unicode, found a lone surrogate"
     return None
 
 
@@ -225,13 +219,13 @@ def _validate(stage: type[S], entries: dict[str, Entry]) -> tuple[S | None, list
 
 def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, Entry]) -> str:
     """Returns one of pydantic's errors as a sentence with the place, key, value and what was expected."""
-    context = detail.get("ctx") or {}
-    if "keys" in context:  # a contradiction between fields, raised by `conflict`
-        prefix = "".join(f"{part}." for part in detail["loc"])
-        places = [entries[prefix + key].where for key in context["keys"] if prefix + key in entries]
-        return f"{places[-1] if places else 'defaults'}: {detail['msg']}"
     parts = [str(part) for part in detail["loc"]]
     setting = next((s for s in fields_of(stage) if list(s.path) == parts[: len(s.path)]), None)
+    reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    if setting is None and detail["type"] == "value_error":  # of a check between fields, which the reason names
+        named = (".".join([*parts, word]) for word in re.findall(r"\w+", reason))
+        places = [entries[key].where for key in named if key in entries]
+        return f"{places[-1] if places else 'defaults'}: {reason}"
     key = setting.key if setting else ".".join(parts)
     where = entries[key].where if key in entries else "defaults"
     inner = [part for part in parts[len(setting.path) :] if part not in TYPE_TAGS] if setting else []
@@ -241,10 +235,8 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, En
     if detail["type"] == "literal_error":
         choices = [show(choice) for choice in (setting.choices if setting else ())]
         expected = f"expected one of {', '.join(choices)}{did_you_mean(str(detail['input']), choices)}"
-    elif detail["type"] == "value_error":
-        expected = str(context["error"])
     else:
-        expected = detail["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+        expected = reason.replace("Input should be", "expected")
     return f"{where}: {name} = {_brief(detail['input'])}: {expected}"
 
 

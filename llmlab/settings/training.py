@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Resume, Trl, spellings_of
@@ -12,6 +12,7 @@ from llmlab.settings.data import DataSettings
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.paths import PathName
 
 BESIDE_TRANSFORMERS_EVAL_STEPS = (
     *("save_steps", "logging_steps", "eval_strategy", "num_train_epochs", "per_device_train_batch_size"),
@@ -27,15 +28,28 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
     inapplicable: ClassVar[dict[str, str]] = {
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
     }
-    implied: ClassVar[dict[str, tuple[Any, ...]]] = {"metric_for_best_model": ("eval_loss", "loss")}
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
 
     output_dir: v.OutputDir
+    max_steps: v.MaxSteps = 10000
+    """Optimizer steps of the whole run."""
+    weight_decay: v.WeightDecay = 0.0
+    """Decoupled weight decay; norms, biases and embeddings get none."""
+    warmup_steps: v.WarmupSteps = 0.1
+    """Optimizer steps of linear warmup; below 1, a share of all steps."""
     log_every: Annotated[int, Gt(0), Trl("logging_steps"), Alias("log_interval"), Resume.FREE] = 10
     """Optimizer steps between logged lines."""
     eval_every: v.EvalEvery = 500
+    """Optimizer steps between evaluations on the validation data."""
+    save_best_only: v.SaveBestOnly = True
+    """End with the weights of the best evaluation (lowest loss; highest reward in grpo and ppo) and save only
+    evaluations that improve on it. The last step is saved in any case, so that the run can be resumed."""
     save_total_limit: v.SaveTotalLimit = 2
+    """Checkpoints to keep: the best and the last ones, or the newest without validation; none keeps all."""
     seed: v.Seed = 42
-    trainer_args: v.TrainerArgs = Field(default_factory=dict)
+    """Seed of initialization, data order, dropout and sampling."""
+    trainer_args: Annotated[dict[str, JsonValue], Resume.FREE] = Field(default_factory=dict)
+    """Further fields of the stage's TRL or Transformers configuration; names and types are checked."""
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
@@ -43,6 +57,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
 
         The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
         """
+        if values.get("metric_for_best_model") in cls.best_metrics:
+            del values["metric_for_best_model"]
         batches = "eval_steps" if "eval_steps" in cls.model_fields else "eval_batches"
         own = spellings_of(cls)["eval_steps"].name
         beside = next((name for name in BESIDE_TRANSFORMERS_EVAL_STEPS if name in values), None)
@@ -53,7 +69,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
             meaning, sense = "eval_every", "steps between evaluations"
         if "eval_steps" in values and meaning != own:
             values[meaning] = values.pop("eval_steps")
-            warn(f"eval_steps = {values[meaning]} stands beside {beside}, so it counts {sense} ({meaning})")
+            warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
     @model_validator(mode="after")
@@ -61,26 +77,30 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise v.conflict(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one", *chosen[:2])
+                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
         return self
 
 
-class FineTuningSettings(TrainingSettings, LoraSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings):
     """What the stages share that start from a trained model."""
 
     panel: ClassVar[str] = "Training"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
-    max_steps: v.MaxSteps = 10000
+    """Model to train: a run folder, a hub id, or a folder of LoRA adapters."""
     epochs: v.Epochs = None
+    """Epochs over the training rows (prompts in grpo and ppo), instead of max_steps."""
     learning_rate: v.LearningRate = 1.4e-5
-    weight_decay: v.WeightDecay = 0.0
+    """Peak learning rate, after warmup."""
     max_grad_norm: v.MaxGradNorm = 1.0
-    warmup_steps: v.WarmupSteps = 0.1
-    max_samples: v.MaxSamples = None
-    chat_template: v.ChatTemplate = None
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    max_samples: Annotated[int | None, Gt(0)] = None
+    """Training rows at most, a random sample; none is all."""
+    chat_template: PathName | None = None
+    """Chat template: chatml or a Jinja file; none keeps the tokenizer's, or uses chatml where it has none."""
     save_every: v.SaveEvery = 500
+    """Optimizer steps between checkpoints to resume from; those of the best evaluations come in addition."""
     save_best_only: v.SaveBestOnly = False
 
     @model_validator(mode="before")

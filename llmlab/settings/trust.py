@@ -68,7 +68,7 @@ def refusals(layer: "Layer") -> list[str]:
         if name == REMOTE_CODE:
             problems.append(
                 f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
-                f"({REMOTE_CODE}=True in a call) lets code run that a model brings along"
+                f"({REMOTE_CODE}=True in a call) allows a model's own Python code to run"
             )
         elif layer.path is not None and head == TRAINER_ARGS and leaves_machine(name, value):
             problems.append(

@@ -42,6 +42,15 @@ def test_every_setting_is_an_option(capsys, monkeypatch):
     assert code == 0
     for setting in fields_of(STAGES["pretrain"].settings_class):
         assert f"--{setting.name.replace('_', '-')}" in output
+    words = " ".join(output.replace("│", " ").split())
+    assert "Peak learning rate, after warmup. [> 0; default: 0.0003; TRL: learning_rate]" in words
+    assert "[> 1; only when positional_encoding is yarn; default: 4]" in words
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_every_setting_has_a_sentence_of_help(stage):
+    for setting in fields_of(stage.settings_class):  # those that only change a default have that of the class above
+        assert setting.help.endswith("."), setting.key
 
 
 def test_options_aliases_and_trailing_values_meet(capsys, tmp_path):

@@ -221,4 +221,4 @@ def test_odd_prompts(tmp_path, line, message):
 def test_a_device_is_no_file_of_settings(tmp_path, capsys):
     os.mkfifo(tmp_path / "a.yaml")
     code, errors = cli(capsys, "sft", "-c", tmp_path / "a.yaml")
-    assert code == 2 and "this is a device or a pipe" in errors
+    assert code == 2 and "not a regular file (a device or a pipe)" in errors

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.data.tokenizer import train_tokenizer
+from llmlab.data.tokenizer import learn_bpe
 from llmlab.settings.data import DataSource
 
 ROWS = [
@@ -42,7 +42,7 @@ def rows_file(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([DataSource(name="demo/stories", subset="50kB")], 300, folder, show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="50kB")], 300, folder, show_progress=False)
     return folder
 
 

@@ -39,13 +39,13 @@ def edit(path, **changes):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from llmlab.data import train_tokenizer
+    from llmlab.data import learn_bpe
     from llmlab.settings.data import DataSource
 
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("The cat meows. The dog barks. " * 40)
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    return train_tokenizer([DataSource(name=str(text))], 270, folder, show_progress=False)
+    return learn_bpe([DataSource(name=str(text))], 270, folder, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -230,13 +230,13 @@ def test_trainers_are_told(own):
     from trl import SFTConfig
 
     from llmlab.hardware import probe
+    from llmlab.runs.arguments import build_arguments
     from llmlab.settings.sft import SFTSettings
     from llmlab.settings.trust import remote_code
-    from llmlab.training.sft import trainer_arguments
 
     for allowed in (False, True):
         with remote_code(allowed):
-            made = trainer_arguments(SFTSettings(), probe("cpu", "fp32"), evaluates=False)
+            made = build_arguments(SFTConfig, SFTSettings(), probe("cpu", "fp32"))
         assert isinstance(made, SFTConfig) and made.trust_remote_code is allowed
 
 

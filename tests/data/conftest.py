@@ -3,7 +3,7 @@
 import hypothesis
 import pytest
 
-from llmlab.data.tokenizer import train_tokenizer
+from llmlab.data.tokenizer import learn_bpe
 from llmlab.settings.data import DataSource, TextDataSettings
 
 hypothesis.settings.register_profile("data", deadline=None)  # a busy machine is not a failure
@@ -19,7 +19,7 @@ class Settings(TextDataSettings):
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([DataSource(name="demo/stories", subset="200kB")], 512, folder, show_progress=False)
+    learn_bpe([DataSource(name="demo/stories", subset="200kB")], 512, folder, show_progress=False)
     return folder
 
 

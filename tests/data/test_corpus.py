@@ -142,10 +142,10 @@ def test_what_cannot_be_built_is_answered(make_settings, tokenizer, play, tmp_pa
 
 
 @pytest.fixture
-def short_stretches(monkeypatch):
+def small_windows(monkeypatch):
     """Sources of more than 4,096 tokens are large ones."""
     for module in (corpus_module, packing):
-        monkeypatch.setattr(module, "STRETCH", 4096)
+        monkeypatch.setattr(module, "WINDOW", 4096)
     monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(store_module, "SMALL", 0)
 
@@ -155,13 +155,13 @@ def rows_of(rows):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05])
-def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer, web, short_stretches, fraction):
+def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer, web, small_windows, fraction):
     settings = make_settings(web, validation_fraction=fraction)
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=100, validation_rows=3)
     report = corpus.report.sources[0]
     documents = report.tally.documents
     assert not report.whole
-    assert 100 * LENGTH <= report.tokens <= 100 * LENGTH + 4096  # whole stretches
+    assert 100 * LENGTH <= report.tokens <= 100 * LENGTH + 4096  # whole windows
     assert documents < 0.3 * 4000
     assert report.count == pytest.approx(4000, rel=0.7)  # known from its bytes: about
     assert f"reads {documents:,} of about {report.count:,} documents" in corpus.report.summary()
@@ -174,7 +174,7 @@ def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer,
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05])
-def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tmp_path, short_stretches, fraction):
+def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tmp_path, small_windows, fraction):
     (tmp_path / "shop.jsonl").write_text(
         "".join(json.dumps({"text": f"Side {i} of it. " * 9}) + "\n" for i in range(90))
     )
@@ -189,7 +189,7 @@ def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tm
     assert rows_of(first.train) == rows_of(again.train) == rows_of(second.train)[:90]
     assert rows_of(second.train) == rows_of(third.train)[:400]
     ids = [name for name in map(second.train.sample_id, range(400)) if name.startswith(web)]
-    assert len(set(ids)) == len(ids) == pytest.approx(300, abs=2)  # not one stretch again and again
+    assert len(set(ids)) == len(ids) == pytest.approx(300, abs=2)  # not one window again and again
     if fraction:
         held = [sorted(rows_of(corpus.validation)) for corpus in (first, second, third)]
         assert held[0] == held[1] == held[2] and len(held[0]) == 3
@@ -199,7 +199,7 @@ def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tm
         assert not trained & validated
 
 
-def test_the_beginning_of_a_source_is_of_all_its_files(make_settings, tokenizer, tmp_path, short_stretches):
+def test_the_beginning_of_a_source_is_of_all_its_files(make_settings, tokenizer, tmp_path, small_windows):
     folder = tmp_path / "files"
     folder.mkdir()
     for each in "ABC":

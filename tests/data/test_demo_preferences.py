@@ -82,7 +82,7 @@ def test_text_is_clean(corpus):
 def test_every_row_is_a_pair_and_an_instruction():
     pairs, instructions = Tally(), Tally()
     source = DataSource(name="demo/preferences", subset="50kB")
-    for pair in load_conversations(source, pairs=True).conversations(pairs):
+    for pair in load_conversations(source, "preferences").conversations(pairs):
         assert set(pair) == {"prompt", "chosen", "rejected", "tools"}
     for conversation in load_conversations(source).conversations(instructions):
         assert conversation["messages"][-1]["role"] == "assistant"

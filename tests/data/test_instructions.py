@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset
 
 from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.instructions import InstructionMaker
+from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -37,7 +37,7 @@ def build(tokenizer, tmp_path):
         options = {"seed": 3} | {k: changes.pop(k) for k in list(changes) if k in OPTIONS}
         only_label = changes.pop("only_label", None)
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
+        maker = InstructionEncoder(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
         return build_rows(DataSettings(datasets=list(sources), **values), maker, **options)
 
     return make
@@ -84,6 +84,17 @@ def test_max_samples_draws_a_subset(build, tokenizer, tmp_path):
     assert len(build(source, max_samples=99).train) == 50
 
 
+def test_max_samples_stops_the_reading(build, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
+    source = write(tmp_path / "a.jsonl", pairs(20))
+    with open(source, "a") as file:
+        file.write("no JSON\n")
+    data = build(source, max_samples=10)
+    assert (len(data.train), data.reports[0].rows, data.reports[0].whole) == (10, 11, False)
+    with pytest.raises(UserError, match="a.jsonl:21: this line is not valid JSON"):
+        build(source)
+
+
 def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
     one, two = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(7, "Held"))
     data = build(one, validation_fraction=0.5, validation_datasets=[two])
@@ -99,7 +110,7 @@ def test_long_rows_are_cut_and_counted_and_those_that_lose_everything_left_out(b
     report = data.reports[0]
     assert (report.rows, report.counts["cut"], report.lost, report.trained_rows) == (99, 1, 1, 98)
     assert max(map(len, data.train["input_ids"])) == 64
-    assert "98 rows" in report.summary() and "1 cut, 1 left out: cut to nothing" in report.summary()
+    assert "98 rows" in report.summary() and "1 truncated, 1 left out: truncated to nothing" in report.summary()
     source = write(tmp_path / "b.jsonl", pairs(9) + long_question)
     with pytest.raises(UserError, match=r"1 of 10 rows have nothing left .* first is row 10 with \d+ tokens; 95 %"):
         build(source, max_seq_len=64)
@@ -177,14 +188,14 @@ def test_what_no_format_has_is_explained(build, tmp_path):
 def test_unpaired_preferences_are_refused_until_a_label_is_chosen(build, tokenizer, tmp_path):
     rows = [{**row, "label": k % 4 != 0} for k, row in enumerate(pairs(40))]
     source = write(tmp_path / "kto.jsonl", rows)
-    with pytest.raises(UserError, match=r"kto.jsonl: its column 'label' tells unpaired .*--only-label true"):
+    with pytest.raises(UserError, match=r"kto.jsonl: its column 'label' marks unpaired .*--only-label true"):
         build(source)
     good, bad = build(source, only_label=True), build(source, only_label=False)
     assert (len(good.train), len(bad.train)) == (30, 10)
     assert {text.split()[-1] for text in texts(bad.train, tokenizer)} == {f"{k}." for k in range(0, 40, 4)}
     (report,) = good.reports
     assert (report.left_out, report.dropped.total()) == (10, 0)  # they do not count as dropped
-    assert "10 of the other label left out" in report.summary()
+    assert "10 with the other label left out" in report.summary()
 
 
 def test_rows_without_a_label_are_dropped_and_a_label_must_be_there(build, tmp_path):
@@ -211,14 +222,14 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     """`num_proc` unset is every core."""
     monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
     monkeypatch.setattr(rows_module, "cores", lambda: 3)
-    make = InstructionMaker.make
-    monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
+    make = InstructionEncoder.make
+    monkeypatch.setattr(InstructionEncoder, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
     environment, variables = os.environ, dict(os.environ)
     build(source, num_proc=num_proc)
     assert os.environ is environment and dict(environment) == variables  # `datasets` would leave another in its place
     [folder] = [path for path in tmp_path.rglob("rows-*") if path.is_dir()]
-    assert len(set(load_from_disk(str(folder))["cut"])) == workers
+    assert len(set(Dataset.from_file(str(folder / "rows.arrow"))["cut"])) == workers
 
 
 def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from llmlab.data import checksums
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
 from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import PackedRows, all_of, hold_out
+from llmlab.data.text.packing import PackedRows, as_example, hold_out
 from llmlab.data.text.store import open_store
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -43,17 +43,17 @@ def test_rows_are_the_documents_each_ended_by_eos(open_, tokenizer):
     store = open_(STORIES)
     texts = [row["text"] for row in load_text(STORIES).rows]
     expected = [number for text in texts for number in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    rows = PackedRows("stories", store, all_of(store), 128)
+    rows = PackedRows("stories", store, 128)
     assert len(rows) == len(expected) // 128
     assert np.concatenate([rows.row(i) for i in range(len(rows))]).tolist() == expected[: len(rows) * 128]
-    example = rows[3]
+    example = as_example(rows.row(3))
     assert example["input_ids"].tolist() == expected[3 * 128 : 4 * 128]
     assert torch.equal(example["input_ids"], example["labels"])
     assert example["input_ids"].dtype == torch.int64
     assert rows.sample_id(3) == "stories:3"
-    assert store.documents["tokens"].sum() == len(expected) == store.meta["tokens"]
+    assert store.documents["tokens"].sum() == len(expected) == len(store)
     with pytest.raises(IndexError):
-        rows[len(rows)]
+        rows.row(len(rows))
 
 
 def test_several_processes_write_what_one_writes(open_, tmp_path, monkeypatch):
@@ -86,9 +86,9 @@ def test_a_cache_is_used_again_until_anything_changes(open_, tmp_path, encoder):
 
 
 def test_another_tokenizer_never_gets_this_ones_cache(open_, tmp_path, encoder):
-    from llmlab.data.tokenizer import train_tokenizer
+    from llmlab.data.tokenizer import learn_bpe
 
-    other = TextEncoder.of(train_tokenizer([STORIES], 300, tmp_path / "t", show_progress=False))
+    other = TextEncoder.of(learn_bpe([STORIES], 300, tmp_path / "t", show_progress=False))
     source = lines(tmp_path / "rows.txt", ["Once upon a time there was a fox."])
     first, second = open_(source), open_(source, other)
     assert first.folder != second.folder
@@ -106,9 +106,12 @@ def test_a_cut_off_writing_leaves_nothing_and_is_repeated(open_, tmp_path, monke
             open_(STORIES)
     left = [path.name for path in (tmp_path / "cache" / "corpora").iterdir()]
     assert all(name.endswith(".lock") for name in left)
-    (tmp_path / "cache" / "corpora" / left[0].replace(".lock", ".writing-killed")).mkdir()
-    assert open_(STORIES).fresh
-    assert not list((tmp_path / "cache" / "corpora").glob("*.writing-*"))
+    killed = tmp_path / "cache" / "corpora" / left[0].removesuffix(".lock")
+    killed.mkdir()
+    (killed / "tokens.bin").write_bytes(b"half a corpus")
+    again = open_(STORIES)
+    assert again.fresh
+    assert again.tokens.tolist() == open_(STORIES, cache_dir=str(tmp_path / "other")).tokens.tolist()
 
 
 def test_a_cache_that_cannot_be_written_is_named(open_, tmp_path):
@@ -154,7 +157,7 @@ def test_rows_cross_the_gaps_of_held_out_documents(open_):
     store = open_(STORIES)
     held = hold_out("stories", store, 0.2, seed=3, length=64)
     assert len(held.train) > 5
-    rows = PackedRows("train", store, held.train, 64)
+    rows = PackedRows("train", store, 64, held.train)
     flat = np.concatenate([store.tokens[begin:end] for begin, end in held.train])
     assert np.array_equal(np.concatenate([rows.row(i) for i in range(len(rows))]), flat[: len(rows) * 64])
 
@@ -178,9 +181,9 @@ def test_one_long_document_is_validated_at_its_end(open_, tmp_path):
     total = len(store.tokens)
     held = hold_out("book", store, 0.1, seed=0, length=16)
     cut = total - -(-total // 10)
-    assert held.train.tolist() == [[0, cut]]
+    assert held.train.tolist() == [[0, cut], [total, total]]
     assert held.validation.tolist() == [[cut, total]]
-    assert held.how == f"the last {total - cut:,} tokens"
+    assert held.rule == f"the last {total - cut:,} tokens"
     with pytest.raises(
         UserError, match=f"its {total:,} tokens are too few .*max_seq_len = {total}; expected at least"
     ):
@@ -189,7 +192,7 @@ def test_one_long_document_is_validated_at_its_end(open_, tmp_path):
 
 def test_workers_get_the_path_not_the_tokens(open_):
     store = open_(STORIES)
-    rows = PackedRows("stories", store, all_of(store), 64)
+    rows = PackedRows("stories", store, 64)
     sent = pickle.dumps(rows)
     assert len(sent) < 2000
     assert np.array_equal(pickle.loads(sent).row(5), rows.row(5))
@@ -238,11 +241,11 @@ def test_of_a_large_cache_no_altered_block_is_ever_read(open_, monkeypatch):
     alter(store.folder / "tokens.bin", 3 * 4096 + 17)
     again = open_(STORIES)
     assert not again.fresh
-    inside = 4096 // store.type.itemsize  # tokens of a block
+    inside = 4096 // store.dtype.itemsize  # tokens of a block
     assert again.read(0, 3 * inside).tolist() == expected[: 3 * inside]
     assert again.read(4 * inside, 5 * inside).tolist() == expected[4 * inside : 5 * inside]
     with pytest.raises(UserError, match="tokens.bin: byte 12,288 to 16,384 are not what was written; run it again"):
-        PackedRows("stories", again, all_of(again), 64).row(3 * inside // 64)
+        PackedRows("stories", again, 64).row(3 * inside // 64)
     mended = open_(STORIES)
     assert mended.fresh
     assert mended.read(0, len(expected)).tolist() == expected

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.data.chat.conversations import load_conversations
+from llmlab.data.chat.formats import FORMATS, recognize, to_pair
 from llmlab.data.chat.messages import ROLES, UnusableRow
-from llmlab.data.chat.pairs import PAIR_FORMATS, PAIRS, recognize_pairs, to_pair
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 
+PAIR_FORMATS = FORMATS["preferences"]
 ASKED = {"role": "user", "content": "Who?"}
 GOOD, BAD = {"role": "assistant", "content": "Me."}, {"role": "assistant", "content": "You."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -48,7 +49,7 @@ ROWS = {  # for each format rows that say PAIR
 
 
 def read(row):
-    return to_pair(row, recognize_pairs(row, "toy"))
+    return to_pair(row, recognize(row, "toy", "preferences"))
 
 
 def said(messages):
@@ -61,12 +62,12 @@ def transcript(*turns):
 
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
 def test_every_format_says_the_same(name, row):
-    assert recognize_pairs(row, "toy").name == name
+    assert recognize(row, "toy", "preferences").name == name
     assert read(row) == PAIR
 
 
 def test_every_format_is_here():
-    assert set(ROWS) == set(PAIRS) == {form.name for form in PAIR_FORMATS}
+    assert set(ROWS) == {form.name for form in PAIR_FORMATS}
 
 
 def test_the_common_beginning_of_transcripts_is_the_prompt():
@@ -138,7 +139,7 @@ SHAREGPT = ROWS["ShareGPT preference"][0]
         ({"chosen": "Me.", "rejected": "You."}, "no 'Human:' turn in the transcript"),
         ({"prompt": 5, "chosen": "Me.", "rejected": "You."}, "expected text, found int"),
         ({"prompt": "Who?", "chosen": 5, "rejected": "You."}, "expected text, found int"),
-        ({**SHAREGPT, "chosen": "Me."}, "expected a turn with a role, found str"),
+        ({**SHAREGPT, "chosen": 5}, "expected text, found int"),
     ],
 )
 def test_a_row_that_is_no_pair_says_why(row, reason):
@@ -158,7 +159,7 @@ def test_a_row_that_is_no_pair_says_why(row, reason):
 )
 def test_unknown_columns_name_the_nearest_format(columns, messages):
     with pytest.raises(UserError) as caught:
-        recognize_pairs(columns, "toy.jsonl")
+        recognize(columns, "toy.jsonl", "preferences")
     assert str(caught.value).startswith("toy.jsonl: ")
     for message in messages:
         assert message in str(caught.value)
@@ -169,12 +170,12 @@ def test_a_source_counts_what_is_no_pair(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "Who?", "chosen": chosen, "rejected": "You."} for chosen in ("Me.", "You.", "", None, "I.")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source, tally = load_conversations(DataSource(name=str(path)), pairs=True), Tally()
+    source, tally = load_conversations(DataSource(name=str(path)), "preferences"), Tally()
     assert [pair["chosen"][0]["content"] for pair in source.conversations(tally)] == ["Me.", "I."]
     assert tally.dropped == {SAME: 1, EMPTY: 1, "without 'chosen'": 1}
     path.write_text('{"prompt": "Who?", "completion": "Me."}\n')
     with pytest.raises(UserError, match="no format of preference data has the columns completion, prompt"):
-        load_conversations(DataSource(name=str(path)), pairs=True)
+        load_conversations(DataSource(name=str(path)), "preferences")
 
 
 JSON = st.recursive(
@@ -188,7 +189,7 @@ TURN = st.fixed_dictionaries({"role": st.sampled_from([*ROLES]), "content": st.t
 @given(st.data(), st.sampled_from(PAIR_FORMATS))
 def test_any_values_are_a_pair_or_a_reason(data, form):
     value = st.lists(TURN, max_size=4) | TURN | JSON
-    row = {name: data.draw(value, name) for name in (*form.columns, *form.optional)}
+    row = {name: data.draw(value, name) for name in (*form.columns, "tools", "system")}
     try:
         pair = to_pair(row, form)
     except UnusableRow as reason:
@@ -202,13 +203,13 @@ def test_any_values_are_a_pair_or_a_reason(data, form):
 
 def test_unpaired_preferences_say_how_to_pair_them():
     for columns in (["prompt", "completion", "label"], ["messages", "label"], ["instruction", "output", "kto_tag"]):
-        with pytest.raises(UserError, match="not supported: its column '.*' tells unpaired preferences .*rejected"):
-            recognize_pairs(columns, "kto.jsonl")
+        with pytest.raises(UserError, match="not supported: its column '.*' marks unpaired preferences .*rejected"):
+            recognize(columns, "kto.jsonl", "preferences")
     with pytest.raises(UserError, match="no format of preference data"):
-        recognize_pairs(["text", "label"], "imdb")
+        recognize(["text", "label"], "imdb", "preferences")
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", ROWS)
 def test_tools_and_parts_are_understood_in_every_format(name):
     row = json.loads(json.dumps(ROWS[name][-1]).replace('"Who?"', '[{"type": "text", "text": "Who?"}]'))
     assert read({**row, "tools": json.dumps([TOOL])}) == {**PAIR, "tools": [TOOL]}

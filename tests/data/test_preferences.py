@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -43,7 +43,7 @@ def make(tokenizer):
     """Returns a function that makes a row of a pair."""
 
     def make(pair, max_length=512, **options):
-        return PreferenceMaker(tokenizer, max_length=max_length, **options).make(pair)
+        return PreferenceEncoder(tokenizer, max_length=max_length, **options).make(pair)
 
     return make
 
@@ -52,7 +52,7 @@ def make(tokenizer):
 def build(tokenizer, tmp_path):
     def build(*sources, max_length=128, max_prompt_length=None, allow_truncated=0.05, **changes):
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = PreferenceMaker(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+        maker = PreferenceEncoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         settings = DataSettings(datasets=list(sources), **values)
         return build_rows(settings, maker, seed=3, allow_truncated=allow_truncated)
 
@@ -148,13 +148,21 @@ def test_what_was_read_cut_lost_and_dropped_is_reported(build, tmp_path):
         2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in data.train
     )
     summary = report.summary()
-    for part in ("(preference)", "38 rows", "1 prompts cut from the left", "1 cut", "1 left out: cut to nothing"):
+    for part in (
+        "(preference)",
+        "38 rows",
+        "1 prompts truncated on the left",
+        "1 truncated",
+        "1 left out: truncated to nothing",
+    ):
         assert part in summary
     assert "1 dropped: an empty completion" in summary
     assert max(map(len, data.train["prompt_ids"])) == 40
     with pytest.raises(UserError, match="2 of 41 rows cannot be used, the first is row 40: 1 x chosen and rejected"):
         build(source, max_length=80, max_prompt_length=40, allow_dropped=0.01)
-    with pytest.raises(UserError, match="nothing left to train after cutting to max_length = 80, the first is row 39"):
+    with pytest.raises(
+        UserError, match="nothing left to train after truncation to max_length = 80, the first is row 39"
+    ):
         build(source, max_length=80, max_prompt_length=40, allow_dropped=0.05, allow_truncated=0)
 
 
@@ -181,7 +189,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (OPEN + "{% endfor %}" + PROMPT, "row 1 .* a completion does not end its turn .it ends with"),
+        (OPEN + "{% endfor %}" + PROMPT, "row 1 .* would never stop: it ends with"),
         (
             OPEN + "<|im_end|>{% if messages | length > 1 %} once more{% endif %}\n{% endfor %}" + PROMPT,
             "4 of 4 rows cannot be used, .* 4 x the chat template rewrites the prompt when it is answered",

@@ -15,7 +15,7 @@ import yaml
 
 from llmlab.data import sources
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.prompts import PromptMaker
+from llmlab.data.chat.makers import PromptEncoder
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -181,8 +181,8 @@ def read_as(request, monkeypatch, tmp_path):
     if request.param != "local":
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
 
-        def find(source, path, split, use):
-            return sources._find_hub(source, split, use, request.param == "stream", None)
+        def find(source, path, use):
+            return sources._find_hub(source, use, request.param == "stream", None)
 
         monkeypatch.setattr(sources, "_find_local", find)
     return request.param
@@ -233,7 +233,7 @@ def test_smoltalk2_is_the_mixture_of_its_named_sets(replica, read_as, printed):
         conversations("HuggingFaceTB/smoltalk2 | SFT | 1 | OpenHermes_2.5_think")
     with pytest.raises(UserError, match=r"no split 'train' here.* \(found LongAlign_64k.*, OpenHermes"):
         conversations("HuggingFaceTB/smoltalk2 | SFT | 1 | train")
-    pairs, _ = conversations(printed.partition(" |")[0], pairs=True)
+    pairs, _ = conversations(printed.partition(" |")[0], use="preferences")
     assert len(pairs) == 6
 
 
@@ -267,25 +267,25 @@ def test_ultrachat_is_read_from_train_sft(replica, read_as):
     read, _ = conversations("HuggingFaceH4/ultrachat_200k | | | test_gen")
     assert read[0]["messages"][0]["content"] == "test_gen 0?"
     with pytest.raises(UserError, match=r"no split 'train' here \(found test_gen, .*name the one to read: Hugging"):
-        conversations("HuggingFaceH4/ultrachat_200k", pairs=True)
+        conversations("HuggingFaceH4/ultrachat_200k", use="preferences")
 
 
 def test_hh_rlhf_gives_pairs_and_prompts(replica, read_as):
     replica("Anthropic/hh-rlhf")
-    read, _ = conversations("Anthropic/hh-rlhf", pairs=True)
+    read, _ = conversations("Anthropic/hh-rlhf", use="preferences")
     assert [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in read] == [("train?", "Y.")]
-    prompts = PromptMaker(None, max_prompt_length=None).open(DataSource(name="Anthropic/hh-rlhf"))
+    prompts = PromptEncoder(None, max_prompt_length=None).open(DataSource(name="Anthropic/hh-rlhf"))
     assert [prompts.read(row)["prompt"][0]["content"] for row in prompts.rows] == ["train?"]
 
 
 def test_ultrafeedback_gives_pairs_answers_and_prompts(replica, read_as):
     name = "argilla/ultrafeedback-binarized-preferences"
     replica(name)
-    read, _ = conversations(name, pairs=True)
+    read, _ = conversations(name, use="preferences")
     assert read[0]["prompt"] == [{"role": "user", "content": "Why?"}]
     assert [read[0][side][0]["content"] for side in ("chosen", "rejected")] == ["Because.", "No."]
     assert conversations(name)[0][0]["messages"] == turns("Why?", "Because.")
-    prompts = PromptMaker(None, max_prompt_length=None).open(DataSource(name=name))
+    prompts = PromptEncoder(None, max_prompt_length=None).open(DataSource(name=name))
     assert [prompts.read(row)["prompt"] for row in prompts.rows] == [turns("Why?")[:1]]
 
 
@@ -295,7 +295,7 @@ def test_a_hub_data_set_larger_than_the_need_is_not_downloaded(replica, monkeypa
     replica("HuggingFaceH4/ultrachat_200k")
 
     def find(at_most):
-        return sources._find_hub(DataSource(name="HuggingFaceH4/ultrachat_200k"), None, "instructions", False, at_most)
+        return sources._find_hub(DataSource(name="HuggingFaceH4/ultrachat_200k"), "instructions", False, at_most)
 
     few = find(2)  # how many there are is not known before
     assert few.count is None and len(list(few.rows)) == 4

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.rendered import open_rendered
+from llmlab.data.chat.row_cache import open_rows
 from llmlab.settings.data import DataSource
 
 
@@ -28,7 +28,7 @@ def open_(tmp_path):
             return Dataset.from_dict({"text": [json.loads(text)["question"] for text in texts]})
 
         source = load_conversations(DataSource(name=str(tmp_path / name)))
-        rows, whole = open_rendered(source, tmp_path / "cache" / "rows-1", at_most, render)
+        rows, whole = open_rows(source, tmp_path / "cache" / "rows-1", at_most, render)
         return rows["text"][:], whole, sum(rendered)
 
     return open_
@@ -44,7 +44,7 @@ def test_a_part_is_of_all_files_and_the_same_whatever_is_cached(open_):
     assert (longer[:12], whole, rendered) == (first, False, 30)
     every, whole, rendered = open_()
     assert (len(set(every)), whole, rendered) == (60, True, 60)
-    assert every[:20] == [f"a{number}?" for number in range(20)]  # in the order of the files
+    assert every[:30] == longer
     assert open_(12) == (first, False, 0)
     assert open_(60) == (every, True, 0)
     assert open_(1000) == (every, True, 0)
@@ -64,20 +64,27 @@ def flip(path):
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        ("data-00000-of-00001.arrow", lambda path: os.truncate(path, 100)),
-        ("data-00000-of-00001.arrow", flip),
-        ("data-00000-of-00001.arrow", os.remove),
-        ("state.json", lambda path: path.write_text("{}")),
+        ("rows.arrow", lambda path: os.truncate(path, 100)),
+        ("rows.arrow", flip),
+        ("rows.arrow", os.remove),
         ("llmlab.json", os.remove),
-        ("llmlab.json", lambda path: path.write_text('{"files": 1}')),
+        ("llmlab.json", lambda path: path.write_text('{"rows": 1}')),
     ],
-    ids=["cut", "altered", "gone", "state", "no record", "record"],
+    ids=["cut", "altered", "gone", "no record", "record"],
 )
 @pytest.mark.parametrize("at_most", [None, 12])
 def test_damaged_rows_are_made_anew_with_a_notice(open_, tmp_path, capsys, file, damage, at_most):
     expected = open_(at_most)
-    damage(tmp_path / "cache" / ("rows-1" if at_most is None else "rows-1-part") / file)
+    damage(tmp_path / "cache" / "rows-1" / file)
     assert open_(at_most) == expected
     assert "files: its cache is damaged and made anew (" in capsys.readouterr().err
     assert open_(at_most)[2] == 0
     assert not capsys.readouterr().err
+
+
+def test_rows_are_rendered_in_batches_and_read_no_further_than_asked(open_, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.data.chat.row_cache.BATCH", 7)
+    monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
+    with (tmp_path / "files" / "a.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    assert open_(19, "files/a.jsonl") == ([f"a{number}?" for number in range(19)], False, 19)

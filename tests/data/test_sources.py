@@ -20,8 +20,7 @@ TEXTS = ["First, with a comma.", 'Second "quoted"\nover two lines.', "Drittens: 
 
 
 def read(name, *, allow_dropped=0.05, **options):
-    split = options.pop("split", None)
-    source = load_text(DataSource(name=str(name), **options), split=split)
+    source = load_text(DataSource(name=str(name), **options))
     tally = Tally()
     texts = list(source.texts(tally, allow_dropped))
     tally.check(source.name, allow_dropped)

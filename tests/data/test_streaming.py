@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from llmlab.data.hashing import is_held_out
 from llmlab.data.sources import Tally, TextSource, load_text
 from llmlab.data.text import streaming
 from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.streaming import Reader, RowStream, is_held_out
+from llmlab.data.text.streaming import Reader, RowStream
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 
@@ -38,7 +39,7 @@ def arrow_source():
     """The kind of iterable that a streamed hub data set is: Arrow tables in several shards."""
     texts = [f"Row {i:03d} of the table has {'many ' * (i % 9)}words." for i in range(200)]
     rows = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
-    return TextSource("table", rows, "text", {})
+    return TextSource(name="table", rows=rows, column="text", identity={})
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_positions_that_are_not_known_are_refused(make, monkeypatch):
     monkeypatch.setattr(streaming, "REMEMBERED", 2)
     stream = make()
     take(stream, 900)
-    with pytest.raises(ValueError, match="901 rows were not handed out yet; 900 were"):
+    with pytest.raises(ValueError, match="901 rows were not yielded yet; 900 were"):
         stream.state_at(901)
     with pytest.raises(ValueError, match="after 10 rows is forgotten"):
         stream.state_at(10)
@@ -236,7 +237,7 @@ def test_a_process_without_documents_is_told_so(make, arrow_source, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("The only document.")
     source = load_text(DataSource(name=str(path)))
-    with pytest.raises(UserError, match="one.txt@1: no document in it is left for training here"):
+    with pytest.raises(UserError, match="one.txt@1: no document in it is left for training"):
         take(make([source], rank=1, world_size=2), 1)
     with pytest.raises(UserError, match="table: no document in it is left for training"):
         take(make([arrow_source], held_out=1.0), 1)

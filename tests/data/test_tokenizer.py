@@ -11,9 +11,9 @@ from llmlab.data.tokenizer import (
     SMALLEST,
     SPECIAL_TOKENS,
     TOOL_TAGS,
+    learn_bpe,
     load_tokenizer,
     stop_token_ids,
-    train_tokenizer,
 )
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -147,7 +147,7 @@ def test_a_saved_tokenizer_is_an_ordinary_folder(tokenizer, tokenizer_folder, tm
 
 
 def test_bytes_alone_are_the_smallest_vocabulary(tmp_path):
-    tokenizer = train_tokenizer([STORIES], SMALLEST, tmp_path / "bytes", show_progress=False)
+    tokenizer = learn_bpe([STORIES], SMALLEST, tmp_path / "bytes", show_progress=False)
     assert len(tokenizer) == SMALLEST
     assert len(tokenizer("Once upon a time")["input_ids"]) == len("Once upon a time")
 
@@ -156,7 +156,7 @@ def test_weights_share_out_the_bytes(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"{name * 9} " * 1000)
     sources = [DataSource(name=str(tmp_path / "a.txt"), weight=9), DataSource(name=str(tmp_path / "b.txt"))]
-    tokenizer = train_tokenizer(sources, 268, tmp_path / "t", max_bytes=1000, show_progress=False)
+    tokenizer = learn_bpe(sources, 268, tmp_path / "t", max_bytes=1000, show_progress=False)
     merged = [token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) <= {"a", "b", "Ġ"}]
     assert merged
     assert all("b" not in token for token in merged)  # 900 bytes of a, 100 of b: the first merges are all of a
@@ -164,10 +164,10 @@ def test_weights_share_out_the_bytes(tmp_path):
 
 def test_sizes_that_cannot_be_are_answered(tmp_path):
     with pytest.raises(UserError, match=f"vocab_size = 100: expected at least {SMALLEST}: 256 bytes"):
-        train_tokenizer([STORIES], 100, tmp_path / "t")
+        learn_bpe([STORIES], 100, tmp_path / "t")
     (tmp_path / "short.txt").write_text("abcabc abcabc")
     with pytest.raises(UserError, match="vocab_size = 5000: .*short.txt has pairs enough for 2[67][0-9] entries only"):
-        train_tokenizer([DataSource(name=str(tmp_path / "short.txt"))], 5000, tmp_path / "t", show_progress=False)
+        learn_bpe([DataSource(name=str(tmp_path / "short.txt"))], 5000, tmp_path / "t", show_progress=False)
     assert not (tmp_path / "t").exists()
 
 
@@ -176,13 +176,13 @@ def test_other_folders_are_not_overwritten(tmp_path):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(UserError, match="holds more than a tokenizer .model.safetensors."):
-        train_tokenizer([STORIES], 300, folder)
+        learn_bpe([STORIES], 300, folder)
     with pytest.raises(UserError, match="this is a file; expected a folder"):
-        train_tokenizer([STORIES], 300, folder / "model.safetensors")
+        learn_bpe([STORIES], 300, folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / "llmlab.json").write_text("{}")
     for size in (300, 310):  # a tokenizer is replaced, its run's record stays
-        train_tokenizer([STORIES], size, folder, show_progress=False)
+        learn_bpe([STORIES], size, folder, show_progress=False)
         assert len(load_tokenizer(str(folder))) == size
         assert (folder / "llmlab.json").read_text() == "{}"
         assert not list(folder.glob(".saving-*"))

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
 from llmlab.settings.grpo import GRPOSettings
@@ -87,6 +88,7 @@ def test_rewards_and_the_reward_model():
     both = settings(rewards=["json_valid | 0.5"], reward_model_name="runs/reward").all_rewards()
     assert [(reward.name, reward.weight) for reward in both] == [("json_valid", 0.5), ("reward_model", None)]
     assert [reward.name for reward in settings(rewards="json_valid").all_rewards()] == ["json_valid"]
+    assert SEED_REWARD_MODEL in spellings_of(GRPOSettings)["reward_model"].help
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_other_spellings(key, name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 10, "mini_batch_size": 32}, "batch_size = 10 x 4 completions is no multiple of .* is 8$"),
+        ({"batch_size": 10, "mini_batch_size": 32}, "batch_size = 10 x 4 completions is not a multiple of .* is 8$"),
         ({"batch_size": 1, "mini_batch_size": 32}, "the nearest is 8"),
         (
             {"batch_size": 6, "mini_batch_size": 4, "gradient_accumulation_steps": 4},

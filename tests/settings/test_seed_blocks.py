@@ -108,7 +108,7 @@ def test_quick_and_production_blocks(stage, tmp_path):
     assert (production.epochs, production.eval_every, production.save_every) == (3, 100, 200)
     assert (production.save_total_limit, production.save_best_only) == (5, True)
     # where `eval_steps` counts batches elsewhere, the run says that it does not here
-    said = [line for line in quick.warnings if "eval_steps = 50 stands beside save_steps" in line]
+    said = [line for line in quick.warnings if "eval_steps = 50 is set beside save_steps" in line]
     assert len(said) == (1 if stage == "sft" else 0)
 
 

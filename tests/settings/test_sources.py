@@ -136,7 +136,7 @@ def test_two_spellings_in_one_file_are_an_error(tmp_path):
 
 def test_a_key_twice_in_one_file_is_an_error(tmp_path):
     path = write(tmp_path, "a.yaml", "lr: 1.0\nmax_steps: 3\nlr: 2.0\n")
-    with pytest.raises(SettingsError, match=r"a.yaml:3: 'lr' stands here again; it was first set on line 1"):
+    with pytest.raises(SettingsError, match=r"a.yaml:3: 'lr' is a duplicate key, first set on line 1"):
         read_layer(path)
 
 
@@ -332,7 +332,7 @@ def test_python_files_of_blocks(tmp_path):
     assert (resolved.settings.lr, resolved.settings.seed, resolved.settings.max_steps) == (1e-4, 3, 7)
     assert resolved.sources["seed"].endswith("a.py:3") and resolved.sources["max_steps"].endswith("a.py:5")
     for wrong, message in (
-        ("a = {'lr': 1}\nb = {'lr': 2}\n", "a.py:2: 'lr' stands here again; it was first set on line 1"),
+        ("a = {'lr': 1}\nb = {'lr': 2}\n", "a.py:2: 'lr' is a duplicate key, first set on line 1"),
         ("import os\na = {'lr': 1}\n", "a.py:1: expected name = "),
         ("a = {'lr': open('x')}\n", "a.py:1: only literal values"),
         ("f(1)\n", "a.py:1: expected name = "),

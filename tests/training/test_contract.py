@@ -9,7 +9,9 @@ from transformers import Trainer
 from trl.experimental.orpo import ORPOTrainer
 
 from llmlab.runs import _trl
-from llmlab.runs._trl import PRIVATE_NAMES
+from llmlab.training.online import _trl as online
+
+PRIVATE_NAMES = _trl.PRIVATE_NAMES | online.PRIVATE_NAMES
 
 
 @pytest.mark.parametrize("place", PRIVATE_NAMES)
@@ -20,9 +22,12 @@ def test_private_names_are_still_there(place):
 
 
 def test_every_override_is_listed():
-    mixins = [thing for thing in vars(_trl).values() if inspect.isclass(thing) and thing.__module__ == _trl.__name__]
-    private = {name for mixin in mixins for name in vars(mixin) if name.startswith("_") and not name.startswith("__")}
-    assert private <= {place.rpartition(".")[2] for place in PRIVATE_NAMES}
+    trainers = (Trainer, trl.DPOTrainer, trl.GRPOTrainer)
+    for module in (_trl, online):
+        mixins = [x for x in vars(module).values() if inspect.isclass(x) and x.__module__ == module.__name__]
+        private = {name for mixin in mixins for name in vars(mixin) if name[0] == "_" and name[:2] != "__"}
+        overrides = {name for name in private if any(hasattr(trainer, name) for trainer in trainers)}
+        assert overrides and overrides <= {place.rpartition(".")[2] for place in module.PRIVATE_NAMES}
 
 
 def test_epochs_come_first_of_the_initial_values():

@@ -26,13 +26,13 @@ from llmlab.rewards.guardrails import SHIPPED, read_guardrails
 from llmlab.runs.callbacks import STREAM_STATE
 from llmlab.runs.history import curve_metric, details, find_runs
 from llmlab.runs.record import RunRecord
-from llmlab.runs.resume import check_whole
+from llmlab.runs.resume import check_undamaged
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.online.kl import KL_STATE, KLController, restore_controller
+from llmlab.training.online.kl import KL_STATE, KLController
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -69,8 +69,8 @@ def texts(path):
 
 
 def restores(folder):
-    check_whole(folder)
-    restore_controller(KLController(0.1, target=0.1, horizon=10), folder)
+    check_undamaged(folder)
+    KLController(0.1, target=0.1, horizon=10).load(folder)
 
 
 def schema(path):

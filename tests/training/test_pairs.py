@@ -8,7 +8,7 @@ import pytest
 
 from llmlab.cli.app import main
 from llmlab.data import load_tokenizer
-from llmlab.data.chat.preferences import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.inference import load_for_inference
 from llmlab.rewards.compose import compose
@@ -16,7 +16,7 @@ from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
 from llmlab.training.preference import pairs as pairs_module
-from llmlab.training.preference.pairs import Asked, judge_samples, load_prompts, summarize
+from llmlab.training.preference.pairs import Prompt, load_prompts, sample_pairs, summarize
 
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
 ANSWERED = {"role": "assistant", "content": "Me."}
@@ -47,7 +47,7 @@ def judge(model, monkeypatch):
         sampling = SamplingSettings(max_new_tokens=max_new_tokens)
         options = {"num_samples": len(completions), **options}
         composed = compose([reward], normalize=False)
-        return list(judge_samples(*model, prompts or [Asked([ASKED], {})], composed, sampling, **options))
+        return list(sample_pairs(*model, prompts or [Prompt([ASKED], {})], composed, sampling, **options))
 
     return judge
 
@@ -99,7 +99,7 @@ def test_rewards_are_given_the_prompt_and_its_columns(judge):
         seen.append((prompts, answer, sorted(columns)))
         return [each[0]["content"] == right for each, right in zip(completions, answer, strict=True)]
 
-    prompts = [Asked([ASKED], {"answer": "a", "id": 7}), Asked([SYSTEM, ASKED], {"answer": "b", "id": 8})]
+    prompts = [Prompt([ASKED], {"answer": "a", "id": 7}), Prompt([SYSTEM, ASKED], {"answer": "b", "id": 8})]
     first, second = judge("a", "b", prompts=prompts, reward=reward)
     assert first.pair["chosen"][0]["content"] == "a" and second.pair["chosen"][0]["content"] == "b"
     assert [(given, answer) for given, answer, _ in seen] == [
@@ -110,8 +110,8 @@ def test_rewards_are_given_the_prompt_and_its_columns(judge):
 
 
 def test_a_prompt_that_fills_the_context_is_counted(judge):
-    long = Asked([{"role": "user", "content": "word " * 200}], {})
-    skipped, judged = judge("a cat", "a", prompts=[long, Asked([ASKED], {})])
+    long = Prompt([{"role": "user", "content": "word " * 200}], {})
+    skipped, judged = judge("a cat", "a", prompts=[long, Prompt([ASKED], {})])
     assert skipped.reason == "longer than the model's context of 128 tokens" and judged.pair
     report = summarize([skipped, judged], Counter({"without 'prompt'": 2}))
     assert (report.prompts, report.completions, len(report.pairs)) == (4, 2, 1)
@@ -138,21 +138,21 @@ def test_no_pair_can_be_made_of_that(judge, options, message):
         ({"prompt": "Who?"}, [ASKED]),
         ({"prompt": "Who?", "system": "Be brief.", "answer": "x"}, [SYSTEM, ASKED]),
         ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
-        ({"prompt": [ASKED, ANSWERED, ASKED, ANSWERED]}, [ASKED, ANSWERED, ASKED]),
+        ({"messages": [ASKED, ANSWERED, ASKED, ANSWERED]}, [ASKED, ANSWERED, ASKED]),
         ({"prompt": "Who?", "chosen": "Me.", "rejected": "You."}, [ASKED]),
         ({"messages": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
         ({"messages": [SYSTEM, ASKED, ANSWERED]}, [SYSTEM, ASKED]),
         ({"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]}, [ASKED]),
         ({"question": "Who?", "answer": "Me."}, [ASKED]),
         ({"instruction": "Who?", "output": "Me."}, [ASKED]),
-        ({"chosen": "\n\nHuman: Who?\n\nAssistant: Me.", "rejected": "x"}, [ASKED]),
+        ({"chosen": "\n\nHuman: Who?\n\nAssistant: Me.", "rejected": "\n\nHuman: Who?\n\nAssistant: I."}, [ASKED]),
         ({"text": "Who?"}, [ASKED]),
     ],
 )
 def test_prompts_of_any_format(tmp_path, row, prompt):
     path = write(tmp_path / "prompts.jsonl", [row])
     ((asked,), unusable) = load_prompts(DataSource(name=str(path)))
-    assert asked.prompt == prompt and not unusable
+    assert asked.messages == prompt and not unusable
     assert asked.columns == {key: value for key, value in row.items() if key != "prompt"}
 
 
@@ -163,15 +163,16 @@ def test_rows_without_a_prompt_are_counted(tmp_path):
     assert len(prompts) == 1
     assert unusable == {
         "without 'prompt'": 2,
-        "nothing is asked in it": 2,
+        "an empty prompt": 1,
+        "a prompt that does not end with the user's turn": 1,
         "expected text, found int": 1,
         "it has tools, which are not called here": 1,
     }
     assert len(load_prompts(DataSource(name=str(path)), limit=1)[1]) == 0
-    with pytest.raises(UserError, match=r"no prompt in its 1 rows \(1 x nothing is asked in it\)"):
+    with pytest.raises(UserError, match=r"no prompt in its 1 rows \(1 x an empty prompt\)"):
         load_prompts(DataSource(name=str(write(path, [{"prompt": ""}]))))
-    with pytest.raises(UserError, match="closest is question/answer"):
-        load_prompts(DataSource(name=str(write(path, [{"question": "Who?"}]))))
+    with pytest.raises(UserError, match="no format of prompts has the columns quest; .*closest is question"):
+        load_prompts(DataSource(name=str(write(path, [{"quest": "Who?"}]))))
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_the_command_writes_what_dpo_reads(cli, chatty, prompts, tmp_path):
 
     tokenizer = load_tokenizer(str(chatty))
     settings = DataSettings(datasets=[str(path)], validation_fraction=0, cache_dir=str(tmp_path / "c"), num_proc=1)
-    data = build_rows(settings, PreferenceMaker(tokenizer, max_length=128), seed=3)
+    data = build_rows(settings, PreferenceEncoder(tokenizer, max_length=128), seed=3)
     assert len(data.train) == len(rows) and not data.reports[0].dropped
     code, output, errors = cli("check", path, "-t", chatty, "--json")
     assert code == 0, errors

@@ -15,7 +15,7 @@ from llmlab.data import load_tokenizer
 from llmlab.hardware import probe
 from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
-from llmlab.runs.policy import load_policy
+from llmlab.runs.policy import load_policy, load_reference
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
@@ -23,8 +23,7 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.preference.dpo import load_reference
-from llmlab.training.sft import InstructionTrainer, sft
+from llmlab.training.sft import LLMLabSFTTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
 
@@ -205,14 +204,12 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_new_rows_are_trained(
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, interrupt_after, quiet):
+def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, cut_off, quiet):
     lora = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.1} if use_lora else {}
     make = lambda name: sft_settings(output_dir=str(tmp_path / name), max_steps=12, **lora)  # noqa: E731
     whole = sft(make("whole"), console=quiet)
-    undo = interrupt_after(InstructionTrainer, 7)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(7):
         sft(make("part"), console=quiet)
-    undo()
     resumed = sft(make("part"), resume=tmp_path / "part", console=quiet)
     assert losses(resumed.folder) == pytest.approx(losses(whole.folder), abs=1e-6)
     one, other = ([line["tokens"] for line in read_metrics(run.folder) if "loss" in line] for run in (whole, resumed))
@@ -230,7 +227,7 @@ def test_epochs_count_steps_and_exclude_max_steps(sft_settings, quiet):
     result = sft(sft_settings(epochs=0.5, validation_fraction=0, log_every=10), console=quiet)
     record = read_record(result.folder)
     assert record["step"] == 30  # half of 240 rows in batches of 4
-    assert record["data"]["sources"][0]["passes"] == 0.5
+    assert record["data"]["sources"][0]["epochs"] == 0.5
     with pytest.raises(UserError, match="already is at step 30; train longer"):
         sft(sft_settings(epochs=0.5, validation_fraction=0), resume=result.folder, console=quiet)
     with pytest.raises(SettingsError, match="max_steps and epochs set one quantity in two units; keep one"):
@@ -247,18 +244,16 @@ def test_save_every_counts_beside_the_best(save_best_only, sft_settings, quiet):
 
 
 @pytest.mark.parametrize("save_best_only", [False, True])
-def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, interrupt_after):
+def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, cut_off):
     # the rate rises until the loss gets worse: the best adapters are not the last ones
     chosen = sft_settings(
         max_steps=12, eval_every=3, use_lora=True, lora_preset="all", learning_rate=0.13, warmup_steps=12,
         scheduler="none", save_best_only=save_best_only, save_total_limit=None,
     )  # fmt: skip
-    undo = interrupt_after(InstructionTrainer, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(5):
         sft(chosen, console=quiet)
     folder = Path(chosen.output_dir)
     assert adapters(folder / "best_lora_adapters") == adapters(folder / "checkpoint-3")
-    undo()
     result = sft(chosen, resume=folder, console=quiet)
     evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line}
     best = min(evaluations, key=evaluations.get)
@@ -302,7 +297,7 @@ def test_sources_of_different_formats_mix_by_weight(sft_settings, wide_base_fold
     assert (first["trained_rows"], second["trained_rows"]) == (60, 30)
     assert first["share"] == pytest.approx(2 / 3)
     # 8 rows of training, two thirds of them of 60 and one third of 30
-    assert (first["passes"], second["passes"]) == pytest.approx((8 * 2 / 3 / 60, 8 / 3 / 30), abs=1e-3)
+    assert (first["epochs"], second["epochs"]) == pytest.approx((8 * 2 / 3 / 60, 8 / 3 / 30), abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["sophia", "muon", "lion", "adafactor"])
@@ -329,7 +324,7 @@ def test_neftune_reaches_the_trainer(sft_settings, tmp_path, quiet):
         ({"use_lora": True, "modules_to_save": ["lm_hed"]}, "modules_to_save: no module is called 'lm_hed'.*lm_head"),
         ({"trainer_args": {"assistant_only_loss": True}}, "trainer_args.assistant_only_loss: set 'loss_on' instead"),
         ({"trainer_args": {"optim": "adamw_torch"}}, "set 'optimizer' instead"),
-        ({"max_seq_len": 8}, "rows have nothing left to train after cutting to max_seq_len = 8"),
+        ({"max_seq_len": 8}, "rows have nothing left to train after truncation to max_seq_len = 8"),
         ({"datasets": ["demo/stori"]}, "did you mean 'stories'"),
     ],
 )
@@ -368,13 +363,13 @@ def test_qlora_learns_on_four_bit_weights(sft_settings, wide_base_folder, chat_f
 def test_packed_conversations_never_see_each_other(sft_settings, chat_file, quiet, monkeypatch):
     """A conversation's loss is the same whatever it is packed with, and rows of a batch stay rows."""
     seen = []
-    original = InstructionTrainer.compute_loss
+    original = LLMLabSFTTrainer.compute_loss
 
     def watch(self, model, inputs, *args, **kwargs):
         seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(InstructionTrainer, "compute_loss", watch)
+    monkeypatch.setattr(LLMLabSFTTrainer, "compute_loss", watch)
     result = sft(sft_settings(packing=True, max_steps=1, max_seq_len=96, validation_fraction=0), console=quiet)
     batch = seen[0]
     assert batch["input_ids"].shape[0] == 4 and "attention_mask" not in batch
@@ -418,6 +413,6 @@ def test_an_extended_run_keeps_to_the_rows_it_read(sft_settings, quiet, chat_fil
     sft(sft_settings(max_steps=40, validation_fraction=0), resume=first.folder, console=quiet)
     after = read_record(first.folder)["data"]["sources"][0]
     assert after["rows"] == 30
-    assert after["passes"] == pytest.approx(40 * 4 / 30, abs=1e-3)
+    assert after["epochs"] == pytest.approx(40 * 4 / 30, abs=1e-3)
     straight = sft(sft_settings(max_steps=40, output_dir=str(tmp_path / "straight")), console=quiet)
     assert read_record(straight.folder)["data"]["sources"][0]["rows"] > 160

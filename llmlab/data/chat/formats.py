@@ -1,7 +1,6 @@
-"""Recognizes instruction data by its columns and turns each row into messages (and tools).
+"""Recognizes chat data by its columns, and reads each row as a conversation, a preference pair or a prompt.
 
-Every format becomes the same thing, so sources of different formats can be mixed.  Rendering messages to tokens is the
-chat template's business; preference pairs are not read here.
+Sources of different formats become the same thing and can be mixed.  Rendering to tokens is `rendering.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,120 +11,184 @@ from llmlab.data.chat.messages import (
     Message,
     Row,
     UnusableRow,
+    has_parts,
     is_empty,
     list_of,
     parse_tools,
     read_turns,
     text_of,
 )
+from llmlab.data.splits import Use
 from llmlab.settings.errors import UserError, did_you_mean
 
 LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
+# columns that rewards do not get: the trainer passes its own under these names, or takes them for pictures
+RESERVED = {"prompt", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+RESERVED |= {"environments", "image", "images"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of instruction data: the columns that tell it, those it may have besides, and how a row is read."""
+    """A format of chat data: the columns that identify it, and how the turns of a row are read.
+
+    Beside these, every format may have the columns `system` and `tools`.
+    """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Row], list[Message]]
-    optional: tuple[str, ...] = ("tools", "system")
 
 
-def _messages(row: Row) -> list[Message]:
-    return read_turns(row["messages"])
+def _turn(role: str, content: Any) -> Message:
+    return {"role": role, "content": text_of(content)}
 
 
-def _conversations(row: Row) -> list[Message]:
-    return read_turns(row["conversations"])
+def _exchange(prompt: str, answer: str) -> Callable[[Row], list[Message]]:
+    return lambda row: [_turn("user", row[prompt]), _turn("assistant", row[answer])]
 
 
 def _alpaca(row: Row) -> list[Message]:
-    given = text_of(row["input"]) if row.get("input") else ""
-    prompt = text_of(row["instruction"]) + (f"\n\n{given}" if given.strip() else "")
-    past = [turn for pair in list_of(row.get("history"), "history") for turn in _past(pair)]
-    return [*past, *_pair(prompt, row["output"])]
-
-
-def _past(pair: Any) -> list[Message]:
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise UnusableRow("expected history as pairs of request and answer")
-    return _pair(*pair)
+    messages = []
+    for pair in list_of(row.get("history"), "history"):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UnusableRow("expected history as pairs of request and answer")
+        messages += [_turn("user", pair[0]), _turn("assistant", pair[1])]
+    context = text_of(row["input"]) if row.get("input") else ""
+    prompt = text_of(row["instruction"]) + (f"\n\n{context}" if context.strip() else "")
+    return [*messages, _turn("user", prompt), _turn("assistant", row["output"])]
 
 
 def _prompt_completion(row: Row) -> list[Message]:
     if isinstance(row["prompt"], list):
         return read_turns([*row["prompt"], *list_of(row["completion"], "completion")])
-    return _pair(row["prompt"], row["completion"])
+    return [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]
 
 
-def _sharegpt_chosen(row: Row) -> list[Message]:
-    return [*read_turns(row["conversations"]), *read_turns([row["chosen"]])]
+def _prompt_turns(value: Any) -> list[Message]:
+    """Returns a prompt that is a list of turns, or the content (text or parts) of one of the user's."""
+    if not value:
+        return []
+    parts = isinstance(value, list) and all(isinstance(each, dict) and "role" not in each for each in value)
+    if isinstance(value, list) and not (parts and has_parts(value)):
+        return read_turns(value)
+    return read_turns([{"role": "user", "content": value}])
 
 
-def _prompt_chosen(row: Row) -> list[Message]:
-    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    if isinstance(row["chosen"], str):
-        return read_turns([*prompt, {"role": "assistant", "content": row["chosen"]}])
-    start, chosen = read_turns(prompt), read_turns(row["chosen"])
-    if chosen[0]["role"] not in ("system", "user"):
-        return [*start, *chosen]
-    system = start[:1] if start[0]["role"] == "system" and chosen[0]["role"] != "system" else []
-    return [*system, *chosen]  # it repeats the prompt
+def _pair(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Returns prompt, chosen and rejected; what both sides begin with belongs to the prompt."""
+    *prompt, better, worse = columns
+    start = _prompt_turns(row[prompt[0]]) if prompt else []
+    chosen, rejected = (_side(row[column], is_transcript=not prompt) for column in (better, worse))
+    shared = shared_length(chosen, rejected)
+    both = chosen[:shared]
+    if both and both[0]["role"] == "user":  # the sides repeat the prompt, but for its system prompt
+        start = [message for message in start[:1] if message["role"] == "system"]
+    elif both and both[0]["role"] == "system":
+        start = []
+    return start + both, chosen[shared:], rejected[shared:]
 
 
-def _chosen(row: Row) -> list[Message]:
-    return (
-        read_turns(row["chosen"]) if isinstance(row["chosen"], list) else transcript_messages(text_of(row["chosen"]))
+def _side(value: Any, is_transcript: bool) -> list[Message]:
+    if isinstance(value, (list, dict)):
+        return read_turns(value if isinstance(value, list) else [value])
+    return transcript_messages(text_of(value)) if is_transcript else [_turn("assistant", value)]
+
+
+def _preference(name: str, *columns: str) -> Format:
+    """A format of preferences; read as one conversation, it is the prompt and the chosen side."""
+    chosen_twice = (*columns[:-1], columns[-2])  # compared with itself, all of it is shared
+    return Format(name, columns, lambda row: _pair(row, chosen_twice)[0])
+
+
+def _prompts(form: Format) -> Format:
+    """The format of the same rows, of which the prompt is what comes before the assistant's last answer."""
+
+    def read(row: Row) -> list[Message]:
+        turns = form.read(row)
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        return turns
+
+    return Format(form.name, form.columns, read)
+
+
+def plain_text(column: str) -> Format:
+    """The format of rows with their text in a column; read as turns, it is the user's."""
+    return Format("plain text", (column,), lambda row: _prompt_turns(row[column]))
+
+
+MESSAGES = Format("messages", ("messages",), lambda row: read_turns(row["messages"]))
+SHAREGPT = Format("ShareGPT conversations", ("conversations",), lambda row: read_turns(row["conversations"]))
+SHAREGPT_PREFERENCE = _preference("ShareGPT preference", "conversations", "chosen", "rejected")
+PREFERENCE = _preference("preference", "prompt", "chosen", "rejected")
+INSTRUCTION_PREFERENCE = _preference("instruction preference", "instruction", "chosen_response", "rejected_response")
+TRANSCRIPT = _preference("hh-rlhf transcript", "chosen", "rejected")
+PLAIN_TEXT = plain_text("text")
+
+FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which they are tried
+    "instructions": (
+        MESSAGES,
+        SHAREGPT_PREFERENCE,
+        PREFERENCE,
+        SHAREGPT,
+        Format("Alpaca", ("instruction", "output"), _alpaca),
+        Format("instruction/response", ("instruction", "response"), _exchange("instruction", "response")),
+        INSTRUCTION_PREFERENCE,
+        Format("prompt/completion", ("prompt", "completion"), _prompt_completion),
+        Format("prompt/response", ("prompt", "response"), _exchange("prompt", "response")),
+        Format("question/answer", ("question", "answer"), _exchange("question", "answer")),
+        TRANSCRIPT,
+        PLAIN_TEXT,
+    ),
+    "preferences": (SHAREGPT_PREFERENCE, PREFERENCE, INSTRUCTION_PREFERENCE, TRANSCRIPT),
+    "prompts": (
+        Format("prompt", ("prompt",), lambda row: _prompt_turns(row["prompt"])),
+        _prompts(MESSAGES),
+        _prompts(SHAREGPT),
+        Format("question", ("question",), lambda row: _prompt_turns(row["question"])),
+        Format("instruction", ("instruction",), lambda row: _alpaca({**row, "output": ""})[:-1]),
+        _prompts(TRANSCRIPT),
+    ),
+}
+FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)
+KINDS = {"instructions": "instruction data", "preferences": "preference data"}
+
+
+def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> Format:
+    """Returns the first format that has these columns; `where` is the source, for the message."""
+    found = set(columns)
+    for candidate in FORMATS[use]:
+        if found.issuperset(candidate.columns):
+            return candidate
+    label = next((name for name in LABELS if name in found), None)
+    conversations = (form for form in FORMATS["instructions"] if form is not PLAIN_TEXT)
+    if use == "preferences" and label and any(found.issuperset(form.columns) for form in conversations):
+        raise UserError(
+            f"{where}: not supported: its column '{label}' marks unpaired preferences (KTO), and this stage compares "
+            "two answers to one prompt; give rows of prompt, chosen (an answer whose label is true) and rejected (one "
+            "to the same prompt whose label is false), or fine-tune on the good ones: llmlab sft --only-label true"
+        )
+    nearest = max(FORMATS[use], key=lambda form: _similarity(form, found))
+    missing = [name for name in nearest.columns if name not in found]
+    schemas = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS[use])
+    raise UserError(
+        f"{where}: no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}; "
+        f"expected one of: {schemas}. "
+        f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
     )
 
 
-PLAIN_TEXT = Format("plain text", ("text",), lambda row: [], ())
-FORMATS = (
-    Format("messages", ("messages",), _messages, ("tools", "system")),
-    Format("ShareGPT preference", ("conversations", "chosen", "rejected"), _sharegpt_chosen, ("tools", "system")),
-    Format("preference", ("prompt", "chosen", "rejected"), _prompt_chosen, ("tools", "system")),
-    Format("ShareGPT conversations", ("conversations",), _conversations, ("tools", "system")),
-    Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "tools", "system", "history")),
-    Format(
-        "instruction/response", ("instruction", "response"), lambda row: _pair(row["instruction"], row["response"])
-    ),
-    Format(
-        "instruction preference",
-        ("instruction", "chosen_response", "rejected_response"),
-        lambda row: _pair(row["instruction"], row["chosen_response"]),
-    ),
-    Format("prompt/completion", ("prompt", "completion"), _prompt_completion, ("tools", "system")),
-    Format("prompt/response", ("prompt", "response"), lambda row: _pair(row["prompt"], row["response"])),
-    Format("question/answer", ("question", "answer"), lambda row: _pair(row["question"], row["answer"])),
-    Format("hh-rlhf transcript", ("chosen", "rejected"), _chosen),
-    PLAIN_TEXT,
-)
-"""In the order in which they are tried; of a preference pair the chosen side is what fine-tuning learns."""
-
-
-def recognize(columns: Iterable[str], where: str) -> Format:
-    """Returns the format that these columns tell.
-
-    Args:
-        columns: the columns found.
-        where: the source, for the message.
-
-    Raises:
-        UserError: none does; it shows the columns found, the schemas expected, and the closest match.
-    """
-    found = set(columns)
-    for candidate in FORMATS:
-        if set(candidate.columns) <= found:
-            return candidate
-    raise closest(FORMATS, found, where, "instruction data")
+def _similarity(form: Format, found: set[str]) -> float:
+    """Scores columns against a format: 1 for each that is there, 1/2 for a similar name, -1/4 for each that is not."""
+    present = sum(name in found for name in form.columns)
+    similar = sum(name not in found and bool(did_you_mean(name, found)) for name in form.columns)
+    return present + similar / 2 - (len(form.columns) - present - similar) / 4
 
 
 def label_column(form: Format, rows: Iterable[Row]) -> str | None:
     """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
     rows = list(rows)
-    if form is PLAIN_TEXT or "chosen" in form.columns:
+    if form.name == PLAIN_TEXT.name or form in FORMATS["preferences"]:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
     return next((name for name in LABELS if values[name] and None not in map(truth_of, values[name])), None)
@@ -137,79 +200,82 @@ def truth_of(value: Any) -> bool | None:
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Returns the length of the common beginning."""
+    """Returns the length of the common prefix."""
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def closest(formats: Iterable[Format], found: set[str], where: str, kind: str) -> UserError:
-    """Returns the error for columns that no format has, with the format that comes closest."""
-    formats = list(formats)
-    nearest = max(formats, key=lambda form: _nearness(form, found))
-    missing = [name for name in nearest.columns if name not in found]
-    schemas = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in formats)
-    return UserError(
-        f"{where}: no format of {kind} has the columns {', '.join(sorted(found))}; expected one of: {schemas}. "
-        f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
-    )
-
-
-def _nearness(form: Format, found: set[str]) -> float:
-    """How well columns fit a format: one for each that is there, half for a near spelling, less what it lacks."""
-    there = sum(name in found for name in form.columns)
-    near = sum(name not in found and bool(did_you_mean(name, found)) for name in form.columns)
-    return there + near / 2 - (len(form.columns) - there - near) / 4
-
-
 def to_messages(row: Row, form: Format) -> Row:
-    """Returns `{"messages": [...], "tools": [...] or None}` of a row, or `{"text": ...}` of plain text.
-
-    Raises:
-        UnusableRow: it lacks a column, has no turn of the assistant, an unknown role, or text that is not text.
-    """
-    for column in form.columns:
-        if row.get(column) is None:
-            raise UnusableRow(f"without '{column}'")
-    if form is PLAIN_TEXT:
-        if not text_of(row["text"]).strip():
+    """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}` of plain text."""
+    _check_columns(row, form)
+    if form.name == PLAIN_TEXT.name:
+        text = text_of(row[form.columns[0]])
+        if not text.strip():
             raise UnusableRow("empty")
-        return {"text": row["text"]}
-    messages = read_system(row, form) + form.read(row)
-    if not any(message["role"] == "assistant" for message in messages):
+        return {"text": text}
+    messages = _system(row) + form.read(row)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise UnusableRow("no turn of the assistant")
-    if all(is_empty(message) for message in messages if message["role"] == "assistant"):
+    if all(map(is_empty, answers)):
         raise UnusableRow("no turn of the assistant says anything")
-    return {"messages": messages, "tools": read_tools(row, form)}
+    return {"messages": messages, "tools": _tools(row)}
 
 
-def read_system(row: Row, form: Format) -> list[Message]:
-    """Returns the system prompt that stands in a column of its own, as no or one message."""
-    if "system" in form.optional and isinstance(row.get("system"), str) and row["system"].strip():
-        return [{"role": "system", "content": text_of(row["system"])}]
-    return []
+def to_pair(row: Row, form: Format) -> Row:
+    """Returns a row as `{"prompt": [...], "chosen": [...], "rejected": [...], "tools": [...] or None}`."""
+    _check_columns(row, form)
+    prompt, chosen, rejected = _pair(row, form.columns)
+    prompt = _system(row) + prompt
+    if chosen == rejected:
+        raise UnusableRow("chosen and rejected are the same")
+    for side in (chosen, rejected):
+        if not side or is_empty(side[0]):
+            raise UnusableRow("an empty completion")
+        if any(message["role"] != "assistant" for message in (side[0], side[-1])):
+            raise UnusableRow("a completion that is not the assistant's")
+    if not prompt:
+        raise UnusableRow("an empty prompt")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}
 
 
-def read_tools(row: Row, form: Format) -> list[dict[str, Any]] | None:
-    """Returns the tools of a row where its format may have some."""
-    if "tools" not in form.optional:
-        return None
-    tools = parse_tools(row.get("tools"))
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow("expected tools as JSON schemas")
-    return tools or None
+def to_prompt(row: Row, form: Format) -> Row:
+    """Returns a row as `{"prompt": [...], "tools": [...] or None, "columns": {...}}`, the columns for rewards."""
+    _check_columns(row, form)
+    prompt = _system(row) + form.read(row)
+    if not any(message["role"] != "system" and message["content"].strip() for message in prompt):
+        raise UnusableRow("an empty prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise UnusableRow("a prompt that does not end with the user's turn")
+    columns = {name: value for name, value in row.items() if name not in RESERVED}
+    return {"prompt": prompt, "tools": _tools(row), "columns": columns}
 
 
 def transcript_messages(text: str) -> list[Message]:
     """Returns the turns of an Anthropic transcript: `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
-    parts = ("\n\n" + text.strip()).split("\n\nHuman:")
     messages: list[Message] = []
-    for part in parts[1:]:
+    for part in ("\n\n" + text.strip()).split("\n\nHuman:")[1:]:
         question, *answers = part.split("\n\nAssistant:")
-        messages.append({"role": "user", "content": question.strip()})
-        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
+        messages.append(_turn("user", question.strip()))
+        messages += [_turn("assistant", answer.strip()) for answer in answers]
     if not messages:
         raise UnusableRow("no 'Human:' turn in the transcript")
     return messages
 
 
-def _pair(prompt: Any, answer: Any) -> list[Message]:
-    return [{"role": "user", "content": text_of(prompt)}, {"role": "assistant", "content": text_of(answer)}]
+def _check_columns(row: Row, form: Format) -> None:
+    for column in form.columns:
+        if row.get(column) is None:
+            raise UnusableRow(f"without '{column}'")
+
+
+def _system(row: Row) -> list[Message]:
+    """Returns the system prompt in a column of its own, as no or one message."""
+    has_text = isinstance(row.get("system"), str) and row["system"].strip()
+    return [_turn("system", row["system"])] if has_text else []
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = parse_tools(row.get("tools"))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("expected tools as JSON schemas")
+    return tools or None

@@ -1,8 +1,7 @@
-"""Messages in one form, whatever a data set, an API or a model calls roles, text and calls.
+"""Messages in one form, whatever a data set, an API or a model calls roles, text and tool calls.
 
-A message is a `role` and a text as `content`, and of the assistant `tool_calls` and `reasoning_content` where there
-are some.  Data sets, chat templates and rewards all read with `read_turns`; what is not understood is named, never
-skipped.
+A message has a `role`, a text as `content`, and of the assistant perhaps `tool_calls` and `reasoning_content`.  What
+is not understood raises UnusableRow with the reason, and is never skipped.
 """
 
 import json
@@ -34,11 +33,7 @@ class UnusableRow(ValueError):
 
 
 def plain_call(call: Any) -> Call:
-    """Returns a tool call as OpenAI writes it, its arguments parsed.
-
-    Raises:
-        UnusableRow: it has no name, or arguments that are no JSON object.
-    """
+    """Returns a tool call in OpenAI's form, its arguments parsed."""
     if isinstance(call, str):
         raise UnusableRow("a function call that is not JSON")
     call = call if isinstance(call, dict) else {}
@@ -55,15 +50,7 @@ def plain_call(call: Any) -> Call:
 
 
 def read_turns(turns: Any, read_call: Callable[[Any], Call] = plain_call) -> list[Message]:
-    """Returns turns as messages, whatever they call roles and text; one turn with tools' results may become several.
-
-    Args:
-        turns: mappings with a role and content: text, or a list of parts.
-        read_call: returns a tool call in OpenAI's form.
-
-    Raises:
-        UnusableRow: something in them is not understood; the reason names it.
-    """
+    """Returns turns (a role, and content as text or parts) as messages; a turn with tool results may give several."""
     if not isinstance(turns, list) or not turns:
         raise UnusableRow("no turns")
     return [message for turn in turns for message in _read_turn(turn, read_call)]
@@ -92,10 +79,15 @@ def join_turns(messages: list[Message]) -> list[Message]:
 
 
 def result_text(content: Any) -> str:
-    """Returns what a tool answered as text: text, text parts, or any other value as JSON."""
-    if _has_types(content):
+    """Returns a tool's result as text: text, text parts, or any other value as JSON."""
+    if has_parts(content):
         return _read_parts("result", content).text
     return text_of(content if isinstance(content, str) or content is None else json.dumps(content, ensure_ascii=False))
+
+
+def has_parts(content: Any) -> bool:
+    """Whether a value is a list of content parts, not a list that a tool returned."""
+    return isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content)
 
 
 def text_of(value: Any) -> str:
@@ -151,7 +143,7 @@ def _read_turn(turn: Any, read_call: Callable[[Any], Call]) -> list[Message]:
     if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
         calls = _calls_of(text_of(content))
         return [{"role": "assistant", "content": "", "tool_calls": [read_call(call) for call in calls]}]
-    if role == "tool" and not _has_types(content):
+    if role == "tool" and not has_parts(content):
         content = result_text(content)
     parts = _read_parts(role, content) if isinstance(content, list) else _Parts(content)
     calls = list_of(turn.get("tool_calls"), "tool_calls") or parts.calls
@@ -192,11 +184,6 @@ def _read_parts(role: str, content: list[Any]) -> _Parts:
         else:
             raise UnusableRow(f"content part '{kind}' in a turn of the {role}, which is not supported")
     return _Parts("".join(texts), "".join(reasoning), calls, results)
-
-
-def _has_types(content: Any) -> bool:
-    """Whether a value is a list of content parts, not a list that a tool returned."""
-    return isinstance(content, list) and any(isinstance(part, dict) and "type" in part for part in content)
 
 
 def _calls_of(text: str) -> list[Any]:

@@ -1,14 +1,16 @@
-"""Conversations as tokens, with a mark on every token that is trained, and what is wrong with a row so marked.
+"""Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask.
 
-The chat template decides the text; here is only which part of it the assistant wrote.  Templates without `generation`
-marks are asked once for each turn, so any template whose text only grows serves.
+The template decides the text; here is only which part of it the assistant wrote.  Templates without `generation`
+marks are rendered once for each turn, so any template whose text only grows serves.
 
 Two turns of the assistant in a row are rendered as they are where the template allows it, else joined by a blank line.
-Reasoning stands as `<think>...</think>` before the answer where the template has no place of its own for it.
+Reasoning is put as `<think>...</think>` before the answer where the template has no place of its own for it.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.formats import shared_length
 from llmlab.data.chat.messages import Message, UnusableRow, join_turns
-from llmlab.data.tokenizer import TEMPLATE, stop_token_ids
+from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError, reason_of
 
 LossOn = Literal["assistant", "completion", "all"]
@@ -27,24 +29,22 @@ GENERATION_MARK = "generation -%}", "generation %}"
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """A row as the model will see it: the ids, and whether each is trained; both (time,)."""
+    """Token ids, and the loss mask: whether each is trained; both (time,)."""
 
     input_ids: list[int]
     trained: list[bool]
 
     @property
     def labels(self) -> list[int]:
-        """The ids where they are trained, else -100."""
+        """The ids, -100 where they are not trained, (time,)."""
         return [token if on else -100 for token, on in zip(self.input_ids, self.trained, strict=True)]
 
 
 class Renderer:
     """Renders conversations with a tokenizer's chat template.
 
-    Args:
-        tokenizer: with a chat template, unless all rows are plain text.
-        loss_on: what is trained: every turn of the assistant, its last one (`completion`), or all tokens.
-        stops: ids at which the model stops, beside those that the tokenizer tells.
+    `loss_on` says what is trained: every turn of the assistant, its last one (`completion`), or all tokens.  `stops`
+    are ids at which generation stops, beside those of the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant", stops: tuple[int, ...] = ()):
@@ -53,12 +53,7 @@ class Renderer:
         self.stops = tuple(dict.fromkeys([*stop_token_ids(tokenizer), *stops]))
 
     def render(self, conversation: dict[str, Any]) -> RenderedRow:
-        """Returns a conversation (`messages` and `tools`, or plain `text`) as tokens.
-
-        Raises:
-            UnusableRow: the template refuses it, leaves a part of it out, or rewrites earlier turns.
-            UserError: there is no chat template.
-        """
+        """Returns a conversation (`messages` and `tools`, or plain `text`) as tokens with a loss mask."""
         if "text" in conversation:
             return self._render_text(conversation["text"])
         if self.tokenizer.chat_template is None:
@@ -98,11 +93,7 @@ class Renderer:
         ]
 
     def render_pair(self, pair: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
-        """Returns the ids of a pair's prompt and of its chosen and rejected completions.
-
-        Raises:
-            UnusableRow: the template refuses it, or rewrites the prompt when it is answered.
-        """
+        """Returns the ids of a pair's prompt and of its chosen and rejected completions."""
         prompt, tools = pair["prompt"], pair["tools"]
         whole = [self.render({"messages": prompt + pair[side], "tools": tools}) for side in ("chosen", "rejected")]
         ids, _ = encode_prompt(self.tokenizer, self._show_reasoning(prompt), tools)
@@ -183,11 +174,7 @@ def check_tools(text: str, messages: list[Message], tools: list[Any] | None) -> 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], tools: list[Any] | None = None
 ) -> tuple[list[int], list[Message]]:
-    """Returns a prompt's ids, up to where the answer begins, and the messages as the template takes them.
-
-    Raises:
-        UnusableRow: the template refuses it.
-    """
+    """Returns a prompt's ids, up to where the answer begins, and the messages in the form that the template takes."""
     try:
         output = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)
     except (TemplateError, *TEMPLATE_FAILURES) as error:
@@ -198,14 +185,9 @@ def encode_prompt(
 
 
 def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> str:
-    """Returns what is wrong with a whole row, not yet cut, or an empty text.
+    """Returns what is wrong with the loss mask of a row before truncation, or an empty text.
 
-    Each of these has trained models badly without a word: huggingface/trl issues 1623, 3091, 5988 and 1400.
-
-    Args:
-        row: a rendered row.
-        tokenizer: what rendered it.
-        stops: ids at which the model stops.
+    Each of these trains models badly without an error: huggingface/trl issues 1623, 3091, 5988 and 1400.
     """
     ids, trained = row.input_ids, row.trained
     if not any(trained):
@@ -223,37 +205,25 @@ def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tu
     if bos is not None and ids[:2] == [bos, bos]:
         return f"it begins with {tokenizer.bos_token} twice: the text or the template adds a second one"
     pad = tokenizer.pad_token_id
-    if (
-        pad is not None
-        and pad not in stops
-        and any(on and token == pad for token, on in zip(ids, trained, strict=True))
-    ):
+    if pad is not None and pad not in stops and (pad, True) in zip(ids, trained, strict=True):
         return f"the padding token {tokenizer.pad_token} is trained"
     return ""
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
-    """Gives a tokenizer a chat template, and returns the tokens that had to be added for it.
+    """Sets a tokenizer's chat template, and returns the tokens that had to be added for it.
 
-    Args:
-        tokenizer: changed in place.
-        template: `chatml`, the path of a Jinja file, or None for ChatML where the tokenizer has no template.
-
-    Raises:
-        UserError: there is no such file.
+    `template` is `chatml`, the path of a Jinja file, or None: ChatML where the tokenizer has no template.
     """
     if template is None and tokenizer.chat_template is not None:
         return []
     if template not in (None, "chatml"):
         try:
-            with open(template, encoding="utf-8") as handle:
-                tokenizer.chat_template = handle.read()
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "this is not UTF-8 text"
             raise UserError(f"chat_template = {template}: {reason}; expected chatml or a Jinja file") from None
         return []
-    from llmlab.data.tokenizer import BOS, END_OF_TURN
-
     missing = [token for token in (BOS, END_OF_TURN) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
@@ -262,8 +232,6 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 def _last_run(trained: list[bool]) -> list[bool]:
     """Keeps only the last unbroken run of trained tokens."""
-    end = max((k for k, on in enumerate(trained) if on), default=-1)
-    begin = end
-    while begin > 0 and trained[begin - 1]:
-        begin -= 1
-    return [begin <= k <= end for k in range(len(trained))]
+    runs = [(on, len(list(run))) for on, run in itertools.groupby(trained)]
+    last = max((k for k, (on, _) in enumerate(runs) if on), default=None)
+    return [k == last for k, (_, length) in enumerate(runs) for _ in range(length)]

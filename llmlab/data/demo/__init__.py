@@ -1,7 +1,7 @@
-"""Corpora that llmlab generates itself, so that a first run and the tests need no network: `demo/<name>`.
+"""Corpora generated from seeded grammars, so that a first run and the tests need no network: `demo/<name>`.
 
-Each name has a train and a validation split that share no story and no conversation, the same for everyone: a demo
-corpus is data with a name, so its seed is not the training seed.  Its grammar is in the module of its name.
+Train and validation split share no story and no conversation.  A demo corpus is the same for everyone: its seed is not
+the training seed.  Its grammar is in the module of its name.
 """
 
 import re
@@ -21,7 +21,7 @@ CHUNK_BYTES = 250_000
 
 
 class DemoCorpus(NamedTuple):
-    """How a row of `demo/<name>` is written for a split, and how many bytes there are where none are asked for."""
+    """Writes a row of `demo/<name>` for a split; `default_bytes` where no size is given."""
 
     write_row: Callable[..., dict[str, Any]]
     default_bytes: int
@@ -46,17 +46,7 @@ class DemoShard(NamedTuple):
 
 
 def demo_shards(name: str, *, split: str = "train", size: str | None = None, seed: int = 0) -> list[DemoShard]:
-    """Returns the parts of a demo corpus, each of which `read_shard` generates independently of the others.
-
-    Args:
-        name: `demo/stories`, `demo/chat`, `demo/preferences` or `demo/arithmetic`.
-        split: `train` or `validation` (a twentieth of the size).
-        size: bytes of text to generate, as in `2MB`; None is the corpus' own size.
-        seed: another seed is another corpus.
-
-    Raises:
-        UserError: there is no such corpus, split or size.
-    """
+    """Returns the parts of a corpus of `size` bytes of text (as in `2MB`); validation has a twentieth of that."""
     corpus = name.removeprefix(PREFIX)
     if corpus not in CORPORA:
         known = ", ".join(PREFIX + known for known in CORPORA)

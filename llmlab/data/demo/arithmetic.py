@@ -1,7 +1,6 @@
 """Sums and differences of one- and two-digit numbers, answered in a line that ends in `#### NUMBER`, as in GSM8K.
 
-What one split asks, the other never asks: not in another wording, nor a sum the other way round.  It may still be a
-step on the way to another answer.
+No problem is in both splits, nor in another wording or a sum the other way round; it may still be a step of another.
 """
 
 from random import Random
@@ -33,10 +32,7 @@ WORDINGS = {
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
-    """Returns one problem as a conversation and as plain text, with its result in the column `answer`.
-
-    No result is negative.
-    """
+    """Returns one problem as a conversation and as plain text, with its result, never negative, in `answer`."""
     while True:
         sign = pick(random, tuple(WORDINGS))
         a, b = (1 + int(random.random() * largest) for largest in pick(random, SIZES))
@@ -55,7 +51,7 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
 
 
 def work(a: int, sign: str, b: int) -> tuple[str, int]:
-    """Returns how the tens of `b` and then its ones are added to `a` or taken from it, and what that makes."""
+    """Returns the steps that add (or subtract) the tens of `b` and then its ones, and the result."""
     steps = []
     for part in (b - b % 10, b % 10):
         if part:

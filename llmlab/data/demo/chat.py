@@ -1,8 +1,7 @@
 """Conversations in the world of the demo stories: requests that a few million parameters can learn to follow.
 
-An exchange is one row of `chat.yaml`: how it is asked, how it is answered, and what every good answer contains.
-`follows` reads the same rows backwards, so it judges any answer, a model's too.  It compares words: it knows nothing
-of grammar or taste.
+An exchange is one row of `chat.yaml`: request, answer, and what every good answer contains.  `follows` parses requests
+with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar.
 """
 
 import re
@@ -21,21 +20,13 @@ Message = dict[str, str]
 
 
 class Exchange(NamedTuple):
-    """A request and its answers, with slots of a plot's facts.
+    """A request and its answers, with slots of a plot's facts."""
 
-    Attributes:
-        plot: the plot that has the facts; "" where those of the people are enough.
-        ask: the request.
-        answers: wordings of the answer; `{story}` is a whole story, `{told}` one without "The end."
-        must: what a good answer contains.
-        within: the people, colors and numbers that it may name besides; None is any.
-    """
-
-    plot: str
+    plot: str  # that has the facts; "" where those of the people are enough
     ask: str
-    answers: tuple[str, ...]
-    must: tuple[str, ...]
-    within: str | None = None
+    answers: tuple[str, ...]  # wordings; `{story}` is a whole story, `{tale}` one without "The end."
+    must: tuple[str, ...]  # what a good answer contains
+    within: str | None = None  # the people, colors and numbers that it may name besides; None is any
 
 
 class System(NamedTuple):
@@ -93,26 +84,24 @@ def _endings() -> tuple[Exchange, ...]:
     )
 
 
-def _direct(rows: Sequence[Sequence[Any]], *, repeat: bool = False) -> tuple[Exchange, ...]:
+def _direct(*rows: Sequence[Any], repeat: bool = False) -> tuple[Exchange, ...]:
     return tuple(
         Exchange(plot, ask, (answer,), (*must, *(_named(answer) if repeat else ())), ask)
         for plot, ask, answer, must in rows
     )
 
 
-TELL, TELL_SHORT, TELL_TO_THE_END = _stories("{story}"), _stories(""), _stories("{told} The end.")
+TELL, TELL_SHORT, TELL_TO_THE_END = _stories("{story}"), _stories(""), _stories("{tale} The end.")
 ANSWER, FINISH = _questions(), _endings()
-GREET, KNOW = _direct(_GRAMMAR["greetings"], repeat=True), _direct(_GRAMMAR["knowledge"])
-WHO_IS_IT = _direct((("", "Who is the story about?", "It is about {name} the {kind}.", ("{name}", "{kind}")),))
-MEET = _direct((("", "My name is {friend_name}.", "Hello, {friend_name}!", ("{friend_name}",)),))
-RECALL = _direct((("", "What is my name?", "Your name is {friend_name}.", ("{friend_name}",)),))
-SHOW = _direct((("broken", "I have {a_color} {thing}.", "I like your {color} {thing}.", ("{thing}",)),))
-COLOR = _direct((("broken", "What color is my {thing}?", "Your {thing} is {color}.", ("{color}",)),))
+GREET, KNOW = _direct(*_GRAMMAR["greetings"], repeat=True), _direct(*_GRAMMAR["knowledge"])
+WHO_IS_IT = _direct(("", "Who is the story about?", "It is about {name} the {kind}.", ("{name}", "{kind}")))
+MEET = _direct(("", "My name is {friend_name}.", "Hello, {friend_name}!", ("{friend_name}",)))
+RECALL = _direct(("", "What is my name?", "Your name is {friend_name}.", ("{friend_name}",)))
+SHOW = _direct(("broken", "I have {a_color} {thing}.", "I like your {color} {thing}.", ("{thing}",)))
+COLOR = _direct(("broken", "What color is my {thing}?", "Your {thing} is {color}.", ("{color}",)))
 ROLE = _direct(
-    (
-        ("", "Who are you?", "I am {name} the {kind}.", ("{name}", "{kind}")),
-        ("", "What is your name?", "My name is {name}.", ("{name}",)),
-    )
+    ("", "Who are you?", "I am {name} the {kind}.", ("{name}", "{kind}")),
+    ("", "What is your name?", "My name is {name}.", ("{name}",)),
 )
 
 PLAIN = System("")
@@ -144,7 +133,7 @@ _NUMBER = {choose.__name__: number for number, (choose, _) in enumerate(PLOTS)}
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
-    """Returns one conversation; what is asked in those of the validation split, training never asks."""
+    """Returns one conversation; no request of the validation split is in the training split."""
     while True:
         _, system, groups = PLANS[pick(random, _DRAWN)]
         exchanges = _choose(random, groups)
@@ -159,7 +148,7 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
         if hero.name != friend.name and (crc32(asked.encode()) % VALIDATION_IN == 0) is validation:
             break
     facts["story"] = narrate(random, number, facts)
-    facts["told"] = facts["story"].removesuffix(" The end.")
+    facts["tale"] = facts["story"].removesuffix(" The end.")
     messages = [{"role": "system", "content": system.prompt.format_map(facts)}] if system.prompt else []
     for exchange in exchanges:
         messages.append({"role": "user", "content": exchange.ask.format_map(facts)})
@@ -176,27 +165,19 @@ def _choose(random: Random, groups: Sequence[Sequence[Exchange]]) -> list[Exchan
 
 
 def follows(messages: Sequence[Message]) -> bool:
-    """Tells whether the last message, an answer, does what the conversation before it asks.
-
-    Args:
-        messages: `{"role": ..., "content": ...}`, the last one the assistant's; requests worded as in this corpus,
-            about any names and things.
-
-    Raises:
-        ValueError: a request is worded like none of this corpus.
-    """
+    """Whether the last message does what the conversation before it, worded as in this corpus, asks."""
     *before, last = messages
     answer, facts, exchange = last["content"], {}, None
     obeyed = True
     for message in before:
         if message["role"] == "system":
             for system in SYSTEMS:
-                if match := _reader(system.prompt).fullmatch(message["content"]):
+                if match := _parser(system.prompt).fullmatch(message["content"]):
                     facts.update(match.groupdict())
                     obeyed = obeyed and system.obeyed(answer)
         elif message["role"] == "user":
-            exchange, found = _understand(message["content"])
-            facts.update(found)
+            exchange, request_facts = _parse(message["content"])
+            facts.update(request_facts)
     if exchange is None:
         raise ValueError("there is no request before the answer")
     must = [needed.format_map(facts) for needed in exchange.must]
@@ -207,18 +188,18 @@ def follows(messages: Sequence[Message]) -> bool:
     return good
 
 
-def _understand(request: str) -> tuple[Exchange, Facts]:
-    """Returns the exchange that a request is worded as, and the facts it gives; animals and things have their own."""
+def _parse(request: str) -> tuple[Exchange, Facts]:
+    """Returns the exchange that a request is worded as, and its facts, with those of the animal or thing it names."""
     for exchange in REQUESTS:
-        if match := _reader(exchange.ask).fullmatch(request):
+        if match := _parser(exchange.ask).fullmatch(request):
             facts = match.groupdict()
             return exchange, {**_KNOWN.get(facts.get("pet") or facts.get("thing", ""), {}), **facts}
     raise ValueError(f"this is worded like no request of demo/chat: {request}")
 
 
 @cache
-def _reader(template: str) -> re.Pattern[str]:
-    """Returns a pattern that reads a template's slots back, each the same wherever it stands."""
+def _parser(template: str) -> re.Pattern[str]:
+    """Returns a pattern that parses a template's slots, each the same wherever it occurs."""
     pattern, seen = "", set()
     for literal, article, slot in re.findall(r"([^{]*)(?:\{([aA]_)?(\w+)\})?", template):
         pattern += re.escape(literal) + (f"{article[0]}n? " if article else "")

@@ -1,7 +1,7 @@
-"""Preference pairs in the world of the demo stories: an answer of `demo/chat`, and one spoiled in a plain way.
+"""Preference pairs in the world of the demo stories: an answer of `demo/chat`, and the same with a plain fault.
 
-Some failures are shorter than the good answer and some longer, so length alone tells nothing.  `faults` names what is
-wrong with any answer, a model's too; like `follows` it compares words and knows nothing of taste.
+Some faulty answers are shorter than the good one and some longer, so length alone tells nothing.  `faults` names what
+is wrong with any answer, a model's too; like `follows` it compares words.
 """
 
 import re
@@ -41,9 +41,9 @@ def answer_something_else(random: Random, prompt: Sequence[Message], answer: str
 
 def repeat(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
     """Says one sentence again and again."""
-    told = _sentences(answer)
-    last = int(random.random() * len(told))
-    return " ".join(told[: last + 1] + [told[last]] * (2 + int(random.random() * 3)))
+    sentences = _sentences(answer)
+    last = int(random.random() * len(sentences))
+    return " ".join(sentences[: last + 1] + [sentences[last]] * (2 + int(random.random() * 3)))
 
 
 def go_on(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
@@ -52,13 +52,13 @@ def go_on(random: Random, prompt: Sequence[Message], answer: str, other: str) ->
 
 
 FAILURES = ((25, break_off), (20, name_somebody_else), (20, answer_something_else), (20, repeat), (15, go_on))
-"""How a hundred answers are spoiled, before those that a way does not spoil are spoiled in another."""
+"""Percent of the answers; one that a failure leaves without a fault gets another."""
 
 _DRAWN = tuple(spoil for share, spoil in FAILURES for _ in range(share))
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
-    """Returns one pair; what is asked in those of the validation split, training never asks."""
+    """Returns one pair; no request of the validation split is in the training split."""
     *prompt, answer = chat.write_row(random, validation=validation)["messages"]
     while True:
         spoil = pick(random, _DRAWN)
@@ -71,21 +71,14 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
 
 
 def faults(messages: Sequence[Message]) -> tuple[str, ...]:
-    """Returns what is wrong with the last message, an answer; nothing is, with a good one.
-
-    Args:
-        messages: `{"role": ..., "content": ...}`, the last one the assistant's; requests worded as in `demo/chat`.
-
-    Raises:
-        ValueError: a request is worded like none of `demo/chat`.
-    """
+    """Returns what is wrong with the last message, an answer to a request worded as in `demo/chat`."""
     answer, request = messages[-1]["content"], messages[-2]["content"] if len(messages) > 1 else ""
-    told = _sentences(answer)
+    sentences = _sentences(answer)
     longest = LONGEST_STORY if request.startswith(_STORY_BEGINNINGS) else LONGEST_ANSWER
     found = {
         "does not do what was asked": not follows(messages),
         "breaks off": not re.search(r'[.!?]"?$', answer.strip()),
-        "repeats itself": len(set(told)) < len(told),
+        "repeats itself": len(set(sentences)) < len(sentences),
         "is too long": len(answer.split()) > longest,
     }
     return tuple(fault for fault, there in found.items() if there)

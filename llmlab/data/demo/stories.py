@@ -1,4 +1,4 @@
-"""Short stories from a grammar: ten plots, each a chain of causes, told of people who keep their names and pronouns.
+"""Short stories from a grammar: ten plots, each a chain of causes, about people who keep their names and pronouns.
 
 What happens follows from what was said (the tool fits the harm, sums come out right, the thing is found where the
 friend saw it), so a model of a few million parameters has something to learn beyond spelling.  The words are in
@@ -13,11 +13,13 @@ from zlib import crc32
 from llmlab.data.demo import world
 from llmlab.data.demo.world import NUMBERS, PEOPLE, WORLD, Person
 
-VALIDATION_IN = 20  # one cast in so many is told in the validation split only
+VALIDATION_IN = 20  # one cast in so many is in the validation split only
+
+RUNNER = {"": "name", "_she": "she", "_them": "them"}  # facts of a runner, by the end of their slots
 
 Choice = TypeVar("Choice")
 Facts = dict[str, str]
-Step = tuple[float, tuple[str, ...]]  # how often it is told, and in which words
+Step = tuple[float, tuple[str, ...]]  # its probability, and its wordings
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, str]:
@@ -36,17 +38,17 @@ def tell(random: Random, *, validation: bool) -> str:
 
 
 def invent(random: Random, number: int, hero: Person, friend: Person) -> Facts:
-    """Returns what happens to these two in a plot of this number: the values of every slot of its steps."""
+    """Returns the facts of a plot with these two people: the values of every slot of its steps."""
     facts = {**_facts_of(hero, ""), **_facts_of(friend, "friend_"), "trait": pick(random, WORLD["traits"])}
     facts.update(PLOTS[number][0](random, facts))
     return facts
 
 
 def narrate(random: Random, number: int, facts: Facts) -> str:
-    """Returns the story of a plot's facts in words chosen at random; what is always said, is said."""
+    """Returns the story of a plot's facts in wordings chosen at random."""
     steps = (*OPENING, *PLOTS[number][1], *ENDING)
-    told = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
-    return " ".join(told).format_map(facts)
+    sentences = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
+    return " ".join(sentences).format_map(facts)
 
 
 def pick(random: Random, choices: Sequence[Choice]) -> Choice:
@@ -76,7 +78,7 @@ def _facts_of(person: Person, prefix: str) -> Facts:
 
 
 def _read_steps(name: str) -> tuple[Step, ...]:
-    """Returns a plot's steps: wordings between bars, behind a `60%` where not always told."""
+    """Returns a plot's steps: wordings between bars, behind a `60%` where their probability is not 1."""
     steps = []
     for step in _GRAMMAR[name]:
         head, percent, rest = step.replace("{sad}", _GRAMMAR["sad"]).partition("% ")
@@ -88,49 +90,31 @@ def _read_steps(name: str) -> tuple[Step, ...]:
 def lost(random: Random, facts: Facts) -> Facts:
     place = pick(random, world.PLACES)
     spot = pick(random, place.spots)
-    return {
-        "thing": pick(random, WORLD["toys"]),
-        "look": pick(random, pick(random, (world.COLORS, WORLD["sizes"]))),
-        "to": place.to,
-        "sight": place.sight,
-        "spot": spot,
-        "elsewhere": other(random, place.spots, spot),
-    }
+    thing = pick(random, WORLD["toys"])
+    look = pick(random, pick(random, (world.COLORS, WORLD["sizes"])))
+    elsewhere = other(random, place.spots, spot)
+    return {**place._asdict(), "thing": thing, "look": look, "spot": spot, "elsewhere": elsewhere}
 
 
 def broken(random: Random, facts: Facts) -> Facts:
     item = pick(random, world.BREAKS)
     wrong = other(random, world.BREAKS, item)
-    return {
-        "color": pick(random, world.COLORS),
-        "thing": item.thing,
-        "harm": item.harm,
-        "tool": item.tool,
-        "mending": item.mending,
-        "wrong_tool": wrong.tool,
-        "wrong_thing": wrong.thing,
-    }
+    color = pick(random, world.COLORS)
+    return {**item._asdict(), "color": color, "wrong_tool": wrong.tool, "wrong_thing": wrong.thing}
 
 
 def shared(random: Random, facts: Facts) -> Facts:
     place = pick(random, world.PLACES)
     total = 5 + int(random.random() * 8)
     given = 1 + int(random.random() * (total - 3))
-    return {
-        "fruit": pick(random, WORLD["fruits"]),
-        "to": place.to,
-        "at": place.at,
-        "sight": place.sight,
-        "total": NUMBERS[total],
-        "given": NUMBERS[given],
-        "left": NUMBERS[total - given],
-        "last": NUMBERS[total - given - 1],
-    }
+    numbers = {"total": total, "given": given, "left": total - given, "last": total - given - 1}
+    words = {name: NUMBERS[number] for name, number in numbers.items()}
+    return {**place._asdict(), **words, "fruit": pick(random, WORLD["fruits"])}
 
 
 def weather(random: Random, facts: Facts) -> Facts:
     change, place = pick(random, world.WEATHERS), pick(random, world.PLACES)
-    return {**change._asdict(), "to": place.to, "at": place.at, "sight": place.sight}
+    return {**change._asdict(), **place._asdict()}
 
 
 def fear(random: Random, facts: Facts) -> Facts:
@@ -140,26 +124,16 @@ def fear(random: Random, facts: Facts) -> Facts:
 
 def animal(random: Random, facts: Facts) -> Facts:
     pet, color = pick(random, world.ANIMALS), pick(random, world.COLORS)
-    return {
-        **pet._asdict(),
-        "pet": pet.animal,
-        "a_pet": a(pet.animal),
-        "A_pet": a(pet.animal).capitalize(),
-        "color": color,
-        "a_color": a(color),
-        "wrong": other(random, world.ANIMALS, pet).food,
-    }
+    articles = {"a_pet": a(pet.animal), "A_pet": a(pet.animal).capitalize(), "a_color": a(color)}
+    wrong = other(random, world.ANIMALS, pet).food
+    return {**pet._asdict(), **articles, "pet": pet.animal, "color": color, "wrong": wrong}
 
 
 def race(random: Random, facts: Facts) -> Facts:
-    runners = [{key: facts[prefix + key] for key in ("name", "she", "them")} for prefix in ("", "friend_")]
-    quick, steady = runners if random.random() < 0.5 else reversed(runners)
+    prefixes = ("", "friend_") if random.random() < 0.5 else ("friend_", "")
     return {
-        "quick": quick["name"],
-        "quick_she": quick["she"],
-        "quick_them": quick["them"],
-        "steady": steady["name"],
-        "steady_she": steady["she"],
+        **{f"quick{key}": facts[prefixes[0] + slot] for key, slot in RUNNER.items()},
+        **{f"steady{key}": facts[prefixes[1] + slot] for key, slot in RUNNER.items()},
         "to": pick(random, world.PLACES).to,
         "prize": pick(random, WORLD["treats"]),
     }
@@ -174,20 +148,14 @@ def warned(random: Random, facts: Facts) -> Facts:
 def trade(random: Random, facts: Facts) -> Facts:
     start = int(random.random() * (len(WORLD["trades"]) - 1))
     (has, who, why, gets), (_, next_who, next_why, goal) = WORLD["trades"][start : start + 2]
-    return {
-        "has": has, "who": who, "why": why, "gets": gets, "next_who": next_who, "next_why": next_why, "goal": goal
-    }  # fmt: skip
+    first = {"has": has, "who": who, "why": why, "gets": gets}
+    return {**first, "next_who": next_who, "next_why": next_why, "goal": goal}
 
 
 def wish(random: Random, facts: Facts) -> Facts:
     place = pick(random, world.PLACES)
-    return {
-        "dream": pick(random, WORLD["wishes"]),
-        "treat": pick(random, WORLD["treats"]),
-        "to": place.to,
-        "sight": place.sight,
-        "days": NUMBERS[2 + int(random.random() * 8)],
-    }
+    dream, treat = pick(random, WORLD["wishes"]), pick(random, WORLD["treats"])
+    return {**place._asdict(), "dream": dream, "treat": treat, "days": NUMBERS[2 + int(random.random() * 8)]}
 
 
 _GRAMMAR = world.read_grammar("stories")

@@ -1,5 +1,6 @@
 """The world of the demo corpora, as `world.yaml` lists it: people, places, things, and what belongs together."""
 
+from collections import namedtuple
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -22,42 +23,10 @@ class Person(NamedTuple):
     them: str  # object
 
 
-class Place(NamedTuple):
-    """Somewhere to go: how one says that, what one sees there, and where small things get lost."""
-
-    to: str
-    at: str
-    sight: str
-    spots: list[str]
-
-
-class Break(NamedTuple):
-    """A thing that breaks in its own way and is mended with its own tool."""
-
-    thing: str
-    harm: str
-    tool: str
-    mending: str
-
-
-class Animal(NamedTuple):
-    """A shy animal, the food it likes, the sound it makes, and where it lives."""
-
-    animal: str
-    food: str
-    sound: str
-    home: str
-
-
-class Weather(NamedTuple):
-    """Weather that spoils a plan, what it does, and what helps."""
-
-    turns: str
-    effect: str
-    feels: str
-    help: str
-    after: str
-
+Place = namedtuple("Place", "to at sight spots")  # two ways to say it, what one sees there, where things get lost
+Break = namedtuple("Break", "thing harm tool mending")  # a thing that breaks in its own way, and how it is mended
+Animal = namedtuple("Animal", "animal food sound home")
+Weather = namedtuple("Weather", "turns effect feels help after")  # weather that spoils a plan, and what helps
 
 WORLD = read_grammar("world")
 _GIRLS, _BOYS, _BEASTS = WORLD["girls"], WORLD["boys"], WORLD["beasts"]

@@ -1,80 +1,61 @@
-"""Rows of exactly one sequence length over a tokenized corpus, and the share of it that is held out.
+"""Packed rows of exactly one sequence length over a tokenized corpus, and its held-out split.
 
 Rows are views: documents follow each other, separated by eos, and are cut wherever a row is full; only the last
 partial row is left over.  Attention across the documents of a row is the model's business.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from llmlab.data.hashing import seeded_keys
 from llmlab.data.text.store import TokenStore
 from llmlab.settings.errors import UserError
 
-STRETCH = 2**24
-"""Tokens that are shuffled together, and of which it is judged what to hold out.
+WINDOW = 2**24
+"""Tokens that are shuffled together, and that decide what is held out: a run that reads more of its source sees the
+same rows first."""
 
-Both look no further, so that a run which reads more of its source sees the same rows first."""
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A corpus in two parts, as spans of tokens.
-
-    Attributes:
-        train: (spans, 2) begin and end of each stretch of training tokens.
-        validation: (spans, 2) the same of the held-out tokens.
-        how: in words, for the record.
-    """
+class Split(NamedTuple):
+    """Training and held-out tokens as spans of begin and end, (spans, 2), and in words how they were chosen."""
 
     train: np.ndarray
     validation: np.ndarray
-    how: str
+    rule: str
 
 
-class PackedRows(Dataset):
-    """Rows of `length` tokens; row i is the same whatever else is read.
+class PackedRows:
+    """Rows of `length` tokens over the spans (spans, 2) of a store, None being all of it; at most `limit` rows."""
 
-    Args:
-        name: prefix of the sample ids.
-        store: tokenized corpus.
-        spans: (spans, 2) the tokens that belong to it.
-        length: tokens in a row.
-        most: rows at most; None is all.
-    """
-
-    def __init__(self, name: str, store: TokenStore, spans: np.ndarray, length: int, most: int | None = None):
+    def __init__(
+        self, name: str, store: TokenStore, length: int, spans: np.ndarray | None = None, limit: int | None = None
+    ):
         self.name = name
         self.store = store
         self.length = length
-        self.most = most
-        self.spans = spans[spans[:, 0] < spans[:, 1]]
+        self.spans = np.array([[0, len(store)]]) if spans is None else spans
         self.starts = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])  # before each span
         self.tokens = int(self.starts[-1])
+        self.rows = self.tokens // length if limit is None else min(self.tokens // length, limit)
 
     def __len__(self) -> int:
-        whole = self.tokens // self.length
-        return whole if self.most is None else min(whole, self.most)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return as_example(self.row(index))
+        return self.rows
 
     def row(self, index: int) -> np.ndarray:
         """Returns the ids of a row, (length,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        position, left = index * self.length, self.length
+        position, end = index * self.length, (index + 1) * self.length
         span = int(np.searchsorted(self.starts, position, side="right")) - 1
         pieces = []
-        while left:
-            begin = self.spans[span, 0] + position - self.starts[span]
-            piece = self.store.read(int(begin), int(min(begin + left, self.spans[span, 1])))
-            pieces.append(piece)
-            left -= len(piece)
-            position += len(piece)
+        while position < end:
+            stop = min(end, int(self.starts[span + 1]))
+            shift = int(self.spans[span, 0] - self.starts[span])
+            pieces.append(self.store.read(position + shift, stop + shift))
+            position = stop
             span += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -89,29 +70,22 @@ def as_example(row: np.ndarray) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def all_of(store: TokenStore) -> np.ndarray:
-    """Returns the single span of a whole corpus, (1, 2)."""
-    return np.array([[0, len(store.tokens)]])
+def window_rows(length: int) -> int:
+    """Returns the rows of this length that are shuffled together."""
+    return max(1, WINDOW // length)
 
 
-def stretch_of(length: int) -> int:
-    """Returns the rows that are shuffled together."""
-    return max(1, STRETCH // length)
+def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length: int) -> Split:
+    """Splits off a fraction of the tokens, at least one row of `length` unless it is 0, the same way every time.
 
-
-def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length: int) -> HeldOut:
-    """Splits a corpus that has no validation split, the same way every time.
-
-    Documents are held out in the order of a seeded hash of their text until they make up the fraction of the tokens
-    and at least one row, so equal documents stay on one side.  Where single documents are too large for that (one
-    book, one play), the end of the text is held out.  The first `STRETCH` tokens decide which hashes that are.
-
-    Raises:
-        UserError: the corpus is too small for a row on either side.
+    Documents are held out in the order of a seeded hash of their text, so equal documents stay on one side.  Where
+    single documents are too large for that (one book, one play), the end of the text is held out.
     """
-    keys, ends = seeded(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
-    judged = int(np.searchsorted(ends, STRETCH)) + 1
-    lengths = store.documents["tokens"][:judged]
+    if not fraction:
+        return Split(np.array([[0, len(store)]]), np.empty((0, 2), int), "nothing")
+    keys, ends = seeded_keys(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
+    first = int(np.searchsorted(ends, WINDOW)) + 1  # documents that decide
+    lengths = store.documents["tokens"][:first]
     total = int(lengths.sum())
     wanted = max(math.ceil(fraction * total), length)
     if total - wanted < length:
@@ -119,30 +93,17 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
             f"{name}: its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}; "
             f"expected at least {2 * length:,}; use a shorter max_seq_len or more text"
         )
-    order = np.argsort(keys[:judged], kind="stable")
-    reached = np.cumsum(lengths[order])
-    count = int(np.searchsorted(reached, wanted)) + 1
-    last = keys[order[count - 1]]
-    count = int(np.searchsorted(keys[order], last, side="right"))  # equal documents come along
-    if reached[count - 1] > 2 * wanted or total - reached[count - 1] < length:
-        cut, end = total - wanted, len(store.tokens)
-        train = np.array([[0, cut], [total, end]] if end > total else [[0, cut]])
-        return HeldOut(train, np.array([[cut, total]]), f"the last {wanted:,} tokens")
-    held = keys <= last
-    return HeldOut(_spans(~held, ends), _spans(held, ends), f"{int(held.sum()):,} documents by hash")
-
-
-def seeded(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Returns an order of documents: uint64 keys, mixed from their hashes and a seed."""
-    with np.errstate(over="ignore"):
-        mixed = hashes ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019))
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-        return mixed ^ (mixed >> np.uint64(29))
+    order = np.argsort(keys[:first], kind="stable")
+    last = keys[order[np.searchsorted(np.cumsum(lengths[order]), wanted)]]
+    validated = int(lengths[keys[:first] <= last].sum())  # equal documents come along
+    if validated > 2 * wanted or total - validated < length:
+        cut, end = total - wanted, len(store)
+        return Split(np.array([[0, cut], [total, end]]), np.array([[cut, total]]), f"the last {wanted:,} tokens")
+    validates = keys <= last
+    return Split(_spans(~validates, ends), _spans(validates, ends), f"{validates.sum():,} documents by hash")
 
 
 def _spans(chosen: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Returns the token spans of runs of chosen documents, (runs, 2)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
-    first, after = edges[::2], edges[1::2]
-    begins = np.concatenate([[0], ends])
-    return np.stack([begins[first], begins[after]], axis=1)
+    return np.concatenate([[0], ends])[edges].reshape(-1, 2)

@@ -1,1 +1,1 @@
-"""Stages that learn from their own completions: GRPO and PPO."""
+"""Online RL stages: GRPO and PPO."""

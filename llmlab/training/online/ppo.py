@@ -1,109 +1,73 @@
-"""Proximal policy optimization: policy, reference and critic, prompts, rewards, trainer, train, save.
+"""Proximal policy optimization: policy, reference model and critic, prompts, rewards, trainer.
 
 The algorithm is `ppo_trainer.py`'s; prompts, rewards and metrics are what `llmlab grpo` has.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
-from llmlab.model import fit_vocabulary, load_classifier, load_config
+from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
-from llmlab.rewards.checking import locate_rewards
-from llmlab.runs._trl import WholeRollouts
-from llmlab.runs.optimizers import OurOptimizers
-from llmlab.runs.policy import read_lora
+from llmlab.rewards.loading import locate_rewards
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
-from llmlab.runs.start import begin
+from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
-from llmlab.settings.sources import Resolved
-from llmlab.settings.trust import takes_trust
+from llmlab.training.online._trl import ResumableRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
-__all__ = ["EpisodeTrainer", "PPOConfig", "PPOTrainer", "load_scorer", "ppo"]
-
-TOO_FAR = 1.5
-"""Times target_kl: where the passes over a rollout end."""
+STOP_KL_FACTOR = 1.5
+"""Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class EpisodeTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
-    """PPOTrainer with llmlab's optimizers, which goes on in the middle of a rollout."""
+class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
+    """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with self.critic.listening() as values:
+        with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
-        return logits + 0 * values[0].sum()  # DDP wants every parameter in every pass
+        return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
 
 
-@takes_trust
-def ppo(
-    settings: PPOSettings | Resolved[PPOSettings],
-    *,
-    resume: str | Path | None = None,
-    load_optimizer: bool = True,
-    allow_changed_data: bool = False,
-    console: Console | None = None,
-    rewards: Sequence[RewardFunction] = (),
-) -> RunResult:
-    """Makes those completions of a policy likelier that earn more than foreseen, and writes its run folder.
+@training_stage(OnlineRun, prepare=locate_rewards)
+def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) -> RunResult:
+    """Trains a policy with PPO (clipped objective, learned critic, GAE) and writes the run folder.
 
     Args:
-        settings: which model, what prompts, what is rewarded, for how long.
-        resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
-        load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
-        allow_changed_data: with `resume`, go on although data files changed since the run began.
-        console: where to print; None is the terminal.
-        rewards: functions of one's own beside those of the settings, as TRL calls them: with `completions` and the
-            columns of the data, for one number each. `Reward(function, weight=..., low=..., high=...)` gives one a
-            weight and the range that `normalize_rewards` needs.
+        settings: `PPOSettings`: which model, what prompts, what is rewarded, for how long.
+        rewards: your own functions beside those of the settings, as in `grpo`.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `kl` (from the reference),
-        `kl_coef`, `policy_kl` (from the policy that sampled), `value_loss`, `explained_variance`, `entropy`, `loss`,
+        `kl_coef`, `policy_kl` (to the sampling policy), `value_loss`, `explained_variance`, `entropy`, `loss`,
         ...; of the validation prompts those that apply with `eval_` before them.
-
-    Raises:
-        UserError: anything that the settings, the models, the prompts, the rewards, the machine or the disk make
-            impossible, and a run that has nothing to learn from.
-        KeyboardInterrupt: after an interrupted run was saved.
 
     Source: seed, LLM-Lab document, "PPO" and "LoRA for RLHF"; RL guide, section 4; arXiv:1707.06347.
     """
-    with begin(
-        locate_rewards(settings),
-        resume=resume,
-        load_optimizer=load_optimizer,
-        allow_changed_data=allow_changed_data,
-        console=console,
-    ) as start:
-        return _optimize(OnlineRun("ppo", start, load_optimizer=load_optimizer, rewards=rewards))
-
-
-def _optimize(run: OnlineRun[PPOSettings]) -> RunResult:
     settings = run.settings
+    run.load(rewards)
     with quiet_libraries():
-        scorer = load_scorer(run)
-    trainer = run.make_trainer(
-        EpisodeTrainer,
+        scorer = load_value_model(run)
+    trainer = run.make_online_trainer(
+        LLMLabPPOTrainer,
         PPOConfig,
         arguments={
             "kl_penalty": settings.kl_penalty,
             "cliprange_value": settings.cliprange_value,
-            "stop_kl": TOO_FAR * settings.target_kl if settings.early_stop else None,
+            "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
         },
         scorer=scorer,
     )
-    return run.learn(
+    return run.train_online(
         trainer,
         temperature=settings.temperature,
         plan=[("critic", describe_critic(settings, trainer))],
@@ -111,21 +75,17 @@ def _optimize(run: OnlineRun[PPOSettings]) -> RunResult:
     )
 
 
-def load_scorer(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | None:
-    """Returns the reward model that the critic starts from, with adapters where the policy has them; None is none.
-
-    Raises:
-        UserError: there is no such model, it does not score, or not token by token, or it has another vocabulary.
-    """
+def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | None:
+    """Returns the reward model that initializes the critic, with adapters where the policy has them."""
     settings, policy = run.settings, run.policy
     source = settings.value_checkpoint
     if source is None:
         return None
-    adapter = read_lora(source)
+    adapter = read_adapter(source)
     kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
     if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
         raise UserError(
-            f"value_checkpoint = {source}: it has no head that scores (found {', '.join(kinds) or 'none'}), and a new "
+            f"value_checkpoint = {source}: it has no score head (found {', '.join(kinds) or 'none'}), and a new "
             "one would be random; expected a run folder of llmlab reward"
         )
     scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)

@@ -1,12 +1,12 @@
-"""PPO for language models: TRL's GRPOTrainer with a value function in place of comparisons within groups.
+"""PPO for language models: TRL's GRPOTrainer with a learned critic instead of group-relative advantages.
 
 Sampling, vLLM, tools, environments, reward functions, the clipped policy loss and the entropy bonus are TRL's; the
-critic is in `critic.py`, the arithmetic in `advantages.py`.  Settings, data and run folders are `ppo.py`'s.
+critic is in `critic.py`, the formulas in `advantages.py`. Settings, data and run folders are `ppo.py`'s.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.runs._trl import RolloutSteps, keep_out_of_exports, written
+from llmlab.training.online._trl import RolloutSteps, keep_out_of_exports, policy_mask
 from llmlab.training.online.advantages import (
-    at_turn_ends,
     explained_variance,
     gae,
     k3,
-    kl_charge,
+    kl_penalty,
+    per_turn,
     token_rewards,
     value_loss,
     whiten,
@@ -33,33 +33,28 @@ from llmlab.training.online.critic import Critic
 
 @dataclass
 class PPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with what PPO adds; `beta` is the weight of the KL charge, `num_iterations` the passes.
+    """TRL's GRPOConfig with the fields that PPO adds; `PPOSettings` has their help.
 
-    Unlike there, one completion of each prompt is enough, and the default; dropout is off, or the policy that is
-    updated would not be the one that sampled.  A rollout has at least two completions.
+    `beta` is the coefficient of the KL penalty, `num_iterations` the epochs over a rollout, which stop early when the
+    KL to the sampling policy exceeds `stop_kl`. One completion of each prompt is the default; a rollout has at least
+    two. Dropout is off: else the policy that is updated would not be the one that sampled.
     """
 
-    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt in a rollout."})
-    num_generations_eval: int = field(default=1, metadata={"help": "Completions of each validation prompt."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Score with the policy that sampled, exactly."})
-    value_model: Literal["separate", "shared"] = field(
-        default="separate", metadata={"help": "A critic with a trunk of its own, or a head on the policy's."}
-    )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "How far a value may move in the passes over a rollout; None does not clip."}
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards: a token, or a turn with tools."})
-    gae_lambda: float = field(default=0.95, metadata={"help": "0 trusts the values, 1 the rewards alone."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Scale advantages to mean 0 and variance 1."})
-    kl_penalty: Literal["kl", "abs"] = field(default="kl", metadata={"help": "Charge the log ratio, or its size."})
-    stop_kl: float | None = field(
-        default=None, metadata={"help": "Divergence from the sampling policy that ends the passes over a rollout."}
-    )
+    num_generations: int = 1
+    num_generations_eval: int = 1
+    disable_dropout: bool = True
+    value_model: Literal["separate", "shared"] = "separate"
+    vf_coef: float = 0.1
+    cliprange_value: float | None = 0.2
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    kl_penalty: Literal["kl", "abs"] = "kl"
+    stop_kl: float | None = None
 
     def __post_init__(self) -> None:
         wanted = self.num_generations
-        if wanted == 1:  # blocked by the parent, which needs groups; any divisor of the rollout passes its checks
+        if wanted == 1:  # TRL's class wants groups; any divisor of the rollout passes its checks
             parts = (self.generation_batch_size, self.steps_per_generation, self.gradient_accumulation_steps)
             whole = next((part for part in parts if part is not None), 1)
             self.num_generations = self.per_device_train_batch_size if self.per_device_train_batch_size > 1 else whole
@@ -70,19 +65,19 @@ class PPOConfig(GRPOConfig):
 class PPOTrainer(RolloutSteps, GRPOTrainer):
     """Proximal policy optimization with a learned value function (`PPOConfig` says how).
 
-    Each token that the policy wrote is rewarded with minus `beta` times its KL charge, and the last one with the
-    completion's score besides, the weighted sum of the reward functions.  GAE turns this and the critic's values into
-    advantages; `gamma` and `gae_lambda` count tokens, and with tools turns, so that a long episode keeps its reward.
-    What tools wrote is stepped over and gets no gradient.  The loss is TRL's clipped one, a mean over tokens, plus
-    `vf_coef` times the clipped value loss and minus `entropy_coef` times the entropy.
+    The reward of each token of a completion is minus `beta` times its KL penalty; the last token also gets the
+    completion's score, the weighted sum of the reward functions. GAE makes advantages from these and the critic's
+    values; `gamma` and `gae_lambda` apply per token, and per turn where tools are called, so that a long episode keeps
+    its reward. Tokens that tools wrote are skipped and get no gradient. The loss is TRL's clipped one, a mean over
+    tokens, plus `vf_coef` times the clipped value loss, minus `entropy_coef` times the entropy.
 
-    `beta` may change between rollouts.  Where the policy moves further than `stop_kl` from the one that sampled, the
-    passes over the rollout end with that update, and the same prompts are sampled anew: each prompt is still seen for
-    as many updates.  A run resumed amid a rollout begins with a new one.
+    `beta` may change between rollouts. Where the policy's KL from the one that sampled exceeds `stop_kl`, the passes
+    over the rollout end with that update, and the same prompts are sampled again: each prompt still gets the same
+    number of optimizer steps. A run that resumes in the middle of a rollout begins with a new one.
 
     Args:
         args: the configuration.
-        scorer: a sequence classifier with one label, of the policy's vocabulary, that a separate critic starts from;
+        scorer: a sequence classifier with one label and the policy's vocabulary that a separate critic starts from;
             None starts it from the policy.
         kwargs: of GRPOTrainer.
 
@@ -94,96 +89,89 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         separate = args.value_model == "separate"
         self.critic = Critic(self.model, separate=separate, scorer=scorer)
         if separate and args.gradient_checkpointing:
-            self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
             _turn_dropout_off(self.model)  # TRL leaves dropout in attention on
-        if not isinstance(self.model, PeftModel):  # whose saving the critic steps aside for
+        if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
             keep_out_of_exports(self.model, (f"critic.{name}" for name, _ in self.critic.named_parameters()))
-        self.log_probs = self.values = None  # of the last scored batch, (batch, time)
-        self.moved: list[float] = []  # divergence from the sampling policy, one a forward pass of this update
+        self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
 
     def sampling(self) -> AbstractContextManager[None]:
-        return self.critic.hidden() if self.use_vllm else nullcontext()  # vLLM is sent every weight that it sees
+        return self.critic.detached() if self.use_vllm else nullcontext()  # vLLM is sent every weight that it sees
 
     @contextmanager
-    def scoring(self, model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
-        """Keeps the log-probabilities and values of the policy's forward passes."""
+    def scoring(self, model: nn.Module) -> Iterator[None]:
+        """Keeps the values of the policy's forward passes."""
         if model is self.ref_model or not _adapters_are_on(self.accelerator.unwrap_model(self.model)):
-            yield lambda log_probs: None
+            yield
             return
-        with self.critic.listening() as heard:
+        with self.critic.collect_values() as values:
+            yield
+        self.all_values = values  # (batch, prompt and completion), one of each forward pass
 
-            def keep(log_probs: Tensor) -> None:
-                self.log_probs = log_probs.detach()
-                # the value of a state is that of the token before the one chosen in it
-                self.values = torch.cat(heard)[:, -log_probs.shape[1] - 1 : -1]  # (batch, time)
-
-            yield keep
+    def values_of(self, time: int) -> Tensor:
+        """Returns the last scored values, (batch, time): a state's value is that of the token before the action."""
+        return torch.cat(self.all_values)[:, -time - 1 : -1]
 
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """Puts advantages a token where TRL has one a completion, and adds old values and returns."""
-        mask = written(rollout)  # (batch, time)
+        """Replaces per-completion advantages by per-token ones, and adds old values and returns."""
+        mask = policy_mask(rollout)  # (batch, time)
         if "old_per_token_logps" not in rollout:  # TRL skips them where it expects a single update
             rollout["old_per_token_logps"] = self.score_tokens(rollout, self._batch_size)
-        old, values = rollout["old_per_token_logps"], self.values
-        charges = torch.zeros_like(old)
+        old = rollout["old_per_token_logps"]
+        values = self.values_of(old.shape[1])
+        penalties = torch.zeros_like(old)
         if "ref_per_token_logps" in rollout:
             reference = rollout["ref_per_token_logps"]
-            charges = self.beta * kl_charge(old, reference, self.args.kl_penalty)
+            penalties = self.beta * kl_penalty(old, reference, self.args.kl_penalty)
             self.note("kl", self._mean(k3(old, reference), mask))
             self.note("kl_coef", self.beta)
-            self.note("kl_charge", self._mean(charges, mask))
+            self.note("kl_penalty", self._mean(penalties, mask))
         scores, scored = self._scores(len(old))
         mask = mask * scored[:, None]  # where no reward applies, nothing is learned
-        rewards = token_rewards(scores, charges, mask)
+        rewards = token_rewards(scores, penalties, mask)
         gamma, lam = self.args.gamma, self.args.gae_lambda
         if "tool_mask" in rollout:
-            gamma, lam = at_turn_ends(mask, gamma), at_turn_ends(mask, lam)
+            gamma, lam = per_turn(mask, gamma), per_turn(mask, lam)
         advantages, returns = gae(rewards, values, mask, gamma, lam)
-        self.note("explained_variance", explained_variance(values, returns, mask, self._add_up))
+        self.note("explained_variance", explained_variance(values, returns, mask, self._sum_over_processes))
         self.note("return", self._mean(returns, mask))
         self.note("value", self._mean(values, mask))
         if self.args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._add_up)
+            advantages = whiten(advantages, mask, self._sum_over_processes)
         returns = torch.where(mask.bool(), returns, values)
         return {**rollout, "advantages": advantages, "old_values": values, "returns": returns}
 
     def _scores(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Returns the weighted sums of this process's rewards, (rows,), and where any reward applies."""
+        """Returns the weighted sums of this process' rewards and where any reward applies, both (rows,)."""
         mine = self.all_rewards[self.accelerator.process_index * rows :][:rows]  # (rows, rewards), NaN is "no reward"
         return (mine * self.reward_weights.to(mine.device)).nansum(dim=1), ~mine.isnan().all(dim=1)
 
     def total_loss(self, policy_loss: Callable[[], Tensor], inputs: dict[str, Any]) -> Tensor:
         """Returns TRL's loss without its KL term, which is in the rewards here, plus the value loss."""
-        beta, self.beta = self.beta, 0.0
-        try:
+        with self.without_kl_term():
             loss = policy_loss()
-        finally:
-            self.beta = beta
-        mask = written(inputs)
-        losses, clipped = value_loss(self.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
-        # a mean over the tokens of an update, as TRL's: a rollout's tokens, shared among its forward passes
-        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        mask = policy_mask(inputs)
+        values = self.values_of(mask.shape[1])
+        losses, clipped = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         self.note("value_loss", self._mean(losses.detach(), mask))
         self.note("value_clip_ratio", self._mean(clipped, mask))
-        moved = self._mean(k3(inputs["old_per_token_logps"], self.log_probs), mask)
-        self.note("policy_kl", moved)
+        divergence = self._mean(k3(inputs["old_per_token_logps"], self.log_probs.detach()), mask)
+        self.note("policy_kl", divergence)
         if self.model.training:
-            self.moved.append(moved * self.token_share)
-        return loss + self.args.vf_coef * (losses * mask).sum() / tokens
+            self.divergences.append(divergence * self.token_share)
+        return loss + self.args.vf_coef * self.token_mean(losses, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            far = self.args.stop_kl is not None and sum(self.moved) / len(self.moved) > self.args.stop_kl
+            far = self.args.stop_kl is not None and sum(self.divergences) / len(self.divergences) > self.args.stop_kl
             if self.args.stop_kl is not None:
                 self.note("early_stop", float(far))
             if far:
                 self.end_passes()
-            self.moved = []
+            self.divergences = []
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -191,7 +179,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if _internal_call and self.args.should_save:  # a checkpoint; the critic is no part of an export
             self.critic.save(Path(output_dir))
 
-    def load_beside(self, checkpoint: Path) -> None:
+    def load_extra_state(self, checkpoint: Path) -> None:
         self.critic.load(checkpoint)
 
     @property
@@ -199,17 +187,17 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         args = self.args
         return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
 
-    def _add_up(self, sums: Tensor) -> Tensor:
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
     def _mean(self, x: Tensor, mask: Tensor) -> float:
         """Returns the mean over the masked tokens of all processes."""
-        total, count = self._add_up(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
+        total, count = self._sum_over_processes(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
         return total / max(count, 1)
 
 
 def _adapters_are_on(model: nn.Module) -> bool:
-    """Whether a forward pass now is the policy's: under adapters the reference is the same model without them."""
+    """Whether the adapters are enabled; disabled, the same model is the reference."""
     if not isinstance(model, PeftModel):
         return True
     layer = next(module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))

@@ -1,6 +1,6 @@
-"""What stages that learn from their own completions share: policy, reference, prompts, rewards, arguments, plan.
+"""What GRPO and PPO share: rewards, policy and reference model, prompts, the trainer, the plan.
 
-How a completion's reward becomes a gradient is each trainer's own business.
+How rewards become advantages and a loss is each trainer's own business.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,57 +8,42 @@ from importlib.util import find_spec
 from typing import Any
 
 from peft import PeftModel
-from rich.text import Text
 from transformers import TrainerCallback
 
-from llmlab.data.chat.prompts import PromptMaker, as_read
-from llmlab.data.chat.rows import Rows, build_rows
-from llmlab.hardware import Hardware
-from llmlab.rewards.checking import may_run_code
+from llmlab.data.chat.makers import PromptEncoder, decode_prompts
+from llmlab.data.chat.rows import Rows
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
-from llmlab.runs._trl import show_head_bias
-from llmlab.runs.arguments import build_arguments, rhythm_arguments
-from llmlab.runs.policy import Policy, load_policy
-from llmlab.runs.progress import quiet_libraries
+from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
-from llmlab.runs.start import S, Start
+from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.settings.rl import OnlineSettings
-from llmlab.training.online.callbacks import NothingToLearn, OnlineMetrics, RolloutState
+from llmlab.training.online.callbacks import OnlineMetrics, RolloutState, StopWithoutSignal
 from llmlab.training.online.kl import AdaptiveKL, KLController
-from llmlab.training.preference.dpo import load_reference
 
 RewardFunction = Reward | Callable[..., Any]
 
 
 class OnlineRun(Run[S]):
-    """A run of a stage that samples: opened with its rewards, policy and reference, then given a trainer.
+    """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
 
-    Args:
-        stage: the stage's name.
-        start: what `begin` yields; `self.settings` tells everything in steps.
-        load_optimizer: with `resume`, whether to restore the optimizer's state.
-        rewards: functions beside those that the settings name.
-
-    Raises:
-        UserError: a reward, the policy, its reference or vLLM cannot be had.
-    """
-
-    def __init__(self, stage: str, start: Start[S], *, load_optimizer: bool, rewards: Sequence[RewardFunction] = ()):
-        super().__init__(stage, start)
-        self.load_optimizer = load_optimizer
+    def __init__(self, *args: Any, **claimed: Any):
+        super().__init__(*args, **claimed)
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
-        check_vllm(settings)
-        self.reward = make_reward(self, rewards)
-        self.reference, self.held = None, "none, since init_kl_coef is 0"
-        with quiet_libraries():
-            self.policy = load_policy(
-                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, attach=False
-            )
-            if settings.init_kl_coef > 0:
-                self.reference, self.held = load_reference(settings, self.policy)
+        self.rollout = settings.rollout(self.process.num_processes)
+        if settings.use_vllm and find_spec("vllm") is None:
+            raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
+
+    def load(self, rewards: Sequence[RewardFunction]) -> None:
+        """Loads rewards (from the settings and passed functions), policy and reference model."""
+        settings = self.settings
+        self.reward = self._compose(rewards)
+        self.policy = self.load_policy(attach=False)
+        self.reference, self.reference_name = None, "none, since init_kl_coef is 0"
+        if settings.init_kl_coef > 0:
+            self.reference, self.reference_name = load_reference(settings, self.policy)
         self.with_adapters = settings.use_lora or isinstance(self.policy.model, PeftModel)
         if self.with_adapters and self.reference is not None:
             raise UserError(
@@ -66,192 +51,112 @@ class OnlineRun(Run[S]):
                 "the policy with its adapters off; leave it out, or set use_lora=false"
             )
 
-    def make_trainer(
-        self, trainer: type, config: type, *, arguments: dict[str, Any] | None = None, **more: Any
-    ) -> Any:
-        """Reads the prompts and returns the stage's trainer.
+    def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
+        settings, allow_code = self.settings, may_run_code(self.resolved)
+        named = settings.all_rewards() if settings.rewards or settings.reward_model or not functions else []
+        return compose([*named, *functions], normalize=settings.normalize_rewards, allow_code=allow_code)
 
-        Args:
-            trainer: its class.
-            config: the class of its arguments.
-            arguments: of the trainer, which only this stage has.
-            more: what only this stage's trainer is made with.
-
-        Raises:
-            UserError: as in `read_prompts`.
-        """
-        settings, policy = self.settings, self.policy
-        self.prompts = read_prompts(self, policy)
-        steps = settings.steps_for(len(self.prompts.train), self.process.num_processes)
-        self.settings = settings = settings.model_copy(update={"max_steps": steps})
-        evaluates = self.prompts.validation is not None
-        with quiet_libraries():
-            made = trainer(
-                settings=settings,
-                load_optimizer=self.load_optimizer,
-                reference=self.reference,
-                model=policy.model,
-                reward_funcs=self.reward,
-                args=online_arguments(
-                    config,
-                    settings,
-                    self.hardware,
-                    evaluates=evaluates,
-                    processes=self.process.num_processes,
-                    eval_on_start=evaluates and self.checkpoint is None,
-                    **(arguments or {}),
-                ),
-                train_dataset=self.prompts.train,
-                eval_dataset=self.prompts.validation,
-                processing_class=policy.tokenizer,
-                peft_config=policy.new_adapters(settings),
-                callbacks=self.callbacks(evaluates=evaluates, best_is="reward"),
-                **more,
-            )
-        if isinstance(made.model, PeftModel):
-            show_head_bias(made.model)
-        return made
-
-    def learn(
-        self,
-        trainer: Any,
-        *,
-        temperature: float,
-        plan: list[tuple[str, str]] | None = None,
-        parents: list[str] | None = None,
-    ) -> RunResult:
-        """Trains what `make_trainer` returned, as `train` does.
-
-        Args:
-            trainer: of the stage.
-            temperature: of sampling, for the plan.
-            plan: lines that only this stage has.
-            parents: run folders or hub ids beside the policy's.
-        """
-        return self.train(
-            trainer,
-            steps=self.settings.max_steps,
-            plan=[
-                *self.policy.rows(trainer.model),
-                ("reference", self.held),
-                *(plan or []),
-                *plan_rows(self, self.prompts, self.reward, temperature=temperature),
-            ],
-            parents=self.policy.parents + (parents or []),
-            data={**self.prompts.record(), "rewards": weights_of(self.reward)},
-            callbacks=online_callbacks(self, trainer),
-        )
-
-
-def read_prompts(run: Run[Any], policy: Policy) -> Rows:
-    """Returns the prompts of a stage's sources, as the trainer and rewards read them.
-
-    Raises:
-        UserError: a source cannot be used, or there are fewer prompts than a rollout takes.
-    """
-    settings, processes = run.settings, run.process.num_processes
-    maker = PromptMaker(policy.tokenizer, max_prompt_length=settings.prompt_limit)
-    with run.process.main_process_first(), run.reading():
-        rows = build_rows(
-            settings,
-            maker,
-            seed=settings.seed,
-            validation_rows=settings.eval_batches * settings.mini_batch_size * processes,
-            max_samples=settings.max_samples,
-            **run.extent(settings.batch_size / settings.rollout(processes).updates),
+    def read_prompts(self) -> Rows:
+        """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
+        settings, processes = self.settings, self.process.num_processes
+        rows = self.build_rows(
+            PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
+            rows_per_step=settings.batch_size / self.rollout.updates,
+            rows_per_batch=settings.mini_batch_size * processes,
+            eval_batches=settings.eval_batches,
         )
         if len(rows.train) < settings.batch_size:
             raise UserError(
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
                 "give more, or a smaller batch_size"
             )
-        validation = None if rows.validation is None else as_read(rows.validation)
-        return Rows(as_read(rows.train), validation, rows.reports)
+        return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
 
+    def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
+        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
 
-def make_reward(run: Run[Any], functions: Sequence[RewardFunction] = ()) -> ComposedReward:
-    """Returns what completions are rewarded for: what the settings name, and functions beside it.
+        Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
+        """
+        self.prompts = self.read_prompts()
+        steps = self.settings.steps_for(len(self.prompts.train), self.process.num_processes)
+        self.settings = settings = self.settings.model_copy(update={"max_steps": steps})
+        evaluates = self.prompts.validation is not None
+        best = {"metric_for_best_model": "eval_reward", "greater_is_better": True} if evaluates else {}
+        return self.make_trainer(
+            trainer,
+            config,
+            self.policy.model,
+            self.policy.tokenizer,
+            self.prompts,
+            arguments={
+                "generation_batch_size": self.rollout.completions,
+                "per_device_eval_batch_size": settings.mini_batch_size,
+                "num_generations_eval": 1,
+                "eval_on_start": evaluates and self.checkpoint is None,
+                **best,
+                **arguments,
+            },
+            best_metric="reward",
+            reference=self.reference,
+            reward_funcs=self.reward,
+            peft_config=self.policy.new_adapters(settings),
+            **options,
+        )
 
-    Raises:
-        UserError: there is no such reward, a parameter is wrong, or code would run that nobody allowed by hand.
-    """
-    settings = run.settings
-    allow_code = may_run_code(run.resolved)
-    named = settings.all_rewards() if settings.rewards or settings.reward_model or not functions else []
-    return compose([*named, *functions], normalize=settings.normalize_rewards, allow_code=allow_code)
+    def train_online(
+        self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
+    ) -> RunResult:
+        """Trains; `plan` and `parents` are added to the common ones."""
+        weights = {name: part.weight for name, part in self.reward.components.items()}
+        return self.train(
+            trainer,
+            steps=self.settings.max_steps,
+            plan=[
+                *self.policy.rows(trainer.model),
+                ("reference", self.reference_name),
+                *plan,
+                *self._describe(weights, temperature),
+            ],
+            parents=[*self.policy.parents, *parents],
+            data={**self.prompts.record(), "rewards": weights},
+            callbacks=self._callbacks(trainer),
+        )
 
+    def _describe(self, weights: dict[str, float], temperature: float) -> list[tuple[str, Any]]:
+        """Returns the plan's lines about prompts, rewards, rollouts and steps."""
+        settings, prompts, rollout = self.settings, self.prompts, self.rollout
+        prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
+        sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
+        if settings.top_p < 1 or settings.top_k:
+            # the loss takes the log-probabilities of the whole distribution
+            sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
+        rewards = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+        return [
+            ("data", prompts.summary()),
+            ("rewards", rewards + (", to [0, 1]" if self.reward.normalize else "")),
+            (
+                "rollout",
+                f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
+                f"{settings.max_new_tokens} tokens; {sampling}",
+            ),
+            (
+                "steps",
+                f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
+                f"{rollout.per_update} completions a step)",
+            ),
+            describe_evaluation(settings, settings.eval_batches, evaluates=prompts.validation is not None),
+            describe_optimizer(settings, settings.max_steps),
+        ]
 
-def weights_of(reward: ComposedReward) -> dict[str, float]:
-    """Returns the weight of each component."""
-    return {name: part.weight for name, part in reward.components.items()}
-
-
-def check_vllm(settings: OnlineSettings) -> None:
-    """Raises UserError where vLLM is asked for and not there."""
-    if settings.use_vllm and find_spec("vllm") is None:
-        raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
-
-
-def online_arguments(
-    config: type, settings: OnlineSettings, hardware: Hardware, *, evaluates: bool, processes: int, **fixed: Any
-) -> Any:
-    """Returns the arguments of a TRL online trainer for these settings, told in steps, on this machine.
-
-    Validation prompts get one completion each, and the best checkpoint is the one with the highest reward on them.
-    """
-    best = {"metric_for_best_model": "eval_reward", "greater_is_better": True} if evaluates else {}
-    return build_arguments(
-        config,
-        settings,
-        hardware,
-        generation_batch_size=settings.rollout(processes).completions,
-        per_device_eval_batch_size=settings.mini_batch_size,
-        num_generations_eval=1,
-        **{**rhythm_arguments(settings, evaluates=evaluates), **best},
-        **fixed,
-    )
-
-
-def plan_rows(
-    run: Run[Any], data: Rows, reward: ComposedReward, *, temperature: float
-) -> list[tuple[str, str | Text]]:
-    """Returns the lines about prompts, rewards, rollouts and steps for the plan of a run."""
-    settings, rollout = run.settings, run.settings.rollout(run.process.num_processes)
-    data.went_through(settings.max_steps / rollout.updates * settings.batch_size / len(data.train))
-    sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
-    if settings.top_p < 1 or settings.top_k:
-        # the loss counts the probabilities of the whole distribution
-        sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
-    weights = ", ".join(f"{name} x {weight:g}" for name, weight in weights_of(reward).items())
-    return [
-        ("data", data.summary()),
-        ("rewards", weights + (", to [0, 1]" if reward.normalize else "")),
-        (
-            "rollout",
-            f"{settings.batch_size} prompts, {rollout.completions} completions of up to {settings.max_new_tokens} "
-            f"tokens; {sampling}",
-        ),
-        (
-            "steps",
-            f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
-            f"{rollout.per_update} completions a step)",
-        ),
-        describe_evaluation(settings, settings.eval_batches, evaluates=data.validation is not None),
-        describe_optimizer(settings, settings.max_steps),
-        *run.hardware.rows(),
-    ]
-
-
-def online_callbacks(run: Run[Any], trainer: Any) -> list[TrainerCallback]:
-    """Returns the callbacks of a stage's trainer; the last is the first that is called."""
-    settings = run.settings
-    callbacks: list[TrainerCallback] = [
-        RolloutState(trainer, run.checkpoint),
-        NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
-    ]
-    if settings.adaptive_kl:
-        controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-        sampled = settings.rollout(run.process.num_processes)
-        per_step = sampled.completions / sampled.updates
-        callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=run.checkpoint))
-    return [*callbacks, OnlineMetrics()]
+    def _callbacks(self, trainer: Any) -> list[TrainerCallback]:
+        """Returns the callbacks that add metrics; in reverse order of execution."""
+        settings = self.settings
+        callbacks: list[TrainerCallback] = [
+            RolloutState(trainer, self.checkpoint),
+            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+        ]
+        if settings.adaptive_kl:
+            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
+            per_step = self.rollout.completions / self.rollout.updates
+            callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=self.checkpoint))
+        return [*callbacks, OnlineMetrics()]

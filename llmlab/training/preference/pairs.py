@@ -1,43 +1,38 @@
 """Preference pairs from a model's own completions: sampled, scored by rewards, the best against the worst.
 
-Nothing is trained here: `dpo.py` and `orpo.py` take the file. Pairs of a data set are read by `data/chat/pairs.py`;
-rewards are `rewards`' business, sampling is `inference.py`.
+Nothing is trained here: `dpo.py` and `orpo.py` train on the file.  Prompts are read by `data/chat`, rewards are
+`rewards`' business, sampling is `inference.py`.
 """
 
 import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.chat.formats import PLAIN_TEXT, Format, read_system, read_tools, recognize
-from llmlab.data.chat.messages import Message, Row, UnusableRow
-from llmlab.data.chat.prompts import PROMPT, user_turn
-from llmlab.data.sources import load_rows
+from llmlab.data.chat.conversations import load_conversations
+from llmlab.data.chat.messages import Message, Row
+from llmlab.data.sources import Tally
 from llmlab.inference import Model, context_length, encode_prompt, generate_text
 from llmlab.rewards.compose import ComposedReward
-from llmlab.rewards.loading import GIVEN
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
 
-NOT_COLUMNS = {*GIVEN, "prompt", "completion"}
 
+class Prompt(NamedTuple):
+    """A prompt, and the other columns of its row, which rewards get."""
 
-class Asked(NamedTuple):
-    """A prompt, and the columns beside it, which rewards are given."""
-
-    prompt: list[Message]
+    messages: list[Message]
     columns: dict[str, Any]
 
 
-class Judged(NamedTuple):
-    """What became of a prompt: its completions, their scores, and a pair, or the reason why there is none."""
+class Comparison(NamedTuple):
+    """The completions of a prompt, their scores, and the best against the worst, or why there is no pair."""
 
     completions: list[str]
     scores: list[float | None]
@@ -46,15 +41,13 @@ class Judged(NamedTuple):
 
 
 class PairsReport(NamedTuple):
-    """What a round of sampling gave.
+    """The result of sampling: pairs, counts and mean scores.
 
     Attributes:
         pairs: the rows for the file.
         prompts: how many there were, those that could not be read included.
-        completions: how many were sampled.
-        mean: the mean score of all completions; None where there is no score.
-        best: the mean over prompts of their best score.
-        worst: the mean over prompts of their worst score.
+        mean: mean score of all completions; None where no reward applied.
+        best, worst: means over prompts of the highest and the lowest score.
         without: prompts that gave no pair, by reason.
     """
 
@@ -67,40 +60,24 @@ class PairsReport(NamedTuple):
     without: Counter[str]
 
 
-def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[Asked], Counter[str]]:
-    """Reads prompts: a `prompt` or `text` column, or conversations, whose last turn of the user is the prompt.
-
-    Args:
-        source: a file, a folder, a hub id or `demo/...`.
-        limit: read so many rows.
-
-    Returns:
-        The prompts, and how many rows hold none, by reason.
-
-    Raises:
-        UserError: there is no such source, its columns tell no prompts, or no row holds one.
-    """
-    found = load_rows(source, at_most=limit)
-    columns = list(dict.fromkeys(name for row in found.first() for name in row))
-    if not columns:
-        raise UserError(f"{source.name}: it has no rows")
-    form = PROMPT if "prompt" in columns else recognize(columns, source.name)
-    form = _TEXT if form is PLAIN_TEXT else form
-    prompts, unusable = [], Counter[str]()
-    for row in islice(found.rows, limit):
-        try:
-            prompts.append(Asked(_prompt_of(row, form), {k: v for k, v in row.items() if k not in NOT_COLUMNS}))
-        except UnusableRow as reason:
-            unusable[str(reason)] += 1
+def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[Prompt], Counter[str]]:
+    """Returns the prompts of at most `limit` rows of any format, and how many rows hold none, by reason."""
+    tally, prompts = Tally(), []
+    for row in load_conversations(source, "prompts or text", at_most=limit).conversations(tally, limit):
+        if row["tools"]:
+            tally.dropped["prompts with tools are not supported here"] += 1
+        else:
+            prompts.append(Prompt(row["prompt"], row["columns"]))
     if not prompts:
-        raise UserError(f"{source.name}: there is no prompt in its {unusable.total():,} rows ({_reasons(unusable)})")
-    return prompts, unusable
+        reasons = _reasons(tally.dropped)
+        raise UserError(f"{source.name}: there is no prompt in its {tally.dropped.total():,} rows ({reasons})")
+    return prompts, tally.dropped
 
 
-def judge_samples(
+def sample_pairs(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Asked],
+    prompts: Sequence[Prompt],
     reward: ComposedReward,
     sampling: SamplingSettings,
     *,
@@ -108,64 +85,46 @@ def judge_samples(
     min_difference: float = 0.1,
     seed: int | None = None,
     batch_size: int = 16,
-) -> Iterator[Judged]:
-    """Yields for each prompt its completions, their scores, and the best against the worst where they differ enough.
+) -> Iterator[Comparison]:
+    """Samples and scores completions of each prompt; the best and the worst form a pair where their scores differ by
+    `min_difference`.
 
-    An empty completion is in no pair.  One that was cut off, as far as its text tells, is never the chosen one: the
-    chat template would end it where it breaks off.
-
-    Args:
-        model: from `load_for_inference`.
-        tokenizer: from `load_for_inference`.
-        prompts: from `load_prompts`.
-        reward: scores completions; is called with those of one prompt at a time.
-        sampling: how tokens are chosen.
-        num_samples: completions of each prompt.
-        min_difference: smallest difference between the scores of a pair.
-        seed: makes sampling repeatable; None leaves the random state as it is.
-        batch_size: completions generated at the same time.
-
-    Raises:
-        UserError: fewer than two samples, no difference is asked for, or a reward fails.
+    An empty completion is in no pair.  One that was truncated, as far as its text shows, is never the chosen one: the
+    chat template would end the turn where it breaks off.
     """
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
     if not min_difference > 0:
-        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that a pair has a better side")
+        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     context = context_length(model)
-    lengths = [len(encode_prompt(tokenizer, asked.prompt)) for asked in prompts]
+    lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
     fits = [context is None or length < context for length in lengths]
     texts = generate_text(
         model,
         tokenizer,
-        [asked.prompt for asked, fit in zip(prompts, fits, strict=True) if fit],
+        [prompt.messages for prompt, fit in zip(prompts, fits, strict=True) if fit],
         sampling,
         num_samples=num_samples,
         seed=seed,
         batch_size=batch_size,
     )
-    for asked, length, fit in zip(prompts, lengths, fits, strict=True):
+    for prompt, length, fit in zip(prompts, lengths, fits, strict=True):
         if not fit:
-            yield Judged([], [], None, f"longer than the model's context of {context:,} tokens")
+            yield Comparison([], [], None, f"longer than the model's context of {context:,} tokens")
             continue
         completions = next(texts)
         room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
         # the text of a completion that ended has fewer tokens than there was room for
         whole = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) < room for text in completions]
-        columns = {name: [value] * num_samples for name, value in asked.columns.items()}
+        columns = {name: [value] * num_samples for name, value in prompt.columns.items()}
         answers = [[{"role": "assistant", "content": text}] for text in completions]
-        scores = reward.score(answers, prompts=[asked.prompt] * num_samples, **columns).totals
-        pair, reason = _choose(asked.prompt, completions, scores, whole, min_difference)
-        yield Judged(completions, scores, pair, reason)
+        scores = reward.score(answers, prompts=[prompt.messages] * num_samples, **columns).totals
+        pair, reason = _choose(prompt.messages, completions, scores, whole, min_difference)
+        yield Comparison(completions, scores, pair, reason)
 
 
-def summarize(judged: Iterable[Judged], unusable: Counter[str]) -> PairsReport:
-    """Returns pairs and counts of a round of sampling.
-
-    Args:
-        judged: from `judge_samples`.
-        unusable: rows that held no prompt, by reason.
-    """
+def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
+    """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
     judged = list(judged)
     scores = [[score for score in each.scores if score is not None] for each in judged]
     scored = [each for each in scores if each]
@@ -182,11 +141,7 @@ def summarize(judged: Iterable[Judged], unusable: Counter[str]) -> PairsReport:
 
 
 def write_pairs(report: PairsReport, path: Path) -> None:
-    """Writes the pairs as JSON lines, which `llmlab dpo` and `llmlab data check` read.
-
-    Raises:
-        UserError: there is no pair, or the file cannot be written.
-    """
+    """Writes the pairs as JSON lines, which `llmlab dpo` and `llmlab data check` read."""
     if not report.pairs:
         raise UserError(
             f"{path}: not written, since none of the {report.prompts:,} prompts gave a pair "
@@ -209,7 +164,7 @@ def _choose(
     scored = [(score, k) for score, k in scored if completions[k].strip()]
     ended = [(score, k) for score, k in scored if whole[k]]
     if len(scored) < 2:
-        return None, "fewer than two completions that say something"
+        return None, "fewer than two non-empty completions"
     if not ended:
         return None, "no completion ended before max_new_tokens or the model's context"
     (high, best), (low, worst) = max(ended, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
@@ -221,21 +176,5 @@ def _choose(
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "scores": [high, low]}, ""
 
 
-def _prompt_of(row: Row, form: Format) -> list[Message]:
-    for column in form.columns:
-        if row.get(column) is None:
-            raise UnusableRow(f"without '{column}'")
-    messages = read_system(row, form) + form.read(row)
-    last = max((k for k, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if last is None or not messages[last]["content"].strip():
-        raise UnusableRow("nothing is asked in it")
-    if read_tools(row, form):
-        raise UnusableRow("it has tools, which are not called here")
-    return messages[: last + 1]
-
-
 def _reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common())
-
-
-_TEXT = Format("text", ("text",), lambda row: user_turn(row["text"]))

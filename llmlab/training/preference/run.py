@@ -1,23 +1,21 @@
-"""What the stages that learn from preference pairs share: their rows, their batches, and what is logged of them."""
+"""What the stages that learn from preference pairs share: reading pairs, training, and the metrics of pairs."""
 
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.data.chat.preferences import PreferenceMaker
-from llmlab.data.chat.rows import Rows, build_rows
-from llmlab.hardware import Hardware
-from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.data.chat.makers import PreferenceEncoder
+from llmlab.data.chat.rows import Rows
 from llmlab.runs.callbacks import perplexity
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import ProgressLine
-from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, total_steps
-from llmlab.settings.preference import PreferenceSettings
+from llmlab.runs.record import RunResult
+from llmlab.runs.run import Run, describe_steps, step_limit, total_steps
+from llmlab.runs.start import S
 
-NAMES = {  # the trainers' words for what people ask for
+NAMES = {  # TRL's metrics: their names here
     "rewards/accuracies": "win_rate",
     "rewards/margins": "margin",
     "accuracy": "win_rate",
@@ -25,109 +23,115 @@ NAMES = {  # the trainers' words for what people ask for
     "logps/rejected": "rejected_logp",
 }
 ADVICE = (
-    "the probability of the better answers falls together with that of the worse: the policy is drifting away from "
-    "both; lower learning_rate, raise beta, or fine-tune on the better answers first (llmlab sft)"
+    "the log-probabilities of the chosen answers fall together with those of the rejected ones: the policy drifts "
+    "away from both; lower learning_rate, raise beta, or fine-tune on the chosen answers first (llmlab sft)"
 )
 
 
-def read_pairs(run: Run[Any], policy: Policy, *, max_prompt_length: int | None) -> Rows:
-    """Returns the pairs of a stage's sources as tokens."""
-    settings, processes = run.settings, run.process.num_processes
-    length = policy.fit(settings.max_length)
-    if max_prompt_length is not None and max_prompt_length >= length:
-        max_prompt_length = length // 2  # a short context has room for an answer too
-    maker = PreferenceMaker(
-        policy.tokenizer, max_length=length, max_prompt_length=max_prompt_length, stops=policy.stops
-    )
-    with run.process.main_process_first(), run.reading():
-        return build_rows(
-            settings,
-            maker,
-            seed=settings.seed,
-            allow_truncated=settings.allow_truncated,
-            validation_rows=settings.eval_batches * settings.mini_batch_size * processes,
-            max_samples=settings.max_samples,
-            **run.extent(settings.mini_batch_size * processes * settings.accumulation(processes)),
+class PreferenceRun(Run[S]):
+    """A run of DPO, ORPO or a reward model: shared reading of pairs, trainer construction and training."""
+
+    def read_pairs(self, policy: Policy) -> Rows:
+        """Returns the pairs of the stage's sources as token ids."""
+        settings, processes = self.settings, self.process.num_processes
+        length, prompt_length = policy.cap_length(settings.max_length), settings.max_prompt_length
+        if prompt_length is not None and prompt_length >= length:
+            prompt_length = length // 2  # leave room for a completion in a short context
+        return self.build_rows(
+            PreferenceEncoder(
+                policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops
+            ),
+            rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
+            rows_per_batch=settings.mini_batch_size * processes,
+            eval_batches=settings.eval_batches,
+        )
+
+    def make_pair_trainer(
+        self, trainer: type[Trainer], config: type[TrainingArguments], policy: Policy, data: Any, **options: Any
+    ) -> Any:
+        """Returns the stage's trainer for a policy and pairs; `options` are those of `make_trainer`."""
+        settings = self.settings
+        arguments = {
+            "per_device_eval_batch_size": settings.mini_batch_size,
+            "prediction_loss_only": True,
+            "gradient_accumulation_steps": settings.accumulation(self.process.num_processes),
+            "eval_on_start": data.validation is not None and self.checkpoint is None,
+            **step_limit(settings),
+            **options.pop("arguments", {}),
+        }
+        return self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
+
+    def train_pairs(
+        self,
+        trainer: Any,
+        policy: Policy,
+        data: Rows,
+        *,
+        plan: list[tuple[str, str]] | None = None,
+        beta: float | None = None,
+    ) -> RunResult:
+        """Trains what `make_pair_trainer` returned; `plan` has the stage's own rows, `beta` goes to
+        `PreferenceMetrics`."""
+        settings, processes = self.settings, self.process.num_processes
+        rows, rows_per_batch = len(trainer.train_dataset), settings.mini_batch_size * processes
+        accumulation = settings.accumulation(processes)
+        steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
+        passes = steps * rows_per_batch * accumulation / rows
+        data.set_epochs(passes)
+        batch = f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})"
+        return self.train(
+            trainer,
+            steps=steps,
+            plan=[
+                *policy.rows(trainer.model),
+                *(plan or []),
+                ("data", data.summary()),
+                *describe_steps(settings, steps, passes, batch, evaluates=data.validation is not None),
+            ],
+            parents=policy.parents,
+            data=data.record(),
+            callbacks=[PreferenceMetrics(self.progress, beta=beta)],
         )
 
 
-def preference_arguments(
-    config: type, settings: PreferenceSettings, hardware: Hardware, *, evaluates: bool, processes: int, **fixed: Any
-) -> Any:
-    """Returns the arguments of a TRL preference trainer for these settings on this machine."""
-    return build_arguments(
-        config,
-        settings,
-        hardware,
-        per_device_eval_batch_size=settings.mini_batch_size,
-        prediction_loss_only=True,
-        gradient_accumulation_steps=settings.accumulation(processes),
-        **({} if settings.epochs is None else {"max_steps": -1}),
-        **rhythm_arguments(settings, evaluates=evaluates),
-        **fixed,
-    )
+class StepMeanLoss:
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step, independent of
+    mini_batch_size.
 
-
-def count_steps(run: Run[Any], data: Rows, train: Dataset) -> tuple[int, list[tuple[str, str]]]:
-    """Returns the updates of a run, and the lines about data and batches for its plan."""
-    settings, processes = run.settings, run.process.num_processes
-    rows_per_batch = settings.mini_batch_size * processes
-    accumulation = settings.accumulation(processes)
-    steps = total_steps(settings, len(train), rows_per_batch=rows_per_batch, accumulation=accumulation)
-    passes = steps * rows_per_batch * accumulation / len(train)
-    data.went_through(passes)
-    return steps, [
-        ("data", data.summary()),
-        ("steps", f"{steps:,} ({passes:.2g} passes over the training pairs)"),
-        (
-            "batch",
-            f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})",
-        ),
-        describe_evaluation(settings, settings.eval_batches, evaluates=data.validation is not None),
-        describe_optimizer(settings, steps),
-        *run.hardware.rows(),
-    ]
-
-
-class WholeBatches:
-    """Mixin for a trainer of pairs: its loss is a mean over the pairs of an update, however these are split.
-
-    TRL averages the means of forward passes, which have fewer pairs where the data ends.
+    TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
 
-    sizes: Tensor  # what `measure` says of a forward pass, a mean over those of the update on all processes
+    sizes: Tensor  # what `loss_weights` returns for a forward pass, a mean over those of the update on all processes
 
-    def measure(self, batch: dict[str, Any]) -> list[int]:
-        """Returns the number of pairs of a forward pass, perhaps times a constant, and whatever else is counted."""
+    def loss_weights(self, batch: dict[str, Any]) -> list[int]:
+        """Returns the weights of a forward pass's losses: its pair count (up to a constant), and further counts."""
         return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches:
-            sizes = torch.tensor([self.measure(batch) for batch in batches], dtype=torch.float64).mean(0).float()
+            sizes = torch.tensor([self.loss_weights(batch) for batch in batches], dtype=torch.float64).mean(0).float()
             self.sizes = self.accelerator.reduce(sizes.to(self.args.device), reduction="mean")  # type: ignore[attr-defined]
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not model.training:
-            return loss  # evaluation counts each loss once for each of its rows
-        return loss * self.measure(inputs)[0] / self.sizes[0]
+            return loss  # evaluation already weights each loss by its rows
+        return loss * self.loss_weights(inputs)[0] / self.sizes[0]
 
 
 class PreferenceMetrics(TrainerCallback):
-    """Gives the trainers' metrics names that people ask for, and warns of the known way in which DPO fails.
+    """Gives TRL's metrics the names used here, and warns of DPO's best-known failure.
 
-    `win_rate` is the share of pairs whose better answer has the higher reward, `margin` the mean difference of the
-    two, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats.  Where there is a reference,
-    `kl` is the mean log ratio of policy and reference over the tokens of both answers, in nats a token: 0 before the
-    first step, and an estimate of their divergence while the data resembles what the policy would say (it may be
-    negative).
+    `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference of the
+    two rewards, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats. With a reference
+    model, `kl` is the mean log-ratio of policy and reference over the tokens of both answers, in nats per token: 0
+    before the first step. It estimates their divergence on the data's answers, not on the policy's own, so it may be
+    negative.
 
-    Args:
-        progress: where to warn.
-        beta: of the loss; None where there is no reference.
-        patience: logged lines in a row with both probabilities lower than at first, before the warning.
+    `beta` is the loss's; None where there is no reference model. After `patience` logged lines in a row with both
+    log-probabilities lower than at first, it warns once.
     """
 
     def __init__(self, progress: ProgressLine, *, beta: float | None, patience: int = 5):
@@ -135,7 +139,7 @@ class PreferenceMetrics(TrainerCallback):
         self.beta = beta
         self.patience = patience
         self.first: tuple[float, float] | None = None
-        self.fallen = 0
+        self.falling = 0
         self.warned = False
 
     def on_log(
@@ -151,10 +155,10 @@ class PreferenceMetrics(TrainerCallback):
             if prefix + theirs in logs:
                 logs[prefix + ours] = logs.pop(prefix + theirs)
         if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
-            logs[f"{prefix}win_rate"] = 0.5  # policy and reference are one yet: every pair is a tie
+            logs[f"{prefix}win_rate"] = 0.5  # policy and reference are still equal: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
-            sides = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
-            logs[f"{prefix}kl"] = sides / (2 * self.beta * logs[f"{prefix}completion_length"])
+            both = logs[f"{prefix}rewards/chosen"] + logs[f"{prefix}rewards/rejected"]
+            logs[f"{prefix}kl"] = both / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
@@ -162,11 +166,11 @@ class PreferenceMetrics(TrainerCallback):
             self._watch((logs["chosen_logp"], logs["rejected_logp"]))
 
     def _watch(self, now: tuple[float, float]) -> None:
-        """Warns once when both sides stay at least 5 % below where they began."""
+        """Warns once when both log-probabilities stay at least 5 % below where they began."""
         if self.first is None:
             self.first = now
         falls = all(value < start - 0.05 * abs(start) for value, start in zip(now, self.first, strict=True))
-        self.fallen = self.fallen + 1 if falls else 0
-        if self.fallen >= self.patience and not self.warned:
+        self.falling = self.falling + 1 if falls else 0
+        if self.falling >= self.patience and not self.warned:
             self.warned = True
             self.progress.say(f"[yellow]warning[/yellow] {ADVICE}")

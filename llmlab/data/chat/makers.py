@@ -1,0 +1,186 @@
+"""What a row consists of: the tokens and labels of a conversation, those of a preference pair, or a prompt.
+
+Reading, holding out, mixing and caching are `rows.py`.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from llmlab.data.chat.conversations import ConversationSource, load_conversations
+from llmlab.data.chat.messages import Row, UnusableRow
+from llmlab.data.chat.rendering import LossOn, RenderedRow, Renderer, check_tools, encode_prompt, find_problem
+from llmlab.data.splits import Use
+from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError
+
+IDS = List(Value("int32"))
+
+
+class RowEncoder:
+    """Turns what a source holds into rows; `limit` is the setting that bounds their length, for messages."""
+
+    use: Use
+    columns: Features  # for the trainer
+    counts: tuple[str, ...]  # integers of each row whose sums are reported; `cut` is whether it was truncated
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: str, *options: Any):
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.identity = [self.use, limit, *options]  # all that decides what a row is, for the cache key
+
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
+        """Finds a source, of which at most so many rows will be read."""
+        return load_conversations(source, self.use, at_most=at_most)
+
+    def make(self, conversation: Row) -> dict[str, Any]:
+        """Returns `columns`, `counts` and those of the checks in `rows.py` that apply."""
+        raise NotImplementedError
+
+
+class InstructionEncoder(RowEncoder):
+    """Rows of supervised fine-tuning, truncated on the right; `loss_on` and `stops` as in `Renderer`.
+
+    `only_label` is the label of the rows to train on, where they are unpaired preferences.
+    """
+
+    use = "instructions"
+    columns = Features({"input_ids": IDS, "labels": IDS})
+    counts = ("tokens", "trained_tokens", "cut")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_seq_len: int,
+        loss_on: LossOn = "assistant",
+        stops: tuple[int, ...] = (),
+        only_label: bool | None = None,
+    ):
+        self.renderer = Renderer(tokenizer, loss_on, stops)
+        self.max_seq_len = max_seq_len
+        self.only_label = only_label
+        super().__init__(tokenizer, f"max_seq_len = {max_seq_len}", loss_on, self.renderer.stops, only_label)
+
+    def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
+        found = super().open(source, at_most)
+        if found.label is not None and self.only_label is None:
+            raise UserError(
+                f"{source.name}: its column '{found.label}' marks unpaired preferences (KTO), good answers "
+                "and bad ones, and fine-tuning would learn both; set only_label=true (--only-label true) to learn the "
+                "good ones, or rename the column if it means something else"
+            )
+        if found.label is None and self.only_label is not None:
+            raise UserError(
+                f"only_label = {str(self.only_label).lower()}: {source.name} has no column 'label' that is true or "
+                "false beside a completion; leave only_label out"
+            )
+        return replace(found, only_label=self.only_label)
+
+    def make(self, conversation: Row) -> dict[str, Any]:
+        row = self.renderer.render(conversation)
+        problem = find_problem(row, self.tokenizer, self.renderer.stops)
+        ids, labels = row.input_ids[: self.max_seq_len], row.labels[: self.max_seq_len]
+        trained = sum(label != -100 for label in labels)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "tokens": len(ids),
+            "trained_tokens": trained,
+            "cut": int(len(row.input_ids) > self.max_seq_len),
+            "whole": len(row.input_ids),
+            "lost": not problem and trained == 0,
+            "problem": problem,
+        }
+
+
+class PreferenceEncoder(RowEncoder):
+    """Rows of preference optimization: a prompt and two completions, the end of the turn included.
+
+    Prompts are truncated on the left to `max_prompt_length`, completions on the right to what is left of `max_length`.
+    """
+
+    use = "preferences"
+    columns = Features({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
+    counts = ("tokens", "prompt_cut", "cut")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_prompt_length: int | None = None,
+        stops: tuple[int, ...] = (),
+    ):
+        self.renderer = Renderer(tokenizer, "all", stops)
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        super().__init__(tokenizer, f"max_length = {max_length}", max_prompt_length, self.renderer.stops)
+
+    def make(self, conversation: Row) -> dict[str, Any]:
+        prompt, chosen, rejected = self.renderer.render_pair(conversation)
+        if chosen == rejected:
+            raise UnusableRow("chosen and rejected are the same")
+        longest = max(len(chosen), len(rejected))
+        kept = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
+        room = max(self.max_length - len(kept), 0)
+        return {
+            "prompt_ids": kept,
+            "chosen_ids": chosen[:room],
+            "rejected_ids": rejected[:room],
+            "tokens": 2 * len(kept) + len(chosen[:room]) + len(rejected[:room]),
+            "prompt_cut": int(len(kept) < len(prompt)),
+            "cut": int(longest > room),
+            "whole": len(prompt) + longest,
+            "lost": chosen[:room] == rejected[:room],  # what is left must still tell the two apart
+            "problem": self._problem(chosen) or self._problem(rejected),
+        }
+
+    def _problem(self, completion: list[int]) -> str:
+        row = RenderedRow(completion, [True] * len(completion))
+        return find_problem(row, self.tokenizer, self.renderer.stops)
+
+
+class PromptEncoder(RowEncoder):
+    """Rows of online training: a prompt, and the other columns of the row for rewards, both as JSON.
+
+    Prompts stay messages: the trainer tokenizes them.  Those of more than `max_prompt_length` tokens are unusable.
+    """
+
+    use = "prompts"
+    columns = Features({"prompt": Value("string"), "columns": Value("string")})
+    counts = ("tokens",)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int | None):
+        self.max_prompt_length = max_prompt_length
+        super().__init__(tokenizer, f"max_prompt_length = {max_prompt_length}")
+
+    def make(self, conversation: Row) -> dict[str, Any]:
+        tools = conversation["tools"]
+        ids, prompt = encode_prompt(self.tokenizer, conversation["prompt"], tools)
+        check_tools(self.tokenizer.decode(ids), prompt, tools)
+        if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+            raise UnusableRow(f"longer than {self.limit} tokens")
+        columns = conversation["columns"] | ({"tools": tools} if tools else {})
+        return {
+            "prompt": json.dumps(prompt),
+            "columns": json.dumps(columns, default=str),
+            "tokens": len(ids),
+            "whole": len(ids),
+        }
+
+
+def decode_prompts(rows: Dataset) -> Dataset:
+    """Returns rows of prompts as the trainer and rewards take them: messages, and every column of any row."""
+    names = list(dict.fromkeys(name for text in rows["columns"] for name in json.loads(text)))
+
+    def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        others = [json.loads(text) for text in batch["columns"]]
+        return {
+            "prompt": [json.loads(text) for text in batch["prompt"]],
+            **{name: [columns.get(name) for columns in others] for name in names},
+        }
+
+    return rows.with_transform(decode)

@@ -1,0 +1,261 @@
+"""Private names of TRL's GRPOTrainer that GRPO and PPO need; a contract test checks each.
+
+A name is here because no public one serves; what it is for stands beside it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PRIVATE_NAMES = {  # where it is: its parameters
+    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion; see
+    # `RolloutSteps`
+    "trl.GRPOTrainer._generate": ("self", "prompts"),
+    # a data set's tools differ from prompt to prompt; see `RolloutSteps`
+    "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
+    "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
+    "trl.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
+    "trl.GRPOTrainer._get_per_token_logps_and_entropies": (
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
+        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+    ),
+    # returns the micro-batch of a rollout, sampling a new rollout at its first one; see `ResumableRollouts`
+    "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
+    # the critic is loaded from its own file
+    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+}
+# how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
+NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
+TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL's, and those of PPO
+    *("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+    *("policy_kl", "value_loss", "value_clip_ratio"),
+}
+EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
+
+
+def policy_mask(batch: dict[str, Any]) -> Tensor:
+    """Returns the policy-token mask of a rollout, (batch, time): 1 for generated tokens, 0 for padding and tool
+    results."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Excludes parameters (by exact name) from every saved state dict of the model."""
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
+
+
+class RolloutSteps:
+    """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
+
+    A trainer overrides what it needs. `all_rewards` (completions of all processes, reward functions) are those of the
+    last rollout, `log_probs` (batch, time) those of the last forward pass. `token_share` is the tokens
+    of this forward pass over the mean of its update's forward passes.
+    """
+
+    all_rewards: Tensor
+    log_probs: Tensor
+    token_share: float
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """Returns the context around sampling."""
+        return nullcontext()
+
+    def scoring(self, model: Any) -> AbstractContextManager[None]:
+        """Returns the context around a forward pass that scores tokens."""
+        return nullcontext()
+
+    def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """Post-processes this process's rollout."""
+        return rollout
+
+    def total_loss(self, loss: Callable[[], Tensor], batch: dict[str, Any]) -> Tensor:
+        """Returns the loss of a micro-batch; `loss()` computes TRL's."""
+        return loss()
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        """Restores further state (such as a critic) from a checkpoint."""
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self.sampling():
+            return super()._generate(prompts)  # type: ignore[misc]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Renders each prompt with its own tools, where TRL knows only tools that all prompts share."""
+        if not any(self._prompt_tools):
+            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
+        encode = partial(
+            self.processing_class.apply_chat_template,  # type: ignore[attr-defined]
+            add_generation_prompt=True,
+            return_dict=True,
+            **self.chat_template_kwargs,  # type: ignore[attr-defined]
+        )
+        pairs = zip(prompts, self._prompt_tools, strict=True)
+        return [encode(prompt, tools=tools or None)["input_ids"] for prompt, tools in pairs], None, {}
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.all_rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+        return self.all_rewards
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.scoring(model):
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
+        self.log_probs = result[0]
+        return result
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._prompt_tools = [row.get("tools") for row in inputs]
+        return self.finish_rollout(super()._generate_and_score_completions(inputs))  # type: ignore[misc]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Weights the entropy bonus and token-mean metrics by token count; TRL averages them over forward passes."""
+        loss = partial(super()._compute_loss, model, inputs)  # type: ignore[misc]
+        if not self.model.training:  # type: ignore[attr-defined]
+            return self.total_loss(loss, inputs)
+        here, self.token_share = self._token_shares(inputs)
+        metrics, bonus = self._metrics["train"], self.entropy_coef  # type: ignore[attr-defined, has-type]
+        before = {name: len(metrics[name]) for name in TOKEN_MEANS & metrics.keys()}
+        if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+            self.entropy_coef = bonus * here
+        try:
+            total = self.total_loss(loss, inputs)
+        finally:
+            if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+                self.entropy_coef = bonus
+        for name in TOKEN_MEANS & metrics.keys():
+            if len(metrics[name]) > before.get(name, 0):
+                metrics[name][-1] *= self.token_share
+        return total
+
+    def _token_shares(self, inputs: dict[str, Any]) -> tuple[float, float]:
+        """Returns the token counts of this forward pass (this process, mean of all processes) divided by the step's
+        mean."""
+        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        update = [inputs]
+        if passes > 1:
+            parts = self._buffered_inputs  # type: ignore[attr-defined]
+            first = self._step - self._step % passes  # type: ignore[has-type]
+            update = [parts[step % len(parts)] for step in range(first, first + passes)]
+        counts = torch.stack([policy_mask(inputs).sum(), sum(policy_mask(part).sum() for part in update) / passes])
+        everywhere, mean = self.accelerator.reduce(counts, reduction="mean").tolist()  # type: ignore[attr-defined]
+        return counts[0].item() / max(mean, 1), everywhere / max(mean, 1)
+
+    @contextmanager
+    def without_kl_term(self) -> Iterator[None]:
+        """Leaves the KL term out of TRL's loss."""
+        beta, self.beta = self.beta, 0.0  # type: ignore[has-type]
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def token_mean(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns this micro-batch's contribution to a mean over the tokens of an optimizer step (TRL's `dapo`
+        normalization)."""
+        tokens = batch["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # type: ignore[attr-defined]
+        if self.model.training:  # type: ignore[attr-defined]
+            passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            tokens = tokens * passes / self.args.steps_per_generation  # type: ignore[attr-defined]
+        return (values * policy_mask(batch)).sum() / tokens
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self.load_extra_state(Path(resume_from_checkpoint))
+
+    def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
+        """Returns the log-probabilities of a rollout's completions, (batch, time)."""
+        inputs = {name: rollout[name] for name in EXTRA_INPUTS if name in rollout}
+        return self._get_per_token_logps_and_entropies(
+            self.model,  # type: ignore[attr-defined]
+            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
+            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
+            rollout["completion_ids"].shape[1],
+            batch_size=batch_size,
+            **inputs,
+        )[0]
+
+    def note(self, name: str, value: float) -> None:
+        """Adds a value to the metric of that name, which is logged as a mean."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
+
+    def end_passes(self) -> None:
+        """Makes the next forward pass sample a new rollout; call it between optimizer steps."""
+        per_rollout = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
+        self._step += -self._step % per_rollout  # type: ignore[has-type]
+
+
+@contextmanager
+def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
+    """While active, GRPOTrainer uses this model as its reference instead of loading one."""
+    from trl.trainer import grpo_trainer  # seconds, for those who use it
+
+    original = grpo_trainer.create_model_from_path
+    if model is not None:
+        grpo_trainer.create_model_from_path = lambda *args, **kwargs: model
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = original
+
+
+class ResumableRollouts:
+    """Mixin for a GRPOTrainer: takes its reference as a model, and resumes in the middle of a rollout.
+
+    `reference` is a whole model's frozen reference; None where there is none, or where the policy without adapters is.
+    """
+
+    def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
+        self.prepared: dict[str, Any] | None = None
+        with reference_is(reference):
+            super().__init__(**kwargs)
+
+    def rollout_state(self) -> dict[str, Any]:
+        """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
+        waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
+        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        """Restores `rollout_state`."""
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        for name, values in state["metrics"].items():
+            self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
+
+    def set_logged_advantages(self, advantages: Tensor) -> None:
+        """Sets the advantages in TRL's logged table of completions."""
+        self._logs["advantages"].extend(advantages.tolist())  # type: ignore[attr-defined]
+
+    def estimated_from(self, batch: Any) -> dict[str, Tensor]:
+        """Returns the model inputs of Sophia's Hessian estimate: the next micro-batch, labelled at the policy's
+        tokens."""
+        self.model.train()  # type: ignore[attr-defined]  # as the step will: in evaluation it samples otherwise
+        part = self._prepare_inputs(batch)
+        self.prepared = part  # the training step reuses these inputs instead of sampling again
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), policy_mask(part)], dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
+            "labels": ids.masked_fill(scored == 0, -100),
+        }
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        try:
+            return super()._generate(prompts)  # type: ignore[misc]
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_DISTRIBUTION):
+                raise
+            raise self.diverged("sum of a next token's probabilities", math.nan) from error  # type: ignore[attr-defined]
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.prepared is not None:
+            part, self.prepared = self.prepared, None
+            return part
+        return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
