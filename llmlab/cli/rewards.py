@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 BINS = 10
 LONGEST_BAR = 40
-Values = list[float | None]
-Bounds = tuple[float | None, float | None]
 
 Named = Annotated[
     str | None,
@@ -89,12 +87,11 @@ def reward_check(
 
     composed = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     prompts, completions, columns = _read(file)
-    scores = composed.score(completions, prompts=prompts, **columns)
-    groups = _groups(prompts)
+    report = _report(file, composed, composed.score(completions, prompts=prompts, **columns), _groups(prompts))
     if as_json:
-        _print_json(file, composed, scores, groups)
+        say_json(report, indent=2, allow_nan=False)
     else:
-        _print_tables(composed, scores, groups, completions, rows)
+        _print_tables(report, completions, rows)
 
 
 def reward_settings(rewards: str | None, config: Path | None, normalize: bool | None) -> tuple[RewardsSettings, Path]:
@@ -172,46 +169,19 @@ def _groups(prompts: list[Any]) -> list[list[int]]:
     return [rows for prompt, rows in by_prompt.items() if len(rows) > 1 and prompt not in ('""', "[]")]
 
 
-def _summary(values: Values, groups: list[list[int]]) -> dict[str, Any]:
-    """Returns mean, min and max of the values there are, and the share of groups whose values are all the same."""
-    numbers = [value for value in values if value is not None]
-    flat = [rows for rows in groups if len({values[row] for row in rows}) == 1]
+def _report(file: Path, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]) -> dict[str, Any]:
+    """Returns everything that is shown, as plain values."""
+    bounds = (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
     return {
-        "count": len(numbers),
-        "mean": statistics.fmean(numbers) if numbers else None,
-        "min": min(numbers, default=None),
-        "max": max(numbers, default=None),
-        "zero_variance": len(flat) / len(groups) if groups else None,
-    }
-
-
-def _histogram(values: Values, bounds: Bounds) -> dict[str, Any]:
-    """Returns how many values fall into each tenth of the bounds, or of the values' own range where none are known."""
-    numbers = [value for value in values if value is not None]
-    low = min(numbers, default=0.0) if bounds[0] is None else bounds[0]
-    high = max(numbers, default=0.0) if bounds[1] is None else bounds[1]
-    counts = [0] * BINS
-    for value in numbers:
-        share = (value - low) / (high - low) if high > low else 0.0
-        counts[min(max(math.floor(share * BINS + 1e-9), 0), BINS - 1)] += 1
-    return {"from": low, "to": high, "counts": counts}
-
-
-def _bounds(composed: "ComposedReward") -> Bounds:
-    return (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
-
-
-def _print_json(file: Path, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]) -> None:
-    report = {
         "file": str(file),
         "rows": len(scores.totals),
         "groups": len(groups),
         "normalized": composed.normalize,
         "bounds": composed.bounds,
-        "reward": _summary(scores.totals, groups) | {"histogram": _histogram(scores.totals, _bounds(composed))},
+        "reward": _summarize(scores.totals, bounds, groups),
         "components": {
             label: {"weight": reward.weight, "range": [reward.low, reward.high], "cap": reward.cap}
-            | _summary(scores.components[label], groups)
+            | _summarize(scores.components[label], (reward.low, reward.high), groups)
             for label, reward in composed.components.items()
         },
         "scores": [
@@ -220,35 +190,60 @@ def _print_json(file: Path, composed: "ComposedReward", scores: "Scores", groups
             for row, total in enumerate(scores.totals)
         ],
     }
-    say_json(report, indent=2, allow_nan=False)
 
 
-def _print_tables(
-    composed: "ComposedReward", scores: "Scores", groups: list[list[int]], completions: list[Any], shown: int
-) -> None:
-    console = Terminal()
+def _summarize(
+    values: list[float | None], bounds: tuple[float | None, float | None], groups: list[list[int]]
+) -> dict[str, Any]:
+    """Returns statistics of the values that are not None.
+
+    `zero_variance` is the share of groups whose values are all the same; the histogram has ten bins between the
+    bounds, or between the smallest and largest value where these are unknown.
+    """
+    numbers = [value for value in values if value is not None]
+    flat = [rows for rows in groups if len({values[row] for row in rows}) == 1]
+    low = min(numbers, default=0.0) if bounds[0] is None else bounds[0]
+    high = max(numbers, default=0.0) if bounds[1] is None else bounds[1]
+    counts = [0] * BINS
+    for value in numbers:
+        share = (value - low) / (high - low) if high > low else 0.0
+        counts[min(max(math.floor(share * BINS + 1e-9), 0), BINS - 1)] += 1
+    return {
+        "count": len(numbers),
+        "mean": statistics.fmean(numbers) if numbers else None,
+        "min": min(numbers, default=None),
+        "max": max(numbers, default=None),
+        "zero_variance": len(flat) / len(groups) if groups else None,
+        "histogram": {"from": low, "to": high, "counts": counts},
+    }
+
+
+def _print_tables(report: dict[str, Any], completions: list[Any], shown: int) -> None:
+    console, groups = Terminal(), report["groups"]
     if shown:
-        _print_rows(console, scores, completions[:shown])
+        _print_rows(console, report["scores"], completions[:shown])
         if len(completions) > shown:
             console.print(f"[dim]... {len(completions) - shown:,} more rows (--rows)[/dim]")
         console.print()
-    _print_components(console, composed, scores, groups)
-    _print_histogram(console, _histogram(scores.totals, (0.0, 1.0) if composed.normalize else (None, None)))
+    _print_components(console, report)
+    _print_histogram(console, *report["reward"]["histogram"].values())
     if groups:
-        console.print(
-            f"[dim]zero variance: share of the {len(groups):,} prompts whose completions all get the same value.[/]"
-        )
+        console.print(f"[dim]zero variance: share of the {groups:,} prompts whose completions all get the same value.[/]")
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
-    same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]
+    same = [
+        label
+        for label, found in report["components"].items()
+        if found["min"] == found["max"] and found["count"] in (0, report["rows"]) and report["rows"] > 1
+    ]
     if same:
         console.print(f"[yellow]The same value in every row: {safe(', '.join(same))}.[/]")
 
 
-def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> None:
+def _print_rows(console: Terminal, scores: list[dict[str, Any]], completions: list[Any]) -> None:
     from llmlab.rewards.completions import answer, model_text
 
-    labels = list(scores.components)
+    labels = list(scores[0]["components"])
     fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
     width, digits, gap = (None, 3, 2) if fits else (5, 2, 1)  # else names are folded
     table = make_table(
@@ -259,39 +254,37 @@ def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> 
         expand=True,
         gap=gap,
     )
-    for row, completion in enumerate(completions):
-        values = [_cell(column[row], digits) for column in scores.components.values()]
+    for score, completion in zip(scores, completions, strict=False):
+        values = (_cell(value, digits) for value in score["components"].values())
         text = " ".join((answer(completion) or model_text(completion))[:400].split())
-        table.add_row(str(row), _cell(scores.totals[row]), *values, Text(printable(text) or "(empty)"))
+        table.add_row(str(score["row"]), _cell(score["reward"]), *values, Text(printable(text) or "(empty)"))
     console.print(table)
 
 
-def _print_components(
-    console: Terminal, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]
-) -> None:
+def _print_components(console: Terminal, report: dict[str, Any]) -> None:
     """Prints a line for each component, and one for their sum."""
-    columns = ("weight", "mean", "min", "max", *(["flat"] if groups else []), "none")
-    name = Column("component", no_wrap=True, overflow="ellipsis")
-    table = make_table(name, *map(numeric, columns), Column("distribution", no_wrap=True))
-    lines = [
-        (label, f"{reward.weight:g}", scores.components[label], (reward.low, reward.high))
-        for label, reward in composed.components.items()
-    ]
-    lines.append(("reward", "", scores.totals, _bounds(composed)))
-    for label, weight, values, bounds in lines:
-        found = _summary(values, groups)
-        numbers = [_cell(found[name]) for name in ("mean", "min", "max")]
-        flat = [f"{found['zero_variance']:.0%}"] if groups else []
-        bars = draw_bars(_histogram(values, bounds)["counts"])[0]
-        style = None if weight else "bold"
-        table.add_row(safe(label), weight, *numbers, *flat, str(values.count(None) or "-"), bars, style=style)
+    flat = ["flat"] if report["groups"] else []
+    table = make_table(
+        Column("component", no_wrap=True, overflow="ellipsis"),
+        *map(numeric, ("weight", "mean", "min", "max", *flat, "none")),
+        Column("distribution", no_wrap=True),
+    )
+    for label, found in [*report["components"].items(), ("reward", report["reward"])]:
+        table.add_row(
+            safe(label),
+            f"{found['weight']:g}" if "weight" in found else "",
+            *(_cell(found[name]) for name in ("mean", "min", "max")),
+            *(f"{found['zero_variance']:.0%}" for _ in flat),
+            str(report["rows"] - found["count"] or "-"),
+            draw_bars(found["histogram"]["counts"])[0],
+            style=None if "weight" in found else "bold",
+        )
     console.print(table)
     console.print()
 
 
-def _print_histogram(console: Terminal, histogram: dict[str, Any]) -> None:
-    """Prints a line for each tenth of the range, or one for all where every value is the same."""
-    low, high, counts = histogram["from"], histogram["to"], histogram["counts"]
+def _print_histogram(console: Terminal, low: float, high: float, counts: list[int]) -> None:
+    """Prints a line for each bin, or one for all where every value is the same."""
     table = make_table(numeric("reward"), numeric("rows"), Column(no_wrap=True))
     step = (high - low) / BINS
     for number, count in enumerate(counts if step else [sum(counts)]):
