@@ -48,7 +48,7 @@ def start(script, *arguments, **how):
 def script(tmp_path):
     """A program that trains as the command line does, and slowly: it says each step."""
     path = tmp_path / "train.py"
-    path.write_text(SLOWLY.format(ranks=str(Path(__file__).with_name("ranks.py"))))
+    path.write_text(SLOWLY.format(ranks=str(ROOT / "tests" / "training" / "ranks.py")))
     return path
 
 
