@@ -52,7 +52,7 @@ def load_for_inference(
     source = str(source)
     if (adapter := read_adapter(source)) is not None:
         model = adapter.load_base(load_model, dtype=hardware.torch_dtype)
-        tokenizer = load_tokenizer(adapter.tokenizer_home)
+        tokenizer = load_tokenizer(adapter.tokenizer_source)
         fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
         if (adapter.folder / "generation_config.json").is_file():  # else the base's are kept
             with reading(adapter.folder / "generation_config.json", "generation settings"):
@@ -72,7 +72,7 @@ def load_for_inference(
     return model.to(hardware.device).eval(), tokenizer
 
 
-def answers_chats(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_chat_model(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model answers messages: it has a chat template and was not merely pretrained."""
     folder = Path(source)
     for record in (folder / "llmlab.json", folder.parent / "llmlab.json"):  # a checkpoint lies in its run folder

@@ -287,11 +287,11 @@ def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
     from transformers.utils import logging
 
-    from llmlab.inference import answers_chats, load_for_inference
+    from llmlab.inference import is_chat_model, load_for_inference
 
     logging.disable_progress_bar()  # it has no place in a conversation
     model, tokenizer = load_for_inference(run, dtype=settings.dtype, device=settings.device)
-    chats = answers_chats(run, tokenizer) if chats is None else chats
+    chats = is_chat_model(run, tokenizer) if chats is None else chats
     if chats and tokenizer.chat_template is None:
         raise UserError(f"--chat: the tokenizer of {run} has no chat template; leave --chat out to continue text")
     if system and not chats:

@@ -77,7 +77,7 @@ def pairs(
     source = parse_source(prompts, "--prompts ")
     _check_output(output, source)
 
-    from llmlab.inference import answers_chats, load_for_inference
+    from llmlab.inference import is_chat_model, load_for_inference
     from llmlab.rewards.compose import compose
     from llmlab.runs.progress import quiet_libraries
     from llmlab.training.preference.pairs import load_prompts, sample_pairs, summarize, write_pairs
@@ -86,7 +86,7 @@ def pairs(
     asked, unusable = load_prompts(source, limit=limit)
     with quiet_libraries():
         model, tokenizer = load_for_inference(run)
-        if not answers_chats(run, tokenizer):
+        if not is_chat_model(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
         judged = sample_pairs(
             model,

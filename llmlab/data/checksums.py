@@ -71,6 +71,6 @@ class Checksums:
             self.verify_block(path, number)
 
 
-def tell(text: str) -> None:
+def notify(text: str) -> None:
     """Prints a notice about a cache on standard error."""
     print(printable(text), file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from llmlab.data.chat.formats import truth_of
+from llmlab.data.chat.formats import as_boolean
 from llmlab.data.chat.messages import UnusableRow, is_empty
 from llmlab.data.hashing import text_hash
 
@@ -150,7 +150,7 @@ def inspect_rows(
         report.rows = number
         columns.update(dict.fromkeys(map(str, row)))
         if label is not None:
-            labels[{True: "true", False: "false", None: "neither"}[truth_of(row.get(label))]] += 1
+            labels[{True: "true", False: "false", None: "neither"}[as_boolean(row.get(label))]] += 1
         try:
             conversation = read(row)
             text = text_of(conversation)

@@ -121,7 +121,7 @@ def _unusable(text: Any) -> str | None:
 
 
 def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> RowSource:
-    """Finds a source of chat data; a hub data set with more than `at_most` rows is streamed, not downloaded."""
+    """Finds a source of chat data; a hub dataset with more than `at_most` rows is streamed, not downloaded."""
     found = _find(source, use, False, at_most)
     if not next(iter(found.rows), {}).keys() >= trees.COLUMNS:
         return found
@@ -129,7 +129,7 @@ def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> Ro
 
 
 def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
-    """Finds a text source and its text column; `streaming` reads a hub data set without downloading it first."""
+    """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
     found = _find(source, "text", streaming, None)
     column = choose_column(source, found.first())
     identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
@@ -177,7 +177,7 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     from datasets import IterableDataset
 
     if path.is_dir() and _has_configs(path):
-        with reading(f"{source.name}: README.md", "the description of a data set"):
+        with reading(f"{source.name}: README.md", "the description of a dataset"):
             described = _open_builder(str(path), source.subset, use).config.data_files or {}
         by_split = {name: [Path(file) for file in found] for name, found in described.items()}
     elif source.subset:
@@ -189,7 +189,7 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
         by_split = files.find_files(path)
     chosen = choose_splits(source.name, by_split, source.split, use)
     if any("[" in name for name in chosen):
-        raise UserError(f"{source.name}: split = {source.split}: slices are for data sets of the hub")
+        raise UserError(f"{source.name}: split = {source.split}: slices are for datasets of the hub")
     found = [file for name in chosen for file in by_split[name]]
     if strange := next((file for file in found if files.format_of(file) is None), None):
         raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
@@ -293,7 +293,7 @@ def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
 
 
 def _has_configs(folder: Path) -> bool:
-    """Whether a folder is a copy of a hub data set whose README.md lists the files of each split."""
+    """Whether a folder is a copy of a hub dataset whose README.md lists the files of each split."""
     readme = folder / "README.md"
     if not readme.is_file():
         return False
@@ -302,7 +302,7 @@ def _has_configs(folder: Path) -> bool:
 
 
 def _fits_disk(info: "DatasetInfo") -> bool:
-    """Whether a data set can be downloaded, as far as its sizes are known."""
+    """Whether a dataset can be downloaded, as far as its sizes are known."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE)

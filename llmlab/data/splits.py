@@ -1,6 +1,6 @@
-"""Which subset and splits of a data set are read: the requested ones, else the training split.
+"""Which subset and splits of a dataset are read: the requested ones, else the training split.
 
-Data sets have several names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts.
+Datasets have several names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts.
 """
 
 import re
@@ -41,7 +41,7 @@ def choose_splits(source: str, splits: Iterable[str], named: str | None, use: Us
 
 
 def choose_subset(source: str, subsets: Iterable[str], use: Use) -> str:
-    """Returns the subset to read of a data set that has several and no default."""
+    """Returns the subset to read of a dataset that has several and no default."""
     subsets = list(subsets)
     fitting = _of_use(subsets, use)
     if len(fitting) != 1:

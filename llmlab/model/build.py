@@ -150,8 +150,8 @@ def _load_merged_classifier(adapter: "Adapter") -> PreTrainedModel:
     if adapter.config.task_type != "SEQ_CLS":
         raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
     model = adapter.load_base(load_classifier)
-    with opening(adapter.tokenizer_home, "a tokenizer"):
-        tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home)
+    with opening(adapter.tokenizer_source, "a tokenizer"):
+        tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_source)
     fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return adapter.attach(model).merge_and_unload(safe_merge=True)
@@ -185,7 +185,7 @@ class Adapter:
         return self.config.base_model_name_or_path
 
     @property
-    def tokenizer_home(self) -> str:
+    def tokenizer_source(self) -> str:
         """The folder or hub id of the tokenizer: the adapter's, or the base model's."""
         return str(self.folder) if (self.folder / "tokenizer_config.json").is_file() else self.base
 

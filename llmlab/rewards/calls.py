@@ -58,7 +58,7 @@ def calls_in_text(text: str) -> list[ToolCall]:
     thinking, end, rest = text.partition("</think>")
     if end and thinking.lstrip().rfind("<think>") <= 0:  # the chat template may have opened it
         text = rest
-    calls, scan = _bare_calls(text), _Scan(text)
+    calls, scan = _bare_calls(text), _Cursor(text)
     if calls:
         return calls
     while len(calls) < MAX_CALLS and (mark := _MARK.search(text, scan.position)):
@@ -73,7 +73,7 @@ def calls_in_text(text: str) -> list[ToolCall]:
     return calls
 
 
-class _Scan:
+class _Cursor:
     """A cursor over a text; raises ValueError where the expected syntax is missing."""
 
     def __init__(self, text: str):
@@ -99,7 +99,7 @@ class _Scan:
         return value
 
 
-def _read_call(scan: _Scan, mark: str) -> Iterable[ToolCall]:
+def _read_call(scan: _Cursor, mark: str) -> Iterable[ToolCall]:
     """Returns what follows a mark as calls."""
     if mark in _JSON_FORMS:
         before, after = _JSON_FORMS[mark]
@@ -118,7 +118,7 @@ def _read_call(scan: _Scan, mark: str) -> Iterable[ToolCall]:
     return [MALFORMED]
 
 
-def _xml_call(scan: _Scan) -> ToolCall:
+def _xml_call(scan: _Cursor) -> ToolCall:
     """Returns `NAME><parameter=KEY>VALUE</parameter></function>` with values as text, or Llama's JSON inside."""
     name, body = scan.match(r"([^<>\s]{1,200})>")[1], scan.until("</function>")
     if body.lstrip().startswith("{"):
@@ -134,7 +134,7 @@ def _xml_call(scan: _Scan) -> ToolCall:
     return MALFORMED if space.strip() else ToolCall(name, values)
 
 
-def _llama_calls(scan: _Scan) -> Iterable[ToolCall]:
+def _llama_calls(scan: _Cursor) -> Iterable[ToolCall]:
     """Yields JSON calls with semicolons between, or calls in Python's syntax."""
     start = scan.position
     try:
@@ -151,10 +151,10 @@ def _llama_calls(scan: _Scan) -> Iterable[ToolCall]:
 
 def _bare_calls(text: str) -> list[ToolCall]:
     """Returns the calls of a text that is nothing else: Llama's JSON, one or several, or a list in Python's syntax."""
-    text = _without_stops(text)
+    text = _strip_stop_tokens(text)
     if not text.startswith(("{", "[")):
         return []
-    scan, values = _Scan(text), []
+    scan, values = _Cursor(text), []
     try:
         while scan.position < len(text):
             value = scan.json()
@@ -184,7 +184,7 @@ def _json_calls(value: Any) -> list[ToolCall]:
 
 def _python_calls(source: str) -> list[ToolCall]:
     """Returns `[f(a=1), g()]` or `f(a=1)` as calls; arguments are literals."""
-    tree = parse_python(_without_stops(source), "eval")
+    tree = parse_python(_strip_stop_tokens(source), "eval")
     nodes = [] if tree is None else tree.body.elts if isinstance(tree.body, ast.List) else [tree.body]
     return [_python_call(node) for node in nodes] or [MALFORMED]
 
@@ -200,7 +200,7 @@ def _python_call(node: ast.expr) -> ToolCall:
     return ToolCall(name, arguments) if re.fullmatch(r"[\w.]+", name) else MALFORMED
 
 
-def _without_stops(text: str) -> str:
+def _strip_stop_tokens(text: str) -> str:
     """Returns a text without space and end tokens around it."""
     text = text.strip()
     end = len(text)

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from llmlab.data.chat.messages import Call, Message, UnusableRow, plain_call, read_turns
+from llmlab.data.chat.messages import Call, Message, UnusableRow, normalize_call, read_turns
 from llmlab.rewards.function import RowError
 
 Completion = str | list[dict[str, Any]]
@@ -34,9 +34,9 @@ def read_messages(completion: Completion) -> list[Message]:
 
 
 def lenient_call(call: Any) -> Call:
-    """Returns a tool call as `plain_call` does; a malformed one has None as its name, and all of it as arguments."""
+    """Returns a tool call as `normalize_call` does; a malformed one has None as its name, and all of it as arguments."""
     try:
-        return plain_call(call)
+        return normalize_call(call)
     except UnusableRow:
         return {"type": "function", "function": {"name": None, "arguments": call}}
 

@@ -66,7 +66,7 @@ class ComposedReward:
             completions: texts or messages of the batch.
             log_metric: TRL's: logs each component's mean as `reward_components/NAME/mean`.
             log_extra: TRL's: adds each component's values to the table of completions.
-            columns: `prompts` and the columns of the data set as lists, and whatever else a trainer passes.
+            columns: `prompts` and the columns of the dataset as lists, and whatever else a trainer passes.
         """
         scores = self.score(completions, log_metric=log_metric, log_extra=log_extra, **columns)
         for name, values in scores.components.items():

@@ -13,7 +13,7 @@ from typing import Any
 from llmlab.settings.errors import UserError, did_you_mean
 
 TRL_INPUTS = ("completions", "prompts", "completion_ids", "environments", "trainer_state", "log_metric", "log_extra")
-"""What TRL's trainers pass to a reward beside the columns of the data set."""
+"""What TRL's trainers pass to a reward beside the columns of the dataset."""
 
 
 Row = dict[str, Any]

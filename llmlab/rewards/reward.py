@@ -53,7 +53,7 @@ class Reward:
 
         Args:
             completions: texts or messages of the batch.
-            columns: `prompts` and the columns of the data set as lists, and whatever else a trainer passes.
+            columns: `prompts` and the columns of the dataset as lists, and whatever else a trainer passes.
         """
         completions = list(completions)
         columns = {

@@ -58,7 +58,7 @@ class RewardModel:
             with opening(self.path, "a model with its tokenizer"):
                 adapter = read_adapter(self.path)
                 self.config = load_auto("AutoConfig", adapter.base if adapter else self.path)
-                self.tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home if adapter else self.path)
+                self.tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_source if adapter else self.path)
             self._is_adapter = adapter is not None
             if adapter is None:
                 found = ", ".join(self.config.architectures or ["nothing"])

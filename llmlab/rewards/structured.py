@@ -41,7 +41,7 @@ def schema_pass(
 
     Args:
         json_schema: the schema, or the path of a JSON file that holds it; None takes each row's from a column.
-        column: the column of schemas: mappings (as data sets store them, nulls beside keys are ignored) or JSON texts.
+        column: the column of schemas: mappings (as datasets store them, nulls beside keys are ignored) or JSON texts.
 
     Returns:
         1 where the schema accepts the answer, else 0; None where the row has no schema.

@@ -69,7 +69,7 @@ def missing_tool(device_type: str) -> str | None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles each layer of llmlab's decoder in place, for batches of one length."""
     for layer in model.model.layers:
-        layer.compile(backend=keep_products_only, dynamic=False)
+        layer.compile(backend=recompute_elementwise, dynamic=False)
 
 
 def compile_if_worth(
@@ -96,7 +96,7 @@ def compile_if_worth(
     return reason
 
 
-def keep_products_only(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass.
 
     What lies between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes

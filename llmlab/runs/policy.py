@@ -95,7 +95,7 @@ def load_policy(
         "quantization_config": quantization,
     }
     model = load_model(source, **options) if adapter is None else adapter.load_base(load_model, **options)
-    tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_home)
+    tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
         raise UserError(

@@ -43,7 +43,7 @@ from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import destinations, takes_trust
 
 BEST_ADAPTERS = "best_lora_adapters"
-ARGUMENTS = """
+COMMON_ARGUMENTS = """
     Every stage that trains also takes:
         resume: a run folder of this stage to continue from its last checkpoint, or a checkpoint in it.
         load_optimizer: with `resume`, whether to restore the optimizer's state; without, only weights and step count.
@@ -89,7 +89,7 @@ def training_stage(
         common = inspect.signature(start_run, follow_wrapped=False)
         parameters = [*list(common.parameters.values())[:-1], *own]
         start_run.__signature__ = common.replace(parameters=parameters)  # type: ignore[attr-defined]
-        start_run.__doc__ = (function.__doc__ or "") + ARGUMENTS
+        start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
         return takes_trust(start_run)
 
     return decorate

@@ -76,7 +76,7 @@ class Settings(BaseModel):
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Fields for one quantity in several units; the first follows from the others. The last layer's choice holds."""
 
-    relatives: ClassVar[tuple[str, ...]] = ()
+    sibling_classes: ClassVar[tuple[str, ...]] = ()
     """Classes (`module:name`) whose keys may stand in the same file; those that have no effect here are warned of."""
 
     @classmethod
@@ -91,7 +91,7 @@ class Settings(BaseModel):
         """Rewrites in place those keys of a layer that have no field of their own but mean one of this class."""
 
     @classmethod
-    def why_inapplicable(cls, key: str) -> str | None:
+    def reason_without_effect(cls, key: str) -> str | None:
         """Returns why a key of the seeds has no effect in this stage, or None where the key is unknown."""
         for base in cls.__mro__:
             if key in vars(base).get("inapplicable", {}):
@@ -100,8 +100,8 @@ class Settings(BaseModel):
 
     @classmethod
     def relative_with(cls, key: str, keys_of: Callable[[type["Settings"]], Any]) -> str | None:
-        """Returns a phrase that names the relatives with this key, or None."""
-        modules = (path.partition(":") for path in cls.relatives)
+        """Returns a phrase that names the sibling_classes with this key, or None."""
+        modules = (path.partition(":") for path in cls.sibling_classes)
         others = [getattr(import_module(module), name) for module, _, name in modules]
         owners = [other.panel for other in others if other is not cls and key in keys_of(other)]
         return f"belongs to {' and '.join(owners)}" if owners else None

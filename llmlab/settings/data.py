@@ -14,7 +14,7 @@ from llmlab.settings.paths import PathName, Reads
 
 
 class DataSource(Settings):
-    """One data set: a hub id, a local file or folder, or `demo/...`.
+    """One dataset: a hub id, a local file or folder, or `demo/...`.
 
     Source of the form `name | subset | weight`: seed, LLM-Lab document, "Dataset Configuration".
     """
@@ -24,7 +24,7 @@ class DataSource(Settings):
     name: PathName
     """Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."""
     subset: str | None = None
-    """Configuration of a data set on the hub, or of a copy of one."""
+    """Configuration of a dataset on the hub, or of a copy of one."""
     weight: Annotated[float, Gt(0)] = 1.0
     """Relative weight in the mixture: [2.0, 1.0] gives 66.7 % and 33.3 %."""
     split: str | None = None
@@ -69,7 +69,7 @@ Datasets = Annotated[
 
 
 class DataSettings(Settings):
-    """The data sets of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
+    """The datasets of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
 
     panel: ClassVar[str] = "Data"
 

@@ -1,4 +1,4 @@
-"""Names of models, data sets and folders: which can only be local paths, and what is missing before anything loads.
+"""Names of models, datasets and folders: which can only be local paths, and what is missing before anything loads.
 
 Only the file system is asked, and nothing heavy is imported; the content of files is their reader's business.
 """

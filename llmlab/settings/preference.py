@@ -19,7 +19,7 @@ class PreferenceSettings(FineTuningSettings):
 
     inapplicable: ClassVar[dict[str, str]] = {"streaming": "every pair is checked before the first step"}
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (*FineTuningSettings.alternatives, BATCH)
-    relatives: ClassVar[tuple[str, ...]] = v.RLHF
+    sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
 
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
     batch_size: v.EffectiveBatchSize = 128

@@ -58,7 +58,7 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
     )
-    relatives: ClassVar[tuple[str, ...]] = v.RLHF
+    sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]

@@ -126,7 +126,7 @@ def _read(
             key, value = mapping, {inner: value}  # trainer_args.neftune_noise_alpha=5
         setting = table.get(key)
         if setting is None:
-            reason = stage.why_inapplicable(key)
+            reason = stage.reason_without_effect(key)
             if reason and layer.path is not None:
                 unused[reason].append(key)
             elif reason:

@@ -41,7 +41,7 @@ from llmlab.training.merge_sources import (
     find_adapter,
     notes_on,
     read_config,
-    tokenizer_home,
+    tokenizer_source,
 )
 
 PROBE_TEXTS = (
@@ -86,7 +86,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     config = read_config(adapter)
     base = settings.base or config.base_model_name_or_path
     check_base(base, config, adapter, named=settings.base is not None)
-    tokenizer = load_tokenizer(tokenizer_home(adapter, base))
+    tokenizer = load_tokenizer(tokenizer_source(adapter, base))
     load = load_classifier if config.task_type == SEQ_CLS else load_model
     model = load(base, dtype="auto")  # as saved
     saved = model.dtype if model.dtype in DTYPES.values() else torch.float32

@@ -119,7 +119,7 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
         )
 
 
-def tokenizer_home(adapter: Path, base: str) -> str:
+def tokenizer_source(adapter: Path, base: str) -> str:
     """Returns where the tokenizer is: beside the adapter, in its run folder, or with the base model."""
     files = ("tokenizer_config.json", "tokenizer.json")
     places = (place for place in (adapter, adapter.parent) if all((place / file).is_file() for file in files))

@@ -4,7 +4,7 @@ import json
 
 from rich.console import Console
 
-from llmlab.inference import answers_chats, generate_text, load_for_inference
+from llmlab.inference import generate_text, is_chat_model, load_for_inference
 from llmlab.runs import checkpoints
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult, record_result
@@ -24,7 +24,7 @@ def write_samples(settings: SampleSettings | Resolved[SampleSettings], *, consol
     with checkpoints.claim(settings.output_dir) as folder:
         with quiet_libraries():
             model, tokenizer = load_for_inference(settings.model)
-            chats = answers_chats(settings.model, tokenizer)
+            chats = is_chat_model(settings.model, tokenizer)
             prompts = [[{"role": "user", "content": prompt}] if chats else prompt for prompt in settings.prompts]
             completions = list(
                 generate_text(

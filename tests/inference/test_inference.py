@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from llmlab.inference import (
-    answers_chats,
     drop_oldest_turns,
     encode_prompt,
     generate_text,
+    is_chat_model,
     load_for_inference,
     prompt_room,
     stream_reply,
@@ -182,15 +182,15 @@ def test_a_missing_folder_is_explained(run, monkeypatch):
 
 
 def test_only_chat_trained_models_answer(run, tokenizer, byte_tokenizer):
-    assert answers_chats(run, tokenizer)
+    assert is_chat_model(run, tokenizer)
     (run / "llmlab.json").write_text('{"stage": "sft"}')
-    assert answers_chats(run, tokenizer)
+    assert is_chat_model(run, tokenizer)
     (run / "llmlab.json").write_text('{"stage": "pretrain"}')
-    assert not answers_chats(run, tokenizer)
-    assert not answers_chats(run / "checkpoint-5", tokenizer)
+    assert not is_chat_model(run, tokenizer)
+    assert not is_chat_model(run / "checkpoint-5", tokenizer)
     bare = byte_tokenizer()
     bare.chat_template = None
-    assert not answers_chats("org/name", bare)
+    assert not is_chat_model("org/name", bare)
 
 
 # Generating -------------------------------------------------------------------------------------------------------

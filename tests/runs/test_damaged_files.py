@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from llmlab.cli.chat import _read_prompts
 from llmlab.data import load_text, load_tokenizer
 from llmlab.data.sources import Tally
-from llmlab.inference import answers_chats, encode_prompt, load_for_inference
+from llmlab.inference import encode_prompt, is_chat_model, load_for_inference
 from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
@@ -52,7 +52,7 @@ HARSH = [
 
 def chats(folder):
     model, tokenizer = load_for_inference(folder, dtype="fp32", device="cpu")
-    if answers_chats(folder, tokenizer):
+    if is_chat_model(folder, tokenizer):
         encode_prompt(tokenizer, [{"role": "user", "content": "How?"}])
 
 

@@ -9,13 +9,13 @@ from itertools import islice
 
 from llmlab.data.chat.formats import (
     Format,
+    as_boolean,
     label_column,
     plain_text,
     recognize,
     to_messages,
     to_pair,
     to_prompt,
-    truth_of,
 )
 from llmlab.data.chat.messages import Row, UnusableRow
 from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
@@ -40,7 +40,7 @@ class ConversationSource(RowSource):
     def read(self, row: Row) -> Row:
         """Returns a row as `to_messages`, `to_pair` or `to_prompt` does."""
         if self.only_label is not None and self.label is not None:
-            truth = truth_of(row.get(self.label))
+            truth = as_boolean(row.get(self.label))
             if truth is None:
                 raise UnusableRow(f"without a '{self.label}' that is true or false")
             if truth != self.only_label:

@@ -79,7 +79,7 @@ def _pair(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[Message
     *prompt, better, worse = columns
     start = _prompt_turns(row[prompt[0]]) if prompt else []
     chosen, rejected = (_side(row[column], is_transcript=not prompt) for column in (better, worse))
-    shared = shared_length(chosen, rejected)
+    shared = common_prefix_length(chosen, rejected)
     both = chosen[:shared]
     if both and both[0]["role"] == "user":  # chosen and rejected repeat the prompt, without its system message
         start = [message for message in start[:1] if message["role"] == "system"]
@@ -191,15 +191,15 @@ def label_column(form: Format, rows: Iterable[Row]) -> str | None:
     if form.name == PLAIN_TEXT.name or form in FORMATS["preferences"]:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
-    return next((name for name in LABELS if values[name] and None not in map(truth_of, values[name])), None)
+    return next((name for name in LABELS if values[name] and None not in map(as_boolean, values[name])), None)
 
 
-def truth_of(value: Any) -> bool | None:
+def as_boolean(value: Any) -> bool | None:
     """Returns a label as true or false: a boolean, 1 or 0, or their names; None for anything else."""
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
 
 
-def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Returns the length of the common prefix."""
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 

@@ -32,7 +32,7 @@ class UnusableRow(ValueError):
     """A row that cannot be used; its reason is counted and reported."""
 
 
-def plain_call(call: Any) -> Call:
+def normalize_call(call: Any) -> Call:
     """Returns a tool call in OpenAI's form, its arguments parsed."""
     if isinstance(call, str):
         raise UnusableRow("a function call that is not JSON")
@@ -49,7 +49,7 @@ def plain_call(call: Any) -> Call:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def read_turns(turns: Any, read_call: Callable[[Any], Call] = plain_call) -> list[Message]:
+def read_turns(turns: Any, read_call: Callable[[Any], Call] = normalize_call) -> list[Message]:
     """Returns turns (a role, and content as text or parts) as messages; a turn with tool results may give several."""
     if not isinstance(turns, list) or not turns:
         raise UnusableRow("no turns")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.chat.formats import shared_length
+from llmlab.data.chat.formats import common_prefix_length
 from llmlab.data.chat.messages import Message, UnusableRow, join_turns
 from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError, reason_of
@@ -58,7 +58,7 @@ class Renderer:
             return self._render_text(conversation["text"])
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.tokenizer.name_or_path}: this tokenizer has no chat template")
-        messages, tools = self._show_reasoning(conversation["messages"]), conversation["tools"]
+        messages, tools = self._inline_reasoning(conversation["messages"]), conversation["tools"]
         try:
             row = self._render(messages, tools)
         except UnusableRow:
@@ -66,7 +66,7 @@ class Renderer:
             if len(joined) == len(messages):
                 raise
             row = self._render(joined, tools)
-        return RenderedRow(row.input_ids, _last_run(row.trained)) if self.loss_on == "completion" else row
+        return RenderedRow(row.input_ids, _last_span(row.trained)) if self.loss_on == "completion" else row
 
     def _render(self, messages: list[Message], tools: list[Any] | None) -> RenderedRow:
         try:
@@ -80,7 +80,7 @@ class Renderer:
         except TEMPLATE_FAILURES as error:
             raise UnusableRow(f"error in the chat template: {reason_of(error)}") from None
 
-    def _show_reasoning(self, messages: list[Message]) -> list[Message]:
+    def _inline_reasoning(self, messages: list[Message]) -> list[Message]:
         """Puts reasoning before the answer where the template would leave it out."""
         if "reasoning_content" in str(self.tokenizer.chat_template):
             return messages
@@ -96,8 +96,8 @@ class Renderer:
         """Returns the ids of a pair's prompt and of its chosen and rejected completions."""
         prompt, tools = pair["prompt"], pair["tools"]
         whole = [self.render({"messages": prompt + pair[side], "tools": tools}) for side in ("chosen", "rejected")]
-        ids, _ = encode_prompt(self.tokenizer, self._show_reasoning(prompt), tools)
-        shared = min(shared_length(ids, row.input_ids) for row in whole)
+        ids, _ = encode_prompt(self.tokenizer, self._inline_reasoning(prompt), tools)
+        shared = min(common_prefix_length(ids, row.input_ids) for row in whole)
         if shared < len(ids):  # a token merged across the boundary is fine, other text is not
             text = self.tokenizer.decode(ids)
             if not all(self.tokenizer.decode(row.input_ids).startswith(text.rstrip()) for row in whole):
@@ -230,7 +230,7 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     return missing
 
 
-def _last_run(trained: list[bool]) -> list[bool]:
+def _last_span(trained: list[bool]) -> list[bool]:
     """Keeps only the last contiguous span of trained tokens."""
     runs = [(on, len(list(run))) for on, run in itertools.groupby(trained)]
     last = max((k for k, (on, _) in enumerate(runs) if on), default=None)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from llmlab.data.chat.conversations import ConversationSource
-from llmlab.data.checksums import Checksums, tell
+from llmlab.data.checksums import Checksums, notify
 from llmlab.data.interleaving import spread
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json
@@ -55,7 +55,7 @@ def _open_verified(folder: Path, name: str) -> tuple[Dataset, bool] | None:
         sums.verify(folder / ROWS, whole=True)
         return Dataset.from_file(str(folder / ROWS)), whole
     except (UserError, FileNotFoundError) as error:
-        tell(f"{name}: its cache is damaged and will be rebuilt ({error})")
+        notify(f"{name}: its cache is damaged and will be rebuilt ({error})")
         shutil.rmtree(folder)
         return None
 

@@ -31,7 +31,7 @@ from llmlab.settings.errors import UserError, printable
 VERSION = 4  # of the rendered rows: raise it with every change that alters them
 READ_AT_LEAST = 65_536  # rows of a source: so many are shuffled together, and a short run reads no fewer
 MARGIN = 0.1  # more rows are read than are needed: some are dropped
-WORTH_PROCESSES = 5_000  # rows from which rendering in several processes pays
+PARALLEL_FROM = 5_000  # rows from which rendering in several processes pays
 
 CHECKS = {  # columns of every rendered row beside the maker's
     "whole": Value("int64"),  # tokens before truncation
@@ -271,7 +271,7 @@ class _Builder:
                 remove_columns="row",
                 new_fingerprint=uuid.uuid4().hex,  # skip datasets' fingerprinting: caching is done here
                 features=Features({**self.maker.columns, **counts, **CHECKS}),
-                num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
+                num_proc=(self.settings.num_proc or cores()) if len(raw) >= PARALLEL_FROM else None,
                 desc=f"Rendering {printable(found.name)}" if sys.stderr.isatty() else None,
             )
         finally:

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from llmlab.data.cache import cache_folder, cores
-from llmlab.data.checksums import BLOCK, VERIFIED_AT_ONCE, Checksums, tell
+from llmlab.data.checksums import BLOCK, VERIFIED_AT_ONCE, Checksums, notify
 from llmlab.data.hashing import is_held_out
 from llmlab.data.interleaving import spread
 from llmlab.data.sources import Tally, TextSource, usable_texts
@@ -146,7 +146,7 @@ def _open_verified(folder: Path, name: str) -> TokenStore | None:
         store.verify()
         return store
     except (UserError, FileNotFoundError) as error:
-        tell(f"{name}: its cache is damaged and made anew ({error})")
+        notify(f"{name}: its cache is damaged and made anew ({error})")
         shutil.rmtree(folder)
         return None
 

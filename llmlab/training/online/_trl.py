@@ -18,7 +18,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion; see
     # `RolloutSteps`
     "trl.GRPOTrainer._generate": ("self", "prompts"),
-    # a data set's tools differ from prompt to prompt; see `RolloutSteps`
+    # a dataset's tools differ from prompt to prompt; see `RolloutSteps`
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),

@@ -91,7 +91,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if separate and args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
-            _turn_dropout_off(self.model)  # TRL leaves dropout in attention on
+            _disable_dropout(self.model)  # TRL leaves dropout in attention on
         if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
             keep_out_of_exports(self.model, (f"critic.{name}" for name, _ in self.critic.named_parameters()))
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
@@ -204,7 +204,7 @@ def _adapters_are_on(model: nn.Module) -> bool:
     return not layer.disable_adapters and layer.active_adapters == ["default"]
 
 
-def _turn_dropout_off(model: nn.Module) -> None:
+def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

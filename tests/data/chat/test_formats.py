@@ -339,7 +339,7 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_unusable(row):
         (["prompt", "completion", "label"], ["sports", "news"], None),
         (["prompt", "completion", "label"], [None], None),
         (["question", "answer", "label"], [0, 1, 2], None),
-        (["text", "label"], [0, 1], None),  # a classification data set
+        (["text", "label"], [0, 1], None),  # a classification dataset
         (["prompt", "chosen", "rejected", "label"], [True], None),
     ],
 )

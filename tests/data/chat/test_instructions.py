@@ -220,7 +220,7 @@ def test_empty_conversations_are_dropped_and_counted(build, tmp_path):
 @pytest.mark.parametrize(("num_proc", "workers"), [(None, 3), (2, 2), (1, 1)])
 def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_path, monkeypatch):
     """`num_proc` unset is every core."""
-    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
+    monkeypatch.setattr(rows_module, "PARALLEL_FROM", 10)
     monkeypatch.setattr(rows_module, "cores", lambda: 3)
     make = InstructionEncoder.make
     monkeypatch.setattr(InstructionEncoder, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})

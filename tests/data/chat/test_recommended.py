@@ -1,4 +1,4 @@
-"""Every data set that the seeds name loads as it is printed there.
+"""Every dataset that the seeds name loads as it is printed there.
 
 The replicas have the columns, subsets, splits and file layout of the hub's, as their README.md files say them; each is
 read as a local copy, by our own reader, and as the hub's, by `datasets`.

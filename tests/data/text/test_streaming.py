@@ -36,7 +36,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def arrow_source():
-    """The kind of iterable that a streamed hub data set is: Arrow tables in several shards."""
+    """The kind of iterable that a streamed hub dataset is: Arrow tables in several shards."""
     texts = [f"Row {i:03d} of the table has {'many ' * (i % 9)}words." for i in range(200)]
     rows = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
     return TextSource(name="table", rows=rows, column="text", identity={})
