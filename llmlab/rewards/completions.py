@@ -34,7 +34,7 @@ def read_messages(completion: Completion) -> list[Message]:
 
 
 def lenient_call(call: Any) -> Call:
-    """Returns a tool call as `normalize_call` does; a malformed one has None as its name, and all of it as arguments."""
+    """Returns a tool call as `normalize_call` does; a malformed one gets the name None and all of it as arguments."""
     try:
         return normalize_call(call)
     except UnusableRow:

@@ -250,6 +250,41 @@ class Run(Start[S]):
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
+    def train_rows(
+        self,
+        trainer: Trainer,
+        policy: Policy,
+        data: Rows,
+        *,
+        rows_per_batch: int,
+        accumulation: int,
+        eval_batches: int,
+        batch: str,
+        plan: Sequence[tuple[str, str]] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> RunResult:
+        """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
+        rows = len(trainer.train_dataset)
+        steps = total_steps(self.settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
+        epochs = steps * rows_per_batch * accumulation / rows
+        data.set_epochs(epochs)
+        return self.train(
+            trainer,
+            steps=steps,
+            plan=[
+                *policy.rows(trainer.model),
+                *plan,
+                ("data", data.summary()),
+                ("steps", f"{steps:,} ({epochs:.2g} epochs over the training rows)"),
+                ("batch", batch),
+                describe_evaluation(self.settings, eval_batches, evaluates=data.validation is not None),
+                describe_optimizer(self.settings, steps),
+            ],
+            parents=policy.parents,
+            data=data.record(),
+            callbacks=callbacks,
+        )
+
     def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
         """Estimates the tokens per optimizer step on this process."""
         if self.progress.tokens_per_step is not None:
@@ -280,11 +315,6 @@ def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: 
     return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
 
 
-def step_limit(settings: Any) -> dict[str, int]:
-    """Returns `max_steps=-1`, which lets num_train_epochs decide, when `epochs` is set."""
-    return {} if settings.epochs is None else {"max_steps": -1}
-
-
 def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
     """Returns the plan's row for optimizer and learning-rate schedule."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
@@ -293,17 +323,6 @@ def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
         schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
     return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
-
-
-def describe_steps(settings: Any, steps: int, passes: float, batch: str, *, evaluates: bool) -> list[tuple[str, Any]]:
-    """Returns the plan's rows for steps, batch, evaluation and optimizer."""
-    batches = getattr(settings, "eval_steps", None) or settings.eval_batches
-    return [
-        ("steps", f"{steps:,} ({passes:.2g} epochs over the training rows)"),
-        ("batch", batch),
-        describe_evaluation(settings, batches, evaluates=evaluates),
-        describe_optimizer(settings, steps),
-    ]
 
 
 class BestAdapters(TrainerCallback):

@@ -14,7 +14,7 @@ from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs.callbacks import Perplexity
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_steps, step_limit, total_steps, training_stage
+from llmlab.runs.run import Run, training_stage
 from llmlab.settings.sft import SFTSettings
 
 SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
@@ -77,8 +77,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     policy = run.load_policy()
     length = policy.cap_length(settings.max_seq_len)
     rows_per_batch = settings.batch_size * run.process.num_processes
-    accumulation = settings.gradient_accumulation_steps
-    rows_per_step = rows_per_batch * accumulation
+    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
     maker = InstructionEncoder(
         policy.tokenizer,
         max_seq_len=length,
@@ -105,21 +104,15 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         trainer.data_collator = UnflattenedRows(trainer.data_collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
-    steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
-    passes = steps * rows_per_step / rows
-    data.set_epochs(passes)
-    batch = f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"
-    return run.train(
+    return run.train_rows(
         trainer,
-        steps=steps,
-        plan=[
-            *policy.rows(),
-            ("data", data.summary()),
-            ("trained on", TRAINED_ON[settings.loss_on]),
-            *describe_steps(settings, steps, passes, batch, evaluates=data.validation is not None),
-        ],
-        parents=policy.parents,
-        data=data.record(),
+        policy,
+        data,
+        rows_per_batch=rows_per_batch,
+        accumulation=settings.gradient_accumulation_steps,
+        eval_batches=settings.eval_steps,
+        batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
+        plan=[("trained on", TRAINED_ON[settings.loss_on])],
         callbacks=[Perplexity()],
     )
 
@@ -129,5 +122,5 @@ def trainer_arguments(settings: SFTSettings) -> dict[str, Any]:
     return {
         "per_device_eval_batch_size": settings.batch_size,
         "prediction_loss_only": True,
-        **step_limit(settings),
+        **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
     }

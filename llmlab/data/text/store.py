@@ -146,7 +146,7 @@ def _open_verified(folder: Path, name: str) -> TokenStore | None:
         store.verify()
         return store
     except (UserError, FileNotFoundError) as error:
-        notify(f"{name}: its cache is damaged and made anew ({error})")
+        notify(f"{name}: its cache is damaged and will be rebuilt ({error})")
         shutil.rmtree(folder)
         return None
 

@@ -1,5 +1,6 @@
 """What the stages that learn from preference pairs share: reading pairs, training, and the metrics of pairs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from llmlab.runs.callbacks import perplexity
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_steps, step_limit, total_steps
+from llmlab.runs.run import Run
 from llmlab.runs.start import S
 
 NAMES = {  # TRL's metrics: their names here
@@ -56,7 +57,7 @@ class PreferenceRun(Run[S]):
             "prediction_loss_only": True,
             "gradient_accumulation_steps": settings.accumulation(self.process.num_processes),
             "eval_on_start": data.validation is not None and self.checkpoint is None,
-            **step_limit(settings),
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
             **options.pop("arguments", {}),
         }
         return self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
@@ -67,29 +68,22 @@ class PreferenceRun(Run[S]):
         policy: Policy,
         data: Rows,
         *,
-        plan: list[tuple[str, str]] | None = None,
+        plan: Sequence[tuple[str, str]] = (),
         beta: float | None = None,
     ) -> RunResult:
         """Trains what `make_pair_trainer` returned; `plan` has the stage's own rows, `beta` goes to
         `PreferenceMetrics`."""
         settings, processes = self.settings, self.process.num_processes
-        rows, rows_per_batch = len(trainer.train_dataset), settings.mini_batch_size * processes
-        accumulation = settings.accumulation(processes)
-        steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
-        passes = steps * rows_per_batch * accumulation / rows
-        data.set_epochs(passes)
-        batch = f"{rows_per_batch * accumulation} pairs ({settings.mini_batch_size} x {accumulation} x {processes})"
-        return self.train(
+        size, accumulation = settings.mini_batch_size, settings.accumulation(processes)
+        return self.train_rows(
             trainer,
-            steps=steps,
-            plan=[
-                *policy.rows(trainer.model),
-                *(plan or []),
-                ("data", data.summary()),
-                *describe_steps(settings, steps, passes, batch, evaluates=data.validation is not None),
-            ],
-            parents=policy.parents,
-            data=data.record(),
+            policy,
+            data,
+            rows_per_batch=size * processes,
+            accumulation=accumulation,
+            eval_batches=settings.eval_batches,
+            batch=f"{size * processes * accumulation} pairs ({size} x {accumulation} x {processes})",
+            plan=plan,
             callbacks=[PreferenceMetrics(self.progress, beta=beta)],
         )
 
