@@ -375,7 +375,7 @@ def test_a_critic_does_not_start_from_what_cannot_score(ppo_settings, sft_settin
         ({"gamma": 1.1}, "gamma"),
         ({"gae_lambda": -0.1}, "gae_lambda"),
         ({"cliprange_value": 0}, "cliprange_value"),
-        ({"batch_size": 10, "mini_batch_size": 4}, "no multiple"),
+        ({"batch_size": 10, "mini_batch_size": 4}, "not a multiple"),
     ],
 )
 def test_what_cannot_be_is_said(values, message):
