@@ -164,12 +164,12 @@ def cost(options):
     """Returns what a step costs over TRL's own, as Markdown."""
     from trl import SFTConfig
 
-    from llmlab.data.chat.makers import InstructionMaker
+    from llmlab.data.chat.makers import InstructionEncoder
     from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
     from llmlab.runs.arguments import build_arguments, rhythm_arguments
     from llmlab.runs.policy import load_policy
-    from llmlab.training.sft import InstructionTrainer, trainer_arguments
+    from llmlab.training.sft import LLMLabSFTTrainer, trainer_arguments
 
     def make(name, callbacks, folder):
         if name == "trl":
@@ -177,8 +177,8 @@ def cost(options):
         machine = probe()
         settings = make_settings(options, folder, trainer_args={"train_sampling_strategy": "sequential"})
         policy = load_policy(settings.policy_checkpoint, settings, machine, chat_template="chatml")
-        data = build_rows(settings, InstructionMaker(policy.tokenizer, max_seq_len=512), seed=42)
-        return InstructionTrainer(
+        data = build_rows(settings, InstructionEncoder(policy.tokenizer, max_seq_len=512), seed=42)
+        return LLMLabSFTTrainer(
             settings,
             model=policy.model,
             args=build_arguments(

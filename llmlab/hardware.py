@@ -1,7 +1,4 @@
-"""What this machine can do: device, arithmetic, memory and peak speed, probed and never assumed.
-
-Choosing settings for a kind of machine (presets) is not done here.
-"""
+"""What this machine has: device, dtype, memory and peak FLOP/s, probed and never assumed."""
 
 import os
 import platform
@@ -16,7 +13,7 @@ from llmlab.settings.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Dense bf16 multiply-accumulate peaks in FLOP/s, from the makers' data sheets; matched in this order.
+# dense bf16 peaks in FLOP/s, from the vendors' data sheets; matched in this order
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -36,10 +33,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device that a run uses and the arithmetic chosen for it.
-
-    `reason` says why that arithmetic, in words; `memory` is in bytes; `peak_flops` is None where no peak is known.
-    """
+    """The device that a run uses and its dtype, with the reason for it; memory in bytes, peak in FLOP/s if known."""
 
     device: str
     name: str
@@ -54,7 +48,7 @@ class Hardware:
         return DTYPES[self.dtype]
 
     def rows(self) -> list[tuple[str, str]]:
-        """Returns the lines about it for the plan of a run."""
+        """Returns the rows of a run's plan."""
         return [("device", f"{self.name} ({self.device})"), ("dtype", f"{self.dtype}: {self.reason}")]
 
     def record(self) -> dict[str, Any]:
@@ -63,18 +57,8 @@ class Hardware:
 
 
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
-    """Probes the machine, and checks a wish for a device or an arithmetic against what is there.
-
-    Args:
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        dtype: `auto`, `bf16`, `fp16` or `fp32`.
-
-    Raises:
-        UserError: the device is not there, or cannot do that arithmetic.
-    """
-    available = [
-        name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.mps.is_available())) if there
-    ]
+    """Chooses the device (`auto`, `cpu`, `cuda`, `mps`) and the dtype (`auto`, `bf16`, `fp16`, `fp32`)."""
+    available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     if device == "auto":
         device = available[0] if available else "cpu"
     elif device != "cpu" and device not in available:
@@ -82,9 +66,9 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
             f"device = {device}: this machine has no such device; expected one of {', '.join([*available, 'cpu'])}"
         )
     name, memory = _identify(device)
-    chosen, reason = _choose_dtype(device, dtype)
+    dtype, reason = _choose_dtype(device, dtype)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
-    return Hardware(device, name, chosen, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
+    return Hardware(device, name, dtype, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def free_disk(folder: Path) -> int:
@@ -127,34 +111,33 @@ def _cpu_name() -> str:
     return _cpu_info("model name")
 
 
-def _choose_dtype(device: str, wish: str) -> tuple[str, str]:
+def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:
     has_bf16, why = _supports_bf16(device)
-    if wish == "auto":
+    if dtype == "auto":
         if has_bf16:
             return "bf16", why
         return ("fp32", why) if device == "cpu" else ("fp16", f"{why}, but fp16")
-    if wish == "fp16" and device == "cpu":
+    if dtype == "fp16" and device == "cpu":
         raise UserError("dtype = fp16: a CPU computes fp16 hundreds of times slower than fp32; expected bf16 or fp32")
-    if wish == "bf16" and not has_bf16:
+    if dtype == "bf16" and not has_bf16:
         raise UserError(f"dtype = bf16: {why}; expected {'fp16 or fp32' if device != 'cpu' else 'fp32'}")
-    return wish, "as asked"
-
-
-def _computes_bf16(device: str) -> bool:
-    """Whether a product of matrices in bf16 comes out right, which no property of an Apple chip tells."""
-    try:
-        ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
-        return bool((ones @ ones == 8).all())
-    except (RuntimeError, TypeError):  # what torch raises where a type is not supported
-        return False
+    return dtype, "as asked"
 
 
 def _supports_bf16(device: str) -> tuple[bool, str]:
     if device == "cuda":
-        there = torch.cuda.is_bf16_supported(including_emulation=False)
-        return there, "this GPU computes bf16" if there else "this GPU has no bf16"
-    if device == "mps":
-        there = _computes_bf16(device)
-        return there, "this chip computes bf16" if there else "this chip or macOS has no bf16"
-    there = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split()))
-    return there, "this CPU has bf16 instructions" if there else "this CPU has no bf16 instructions"
+        supported, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    elif device == "mps":
+        supported, what = _computes_bf16(device), "this chip or macOS"
+    else:
+        supported, what = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split())), "this CPU"
+    return supported, f"{what} {'has' if supported else 'has no'} bf16{' instructions' if device == 'cpu' else ''}"
+
+
+def _computes_bf16(device: str) -> bool:
+    """Whether a product of matrices in bf16 comes out right, which no property of an Apple chip says."""
+    try:
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+        return bool((ones @ ones == 8).all())
+    except (RuntimeError, TypeError):  # what torch raises where a dtype is not supported
+        return False

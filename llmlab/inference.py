@@ -1,7 +1,6 @@
-"""Loads any run folder, adapter or hub model, and lets it complete text or answer a conversation.
+"""Loads any run folder, adapter or hub model, and generates text with it, batched or streamed.
 
-The interactive loop is `cli/chat.py`; scoring models is `evaluation`; serving many users is other engines' work, which
-load the same folders.
+The interactive chat is `cli/chat.py`; serving many users is the work of other engines, which load the same folders.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,10 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
@@ -25,7 +22,7 @@ from transformers import (
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import TEMPLATE_FAILURES
 from llmlab.hardware import probe
-from llmlab.model import check_folder, fit_vocabulary, load_model, read_adapter
+from llmlab.model import fit_vocabulary, load_model, read_adapter
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.files import read_json
 from llmlab.settings.generation import SamplingSettings
@@ -44,19 +41,15 @@ Prompt = str | list[Message]
 def load_for_inference(
     source: str | Path, *, dtype: str = "auto", device: str = "auto"
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """Returns a model, ready to generate, and its tokenizer.
+    """Returns a model in evaluation mode and its tokenizer.
 
     Args:
         source: a run folder, any Transformers or PEFT adapter folder, or a hub id of either.
         dtype: `auto`, `bf16`, `fp16` or `fp32`; auto is bf16 where the device computes it.
         device: `auto`, `cpu`, `cuda` or `mps`.
-
-    Raises:
-        UserError: there is no such model, it is incomplete or of an unknown kind, or tokenizer and weights disagree.
     """
     hardware = probe(device, dtype)
     source = str(source)
-    check_folder(source)
     if (adapter := read_adapter(source)) is not None:
         model = adapter.load_base(load_model, dtype=hardware.torch_dtype)
         tokenizer = load_tokenizer(adapter.tokenizer_home)
@@ -80,30 +73,23 @@ def load_for_inference(
 
 
 def answers_chats(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a model answers messages; otherwise it continues text.
-
-    A chat template alone does not tell: a pretraining run's tokenizer has one for the stages that follow.
-    """
+    """Whether a model answers messages: it has a chat template and was not merely pretrained."""
     folder = Path(source)
     for record in (folder / "llmlab.json", folder.parent / "llmlab.json"):  # a checkpoint lies in its run folder
         if record.is_file():
-            with suppress(UserError):  # a damaged record is no reason not to talk
+            with suppress(UserError):  # a damaged record is no reason not to chat
                 if read_json(record).get("stage") == "pretrain":
                     return False
     return tokenizer.chat_template is not None
 
 
 def context_length(model: Model) -> int | None:
-    """Returns the tokens that prompt and completion may hold together, or None where the architecture has no limit."""
+    """Returns the longest sequence, prompt and completion together, or None where the architecture has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Returns the token ids of a text, or of a conversation up to where the assistant answers.
-
-    Raises:
-        UserError: there is no chat template, or it refuses the conversation.
-    """
+    """Returns the token ids of a text, or of a conversation up to where the assistant answers."""
     if isinstance(prompt, str):
         # With nothing to continue, a document starts where the one before it ended.
         return tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
@@ -123,12 +109,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def drop_oldest_turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], room: int
 ) -> tuple[list[Message], int]:
-    """Returns a conversation that fits into so many tokens, and how many messages were dropped from its start.
+    """Returns a conversation that fits into `room` tokens, and the number of messages dropped from its start.
 
-    Messages go in turns, a user's with the answers to it; the system prompt and the last turn stay.
-
-    Raises:
-        UserError: the last turn alone is too long.
+    A user's message goes with the answers to it; the system prompt and the last turn stay.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     kept = messages[len(system) :]
@@ -141,7 +124,7 @@ def drop_oldest_turns(
 
 
 def prompt_room(model: Model, max_new_tokens: int) -> int | None:
-    """Returns the tokens that a prompt may have: the context less the completion, but at least half of the context."""
+    """Returns the longest prompt: the context less the completion, but at least half of the context."""
     context = context_length(model)
     return None if context is None else max(context - max_new_tokens, context // 2)
 
@@ -158,19 +141,16 @@ def generate_text(
 ) -> Iterator[list[str]]:
     """Yields the completions of each prompt, in order, as batches are done.
 
-    A completion ends with the end token, after `max_new_tokens`, or where the model's context is full.
+    A completion ends at an end token, after `max_new_tokens`, or where the model's context is full.
 
     Args:
         model: from `load_for_inference`.
         tokenizer: from `load_for_inference`.
         prompts: texts to continue or conversations to answer.
-        sampling: how tokens are chosen.
+        sampling: temperature, top-p and the like.
         num_samples: completions of each prompt.
-        seed: makes sampling repeatable; None leaves the random state as it is.
+        seed: of the random state; None leaves it as it is.
         batch_size: completions generated at the same time.
-
-    Raises:
-        UserError: a prompt fills the whole context, or several samples are asked of greedy decoding.
     """
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(f"num_samples = {num_samples}: with temperature 0 all samples are the same")
@@ -186,7 +166,7 @@ def generate_text(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, **_generation_arguments(model, tokenizer, sampling, batch))
+        output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, batch))
         new = output[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
         done += tokenizer.batch_decode(new, skip_special_tokens=True)
         while len(done) >= num_samples:
@@ -197,33 +177,26 @@ def generate_text(
 def stream_reply(
     model: Model, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sampling: SamplingSettings
 ) -> Iterator[str]:
-    """Yields one completion in pieces of whole words, as they are made.
+    """Yields one completion in pieces of whole words, as they are generated.
 
-    Generation runs in a thread of its own; closing the iterator, or an exception such as Ctrl+C while it waits, stops
-    it at the next token.
-
-    Args:
-        model: from `load_for_inference`.
-        tokenizer: from `load_for_inference`.
-        prompt: a text to continue or a conversation to answer.
-        sampling: how tokens are chosen.
-
-    Raises:
-        UserError: the prompt fills the whole context.
+    Generation runs in a thread; closing the iterator, or an exception such as Ctrl+C while it waits, stops it at the
+    next token.
     """
     ids, context = encode_prompt(tokenizer, prompt), context_length(model)
     if context is not None and len(ids) >= context:
         raise UserError(f"the prompt has {len(ids)} tokens; the model's context is {context}")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    arguments = _generation_arguments(model, tokenizer, sampling, [ids])
-    stop = _Stop()
-    arguments["stopping_criteria"].append(stop)
+    options = _generate_options(model, tokenizer, sampling, [ids])
+    stop = Event()
+    options["stopping_criteria"].append(
+        lambda input_ids, *_, **__: torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+    )
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
     failures: list[Exception] = []
 
     def generate() -> None:
         try:
-            model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, **arguments)
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, **options)
         except Exception as error:
             failures.append(error)
             streamer.end()
@@ -233,38 +206,16 @@ def stream_reply(
     try:
         yield from (piece for piece in streamer if piece)
     finally:
-        stop.event.set()
+        stop.set()
         thread.join()
     if failures:
         raise failures[0]
 
 
-class _Stop(StoppingCriteria):
-    """Stops generation from another thread."""
-
-    def __init__(self) -> None:
-        self.event = Event()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-class _ContextFull(StoppingCriteria):
-    """Ends each row where its own tokens, padding not counted, fill the model's context."""
-
-    def __init__(self, lengths: list[int], context: int):
-        self.longest = max(lengths)
-        self.lengths = torch.tensor(lengths)
-        self.context = context
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        new = input_ids.shape[1] - self.longest
-        return (self.lengths + new >= self.context).to(input_ids.device)
-
-
-def _generation_arguments(
-    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, batch: list[list[int]]
+def _generate_options(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, rows: list[list[int]]
 ) -> dict[str, Any]:
+    """Returns the options of `generate` for these rows of token ids, padded on the left."""
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), *stop_token_ids(tokenizer)} - {None}
     choice: dict[str, Any] = {"do_sample": False}
@@ -278,6 +229,8 @@ def _generation_arguments(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    context = context_length(model)
-    criteria = [] if context is None else [_ContextFull([len(ids) for ids in batch], context)]
-    return {"generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
+    context, criteria = context_length(model), StoppingCriteriaList()
+    if context is not None:
+        padding = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
+        criteria.append(lambda ids, *_, **__: (ids.shape[1] - padding >= context).to(ids.device))
+    return {"generation_config": config, "stopping_criteria": criteria}

@@ -44,7 +44,7 @@ class Stage:
 
         if not issubclass(self.settings_class, RewardsSettings):
             return resolved
-        from llmlab.rewards.checking import check_rewards
+        from llmlab.rewards.loading import check_rewards
 
         return check_rewards(resolved)
 

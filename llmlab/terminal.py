@@ -31,7 +31,7 @@ class Terminal(Console):
     def __init__(self, *, whole_rows: bool = False, **options: Any):
         super().__init__(**{"highlight": False, "emoji": False, **options})
         if whole_rows and not self.is_terminal and "COLUMNS" not in os.environ:
-            self.width = 1000  # a pipe has no width: rows stay whole
+            self.width = 1000  # a pipe has no width: do not wrap rows
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)  # before a table measures it
@@ -62,9 +62,10 @@ def safe(text: Any) -> str:
     return escape(printable(str(text)))
 
 
-def make_table(*columns: Column | str, **options: Any) -> Table:
-    """Returns an empty table without lines around its cells."""
-    return Table(*columns, **{"box": None, "pad_edge": False, "header_style": "bold", **options})
+def make_table(*columns: Column | str, gap: int = 2, **options: Any) -> Table:
+    """Returns an empty table without lines around its cells, and so many spaces between them."""
+    plain = {"box": None, "pad_edge": False, "padding": (0, gap, 0, 0), "header_style": "bold"}
+    return Table(*columns, **{**plain, **options})
 
 
 def numeric(name: str, **options: Any) -> Column:

@@ -1,6 +1,6 @@
 """Every command and every program that README prints runs, in its order, after a quickstart.
 
-They are run as printed but for `SHORTER`: fewer steps, and smaller batches, of the same commands.
+They are run as printed but for `SHORTER` and `SMALL`: fewer steps, smaller batches and less data of the same kinds.
 """
 
 import io
@@ -21,29 +21,41 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 QUICKSTART = [
-    *("tokenizer.datasets=demo/stories | 600kB", "pretrain.datasets=demo/stories | 600kB"),
-    *(
-        "sft.datasets=demo/chat | 200kB",
-        "dpo.datasets=demo/preferences | 200kB",
-        "grpo.datasets=demo/arithmetic | 50kB",
-    ),
-    *("pretrain.max_steps=10", "pretrain.eval_every=10", "sft.max_steps=6"),
-    *("sft.eval_every=6", "dpo.max_steps=2", "grpo.max_steps=1", "grpo.batch_size=4", "grpo.group_size=2"),
-    *(
-        "grpo.mini_batch_size=8",
-        "grpo.gradient_accumulation_steps=1",
-        "grpo.max_new_tokens=4",
-        "chat.max_new_tokens=8",
-    ),
+    "tokenizer.datasets=demo/stories",
+    "pretrain.datasets=demo/stories",
+    "pretrain.max_steps=10",
+    "pretrain.eval_every=10",
+    "sft.datasets=demo/chat",
+    "sft.max_steps=4",
+    "sft.eval_every=4",
+    "chat.max_new_tokens=8",
+    "dpo.datasets=demo/preferences",
+    "dpo.max_steps=2",
+    "dpo.eval_batches=1",
+    "grpo.datasets=demo/arithmetic",
+    "grpo.max_steps=1",
+    "grpo.batch_size=4",
+    "grpo.group_size=2",
+    "grpo.mini_batch_size=8",
+    "grpo.gradient_accumulation_steps=1",
+    "grpo.max_new_tokens=4",
+    "grpo.eval_batches=1",
 ]
 ROLLOUTS = ["batch_size=4", "mini_batch_size=4", "max_new_tokens=4", "eval_batches=1", "stop_patience=none"]
+SMALL = {"stories": "600kB", "chat": "200kB", "preferences": "200kB", "arithmetic": "50kB"}  # the quickstart's here
 SHORTER = {  # how a command begins: further words, which win
-    "llmlab pretrain --config examples/pretrain.yaml": ["max_steps=6", "eval_every=3"],
+    "llmlab pretrain --config examples/pretrain.yaml": ["datasets=demo/stories", "max_steps=6", "eval_every=3"],
     "llmlab pretrain --resume runs/stories --max-steps 400": ["max_steps=8"],
     "llmlab pretrain --resume runs/stories --max-steps 500": ["max_steps=10"],
     "llmlab sft": ["max_steps=4"],
     "llmlab dpo": ["max_steps=2", "batch_size=4", "mini_batch_size=4", "eval_batches=1"],
-    "llmlab grpo": ["max_steps=2", "group_size=2", "gradient_accumulation_steps=2", *ROLLOUTS],
+    "llmlab grpo": [
+        "datasets=demo/arithmetic",
+        "max_steps=2",
+        "group_size=2",
+        "gradient_accumulation_steps=2",
+        *ROLLOUTS,
+    ],
     "llmlab reward ": ["max_steps=2", "batch_size=4", "mini_batch_size=4", "eval_batches=1"],
     "llmlab ppo": ["max_steps=2", *ROLLOUTS],
 }
@@ -68,7 +80,13 @@ def shortened(command):
             given.pop(0)
         elif key not in keys:
             kept.append(word)
-    return [*kept, *extra] if "--show-config" not in kept else kept
+    return [small(word) for word in [*kept, *extra]] if "--show-config" not in kept else kept
+
+
+def small(text):
+    """Returns a word or a program with less of each demo corpus that it trains on."""
+    pattern = r"""(?<=["=])demo/(\w+)( \| \w+)?(?="|$)"""
+    return re.sub(pattern, lambda found: f"demo/{found[1]} | {SMALL[found[1]]}", text)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +98,7 @@ def checkout(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LLMLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        run(["run", "recipes/quickstart.yaml", *QUICKSTART])
+        run(["run", "recipes/quickstart.yaml", *map(small, QUICKSTART)])
         yield folder
 
 
@@ -115,14 +133,14 @@ def test_every_python_program_runs(checkout):
     assert programs
     for text in programs:
         assert "max_steps=200" in text
-        exec(compile(text.replace("max_steps=200", "max_steps=2"), "README", "exec"), {})  # as a reader would
+        exec(compile(small(text.replace("max_steps=200", "max_steps=2")), "README", "exec"), {})  # as a reader would
 
 
 @pytest.mark.slow
 def test_the_command_for_several_processes_runs(checkout):
     command = next(text for text in re.findall(r"`(accelerate launch [^`]+)`", README))
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(command)[1:]]
-    words += ["max_steps=2", "output_dir=runs/launched", "device=cpu"]
+    words += [small("datasets=demo/stories"), "max_steps=2", "output_dir=runs/launched", "device=cpu"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (Path("runs/launched") / "llmlab.json").is_file()
@@ -134,4 +152,4 @@ def test_the_examples_run(checkout, monkeypatch):
         text = Path("examples", name).read_text()
         assert steps in text
         text = text.replace(steps, "max_steps=2").replace("batch_size=32", "batch_size=4").replace("=128", "=16")
-        exec(compile(text, name, "exec"), {"__name__": "__main__"})
+        exec(compile(small(text), name, "exec"), {"__name__": "__main__"})

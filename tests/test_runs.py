@@ -8,6 +8,7 @@ import pytest
 
 from llmlab.runs.history import (
     ancestors,
+    changed_settings,
     comparison,
     curve_metric,
     details,
@@ -16,7 +17,6 @@ from llmlab.runs.history import (
     find_parent,
     find_runs,
     flatten,
-    given_settings,
     open_run,
     short_names,
 )
@@ -102,14 +102,14 @@ def test_which_direction_is_better(name, sign):
     assert direction(name) == sign
 
 
-def test_given_settings_have_their_sources(tmp_path):
+def test_changed_settings_have_their_sources(tmp_path):
     settings = {"lr": 1e-3, "model": {"d_model": 64, "n_heads": 2}, "trainer_args": {"a": 1}, "seed": 42}
     sources = {
         **{"lr": "x.yaml:3", "model.d_model": "command line", "model.n_heads": "default"},
         **{"trainer_args": "x.yaml:4", "seed": "default"},
     }
     run = open_run(write(tmp_path / "a", settings=settings, sources=sources))
-    assert given_settings(run) == [
+    assert changed_settings(run) == [
         ("lr", 1e-3, "x.yaml:3"),
         ("model.d_model", 64, "command line"),
         ("trainer_args.a", 1, "x.yaml:4"),
@@ -120,11 +120,11 @@ def test_settings_made_in_python_come_from_arguments_where_they_differ_from_the_
     resolved = as_resolved(TokenizerSettings(datasets=["demo/stories"], vocab_size=300, output_dir="runs/tokenizer"))
     values = resolved.settings.model_dump(mode="json")
     run = open_run(write(tmp_path / "a", stage="tokenizer", settings=values, sources=resolved.sources))
-    assert {(key, source) for key, _, source in given_settings(run)} >= {
+    assert {(key, source) for key, _, source in changed_settings(run)} >= {
         ("datasets", "arguments"),
         ("vocab_size", "arguments"),
     }
-    assert "max_bytes" not in [key for key, _, _ in given_settings(run)]
+    assert "max_bytes" not in [key for key, _, _ in changed_settings(run)]
 
 
 # Finding ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import UserError, is_unicode, printable, reason_of
+from llmlab.settings.errors import OfMainProcess, UserError, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with remote_code(False):  # until the command's own option says otherwise
             build_app(requested)(args=arguments, prog_name="llmlab")
+    except OfMainProcess as error:
+        raise SystemExit(error.exit_code) from None
     except UserError as error:
         for line in str(error).split("\n"):
             _print_error(line)

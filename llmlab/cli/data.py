@@ -51,7 +51,7 @@ def check(
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
     limit: Annotated[
-        int | None, typer.Option(help="Read so many rows of each source.", min=1, metavar="INT", show_default=False)
+        int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     trust_remote_code: TrustRemoteCode = False,

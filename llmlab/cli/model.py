@@ -73,11 +73,10 @@ def info(
 
 def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":
     """Returns the configuration of a folder's model, or of its adapters' base, its size, and a line on adapters."""
-    from llmlab.model import check_folder, measure, opening, read_adapter
+    from llmlab.model import measure, opening, read_adapter
     from llmlab.model.auto import load_auto
     from llmlab.model.size import adapter_parameters
 
-    check_folder(source)
     adapter = read_adapter(source)
     home = source if adapter is None else adapter.base
     with opening(home):
@@ -107,14 +106,14 @@ def _print_parameters(console: Terminal, size: "ModelSize") -> None:
 
 def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batch_size: int) -> None:
     """Prints what training takes; activations are estimated where a length is known."""
-    from llmlab.model.size import STATE_VALUES
+    from llmlab.model.size import OPTIMIZERS
 
     what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
     columns = ["weights", "gradients", "states"]
     columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
     title = f"\nTraining memory in GB, {what}"
     memory = make_table("optimizer", *map(numeric, columns), title=title, title_justify="left")
-    for name in STATE_VALUES:
+    for name in OPTIMIZERS:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
         if length is None:
             values.append(sum(values))
@@ -148,7 +147,7 @@ def init(
         vocabulary = len(tokenizer)
     if tokenizer is not None and vocabulary < len(tokenizer):
         raise UserError(f"vocab_size = {vocabulary}: {settings.tokenizer_name} has {len(tokenizer)} tokens")
-    config = build_config(settings, tokenizer, vocab_size=vocabulary)
+    config = build_config(settings.model_copy(update={"vocab_size": vocabulary}), tokenizer)
     check_memory(measure(config).total)
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
         set_seed(seed)

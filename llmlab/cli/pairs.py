@@ -69,7 +69,8 @@ def pairs(
     ] = Path("pairs.jsonl"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Sample completions, score them, and write the best against the worst of each prompt: data for llmlab dpo."""
+    """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
+    dpo."""
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sampling = resolve(SamplingSettings, Layer("command line", given)).settings
     settings, folder = reward_settings(rewards, config, normalize)
@@ -79,7 +80,7 @@ def pairs(
     from llmlab.inference import answers_chats, load_for_inference
     from llmlab.rewards.compose import compose
     from llmlab.runs.progress import quiet_libraries
-    from llmlab.training.preference.pairs import judge_samples, load_prompts, summarize, write_pairs
+    from llmlab.training.preference.pairs import load_prompts, sample_pairs, summarize, write_pairs
 
     reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     asked, unusable = load_prompts(source, limit=limit)
@@ -87,7 +88,7 @@ def pairs(
         model, tokenizer = load_for_inference(run)
         if not answers_chats(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        judged = judge_samples(
+        judged = sample_pairs(
             model,
             tokenizer,
             asked,

@@ -235,7 +235,9 @@ def _print_tables(
     _print_components(console, composed, scores, groups)
     _print_histogram(console, _histogram(scores.totals, (0.0, 1.0) if composed.normalize else (None, None)))
     if groups:
-        console.print(f"[dim]flat: share of the {len(groups):,} prompts whose completions all get the same value.[/]")
+        console.print(
+            f"[dim]zero variance: share of the {len(groups):,} prompts whose completions all get the same value.[/]"
+        )
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
     same = [label for label, values in scores.components.items() if len(values) > 1 and len(set(values)) == 1]
@@ -244,7 +246,7 @@ def _print_tables(
 
 
 def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> None:
-    from llmlab.rewards.completions import answer, written
+    from llmlab.rewards.completions import answer, model_text
 
     labels = list(scores.components)
     fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
@@ -255,11 +257,11 @@ def _print_rows(console: Terminal, scores: "Scores", completions: list[Any]) -> 
         *(Column(safe(label), justify="right", width=width, overflow="fold") for label in labels),
         Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12),
         expand=True,
-        padding=(0, gap, 0, 0),
+        gap=gap,
     )
     for row, completion in enumerate(completions):
         values = [_cell(column[row], digits) for column in scores.components.values()]
-        text = " ".join((answer(completion) or written(completion))[:400].split())
+        text = " ".join((answer(completion) or model_text(completion))[:400].split())
         table.add_row(str(row), _cell(scores.totals[row]), *values, Text(printable(text) or "(empty)"))
     console.print(table)
 
@@ -302,16 +304,13 @@ def _print_histogram(console: Terminal, histogram: dict[str, Any]) -> None:
 
 def _print_list() -> None:
     import inspect
-    from importlib import import_module
 
-    from llmlab.rewards import REWARDS, WEIGHTS
+    from llmlab.rewards import REWARDS
 
     table = make_table(
         Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
     )
-    for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        target = getattr(import_module(module), attribute)
+    for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
             for key, parameter in inspect.signature(target).parameters.items()
@@ -319,7 +318,7 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(name, f"{WEIGHTS.get(name, 1.0):g}", text)
+        table.add_row(name, f"{target.weight:g}", text)
     Terminal().print(table)
 
 

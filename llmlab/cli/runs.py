@@ -1,7 +1,4 @@
-"""`llmlab runs list`, `show` and `compare`: what was run, from what, with what result, as tables, trees and curves.
-
-Only how runs look is here; they are read by `llmlab/runs/history.py`.
-"""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from llmlab.runs.history import (
     Ancestor,
     RunFolder,
     ancestors,
+    changed_settings,
     comparison,
     curve_metric,
     details,
@@ -25,7 +23,6 @@ from llmlab.runs.history import (
     find_parent,
     find_runs,
     flatten,
-    given_settings,
     open_run,
     short_names,
     summary,
@@ -42,10 +39,10 @@ STATUS_STYLES = {
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
-OF_THE_MACHINE = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
-LIST_COLUMNS = ("run", "stage", "status", "steps", "result", "from", "started", "took")
+NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LEFT_OUT = ("started", "took")  # on a narrow terminal, before
 SHRINKING = {"run": 12, "from": 12}  # have fewer characters than this
+NAMES = Column(style="dim", overflow="fold")
 WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
@@ -59,7 +56,7 @@ def list_runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs in a folder and below: how they went, how good they became, what they started from."""
+    """List the runs in a folder and below: their status, result and parents."""
     runs = find_runs(folder or Path())
     if as_json:
         return say_json(finite([summary(run) for run in runs]), indent=2)
@@ -79,7 +76,7 @@ def show(
     metric: Metric = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one run: its settings and their sources, where it comes from, its data, results and curve."""
+    """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
     chosen = open_run(run)
     drawn = curve_metric([chosen], metric) or ""
     if metric is None and drawn.removeprefix("eval_") in chosen.curves:
@@ -90,10 +87,11 @@ def show(
     _print_heading(console, chosen)
     _print_section(console, "Lineage")
     console.print(_tree(ancestors(chosen)))
-    settings = [row for row in given_settings(chosen) if row[0] != "output_dir"]
+    settings = [row for row in changed_settings(chosen) if row[0] != "output_dir"]
     if settings:
         _print_section(console, "Settings that are not defaults")
-        table = _make_table("setting", Column("value", ratio=1), Column("source", style="dim"))
+        value = Column("value", ratio=1, overflow="fold")
+        table = make_table("setting", value, Column("source", style="dim", overflow="fold"), gap=1)
         for key, value, source in settings:
             table.add_row(safe(key), safe(_brief(value)), safe(source))
         console.print(table)
@@ -130,7 +128,7 @@ def compare(
     styles = [CURVE_STYLES[number % len(CURVE_STYLES)] for number in range(len(chosen))]
     names = [f"[{style}]{safe(name)}[/]" for name, style in zip(short_names(chosen), styles, strict=True)]
     _print_section(console, "Settings that differ")
-    table = _make_table(Column(style="dim"), *(Column(name, ratio=1) for name in names))
+    table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
         for key, values in differing(chosen, part).items():
             table.add_row(title + safe(key), *("-" if value is ... else safe(_brief(value)) for value in values))
@@ -163,19 +161,20 @@ def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
         groups.setdefault(run.folder.resolve().parent, []).append(run)
     rows = [_list_row(run) for group in groups.values() for run in group]
     widths = {
-        name: max(Text.from_markup(cell).cell_len for cell in cells)
-        for name, *cells in zip(LIST_COLUMNS, LIST_COLUMNS, *rows, strict=True)
+        name: max(Text.from_markup(cell).cell_len for cell in (name, *(row[name] for row in rows))) for name in rows[0]
     }
     for name in LEFT_OUT:
         if sum(min(width, SHRINKING.get(name, width)) + 1 for name, width in widths.items()) - 1 > console.width:
             del widths[name]
-    table = _make_table()
+    table = make_table(gap=1)
     for name in widths:
         justify = "right" if name in ("steps", "took") else "left"
-        table.add_column(name, justify=justify, overflow="ellipsis", no_wrap=name not in SHRINKING)
+        table.add_column(name, justify=justify, no_wrap=name not in SHRINKING)
     for row in rows:
-        cells = (cell for name, cell in zip(LIST_COLUMNS, row, strict=True) if name in widths)
-        table.add_row(*(Text.from_markup(cell) for cell in cells))
+        cells = [Text.from_markup(row[name].replace("\n", " ")) for name in widths]
+        for cell in cells:
+            cell.no_wrap = True  # one line each
+        table.add_row(*cells)
     heading, *lines = console.render_lines(table, pad=False, new_lines=True)
     console.print(Segments(heading))
     for folder, group in groups.items():
@@ -184,25 +183,28 @@ def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
             console.print(Segments(lines.pop(0)))
 
 
-def _list_row(run: RunFolder) -> tuple[str, ...]:
-    """Returns a run's cells for `LIST_COLUMNS`, in markup, a line each."""
+def _list_row(run: RunFolder) -> dict[str, str]:
+    """Returns a run's cells by their column, in markup."""
     parents = []
     for parent in run.parents:
         found = find_parent(run, parent)
         folder = found.folder.resolve() if found else None
         beside = folder is not None and folder.parent == run.folder.resolve().parent
         parents.append(parent if folder is None else folder.name if beside else "/".join(folder.parts[-2:]))
-    key = run.key_metric
-    return (
-        safe(run.folder.resolve().name),
-        safe(run.stage or "-"),
-        _status(run),
-        "-" if run.step is None else f"{run.step:,}",
-        f"[dim]{safe(key[0])}[/] {short_number(key[1])}" if key else "-",
-        safe(" + ".join(parents) or "-"),
-        run.started.astimezone().strftime("%m-%d %H:%M") if run.started else "-",
-        duration(run.seconds),
-    )
+    return {
+        "run": safe(run.folder.resolve().name),
+        "stage": safe(run.stage or "-"),
+        "status": _status(run),
+        "steps": "-" if run.step is None else f"{run.step:,}",
+        "result": _result(run) or "-",
+        "from": safe("+".join(parents) or "-"),
+        "started": run.started.astimezone().strftime("%m-%d %H:%M") if run.started else "-",
+        "took": duration(run.seconds),
+    }
+
+
+def _result(run: RunFolder) -> str:
+    return f"[dim]{safe(run.key_metric[0])}[/] {short_number(run.key_metric[1])}" if run.key_metric else ""
 
 
 def _status(run: RunFolder) -> str:
@@ -228,9 +230,7 @@ def _tree(ancestor: Ancestor, tree: Tree | None = None) -> Tree:
     if run is None:
         label = f"{safe(ancestor.name)}  [dim]not a run folder here[/]"
     else:
-        key = run.key_metric
-        result = f"  [dim]{safe(key[0])}[/] {short_number(key[1])}" if key else ""
-        label = f"{safe(_path(run.folder))}  [dim]{safe(run.stage)}[/]{result}"
+        label = "  ".join(filter(None, (safe(_path(run.folder)), f"[dim]{safe(run.stage)}[/]", _result(run))))
     branch = Tree(label, guide_style="dim") if tree is None else tree.add(label)
     for parent in ancestor.parents:
         _tree(parent, branch)
@@ -252,26 +252,21 @@ def _print_data(console: Terminal, run: RunFolder) -> None:
 
 
 def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
-    """Prints the last value of each metric, and the best one where one direction is better."""
+    """Prints the last value of each metric, and the best one where that is another."""
     metrics = dict.fromkeys(name for run in runs for name in run.metrics)
-    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(OF_THE_MACHINE)]
+    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(NOT_SHOWN)]
     if not metrics:
         return
     _print_section(console, "Metrics")
-    one = len(runs) == 1
-    has_best = one and any(runs[0].best(name) for name in metrics)
-    table = _make_table(Column(style="dim"), *map(numeric, (*headings, *["best"] * has_best)))
+    table = make_table(NAMES.copy(), *map(numeric, headings), gap=1)
     for name in metrics:
         last = [run.metrics.get(name) for run in runs]
         bests = [run.best(name) for run in runs]
-        best_cells = [f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests]
-        if one:
-            table.add_row(safe(name), _cell(last[0]), *(best_cells if has_best else ()))
-            continue
         table.add_row(safe(name), *_mark_best(name, last))
         if any(best and best[1] != value for best, value in zip(bests, last, strict=True)):
-            table.add_row("  best", *best_cells)
-    if not one:
+            cells = (f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests)
+            table.add_row("  best", *cells)
+    if len(runs) > 1:
         table.add_row("steps", *(_cell(run.step) for run in runs))
         table.add_row("tokens", *(_cell(run.tokens) for run in runs))
         table.add_row("time", *(duration(run.seconds) for run in runs))
@@ -303,13 +298,6 @@ def _print_chart(console: Terminal, curves: Sequence[Curve], scale: Sequence[tup
 
 
 # Cells ------------------------------------------------------------------------------------------------------------
-
-
-def _make_table(*columns: Column | str) -> Any:
-    table = make_table(*columns, padding=(0, 1, 0, 0))
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
 
 
 def _path(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where tokenized corpora and rendered rows are cached, and how many processes write them."""
+"""Where tokenized corpora and rendered rows are cached, and the number of worker processes."""
 
 import os
 import sys

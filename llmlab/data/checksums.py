@@ -1,7 +1,7 @@
-"""Checksums of cache files, block by block: a file that changed since we wrote it is never read as if it had not.
+"""Checksums of cache files, block by block: detects cache files that changed after they were written.
 
-Blocks are verified alone, so a large file is verified where it is read, and grows without being read again.  They
-detect accidents (cut, altered, half written), not forgery.
+Blocks are verified independently, so a large file is verified where it is read, and grows without being read again.
+They detect accidents (cut, altered, half written), not forgery.
 """
 
 import sys
@@ -65,7 +65,7 @@ class Checksums:
     def verify(self, path: Path, *, whole: bool) -> None:
         """Raises UserError where the file is too short or, of a whole one, any block is not what was written."""
         size = path.stat().st_size
-        if size < self.size:  # longer it may be: what an interrupted extension left is not read
+        if size < self.size:  # may be longer: bytes left by an interrupted append are ignored
             raise UserError(f"{path}: it has {size:,} bytes, and {self.size:,} were written")
         for number in range(len(self.sums)) if whole else ():
             self.verify_block(path, number)

@@ -1,7 +1,7 @@
 """Local data files: which files a path means, their shards, and the rows of each shard.
 
-Read here rather than by `datasets`' builders so that errors name the file and line, rows whose types do not agree are
-counted instead of cast, nothing is copied to disk, and a resumed stream can skip shards of a large file.
+Not `datasets`' builders: errors name file and line, rows of inconsistent types are counted instead of cast, nothing is
+copied to disk, and a resumed stream can skip shards of a large file.
 """
 
 import csv
@@ -181,7 +181,7 @@ def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
 def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
     with _open(path) as handle:
         position = shard.start
-        if position > 0:  # the line that reaches into this shard belongs to the one before
+        if position > 0:  # a line that starts in the previous shard belongs to it
             handle.seek(position - 1)
             position += len(handle.readline()) - 1
         while position < shard.end and (line := handle.readline()):

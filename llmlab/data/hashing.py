@@ -6,12 +6,12 @@ import numpy as np
 
 
 def text_hash(text: str) -> int:
-    """Returns 64 bits of a document's content."""
+    """Returns a 64-bit hash of a document."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def seeded_keys(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """Returns an order of documents: uint64 keys, mixed from their hashes and a seed."""
+    """Returns uint64 sort keys from document hashes and a seed."""
     with np.errstate(over="ignore"):
         mixed = hashes ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019))
         mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)

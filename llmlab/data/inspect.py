@@ -43,7 +43,7 @@ _FOLLOWERS = {
 
 @dataclass
 class Finding:
-    """How many rows something was found in, and the numbers of the first, counted from 1."""
+    """Number of affected rows, and the first row numbers (1-based)."""
 
     rows: int = 0
     first: list[int] = field(default_factory=list)
@@ -90,9 +90,9 @@ class Lengths:
 
 @dataclass
 class TokenReport:
-    """Rows as tokens of one tokenizer: their lengths and how many are trained before cutting to `max_seq_len`.
+    """Rows as tokens of one tokenizer: their lengths and how many are trained before truncation to `max_seq_len`.
 
-    `lost` rows have nothing left to train after cutting.
+    `lost` rows have no trained token left after truncation.
     """
 
     lengths: Lengths
@@ -133,7 +133,7 @@ def inspect_rows(
     find_problem: Callable[[Any], str] | None = None,
     max_seq_len: int = 1024,
 ) -> DataReport:
-    """Reads every row once and reports what they are.
+    """Reads every row once and returns the report.
 
     `read` returns a row as `{"messages": ..., "tools": ...}` or `{"text": ...}`, and `render` its tokens (`input_ids`
     and `trained`); both may raise UnusableRow.  `find_problem` says what is wrong with a rendered row, or returns "".
@@ -202,7 +202,7 @@ class NearDuplicates:
         sketch.update_batch(shingles_of(text[:COMPARED]))
         for earlier in sorted(self._index.query(sketch)):
             if self._sketches[earlier].jaccard(sketch) >= NEAR:
-                return earlier  # stands for this one too
+                return earlier  # the earlier row represents both
         self._index.insert(number, sketch)
         self._sketches[number] = sketch
         return None
@@ -240,7 +240,7 @@ def turn_problems(messages: Sequence[Message]) -> list[str]:
             found[f"empty turn of the {turn}"] = None
         if turn not in _FOLLOWERS[before]:
             found[f"{turn} after {before}" if before else f"starts with the {turn}"] = None
-        if turn != "system" or not before:  # one in the middle interrupts, no more
+        if turn != "system" or not before:  # a system turn in the middle does not change what may follow
             before = turn
     if messages and before not in ("assistant", "tool call"):
         found[f"ends with the {before}"] = None

@@ -1,4 +1,4 @@
-"""Rows of several parts in turn, so that any prefix has rows of all of them; the position can be saved and restored.
+"""Interleaves several files, so that any prefix has rows of all of them; the position can be saved and restored.
 
 `datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait.
 """
@@ -23,7 +23,7 @@ class Interleaved:
         self.load_state_dict({})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.load_state_dict(self.start)  # an iteration that was left does not count
+        self.load_state_dict(self.start)  # an abandoned iteration does not count
         taken, ended, states = self.taken, self.ended, self.states
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state or {})

@@ -1,7 +1,7 @@
-"""Several sources in fixed proportions: which source every row comes from, and map-style rows in that order.
+"""Several sources in fixed proportions: a schedule of sources, and a map-style dataset in its order.
 
 Shares are shares of rows, and rows are equally long, so they are shares of tokens.  The order depends on seed and
-weights alone, not on the length: row i stays row i when a run is extended, and no row must be read to reach it.
+weights alone, not on the length: row i stays row i when a run is extended, and random access reads no other rows.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from llmlab.data.text.packing import PackedRows, as_example, window_rows
 
-BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs see the shares they asked for
+BLOCK = 64  # rows within which proportions hold, but for rounding: also short runs get the requested proportions too
 
 
 class Schedule:
@@ -28,7 +28,7 @@ class Schedule:
         self.weights = list(weights)
         self.shares = np.array(weights, float) / np.sum(weights)
         self.seed = seed
-        self.block = max(BLOCK, len(weights) ** 2)  # the heaviest source has room for everyone's rounding
+        self.block = max(BLOCK, len(weights) ** 2)  # the largest source absorbs the rounding
         self.heaviest = int(np.argmax(self.shares))
         self._order = lru_cache(maxsize=4)(self._order_of_block)
 
@@ -65,7 +65,7 @@ class Schedule:
 
 
 class Mixture(Dataset):
-    """Map-style rows of several packed sources; every epoch over a source is shuffled anew, stretch by stretch.
+    """Map-style rows of several packed sources; every epoch over a source is reshuffled, window by window.
 
     `length` in rows; None is one epoch, in which every source is seen whole at least once.
     """

@@ -32,7 +32,7 @@ CHECK_FROM = 1000  # rows after which a share of dropped rows means something
 
 @dataclass
 class Tally:
-    """How many rows of a source gave a document, and why the others did not."""
+    """Counts of the documents and, by reason, of the dropped rows of a source."""
 
     documents: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -252,7 +252,7 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
             count = sum(map(len, loaded))
             parts = [data.to_iterable_dataset(num_shards=min(64, max(1, len(data)))) for data in loaded]
         rows = join_splits(parts, sizes, use)
-        next(iter(rows), None)  # a stream is reached only now
+        next(iter(rows), None)  # streaming datasets connect only here
     except UserError:
         raise
     except ConnectionError as error:

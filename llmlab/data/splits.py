@@ -1,4 +1,4 @@
-"""Which subset and splits of a data set are read: those that are named, else its training data.
+"""Which subset and splits of a data set are read: the requested ones, else the training split.
 
 Data sets have several names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts.
 """

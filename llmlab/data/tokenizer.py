@@ -36,10 +36,10 @@ QWEN_PATTERN = (
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "llmlab.json"}
-FILES |= {".llmlab.lock", ".llmlab.pipeline"}  # of a run that holds the folder meanwhile
+FILES |= {".llmlab.lock", ".llmlab.pipeline"}  # the lock of the run itself
 
 KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "[EOS]")
-"""What a bare tokenizer.json, which does not name its eos token, probably ends documents with."""
+"""Likely eos tokens of a bare tokenizer.json, which does not name one."""
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
@@ -122,7 +122,7 @@ def learn_bpe(
     if reached < vocab_size:
         names = ", ".join(source.name for source in sources)
         raise UserError(
-            f"vocab_size = {vocab_size}: {names} has pairs enough for {reached} entries only; "
+            f"vocab_size = {vocab_size}: {names} has enough merges for {reached} entries only; "
             f"give more text, or vocab_size {reached}"
         )
     tokenizer = PreTrainedTokenizerFast(

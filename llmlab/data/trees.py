@@ -1,6 +1,6 @@
 """Message trees (OpenAssistant/oasst1: a row a message, each naming the one it answers) as conversations.
 
-Each tree gives one conversation: at every turn the best-ranked reply.  The other replies are not read.
+Each tree becomes one conversation: the best-ranked reply at every turn.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The decoder: configuration, model, conversion to and from its relatives, and what it costs.
+"""The decoder, loading models and adapters, conversion between architectures, and what a model costs.
 
 Public names are imported when they are first used, since they bring torch and Transformers with them.
 """
@@ -6,30 +6,14 @@ Public names are imported when they are first used, since they bring torch and T
 from importlib import import_module
 from typing import Any
 
+_LOADING = ("ADAPTER_CONFIG", "Adapter", "load_classifier", "load_config", "load_model", "opening", "read_adapter")
+_MAKING = ("build_config", "fit_context", "fit_vocabulary", "new_model")
 _HOMES = {
-    "ADAPTER_CONFIG": "build",
-    "Adapter": "build",
     "LLMLabConfig": "configuration",
-    "LLMLabModel": "modeling",
-    "LLMLabForCausalLM": "modeling",
-    "LLMLabForSequenceClassification": "modeling",
-    "register": "modeling",
-    "build_config": "build",
-    "check_folder": "build",
-    "fit_context": "build",
-    "fit_vocabulary": "build",
-    "load_classifier": "build",
-    "load_config": "build",
-    "load_model": "build",
-    "new_model": "build",
-    "opening": "build",
-    "read_adapter": "build",
-    "from_llmlab": "convert",
-    "to_llmlab": "convert",
-    "ModelSize": "size",
-    "TrainingMemory": "size",
-    "measure": "size",
-    "linear_cross_entropy": "loss",
+    **dict.fromkeys(("LLMLabModel", "LLMLabForCausalLM", "LLMLabForSequenceClassification"), "modeling"),
+    **dict.fromkeys((*_LOADING, *_MAKING), "build"),
+    **dict.fromkeys(("from_llmlab", "to_llmlab"), "convert"),
+    **dict.fromkeys(("ModelSize", "measure"), "size"),
 }
 
 __all__ = list(_HOMES)
@@ -39,7 +23,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmlab.model' has no attribute '{name}'")
     return getattr(import_module(f"llmlab.model.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -1,7 +1,6 @@
-"""Attention of llmlab's decoder: projections, cache and rotation here, the product by Transformers' interface.
+"""Self-attention of llmlab's decoder, by Transformers' attention interface and, for training on CPUs, by `blocks`.
 
-Which tokens see each other is decided once a forward pass, for each kind of layer, by Transformers' mask functions;
-this file only leaves masks out where none is needed, and lays ALiBi's penalties over them.
+Masks are made once a forward pass for each kind of layer, by Transformers' mask functions; ALiBi's bias is added here.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from .blocks import attend_in_blocks
+from .blocks import block_attention
 from .configuration import LLMLabConfig
 from .positions import alibi_bias
 
@@ -21,12 +20,11 @@ MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-SDPA_LIKE = ("sdpa", "block_causal")  # the second is sdpa with kernels of our own, from `fast_attention`
-BIAS_IMPLEMENTATIONS = ("eager", *SDPA_LIKE, "flex_attention")
+BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 class LLMLabAttention(nn.Module):
-    """Causal self-attention with as many key/value heads as the configuration says."""
+    """Causal self-attention, with grouped key/value heads."""
 
     def __init__(self, config: LLMLabConfig, layer_idx: int):
         super().__init__()
@@ -53,16 +51,9 @@ class LLMLabAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mixes the tokens of each row.
+        """Returns the outputs, (batch, time, hidden), and the weights where the implementation returns them.
 
-        Args:
-            hidden_states: (batch, time, hidden).
-            position_embeddings: cosines and sines of the rotation, (batch, time, head_dim) each, or None.
-            attention_mask: what the attention implementation takes.
-            past_key_values: keys and values of earlier tokens, to which these are added.
-
-        Returns:
-            The mixed states, (batch, time, hidden), and the weights where the implementation returns them.
+        Hidden states are (batch, time, hidden); the cosines and sines of rotary embeddings (batch, time, head_dim).
         """
         shape = hidden_states.shape[:-1]
         by_head = (*shape, -1, self.head_dim)
@@ -70,18 +61,20 @@ class LLMLabAttention(nn.Module):
         key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, key/value heads, time, head_dim)
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         if position_embeddings is not None:
-            dtype = query.dtype  # under autocast the tables are wider than the products
+            dtype = query.dtype  # under autocast cos/sin are fp32 while queries and keys are bf16
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = query.to(dtype), key.to(dtype)
         elif self.config.positional_encoding == "alibi" and query.shape[1] != self.config.num_attention_heads:
-            raise ValueError("positional_encoding = alibi: tensor parallelism splits heads away from their slopes")
+            raise ValueError(
+                "positional_encoding = alibi: tensor parallelism is not supported, which shards heads but no slopes"
+            )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        if attention_mask is None and not dropout and self._suits_blocks(query, key):
-            return self.o_proj(attend_in_blocks(query, key, value, self.scaling).flatten(2)), None
+        if attention_mask is None and not dropout and self._uses_blocks(query, key):
+            return self.o_proj(block_attention(query, key, value, self.scaling).flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        mixed, weights = attend(
+        output, weights = attend(
             self,
             query,
             key,
@@ -92,13 +85,13 @@ class LLMLabAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # (batch, time, heads, head_dim)
-        return self.o_proj(mixed.reshape(*shape, -1)), weights
+        return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def _suits_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
-        """Whether this is training in bf16 on a CPU: there our own causal product is twice as fast as sdpa's."""
-        narrow_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    def _uses_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether this is training on a CPU in bf16 or compiled, where `block_attention` is faster than sdpa."""
+        faster = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or torch.compiler.is_compiling())
         trains = torch.is_grad_enabled() and query.requires_grad and query.shape[2] == key.shape[2] > 1
-        return narrow_on_cpu and trains and self.config._attn_implementation == "sdpa"
+        return faster and trains and self.config._attn_implementation == "sdpa"
 
 
 def attention_inputs(
@@ -108,22 +101,10 @@ def attention_inputs(
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns the mask, and for flex attention ALiBi's bias, of each kind of layer.
+    """Returns the mask, and for flex attention ALiBi's bias, of each kind of layer, as its keyword arguments.
 
-    Args:
-        config: the decoder's.
-        inputs_embeds: embeddings, (batch, time, hidden); their shape, type and device are read.
-        attention_mask: None, 1 for tokens and 0 for padding (batch, seen + time), a mask ready to use
-            (batch, 1, query, key), or a dictionary of such masks, by the kind of layer.
-        past_key_values: keys of *earlier* tokens; leave a cache out while it is empty, or rows packed of several
-            documents are not recognized.
-        position_ids: positions, (batch, time), when the caller gave them: they tell packed documents apart.
-
-    Returns:
-        For each of the configuration's `layer_types`, keyword arguments of the attention layers.
-
-    Raises:
-        ValueError: ALiBi with an attention implementation that adds no bias to scores.
+    The mask comes as None, (batch, cached + time), (batch, 1, query, key), or a dictionary of the last by kind of
+    layer. An empty cache must come as None: with a cache, packed documents are not recognized by their positions.
     """
     biased = config.positional_encoding == "alibi"
     if biased and config._attn_implementation not in BIAS_IMPLEMENTATIONS:
@@ -134,7 +115,9 @@ def attention_inputs(
     plain = attention_mask is None and past_key_values is None and position_ids is None
     inputs = {}
     for kind in sorted(set(config.layer_types)):
-        if plain and not biased and _is_causal_enough(config, kind, inputs_embeds.shape[1]):
+        in_window = kind == "full_attention" or inputs_embeds.shape[1] <= config.sliding_window
+        if plain and in_window and not biased and config._attn_implementation == "sdpa":
+            # sdpa's own causal mask is enough; Transformers omits masks too, but not while torch compiles
             inputs[kind] = {"attention_mask": None}
             continue
         prepared = isinstance(attention_mask, dict)
@@ -152,15 +135,6 @@ def attention_inputs(
         if biased:
             inputs[kind] = _with_alibi(config, kind, inputs_embeds, mask, past_key_values)
     return inputs
-
-
-def _is_causal_enough(config: LLMLabConfig, kind: str, length: int) -> bool:
-    """Whether sdpa's own causal product is right for a fresh batch without padding.
-
-    Transformers leaves such masks out too, but not while torch compiles.
-    """
-    in_window = kind == "full_attention" or length <= config.sliding_window
-    return config._attn_implementation in SDPA_LIKE and in_window
 
 
 def _with_alibi(

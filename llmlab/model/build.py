@@ -1,6 +1,6 @@
-"""From settings, or a folder, to a model: the places where llmlab makes or loads a decoder.
+"""Makes models from settings, and loads models and adapters from folders and the hub.
 
-Training it is not done here, and neither is choosing a device.
+Neither choosing a device nor attaching new adapters is done here.
 """
 
 import os
@@ -32,95 +32,54 @@ from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
 from llmlab.settings.files import check_types, read_json
 from llmlab.settings.model import ModelSettings
-from llmlab.settings.paths import check_model
+from llmlab.settings.paths import check_model, missing
 from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 Count = Annotated[int, Field(gt=0)] | None
-OF_GENERATION = {  # Transformers declares no types for these
+GENERATION_TYPES = {  # Transformers declares none
     **dict.fromkeys(("bos_token_id", "pad_token_id"), int | None),
     **dict.fromkeys(("output_hidden_states", "output_attentions", "output_scores", "use_cache"), bool | None),
     **dict.fromkeys(("num_beams", "num_return_sequences", "max_length", "max_new_tokens"), Count),
     "eos_token_id": int | list[int] | None,
 }
+SHAPE_FIELDS = ModelSettings.model_fields.keys() & {*LLMLabConfig.__annotations__, *LLMLabConfig.attribute_map} - {
+    "n_kv_heads"  # of gqa alone
+}
 ADAPTER_CONFIG = "adapter_config.json"
-SCORES = "AutoModelForSequenceClassification"
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 
-def build_config(
-    settings: ModelSettings,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    vocab_size: int | None = None,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> LLMLabConfig:
-    """Returns the configuration of the decoder that the settings describe.
-
-    Args:
-        settings: the architecture, in the seed's words.
-        tokenizer: whose special tokens to take over, where they are not given.
-        vocab_size: rows of the embedding; None is the settings'.
-        bos_token_id: id of the token that begins a text.
-        eos_token_id: id of the token that ends one.
-        pad_token_id: id of the token that fills rows up.
+def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> LLMLabConfig:
+    """Returns the configuration that the settings describe, with the tokenizer's special tokens.
 
     Source: seed, LLM-Lab document, "Model Configuration".
     """
-    special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    if tokenizer is not None:
-        special = {name: getattr(tokenizer, name) if value is None else value for name, value in special.items()}
     rope = None
     if settings.positional_encoding in ("rope", "yarn"):
         rope = {"rope_type": "default", "rope_theta": settings.rope_theta}
     if settings.positional_encoding == "yarn":
-        original = settings.yarn_original_max_seq_len or max(int(settings.max_seq_len / settings.yarn_factor), 1)
-        rope |= {
-            "rope_type": "yarn",
-            "factor": settings.yarn_factor,
-            "original_max_position_embeddings": original,
-        }
+        rope |= {"rope_type": "yarn", "factor": settings.yarn_factor}
+        if settings.yarn_original_max_seq_len is not None:
+            rope["original_max_position_embeddings"] = settings.yarn_original_max_seq_len
     return LLMLabConfig(
-        vocab_size=settings.vocab_size if vocab_size is None else vocab_size,
-        hidden_size=settings.d_model,
-        intermediate_size=settings.d_ff,
-        num_hidden_layers=settings.n_layers,
-        num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_kv_heads if settings.attention_type == "gqa" else None,
-        attention_type=settings.attention_type,
-        positional_encoding=settings.positional_encoding,
-        norm_type=settings.norm_type,
-        hidden_act=settings.activation,
-        max_position_embeddings=settings.max_seq_len,
+        **settings.model_dump(include=SHAPE_FIELDS),
+        n_kv_heads=settings.n_kv_heads if settings.attention_type == "gqa" else None,
         rope_parameters=rope,
-        sliding_window=settings.sliding_window,
-        attention_bias=settings.attention_bias,
-        dropout=settings.dropout,
-        rms_norm_eps=settings.norm_eps,
-        initializer_range=settings.initializer_range,
-        tie_word_embeddings=settings.tie_word_embeddings,
-        **special,
+        **{name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
 
 
-def new_model(config: LLMLabConfig, *, dtype: torch.dtype = torch.float32) -> LLMLabForCausalLM:
-    """Returns an untrained decoder, initialized from torch's random state."""
-    return LLMLabForCausalLM(config).to(dtype)
+def new_model(config: LLMLabConfig) -> LLMLabForCausalLM:
+    """Returns an untrained decoder in fp32, initialized from torch's random state."""
+    return LLMLabForCausalLM(config).float()
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
-    """Loads a model's configuration.
-
-    Args:
-        source: a run folder or a hub id.
-
-    Raises:
-        UserError: there is no such model, or its folder is broken.
-    """
-    check_folder(source)
+    """Loads the configuration of a model in a folder or on the hub."""
+    check_model(str(source))
     _check_architecture(Path(source) / "config.json")
     with opening(source):
         return load_auto("AutoConfig", source)
@@ -133,31 +92,26 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model, llmlab's or any other that Transformers knows.
-
-    Args:
-        source: a run folder or a hub id.
-        dtype: of the weights; None is as saved.
-        quantization_config: keeps the weights in fewer bits.
-
-    Raises:
-        UserError: there is no such model, it is incomplete or of an unknown kind, or its folder is broken.
-    """
-    check_folder(source)
-    _check_architecture(Path(source) / "config.json", writes=True)
-    extra = {} if quantization_config is None else {"quantization_config": quantization_config}
+    """Loads a causal language model of any architecture, from a folder or the hub; dtype None is as saved."""
+    check_model(str(source))
+    _check_architecture(Path(source) / "config.json", generates=True)
     with opening(source):
         model, info = load_auto(
-            "AutoModelForCausalLM", source, dtype="auto" if dtype is None else dtype, output_loading_info=True, **extra
+            "AutoModelForCausalLM",
+            source,
+            dtype=dtype or "auto",
+            quantization_config=quantization_config,
+            output_loading_info=True,
         )
-    _check_generation(source, model)
-    if missing := sorted(info["missing_keys"]):  # Transformers would go on with random weights
+    if model.can_generate():
+        check_types(f"{source}/generation_config.json", vars(model.generation_config), GENERATION_TYPES)
+    if missing_keys := sorted(info["missing_keys"]):  # Transformers would initialize them randomly
         kind = ", ".join(model.config.architectures or ["unknown"])
         raise UserError(
-            f"{source}: no complete language model: {len(missing)} weights are missing, such as {missing[0]} "
-            f"(architectures = {kind})"
+            f"{source}: no complete language model: {len(missing_keys)} weights are missing, such as "
+            f"{missing_keys[0]} (architectures = {kind})"
         )
-    return from_anywhere(model, source)
+    return _with_absolute_path(model, source)
 
 
 def load_classifier(
@@ -166,39 +120,33 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """Loads a model with a head of one number, which is new where the source is a language model.
+    """Loads a sequence-classification model with one output, with a newly initialized head if the source is a language
+    model.
 
-    Adapters of such a model come merged into their base.
-
-    Args:
-        source: a run folder, a folder of adapters, or a hub id.
-        dtype: of the weights.
-        quantization_config: keeps the weights in fewer bits.
-
-    Raises:
-        UserError: there is no such model, its architecture has no classification form, or its folder is broken.
+    An adapter of such a model is merged into its base.
     """
-    check_folder(source)
     if (adapter := read_adapter(source)) is not None:
-        return _merged_classifier(adapter).to(dtype)
+        return _load_merged_classifier(adapter).to(dtype)
     config = load_config(source)
     own = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and SCORES not in own:
-        raise UserError(f"{source}: model_type = {config.model_type}: this architecture has no form that scores text")
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
+        raise UserError(
+            f"{source}: model_type = {config.model_type}: this architecture has no sequence-classification model"
+        )
     config.num_labels = 1
-    extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     with opening(source):
-        return from_anywhere(load_auto(SCORES, source, config=config, dtype=dtype, **extra), source)
+        model = load_auto(CLASSIFIER, source, config=config, dtype=dtype, quantization_config=quantization_config)
+    return _with_absolute_path(model, source)
 
 
-def from_anywhere(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
-    """Tells a model the absolute path of its folder, which adapters write down as that of their base."""
+def _with_absolute_path(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    """Makes a model's path absolute: PEFT records it as that of an adapter's base."""
     if Path(source).is_dir():
         model.name_or_path = os.path.abspath(source)
     return model
 
 
-def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:
+def _load_merged_classifier(adapter: "Adapter") -> PreTrainedModel:
     if adapter.config.task_type != "SEQ_CLS":
         raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
     model = adapter.load_base(load_classifier)
@@ -210,16 +158,13 @@ def _merged_classifier(adapter: "Adapter") -> PreTrainedModel:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model rows for every token; new ones start from the mean of the others."""
+    """Gives the model an embedding row for every token; new rows start from the mean of the others."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
 
 
 def fit_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets a model and its tokenizer say what they can before they are saved: the context's length, and a cache.
-
-    Trainers turn the cache off; a tokenizer that was just trained knows no length.
-    """
+    """Turns the KV cache on, which trainers turn off, and gives the tokenizer the context length, before saving."""
     model.config.use_cache = True
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is not None:
@@ -228,7 +173,7 @@ def fit_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 @dataclass(frozen=True)
 class Adapter:
-    """PEFT adapters: the folder or hub id asked for, their folder on this machine, and what they say of themselves."""
+    """A PEFT adapter: the folder or hub id that was asked for, its local folder and its configuration."""
 
     source: str
     folder: Path
@@ -236,44 +181,35 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The folder or hub id of the model that it adapts."""
+        """The folder or hub id of the base model."""
         return self.config.base_model_name_or_path
 
     @property
     def tokenizer_home(self) -> str:
-        """Where the tokenizer is: beside the adapters, or with their base."""
+        """The folder or hub id of the tokenizer: the adapter's, or the base model's."""
         return str(self.folder) if (self.folder / "tokenizer_config.json").is_file() else self.base
 
     def load_base(self, load: Callable[..., PreTrainedModel], **options: Any) -> PreTrainedModel:
-        """Returns the model that it adapts, loaded by `load_model` or `load_classifier` with these options.
-
-        Raises:
-            UserError: it does not load; the sentence names the adapter too.
-        """
+        """Returns the base model, loaded by `load_model` or `load_classifier` with these options."""
         try:
             return load(self.base, **options)
         except UserError as error:
             raise UserError(f"{self.source} is an adapter of {self.base}, which does not load: {error}") from None
 
     def attach(self, model: PreTrainedModel, **options: Any) -> "PeftModel":
-        """Returns the model with these adapters.
-
-        Raises:
-            UserError: they are damaged, or do not fit it.
-        """
+        """Returns the model with this adapter."""
         from peft import PeftModel  # a second or two, for those who need it
 
         with reading(self.source, f"an adapter of {self.base}"), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # which would stay untrained
+            warnings.filterwarnings(
+                "error", message="Found missing adapter keys"
+            )  # PEFT would leave these at their initial values
             return PeftModel.from_pretrained(model, self.folder, **options)
 
 
-def read_adapter(source: str | Path) -> Adapter | None:
-    """Finds adapters in a folder or on the hub, from where they are fetched; None where the source is none of these.
-
-    Raises:
-        UserError: their configuration is damaged.
-    """
+def read_adapter(source: str | Path, *, lora_only: bool = False) -> Adapter | None:
+    """Returns the adapter in a folder or on the hub, from where it is fetched; None where the source is a model."""
+    check_model(str(source))
     try:
         path = find_adapter_config_file(str(source))
     except OSError:  # there is no such thing on the hub, which loading it will say
@@ -291,15 +227,13 @@ def read_adapter(source: str | Path) -> Adapter | None:
     base = config.base_model_name_or_path
     if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(f"{source}/{ADAPTER_CONFIG}: base_model_name_or_path = {base!r}: expected the model it adapts")
+    if lora_only and config.peft_type != "LORA":
+        raise UserError(f"{source}: an adapter of type {config.peft_type}; expected LoRA")
     return Adapter(str(source), folder, config)
 
 
-def check_folder(source: str | Path) -> None:
-    """Raises UserError for a local source that cannot hold a model; what does not exist here may be a hub id."""
-    check_model(str(source))
-
-
-def _check_architecture(path: Path, *, writes: bool = False) -> None:
+def _check_architecture(path: Path, *, generates: bool = False) -> None:
+    """Checks the model type of a config.json, and the types of llmlab's own values in it."""
     if not path.is_file():
         return  # a hub id: Transformers reads its configuration
     values = read_json(path)
@@ -315,21 +249,16 @@ def _check_architecture(path: Path, *, writes: bool = False) -> None:
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
     heads = values.get("architectures")
-    if writes and isinstance(heads, list) and str(heads[:1]).endswith("ForSequenceClassification']"):
+    if generates and isinstance(heads, list) and str(heads[:1]).endswith("ForSequenceClassification']"):
         raise UserError(
-            f"{path.parent}: architectures = {heads[0]}: this model scores text; expected a language model"
+            f"{path.parent}: architectures = {heads[0]}: this is a sequence-classification model; "
+            "expected a language model"
         )
-
-
-def _check_generation(source: str | Path, model: PreTrainedModel) -> None:
-    """Raises UserError where the generation settings of a model are of other types than generating relies on."""
-    if model.can_generate():
-        check_types(f"{source}/generation_config.json", vars(model.generation_config), OF_GENERATION)
 
 
 @contextmanager
 def opening(source: str | Path, expected: str = "a model") -> Iterator[None]:
-    """Turns whatever Transformers raises while it opens a folder or hub id into one sentence that names it."""
+    """Turns whatever Transformers raises while it loads a folder or hub id into a UserError that names it."""
     try:
         with reading(source, expected):
             try:
@@ -337,20 +266,12 @@ def opening(source: str | Path, expected: str = "a model") -> Iterator[None]:
             except OSError as error:
                 if Path(source).is_dir():
                     raise
-                raise UserError(f"{source}: {_not_on_the_hub(source, error)}") from None
+                offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+                reason = offline if is_offline_mode() else reason_of(error)
+                raise UserError(f"{missing(str(source), 'folder')}, and the hub gave none: {reason}") from None
             except SafetensorError as error:
                 raise UserError(f"{source}: the weights are damaged or incomplete: {reason_of(error)}") from None
     except UserError as error:
         if "ignore_mismatched_sizes" not in str(error.__cause__):
             raise
         raise UserError(f"{source}: the weights have other shapes than its config.json says") from None
-
-
-def _not_on_the_hub(source: str | Path, error: Exception) -> str:
-    offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
-    reason = offline if is_offline_mode() else reason_of(error)
-    return f"there is no such folder{_near(Path(source))}, and the hub gave none: {reason}"
-
-
-def _near(folder: Path) -> str:
-    return did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])

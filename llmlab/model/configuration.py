@@ -1,7 +1,7 @@
 """The configuration of llmlab's decoder: Hugging Face's names are its fields, the seed's names work as aliases.
 
-This file travels beside the weights, so it imports Transformers alone.  Choosing values is `build`'s business; here
-they are only completed, checked and saved, together with the code that reads them.
+This file is saved beside the weights, so it imports Transformers alone.  It completes and checks values; they are
+chosen in `build`.
 """
 
 import os
@@ -10,46 +10,21 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-TRAVELLING_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
-POSITIONAL_ENCODINGS = ("sinusoidal", "rope", "alibi", "yarn")
-ATTENTION_TYPES = ("mha", "mqa", "gqa")
-NORM_TYPES = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu", "swiglu")
+# saved beside the weights, for machines without llmlab; they import each other by relative paths
+CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
+CHOICES = {
+    "positional_encoding": ("sinusoidal", "rope", "alibi", "yarn"),
+    "attention_type": ("mha", "mqa", "gqa"),
+    "norm_type": ("layernorm", "rmsnorm"),
+    "hidden_act": ("relu", "gelu", "silu", "leaky_relu", "swiglu"),
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class LLMLabConfig(PreTrainedConfig):
-    """Shape and options of the decoder. The defaults are Qwen2.5-0.5B's shape, about 494 million parameters.
+    """Shape and options of the decoder; the defaults are Qwen2.5-0.5B's shape, about 494 million parameters.
 
-    Args:
-        vocab_size: rows of the embedding.
-        hidden_size: width of embeddings and hidden states (`d_model`).
-        intermediate_size: width of the feed-forward layers (`d_ff`).
-        num_hidden_layers: decoder layers (`n_layers`).
-        num_attention_heads: query heads (`n_heads`).
-        num_key_value_heads: key/value heads (`n_kv_heads`); None is what the attention type says, 2 for gqa.
-        head_dim: width of a head; None is hidden_size / num_attention_heads.
-        attention_type: `mha`, `mqa` or `gqa`.
-        positional_encoding: `sinusoidal`, `rope`, `alibi` or `yarn`.
-        norm_type: `layernorm` or `rmsnorm`.
-        hidden_act: `relu`, `gelu`, `silu`, `leaky_relu`, or the gated `swiglu` (`activation`).
-        max_position_embeddings: longest sequence in tokens (`max_seq_len`).
-        rope_parameters: Transformers' rope parameters (`rope_theta`, `rope_type`, `factor`, ...) for rope and yarn.
-        sliding_window: tokens that a token sees in a sliding layer, itself among them; None is all.
-        layer_types: `full_attention` or `sliding_attention` a layer; None is one kind for all, by `sliding_window`.
-        attention_bias: biases in the query, key and value projections.
-        attention_output_bias: a bias in the output projection; None is as `attention_bias`.
-        dropout: share of embeddings and of each sublayer's output dropped in training.
-        attention_dropout: share of attention weights dropped in training; None is as `dropout`.
-        rms_norm_eps: term against division by 0 of either kind of norm (`norm_eps`).
-        initializer_range: standard deviation of the initial weights.
-        tie_word_embeddings: share the input embedding with the output head.
-        use_cache: keep keys and values while generating.
-
-    Raises:
-        ValueError: the values contradict each other.
-
-    Source: seed, LLM-Lab document, "Model Configuration".
+    Fields that Llama's configuration has mean the same here. Source: seed, LLM-Lab document, "Model Configuration".
     """
 
     model_type = "llmlab"
@@ -84,20 +59,20 @@ class LLMLabConfig(PreTrainedConfig):
     intermediate_size: int = 4864
     num_hidden_layers: int = 24
     num_attention_heads: int = 14
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | None = None  # by attention_type; 2 for gqa
+    head_dim: int | None = None  # hidden_size / num_attention_heads
     attention_type: str = "gqa"
     positional_encoding: str = "rope"
-    norm_type: str = "rmsnorm"
+    norm_type: str = "rmsnorm"  # of either, rms_norm_eps is the epsilon
     hidden_act: str = "swiglu"
     max_position_embeddings: int = 1024
-    rope_parameters: dict | None = None
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    rope_parameters: dict | None = None  # of rope and yarn: rope_theta, rope_type, factor, ...
+    sliding_window: int | None = None  # keys that a query attends to, its own among them
+    layer_types: list[str] | None = None  # all sliding where there is a window, else all full
     attention_bias: bool = False
-    attention_output_bias: bool | None = None
-    dropout: float = 0.0
-    attention_dropout: float | None = None
+    attention_output_bias: bool | None = None  # as attention_bias
+    dropout: float = 0.0  # of the embeddings and of each sublayer's output
+    attention_dropout: float | None = None  # of the attention weights; as dropout
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -109,7 +84,7 @@ class LLMLabConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
-        self._check_choices()
+        self._check_fields()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = {"mha": self.num_attention_heads, "mqa": 1, "gqa": 2}[self.attention_type]
         if self.head_dim is None:
@@ -122,7 +97,10 @@ class LLMLabConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        self._complete_rope_parameters()
+        if self.uses_rope:
+            self._complete_rope_parameters()
+        elif self.rope_parameters:
+            raise ValueError(f"rope_parameters has no meaning with positional_encoding = {self.positional_encoding}")
         super().__post_init__(**kwargs)
         if not self.is_gated:  # a plan must name no module that is not there
             self.base_model_tp_plan = {key: how for key, how in self.base_model_tp_plan.items() if "gate" not in key}
@@ -138,7 +116,7 @@ class LLMLabConfig(PreTrainedConfig):
 
     @property
     def uses_rope(self) -> bool:
-        """Whether queries and keys are rotated."""
+        """Whether queries and keys get rotary embeddings."""
         return self.positional_encoding in ("rope", "yarn")
 
     @property
@@ -147,12 +125,8 @@ class LLMLabConfig(PreTrainedConfig):
         return self.hidden_act == "swiglu"
 
     def check(self) -> None:
-        """Checks that the values fit each other; the model calls it again, since fields can be set one by one.
-
-        Raises:
-            ValueError: with the field, its value, and the nearest value that is valid.
-        """
-        self._check_choices()
+        """Raises ValueError where values contradict each other; the model calls it too, since fields can be set."""
+        self._check_fields()
         self._check_divides("num_attention_heads", "num_key_value_heads", "key/value heads")
         expected = {"mha": self.num_attention_heads, "mqa": 1}.get(self.attention_type, self.num_key_value_heads)
         if self.num_key_value_heads != expected:
@@ -173,13 +147,9 @@ class LLMLabConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window = None contradicts layer_types, where a layer is sliding_attention")
 
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("positional_encoding", POSITIONAL_ENCODINGS),
-            ("attention_type", ATTENTION_TYPES),
-            ("norm_type", NORM_TYPES),
-            ("hidden_act", ACTIVATIONS),
-        ):
+    def _check_fields(self) -> None:
+        """Checks each field by itself."""
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected one of {', '.join(choices)}")
         for kind in self.layer_types or ():
@@ -205,12 +175,6 @@ class LLMLabConfig(PreTrainedConfig):
             )
 
     def _complete_rope_parameters(self) -> None:
-        if not self.uses_rope:
-            if self.rope_parameters:
-                raise ValueError(
-                    f"rope_parameters has no meaning with positional_encoding = {self.positional_encoding}"
-                )
-            return
         parameters = dict(self.rope_parameters or {})
         if self.positional_encoding == "yarn":
             parameters = {"rope_type": "yarn", "factor": 4.0, **parameters}
@@ -225,19 +189,16 @@ class LLMLabConfig(PreTrainedConfig):
         self.rope_parameters = parameters
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Saves the configuration, and beside it the code that it needs where llmlab is not installed.
+        """Saves the configuration and the model's code; a model saves its configuration through this method too.
 
-        A model saves its configuration through this method, so its folder gets the code too.
+        Transformers' own way of saving code would copy torch's file in place of ours from a model that FSDP wraps.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in TRAVELLING_FILES:
-            source = Path(__file__).with_name(name)
-            # A configuration that was itself loaded from a folder may not have brought the model's files along.
-            if source.exists() and source.resolve() != (folder / name).resolve():
-                temporary = folder / f".{name}.{os.getpid()}"
-                shutil.copyfile(source, temporary)
-                os.replace(temporary, folder / name)
+        os.makedirs(save_directory, exist_ok=True)
+        for name in CODE_FILES:
+            source, target = Path(__file__).with_name(name), Path(save_directory, name)
+            # a configuration that was loaded by itself from a folder came without the model's code
+            if source.exists() and source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

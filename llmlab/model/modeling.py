@@ -1,7 +1,6 @@
-"""llmlab's decoder: Llama's layout and weight names, with the seed's choices of positions, norms and activations.
+"""llmlab's decoder: Llama's layout and weight names, with a choice of position encodings, norms and activations.
 
-This file travels beside the weights, with the files it imports by relative paths; they need torch and Transformers
-alone.  Masks and attention are in `attention`, encodings in `positions`, the loss without logits in `loss`.
+This file is saved beside the weights, with those it imports by relative paths; they need torch and Transformers alone.
 """
 
 from typing import Any
@@ -30,17 +29,18 @@ class LLMLabMLP(nn.Module):
 
     def __init__(self, config: LLMLabConfig):
         super().__init__()
+        self.gate_proj = None
         if config.is_gated:
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN["silu" if config.is_gated else config.hidden_act]
-        self.is_gated = config.is_gated
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, time, hidden) in and out
-        if self.is_gated:
-            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        inner = self.up_proj(hidden_states)  # (batch, time, intermediate)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(inner))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * inner)
 
 
 class LLMLabDecoderLayer(GradientCheckpointingLayer):
@@ -66,7 +66,7 @@ def _norm(config: LLMLabConfig) -> nn.Module:
 
 
 class LLMLabPreTrainedModel(PreTrainedModel):
-    """What all heads share: the configuration's class and what Transformers may do with the model."""
+    """The configuration's class, and which features of Transformers the model supports."""
 
     config_class = LLMLabConfig
     config: LLMLabConfig
@@ -107,15 +107,10 @@ class LLMLabModel(LLMLabPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Computes the last hidden states.
+        """Computes the last hidden states, (batch, time, hidden), with the arguments of Transformers' decoders.
 
-        Args:
-            input_ids: tokens, (batch, time); or `inputs_embeds`, (batch, time, hidden).
-            attention_mask: 1 for tokens and 0 for padding, (batch, seen + time), or masks ready to use.
-            position_ids: positions, (batch, time). Without a mask, a position that does not follow on the one before
-                it starts another document, which sees nothing of the others in the row.
-            past_key_values: keys and values of earlier tokens.
-            use_cache: whether to return keys and values; None is as configured, and no while training.
+        Position ids, (batch, time), mark packed documents where there is no mask: a position that does not follow on
+        the one before it starts a document, which does not attend to the others of its row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -153,7 +148,7 @@ class LLMLabModel(LLMLabPreTrainedModel):
         self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None
     ) -> torch.Tensor:
         length = inputs_embeds.shape[1]
-        absolute = self.config.positional_encoding == "sinusoidal"  # rotation only tells distances
+        absolute = self.config.positional_encoding == "sinusoidal"  # rotary embeddings encode distances alone
         if absolute and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return positions_from_mask(attention_mask, length)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -161,10 +156,7 @@ class LLMLabModel(LLMLabPreTrainedModel):
 
 
 class LanguageModelHead(nn.Linear):
-    """The output head, which can also give the loss without ever holding all logits.
-
-    It is called as a module for both, so that sharded weights are gathered for it.
-    """
+    """The output head; the loss is computed by a call of it too, so that sharded weights are gathered."""
 
     def forward(
         self,
@@ -208,16 +200,10 @@ class LLMLabForCausalLM(LLMLabPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predicts next tokens, and their loss where labels are given.
+        """Computes logits, (batch, time, vocabulary), and with labels, (batch, time), the loss of the next tokens.
 
-        Args:
-            labels: next-token labels, not shifted, (batch, time); -100 is ignored.
-            logits_to_keep: compute logits of so many last tokens only (0 is all), or of these places.
-            return_logits: with labels, False computes the loss in pieces and returns no logits, which saves time and
-                most of the memory where the vocabulary is large.
-            num_items_in_batch: what to divide the summed loss by; None is the labels that are not ignored.
-
-        The other arguments are `LLMLabModel`'s.
+        The arguments are those of Transformers' causal language models, and `return_logits`: with labels, False
+        computes the loss chunk by chunk, without ever holding all logits.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -232,7 +218,7 @@ class LLMLabForCausalLM(LLMLabPreTrainedModel, GenerationMixin):
         if labels is not None and not return_logits:
             if not isinstance(self.lm_head, LanguageModelHead) or "shift_labels" in kwargs:
                 reason = "shift_labels" if "shift_labels" in kwargs else type(self.lm_head).__name__
-                raise ValueError(f"return_logits = False: the loss in pieces knows no {reason}; expected True")
+                raise ValueError(f"return_logits = False: the chunked loss does not support {reason}; expected True")
             loss = self.lm_head(outputs.last_hidden_state, labels, num_items_in_batch)
         else:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -260,15 +246,10 @@ class LLMLabForSequenceClassification(GenericForSequenceClassification, LLMLabPr
         self.post_init()
 
 
-def register() -> None:
-    """Makes Transformers' Auto classes know the model; may be called again."""
+if __name__ == "llmlab.model.modeling":  # a copy loaded from a run folder leaves the registry alone
     AutoConfig.register(LLMLabConfig.model_type, LLMLabConfig, exist_ok=True)
     AutoModel.register(LLMLabConfig, LLMLabModel, exist_ok=True)
     AutoModelForCausalLM.register(LLMLabConfig, LLMLabForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(LLMLabConfig, LLMLabForSequenceClassification, exist_ok=True)
-
-
-if __name__ == "llmlab.model.modeling":  # a copy loaded from a run folder leaves the registry alone
-    register()
 
 __all__ = ["LLMLabConfig", "LLMLabForCausalLM", "LLMLabForSequenceClassification", "LLMLabModel"]

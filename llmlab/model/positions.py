@@ -1,7 +1,6 @@
-"""Where a token stands, for the encodings that Transformers has no part for: added sines, and penalties on distance.
+"""Sinusoidal position encodings and ALiBi; rotary embeddings (rope, yarn) are Transformers' own.
 
-Nothing here has weights or buffers, so nothing has to be saved, moved or initialized.  Rotation (rope, yarn) is
-Transformers' own.
+Nothing here has weights or buffers.  This file is saved beside the weights.
 """
 
 import math
@@ -11,15 +10,7 @@ from transformers.cache_utils import Cache
 
 
 def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """Returns each token's position in its own text, padding not counted.
-
-    Args:
-        attention_mask: 1 for tokens, 0 for padding, (batch, seen + length).
-        length: how many last positions to return.
-
-    Returns:
-        Positions, (batch, length); padding has position 0.
-    """
+    """Returns the last positions, (batch, length), padding not counted, of a mask (batch, cached + length)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
@@ -27,8 +18,8 @@ def sinusoidal_encoding(position_ids: torch.Tensor, hidden_size: int) -> torch.T
     """Returns the fixed encoding that is added to the embeddings: sines in even, cosines in odd dimensions.
 
     Args:
-        position_ids: positions in tokens, (batch, time).
-        hidden_size: width of the embeddings; an odd one ends with a sine.
+        position_ids: (batch, time).
+        hidden_size: width of the embeddings.
 
     Returns:
         The encoding in fp32, (batch, time, hidden_size).
@@ -42,16 +33,10 @@ def sinusoidal_encoding(position_ids: torch.Tensor, hidden_size: int) -> torch.T
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:
-    """Returns each head's penalty on a distance of one token.
+    """Returns ALiBi's slopes in fp32, (heads,).
 
     Powers of 2^(-8/n) for n heads where n is a power of 2; else those of the next lower power, filled up with every
     second one of the next higher.
-
-    Args:
-        heads: attention heads.
-
-    Returns:
-        Slopes in fp32, (heads,).
 
     Source: Press et al. 2021, arXiv 2108.12409, section 3, and the authors' released code for other head counts.
     """
@@ -62,19 +47,16 @@ def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor
 
 
 def alibi_bias(heads: int, length: int, cache: Cache | None, layer: int, device: torch.device) -> torch.Tensor:
-    """Returns what ALiBi adds to the attention scores: minus slope times distance.
+    """Returns ALiBi's bias of the attention scores, minus slope times distance, in fp32: (1, heads, query, key).
 
-    The distance is counted between places in the row, which equals the one between positions within a document,
-    whatever padding or other documents the row also holds.
+    Distances are between indices in the row: within a document they equal those between positions, whatever padding
+    or other documents the row holds.
 
     Args:
         heads: attention heads.
-        length: query tokens.
+        length: queries.
         cache: keys of earlier tokens, or None.
-        layer: a layer of the cache that has the wanted kind of attention.
-
-    Returns:
-        The bias in fp32, (1, heads, query, key).
+        layer: index of a layer with the kind of attention (full or sliding) that the bias is for.
     """
     offset, key_length, key_offset = 0, length, 0
     if cache is not None:

@@ -1,7 +1,4 @@
-"""From a stage's settings to its optimizer.
-
-Only the choice is made here: the parameters are sorted in `groups`, the schedule belongs to the trainer's arguments.
-"""
+"""Chooses the optimizer that a stage's settings name; the schedule belongs to the trainer's arguments."""
 
 from typing import Any
 
@@ -20,18 +17,9 @@ from llmlab.settings.optimizer import OptimizerSettings
 def build_optimizer(
     model: PreTrainedModel | PeftModel, settings: OptimizerSettings, *, learning_rate: float, weight_decay: float
 ) -> Optimizer:
-    """Returns the optimizer that the settings name, over the model's trainable parameters.
+    """Returns the optimizer over the model's trainable parameters; weight decay spares norms, biases and embeddings.
 
-    Decay spares norms, biases and embeddings. Source: seed, LLM-Lab document, "Optimizer".
-
-    Args:
-        model: the model as it will be trained, adapters attached.
-        settings: a training stage's settings.
-        learning_rate: the peak rate.
-        weight_decay: decoupled weight decay of the weights that are decayed.
-
-    Raises:
-        UserError: nothing is trainable, the optimizer has nothing that it can train, or bitsandbytes is not installed.
+    Source: seed, LLM-Lab document, "Optimizer".
     """
     kinds = sort_parameters(model)
     if not any(kinds):
@@ -56,7 +44,7 @@ def build_optimizer(
         betas = (settings.adamw_beta1, settings.adamw_beta2)
         return AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adamw_eps, fused=True)
     if settings.optimizer == "adafactor":
-        # As Transformers' own Trainer sets it up: the rate comes from the schedule, not from the step count.
+        # as Transformers' Trainer sets it up: the learning rate comes from the schedule, not from the step count
         return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
     if settings.optimizer == "lion":
         from pytorch_optimizer import Lion  # a second of import, for those who use it
@@ -74,36 +62,27 @@ def build_optimizer(
 def _from_bitsandbytes(
     model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerSettings, learning_rate: float
 ) -> Optimizer:
-    """Returns an optimizer with states in 8 bits, or in memory that is paged to the CPU's."""
+    """Returns an optimizer with 8-bit states, or with states that are paged between GPU and CPU memory."""
     try:
         from bitsandbytes import optim  # an extra; and a second or two, for those who use it
     except ImportError:
         raise UserError(
             f"optimizer = {settings.optimizer}: it needs bitsandbytes: pip install 'llmlab[gpu]'"
         ) from None
-    kind = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
-    # on a CPU there is nothing to page to, and bitsandbytes warns of each weight
-    kind["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"
+    options = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
+    # on a CPU there is nothing to page to, and bitsandbytes warns for each weight
+    options["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # as in Transformers: 8-bit states of embeddings are unstable
             optim.GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
     if "lion" in settings.optimizer:
-        return optim.Lion(groups, betas=(settings.lion_beta1, settings.lion_beta2), **kind)
+        return optim.Lion(groups, betas=(settings.lion_beta1, settings.lion_beta2), **options)
     betas = (settings.adamw_beta1, settings.adamw_beta2)
-    return optim.AdamW(groups, betas=betas, eps=settings.adamw_eps, **kind)
+    return optim.AdamW(groups, betas=betas, eps=settings.adamw_eps, **options)
 
 
 def check_supported(optimizer: str, distributed_type: str) -> None:
-    """Refuses an optimizer that the way of distributing the training cannot carry.
-
-    Args:
-        optimizer: the setting's value.
-        distributed_type: `accelerator.distributed_type`, such as `DEEPSPEED` or `FSDP`.
-
-    Raises:
-        UserError: Sophia or Muon under DeepSpeed's ZeRO, which hands optimizers flat slices of the weights, or
-            Transformers' Adafactor or one of bitsandbytes under FSDP, whose sharded weights they cannot update.
-    """
+    """Refuses an optimizer that does not work under Accelerate's distributed type, such as `DEEPSPEED` or `FSDP`."""
     if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
         raise UserError(
             f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "

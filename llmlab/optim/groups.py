@@ -1,7 +1,6 @@
-"""Sorts a model's trainable parameters by what an optimizer may do to them.
+"""Sorts a model's trainable parameters into an optimizer's groups, by the type and place of their modules.
 
-It goes by the type of the module that owns a parameter and by where that module sits, so that it holds for every
-Transformers architecture and under PEFT.  Learning rates and decay values are not decided here.
+That holds for every Transformers architecture and under PEFT.
 """
 
 from typing import NamedTuple
@@ -28,15 +27,10 @@ class ParameterKinds(NamedTuple):
 
 
 def sort_parameters(model: PreTrainedModel | PeftModel) -> ParameterKinds:
-    """Returns the trainable parameters of a model by kind.
-
-    A linear layer is "hidden" when it lies in the backbone (`base_model`), which is how Transformers tells it from
-    language-model, classification and value heads.  GPT-2's `Conv1D` is a linear layer with a transposed weight, and
-    LoRA's A and B are linear layers of their own.
-    """
+    """Returns the trainable parameters of a model by kind; a linear layer is hidden if it is in the `base_model`."""
     transformer = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone = set(transformer.base_model.parameters())
-    # A LoRA wrapper around the embedding is no nn.Embedding itself, but what it adds is one.
+    # a LoRA wrapper around the embedding is no nn.Embedding itself, but what it adds is one
     embeddings = set(transformer.get_input_embeddings().parameters())
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -45,7 +39,7 @@ def sort_parameters(model: PreTrainedModel | PeftModel) -> ParameterKinds:
     kinds, seen = ParameterKinds([], [], []), set()
     for module in model.modules():
         is_norm = "norm" in type(module).__name__.lower()  # LayerNorm, LlamaRMSNorm, CohereLayerNorm (whose is 2-D)
-        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        is_linear = isinstance(module, (nn.Linear, Conv1D))  # the second is GPT-2's, with a transposed weight
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue

@@ -1,7 +1,6 @@
-"""Muon for the hidden matrices and AdamW for the rest, as one optimizer.
+"""torch's Muon for the hidden matrices and AdamW for the rest, joined in one `torch.optim.Optimizer`.
 
-Both are torch's own; this file only joins them, so that the Trainer, Accelerate, gradient scalers and learning-rate
-schedulers see a single `torch.optim.Optimizer`.  Which parameter goes where is decided in `groups`.
+So the Trainer, Accelerate, gradient scalers and schedulers see a single one.  `groups` sorts the parameters.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,12 +26,9 @@ class MuonWithAdamW(Optimizer):
         others: parameter groups for AdamW, each with its `weight_decay`.
         lr: Muon's learning rate.
         momentum: decay of Muon's momentum.
-        nesterov: whether the step looks ahead along the momentum.
-        betas: AdamW's decays.
-        eps: AdamW's term against division by 0.
-
-    Raises:
-        UserError: there is no matrix to train, or bf16 weights with plain momentum.
+        nesterov: whether to use Nesterov momentum.
+        betas: AdamW's.
+        eps: AdamW's.
     """
 
     def __init__(
@@ -52,14 +48,14 @@ class MuonWithAdamW(Optimizer):
         if not groups:
             raise UserError("optimizer = muon: no hidden 2-D weight is trainable; expected adamw, adafactor or lion")
         if not nesterov and any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-            # torch 2.13 normalizes a bf16 momentum buffer in place, which forgets its size
+            # torch 2.13 normalizes a bf16 momentum buffer in place, losing its norm
             raise UserError("muon_nesterov = false: needs fp32 weights, and these are bf16; expected true")
         groups += [{**group, **adamw, "part": "adamw"} for group in others if group["params"]]
         super().__init__(groups, {"lr": lr})
         self._join()
 
     def _join(self) -> None:
-        """Gives the two optimizers this one's groups and state: the same objects, so nothing is ever copied."""
+        """Makes the two optimizers share this one's groups and state."""
         parts = {"muon": [], "adamw": []}
         for group in self.param_groups:
             parts[group["part"]].append(group)
@@ -70,7 +66,7 @@ class MuonWithAdamW(Optimizer):
             optimizer.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # also the last act of load_state_dict
+        super().__setstate__(state)  # called at the end of load_state_dict too
         self._join()
 
     @torch.no_grad()

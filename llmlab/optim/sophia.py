@@ -1,7 +1,6 @@
 """Sophia with the Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Liu et al. 2023, arXiv:2305.14342).
 
-The estimate needs first derivatives only, so it works through fused attention and any wrapper of the model.
-It is for losses that are log-likelihoods of a choice: of the next token, or of the better of two answers.
+The estimate needs first derivatives only, of a loss that is a log-likelihood: of the next token, or of a preference.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 
 class Sophia(Optimizer):
-    """Momentum over a running Hessian diagonal, each entry of the step clipped to the learning rate.
+    """Momentum preconditioned by a moving average of the Hessian's diagonal, with element-wise clipping.
 
     With gradient g, momentum m and Hessian diagonal h, `m <- beta1 m + (1 - beta1) g` at every step,
     `h <- beta2 h + (1 - beta2) estimate` at every `update_every`-th, and after decoupled weight decay
@@ -27,8 +26,8 @@ class Sophia(Optimizer):
         params: parameters or parameter groups.
         lr: learning rate, the largest change of a parameter in one step.
         betas: decays of the momentum and of the Hessian diagonal.
-        rho: a smaller one clips more entries.
-        eps: term against division by 0.
+        rho: scale of the Hessian; a smaller one clips more entries.
+        eps: lower bound of the denominator.
         weight_decay: decoupled weight decay.
         update_every: steps between two estimates.
     """
@@ -43,10 +42,10 @@ class Sophia(Optimizer):
         weight_decay: float = 0.0,
         update_every: int = 10,
     ):
-        # Steps are counted in the groups, so that an interrupted run keeps the rhythm of its estimates.
-        rhythm = {"update_every": update_every, "steps": 0, "next_estimate": 0}
+        # steps are counted in the groups, so that a resumed run estimates at the same steps
+        schedule = {"update_every": update_every, "steps": 0, "next_estimate": 0}
         super().__init__(
-            params, {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay, **rhythm}
+            params, {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay, **schedule}
         )
 
     @property
@@ -61,7 +60,7 @@ class Sophia(Optimizer):
 
     @torch.no_grad()
     def update_hessian(self) -> None:
-        """Takes the squares of the present gradients as an estimate of the Hessian's diagonal."""
+        """Updates the moving average of the Hessian's diagonal by the squares of the current gradients."""
         for group in self.param_groups:
             decay = group["betas"][1]
             for parameter in group["params"]:
@@ -99,13 +98,7 @@ class Sophia(Optimizer):
 
 
 def next_token_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the logits of each scored token, (B, vocabulary).
-
-    Args:
-        model: a causal language model, perhaps wrapped.
-        batch: `input_ids` (batch, time), and `labels`, `attention_mask`, `position_ids` where there are any. Positions
-            whose label is -100 (without labels: whose mask is 0) are not scored.
-    """
+    """Returns the logits, (B, vocabulary), of the batch's tokens, those with label -100 (else mask 0) left out."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     logits = model(**inputs, use_cache=False).logits[:, :-1]  # (batch, time - 1, vocabulary)
     if "labels" in batch:
@@ -122,41 +115,37 @@ def estimate_hessian(
 ) -> None:
     """Updates Sophia's Hessian diagonal from one batch, by a forward and a backward pass of its own.
 
-    Labels are drawn from the model's own prediction of each of the batch's B choices; with g the gradient of the mean
-    loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  The pass computes it
-    as the square of the gradient of the *summed* loss over sqrt(B).  Processes that train together are one batch.
+    Labels are sampled from the model's own prediction for each of the batch's B examples; with g the gradient of the
+    mean loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  It is computed as the square
+    of the gradient of the *summed* loss over sqrt(B), with B counted over all processes.
 
     Args:
-        model: wrapped for training as it is; its gradients must be empty and stay empty.
-        batch: what `predict` is given.
-        optimizer: what holds the diagonal.
-        generator: source of the drawn labels, on the model's device; different in each process.
-        predict: returns the logits of the choices, (B, alternatives), of a model and a batch.
-
-    Raises:
-        RuntimeError: gradients are still there, which this pass would mix with its own, or `no_sync` is in force,
-            under which the processes' diagonals would drift apart.
+        model: wrapped for training; its gradients must be empty and stay empty.
+        batch: argument of `predict`, which returns logits, (B, classes).
+        optimizer: the Sophia whose state is updated.
+        generator: of the sampled labels, on the model's device; different in each process.
+        predict: returns the logits of a model and a batch.
     """
     if isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync:
         raise RuntimeError("estimate_hessian must run outside no_sync()")
     if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError("estimate_hessian must run between zero_grad() and the next backward()")
-    logits = predict(model, batch).float()  # (B, alternatives)
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)  # (B,)
+    logits = predict(model, batch).float()  # (B, classes)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)  # (B,)
 
-    examples, processes = torch.tensor(len(drawn), device=drawn.device), 1
+    examples, processes = torch.tensor(len(labels), device=labels.device), 1
     if dist.is_initialized():
         processes = dist.get_world_size()
         dist.all_reduce(examples)
-    # Data parallelism averages gradients over the processes; the factor turns that back into their sum.
-    loss = cross_entropy(logits, drawn, reduction="sum") * processes / examples.sqrt()
+    # data parallelism averages gradients over the processes; the factor turns that back into their sum
+    loss = cross_entropy(logits, labels, reduction="sum") * processes / examples.sqrt()
     loss.backward()
     optimizer.update_hessian()
     optimizer.zero_grad()
 
 
 def estimate_is_due(optimizer: Optimizer | None) -> bool:
-    """Whether the optimizer, possibly wrapped by Accelerate, is Sophia and its rhythm asks for an estimate."""
+    """Whether the optimizer, possibly wrapped by Accelerate, is a Sophia that needs an estimate before it steps."""
     sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return isinstance(sophia, Sophia) and sophia.estimate_is_due
 
@@ -168,17 +157,9 @@ def estimate_hessian_if_due(
     seed: int,
     predict: Callable[[nn.Module, dict[str, Tensor]], Tensor] = next_token_logits,
 ) -> None:
-    """Runs `estimate_hessian` where the optimizer is Sophia and its rhythm asks for it.
+    """Runs `estimate_hessian` where the optimizer, possibly wrapped by Accelerate, is a Sophia that needs it.
 
-    The draws depend on the seed, the step and the process alone: a resumed run draws what the uninterrupted one drew,
-    and no other random state is touched.
-
-    Args:
-        model: as in `estimate_hessian`.
-        batch: as in `estimate_hessian`.
-        optimizer: any optimizer, possibly wrapped by Accelerate.
-        seed: the run's seed.
-        predict: as in `estimate_hessian`.
+    The sampled labels depend on the seed, the step and the process alone, so that a resumed run repeats them.
     """
     if not estimate_is_due(optimizer):
         return

@@ -47,16 +47,10 @@ class Pipeline:
 
 
 def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False) -> Pipeline:
-    """Reads a pipeline file.
+    """Reads a pipeline file, and raises SettingsError with every problem of every stage.
 
-    Args:
-        path: the YAML or JSON file.
-        overrides: `stage.key=value` from the command line, and `output_dir=...`.
-        allow_code: let every stage load reward functions from Python files.
-
-    Raises:
-        UserError: the file is no pipeline.
-        SettingsError: every problem of every stage.
+    `overrides` are `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load
+    reward functions from Python files.
     """
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
@@ -69,7 +63,7 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
     if not isinstance(stages, dict) or not stages:
         raise UserError(f"{layer.where('stages')}: expected 'stages', a mapping of stage names to their settings")
     if unnamed := [name for name in stages if not isinstance(name, str)]:
-        raise UserError(f"{layer.where('stages')}: stage '{show(unnamed[0])}': expected a name, found no text")
+        raise UserError(f"{layer.where('stages')}: stage '{show(unnamed[0])}': expected a name as text")
     changes = _overrides(overrides or [], stages, problems)
     place = changes.pop("output_dir", layer.values.get("output_dir", f"runs/{Path(path).stem}"))
     if not isinstance(place, str) or not place or "\0" in place:

@@ -1,7 +1,4 @@
-"""Decides which stages of a pipeline are skipped, resumed or run, and runs them in order.
-
-What each stage does is the stage's own business.
-"""
+"""Decides which stages of a pipeline are skipped, resumed or run, and runs them in order."""
 
 import hashlib
 import json
@@ -63,11 +60,12 @@ class Step:
 
 
 def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
-    """Decides for each stage, in order, whether it is skipped, resumed or run.
+    """Plans each stage, in order: skip, resume or run.
 
     A finished stage is skipped while its inputs are those recorded and no stage that it needs was run since; an
-    interrupted or diverged one whose inputs are unchanged resumes from its last checkpoint where its kind can.
-    `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage alone.
+    interrupted or diverged one whose inputs are unchanged resumes from its last checkpoint if its stage supports
+    resuming. `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage
+    alone.
     """
     names = [stage.name for stage in pipeline.stages]
     for option, name in (("--from", first), ("--only", only)):
@@ -114,7 +112,7 @@ def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[
 
 
 def _select(steps: dict[str, Step], only: str) -> list[Step]:
-    """Returns the steps with every stage but one skipped; raises if what that one needs is not up to date."""
+    """Returns the steps with every stage but one skipped; raises if its dependencies are not up to date."""
     needed: set[str] = set()
     for name in reversed(steps):
         if name == only or name in needed:
@@ -145,7 +143,7 @@ def _check_folders(steps: list[Step], state: State) -> None:
         touched = {"skip": (), "resume": (folder,), "run": (folder, _previous(folder))}[step.action]
         problems += [
             f"stage '{name}': {place} was not written by this pipeline; "
-            "move it away, or choose another output_dir or name of the stage"
+            "move it away, or choose another output_dir or stage name"
             for place in touched
             if not _is_ours(place, state[name]["owner"] if name in state else None)
         ]

@@ -1,13 +1,10 @@
-"""Several rewards as one number: the weighted sum, in [0, 1] by the smallest and largest value that it can have.
+"""Several rewards as one number: the weighted sum, mapped to [0, 1] by its smallest and largest possible value.
 
-With the guide's eight rewards and weights these bounds are the guide's. The positive ones add up to
-1 + 1 + 1 + 1 + 0.5 + 2 = 6.5. The penalties are at most 0.1 x 20 extra steps (20 is the guide's longest episode) and
-0.5, which is -2.5. Other weights, ranges and caps change the bounds in the same way: each component adds
-weight x smallest and weight x largest value.
+Each component adds weight x smallest and weight x largest value to these bounds. With the guide's eight rewards and
+weights they are the guide's: 1 + 1 + 1 + 1 + 0.5 + 2 = 6.5, and -0.1 x 20 extra steps - 0.5 = -2.5.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +16,7 @@ from llmlab.settings.rewards import RewardSettings, as_list
 
 
 class Scores(NamedTuple):
-    """What a batch was worth: one total a completion, and each component's values by its name."""
+    """Scores of a batch: one total a completion, and each component's values by its name."""
 
     totals: list[float | None]
     components: dict[str, list[float | None]]
@@ -32,45 +29,33 @@ class ComposedReward:
     different kinds stay comparable; a row to which none applies has no reward.
 
     Args:
-        components: the rewards.
+        rewards: the components.
         normalize: map the sum to [0, 1].
-
-    Raises:
-        SettingsError: with `normalize`, components whose range nobody knows, or a sum that is always the same.
 
     Source: seed, RL guide, section 3, "Normalize to [0, 1]".
     """
 
     __name__ = "reward"
 
-    def __init__(self, components: Sequence[Reward], normalize: bool = True):
-        if not components:
-            raise UserError("rewards: expected at least one")
-        seen: Counter[str] = Counter()
-        self.components: dict[str, Reward] = {}
-        for reward in components:
-            seen[reward.name] += 1
-            label = reward.name if seen[reward.name] == 1 else f"{reward.name}_{seen[reward.name]}"
-            self.components[label] = reward
+    def __init__(self, rewards: Sequence[Reward], normalize: bool = True):
         self.normalize = normalize
-        if normalize:
-            unknown = [label for label, reward in self.components.items() if reward.bounds is None]
-            if unknown:
-                raise SettingsError(
-                    f"reward '{label}': its range is not known; give it min and max (or cap), "
-                    "or set normalize_rewards = false"
-                    for label in unknown
-                )
-            low, high = self.bounds  # type: ignore[misc]
-            if low == high:
-                raise UserError("rewards: the sum is always the same, since every weight is 0")
+        self.components: dict[str, Reward] = {}
+        for index, reward in enumerate(rewards):
+            count = sum(reward.name == other.name for other in rewards[: index + 1])
+            self.components[reward.name if count == 1 else f"{reward.name}_{count}"] = reward
+        if not rewards:
+            raise UserError("rewards: expected at least one")
+        unknown = [name for name, reward in self.components.items() if reward.bounds is None]
+        if normalize and unknown:
+            advice = "give it min and max (or cap), or set normalize_rewards = false"
+            raise SettingsError(f"reward '{name}': its range is not known; {advice}" for name in unknown)
+        if normalize and self.bounds[0] == self.bounds[1]:  # type: ignore[index]
+            raise UserError("rewards: the sum is always the same, since every weight is 0")
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The smallest and largest weighted sum before it is normalized, None where nobody knows."""
-        ends = [reward.bounds for reward in self.components.values()]
-        known = [end for end in ends if end is not None]
-        return None if len(known) < len(ends) else (sum(low for low, _ in known), sum(high for _, high in known))
+        """The smallest and largest weighted sum before it is normalized; None where one of them is unknown."""
+        return _sum_bounds(self.components.values())
 
     def __call__(
         self, completions: Sequence[Completion], log_metric: Any = None, log_extra: Any = None, **columns: Any
@@ -79,40 +64,32 @@ class ComposedReward:
 
         Args:
             completions: texts or messages of the batch.
-            log_metric: TRL's: is told each component's mean value as `reward_components/NAME/mean`.
-            log_extra: TRL's: is told each component's values, for the table of completions.
+            log_metric: TRL's: logs each component's mean as `reward_components/NAME/mean`.
+            log_extra: TRL's: adds each component's values to the table of completions.
             columns: `prompts` and the columns of the data set as lists, and whatever else a trainer passes.
-
-        Raises:
-            UserError: a component failed, or gave what is no finite number.
         """
         scores = self.score(completions, log_metric=log_metric, log_extra=log_extra, **columns)
-        for label, values in scores.components.items():
+        for name, values in scores.components.items():
             numbers = [value for value in values if value is not None]
             if log_metric is not None and numbers:
-                log_metric(f"reward_components/{label}/mean", sum(numbers) / len(numbers))
+                log_metric(f"reward_components/{name}/mean", sum(numbers) / len(numbers))
             if log_extra is not None:
-                log_extra(label, values)
+                log_extra(name, values)
         return scores.totals
 
     def score(self, completions: Sequence[Completion], **columns: Any) -> Scores:
         """Returns totals and each component's values, which `reward-check` shows."""
-        values = {label: reward(completions, **columns) for label, reward in self.components.items()}
-        totals = [
-            self._total({label: column[row] for label, column in values.items()}) for row in range(len(completions))
-        ]
-        return Scores(totals, values)
+        values = {name: reward(completions, **columns) for name, reward in self.components.items()}
+        rows = [{name: column[row] for name, column in values.items()} for row in range(len(completions))]
+        return Scores([self._total(row) for row in rows], values)
 
     def _total(self, values: dict[str, float | None]) -> float | None:
-        parts = [(self.components[label], value) for label, value in values.items() if value is not None]
+        parts = [(self.components[name], value) for name, value in values.items() if value is not None]
         parts = [(reward, value) for reward, value in parts if reward.weight]
-        if not parts:
-            return None
         total = sum(reward.contribution(value) for reward, value in parts)
-        if not self.normalize:
-            return total
-        low = sum(reward.bounds[0] for reward, _ in parts)  # type: ignore[index]
-        high = sum(reward.bounds[1] for reward, _ in parts)  # type: ignore[index]
+        if not parts or not self.normalize:
+            return total if parts else None
+        low, high = _sum_bounds(reward for reward, _ in parts)
         return min(max((total - low) / (high - low), 0.0), 1.0)  # the sums differ in their last bit
 
 
@@ -131,18 +108,22 @@ def compose(
         normalize: map the weighted sum to [0, 1].
         allow_code: load functions from Python files, which runs these files.
         folder: where the paths of Python files start.
-
-    Raises:
-        SettingsError: all problems of the entries at once.
-        UserError: there is nothing to compose.
     """
     rewards = as_list(rewards)
-    named = [entry for entry in rewards if isinstance(entry, (RewardSettings, str, dict))]
-    loaded = iter(load_rewards(named, allow_code, folder))
-    components = []
-    for entry in rewards:
-        if isinstance(entry, (RewardSettings, str, dict)):
-            components.append(next(loaded))
-        else:
-            components.append(entry if isinstance(entry, Reward) else Reward(entry))
-    return ComposedReward(components, normalize)
+    settings = [entry for entry in rewards if not callable(entry)]
+    loaded = iter(load_rewards(settings, allow_code, folder))
+    return ComposedReward(
+        [
+            entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else next(loaded)
+            for entry in rewards
+        ],
+        normalize,
+    )
+
+
+def _sum_bounds(rewards: Iterable[Reward]) -> tuple[float, float] | None:
+    bounds = [reward.bounds for reward in rewards]
+    if any(each is None for each in bounds):
+        return None
+    lows, highs = zip(*bounds, strict=True)
+    return sum(lows), sum(highs)

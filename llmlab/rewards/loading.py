@@ -1,6 +1,6 @@
-"""From names in YAML to rewards that can be called: llmlab's own by name, a user's by `path/to/file.py:function`.
+"""Loads rewards from settings: llmlab's by name, custom functions by `path/to/file.py:function`.
 
-Parameters are checked here, against the function's own signature and types. Weighing them is `compose`'s business.
+Parameters are checked against the function's own signature and types. A user's file runs only where that is allowed.
 """
 
 import importlib.util
@@ -8,52 +8,49 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmlab.rewards import RANGES, REWARDS, WEIGHTS
+from llmlab.rewards import REWARDS
+from llmlab.rewards.function import TRL_INPUTS
 from llmlab.rewards.reward import Reward
 from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reason_of
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
-
-GIVEN = ("completions", "prompts", "completion_ids", "environments", "trainer_state", "log_metric", "log_extra")
-"""What a trainer passes beside the columns: none of these is a parameter."""
+from llmlab.settings.sources import Resolved, as_resolved
 
 
 def load_rewards(
     rewards: Sequence[RewardSettings | str | dict[str, Any]],
     allow_code: bool = False,
     folder: str | Path = ".",
+    *,
+    check_only: bool = False,
 ) -> list[Reward]:
-    """Finds rewards by name and gives them their parameters and weights.
+    """Finds rewards by name and gives them their parameters and weights; reports all problems at once.
 
     Args:
         rewards: settings, or what they are read from: `"length | 0.5"`, `{"name": "length", "target": 100}`.
         allow_code: load functions from Python files, which runs these files.
         folder: where the paths of Python files start, such as the recipe's folder.
-
-    Returns:
-        One reward an entry, in order, each of which TRL's trainers take as it stands.
-
-    Raises:
-        SettingsError: all problems at once: unknown names, parameters and values, code that is not allowed.
+        check_only: run no file, and load no reward model, which an earlier stage may still have to make.
     """
     problems: list[str] = []
     loaded: list[Reward] = []
     for entry in rewards:
         try:
             settings = RewardSettings.model_validate(entry)
-            loaded.append(_load(settings, allow_code, Path(folder)))
+            reward = _load(settings, allow_code, Path(folder), check_only)
+            loaded += [reward] if reward is not None else []
         except ValidationError as error:
             problems += [f"reward {entry!r}: {_sentence(detail['msg'])}" for detail in error.errors()]
         except SettingsError as error:
-            problems += error.problems
+            problems += [f"reward '{settings.name}': {problem}" for problem in error.problems]
         except UserError as error:
             problems.append(f"reward '{settings.name}': {error}")
     if problems:
@@ -61,113 +58,145 @@ def load_rewards(
     return loaded
 
 
-def _load(settings: RewardSettings, allow_code: bool, folder: Path) -> Reward:
+def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: bool) -> Reward | None:
     name = settings.name
-    own = ".py:" in name
-    if own:
-        target, label = _user_function(name, allow_code, folder), name.rpartition(":")[2]
+    from_file = ".py:" in name
+    if from_file:
+        path = _find_file(name, allow_code, folder)
+        if check_only:
+            return None
+        target = _run_file(path, name.rpartition(":")[2])
     elif name in REWARDS:
-        module, _, attribute = REWARDS[name].partition(":")
-        target, label = getattr(import_module(module), attribute), name
+        target = REWARDS[name]
     else:
         file = "; a function of your own is path/to/file.py:name" if "/" in name or name.endswith(".py") else ""
         raise UserError(
             f"there is no such reward{did_you_mean(name, REWARDS) or file} (llmlab reward-check --list shows them)"
         )
-    parameters = _checked(target, settings, own)
+    parameters = _check_parameters(target, settings.parameters, from_file)
+    weight = getattr(target, "weight", 1.0) if settings.weight is None else settings.weight
+    if name in REWARDS and name.endswith("_penalty") and weight > 0:
+        raise UserError(f"weight = {weight:g}: a penalty has a negative weight, such as {target.weight:g}")
+    if check_only and inspect.isclass(target):
+        return None
     function = target(**parameters) if inspect.isclass(target) else partial(target, **parameters)
-    low, high = _range_of(name, function, target)
-    kept = frozenset() if inspect.isclass(target) else frozenset(parameters if own else _parameters_of(target, own))
-    weight = WEIGHTS.get(name, 1.0) if settings.weight is None else settings.weight
-    if not own and name.endswith("_penalty") and weight > 0:
-        raise UserError(f"weight = {weight:g}: a penalty has a negative weight, such as {WEIGHTS[name]:g}")
+    bounds = getattr(function if inspect.isclass(target) else target, "bounds", None) or (None, None)
+    values = inspect.signature(function).parameters  # whose defaults are the parameters' values
+    low, high = (values[end].default if isinstance(end, str) else end for end in bounds)
     return Reward(
         function,
-        name=label,
+        name=name.rpartition(":")[2],
         weight=weight,
         low=low if settings.min is None else settings.min,
         high=high if settings.max is None else settings.max,
         cap=settings.cap,
-        parameters=kept,
     )
 
 
-def _user_function(name: str, allow_code: bool, folder: Path) -> Callable[..., Any]:
-    if not allow_code:
-        raise UserError("this is Python code, which runs when it is loaded; --allow-code (allow_code=True) allows it")
-    file, _, attribute = name.rpartition(":")
-    path = expand(file)
-    path = path if path.is_absolute() else folder / path
+def _find_file(name: str, allow_code: bool, folder: Path) -> Path:
+    path = folder / expand(name.rpartition(":")[0])
     if not path.is_file():
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
         raise UserError(f"{path}: there is no such file{near}")
+    if not allow_code:
+        raise UserError("this is Python code, which runs when it is loaded; --allow-code (allow_code=True) allows it")
+    return path
+
+
+def _run_file(path: Path, name: str) -> Callable[..., Any]:
+    """Returns the function of this name in a user's Python file."""
     module_name = f"llmlab_user_rewards_{abs(hash(str(path.resolve())))}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (Exception, SystemExit) as error:  # a user's code can fail in any way; its own words are the message
+    except (Exception, SystemExit) as error:  # a user's code can fail in any way
         raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {reason_of(error)}") from error
-    function = getattr(module, attribute, None)
+    function = getattr(module, name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{path}: there is no function '{attribute}' in it{did_you_mean(attribute, names)}")
+        raise UserError(f"{path}: there is no function '{name}' in it{did_you_mean(name, names)}")
     return function
 
 
-def _parameters_of(target: Callable[..., Any], own: bool) -> dict[str, inspect.Parameter]:
-    """Returns what may stand in YAML: keyword-only arguments, or any named argument of a user's function."""
-    return {
+def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_file: bool) -> dict[str, Any]:
+    """Returns the values of a reward's keyword-only arguments as their types have them, or of a user's, as given."""
+    known = {
         name: parameter
         for name, parameter in inspect.signature(target).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
-        or (own and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in GIVEN)
+        or (from_file and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in TRL_INPUTS)
     }
-
-
-def _checked(target: Callable[..., Any], settings: RewardSettings, own: bool) -> dict[str, Any]:
-    """Returns the parameters as the signature's types have them.
-
-    Raises:
-        SettingsError: unknown, missing and wrong parameters, all at once.
-    """
-    known = _parameters_of(target, own)
-    hints = {} if own else typing.get_type_hints(_signed(target), include_extras=True)
-    problems, checked = [], dict(settings.parameters)
-    for name, value in settings.parameters.items():
+    types = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    defaults = {
+        name: parameter.default for name, parameter in known.items() if parameter.default is not parameter.empty
+    }
+    problems, checked = [], {} if from_file else defaults
+    for name, value in values.items():
         if name not in known:
             takes = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
             problems.append(f"unknown parameter '{name}'{did_you_mean(name, known)} ({takes})")
-        elif name in hints:
-            try:
-                checked[name] = TypeAdapter(hints[name]).validate_python(value)
-            except ValidationError as error:
-                problems.append(f"{name} = {show(value)}: {_sentence(error.errors()[0]['msg'])}")
-    if not own:
-        missing = [name for name, p in known.items() if p.default is p.empty and name not in settings.parameters]
-        problems += [f"parameter '{name}' is missing" for name in missing]
-        column = settings.parameters.get("column")
-        if column in known:
-            problems.append(f"column = {column}: that is also the name of a parameter; rename the column")
+            continue
+        try:
+            checked[name] = value if from_file else TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{name} = {show(value)}: {_sentence(error.errors()[0]['msg'])}")
+    if not from_file:
+        missing = known.keys() - defaults.keys() - values.keys()
+        problems += [f"parameter '{name}' is missing" for name in sorted(missing)]
+        if values.get("column") in known:
+            problems.append(f"column = {values['column']}: that is also the name of a parameter; rename the column")
     if problems:
-        raise SettingsError(f"reward '{settings.name}': {problem}" for problem in problems)
+        raise SettingsError(problems)
     return checked
-
-
-def _signed(target: Any) -> Any:
-    return target.__init__ if inspect.isclass(target) else target
-
-
-def _range_of(name: str, function: Any, target: Any) -> tuple[float | None, float | None]:
-    """Returns the smallest and largest value that a reward gives, None where nobody knows."""
-    if name not in REWARDS or inspect.isclass(target):
-        return getattr(function, "bounds", None) or (None, None)
-    defaults = {key: parameter.default for key, parameter in inspect.signature(target).parameters.items()}
-    given = {**defaults, **function.keywords}
-    low, high = (given[end] if isinstance(end, str) else end for end in RANGES.get(name, (0.0, 1.0)))
-    return float(low), float(high)
 
 
 def _sentence(message: str) -> str:
     return message.replace("Value error, ", "").replace("Input should be", "expected")
+
+
+# Before a stage runs ----------------------------------------------------------------------------------------------
+
+
+def check_rewards(resolved: Resolved[Any]) -> Resolved[Any]:
+    """Returns the settings of a stage that will run later, its rewards located and checked; nothing is loaded."""
+    resolved = locate_rewards(resolved)
+    problems = []
+    try:
+        allowed = may_run_code(resolved)
+    except UserError as error:
+        problems, allowed = [str(error)], True
+    try:
+        load_rewards(resolved.settings.rewards or (), allowed, check_only=True)
+    except SettingsError as error:
+        where = resolved.sources.get("rewards", "rewards")
+        problems += [f"{where}: {problem}" for problem in error.problems]
+    if problems:
+        raise SettingsError(problems)
+    return resolved
+
+
+def may_run_code(resolved: Resolved[Any]) -> bool:
+    """Returns whether reward functions from Python files may be loaded, which no settings file may decide."""
+    source = resolved.sources.get("allow_code", "arguments")
+    if resolved.settings.allow_code and source not in ("arguments", "command line"):
+        raise UserError(f"{source}: allow_code cannot be set in a file; give --allow-code, having read the code")
+    return resolved.settings.allow_code
+
+
+def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
+    """Returns settings whose Python files have absolute paths, so that a resumed run finds them.
+
+    Relative paths start at the folder of the settings file that names them, or at the working directory.
+    """
+    resolved = as_resolved(settings)
+    file = Path(resolved.sources.get("rewards", "").partition(":")[0])
+    folder = file.parent if file.suffix and file.is_file() else Path()
+    rewards = resolved.settings.rewards and [
+        reward.model_copy(update={"name": str((folder / expand(reward.name)).resolve())})
+        if ".py:" in reward.name
+        else reward
+        for reward in resolved.settings.rewards
+    ]
+    return replace(resolved, settings=resolved.settings.model_copy(update={"rewards": rewards}))

@@ -1,121 +1,86 @@
-"""Rewards for saying the expected thing: word for word, or as a regular expression.
+"""Rewards for the expected answer: word for word, or as a regular expression.
 
-Patterns run with a time limit, since what a model writes can make a careless one take for ever.
+Patterns run with a time limit, since model output can trigger catastrophic backtracking.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any
 
-from llmlab.rewards.completions import Completion, answer, column_of
+from llmlab.rewards.completions import Completion, answer
+from llmlab.rewards.function import Row, RowError, Score, column_value, reward_function
 from llmlab.settings.errors import UserError
 
-SECONDS = 1.0
-"""Time that one pattern may take on one completion."""
+TIMEOUT = 1.0
+"""Seconds that one pattern may take on one completion."""
 
 
-def exact_match(
-    completions: list[Completion], *, column: str = "answer", ignore_case: bool = False, **columns: Any
-) -> list[float | None]:
-    """Scores whether the answer equals the expected one; runs of space count as one space.
+@reward_function()
+def exact_match(completion: Completion, row: Row, *, column: str = "answer", ignore_case: bool = False) -> Score:
+    """Scores whether the answer equals the expected one; whitespace is normalized.
 
     Args:
-        completions: texts or messages of the batch.
-        column: the column of expected answers; a list in a row is several that are right.
-        ignore_case: upper and lower case alike.
-        columns: the column that is named.
+        column: the column of expected answers; a list means several accepted answers.
+        ignore_case: compare without case.
 
     Returns:
         1 or 0; None where the row has no expected answer.
-
-    Raises:
-        UserError: there is no such column.
     """
+    expected = column_value(row, column)
+    if expected is None:
+        return None
 
     def plain(text: Any) -> str:
         text = " ".join(str(text).split())
         return text.casefold() if ignore_case else text
 
-    scores: list[float | None] = []
-    for completion, expected in zip(completions, column_of(columns, column, "column"), strict=True):
-        right = expected if isinstance(expected, list) else [expected]
-        said = plain(answer(completion))
-        scores.append(None if expected is None else float(any(said == plain(text) for text in right)))
-    return scores
+    return float(plain(answer(completion)) in map(plain, expected if isinstance(expected, list) else [expected]))
 
 
+@reward_function()
 def regex_match(
-    completions: list[Completion],
-    *,
-    pattern: str | None = None,
-    column: str = "regex",
-    full: bool = False,
-    **columns: Any,
-) -> list[float | None]:
-    """Scores whether a regular expression occurs in the answer.
+    completion: Completion, row: Row, *, pattern: str | None = None, column: str = "regex", full: bool = False
+) -> Score:
+    """Scores whether a regular expression matches the answer.
 
     Args:
-        completions: texts or messages of the batch.
-        pattern: of the `regex` module (Python's `re` and more); `.` stands for every character, lines too. None takes
-            each row's from a column.
+        pattern: of the `regex` module (Python's `re` and more), with DOTALL; None takes each row's from a column.
         column: the column of patterns.
-        full: the whole answer must match, not a part of it.
-        columns: the column that is named.
+        full: match the whole answer, not a part of it.
 
     Returns:
         1 or 0; None where the row has no pattern.
-
-    Raises:
-        UserError: a pattern is wrong, or takes over a second on a completion (it backtracks without end).
-    """
-    if pattern is not None:
-        patterns: list[Any] = [pattern] * len(completions)
-        compile_pattern(pattern, "pattern", dot_all=True)
-    else:
-        patterns = column_of(columns, column, "without a pattern, column")
-    scores: list[float | None] = []
-    for row, (completion, wanted) in enumerate(zip(completions, patterns, strict=True)):
-        if wanted is None:
-            scores.append(None)
-            continue
-        compiled = compile_pattern(wanted, f"row {row}: {column}", dot_all=True)
-        look = compiled.fullmatch if full else compiled.search
-        try:
-            scores.append(float(look(answer(completion), timeout=SECONDS) is not None))
-        except TimeoutError:
-            raise _too_slow(wanted, f"row {row}: ") from None
-    return scores
-
-
-@lru_cache(maxsize=1024)
-def compile_pattern(pattern: str, where: str, dot_all: bool = False) -> Any:
-    """Compiles a pattern: of `regex_match` as it stands, of guardrails for any case and each line.
-
-    Raises:
-        UserError: it is wrong; `where` says whose it is.
     """
     import regex
 
+    if pattern is not None:
+        compiled = compile_pattern(pattern, "pattern", regex.DOTALL)
+    elif (pattern := column_value(row, column, "without a pattern, ")) is not None:
+        compiled = compile_pattern(pattern, column, regex.DOTALL, RowError)
+    else:
+        return None
+    with time_limit(pattern) as timeout:
+        match = compiled.fullmatch if full else compiled.search
+        return float(match(answer(completion), timeout=timeout) is not None)
+
+
+def compile_pattern(pattern: str, where: str, flags: int, error_type: type[UserError] = UserError) -> Any:
+    """Compiles a pattern of the `regex` module, which keeps compiled ones; `where` names it in the error."""
+    import regex
+
     try:
-        return regex.compile(pattern, regex.DOTALL if dot_all else regex.IGNORECASE | regex.MULTILINE)
+        return regex.compile(pattern, flags)
     except regex.error as error:
-        raise UserError(f"{where} = {pattern}: this is not a regular expression: {error}") from None
+        raise error_type(f"{where} = {pattern}: this is not a regular expression: {error}") from None
 
 
-def search_all(pattern: str, text: str) -> Iterator[Any]:
-    """Yields the matches of a guardrail's pattern in a text.
-
-    Raises:
-        UserError: it takes over a second.
-    """
+@contextmanager
+def time_limit(pattern: str) -> Iterator[float]:
+    """Yields the `timeout` of a search, and names the pattern that exceeds it."""
     try:
-        yield from compile_pattern(pattern, "pattern").finditer(text, timeout=SECONDS)
+        yield TIMEOUT
     except TimeoutError:
-        raise _too_slow(pattern) from None
-
-
-def _too_slow(pattern: str, where: str = "") -> UserError:
-    return UserError(
-        f"{where}pattern = {pattern}: took over {SECONDS:g} s on this completion: it backtracks without end; "
-        "avoid repeats inside repeats such as (a|aa)+"
-    )
+        raise RowError(
+            f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: catastrophic backtracking; "
+            "avoid repeats inside repeats such as (a|aa)+"
+        ) from None

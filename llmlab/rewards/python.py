@@ -9,110 +9,100 @@ import shutil
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer, code_blocks
+from llmlab.rewards.function import Row, RowError, Score, reward_function
 from llmlab.settings.errors import UserError
 
 LANGUAGES = ("python", "py", "python3")
-LONGEST = 100_000  # characters of code that are parsed
-SECONDS = 20  # for ruff to look at one block
+MAX_CHARACTERS = 100_000  # of code that is parsed
+RUFF_TIMEOUT = 20  # seconds for one block
+_WARNINGS = Lock()  # `catch_warnings` changes the process
 
 
+@reward_function(threads=min(8, os.cpu_count() or 1))
 def lint_pass(
-    completions: list[Completion],
+    completion: Completion,
+    row: Row,
     *,
     select: list[str] | None = None,
     ignore: list[str] | None = None,
     absent: Annotated[float, Ge(0)] | None = 0.0,
-    **columns: Any,
-) -> list[float | None]:
+) -> Score:
     """Scores the share of Python code blocks in which ruff finds nothing.
 
-    Blocks are those fenced as `python` or `py`. `# noqa` does not silence anything, and no configuration file is read.
+    Blocks are those fenced as `python` or `py`. `# noqa` comments and configuration files are ignored.
     A block that Python or ruff cannot read does not pass.
 
     Args:
-        completions: texts or messages of the batch.
-        select: rules of ruff; none are E4, E7, E9 and F (errors, and names that are undefined or not used).
+        select: rules of ruff; None is E4, E7, E9 and F (errors, and names that are undefined or not used).
         ignore: rules to leave out.
-        absent: the score without any block, at most 1; none says that the reward does not apply.
-        columns: not used.
+        absent: the score without any block, at most 1; None says that the reward does not apply.
 
     Returns:
         A share from 0 to 1; `absent` without blocks.
-
-    Raises:
-        UserError: ruff is not installed, or does not know a rule.
 
     Source: seed, RL guide, section 3.
     """
     rules = ["--select", ",".join(select or ("E4", "E7", "E9", "F"))]
     rules += ["--ignore", ",".join(ignore)] if ignore else []
-    per_row = [code_blocks(answer(completion), LANGUAGES) for completion in completions]
-    clean = {block: structure_of(block) is not None for found in per_row for block in found}
-    blocks = [block for block, parses in clean.items() if parses]
-    command = [_ruff(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--quiet", *rules, "-"]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        clean.update(zip(blocks, pool.map(lambda block: _is_clean(block, command), blocks), strict=True))
-    return [sum(clean[block] for block in found) / len(found) if found else absent for found in per_row]
+    command = (_ruff(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--quiet", *rules, "-")
+    blocks = code_blocks(answer(completion), LANGUAGES)
+    clean = [structure_of(block) is not None and _is_clean(block, command) for block in blocks]
+    return sum(clean) / len(clean) if clean else absent
 
 
-def ast_correct(
-    completions: list[Completion],
-    expected: list[Any] | None = None,
-    *,
-    fenced: bool = True,
-    **columns: Any,
-) -> list[float | None]:
+@reward_function(weight=0.5)
+def ast_correct(completion: Completion, row: Row, *, fenced: bool = True) -> float:
     """Scores whether the Python code parses and, where an expected program is known, has the same structure.
 
     Structure is what `ast.dump` shows: names, values and order count; comments, blank space and quotes do not. The
-    blocks of an answer are read as one program.
+    blocks of an answer are read as one program. The column `expected` holds programs, with or without a fence; null in
+    a row asks only that the code parses.
 
     Args:
-        completions: texts or messages of the batch.
-        expected: column of programs, with or without a fence; None in a row asks only that the code parses.
-        fenced: code stands in blocks fenced as `python` or `py`; false reads the whole answer as code.
-        columns: not used.
+        fenced: code stands in blocks fenced as `python` or `py`; False reads the whole answer as code.
 
     Returns:
-        1 or 0; no code at all is 0.
-
-    Raises:
-        UserError: an expected program does not parse.
+        1 or 0; without code the score is 0.
 
     Source: seed, RL guide, section 3.
     """
-    scores: list[float | None] = []
-    for row, completion in enumerate(completions):
-        text = answer(completion)
-        structure = structure_of("\n".join(code_blocks(text, LANGUAGES)) if fenced else text)
-        goal = None if expected is None else expected[row]
-        if goal is not None:
-            wanted = structure_of("\n".join(code_blocks(goal, LANGUAGES)) or goal)
-            if wanted is None:
-                raise UserError(f"row {row}: expected: this is not a Python program")
-            scores.append(float(structure == wanted))
-        else:
-            scores.append(float(structure is not None))
-    return scores
+    text = answer(completion)
+    structure = structure_of("\n".join(code_blocks(text, LANGUAGES)) if fenced else text)
+    expected = row.get("expected")
+    if expected is None:
+        return float(structure is not None)
+    wanted = structure_of("\n".join(code_blocks(expected, LANGUAGES)) or expected)
+    if wanted is None:
+        raise RowError("expected: this is not a Python program")
+    return float(structure == wanted)
+
+
+def parse_python(code: str, mode: str = "exec") -> Any:
+    """Returns the syntax tree of a model's code, or None where Python cannot parse it."""
+    if len(code) > MAX_CHARACTERS:
+        return None
+    try:
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the model's code
+            return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def structure_of(code: str) -> str | None:
     """Returns `ast.dump` of a program, or None where it holds no statement or Python cannot parse it."""
-    if len(code) > LONGEST:
-        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the model's code
-            tree = ast.parse(code)
-        return ast.dump(tree) if tree.body else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = parse_python(code)
+        return ast.dump(tree) if tree is not None and tree.body else None
+    except RecursionError:
         return None
 
 
@@ -124,10 +114,11 @@ def _ruff() -> str:
     return found
 
 
-def _is_clean(block: str, command: list[str]) -> bool:
+@lru_cache(maxsize=1024)
+def _is_clean(block: str, command: tuple[str, ...]) -> bool:
     code = block.encode(errors="replace")
     try:
-        done = subprocess.run(command, input=code, capture_output=True, timeout=SECONDS)
+        done = subprocess.run(command, input=code, capture_output=True, timeout=RUFF_TIMEOUT)
     except subprocess.TimeoutExpired:
         return False
     if done.returncode == 2:

@@ -23,21 +23,21 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
     # take no step when the checkpoint already has them all; the first value is the number of epochs
     "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # one sentence for a damaged checkpoint
+    # damaged checkpoints become a UserError
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
 
 
-def show_head_bias(model: PeftModel) -> None:
+def expose_head_bias(model: PeftModel) -> None:
     """Gives PEFT's TrainableTokensWrapper around the output head the `bias` that TRL's chunked loss reads."""
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         object.__setattr__(head, "bias", head.original_module.bias)  # not a second parameter of the module
 
 
-class PairsReady:
+class TokenizedPairs:
     """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
 
     It also logs `completion_length`, the mean number of tokens of an answer.
@@ -53,7 +53,7 @@ class PairsReady:
         return dataset
 
 
-class AnswerTokens:
+class TokenizedORPOPairs:
     """Mixin for an ORPOTrainer: the dataset has token ids already; `tokenize_row` renames them to TRL's columns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -74,7 +74,7 @@ class AnswerTokens:
         return row
 
 
-class SwitchableOptimizer:
+class ResumableCheckpoint:
     """Mixin for a Trainer: damaged checkpoints raise UserError; resumes without optimizer state with
     `load_optimizer=False`."""
 
@@ -95,14 +95,14 @@ class SwitchableOptimizer:
 
 
 class GradientNorms:
-    """Mixin for a Trainer: calls `on_gradients(norm)` before an optimizer step whose gradient norm is not finite."""
+    """Mixin for a Trainer: calls `on_nonfinite_gradients(norm)` before a step whose gradient norm is not finite."""
 
-    def on_gradients(self, norm: float) -> None:
+    def on_nonfinite_gradients(self, norm: float) -> None:
         pass
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         value = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if value is not None and not math.isfinite(value):  # DeepSpeed has none before its first update
-            self.on_gradients(float(value))
+            self.on_nonfinite_gradients(float(value))
         return norm

@@ -84,7 +84,7 @@ def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[
 
 
 def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
-    """Returns when the trainer evaluates; `Rhythm` decides when it saves."""
+    """Returns when the trainer evaluates; `SaveSchedule` decides when it saves."""
     # load_best_model_at_end requires save_steps to be a multiple of eval_steps, although no save follows from them
     never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
     if not evaluates:

@@ -27,17 +27,17 @@ NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
 @dataclass(eq=False, kw_only=True)
-class Rhythm(TrainerCallback):
+class SaveSchedule(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
 
     `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one.
-    `best_is` names the validation metric that decides: the lowest `loss` or the highest `reward`.
+    `best_metric` names the validation metric that decides: the lowest `loss` or the highest `reward`.
     """
 
     best_only: bool
     evaluates: bool
     save_every: int | None = None
-    best_is: str = "loss"
+    best_metric: str = "loss"
     signal: int | None = None
     signal_time: float = 0.0
 
@@ -54,7 +54,7 @@ class Rhythm(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:  # the baseline before training
             return
-        better = is_better(kwargs["metrics"][f"eval_{self.best_is}"], state.best_metric, self.best_is)
+        better = is_better(kwargs["metrics"][f"eval_{self.best_metric}"], state.best_metric, self.best_metric)
         if better or not (self.best_only or self.save_every):
             control.should_save = True
 
@@ -107,7 +107,7 @@ def perplexity(loss: float) -> float:
 
 
 @dataclass(eq=False)
-class ScheduleAfterResume(TrainerCallback):
+class ResumedSchedule(TrainerCallback):
     """Sets the learning rate of this run's schedule at the resumed step.
 
     The checkpoint has that of the earlier schedule, which is wrong when `max_steps` was extended, or none when the
@@ -125,7 +125,7 @@ class ScheduleAfterResume(TrainerCallback):
 
 
 @dataclass(eq=False)
-class WholeCheckpoints(TrainerCallback):
+class CheckpointRotation(TrainerCallback):
     """Marks a checkpoint as complete when every process and callback has written its part, then removes worse ones.
 
     `keep` is the number of best checkpoints that stay beside the last; None keeps all.

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,12 +122,6 @@ def staged(folder: Path) -> Iterator[Path]:
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)  # a rename replaces files only
             os.replace(path, target)
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary folder, then moves what it wrote into the run folder."""
-    with staged(folder) as temporary:
-        write(temporary)
 
 
 @contextmanager

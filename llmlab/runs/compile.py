@@ -1,6 +1,6 @@
-"""Whether compiling a decoder pays for a run, and compiling it: each layer by itself, so that one warm-up serves all.
+"""Decides whether compiling a decoder pays for a run, and compiles its layers, which share one compilation.
 
-The choice rests on times measured once (benchmarks/train_step.py), not on a trial in every run.
+The decision rests on times measured once (benchmarks/train_step.py), not on a trial in every run.
 """
 
 import os
@@ -15,19 +15,13 @@ import torch
 from torch._functorch import config as partitioning
 from transformers import PreTrainedModel
 
-from llmlab.model import fast_attention
 from llmlab.settings.errors import UserError
 
-# Seconds until the first compiled step, training and evaluation together, with nothing of it cached on disk.
-WARM_UP = {"cpu": 40.0, "cuda": 40.0}
-# Share of a step that compiling saves.
-SAVED = {"cpu": 0.3, "cuda": 0.2}
-# Batches of changing length save less than rows of one length.
-SAVED_DYNAMIC = 0.5
-# Training FLOP/s without compiling, on the high side so that the time to be saved is not overrated.
-SPEED = {"cpu": 1e11, "cuda": 2e14}  # a CPU's for each core
-# A machine may be slower to compile than ours, and an interrupted run pays again.
-MARGIN = 2.0
+WARM_UP = 40.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
+SAVED = {"cpu": 0.3, "cuda": 0.2}  # share of a step that compiling saves
+SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
+SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
+MARGIN = 2.0  # a machine may be slower to compile than ours, and an interrupted run pays again
 
 
 def decide_compile(
@@ -39,19 +33,7 @@ def decide_compile(
     parameters: int,
     dynamic: bool = False,
 ) -> tuple[bool, str]:
-    """Returns whether to compile, and why in a few words.
-
-    Args:
-        setting: the user's wish.
-        device_type: `cpu`, `cuda` or `mps`.
-        steps: optimizer steps still to do.
-        tokens_per_step: tokens that this process sees in each.
-        parameters: of the model.
-        dynamic: whether batches change their length.
-
-    Raises:
-        UserError: compiling is wanted and what it needs is not installed.
-    """
+    """Returns whether to compile, and why, for so many steps of this process; dynamic: batches vary in length."""
     if setting is False:
         return False, "off, as asked"
     missing = missing_tool(device_type)
@@ -61,21 +43,20 @@ def decide_compile(
                 f"compile = true: torch.compile needs {missing}, not found here; install it or leave it off"
             )
         return True, "on, as asked"
-    if device_type not in WARM_UP:
-        return False, f"off: not known to pay on {device_type}"
+    if device_type not in SAVED:
+        return False, f"off: not measured on {device_type}"
     if missing:
         return False, f"off: it needs {missing}, not found here"
     speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)
     share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
     saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
-    warm_up = WARM_UP[device_type]
-    if saved < MARGIN * warm_up:
-        return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(warm_up)} for it"
-    return True, f"on: saves about {_duration(saved)} for up to {_duration(warm_up)} of waiting at the start"
+    if saved < MARGIN * WARM_UP:
+        return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(WARM_UP)} for it"
+    return True, f"on: saves about {_duration(saved)} for up to {_duration(WARM_UP)} of waiting at the start"
 
 
 def missing_tool(device_type: str) -> str | None:
-    """Returns what torch.compile lacks on this machine, None where nothing."""
+    """Returns what torch.compile needs and this machine lacks, or None."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     compiler = os.environ.get("CXX", default) if device_type == "cpu" else os.environ.get("CC", "gcc")
     if sys.platform != "win32" and shutil.which(compiler) is None:
@@ -86,17 +67,7 @@ def missing_tool(device_type: str) -> str | None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles each decoder layer in place; names in the state dict stay as they are.
-
-    Layers of one shape share one compilation, which a whole model would repeat for each. On CPUs attention is
-    switched from sdpa to the faster `block_causal`.
-
-    Args:
-        model: a causal language model with its decoder layers in `model.model.layers`.
-    """
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        fast_attention.register()
-        model.set_attn_implementation(fast_attention.NAME)
+    """Compiles each layer of llmlab's decoder in place, for batches of one length."""
     for layer in model.model.layers:
         layer.compile(backend=keep_products_only, dynamic=False)
 
@@ -104,14 +75,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 def compile_if_worth(
     model: torch.nn.Module, setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: float
 ) -> str:
-    """Compiles each decoder layer in place for batches of changing length, where `decide_compile` says so.
-
-    Returns:
-        Why it is compiled or not.
-
-    Raises:
-        UserError: compiling is wanted, and what it needs is not installed or the layers are not where they should be.
-    """
+    """Compiles each layer of any decoder in place, for batches of varying length, where it pays; returns why."""
     compiled, reason = decide_compile(
         setting,
         device_type=device_type,
@@ -133,12 +97,13 @@ def compile_if_worth(
 
 
 def keep_products_only(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Compiles a graph as `inductor` does, but keeps only products and attention for the backward pass.
+    """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass.
 
-    What lies between them (norms, rotations, activations, copies of weights in bf16) is computed again, which takes
-    no longer than reading it back and halves what a layer keeps.
+    What lies between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes
+    no longer than reading it back and halves the activations' memory.
     """
-    with partitioning.patch(aggressive_recomputation=True):
+    # the second flag is for attention, an operator that is not torch's own
+    with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
         return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
 
 

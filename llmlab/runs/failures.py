@@ -45,7 +45,7 @@ def check_disk(folder: Path, *, needed: int) -> None:
 
 
 @contextmanager
-def failures_recorded(
+def record_failures(
     stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine, settings: Settings
 ) -> Iterator[None]:
     """Records how a run ended that did not finish, and raises system errors as UserError; bugs keep their type."""

@@ -1,6 +1,6 @@
-"""Run folders read back: found, followed to the runs that they started from, and compared.
+"""Search, lineage and comparison of run folders, from their `llmlab.json` and `metrics.jsonl` alone.
 
-Only `llmlab.json` and `metrics.jsonl` are read; `record.py` writes them, and `cli/runs.py` shows what is found here.
+`record.py` writes these; `cli/runs.py` shows what is found here.
 """
 
 import os
@@ -19,7 +19,7 @@ from llmlab.settings.paths import expand
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
 
-KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; other stages by their losses
+KEY_METRICS = {  # headline metrics of stages in order of preference; other stages use their losses
     "tokenizer": ("vocab_size",),
     "merge": ("max_difference",),
     "sample": ("completions",),
@@ -27,8 +27,10 @@ KEY_METRICS = {  # what a stage is judged by, first the one that is preferred; o
     "grpo": ("eval_reward", "reward"),
 }
 LOSSES = ("eval_loss", "loss")
-BETTER_SMALL = ("loss", "perplexity", "ce")
-BETTER_LARGE = ("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate")
+BETTER = {  # words of a metric's name: -1 where smaller is better, 1 where larger is
+    **dict.fromkeys(("loss", "perplexity", "ce"), -1),
+    **dict.fromkeys(("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate"), 1),
+}
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
 NOT_SEARCHED = (".", "checkpoint-", "node_modules", "__pycache__", "site-packages")  # beginnings of folders' names
@@ -80,7 +82,7 @@ class RunFolder:
 
     @property
     def status(self) -> Status:
-        """As recorded; a run that is recorded as running but has long been silent has died."""
+        """As recorded; a run recorded as running that has not logged for long counts as died."""
         if self.problem:
             return "damaged"
         recorded = self.record.get("status", "finished")
@@ -108,7 +110,7 @@ class RunFolder:
 
     @property
     def key_metric(self) -> tuple[str, float] | None:
-        """The metric that this stage is judged by, and its last value."""
+        """The headline metric of the stage, and its last value."""
         metrics = self.metrics
         names = (*KEY_METRICS.get(self.stage, ()), *LOSSES)
         return next(((name, metrics[name]) for name in names if name in metrics), None)
@@ -125,7 +127,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A run, or a model that was not made by one here, with what it started from."""
+    """A node of a lineage: a run, or a model that is none, with its parents."""
 
     name: str
     run: RunFolder | None
@@ -169,7 +171,7 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
-def given_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+def changed_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
     """Returns (key, value, source) of the settings that are not defaults; entries of a mapping have its source."""
     sources, found = run.record.get("sources", {}), []
     for key, value in flatten(run.record.get("settings", {})).items():
@@ -200,7 +202,7 @@ def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
     A setting that some runs do not have at all counts only where another run did not leave it at its default.
     """
     values = [flatten(run.record.get(part) or {}) for run in runs]
-    given = {key for run in runs for key, _, _ in given_settings(run)} if part == "settings" else None
+    given = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}
     local = set().union(*(local_names(run.stage) for run in runs)) if part == "settings" else set()
     for key in dict.fromkeys(key for found in values for key in found if key not in local):
@@ -237,7 +239,7 @@ def details(run: RunFolder) -> dict[str, Any]:
 
     return {
         **summary(run),
-        "settings": {key: {"value": value, "source": source} for key, value, source in given_settings(run)},
+        "settings": {key: {"value": value, "source": source} for key, value, source in changed_settings(run)},
         "lineage": lineage(ancestors(run)),
         "data": run.record.get("data"),
         "metrics": _metric_values(run),
@@ -248,45 +250,35 @@ def details(run: RunFolder) -> dict[str, Any]:
 def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Returns what differs between runs and each one's metrics, by folder, as plain values."""
     folders = [str(run.folder) for run in runs]
-    parts = {
-        part: {
-            key: {folder: value for folder, value in zip(folders, values, strict=True) if value is not ...}
-            for key, values in differing(runs, part).items()
-        }
-        for part in ("settings", "versions", "hardware")
-    }
-    return {
-        "runs": [summary(run) for run in runs],
-        **parts,
-        "metrics": {folder: _metric_values(run) for folder, run in zip(folders, runs, strict=True)},
-    }
+    report = {"runs": [summary(run) for run in runs]}
+    for part in ("settings", "versions", "hardware"):
+        rows = {key: zip(folders, values, strict=True) for key, values in differing(runs, part).items()}
+        report[part] = {key: {run: value for run, value in row if value is not ...} for key, row in rows.items()}
+    return report | {"metrics": {str(run.folder): _metric_values(run) for run in runs}}
 
 
 def _metric_values(run: RunFolder) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, value in run.metrics.items():
-        best = run.best(name)
-        found[name] = {"last": value, **({"best": best[1], "best_step": best[0]} if best else {})}
-    return found
+    bests = {name: run.best(name) for name in run.metrics}
+    keys = {name: {"best": best[1], "best_step": best[0]} if best else {} for name, best in bests.items()}
+    return {name: {"last": value, **keys[name]} for name, value in run.metrics.items()}
 
 
 def short_names(runs: Sequence[RunFolder]) -> list[str]:
-    """Returns the runs' folders without the path that all of them share."""
+    """Returns the names of the runs' folders, or where two are the same, their paths below what all share."""
     folders = [run.folder.resolve() for run in runs]
     if len({folder.name for folder in folders}) == len(folders):
         return [folder.name for folder in folders]
-    shared = Path(os.path.commonpath([folder.parent for folder in folders]))
-    return [str(folder.relative_to(shared)) for folder in folders]
+    return [os.path.relpath(folder, os.path.commonpath([folder.parent for folder in folders])) for folder in folders]
 
 
 def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | None:
     """Returns the metric to draw: the one asked for, else the one that suits all runs with curves best."""
     drawn = [run for run in runs if run.curves]
     known = sorted({name for run in drawn for name in run.curves})
+    if asked is not None and asked not in known:
+        expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
+        raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
     if asked is not None:
-        if asked not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
-            raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
         return asked
     preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
     for name in (*preferred, *LOSSES):
@@ -297,10 +289,8 @@ def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | N
 
 def direction(metric: str) -> int:
     """Returns -1 where smaller is better, 1 where larger is, 0 where neither is."""
-    words = metric.replace("/", "_").split("_")
-    if any(word in words for word in BETTER_SMALL):
-        return -1
-    return int(any(f"_{good}_" in f"_{'_'.join(words)}_" for good in BETTER_LARGE))
+    name = f"_{metric.replace('/', '_')}_"
+    return next((sign for word, sign in BETTER.items() if f"_{word}_" in name), 0)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

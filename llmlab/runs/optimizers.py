@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import GradientNorms, SwitchableOptimizer
+from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
@@ -28,7 +28,7 @@ from llmlab.settings.optimizer import OptimizerSettings
 LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
-class OurOptimizers(GradientNorms, SwitchableOptimizer):
+class StageTrainer(GradientNorms, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
 
     Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
@@ -88,7 +88,7 @@ class OurOptimizers(GradientNorms, SwitchableOptimizer):
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
-    def on_gradients(self, norm: float) -> None:
+    def on_nonfinite_gradients(self, norm: float) -> None:
         scaler = self.accelerator.scaler
         if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
             return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
@@ -140,7 +140,7 @@ class EstimateFirst(TrainerCallback):
     By then a resumed run has its random states back, which online trainers sample with.
     """
 
-    trainer: OurOptimizers
+    trainer: StageTrainer
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.estimate()

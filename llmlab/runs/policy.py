@@ -18,14 +18,14 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import Adapter, check_folder, fit_vocabulary, load_model, read_adapter
-from llmlab.runs._trl import show_head_bias
+from llmlab.model import fit_vocabulary, load_model, read_adapter
+from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError
 from llmlab.settings.lora import LoraSettings
 
-OF_AN_ADAPTER = {  # setting -> LoraConfig field that must agree when an adapter is trained further
+LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -57,7 +57,7 @@ class Policy:
             return None
         return lora_config(self.model, settings, self.tokenizer.convert_tokens_to_ids(self.new_tokens))
 
-    def fit(self, length: int) -> int:
+    def cap_length(self, length: int) -> int:
         """Caps a length in tokens at the model's context length."""
         return min(length, context_length(self.model) or length)
 
@@ -85,11 +85,10 @@ def load_policy(
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
     The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
     """
-    check_folder(source)
-    adapter = read_lora(source)
+    adapter = read_adapter(source, lora_only=True)
     if adapter is not None:
         _check_same_adapter(source, adapter.config, settings)
-    quantization = quantization_of(settings, hardware)
+    quantization = quantization_config(settings, hardware)
     frozen = adapter is not None or settings.use_lora
     options = {
         "dtype": hardware.torch_dtype if frozen else torch.float32,
@@ -108,7 +107,7 @@ def load_policy(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError(f"{source}: its tokenizer has no eos token: is its tokenizer_config.json missing?")
-    stops = stop_at(model, tokenizer)
+    stops = set_stop_tokens(model, tokenizer)
     if quantization is not None:
         model = prepare_quantized(model)
     if adapter is not None:
@@ -117,7 +116,7 @@ def load_policy(
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids))
     if isinstance(model, PeftModel):
-        show_head_bias(model)
+        expose_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
 
@@ -151,15 +150,7 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
     return reference, named
 
 
-def read_lora(source: str) -> Adapter | None:
-    """Returns LoRA adapters, or None where the source is a whole model."""
-    adapter = read_adapter(source)
-    if adapter is not None and adapter.config.peft_type != "LORA":
-        raise UserError(f"{source}: an adapter of type {adapter.config.peft_type}; expected LoRA")
-    return adapter
-
-
-def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Adds the end-of-turn token to the generation config's eos ids, and returns all of them."""
     config = model.generation_config
     known = config.eos_token_id
@@ -170,7 +161,7 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     return stops
 
 
-def quantization_of(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
     """Returns the bitsandbytes config for QLoRA, or None."""
     if not settings.use_qlora:
         return None
@@ -195,12 +186,12 @@ def check_quantization(hardware: Hardware) -> None:
 
 def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Prepares a 4-bit model for LoRA: base weights frozen, other parameters in fp32."""
-    keep_packing(model)
+    keep_quantized_layout(model)
     # Trainer enables gradient checkpointing itself
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def keep_packing(model: PreTrainedModel) -> None:
+def keep_quantized_layout(model: PreTrainedModel) -> None:
     """Keeps evaluation on CPUs from repacking 4-bit weights, which rounds their scales in the middle of a run."""
     from bitsandbytes.nn import Linear4bit
 
@@ -212,7 +203,7 @@ def keep_packing(model: PreTrainedModel) -> None:
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
     """Checks that the LoRA settings agree with the adapter that is trained further."""
     for setting in fields_of(type(settings)):
-        field = OF_AN_ADAPTER.get(setting.name)
+        field = LORA_FIELDS.get(setting.name)
         value = setting.of(settings)
         if field is not None and value not in (setting.default, getattr(adapter, field)):
             raise UserError(

@@ -1,6 +1,6 @@
-"""What a person sees of a run: the plan before it, one line while it trains, one line for each evaluation.
+"""Console output of a run: the plan, a line while it trains, a line for each evaluation, and the result.
 
-On a terminal the line is redrawn in place; elsewhere every log event prints a line of its own.
+On a terminal the progress line is redrawn in place; elsewhere every log event prints a line of its own.
 """
 
 import time
@@ -44,12 +44,8 @@ def print_plan(console: Console, title: str, rows: Sequence[tuple[str, str | Tex
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the libraries' notices and progress bars off the screen: llmlab's own line shows the same."""
-    level, bars, data_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+    """Keeps the libraries' notices and progress bars off the screen: llmlab's own line replaces them."""
+    level, bars, data_quiet = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -61,7 +57,7 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if data_bars:
+        if not data_quiet:
             enable_progress_bars()
 
 
@@ -75,13 +71,10 @@ class ValuesColumn(TextColumn):
 
 
 class ProgressLine(TrainerCallback):
-    """Shows step, loss, learning rate, gradient norm, tokens per second, MFU where a peak is known, and the time.
+    """Shows step, loss, learning rate, gradient norm, tokens per second, MFU and the time.
 
-    Args:
-        console: where to print.
-        tokens_per_step: tokens of one update on all processes; None takes the trainer's own count.
-        flops_per_token: forward and backward; None leaves MFU out.
-        peak_flops: of all devices together; None leaves MFU out.
+    `tokens_per_step` and `peak_flops` count all processes; without the former the trainer's own count is taken,
+    without the latter or `flops_per_token` (forward and backward) there is no MFU.
     """
 
     def __init__(
@@ -170,7 +163,7 @@ class ProgressLine(TrainerCallback):
         self.console.print(text, soft_wrap=True)
 
     def stop(self) -> None:
-        """Leaves the progress line as it stands."""
+        """Stops the live display, keeping its last state."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-# what those who read a record rely on; it may hold more
+# fields that readers rely on; more are allowed
 SHAPE = TypeAdapter(
     TypedDict(
         "Record",

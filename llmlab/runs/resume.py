@@ -21,7 +21,7 @@ from llmlab.settings.sources import resolve
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
-def check_whole(checkpoint: Path) -> None:
+def check_undamaged(checkpoint: Path) -> None:
     """Raises UserError for a checkpoint with damaged files, before the run that would fail over them begins."""
     state = read_json(checkpoint / checkpoints.STATE)
     # the trainer relies on these, and its annotations are looser or stricter

@@ -21,7 +21,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -30,11 +29,11 @@ from transformers import (
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import show_head_bias
+from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments, rhythm_arguments
-from llmlab.runs.callbacks import MetricsLog, Rhythm, ScheduleAfterResume, WholeCheckpoints
+from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -149,21 +148,21 @@ class Run(Start[S]):
         *,
         arguments: dict[str, Any],
         progress: dict[str, Any] | None = None,
-        best_by: str = "loss",
+        best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `OurOptimizers`, with `options` of its own.
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
 
         `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
-        from the settings nor from the machine; `progress` those of `ProgressLine`. `best_by` is the validation metric
-        of the best checkpoint, `loss` or `reward`.
+        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
+        validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
-        self.rhythm = Rhythm(
+        self.rhythm = SaveSchedule(
             best_only=settings.save_best_only,
             evaluates=evaluates,
             save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
-            best_is=best_by,
+            best_metric=best_metric,
         )
         self.progress = ProgressLine(
             self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
@@ -186,7 +185,7 @@ class Run(Start[S]):
                 **options,
             )
         if isinstance(made.model, PeftModel):
-            show_head_bias(made.model)
+            expose_head_bias(made.model)
         return made
 
     def train(
@@ -203,9 +202,9 @@ class Run(Start[S]):
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
-        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics: they
-        are called before those that print and record, the last one first. `compiled` says the reason of the stage's
-        own compile decision. `results` are metrics in addition to the trainer's.
+        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
+        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
+        compile decision. `results` are metrics in addition to the trainer's.
         """
         trainer.has_all_steps = self.has_all_steps(steps)
         compiled = compiled or compile_if_worth(
@@ -226,14 +225,14 @@ class Run(Start[S]):
             record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
-            trainer.add_callback(ScheduleAfterResume(self.done))
+            trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
-        whole = WholeCheckpoints(trainer, self.settings.save_total_limit)
-        trainer.add_callback(whole)  # must run after all other callbacks
+        rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
+        trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            failures_recorded(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress, self.settings),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -242,12 +241,12 @@ class Run(Start[S]):
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
-            trainer.check_weights()
-            checkpoints.publish(self.folder, lambda temporary: save_policy(trainer, temporary))
+            with checkpoints.staged(self.folder) as temporary:
+                save_policy(trainer, temporary)
         metrics = last_metrics(trainer) | (results or {})
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-            whole.rotate(trainer.args, trainer.state)
+            rotation.rotate(trainer.args, trainer.state)
         print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
         return RunResult(self.folder, metrics)
 
@@ -274,14 +273,7 @@ class Run(Start[S]):
 
 
 def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the number of optimizer steps of a run, counted as Trainer does.
-
-    Args:
-        settings: with `epochs` and `max_steps`.
-        rows: training rows of one epoch.
-        rows_per_batch: rows per forward pass, over all processes.
-        accumulation: gradient accumulation steps.
-    """
+    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
     if settings.epochs is None:
         return settings.max_steps
     batches = math.ceil(rows / rows_per_batch)
@@ -320,9 +312,10 @@ class BestAdapters(TrainerCallback):
     def __init__(self, trainer: Trainer, folder: Path):
         self.trainer, self.folder = trainer, folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            checkpoints.publish(self.folder, lambda temporary: save_weights(self.trainer, temporary / BEST_ADAPTERS))
+            with checkpoints.staged(self.folder) as temporary:
+                save_weights(self.trainer, temporary / BEST_ADAPTERS)
 
 
 def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
@@ -375,8 +368,8 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_by = trainer.state, trainer.args.metric_for_best_model
+    state, best_metric = trainer.state, trainer.args.metric_for_best_model
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_by in line)
+        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
         metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
     return metrics

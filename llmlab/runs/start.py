@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -18,9 +19,9 @@ from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_steps_left, check_whole, data_files, find_checkpoint
+from llmlab.runs.resume import check_data, check_steps_left, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import OfMainProcess, UserError
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.terminal import Terminal
 
@@ -79,7 +80,7 @@ def begin(
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
-    with ExitStack() as stack:
+    with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
             output = Path(settings.output_dir)  # type: ignore[attr-defined]
@@ -96,7 +97,7 @@ def begin(
             notes = check_data(folder, files, allow_changed=allow_changed_data)
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
-                check_whole(checkpoint)
+                check_undamaged(checkpoint)
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
                 names = ", ".join(
@@ -122,5 +123,21 @@ def on_main(process: PartialState, action: Callable[[], T]) -> T:
             error = caught
     result, message = broadcast_object_list([result, error and str(error)])
     if message is not None:
-        raise error or UserError(message)
+        raise error or OfMainProcess(message)
     return result
+
+
+@contextmanager
+def lost_processes_named(process: PartialState) -> Iterator[None]:
+    """Says in one sentence, on the main process alone, that another process of this run is gone."""
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:
+        # gloo's errors have no type of their own
+        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            raise
+        kind = UserError if process.is_main_process else OfMainProcess
+        raise kind(
+            "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
+            "killed (most often for its memory); --resume goes on from the last checkpoint"
+        ) from error

@@ -26,6 +26,10 @@ class Diverged(UserError):
     exit_code = 4
 
 
+class OfMainProcess(UserError):
+    """What another process of a distributed run already prints: this one ends in silence."""
+
+
 class SettingsError(UserError):
     """All problems of a set of settings at once, each a sentence that starts with its place (`file:line`)."""
 

@@ -70,7 +70,7 @@ def missing(name: str, what: str = "file or folder") -> UserError:
 
 
 def check_model(name: str) -> None:
-    """Raises UserError for a name that can only be local and holds no model; a possible hub id passes."""
+    """Checks that a local path holds a model; hub ids pass unchecked."""
     folder = expand(name)
     if os.path.isfile(folder):
         raise UserError(f"{name}: this is a file; expected a run folder or a hub id")

@@ -29,7 +29,8 @@ class PreferenceSettings(FineTuningSettings):
     gradient_accumulation_steps: Annotated[int | None, Gt(0)] = None
     """Forward passes of one optimizer step; none follows from batch_size and mini_batch_size."""
     max_length: v.MaxLength = 4096
-    """Longest prompt and completion together, in tokens; completions lose their end, counted and reported."""
+    """Longest prompt and completion together, in tokens; completions are truncated at the end, counted and
+    reported."""
     max_prompt_length: Annotated[int | None, Gt(0)] = 2048
     """Longest prompt in tokens; longer ones are truncated at the beginning, counted and reported."""
     allow_truncated: v.AllowTruncated = 0.05

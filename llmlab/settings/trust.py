@@ -1,6 +1,6 @@
-"""What no file may decide: that code which a model brings along runs, and that something leaves this machine.
+"""What no file may decide: running a model's own Python code, and sending data off this machine.
 
-Only the user decides it, on the command line or in a call; files, pipelines and run records that do are refused.
+Only the command line or a call can allow these; files, pipelines and run records cannot.
 """
 
 import inspect

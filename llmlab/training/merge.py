@@ -1,14 +1,12 @@
-"""The merge stage: an adapter folded into its base model, checked, and saved as an ordinary model.
+"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model.
 
-Loading an adapter beside its base, to talk to it, is `inference`; making one is the training stages' business.  The
-run folder appears only after the model, read back from disk, computed what base and adapter compute together.
+PEFT merges, in float64; here are the checks around it. The run folder appears only after the model, read back from
+disk, was shown to give the same logits as base + adapter.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +20,28 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
 from llmlab.model import fit_context, load_classifier, load_model
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
+from llmlab.runs.policy import set_stop_tokens
 from llmlab.runs.progress import human, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.terminal import Terminal
 from llmlab.training.merge_sources import (
-    SCORES,
+    SEQ_CLS,
     check_base,
     describe,
     find_adapter,
-    has_tokenizer,
     notes_on,
     read_config,
-    saved_dtype,
+    tokenizer_home,
 )
 
 PROBE_TEXTS = (
@@ -57,7 +55,7 @@ TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 
 @takes_trust
 def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console | None = None) -> RunResult:
-    """Folds adapters into their base model, checks the result against both, and saves it as an ordinary model.
+    """Merges adapters into their base model, checks the result against both, and saves it as an ordinary model.
 
     Args:
         settings: the adapter, the base model where it is another than the adapter names, and where to save.
@@ -67,129 +65,48 @@ def merge(settings: MergeSettings | Resolved[MergeSettings], *, console: Console
         The run folder, and how far its logits are from the adapter's and from the base model's.
 
     Raises:
-        UserError: there is no adapter, it does not fit the base model or changes nothing, or it cannot be merged.
         RuntimeError: the merged model computes something else, which is a fault of this module or of PEFT.
 
     Source: seed, LLM-Lab document, "LoRA Adapter Merging".
     """
     resolved = as_resolved(settings)
-    settings = resolved.settings
-    console = console or Terminal()
-    with checkpoints.claim(settings.output_dir) as folder:
-        return _merge(folder, resolved, console)
-
-
-def _merge(folder: Path, resolved: Resolved[MergeSettings], console: Console) -> RunResult:
-    settings = resolved.settings
-    adapter = find_adapter(settings.adapter)
-    with quiet_libraries(), warnings.catch_warnings():
+    with checkpoints.claim(resolved.settings.output_dir) as folder, quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of here (tied embeddings, missing weights) is checked below
-        config = read_config(adapter)
-        base = settings.base or config.base_model_name_or_path
-        base_config = check_base(base, config, adapter, named=settings.base is not None)
-        dtype = saved_dtype(base, base_config) if settings.dtype == "auto" else DTYPES[settings.dtype]
-        home = next((str(place) for place in (adapter, adapter.parent) if has_tokenizer(place)), base)
-        tokenizer = load_tokenizer(home)
-        merged = _merge_weights(adapter, config, base, tokenizer)
-        merged.prepare_to_save(dtype, tokenizer)
-        check_disk(folder, needed=sum(weight.nbytes for weight in merged.model.parameters()))
-        with _staged(folder) as place:
-            _write(merged.model, tokenizer, place)
-            rounding = _check_saved(merged, _loader(config)(place, dtype=torch.float64).eval(), dtype)
-            size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-            metrics: dict[str, float] = {
-                "max_difference": merged.difference,
-                "difference_to_base": merged.effect,
-                "rounding_difference": rounding,
-                "merged_modules": merged.modules,
-                "bytes": size,
-            }
-            record = RunRecord(
-                place,
-                stage="merge",
-                settings=settings.model_dump(mode="json"),
-                sources=resolved.sources,
-                parents=[settings.adapter, base],
-                hardware={},
-            )
-            record.finish("finished", metrics=metrics, adapter=describe(adapter, config))
-    name = str(dtype).removeprefix("torch.")
-    rows = [
-        ("base", base),
-        ("adapter", f"{adapter}: {', '.join(f'{key} {value}' for key, value in describe(adapter, config).items())}"),
-        ("merged modules", str(merged.modules)),
-        ("saved", f"{human(size, 'B')} in {name}"),
-        (
-            "logits",
-            f"off base + adapter by at most {merged.difference:.2g} in float64 ({TOLERANCE:g} is allowed), off the "
-            f"base by {merged.effect:.3g}",
-        ),
-    ]
-    if dtype != torch.float32:
-        rows.append(("rounding", f"to {name} moves logits by at most {rounding:.2g}"))
-        if rounding > merged.effect / 2:
-            merged.notes.append("rounding moves logits almost as much as the adapter does; dtype=fp32 keeps it whole")
-    print_plan(console, "merge", rows + [("note", note) for note in merged.notes + notes_on(adapter)])
+        metrics, plan = _merge(folder, resolved)
+    console = console or Terminal()
+    print_plan(console, "merge", plan)
     print_result(console, folder, metrics)
     return RunResult(folder, metrics)
 
 
-# Merging ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Merged:
-    """A merged model, in memory and in float64, with what its probes showed.
-
-    `difference` is the largest of its logits from base and adapter's, `effect` of theirs from the base's.
-    """
-
-    model: PreTrainedModel
-    modules: int
-    probes: list[Tensor]
-    base_logits: list[Tensor]
-    logits: list[Tensor]
-    difference: float
-    effect: float
-    notes: list[str]
-
-    def prepare_to_save(self, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Rounds the weights, and lets generation stop where the base or the tokenizer ends a text or a turn."""
-        self.model.to(dtype)
-        if not self.model.can_generate():  # it scores
-            self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-            return
-        config = self.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        stops = [stop for stop in dict.fromkeys([*ends, *stop_token_ids(tokenizer)]) if stop is not None]
-        config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_token_id
-        try:
-            config.validate(strict=True)
-        except ValueError:  # many published models name a temperature without saying that they sample
-            config.do_sample = True
-
-
-def _merge_weights(adapter: Path, config: PeftConfig, base: str, tokenizer: PreTrainedTokenizerBase) -> Merged:
-    model = _loader(config)(base, dtype=torch.float64).eval()
-    try:
+def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Writes the merged model into the run folder; returns the metrics and the lines to print."""
+    settings = resolved.settings
+    adapter = find_adapter(settings.adapter)
+    config = read_config(adapter)
+    base = settings.base or config.base_model_name_or_path
+    check_base(base, config, adapter, named=settings.base is not None)
+    tokenizer = load_tokenizer(tokenizer_home(adapter, base))
+    load = load_classifier if config.task_type == SEQ_CLS else load_model
+    model = load(base, dtype="auto")  # as saved
+    saved = model.dtype if model.dtype in DTYPES.values() else torch.float32
+    dtype = saved if settings.dtype == "auto" else DTYPES[settings.dtype]
+    model = model.double().eval()
+    with reading(adapter, "an adapter's weights: damaged or incomplete"):
         weights = load_peft_weights(
             str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
         )
-    except SafetensorError as error:
-        raise UserError(f"{adapter}: the adapter's weights are damaged or incomplete: {error}") from None
+
     notes: list[str] = []
-    new_rows = _fit_vocabulary(model, config, weights, tokenizer, adapter, notes)
-    probes = _probes(model, tokenizer, new_rows)
+    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, weights, tokenizer, adapter, notes))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
     tied_head = _tied_head(model)
-    wrapped = _wrap(model, config, weights, adapter, base)
+    wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
     if tied_head is not None:  # merging in place would change both (peft#2018); PEFT had to see them tied
         tied_head.weight = nn.Parameter(tied_head.weight.detach().clone())
-    adapted = _logits(wrapped, probes)
-    effect = _distance(base_logits, adapted)
-    _check_effect(wrapped, effect, adapted, adapter)
+    adapted_logits = _logits(wrapped, probes)
+    effect = _distance(base_logits, adapted_logits)
+    _check_effect(wrapped, effect, adapted_logits, adapter)
     modules = sum(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in wrapped.modules())
     try:
         model = wrapped.merge_and_unload(safe_merge=True)
@@ -198,15 +115,50 @@ def _merge_weights(adapter: Path, config: PeftConfig, base: str, tokenizer: PreT
     if tied_head is not None:
         _tie_where_equal(model, notes)
     logits = _logits(model, probes)
-    difference = _distance(adapted, logits)
-    if not difference <= TOLERANCE * max(_largest(adapted), 1.0):
+    difference = _distance(adapted_logits, logits)
+    if not difference <= TOLERANCE * _scale(adapted_logits):
         raise RuntimeError(f"the merged model's logits differ by {difference:.2g} from those of base and adapter")
-    return Merged(model, modules, probes, base_logits, logits, difference, effect, notes)
+
+    _round(model, tokenizer, dtype)
+    check_disk(folder, needed=sum(weight.nbytes for weight in model.parameters()))
+    try:
+        with checkpoints.staged(folder) as place:
+            _write(model, tokenizer, place)
+            saved_logits = _logits_on_disk(model, load(place, dtype=torch.float64).eval(), probes)
+            rounding = _check_rounding(base_logits, logits, saved_logits, effect, dtype)
+            metrics: dict[str, float] = {
+                "max_difference": difference,
+                "difference_to_base": effect,
+                "rounding_difference": rounding,
+                "merged_modules": modules,
+                "bytes": sum(path.stat().st_size for path in place.glob("*.safetensors")),
+            }
+            values, parents = settings.model_dump(mode="json"), [settings.adapter, base]
+            record = RunRecord(
+                place, stage="merge", settings=values, sources=resolved.sources, parents=parents, hardware={}
+            )
+            record.finish("finished", metrics=metrics, adapter=describe(adapter, config))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
+
+    name = str(dtype).removeprefix("torch.")
+    kind = ", ".join(f"{key} {value}" for key, value in describe(adapter, config).items())
+    plan = [
+        ("base", base),
+        ("adapter", f"{adapter}: {kind}"),
+        ("merged modules", str(modules)),
+        ("saved", f"{human(metrics['bytes'], 'B')} in {name}"),
+        ("logits", f"differ by at most {difference:.2g} from base + adapter, in float64 ({TOLERANCE:g} is allowed)"),
+        ("effect", f"the adapter moves logits by at most {effect:.3g}"),
+    ]
+    if dtype != torch.float32:
+        plan.append(("rounding", f"to {name} moves logits by at most {rounding:.2g}"))
+        if rounding > effect / 2:
+            notes.append("rounding moves logits almost as much as the adapter does; dtype=fp32 keeps it whole")
+    return metrics, plan + [("note", note) for note in notes + notes_on(adapter)]
 
 
-def _loader(config: PeftConfig) -> Callable[..., PreTrainedModel]:
-    """Returns what loads the kind of model that an adapter belongs to."""
-    return load_classifier if config.task_type == SCORES else load_model
+# Merging ----------------------------------------------------------------------------------------------------------
 
 
 def _fit_vocabulary(
@@ -219,31 +171,27 @@ def _fit_vocabulary(
 ) -> list[int]:
     """Gives the model as many rows as the adapter was trained with, and returns those that the adapter changes."""
     rows = model.get_input_embeddings().num_embeddings
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    tied = _tied_head(model) is not None
-    saved = [_saved_rows(weights, names[id(module)]) for module in ends]
-    wanted = next((count for count in saved if count), max(rows, len(tokenizer)))
+    module_names = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [module_names[id(end)] for end in ends if end is not None]
+    saved = {name: _saved_rows(weights, name) for name in names}
+    wanted = next(filter(None, saved.values()), max(rows, len(tokenizer)))
+    expected = "expected the base model and the tokenizer that it was trained with"
     if len(tokenizer) > wanted:
-        raise UserError(
-            f"{adapter}: the tokenizer has {len(tokenizer)} tokens and the adapter was trained with {wanted}; "
-            "expected the tokenizer that it was trained with"
-        )
-    chosen = getattr(config, "trainable_token_indices", None) or {}
-    chosen = chosen if isinstance(chosen, dict) else {names[id(ends[0])].rpartition(".")[2]: chosen}
-    indices = {index for listed in chosen.values() for index in listed}
+        raise UserError(f"{adapter}: trained with {wanted} tokens, the tokenizer has {len(tokenizer)}; {expected}")
+    trained = getattr(config, "trainable_token_indices", None) or {}
+    trained = trained if isinstance(trained, dict) else {names[0].rpartition(".")[2]: trained}
+    indices = {index for listed in trained.values() for index in listed}
     if indices and max(indices) >= wanted:
         raise UserError(
-            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; "
-            "expected the base model and the tokenizer that it was trained with"
+            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; {expected}"
         )
     added = set(range(rows, wanted))
-    for module, count in zip(ends[:1] if tied else ends, saved, strict=False):
-        leaf = names[id(module)].rpartition(".")[2]
-        untrained = set() if count else added - set(chosen.get(leaf, ()))
-        if untrained:
+    for name in names[:1] if _tied_head(model) is not None else names:
+        leaf = name.rpartition(".")[2]
+        if untrained := set() if saved[name] else added.difference(trained.get(leaf, ())):
             notes.append(f"{leaf}: {len(untrained)} rows of new tokens are in no adapter, and get the others' mean")
-    if wanted != rows:
+    if added:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the rows that no adapter holds are the same each time
             model.resize_token_embeddings(wanted)
@@ -251,13 +199,10 @@ def _fit_vocabulary(
 
 
 def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:
-    """Returns how many rows an embedding has that the adapter saved whole, or adapts; None where it does neither."""
+    """Returns how many rows an embedding or head has that the adapter saves whole or adapts; None for neither."""
+    whole = tuple(f"{module}.{part}weight" for part in ("", "base_layer.", "token_adapter.base_layer.", "lora_B."))
     for name, weight in weights.items():
-        if name.endswith(
-            (f"{module}.weight", f"{module}.base_layer.weight", f"{module}.token_adapter.base_layer.weight")
-        ):
-            return weight.shape[0]
-        if name.endswith((f"{module}.lora_embedding_A", f"{module}.lora_B.weight")):
+        if name.endswith((*whole, f"{module}.lora_embedding_A")):
             return weight.shape[name.endswith("lora_embedding_A")]
     return None
 
@@ -269,7 +214,7 @@ def _tied_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _tie_where_equal(model: PreTrainedModel, notes: list[str]) -> None:
-    """Ties embedding and head again where merging left them equal, and else lets the configuration say so."""
+    """Re-ties embedding and output head if still equal, else sets tie_word_embeddings=false."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     equal = torch.equal(embedding.weight, head.weight)
     if equal:
@@ -279,8 +224,8 @@ def _tie_where_equal(model: PreTrainedModel, notes: list[str]) -> None:
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = equal
 
 
-def _wrap(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor], adapter: Path, base: str) -> Any:
-    misfit = f"{adapter}: this adapter does not fit base = {base}"
+def _attach(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor], misfit: str) -> Any:
+    """Returns the model with the adapter, all of whose weights have a place there."""
     config.inference_mode = True
     try:
         wrapped = PeftModel(model, config).eval()
@@ -294,34 +239,28 @@ def _wrap(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor]
     missing = [name for name in loaded.missing_keys if prefix in name or "modules_to_save" in name]
     # PEFT saves the rows of new tokens once more for a tied head, and has no place for them then
     rows = {name: weight for name, weight in weights.items() if name.endswith("token_adapter.trainable_tokens_delta")}
-    twice = rows if all(torch.equal(weight, other) for weight in rows.values() for other in rows.values()) else {}
+    twice = rows if len({tuple(weight.flatten().tolist()) for weight in rows.values()}) == 1 else {}
     unexpected = [name for name in loaded.unexpected_keys if name not in twice]
     for names, what in ((unexpected, "has no place there"), (missing, "is there and not in the adapter")):
         if names:
-            raise UserError(
-                f"{misfit}: {names[0]} {what} ({len(names)} such weights); expected the model that it was trained on"
-            )
+            count = f"{names[0]} {what} ({len(names)} such weights)"
+            raise UserError(f"{misfit}: {count}; expected the model that it was trained on")
     return wrapped
 
 
-def _check_effect(wrapped: Any, effect: float, adapted: list[Tensor], adapter: Path) -> None:
+# Checking ---------------------------------------------------------------------------------------------------------
+
+
+def _check_effect(wrapped: Any, effect: float, adapted_logits: list[Tensor], adapter: Path) -> None:
+    """Refuses an adapter that breaks the model or changes nothing."""
     if not math.isfinite(effect):
         raise UserError(f"{adapter}: with this adapter the model's logits are not finite; its training went wrong")
-    first_zero = [
-        weight for name, weight in wrapped.named_parameters() if ".lora_B." in name or "lora_embedding_A" in name
-    ]
-    untrained = bool(first_zero) and not any(weight.any() for weight in first_zero)
-    if effect > 0 and not (untrained and effect <= 1e-5 * _largest(adapted)):  # DoRA's norms round
-        return
-    reason = "its weights do not reach the logits, as with lora_alpha = 0"
-    if untrained:
-        reason = (
-            "every lora_B is zero, as before the first training step: it was never trained, or with learning rate 0"
-        )
-    raise UserError(f"{adapter}: the adapter changes nothing: {reason}")
-
-
-# Checking ---------------------------------------------------------------------------------------------------------
+    zero_at_first = [p for name, p in wrapped.named_parameters() if ".lora_B." in name or "lora_embedding_A" in name]
+    untrained = bool(zero_at_first) and not any(p.any() for p in zero_at_first)
+    if effect == 0 or (untrained and effect <= TOLERANCE * _scale(adapted_logits)):  # DoRA's norms round
+        reason = "every lora_B is zero, as before the first training step" if untrained else ""
+        reason = reason or "its weights do not reach the logits, as with lora_alpha = 0"
+        raise UserError(f"{adapter}: the adapter changes nothing: {reason}")
 
 
 def _probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_rows: list[int]) -> list[Tensor]:
@@ -347,31 +286,33 @@ def _distance(first: list[Tensor], second: list[Tensor]) -> float:
     return torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max().item()
 
 
-def _largest(logits: list[Tensor]) -> float:
-    return max(part.abs().max().item() for part in logits)
+def _scale(logits: list[Tensor]) -> float:
+    """Returns the size that differences of logits are relative to."""
+    return max(1.0, *(part.abs().max().item() for part in logits))
 
 
-def _check_saved(merged: Merged, reloaded: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Returns how far rounding moved the logits, once what was read back from disk is what was merged.
-
-    Raises:
-        UserError: rounding lost the adapter, or a weight that is too large for the precision.
-        RuntimeError: the model on disk is another.
-    """
-    written, kept = reloaded.state_dict(), merged.model.state_dict()
-    wrong = list(written.keys() ^ kept.keys())
-    wrong += [name for name in written.keys() & kept.keys() if not torch.equal(written[name], kept[name].double())]
+def _logits_on_disk(model: PreTrainedModel, reloaded: PreTrainedModel, probes: list[Tensor]) -> list[Tensor]:
+    """Returns the logits of the model that was read back, once its weights are those that were written."""
+    read, written = reloaded.state_dict(), model.state_dict()
+    wrong = list(read.keys() ^ written.keys())
+    wrong += [name for name in read.keys() & written.keys() if not torch.equal(read[name], written[name].double())]
     if wrong:
         raise RuntimeError(f"the merged model differs after reading it back: {len(wrong)} weights, such as {wrong[0]}")
-    logits = _logits(reloaded, merged.probes)
-    rounding, name = _distance(merged.logits, logits), str(dtype).removeprefix("torch.")
+    return _logits(reloaded, probes)
+
+
+def _check_rounding(
+    base_logits: list[Tensor], logits: list[Tensor], saved_logits: list[Tensor], effect: float, dtype: torch.dtype
+) -> float:
+    """Returns how far rounding to the saved precision moves the logits, unless it loses the adapter or a weight."""
+    rounding, name = _distance(logits, saved_logits), str(dtype).removeprefix("torch.")
     if not math.isfinite(rounding):
         raise UserError(f"the merged weights do not fit into {name}: the logits are not finite; expected dtype=fp32")
-    if dtype == torch.float32 and rounding > 10 * TOLERANCE * max(_largest(logits), 1.0):  # half an ulp a weight
+    if dtype == torch.float32 and rounding > 10 * TOLERANCE * _scale(saved_logits):  # half an ulp a weight
         raise RuntimeError(f"the merged model's logits differ by {rounding:.2g} after reading it back")
-    if _distance(merged.base_logits, logits) == 0:
+    if _distance(base_logits, saved_logits) == 0:
         raise UserError(
-            f"the adapter's changes (of logits by {merged.effect:.2g}) vanish when rounded to {name}: "
+            f"the adapter's changes (of logits by {effect:.2g}) vanish when rounded to {name}: "
             "expected dtype=fp32, or an adapter that was trained for longer"
         )
     return rounding
@@ -380,17 +321,23 @@ def _check_saved(merged: Merged, reloaded: PreTrainedModel, dtype: torch.dtype) 
 # Saving -----------------------------------------------------------------------------------------------------------
 
 
+def _round(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+    """Rounds the weights, and lets generation stop where the base or the tokenizer ends a text or a turn."""
+    model.to(dtype)
+    if not model.can_generate():  # a reward model
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return
+    config = model.generation_config
+    pad = config.pad_token_id
+    set_stop_tokens(model, tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id if pad is None else pad
+    try:
+        config.validate(strict=True)
+    except ValueError:  # many published models name a temperature without saying that they sample
+        config.do_sample = True
+
+
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     fit_context(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes its place when all went well; otherwise nothing is left behind."""
-    try:
-        with checkpoints.staged(folder) as place:
-            yield place
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error

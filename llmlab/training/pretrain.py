@@ -26,7 +26,7 @@ from llmlab.model import (
 from llmlab.runs.callbacks import Perplexity, StreamPosition
 from llmlab.runs.compile import compile_layers, decide_compile
 from llmlab.runs.failures import check_memory
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, training_stage
@@ -35,7 +35,7 @@ from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 
 
-class PretrainTrainer(OurOptimizers, Trainer):
+class PretrainTrainer(StageTrainer, Trainer):
     """Transformers' Trainer with llmlab's optimizers and the chunked loss."""
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class PretrainTrainer(OurOptimizers, Trainer):
         )
 
 
-def complete_shape(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSettings]:
+def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSettings]:
     """Returns the settings with the vocabulary size and the sequence length that the model really has."""
     settings = resolved.settings
     shape, length = settings.model, settings.model.max_seq_len
@@ -82,7 +82,7 @@ def complete_shape(resolved: Resolved[PretrainSettings]) -> Resolved[PretrainSet
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
-@training_stage(prepare=complete_shape)
+@training_stage(prepare=resolve_architecture)
 def pretrain(run: Run[PretrainSettings]) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 

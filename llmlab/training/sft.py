@@ -10,9 +10,9 @@ import torch
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llmlab.data.chat.makers import InstructionMaker
+from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs.callbacks import Perplexity
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_steps, step_limit, total_steps, training_stage
 from llmlab.settings.sft import SFTSettings
@@ -21,27 +21,27 @@ SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
-class InstructionTrainer(OurOptimizers, SFTTrainer):
+class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
 
-    evaluated: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
+    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = (inputs["labels"][..., 1:] != -100).sum()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not model.training:
-            self.evaluated += torch.stack([loss * tokens, tokens])
+            self.eval_sums += torch.stack([loss * tokens, tokens])
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.evaluated = torch.zeros(2, device=self.args.device)
+        self.eval_sums = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self.accelerator.reduce(self.evaluated, reduction="sum").tolist()
+        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
         output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
         return output
 
 
-class RowsApart:
+class UnflattenedRows:
     """Collates packed rows as a batch, for attention implementations without variable-length kernels.
 
     TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
@@ -75,11 +75,11 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     """
     settings = run.settings
     policy = run.load_policy()
-    length = policy.fit(settings.max_seq_len)
+    length = policy.cap_length(settings.max_seq_len)
     rows_per_batch = settings.batch_size * run.process.num_processes
     accumulation = settings.gradient_accumulation_steps
     rows_per_step = rows_per_batch * accumulation
-    maker = InstructionMaker(
+    maker = InstructionEncoder(
         policy.tokenizer,
         max_seq_len=length,
         loss_on=settings.loss_on,
@@ -93,7 +93,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         eval_batches=settings.eval_steps,
     )
     trainer = run.make_trainer(
-        InstructionTrainer,
+        LLMLabSFTTrainer,
         SFTConfig,
         policy.model,
         policy.tokenizer,
@@ -102,7 +102,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     )
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
-        trainer.data_collator = RowsApart(trainer.data_collator)
+        trainer.data_collator = UnflattenedRows(trainer.data_collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     steps = total_steps(settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)

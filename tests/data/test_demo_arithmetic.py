@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.makers import PromptMaker
+from llmlab.data.chat.makers import PromptEncoder
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
 from llmlab.data.demo.arithmetic import WORDINGS, work
 from llmlab.data.sources import Tally, load_text
@@ -116,7 +116,7 @@ def test_every_row_is_text_to_pretrain_on():
 
 def test_every_row_is_a_prompt_with_its_answer_beside_it():
     named = DataSource(name="demo/arithmetic", subset="20kB")
-    source = PromptMaker(None, max_prompt_length=None).open(named)
+    source = PromptEncoder(None, max_prompt_length=None).open(named)
     for row in rows(size="20kB"):
         read_row = source.read(row)
         assert read_row["prompt"] == row["messages"][:1]

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.makers import InstructionMaker
+from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -37,7 +37,7 @@ def build(tokenizer, tmp_path):
         options = {"seed": 3} | {k: changes.pop(k) for k in list(changes) if k in OPTIONS}
         only_label = changes.pop("only_label", None)
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = InstructionMaker(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
+        maker = InstructionEncoder(tokenizer, max_seq_len=max_seq_len, loss_on=loss_on, only_label=only_label)
         return build_rows(DataSettings(datasets=list(sources), **values), maker, **options)
 
     return make
@@ -222,8 +222,8 @@ def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_pa
     """`num_proc` unset is every core."""
     monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 10)
     monkeypatch.setattr(rows_module, "cores", lambda: 3)
-    make = InstructionMaker.make
-    monkeypatch.setattr(InstructionMaker, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
+    make = InstructionEncoder.make
+    monkeypatch.setattr(InstructionEncoder, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
     source = write(tmp_path / "a.jsonl", pairs(30))
     environment, variables = os.environ, dict(os.environ)
     build(source, num_proc=num_proc)

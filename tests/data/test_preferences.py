@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.data.chat.makers import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.settings.data import DataSettings
@@ -43,7 +43,7 @@ def make(tokenizer):
     """Returns a function that makes a row of a pair."""
 
     def make(pair, max_length=512, **options):
-        return PreferenceMaker(tokenizer, max_length=max_length, **options).make(pair)
+        return PreferenceEncoder(tokenizer, max_length=max_length, **options).make(pair)
 
     return make
 
@@ -52,7 +52,7 @@ def make(tokenizer):
 def build(tokenizer, tmp_path):
     def build(*sources, max_length=128, max_prompt_length=None, allow_truncated=0.05, **changes):
         values = {"validation_fraction": 0, "cache_dir": str(tmp_path / "cache"), "num_proc": 1, **changes}
-        maker = PreferenceMaker(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+        maker = PreferenceEncoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         settings = DataSettings(datasets=list(sources), **values)
         return build_rows(settings, maker, seed=3, allow_truncated=allow_truncated)
 

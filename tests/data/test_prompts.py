@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmlab.data.chat.formats import recognize
-from llmlab.data.chat.makers import PromptMaker, decode_prompts
+from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
@@ -36,7 +36,7 @@ def read(tokenizer, folder, *files, max_prompt_length=None, **settings):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources.append({"name": str(path)})
     values = {"datasets": sources, "cache_dir": str(folder / "cache"), "num_proc": 1, "validation_fraction": 0}
-    maker = PromptMaker(tokenizer, max_prompt_length=max_prompt_length)
+    maker = PromptEncoder(tokenizer, max_prompt_length=max_prompt_length)
     return build_rows(DataSettings(**{**values, **settings}), maker, seed=0)
 
 
@@ -113,7 +113,7 @@ def test_a_named_column_is_the_users_text(tokenizer, tmp_path):
     settings = DataSettings(
         datasets=[{"name": str(path), "column": "query"}], cache_dir=str(tmp_path / "c"), validation_fraction=0
     )
-    rows = decode_prompts(build_rows(settings, PromptMaker(tokenizer, max_prompt_length=None), seed=0).train)
+    rows = decode_prompts(build_rows(settings, PromptEncoder(tokenizer, max_prompt_length=None), seed=0).train)
     assert rows[0] == {"prompt": [AGAIN], "query": "Sure?", "target": "yes"}
 
 

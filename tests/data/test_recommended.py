@@ -15,7 +15,7 @@ import yaml
 
 from llmlab.data import sources
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.makers import PromptMaker
+from llmlab.data.chat.makers import PromptEncoder
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -274,7 +274,7 @@ def test_hh_rlhf_gives_pairs_and_prompts(replica, read_as):
     replica("Anthropic/hh-rlhf")
     read, _ = conversations("Anthropic/hh-rlhf", use="preferences")
     assert [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in read] == [("train?", "Y.")]
-    prompts = PromptMaker(None, max_prompt_length=None).open(DataSource(name="Anthropic/hh-rlhf"))
+    prompts = PromptEncoder(None, max_prompt_length=None).open(DataSource(name="Anthropic/hh-rlhf"))
     assert [prompts.read(row)["prompt"][0]["content"] for row in prompts.rows] == ["train?"]
 
 
@@ -285,7 +285,7 @@ def test_ultrafeedback_gives_pairs_answers_and_prompts(replica, read_as):
     assert read[0]["prompt"] == [{"role": "user", "content": "Why?"}]
     assert [read[0][side][0]["content"] for side in ("chosen", "rejected")] == ["Because.", "No."]
     assert conversations(name)[0][0]["messages"] == turns("Why?", "Because.")
-    prompts = PromptMaker(None, max_prompt_length=None).open(DataSource(name=name))
+    prompts = PromptEncoder(None, max_prompt_length=None).open(DataSource(name=name))
     assert [prompts.read(row)["prompt"] for row in prompts.rows] == [turns("Why?")[:1]]
 
 

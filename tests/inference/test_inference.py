@@ -156,7 +156,7 @@ def break_(run, how: str, random_llama, tokenizer) -> None:
         ("cut weights", "the weights are damaged or incomplete"),
         ("other shapes", "other shapes than its config.json says"),
         ("more layers", r"9 weights are missing, such as model\.layers\.2"),
-        ("reward model", r"architectures = LlamaForSequenceClassification: this model scores text"),
+        ("reward model", r"architectures = LlamaForSequenceClassification: this is a sequence-classification model"),
         ("unknown kind", "model_type = lama: no architecture of that name; did you mean 'llama'"),
         ("no language", "model_type = vit: this architecture is no language model"),
         ("no JSON", r"config\.json: cannot be read as JSON: .* line 2"),

@@ -7,7 +7,6 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from llmlab.model import fast_attention
 from llmlab.model.positions import alibi_slopes
 
 ENCODINGS = ["sinusoidal", "rope", "alibi", "yarn"]
@@ -138,16 +137,6 @@ def test_alibi_scores_are_lowered_by_slope_times_distance(tiny_model):
                 [query[place] @ key[other] / 8**0.5 - slopes[head] * (place - other) for other in range(place + 1)]
             )
             torch.testing.assert_close(weights[head, place, : place + 1], scores.softmax(0), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("encoding", "window"), VARIANTS)
-def test_our_own_implementation_takes_every_encoding(tiny_model, encoding, window):
-    fast_attention.register()
-    (tokens,) = documents(9)
-    model = tiny_model(positional_encoding=encoding, sliding_window=window)
-    expected = model(tokens).logits
-    model.set_attn_implementation(fast_attention.NAME)
-    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_alibi_refuses_implementations_without_bias(tiny_model):

@@ -1,12 +1,14 @@
 """Names, completion and checks of the configuration, and every valid combination of its options."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM, build_config, from_llmlab, measure
-from llmlab.model.configuration import ACTIVATIONS, NORM_TYPES, POSITIONAL_ENCODINGS
+from llmlab.model.configuration import CHOICES
 from llmlab.settings.model import ModelSettings
 
 
@@ -17,10 +19,10 @@ def shapes(draw) -> ModelSettings:
     key_values, groups, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
     length = draw(st.integers(8, 64))
     return ModelSettings(
-        positional_encoding=draw(st.sampled_from(POSITIONAL_ENCODINGS)),
+        positional_encoding=draw(st.sampled_from(CHOICES["positional_encoding"])),
         attention_type=kind,
-        norm_type=draw(st.sampled_from(NORM_TYPES)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        norm_type=draw(st.sampled_from(CHOICES["norm_type"])),
+        activation=draw(st.sampled_from(CHOICES["hidden_act"])),
         d_model=key_values * groups * width,
         n_heads=key_values * groups,
         n_kv_heads=key_values,
@@ -56,7 +58,7 @@ def test_every_valid_architecture_learns_and_is_counted(shape):
     assert again.to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("encoding", POSITIONAL_ENCODINGS)
+@pytest.mark.parametrize("encoding", CHOICES["positional_encoding"])
 def test_settings_become_the_configuration(encoding):
     shape = ModelSettings(
         positional_encoding=encoding, attention_type="gqa", norm_type="layernorm", activation="gelu", d_model=48,
@@ -64,7 +66,7 @@ def test_settings_become_the_configuration(encoding):
         attention_bias=True, norm_eps=1e-3, tie_word_embeddings=False, rope_theta=500.0, yarn_factor=2.0,
         initializer_range=0.5,
     )  # fmt: skip
-    config = build_config(shape, eos_token_id=5, pad_token_id=6)
+    config = build_config(shape, SimpleNamespace(bos_token_id=None, eos_token_id=5, pad_token_id=6))
     for name in ("d_model", "n_heads", "n_kv_heads", "d_ff", "n_layers", "vocab_size", "max_seq_len", "activation"):
         assert getattr(config, name) == getattr(shape, name), name
     for name in ("norm_type", "norm_eps", "dropout", "sliding_window", "attention_bias", "tie_word_embeddings"):
@@ -133,7 +135,7 @@ def test_a_field_changed_afterwards_is_checked_by_the_model(tiny_config):
         LLMLabForCausalLM(config)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", CHOICES["hidden_act"])
 def test_the_tensor_parallel_plan_names_what_is_there(activation, tiny_config, tmp_path):
     config = tiny_config(hidden_act=activation)
     model = LLMLabForCausalLM(config)
@@ -171,7 +173,7 @@ def test_initial_weights(tiny_config):
 
 
 def test_meta_device_construction_and_materialization(tiny_config, tiny_model):
-    for encoding in POSITIONAL_ENCODINGS:
+    for encoding in CHOICES["positional_encoding"]:
         model = tiny_model(positional_encoding=encoding)
         with torch.device("meta"):
             empty = LLMLabForCausalLM(tiny_config(positional_encoding=encoding))

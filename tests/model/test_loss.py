@@ -1,4 +1,4 @@
-"""The loss in pieces equals the loss of full logits, gradients included, and never holds those logits."""
+"""The chunked loss equals the loss of full logits, gradients included, and never holds those logits."""
 
 import importlib.util
 from pathlib import Path
@@ -17,26 +17,24 @@ IGNORED = -100
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
-    """Makes a few tokens need several pieces, and several rows of softmax in each."""
-    monkeypatch.setattr(loss_module, "CPU_PIECE_TOKENS", 4)
-    monkeypatch.setattr(loss_module, "PIECE_BYTES", 1)
+def small_chunks(monkeypatch):
+    """Makes a few tokens need several chunks, and several rows of softmax in each."""
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
     monkeypatch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", 50)
 
 
-def full_logits(hidden, weight, labels, bias=None, reduction="mean"):
-    logits = F.linear(hidden, weight, bias)[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction)
+def full_logits(hidden, weight, labels):
+    logits = F.linear(hidden, weight)[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 def inputs(batch, time, width, vocabulary, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, time, width, generator=generator).to(dtype)
-    weight, bias = (
-        torch.randn(*shape, generator=generator).to(dtype) for shape in ((vocabulary, width), (vocabulary,))
-    )
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
     labels = torch.randint(0, vocabulary, (batch, time), generator=generator)
-    return [x.requires_grad_() for x in (hidden, weight, bias)], labels
+    return [x.requires_grad_() for x in (hidden, weight)], labels
 
 
 def value_and_gradients(function, tensors):
@@ -54,50 +52,43 @@ def relative_error(found, expected):
     time=st.integers(1, 11),
     width=st.integers(1, 6),
     vocabulary=st.integers(1, 40),
-    piece=st.integers(1, 12),
+    chunk=st.integers(1, 12),
     rows=st.integers(1, 5),
     ignored=st.sets(st.integers(0, 32)),
-    with_bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_equals_full_logits(batch, time, width, vocabulary, piece, rows, ignored, with_bias, seed):
-    (hidden, weight, bias), labels = inputs(batch, time, width, vocabulary, seed)
+def test_equals_full_logits(batch, time, width, vocabulary, chunk, rows, ignored, seed):
+    tensors, labels = inputs(batch, time, width, vocabulary, seed)
     labels.view(-1)[[i for i in ignored if i < labels.numel()]] = IGNORED
     scored = (labels[:, 1:] != IGNORED).sum()
-    tensors = [hidden, weight, bias] if with_bias else [hidden, weight]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CPU_PIECE_TOKENS", piece)
-        patch.setattr(loss_module, "PIECE_BYTES", 1)
+        patch.setattr(loss_module, "CPU_CHUNK_TOKENS", chunk)
+        patch.setattr(loss_module, "CHUNK_BYTES", 1)
         patch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", rows * vocabulary)
-        found = value_and_gradients(
-            lambda: linear_cross_entropy(hidden, weight, labels, bias=bias if with_bias else None), tensors
-        )
+        found = value_and_gradients(lambda: linear_cross_entropy(*tensors, labels), tensors)
     if scored == 0:
         expected = torch.zeros(()), [torch.zeros_like(x) for x in tensors]
     else:
-        expected = value_and_gradients(
-            lambda: full_logits(hidden, weight, labels, bias if with_bias else None), tensors
-        )
+        expected = value_and_gradients(lambda: full_logits(*tensors, labels), tensors)
     torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=1e-6)
     for mine, theirs in zip(found[1], expected[1], strict=True):
         assert torch.equal(mine, theirs) or (mine - theirs).norm() <= 1e-6 * theirs.norm() + 1e-6
 
 
-def test_double_precision_stays_double(small_pieces):
+def test_double_precision_stays_double(small_chunks):
     tensors, labels = inputs(2, 7, 3, 11, dtype=torch.float64)
     labels[0, 2] = IGNORED
-    hidden, weight, bias = tensors
-    mine = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels, bias=bias), tensors)
-    logits = F.linear(hidden, weight, bias)[:, :-1].flatten(0, 1)
+    mine = value_and_gradients(lambda: linear_cross_entropy(*tensors, labels), tensors)
+    logits = F.linear(*tensors)[:, :-1].flatten(0, 1)
     theirs = value_and_gradients(lambda: F.cross_entropy(logits, labels[:, 1:].flatten()), tensors)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_bf16_is_as_close_as_full_logits_in_bf16(small_pieces, weights):
+def test_bf16_is_as_close_as_full_logits_in_bf16(small_chunks, weights):
     exact, labels = inputs(4, 16, 32, 200)
-    truth, true_gradients = value_and_gradients(lambda: full_logits(*exact[:2], labels), exact[:2])
-    rounded = [x.detach().to(weights).requires_grad_() for x in exact[:2]]
+    truth, true_gradients = value_and_gradients(lambda: full_logits(*exact, labels), exact)
+    rounded = [x.detach().to(weights).requires_grad_() for x in exact]
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
         found, gradients = value_and_gradients(lambda: linear_cross_entropy(*rounded, labels), rounded)
         full, full_gradients = value_and_gradients(lambda: full_logits(*rounded, labels), rounded)
@@ -109,8 +100,8 @@ def test_bf16_is_as_close_as_full_logits_in_bf16(small_pieces, weights):
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_eight_rows_at_once_equal_eight_accumulated(small_pieces, as_tensor):
-    (hidden, weight, _), labels = inputs(8, 6, 5, 30)
+def test_eight_rows_at_once_equal_eight_accumulated(small_chunks, as_tensor):
+    (hidden, weight), labels = inputs(8, 6, 5, 30)
     labels[torch.rand(8, 6, generator=torch.Generator().manual_seed(1)) < 0.4] = IGNORED
     count = (labels[:, 1:] != IGNORED).sum()
     count = count if as_tensor else int(count)
@@ -129,7 +120,7 @@ def test_eight_rows_at_once_equal_eight_accumulated(small_pieces, as_tensor):
 
 
 def test_nothing_to_predict_gives_zero_and_zero_gradients():
-    (hidden, weight, _), labels = inputs(2, 5, 4, 9)
+    (hidden, weight), labels = inputs(2, 5, 4, 9)
     value, gradients = value_and_gradients(
         lambda: linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORED)), [hidden, weight]
     )
@@ -144,15 +135,15 @@ def test_extreme_logits_stay_finite():
     assert found == 1e4  # one of two predictions is 2e4 nats off
 
 
-def test_tied_weights_get_the_gradients_of_both_uses(small_pieces):
-    (_, weight, _), labels = inputs(2, 8, 5, 30)
+def test_tied_weights_get_the_gradients_of_both_uses(small_chunks):
+    (_, weight), labels = inputs(2, 8, 5, 30)
     mine = value_and_gradients(lambda: linear_cross_entropy(weight[labels].tanh(), weight, labels), [weight])
     theirs = value_and_gradients(lambda: full_logits(weight[labels].tanh(), weight, labels), [weight])
     torch.testing.assert_close(mine, theirs)
 
 
-def test_frozen_head_gets_no_gradient(small_pieces):
-    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+def test_frozen_head_gets_no_gradient(small_chunks):
+    (hidden, weight), labels = inputs(2, 8, 5, 30)
     weight.requires_grad_(False)
     mine = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels), [hidden])
     torch.testing.assert_close(mine, value_and_gradients(lambda: full_logits(hidden, weight, labels), [hidden]))
@@ -173,18 +164,16 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_never_holds_all_logits(small_pieces, dtype):
+def test_never_holds_all_logits(small_chunks, dtype):
     tokens, width, vocabulary = 64, 8, 100
     hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
     with LargestTensor() as largest:
-        loss_and_gradients(
-            hidden, weight, None, torch.randint(0, vocabulary, (tokens,)), IGNORED, dtype, True, True, False
-        )
-    assert largest.elements <= max(vocabulary * width, loss_module.CPU_PIECE_TOKENS * vocabulary)
+        loss_and_gradients(hidden, weight, torch.randint(0, vocabulary, (tokens,)), dtype, True, True)
+    assert largest.elements <= max(vocabulary * width, loss_module.CPU_CHUNK_TOKENS * vocabulary)
 
 
-def test_without_gradients_only_the_loss_is_computed(small_pieces):
-    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+def test_without_gradients_only_the_loss_is_computed(small_chunks):
+    (hidden, weight), labels = inputs(2, 8, 5, 30)
     with torch.no_grad(), LargestTensor() as largest:
         found = linear_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(found, full_logits(hidden, weight, labels).detach())
@@ -192,8 +181,8 @@ def test_without_gradients_only_the_loss_is_computed(small_pieces):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_survives_gradient_checkpointing(small_pieces, reentrant):
-    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+def test_survives_gradient_checkpointing(small_chunks, reentrant):
+    (hidden, weight), labels = inputs(2, 8, 5, 30)
 
     def loss(hidden, weight):
         return linear_cross_entropy(hidden.tanh(), weight, labels)
@@ -210,7 +199,7 @@ def test_survives_gradient_checkpointing(small_pieces, reentrant):
 
 
 def test_a_second_backward_is_refused_not_wrong():
-    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    (hidden, weight), labels = inputs(2, 8, 5, 30)
     loss = linear_cross_entropy(hidden, weight, labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
@@ -219,13 +208,12 @@ def test_a_second_backward_is_refused_not_wrong():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_as_one_graph(autocast):
-    (hidden, weight, bias), labels = inputs(2, 8, 5, 30)
+    tensors, labels = inputs(2, 8, 5, 30)
 
-    def loss(hidden, weight, bias):
-        return linear_cross_entropy(hidden * 2, weight, labels, bias=bias)
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden * 2, weight, labels)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    tensors = [hidden, weight, bias]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mine = value_and_gradients(lambda: compiled(*tensors), tensors)
         theirs = value_and_gradients(lambda: loss(*tensors), tensors)
@@ -234,13 +222,13 @@ def test_compiles_as_one_graph(autocast):
 
 def test_a_copy_of_the_file_works_beside_the_original():
     """Run folders carry this file, and both may be imported in one process."""
-    spec = importlib.util.spec_from_file_location("travelled_loss", Path(loss_module.__file__))
-    travelled = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(travelled)
-    (hidden, weight, _), labels = inputs(2, 8, 5, 30)
+    spec = importlib.util.spec_from_file_location("saved_loss", Path(loss_module.__file__))
+    saved = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(saved)
+    (hidden, weight), labels = inputs(2, 8, 5, 30)
     results = [
         value_and_gradients(lambda f=f: f(hidden, weight, labels), [hidden, weight])
-        for f in (linear_cross_entropy, travelled.linear_cross_entropy, full_logits)
+        for f in (linear_cross_entropy, saved.linear_cross_entropy, full_logits)
     ]
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])

@@ -15,9 +15,8 @@ from llmlab.model import (
     LLMLabForSequenceClassification,
     LLMLabModel,
     load_model,
-    register,
 )
-from llmlab.model.configuration import TRAVELLING_FILES
+from llmlab.model.configuration import CODE_FILES
 from llmlab.settings.errors import UserError
 
 TOKENS = torch.arange(3, 12)[None]
@@ -61,12 +60,10 @@ def test_round_trip_is_exact(tiny_model, tmp_path, tied):
 def test_folder_holds_the_code_and_nothing_half_written(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {*TRAVELLING_FILES, "config.json", "generation_config.json", "model.safetensors"}
+    assert names == {*CODE_FILES, "config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_auto_classes_know_the_model_and_prefer_it_to_saved_code(tiny_model, tmp_path):
-    register()
-    register()
     tiny_model().save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is LLMLabConfig
     assert type(AutoModel.from_pretrained(tmp_path)) is LLMLabModel

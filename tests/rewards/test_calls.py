@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmlab.rewards import tool_success
-from llmlab.rewards.calls import _FORMS, ToolCall, calls_in_text, tool_calls
+from llmlab.rewards.calls import ToolCall, calls_in_text, tool_calls
 
 ADD, NOW = ToolCall("add", {"a": 1, "b": [2]}), ToolCall("now", {})
 JSON = '{"name": "add", "arguments": {"a": 1, "b": [2]}}'
@@ -144,6 +144,8 @@ def test_messages_have_calls_of_their_own():
     assert broken.name is None
 
 
+MARKS = ["<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call_start|>", BEGIN]
+MARKS += ["<｜tool▁calls▁begin｜>"]
 PIECES = [
     "<think>",
     "</think>",
@@ -158,7 +160,7 @@ PIECES = [
     '"',
     "\\",
 ]
-TEXT = st.lists(st.sampled_from([*_FORMS, *PIECES, *WELL_FORMED.values(), *MALFORMED]) | st.text(max_size=5))
+TEXT = st.lists(st.sampled_from([*MARKS, *PIECES, *WELL_FORMED.values(), *MALFORMED]) | st.text(max_size=5))
 
 
 @given(TEXT.map("".join))
@@ -172,7 +174,7 @@ def test_any_text_has_a_clear_result(text):
 
 
 @pytest.mark.parametrize(
-    "piece", [*_FORMS, *PIECES, *MALFORMED, *WELL_FORMED.values(), '<tool_call>{"', " ", "\n", "a", "<tool_call>["]
+    "piece", [*MARKS, *PIECES, *MALFORMED, *WELL_FORMED.values(), '<tool_call>{"', " ", "\n", "a", "<tool_call>["]
 )
 def test_a_long_text_takes_no_time(piece):
     assert len(calls_in_text(piece * (1_000_000 // len(piece)))) <= 150_000  # quadratic time would be minutes

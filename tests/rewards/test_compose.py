@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.rewards import WEIGHTS, length
+from llmlab.rewards import REWARDS, length
 from llmlab.rewards.compose import ComposedReward, compose
 from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import SettingsError, UserError
@@ -27,7 +27,7 @@ def fixed(values, **arguments):
 
 
 def test_the_guides_weights_and_bounds():
-    assert {name: WEIGHTS[name] for name in GUIDE} == GUIDE
+    assert {name: REWARDS[name].weight for name in GUIDE} == GUIDE
     composed = compose(list(GUIDE))
     low, high = composed.bounds
     assert high == pytest.approx(6.5)

@@ -69,7 +69,7 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("deny: [{name: a, pattern: '('}]", "a = .*not a regular expression"),
+        ("deny: [{name: a, pattern: '('}]", "deny.0.pattern: .*not a regular expression"),
         ("deny: [{name: a}]", "deny.0.pattern: Field required"),
         ("denied: []", "denied"),
         ("deny: [", "not valid YAML"),
@@ -91,7 +91,7 @@ def test_nothing_to_watch_for_and_no_file():
 
 
 def test_a_pattern_without_end_stops_with_the_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.rewards.matching.SECONDS", 0.2)
+    monkeypatch.setattr("llmlab.rewards.matching.TIMEOUT", 0.2)
     path = tmp_path / "slow.yaml"
     path.write_text(yaml.safe_dump({"deny": [{"name": "slow", "pattern": "(?:a|a)+(?:a|a)+b$"}]}))
     with pytest.raises(UserError, match="row 1: pattern = .*backtracks"):

@@ -1,12 +1,13 @@
 """Names, parameters and a user's own functions."""
 
+import inspect
 import pickle
 import subprocess
 import sys
 
 import pytest
 
-from llmlab.rewards import RANGES, REWARDS, WEIGHTS
+from llmlab.rewards import REWARDS
 from llmlab.rewards.compose import compose
 from llmlab.rewards.loading import load_rewards
 from llmlab.settings.errors import SettingsError, UserError
@@ -19,20 +20,20 @@ def test_every_reward_loads_by_name_and_from_the_package():
 
     for name in REWARDS.keys() - NEEDED:
         (reward,) = load_rewards([name])
-        assert reward.__name__ == name and reward.weight == WEIGHTS.get(name, 1.0)
+        assert reward.__name__ == name and reward.weight == REWARDS[name].weight
         assert (reward.low, reward.high) != (None, None)
-        assert getattr(llmlab.rewards, name) is reward.function.func
+        assert getattr(llmlab.rewards, name) is REWARDS[name] is reward.function.func
         assert pickle.loads(pickle.dumps(reward)).name == name  # TRL's asynchronous rollouts send them to a child
-    assert llmlab.rewards.RewardModel is not None
-    assert WEIGHTS.keys() | RANGES.keys() <= REWARDS.keys()
+    assert llmlab.rewards.RewardModel is REWARDS["reward_model"]
 
 
-def test_every_reward_is_documented():
-    import llmlab.rewards
-
-    for path in REWARDS.values():
-        text = getattr(llmlab.rewards, path.partition(":")[2]).__doc__
-        assert "Args:" in text and "Source:" in text or path.endswith(("match", ":length")), path
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_and_parameter_is_documented(name):
+    text = inspect.getdoc(REWARDS[name])
+    assert "Source:" in text or name in ("exact_match", "regex_match", "length")
+    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    for parameter in (each.name for each in parameters if each.kind is each.KEYWORD_ONLY):
+        assert f"\n    {parameter}: " in text, parameter
 
 
 def test_rewards_do_not_import_torch():
@@ -100,6 +101,20 @@ def test_a_function_of_ones_own(own, tmp_path):
     composed = compose([{"name": f"{own}:Counter", "start": 2, "weight": 2}], allow_code=True)
     assert composed.bounds == (0, 18)
     assert composed(["x"]) == [pytest.approx(3 / 9)]
+
+
+def test_a_function_of_ones_own_for_one_completion(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from llmlab.rewards.function import reward_function\n"
+        "@reward_function(weight=3.0, high='most')\n"
+        "def shouts(completion, row, *, most=2):\n"
+        "    return None if row['answer'] is None else min(completion.count('!'), most)\n"
+    )
+    (reward,) = load_rewards(["mine.py:shouts"], True, tmp_path)
+    assert (reward.weight, reward.low, reward.high) == (3, 0, 2)
+    (reward,) = load_rewards([{"name": "mine.py:shouts", "most": 5}], True, tmp_path)
+    assert reward.high == 5
+    assert reward(["a!", "!!!!!!", "!"], answer=["x", "y", None], most=[0] * 3) == [1, 5, None]
 
 
 @pytest.mark.parametrize(

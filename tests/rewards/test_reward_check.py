@@ -218,4 +218,4 @@ def test_tools_that_are_none(cli, tmp_path, tools):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"completion": "x", "tools": tools}))
     code, _, errors = cli(path, "-r", "tool_success")
-    assert code == 2 and "reward 'tool_success': tools: " in errors
+    assert code == 2 and "reward 'tool_success': row 0: tools: " in errors

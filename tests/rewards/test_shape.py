@@ -11,7 +11,7 @@ def test_length():
     # |n - 4| / 4 from 1, never below 0
     assert length(texts, target=4) == [1, 0.5, 0, 0, 0, 0.5]
     assert length(["abcd", "é漢"], target=4, unit="characters") == [1, 0.5]
-    assert length(["x", "x"], [[7, 7, 7], [7]], target=3, unit="tokens") == [1, pytest.approx(1 / 3)]
+    assert length(["x", "x"], completion_ids=[[7, 7, 7], [7]], target=3, unit="tokens") == [1, pytest.approx(1 / 3)]
     assert length([[{"role": "assistant", "content": "a b"}, {"role": "tool", "content": "c d"}]], target=2) == [1]
     with pytest.raises(UserError, match="no token ids"):
         length(["x"], unit="tokens")
@@ -30,5 +30,5 @@ def test_repetition_of_tokens_is_trls():
 
     ids = [[1, 2, 3, 4], [5, 5, 5, 5, 5], [1, 2, 1, 2, 1, 2], [1]]
     theirs = get_repetition_penalty_reward(ngram_size=2, max_penalty=-1.0)(ids)
-    ours = repetition_penalty(["x"] * 4, ids, n=2, unit="tokens")
+    ours = repetition_penalty(["x"] * 4, completion_ids=ids, n=2, unit="tokens")
     assert [-value for value in ours] == pytest.approx(theirs)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmlab.rewards import json_valid, schema_pass
-from llmlab.rewards.completions import DEEPEST
+from llmlab.rewards.completions import MAX_DEPTH
 from llmlab.settings.errors import UserError
 
 AGE = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
@@ -29,8 +29,8 @@ AGE = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}
         ("[Infinity]", 0),
         ('Here you are: {"a": 1}', 0),
         ("```json\n{}\n```\nand\n```json\n{}\n```", 0),
-        ("[" * DEEPEST + "]" * DEEPEST, 1),
-        ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), 0),
+        ("[" * MAX_DEPTH + "]" * MAX_DEPTH, 1),
+        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), 0),
         ("[" * 200_000 + "]" * 200_000, 0),
         ('{"a":' * 200_000 + "1" + "}" * 200_000, 0),
         ("[" * 200_000, 0),
@@ -41,7 +41,7 @@ def test_json_valid(text, score):
 
 
 def test_depth_does_not_depend_on_the_caller():
-    text = "[" * DEEPEST + "]" * DEEPEST
+    text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
 
     def deeper(levels):
         return json_valid([text]) if levels == 0 else deeper(levels - 1)

@@ -1,29 +1,73 @@
-"""Tiny corpora, tokenizers and settings for training tests."""
+"""Tiny corpora, models and settings of every stage for training tests, and runs that are cut off."""
 
 import json
 import random
+import signal
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 from llmlab.settings.data import DataSource
-from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.stages import STAGES
 
 TINY_MODEL = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64, "n_layers": 2, "max_seq_len": 32}
+VOICES = {"cat": "meows", "dog": "barks", "cow": "moos", "duck": "quacks", "pig": "grunts", "hen": "clucks"}
+SHARE = '''
+def wanted_share(completions, completion_ids, **columns):
+    """The share of tokens that are in the first third of the vocabulary."""
+    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
+'''
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
     """A text of sentences whose second half follows from the first: a model can learn it, a word count cannot."""
     draw = random.Random(0)
-    animals = {"cat": "meows", "dog": "barks", "cow": "moos", "duck": "quacks", "pig": "grunts", "hen": "clucks"}
     lines = []
     for _ in range(4000):
-        animal = draw.choice(sorted(animals))
-        lines.append(f"The {animal} {animals[animal]} {draw.choice(['loudly', 'softly'])}.")
-    path = tmp_path_factory.mktemp("corpus") / "animals.jsonl"
+        animal = draw.choice(sorted(VOICES))
+        lines.append(f"The {animal} {VOICES[animal]} {draw.choice(['loudly', 'softly'])}.")
     documents = [" ".join(lines[start : start + 8]) for start in range(0, len(lines), 8)]
-    path.write_text("".join(f'{{"text": "{document}"}}\n' for document in documents))
+    return write_rows(tmp_path_factory.mktemp("corpus") / "animals.jsonl", [{"text": text} for text in documents])
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory):
+    """Questions and answers about the same animals; the answer depends on the question."""
+    draw = random.Random(1)
+    rows = []
+    for number in range(240):
+        animal = draw.choice(sorted(VOICES))
+        how = draw.choice(["loudly", "softly"])
+        rows.append(
+            {"question": f"How {how} {number}: the {animal}?", "answer": f"The {animal} {VOICES[animal]} {how}."}
+        )
+    return write_rows(tmp_path_factory.mktemp("chat") / "chat.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """The same questions; the better answer names the animal's own voice, the worse another's."""
+    draw = random.Random(2)
+    rows = []
+    for number in range(160):
+        animal, other = draw.sample(sorted(VOICES), 2)
+        right, wrong = f"The {animal} {VOICES[animal]}.", f"The {animal} {VOICES[other]}."
+        rows.append({"prompt": f"How {number}: the {animal}?", "chosen": right, "rejected": wrong})
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def share_file(tmp_path_factory):
+    """A file with a reward that the tiny model can earn: tokens of the first third of the vocabulary."""
+    path = tmp_path_factory.mktemp("share") / "mine.py"
+    path.write_text(SHARE)
     return path
 
 
@@ -34,53 +78,6 @@ def tokenizer_folder(corpus_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     learn_bpe([DataSource(name=str(corpus_file))], 300, folder, show_progress=False)
     return folder
-
-
-@pytest.fixture
-def settings(corpus_file, tokenizer_folder, tmp_path):
-    """Returns a function that makes settings of a run of a second or two on the tiny corpus, in fp32."""
-
-    def make(**changes):
-        model = {"tokenizer_name": str(tokenizer_folder), **TINY_MODEL, **changes.pop("model", {})}
-        values = {
-            "model": model,
-            "datasets": [{"name": str(corpus_file)}],
-            "output_dir": str(tmp_path / "run"),
-            "cache_dir": str(tmp_path.parent / "cache"),
-            "num_proc": 1,
-            "validation_fraction": 0.05,
-            "max_steps": 20,
-            "warmup_steps": 4,
-            "lr": 3e-3,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "log_every": 1,
-            "eval_every": 1000,
-            "eval_steps": 4,
-            "dtype": "fp32",
-            "compile": False,
-            "seed": 3,
-        }
-        return PretrainSettings(**{**values, **changes})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def chat_file(tmp_path_factory):
-    """Questions and answers about the same animals; the answer depends on the question."""
-    draw = random.Random(1)
-    animals = {"cat": "meows", "dog": "barks", "cow": "moos", "duck": "quacks", "pig": "grunts", "hen": "clucks"}
-    rows = []
-    for number in range(240):
-        animal = draw.choice(sorted(animals))
-        how = draw.choice(["loudly", "softly"])
-        rows.append(
-            {"question": f"How {how} {number}: the {animal}?", "answer": f"The {animal} {animals[animal]} {how}."}
-        )
-    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -114,78 +111,97 @@ def make_base(tokenizer_folder, folder, **shape):
     return folder
 
 
-@pytest.fixture
-def sft_settings(base_folder, chat_file, tmp_path):
-    """Returns a function that makes settings of a short fine-tuning run on the tiny model, in fp32."""
-
-    def make(**changes):
-        values = {
-            "policy_checkpoint": str(base_folder),
-            "datasets": [{"name": str(chat_file)}],
-            "output_dir": str(tmp_path / "run"),
-            "cache_dir": str(tmp_path.parent / "cache"),
-            "num_proc": 1,
-            "max_steps": 20,
-            "warmup_steps": 2,
-            "learning_rate": 3e-3,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "max_seq_len": 96,
-            "log_every": 1,
-            "eval_every": 1000,
-            "eval_steps": 4,
-            "dtype": "fp32",
-            "seed": 3,
-        }
-        if "epochs" in changes:
-            del values["max_steps"]
-        return SFTSettings(**{**values, **changes})
-
-    return make
-
-
 @pytest.fixture(scope="session")
-def pairs_file(tmp_path_factory):
-    """The same questions; the better answer names the animal's own voice, the worse another's."""
-    draw = random.Random(2)
-    animals = {"cat": "meows", "dog": "barks", "cow": "moos", "duck": "quacks", "pig": "grunts", "hen": "clucks"}
-    rows = []
-    for number in range(160):
-        animal, other = draw.sample(sorted(animals), 2)
-        right, wrong = f"The {animal} {animals[animal]}.", f"The {animal} {animals[other]}."
-        rows.append({"prompt": f"How {number}: the {animal}?", "chosen": right, "rejected": wrong})
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def tiny_settings(corpus_file, tokenizer_folder, base_folder, chat_file, pairs_file, share_file, tmp_path_factory):
+    """Returns a function that makes settings of a short run of any stage on the tiny data, in fp32.
+
+    A change to `...` takes the stage's own default.
+    """
+    everywhere = {
+        "num_proc": 1,
+        "max_steps": 20,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 1000,
+        "dtype": "fp32",
+        "device": "cpu",
+        "seed": 3,
+        "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
+    }
+    pretrain = {
+        "datasets": [{"name": str(corpus_file)}],
+        "validation_fraction": 0.05,
+        "warmup_steps": 4,
+        "lr": 3e-3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "eval_steps": 4,
+        "compile": False,
+    }
+    sft = {
+        "policy_checkpoint": str(base_folder),
+        "datasets": [{"name": str(chat_file)}],
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_seq_len": 96,
+        "eval_steps": 4,
+    }
+    preference = {
+        "policy_checkpoint": str(base_folder),
+        "datasets": [{"name": str(pairs_file)}],
+        "validation_fraction": 0.1,
+        "learning_rate": 1e-3,
+        "batch_size": 8,
+        "mini_batch_size": 4,
+        "max_length": 96,
+        "max_prompt_length": 64,
+    }
+    online = {
+        "policy_checkpoint": str(base_folder),
+        "datasets": [{"name": str(chat_file)}],
+        "validation_fraction": 0,
+        "rewards": [{"name": f"{share_file}:wanted_share", "min": 0, "max": 1}],
+        "allow_code": True,
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "mini_batch_size": 4,
+        "ppo_epochs": 1,
+        "max_new_tokens": 8,
+        "stop_patience": None,
+    }
+    own = {"pretrain": pretrain, "sft": sft, **dict.fromkeys(("dpo", "orpo", "reward"), preference)}
+    own |= dict.fromkeys(("grpo", "ppo"), online)
+
+    def make(stage, output_dir, **changes):
+        values = {**everywhere, **own[stage], "output_dir": str(output_dir), **changes}
+        if stage == "pretrain":
+            shape = {} if "init_from" in changes else {"tokenizer_name": str(tokenizer_folder), **TINY_MODEL}
+            values["model"] = {**shape, **changes.get("model", {})}
+        if {"epochs", "num_episodes"} & changes.keys():
+            del values["max_steps"]
+        return STAGES[stage].settings_class(**{name: value for name, value in values.items() if value is not ...})
+
+    return make
 
 
 @pytest.fixture
-def preference_settings(base_folder, pairs_file, tmp_path):
-    """Returns a function that makes settings of a short preference run on the tiny model, in fp32."""
+def settings(tiny_settings, tmp_path):
+    """Returns a function that makes settings of a pretraining run of a second or two."""
+    return lambda **changes: tiny_settings("pretrain", **{"output_dir": tmp_path / "run", **changes})
 
-    def make(kind, **changes):
-        values = {
-            "policy_checkpoint": str(base_folder),
-            "datasets": [{"name": str(pairs_file)}],
-            "output_dir": str(tmp_path / "run"),
-            "cache_dir": str(tmp_path.parent / "cache"),
-            "num_proc": 1,
-            "validation_fraction": 0.1,
-            "max_steps": 20,
-            "warmup_steps": 2,
-            "learning_rate": 1e-3,
-            "batch_size": 8,
-            "mini_batch_size": 4,
-            "max_length": 96,
-            "max_prompt_length": 64,
-            "log_every": 1,
-            "eval_every": 1000,
-            "dtype": "fp32",
-            "seed": 3,
-        }
-        return kind(**{**values, **changes})
 
-    return make
+@pytest.fixture
+def sft_settings(tiny_settings, tmp_path):
+    """Returns a function that makes settings of a short fine-tuning run."""
+    return lambda **changes: tiny_settings("sft", **{"output_dir": tmp_path / "run", **changes})
+
+
+@pytest.fixture
+def preference_settings(tiny_settings, tmp_path):
+    """Returns a function that makes settings of a short run on pairs, of a settings class."""
+    stages = {STAGES[name].settings_class: name for name in ("dpo", "orpo", "reward")}
+    return lambda kind, **changes: tiny_settings(stages[kind], **{"output_dir": tmp_path / "run", **changes})
 
 
 @pytest.fixture
@@ -195,26 +211,46 @@ def quiet():
     return Console(quiet=True)
 
 
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing of llmlab catches it."""
+
+
 @pytest.fixture
-def interrupt_after(monkeypatch):
-    """Returns a function that lets runs of a trainer be interrupted by a signal, in the middle of a step."""
-    import signal
+def cut_off(monkeypatch):
+    """Returns a context in which a run ends early: at the beginning of a step, or in the call of a method.
 
-    from transformers import TrainerCallback
+    `how` is the signal that reaches it, or None for a kill.  A signal lets the step be finished and saved.
+    """
+    from transformers import Trainer, TrainerCallback
 
-    def interrupt(trainer_class, step, number=signal.SIGINT):
-        class CtrlC(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == step - 1:
-                    signal.raise_signal(number)
+    def stop(how):
+        if how is None:
+            raise Killed
+        signal.raise_signal(how)
 
-        original = trainer_class.__init__
+    class Stop(TrainerCallback):
+        def __init__(self, step, how):
+            self.step, self.how = step, how
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.step - 1:
+                stop(self.how)
+
+    @contextmanager
+    def cut(step=None, how=signal.SIGINT, within=None):
+        original = Trainer.__init__
 
         def init(self, *args, **kwargs):
             original(self, *args, **kwargs)
-            self.add_callback(CtrlC())
+            self.add_callback(Stop(step, how))
 
-        monkeypatch.setattr(trainer_class, "__init__", init)
-        return lambda: monkeypatch.setattr(trainer_class, "__init__", original)
+        ends = KeyboardInterrupt if how == signal.SIGINT else SystemExit if how else Killed
+        with monkeypatch.context() as patch, pytest.raises(ends) as left:
+            if within is not None:
+                patch.setattr(*within, lambda *args, **kwargs: stop(how))
+            else:
+                patch.setattr(Trainer, "__init__", init)
+            yield left
 
-    return interrupt
+    cut.kill = partial(cut, how=None)
+    return cut

@@ -14,7 +14,7 @@ from llmlab.inference import encode_prompt, load_for_inference
 from llmlab.model import load_config, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.failures import check_memory
-from llmlab.runs.resume import check_whole
+from llmlab.runs.resume import check_undamaged
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training.pretrain import pretrain
 from llmlab.training.sft import sft
@@ -66,7 +66,10 @@ def test_an_adapter_that_does_not_fit(adapter, values, message):
         ({"rope_parameters": 5}, "rope_parameters = 5"),
         ({"model_type": ["llama"]}, "no architecture of that name"),
         ({"pad_token_id": "x"}, "pad_token_id = 'x'"),
-        ({"architectures": ["LLMLabForSequenceClassification"]}, "this model scores text; expected a language model"),
+        (
+            {"architectures": ["LLMLabForSequenceClassification"]},
+            "a sequence-classification model; expected a language",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit(base, values, message):
@@ -97,11 +100,11 @@ def test_pickles_are_never_loaded_unsafely(base, tmp_path):
     checkpoint.mkdir()
     state = {"global_step": 1, "train_batch_size": 1, "stateful_callbacks": {}}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    check_whole(checkpoint)
+    check_undamaged(checkpoint)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": Harm()}, checkpoint / name)
         with pytest.raises(UserError, match=f"{name}: cannot be read as a file of torch"):
-            check_whole(checkpoint)
+            check_undamaged(checkpoint)
         (checkpoint / name).unlink()
     assert not (tmp_path / "harm").exists()
 
@@ -208,12 +211,12 @@ def test_what_does_not_fit_into_memory_is_refused_beforehand(settings, quiet, tm
 
 
 def test_a_run_that_a_mistake_ends_before_its_first_step_leaves_no_folder(sft_settings, quiet, tmp_path, monkeypatch):
-    from llmlab.training.sft import InstructionTrainer
+    from llmlab.training.sft import LLMLabSFTTrainer
 
     def fail(self, *args, **kwargs):
         raise UserError("not like this")
 
-    monkeypatch.setattr(InstructionTrainer, "train", fail)
+    monkeypatch.setattr(LLMLabSFTTrainer, "train", fail)
     with pytest.raises(UserError, match="not like this"):
         sft(sft_settings(max_steps=1), console=quiet)
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from llmlab.rewards.guardrails import SHIPPED, read_guardrails
 from llmlab.runs.callbacks import STREAM_STATE
 from llmlab.runs.history import curve_metric, details, find_runs
 from llmlab.runs.record import RunRecord
-from llmlab.runs.resume import check_whole
+from llmlab.runs.resume import check_undamaged
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
@@ -69,7 +69,7 @@ def texts(path):
 
 
 def restores(folder):
-    check_whole(folder)
+    check_undamaged(folder)
     KLController(0.1, target=0.1, horizon=10).load(folder)
 
 

@@ -1,510 +1,390 @@
-"""An option that is accepted has an effect: each setting is flipped, and something that is built must differ."""
+"""An option that is accepted has an effect: each setting of each stage is changed, and what the stage hands to its
+trainer differs.
+
+The stage itself runs, as far as the call of `Trainer.train`.
+"""
 
 import hashlib
 import json
 import shutil
-from contextlib import nullcontext
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from itertools import islice
+from types import ModuleType
 
+import datasets
 import pytest
 import torch
-from datasets import Dataset
-from trl import DPOConfig, GRPOConfig, RewardConfig
-from trl.experimental.orpo import ORPOConfig
+from pydantic import BaseModel
+from rich.console import Console
+from transformers import Trainer
+from trl import GRPOTrainer
 
-from llmlab.data import build_corpus, load_tokenizer
-from llmlab.data.chat import rows as rows_module
-from llmlab.data.chat.makers import InstructionMaker
-from llmlab.data.mixture import Mixture
-from llmlab.data.text import corpus as corpus_module
 from llmlab.hardware import probe
-from llmlab.model import build_config, new_model
-from llmlab.optim.build import build_optimizer
+from llmlab.model import load_classifier
 from llmlab.runs.arguments import build_arguments
-from llmlab.runs.callbacks import Rhythm, WholeCheckpoints
-from llmlab.runs.compile import decide_compile
-from llmlab.runs.policy import load_policy
-from llmlab.settings.base import Setting, When, fields_of
-from llmlab.settings.dpo import DPOSettings
-from llmlab.settings.grpo import GRPOSettings
-from llmlab.settings.orpo import ORPOSettings
-from llmlab.settings.preference import PreferenceSettings
-from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.reward import RewardModelSettings
-from llmlab.settings.sft import SFTSettings
-from llmlab.settings.sources import Resolved
-from llmlab.training import pretrain as stage
-from llmlab.training import sft as sft_stage
-from llmlab.training.online.run import make_reward, online_arguments, read_prompts
-from llmlab.training.preference.dpo import load_reference
-from llmlab.training.preference.reward import load_scorer
-from llmlab.training.preference.run import preference_arguments, read_pairs
+from llmlab.settings.base import Trl, When, fields_of
+from llmlab.settings.errors import UserError
+from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.stages import STAGES
+
+TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
+NOT_HERE = ("tf32",)  # CUDA alone has it: see the last test
+ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
+    "grpo": ("baseline_mode", "kl_penalty"),
+    "ppo": ("lora_dropout",),
+}
+MAY_REFUSE = ("device", "allow_dropped", "allow_truncated", "allow_code")  # a refusal is their effect
+DATA = {
+    "pretrain": "text",
+    "sft": "chat",
+    "dpo": "pairs",
+    "orpo": "pairs",
+    "reward": "pairs",
+    "grpo": "chat",
+    "ppo": "chat",
+}
 
 
-def other_value(setting: Setting, folder, corpus_file, **special):
-    """Returns a valid value that is not the one in use."""
-    special = {
-        "datasets": [{"name": str(corpus_file), "weight": 1.0}, {"name": "demo/stories", "weight": 3.0}],
-        "validation_datasets": [{"name": str(corpus_file)}],
-        "output_dir": str(folder / "elsewhere"),
-        "cache_dir": str(folder / "other-cache"),
+class Seen(BaseException):
+    """Ends a run where its trainer would begin."""
+
+
+def plain(value, depth=4):
+    """What a value holds, in comparable form: no settings, in which every change would show."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(value, (list, tuple)):
+        return [plain(part, depth) for part in value]
+    if isinstance(value, dict):
+        return {str(key): plain(part, depth) for key, part in value.items()}
+    if isinstance(value, (BaseModel, Console, Trainer, torch.nn.Module, datasets.Dataset)) or depth == 0:
+        return type(value).__name__
+    parts = vars(value) if hasattr(value, "__dict__") and type(value).__module__.startswith("llmlab") else {}
+    return [type(value).__name__, {name: plain(part, depth - 1) for name, part in parts.items() if name != "record"}]
+
+
+def rows_of(data):
+    """The first rows of a dataset, and their number where it has one."""
+    if data is None:
+        return None
+    size = len(data) if hasattr(data, "__len__") else None
+    rows = islice(data, 24) if size is None else (data[index] for index in range(min(size, 24)))
+    return size, [plain(row) for row in rows]
+
+
+def handed_over(trainer):
+    """What a stage handed to its trainer, part by part."""
+    optimizer = trainer.create_optimizer()
+    model, reference = trainer.model, getattr(trainer, "ref_model", None)
+    arguments = {name: value for name, value in trainer.args.to_dict().items() if name != "logging_dir"}
+    weights = {name: (str(p.dtype), list(p.shape), p.requires_grad, plain(p)) for name, p in model.named_parameters()}
+    return {
+        "arguments": {name: str(value) for name, value in arguments.items()},
+        "model": [str(model.config), str(model.generation_config)] if hasattr(model, "generation_config") else "",
+        "adapters": [str(config) for config in getattr(model, "peft_config", {}).values()],
+        "weights": weights,
+        "compiled": [name for name, module in model.named_modules() if module._compiled_call_impl is not None],
+        "reference": None if reference is None else [plain(p) for p in reference.parameters()],
+        "tokenizer": [trainer.processing_class.name_or_path, trainer.processing_class.chat_template],
+        "train": rows_of(trainer.train_dataset),
+        "validation": rows_of(trainer.eval_dataset),
+        "optimizer": type(optimizer).__name__,
+        "groups": [{name: plain(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups],
+        "callbacks": [plain(callback) for callback in trainer.callback_handler.callbacks],
+        "rewards": [plain(reward) for reward in getattr(trainer, "reward_funcs", [])],
+        "streamed": [plain(reader) for reader in getattr(trainer.train_dataset, "readers", [])],
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where all runs are, so that they can be compared."""
+    return tmp_path_factory.mktemp("every")
+
+
+@pytest.fixture
+def capture(tiny_settings, place, monkeypatch):
+    """Returns a function that runs a stage as far as its trainer, and says what that was given."""
+    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
+    monkeypatch.setattr("llmlab.runs.compile.missing_tool", lambda device_type: None)
+    monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: stop(self))
+
+    def run(stage, **changes):
+        settings = tiny_settings(stage, **{"output_dir": place / "run", **changes})
+        try:
+            STAGES[stage].function(settings, console=Console(quiet=True))
+        except Seen as seen:
+            trainer = seen.args[0]
+            built = handed_over(trainer) if isinstance(trainer, Trainer) else trainer
+            return {**built, "folders": sorted(path.name for path in place.iterdir())}
+        except UserError as error:
+            return {"refused": str(error)}
+        finally:
+            for path in place.iterdir():
+                shutil.rmtree(path)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """What `capture` said of settings that many tests compare with."""
+    return {}
+
+
+def stop(seen):
+    raise Seen(seen)
+
+
+def own(stage):
+    return fields_of(STAGES[stage].settings_class)
+
+
+def conditions(setting):
+    return {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_equal_settings_are_handed_over_alike(stage, capture):
+    assert capture(stage) == capture(stage)
+
+
+# Those that are fields of the trainer's arguments: all at once ----------------------------------------------------
+
+SIZES = {  # values that fit together
+    "pretrain": {"batch_size": 3, "gradient_accumulation_steps": 2},
+    "sft": {"batch_size": 3, "gradient_accumulation_steps": 2, "max_seq_len": 90},
+    "dpo": {"mini_batch_size": 2, "max_length": 90, "label_smoothing": 0.2},
+    "orpo": {"mini_batch_size": 2, "max_length": 90},
+    "reward": {"mini_batch_size": 2, "max_length": 90},
+    "grpo": {"mini_batch_size": 2, "gradient_accumulation_steps": 4, "group_size": 2},
+    "ppo": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "value_model": "shared"},
+}
+ONE_BY_ONE = ("num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
+
+
+def named(stage):
+    return [s for s in own(stage) if s.marker(Trl) is not None and s.marker(Trl).name not in ONE_BY_ONE]
+
+
+def changed(setting, before):
+    if isinstance(before, bool):
+        return not before
+    if isinstance(before, int):
+        return before + 1
+    return before * 0.7 + 0.011
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_arguments_of_the_trainer(stage, capture, tiny_settings, place):
+    before = tiny_settings(stage, place / "run")
+    values = {"output_dir": str(place / "other")}
+    values |= {s.name: changed(s, s.of(before)) for s in named(stage) if s.name not in ("output_dir", *SIZES[stage])}
+    values |= SIZES[stage]
+    arguments = capture(stage, **values)["arguments"]
+    for setting in named(stage):
+        assert values[setting.name] != setting.of(before), setting.key
+        assert arguments[setting.marker(Trl).name] == str(values[setting.name]), setting.key
+
+
+# Those of the optimizers: all of one at once ----------------------------------------------------------------------
+
+OF_OPTIMIZERS = {s.name: conditions(s) for s in fields_of(OptimizerSettings) if conditions(s)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sophia", "muon"])
+@pytest.mark.parametrize("stage", TRAINING)
+def test_settings_of_the_optimizer(stage, optimizer, capture):
+    names = [s for s in own(stage) if s.name in OF_OPTIMIZERS and s.name.startswith(optimizer)]
+    assert names
+    values = {s.name: changed(s, s.default) for s in names}
+    built = capture(stage, optimizer=optimizer, **values)
+    found = json.dumps(built["groups"])
+    for name, value in values.items():
+        assert (str(value) if not isinstance(value, bool) else json.dumps(value)) in found, (name, found)
+
+
+# All others, one by one ----------------------------------------------------------------------------------------------
+
+
+def single(stage):
+    done = {s.key for s in named(stage)} | OF_OPTIMIZERS.keys() | {*NOT_HERE, *ELSEWHERE.get(stage, ())}
+    return [s for s in own(stage) if s.key not in done]
+
+
+@pytest.fixture(scope="session")
+def others(base_folder, wide_base_folder, corpus_file, chat_file, pairs_file, tmp_path_factory):
+    """Files and folders that settings may name instead."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "template.jinja").write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
+    shutil.copytree(base_folder, folder / "base")
+    (folder / "text.jsonl").write_text(corpus_file.read_text().replace("The", "That"))
+    (folder / "chat.jsonl").write_text(chat_file.read_text().replace("The", "That"))
+    (folder / "pairs.jsonl").write_text(pairs_file.read_text().replace("The", "That"))
+    turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": turns, "k": k} for k in range(60)]
+    (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{**row, "label": row["k"] % 3 == 0} for row in rows]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = {"question": "Why? " * 15, "answer": ""}
+    (folder / "uneven.jsonl").write_text(json.dumps(long) + "\n" + chat_file.read_text())
+    useless = {
+        "text": {"text": ""},
+        "chat": {"question": "", "answer": ""},
+        "pairs": {"prompt": "", "chosen": "", "rejected": ""},
+    }
+    endless = {
+        "chat": {"question": "Why? " * 90, "answer": "Moo."},
+        "pairs": {"prompt": "Why? " * 90, "chosen": "Moo.", "rejected": "Mu."},
+    }
+    for name, file in {"text": corpus_file, "chat": chat_file, "pairs": pairs_file}.items():
+        for fault, rows in (("empty", useless), ("long", endless)):
+            if name in rows:
+                (folder / f"{fault}-{name}.jsonl").write_text(file.read_text() + (json.dumps(rows[name]) + "\n") * 60)
+    load_classifier(base_folder).save_pretrained(folder / "scorer")
+    for path in base_folder.glob("token*"):
+        shutil.copy(path, folder / "scorer")
+    return folder
+
+
+def other_values(stage, others, wide_base_folder, base_folder, place):
+    """Values that no tiny run has, by key; other settings get the next number, choice or truth."""
+    data = [str(others / f"{DATA[stage]}.jsonl")]
+    online = stage in ("grpo", "ppo")
+    return {
+        "datasets": data,
+        "validation_datasets": data,
+        "validation_fraction": 0.5,
+        "cache_dir": str(place / "other-cache"),
         "num_proc": 2,
+        "max_samples": 11,
+        "allow_dropped": 0.9,
+        "allow_truncated": 0.9,
         "trainer_args": {"torch_empty_cache_steps": 7},
-        "model.tokenizer_name": str(folder / "copy"),
+        "policy_checkpoint": str(others / "base"),
+        "reference_checkpoint": str(wide_base_folder),
+        "init_from": str(base_folder),
+        "chat_template": str(others / "template.jinja"),
+        "optimizer": "lion",
+        "scheduler": "linear",
+        "dtype": "bf16",
+        "device": "cuda",
+        "compile": True,
+        "epochs": 2.0,
+        "eval_batches": 1,
+        "eval_steps": 1,
+        "lora_preset": "all",
+        "lora_alpha": 7.0,
+        "lora_target_modules": ["k_proj"],
+        "modules_to_save": ["norm"],
+        "loss_on": "completion",
+        "only_label": False,
+        "max_prompt_length": 60 if online else 12,
+        "max_seq_len": 68 if online else 60,
+        "batch_size": 16,
+        "gradient_accumulation_steps": 6,
+        "rewards": ["length"],
+        "reward_model": str(others / "scorer"),
+        "value_checkpoint": str(others / "scorer"),
+        "allow_code": False,
+        "num_episodes": 640,
+        "log_interval": 64,
+        "save_interval": 64,
+        "eval_interval": 64,
+        "stop_patience": 3,
+        "use_vllm": True,
+        "model.tokenizer_name": str(others / "base"),
+        "model.d_model": 64,
         "model.n_heads": 4,
         "model.n_kv_heads": 1,
-        "model.d_model": 64,
         "model.max_seq_len": 16,
         "model.vocab_size": 512,
         "model.sliding_window": 4,
         "model.yarn_original_max_seq_len": 12,
-        "compile": False,
-        "allow_dropped": 0.5,
-        "dtype": "bf16",
-        "tf32": True,
-        "lora_alpha": 7.0,
-        "max_samples": 11,
-        **special,
     }
-    if setting.key in special:
-        return special[setting.key]
-    choices = [choice for choice in setting.choices if choice not in ("auto", setting.default)]
-    if choices:
-        return choices[-1]
-    if isinstance(setting.default, bool):
-        return not setting.default
-    if isinstance(setting.default, int):
-        return setting.default + 1
-    return setting.default * 0.7 + 0.011
 
 
-def digest(settings: PretrainSettings, monkeypatch) -> dict[str, str]:
-    """Builds everything that these settings decide, and returns it in comparable form."""
-    opened = []
-    original = corpus_module.open_store
-
-    def watch(*args, **kwargs):
-        opened.append({key: value for key, value in kwargs.items() if key != "progress"})
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(corpus_module, "open_store", watch)
-    tokenizer = load_tokenizer(settings.model.tokenizer_name)
-    settings = stage.complete_shape(settings, tokenizer)
-    torch.manual_seed(settings.seed)
-    model = new_model(build_config(settings.model, tokenizer))
-    hardware = probe("cpu", settings.dtype)
-    corpus = build_corpus(
-        settings,
-        tokenizer,
-        max_seq_len=settings.model.max_seq_len,
-        rows_needed=64,
-        validation_rows=settings.eval_steps,
-    )
-    rows = [row["input_ids"].tolist() for _, row in zip(range(24), iter_rows(corpus.train), strict=False)]
-    held = [] if corpus.validation is None else [corpus.validation[i]["input_ids"].tolist() for i in range(4)]
-    optimizer = build_optimizer(model, settings, learning_rate=settings.lr, weight_decay=settings.weight_decay)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    arguments = stage.trainer_arguments(settings, hardware, corpus).to_dict()
-    rhythm = Rhythm(best_only=settings.save_best_only, evaluates=corpus.validation is not None)
-    kept = WholeCheckpoints(None, settings.save_total_limit)
-    compiled = decide_compile(
-        settings.compile, device_type="cpu", steps=settings.max_steps, tokens_per_step=10**6, parameters=10**8
-    )
-    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+def start_for(stage, key, others, place):
+    """What a run needs beside the tiny settings for one of them to mean something."""
+    uneven = {"datasets": [str(others / "uneven.jsonl")]} if stage in ("grpo", "ppo") else {}
+    long = {"max_seq_len": 40} if stage == "sft" else {"max_length": 40, "max_prompt_length": 39}
     return {
-        "config": str(model.config.to_dict()),
-        "weights": weights,
-        "train": str(rows),
-        "validation": str((held, corpus.report.validation_rows)),
-        "stores": str(opened),
-        "stream": str((type(corpus.train), [r.allow_dropped for r in getattr(corpus.train, "readers", [])])),
-        "optimizer": str((type(optimizer), groups)),
-        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
-        "rhythm": str((vars(rhythm), vars(kept))),
-        "compile": str(compiled),
-        "tokenizer": tokenizer.name_or_path,
-    }
+        "only_label": {"datasets": [str(others / "labelled.jsonl")], "only_label": True},
+        "loss_on": {"datasets": [str(others / "turns.jsonl")]},
+        "lora_target_modules": {"use_lora": True, "lora_target_modules": ["q_proj"]},
+        "allow_dropped": {"datasets": [str(others / f"empty-{DATA[stage]}.jsonl")]},
+        "allow_truncated": {"datasets": [str(others / f"long-{DATA[stage]}.jsonl")], **long},
+        "compile": {"compile": False},
+        "max_prompt_length": uneven,
+        "max_seq_len": uneven,
+        "gradient_accumulation_steps": {"batch_size": ...},
+        "log_interval": {"log_every": ...},
+        "eval_interval": {"eval_every": ...},
+        "reward_model": {"rewards": ["length"]},
+        "normalize_rewards": {"rewards": [{"name": "length", "weight": 0.5}]},
+        "num_proc": {"cache_dir": str(place / "cache")},
+    }.get(key, {})
 
 
-def iter_rows(train):
-    if isinstance(train, Mixture):
-        return (train[index] for index in range(len(train)))
-    return iter(train)
-
-
-# device and init_from choose what is built at all, and have tests of their own in test_hardware and test_pretrain
 @pytest.mark.parametrize(
-    "setting",
-    [s for s in fields_of(PretrainSettings) if s.key not in ("device", "init_from", "tf32", "save_total_limit")],
-    ids=lambda setting: setting.key,
+    ("stage", "setting"),
+    [pytest.param(stage, setting, id=f"{stage}-{setting.key}") for stage in TRAINING for setting in single(stage)],
 )
-def test_each_pretraining_setting_has_an_effect(
-    setting, settings, corpus_file, tokenizer_folder, tmp_path, monkeypatch
+def test_each_other_setting_has_an_effect(
+    stage, setting, capture, unchanged, others, base_folder, wide_base_folder, place, monkeypatch
 ):
-    shutil.copytree(tokenizer_folder, tmp_path / "copy")
-    monkeypatch.setattr("llmlab.runs.compile.missing_tool", lambda device_type: None)
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
-    changes = {"compile": "auto", "dtype": "fp32"}
-    model = {"n_kv_heads": 2, "n_heads": 2}
-    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
-    for field, value in conditions.items():
-        (model if len(setting.path) > 1 else changes)[field] = value
-    before = digest(settings(**changes, model=model), monkeypatch)
-    value = other_value(setting, tmp_path, corpus_file)
+    key = setting.key
+    if key == "num_proc":
+        count_processes(monkeypatch)
+    elif key in ("use_vllm", "vllm_mode"):
+        pretend_vllm(monkeypatch)
+    before = {**conditions(setting), **start_for(stage, key, others, place)}
+    if stage in ("grpo", "ppo"):
+        before = {"validation_fraction": 0.1, **before}
+    values = other_values(stage, others, wide_base_folder, base_folder, place)
+    if key in values:
+        value = values[key]
+    else:
+        now = before.get(setting.name, setting.default)
+        choices = [choice for choice in setting.choices if choice != now]
+        value = choices[-1] if choices else changed(setting, now)
     if len(setting.path) > 1:
-        after = settings(**changes, model={**model, setting.name: value})
+        shape = {"n_kv_heads": 2, **before}
+        before, after = {"model": shape}, {"model": {**shape, setting.name: value}}
     else:
-        after = settings(**{**changes, setting.name: value}, model=model)
-    after = digest(after, monkeypatch)
-    differing = [name for name in before if before[name] != after[name]]
-    assert differing, f"{setting.key} = {value} changes nothing that is built"
+        after = {**before, setting.name: value}
+    if str((stage, before)) not in unchanged or key in ("num_proc", "use_vllm", "vllm_mode"):
+        unchanged[str((stage, before))] = capture(stage, **before)
+    first, second = unchanged[str((stage, before))], capture(stage, **after)
+    assert first != second, f"{key} = {value}: no effect"
+    if key not in MAY_REFUSE:
+        assert "refused" not in first and "refused" not in second, (first.get("refused"), second.get("refused"))
 
 
-def digest_sft(settings: SFTSettings, monkeypatch) -> dict[str, str]:
-    """The same for fine-tuning: the policy, its rows and its trainer."""
-    folders = []
-    original = rows_module.cache_folder
-    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
-    workers = []
-    render = Dataset.map
-    monkeypatch.setattr(
-        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
-    )
-    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
-    torch.manual_seed(settings.seed)
-    hardware = probe("cpu", settings.dtype)
-    policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
-    maker = InstructionMaker(
-        policy.tokenizer,
-        max_seq_len=settings.max_seq_len,
-        loss_on=settings.loss_on,
-        only_label=settings.only_label,
-    )
-    wanted = settings.eval_steps * settings.batch_size
-    data = rows_module.build_rows(settings, maker, seed=settings.seed, validation_rows=wanted)
-    monkeypatch.undo()
-    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    arguments = sft_stage.trainer_arguments(settings, hardware, evaluates=True).to_dict()
-    adapters = [str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]
-    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
-    return {
-        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
-        "names": str(named),
-        "adapters": str(adapters),
-        "template": policy.tokenizer.chat_template,
-        "train": str(data.train[:]),
-        "validation": str(None if data.validation is None else data.validation[:]),
-        "cache": str(folders),
-        "workers": str(workers),
-        "optimizer": str((type(optimizer), groups)),
-        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
-        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
-    }
+def count_processes(monkeypatch):
+    """Ends a run where it would start processes, and says how many."""
+    monkeypatch.setattr("llmlab.data.chat.rows.WORTH_PROCESSES", 1)
+    monkeypatch.setattr("llmlab.data.text.store.SERIAL_BATCHES", 0)
+    monkeypatch.setattr(ProcessPoolExecutor, "__init__", lambda self, number, *rest: stop({"workers": number}))
+    original = datasets.Dataset.map
+
+    def render(self, *args, num_proc=None, **kwargs):
+        return stop({"workers": num_proc}) if num_proc else original(self, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.Dataset, "map", render)
 
 
-# these are read in `sft` itself or only decide whether it refuses: test_sft, test_instructions and test_resume show it
-OF_SFT_ITSELF = ("device", "compile", "allow_dropped", "allow_truncated", "tf32", "save_total_limit")
-
-
-@pytest.mark.parametrize(
-    "setting", [s for s in fields_of(SFTSettings) if s.key not in OF_SFT_ITSELF], ids=lambda setting: setting.key
-)
-def test_each_fine_tuning_setting_has_an_effect(
-    setting, sft_settings, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
-    template = tmp_path / "other.jinja"
-    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
-    (tmp_path / "more.jsonl").write_text(chat_file.read_text().replace("The", "That"))
-    turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
-    both = tmp_path / "both.jsonl"
-    labels = [{"label": k % 3 == 0} if setting.key == "only_label" else {} for k in range(60)]
-    both.write_text("".join(json.dumps({"messages": turns, "k": k, **labels[k]}) + "\n" for k in range(60)))
-    changes = {"save_every": {"save_best_only": False}, "only_label": {"only_label": False}}.get(setting.key, {})
-    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
-    if setting.key == "lora_target_modules":
-        conditions = {"use_lora": True, "lora_preset": "custom"}
-        changes = {"lora_target_modules": ["q_proj"]}
-    before = sft_settings(datasets=[{"name": str(both)}], **{**conditions, **changes})
-    value = other_value(
-        setting,
-        tmp_path,
-        chat_file,
-        datasets=[{"name": str(chat_file)}],
-        validation_datasets=[{"name": str(tmp_path / "more.jsonl")}],
-        policy_checkpoint=str(wide_base_folder),
-        lora_preset="all",
-        lora_target_modules=["k_proj"],
-        modules_to_save=["norm"],
-        lora_bias="all",
-        chat_template=str(template),
-        max_seq_len=40,
-        loss_on="completion",
-        only_label=True,
-        epochs=2.0,
-        validation_fraction=0.5,
-        eval_steps=1,
-        num_proc=2,
-        dataloader_num_workers=1,
-    )
-    given = {name: getattr(before, name) for name in before.model_fields_set}
-    if setting.key == "epochs":
-        del given["max_steps"]
-    first = digest_sft(SFTSettings(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
-    given |= fresh(tmp_path, 2, setting)
-    second = digest_sft(SFTSettings(**{**given, setting.name: value}), pytest.MonkeyPatch())
-    check_differs(first, second, setting, value)
-
-
-def fresh(folder, number, setting) -> dict[str, str]:
-    """A cache of its own where rendering itself is watched, and not what it leaves."""
-    return {"cache_dir": str(folder / f"cache-{number}")} if setting.key == "num_proc" else {}
-
-
-def check_differs(first, second, setting, value):
-    differing = {name for name in first if first[name] != second[name]}
-    assert differing & {"workers"} if setting.key == "num_proc" else differing, f"{setting.key} = {value}: no effect"
-
-
-def digest_preference(settings, monkeypatch) -> dict[str, str]:
-    """The same for the stages that learn from pairs."""
-    folders, workers = [], []
-    original, render = rows_module.cache_folder, Dataset.map
-    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
-    monkeypatch.setattr(
-        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
-    )
-    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
-    torch.manual_seed(settings.seed)
-    hardware = probe("cpu", settings.dtype)
-    run = SimpleNamespace(
-        settings=settings,
-        hardware=hardware,
-        process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
-        reading=nullcontext,
-        extent=lambda rows_per_step: {},
-    )
-    if isinstance(settings, RewardModelSettings):
-        policy, config = load_scorer(settings, run), RewardConfig
-    else:
-        policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
-        config = DPOConfig if isinstance(settings, DPOSettings) else ORPOConfig
-    data = read_pairs(run, policy, max_prompt_length=settings.max_prompt_length)
-    reference = load_reference(settings, policy)[1] if isinstance(settings, DPOSettings) else None
-    monkeypatch.undo()
-    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    arguments = preference_arguments(config, settings, hardware, evaluates=True, processes=1).to_dict()
-    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
-    return {
-        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
-        "names": str(named),
-        "adapters": str([str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]),
-        "template": policy.tokenizer.chat_template,
-        "reference": str(reference),
-        "train": str(data.train[:]),
-        "validation": str(None if data.validation is None else data.validation[:]),
-        "cache": str(folders),
-        "workers": str(workers),
-        "optimizer": str((type(optimizer), groups)),
-        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
-        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
-    }
-
-
-PREFERENCE = [
-    pytest.param(kind, setting, id=f"{kind.__name__}-{setting.key}")
-    for kind in (DPOSettings, ORPOSettings, RewardModelSettings)
-    for setting in fields_of(kind)
-    # what the stages share is shown once
-    if setting.key not in OF_SFT_ITSELF and (kind is DPOSettings or setting.owner is not PreferenceSettings)
-    if kind is DPOSettings or setting.key in ("beta", "batch_size", "mini_batch_size", "epochs", "max_steps")
-]
-
-
-@pytest.mark.parametrize(("kind", "setting"), PREFERENCE)
-def test_each_preference_setting_has_an_effect(
-    kind, setting, preference_settings, pairs_file, base_folder, wide_base_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
-    template = tmp_path / "other.jinja"
-    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
-    more = tmp_path / "more.jsonl"
-    more.write_text(pairs_file.read_text().replace("The", "That"))
-    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
-    changes = {}
-    if setting.key == "lora_target_modules":
-        conditions, changes = {"use_lora": True, "lora_preset": "custom"}, {"lora_target_modules": ["q_proj"]}
-    before = preference_settings(kind, **conditions, **changes)
-    value = other_value(
-        setting,
-        tmp_path,
-        pairs_file,
-        datasets=[{"name": str(more)}],
-        validation_datasets=[{"name": str(more)}],
-        policy_checkpoint=str(wide_base_folder),
-        reference_checkpoint=str(wide_base_folder),
-        lora_preset="all",
-        lora_target_modules=["k_proj"],
-        modules_to_save=["norm"],
-        lora_bias="all",
-        chat_template=str(template),
-        batch_size=16,
-        mini_batch_size=8,
-        gradient_accumulation_steps=6,
-        max_length=70,
-        max_prompt_length=20,
-        max_samples=11,
-        epochs=2.0,
-        validation_fraction=0.5,
-        eval_batches=1,
-        num_proc=2,
-        dataloader_num_workers=1,
-        label_smoothing=0.2,
-    )
-    given = {name: getattr(before, name) for name in before.model_fields_set}
-    for name in {"epochs": ["max_steps"], "gradient_accumulation_steps": ["batch_size"]}.get(setting.key, []):
-        del given[name]
-    first = digest_preference(kind(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
-    given |= fresh(tmp_path, 2, setting)
-    second = digest_preference(kind(**{**given, setting.name: value}), pytest.MonkeyPatch())
-    check_differs(first, second, setting, value)
-
-
-# test_grpo shows their effects: they are read by the trainer and its callbacks, or only let a run start
-OF_GRPO_ITSELF = (
-    *("baseline_mode", "kl_penalty", "adaptive_kl", "target_kl", "kl_horizon", "stop_patience", "allow_code"),
-)
-
-
-def digest_online(settings, monkeypatch) -> dict[str, str]:
-    """The same for the stages that learn from their own completions."""
-    folders, workers = [], []
-    original, render = rows_module.cache_folder, Dataset.map
-    monkeypatch.setattr(rows_module, "cache_folder", lambda folder: folders.append(folder) or original(folder))
-    monkeypatch.setattr(
-        Dataset, "map", lambda self, *a, num_proc=None, **k: workers.append(num_proc) or render(self, *a, **k)
-    )
-    monkeypatch.setattr(rows_module, "WORTH_PROCESSES", 1)
-    torch.manual_seed(settings.seed)
-    settings = settings.in_steps(1)
-    hardware = probe("cpu", settings.dtype)
-    run = SimpleNamespace(
-        settings=settings,
-        hardware=hardware,
-        process=SimpleNamespace(num_processes=1, main_process_first=nullcontext),
-        reading=nullcontext,
-        extent=lambda rows_per_step: {},
-        resolved=Resolved(settings, {}),
-    )
-    policy = load_policy(settings.policy_checkpoint, settings, hardware, chat_template=settings.chat_template)
-    reference = load_reference(settings, policy)[1]
-    data = read_prompts(run, policy)
-    reward = make_reward(run)
-    monkeypatch.undo()
-    optimizer = build_optimizer(policy.model, settings, learning_rate=1.0, weight_decay=settings.weight_decay)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    arguments = online_arguments(GRPOConfig, settings, hardware, evaluates=True, processes=1).to_dict()
-    named = [(name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in policy.model.named_parameters()]
-    return {
-        "weights": hashlib.sha256(b"".join(str(p.detach()).encode() for p in policy.model.parameters())).hexdigest(),
-        "names": str(named),
-        "adapters": str([str(c.to_dict()) for c in getattr(policy.model, "peft_config", {}).values()]),
-        "template": policy.tokenizer.chat_template,
-        "reference": str(reference),
-        "train": str(data.train[:]),
-        "validation": str(None if data.validation is None else data.validation[:]),
-        "tokens": str([report.counts for report in data.reports]),
-        "rewards": str([(name, part.weight) for name, part in reward.components.items()] + [reward.normalize]),
-        "cache": str(folders),
-        "workers": str(workers),
-        "optimizer": str((type(optimizer), groups)),
-        "arguments": str({key: value for key, value in arguments.items() if key != "logging_dir"}),
-        "rhythm": str(vars(Rhythm(best_only=settings.save_best_only, evaluates=True, save_every=settings.save_every))),
-        "kept": str(vars(WholeCheckpoints(None, settings.save_total_limit))),
-    }
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [s for s in fields_of(GRPOSettings) if s.key not in (*OF_SFT_ITSELF, *OF_GRPO_ITSELF)],
-    ids=lambda setting: setting.key,
-)
-def test_each_grpo_setting_has_an_effect(
-    setting, chat_file, base_folder, wide_base_folder, tmp_path, monkeypatch, request
-):
-    monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
-    if setting.key == "reward_model":  # made where it is needed: a folder that is one
-        from llmlab.model import load_classifier
-
-        load_classifier(base_folder).save_pretrained(tmp_path / "scorer")
-        request.getfixturevalue("tokenizer_folder")
-        for path in request.getfixturevalue("tokenizer_folder").iterdir():
-            (tmp_path / "scorer" / path.name).write_bytes(path.read_bytes())
-    template = tmp_path / "other.jinja"
-    template.write_text((base_folder / "chat_template.jinja").read_text().replace("\n", " "))
-    more = tmp_path / "more.jsonl"
-    more.write_text(chat_file.read_text().replace("How", "Why"))
-    uneven = tmp_path / "uneven.jsonl"
-    uneven.write_text(chat_file.read_text() + '{"question": "' + "Why? " * 30 + '", "answer": ""}\n')
-    conditions = {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
-    if setting.key == "lora_target_modules":
-        conditions = {"use_lora": True, "lora_preset": "custom", "lora_target_modules": ["q_proj"]}
-    given = {
-        "policy_checkpoint": str(base_folder),
-        "datasets": [{"name": str(uneven)}],
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path.parent / "cache"),
-        "num_proc": 1,
-        "validation_fraction": 0.1,
-        "rewards": ["json_valid"],
-        "batch_size": 8,
-        "mini_batch_size": 8,
-        "eval_batches": 2,
-        "dtype": "fp32",
-        **conditions,
-    }
-    value = other_value(
-        setting,
-        tmp_path,
-        chat_file,
-        datasets=[{"name": str(more)}],
-        validation_datasets=[{"name": str(more)}],
-        policy_checkpoint=str(wide_base_folder),
-        reference_checkpoint=str(wide_base_folder),
-        lora_preset="all",
-        lora_target_modules=["k_proj"],
-        modules_to_save=["norm"],
-        lora_bias="all",
-        chat_template=str(template),
-        rewards=["length"],
-        reward_model=str(tmp_path / "scorer"),
-        batch_size=16,
-        mini_batch_size=16,
-        gradient_accumulation_steps=2,
-        max_prompt_length=100,
-        max_samples=11,
-        num_episodes=640,
-        epochs=2.0,
-        max_seq_len=228,
-        log_interval=64,
-        save_interval=64,
-        eval_interval=64,
-        validation_fraction=0.5,
-        eval_batches=1,
-        num_proc=2,
-        dataloader_num_workers=1,
-        group_size=8,
-        top_p=0.5,
-    )
-    first = digest_online(GRPOSettings(**given | fresh(tmp_path, 1, setting)), pytest.MonkeyPatch())
-    given |= fresh(tmp_path, 2, setting)
-    second = digest_online(GRPOSettings(**{**given, setting.name: value}), pytest.MonkeyPatch())
-    check_differs(first, second, setting, value)
+def pretend_vllm(monkeypatch):
+    """Lets vLLM seem to be installed, and ends a run where TRL's trainer would start it."""
+    vllm = ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, *, args, **kwargs: stop({"arguments": args.to_dict()}))
 
 
 def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):

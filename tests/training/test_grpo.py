@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.data import load_tokenizer
@@ -20,7 +19,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
-from llmlab.training.online.grpo import GroupTrainer, global_advantages, group_metrics, grpo
+from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
 from llmlab.training.online.kl import KLController
 from llmlab.training.preference.reward import reward
 
@@ -185,14 +184,14 @@ def test_advantages_and_group_metrics_by_hand():
 
 def test_the_baseline_reaches_the_trainer(grpo_settings, quiet, monkeypatch):
     seen = {}
-    original = GroupTrainer.finish_rollout
+    original = LLMLabGRPOTrainer.finish_rollout
 
     def watch(self, rollout):
         rollout = original(self, rollout)
         seen[self.settings.baseline_mode] = (self.all_rewards[:, 0].clone(), rollout["advantages"].clone())
         return rollout
 
-    monkeypatch.setattr(GroupTrainer, "finish_rollout", watch)
+    monkeypatch.setattr(LLMLabGRPOTrainer, "finish_rollout", watch)
     for mode in ("group_mean", "global_mean"):
         settings = grpo_settings(max_steps=1, baseline_mode=mode)
         grpo(settings.model_copy(update={"output_dir": settings.output_dir + mode}), console=quiet)
@@ -208,7 +207,7 @@ def test_the_baseline_reaches_the_trainer(grpo_settings, quiet, monkeypatch):
 @pytest.mark.parametrize("more", [{}, {"use_bias_correction_kl": False}], ids=str)
 def test_a_penalty_is_averaged_as_trl_averages_its_own(more, grpo_settings, quiet, monkeypatch):
     """With TRL's estimate in place of the size, our way gives TRL's loss and gradients."""
-    total = GroupTrainer.total_loss
+    total = LLMLabGRPOTrainer.total_loss
     compared = []
 
     def both(self, loss, batch):
@@ -220,8 +219,8 @@ def test_a_penalty_is_averaged_as_trl_averages_its_own(more, grpo_settings, quie
         compared.append(self._metrics["train"]["kl"][-2:])
         return loss()
 
-    monkeypatch.setattr(GroupTrainer, "penalty", staticmethod(lambda ratio: torch.exp(-ratio) + ratio - 1))
-    monkeypatch.setattr(GroupTrainer, "total_loss", both)
+    monkeypatch.setattr(LLMLabGRPOTrainer, "penalty", staticmethod(lambda ratio: torch.exp(-ratio) + ratio - 1))
+    monkeypatch.setattr(LLMLabGRPOTrainer, "total_loss", both)
     more = {"trainer_args": more, "mini_batch_size": 4, "gradient_accumulation_steps": 2}
     grpo(grpo_settings(kl_penalty="abs", init_kl_coef=0.5, max_steps=4, **more), console=quiet)
     assert compared[-1][0] == pytest.approx(compared[-1][1], rel=1e-5) and compared[-1][0] > 0.001
@@ -269,30 +268,13 @@ def test_adaptive_kl_follows_the_controller(grpo_settings, quiet):
     assert charged[-1] > charged[3] and kl[0] < 0.01 and charged[1] == pytest.approx(0.2 * (1 - 0.2 * 4 / 100))
 
 
-class Killed(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("killed")
-
-
 @pytest.mark.parametrize("killed_at", [6, 9])
-def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, quiet, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, quiet, tmp_path, cut_off):
     """At 6 the run stands in the middle of a rollout of four steps; at 9 one step after the saved 8, between two."""
     changes = {"adaptive_kl": True, "target_kl": 0.01, "kl_horizon": 50, "max_steps": 12, "save_every": 2}
     whole = grpo(grpo_settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
-    original = GroupTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.add_callback(Killed(killed_at))
-
-    monkeypatch.setattr(GroupTrainer, "__init__", init)
-    with pytest.raises(RuntimeError, match="killed"):
+    with cut_off.kill(killed_at + 1):
         grpo(grpo_settings(**changes), console=quiet)
-    monkeypatch.setattr(GroupTrainer, "__init__", original)
     part = tmp_path / "run"
     resumed = grpo(grpo_settings(**changes), resume=part, console=quiet)
     for name in ("loss", "reward", "kl", "kl_coef"):
@@ -300,12 +282,10 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(killed_at, grpo_settings, qui
     assert read_record(part)["resumed"][0]["step"] == killed_at // 2 * 2
 
 
-def test_an_interrupted_run_goes_on_in_the_middle_of_a_rollout(grpo_settings, quiet, tmp_path, interrupt_after):
+def test_an_interrupted_run_goes_on_in_the_middle_of_a_rollout(grpo_settings, quiet, tmp_path, cut_off):
     whole = grpo(grpo_settings(max_steps=12, output_dir=str(tmp_path / "whole")), console=quiet)
-    undo = interrupt_after(GroupTrainer, 7)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(7):
         grpo(grpo_settings(max_steps=12), console=quiet)
-    undo()
     assert read_record(tmp_path / "run")["status"] == "interrupted"
     resumed = grpo(grpo_settings(max_steps=12), resume=tmp_path / "run", console=quiet)
     assert logged(resumed.folder) == pytest.approx(logged(whole.folder), abs=1e-6)
@@ -431,9 +411,9 @@ def test_the_split_of_an_update_changes_nothing(grpo_settings, tmp_path, quiet):
 @pytest.mark.parametrize("optimizer", ["sophia", "muon"])
 def test_other_optimizers_sample_once(optimizer, grpo_settings, quiet, monkeypatch):
     sampled = []
-    original = GroupTrainer.finish_rollout
+    original = LLMLabGRPOTrainer.finish_rollout
     monkeypatch.setattr(
-        GroupTrainer, "finish_rollout", lambda self, rollout: sampled.append(1) or original(self, rollout)
+        LLMLabGRPOTrainer, "finish_rollout", lambda self, rollout: sampled.append(1) or original(self, rollout)
     )
     result = grpo(grpo_settings(optimizer=optimizer, learning_rate=1e-3, max_steps=12), console=quiet)
     assert len(sampled) == 3 and len(logged(result.folder)) == 12

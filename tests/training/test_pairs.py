@@ -8,7 +8,7 @@ import pytest
 
 from llmlab.cli.app import main
 from llmlab.data import load_tokenizer
-from llmlab.data.chat.makers import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import build_rows
 from llmlab.inference import load_for_inference
 from llmlab.rewards.compose import compose
@@ -16,7 +16,7 @@ from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
 from llmlab.training.preference import pairs as pairs_module
-from llmlab.training.preference.pairs import Prompt, judge_samples, load_prompts, summarize
+from llmlab.training.preference.pairs import Prompt, load_prompts, sample_pairs, summarize
 
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
 ANSWERED = {"role": "assistant", "content": "Me."}
@@ -47,7 +47,7 @@ def judge(model, monkeypatch):
         sampling = SamplingSettings(max_new_tokens=max_new_tokens)
         options = {"num_samples": len(completions), **options}
         composed = compose([reward], normalize=False)
-        return list(judge_samples(*model, prompts or [Prompt([ASKED], {})], composed, sampling, **options))
+        return list(sample_pairs(*model, prompts or [Prompt([ASKED], {})], composed, sampling, **options))
 
     return judge
 
@@ -65,8 +65,8 @@ def test_the_best_against_the_worst(judge):
         (("a cat", "a dog"), {}, "scores differ by less than 0.1"),
         (("a cat", "a"), {"min_difference": 1.5}, "scores differ by less than 1.5"),
         (("no score", "no score"), {}, "no reward applies to it"),
-        (("no score", "a cat"), {}, "fewer than two completions that say something"),
-        (("a cat", " \n"), {}, "fewer than two completions that say something"),
+        (("no score", "a cat"), {}, "fewer than two non-empty completions"),
+        (("a cat", " \n"), {}, "fewer than two non-empty completions"),
         (("a cat sat", "a dog sat down"), {"max_new_tokens": 1}, "no completion ended before max_new_tokens"),
     ],
 )
@@ -166,7 +166,7 @@ def test_rows_without_a_prompt_are_counted(tmp_path):
         "an empty prompt": 1,
         "a prompt that does not end with the user's turn": 1,
         "expected text, found int": 1,
-        "it has tools, which are not called here": 1,
+        "prompts with tools are not supported here": 1,
     }
     assert len(load_prompts(DataSource(name=str(path)), limit=1)[1]) == 0
     with pytest.raises(UserError, match=r"no prompt in its 1 rows \(1 x an empty prompt\)"):
@@ -238,7 +238,7 @@ def test_the_command_writes_what_dpo_reads(cli, chatty, prompts, tmp_path):
 
     tokenizer = load_tokenizer(str(chatty))
     settings = DataSettings(datasets=[str(path)], validation_fraction=0, cache_dir=str(tmp_path / "c"), num_proc=1)
-    data = build_rows(settings, PreferenceMaker(tokenizer, max_length=128), seed=3)
+    data = build_rows(settings, PreferenceEncoder(tokenizer, max_length=128), seed=3)
     assert len(data.train) == len(rows) and not data.reports[0].dropped
     code, output, errors = cli("check", path, "-t", chatty, "--json")
     assert code == 0, errors

@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from llmlab.training.online.advantages import at_turn_ends, gae, token_rewards
+from llmlab.training.online.advantages import gae, per_turn, token_rewards
 from llmlab.training.online.critic import FILE
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 
@@ -161,8 +161,8 @@ def test_the_loss_is_the_papers(value_model, trainer):
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
         logits = ppo.model(input_ids=ids, attention_mask=attention).logits.double() / 0.7
-        trunk = ppo.critic.trunk if value_model == "separate" else ppo.model.model
-        hidden = trunk(input_ids=ids, attention_mask=attention).last_hidden_state.double()
+        backbone = ppo.critic.backbone if value_model == "separate" else ppo.model.model
+        hidden = backbone(input_ids=ids, attention_mask=attention).last_hidden_state.double()
         values = hidden @ ppo.critic.head.weight[0].double() + ppo.critic.head.bias.double()
     policy = value = entropy = count = 0
     written = batch["completion_mask"] * batch["tool_mask"]
@@ -219,7 +219,7 @@ def test_the_kl_is_in_the_reward_and_not_in_the_loss(trainer):
     batch["ref_per_token_logps"] = batch["old_per_token_logps"] - 0.25
     done = ppo.finish_rollout(batch)
     rewards = token_rewards(scores.nan_to_num(), torch.full((4, 6), 0.5 * 0.25), written)
-    expected, returns = gae(rewards, values, written, at_turn_ends(written, 0.9), at_turn_ends(written, 0.8))
+    expected, returns = gae(rewards, values, written, per_turn(written, 0.9), per_turn(written, 0.8))
     rows = [0, 1, 3]
     assert torch.allclose(done["advantages"][rows], expected[rows])
     assert torch.allclose((done["returns"] * written)[rows], returns[rows])
@@ -262,7 +262,7 @@ def test_what_is_trained_moves_and_the_rest_does_not(lora, value_model, checkpoi
     if value_model == "shared":
         assert len(critics) == 2
     elif lora:
-        assert all("lora_" in name for name in critics if ".trunk." in name)
+        assert all("lora_" in name for name in critics if ".backbone." in name)
         # a second set of adapters, and not a second model
         policy = sum(p.numel() for name, p in ppo.model.named_parameters() if "lora_" in name and name not in critics)
         assert sum(p.numel() for p in ppo.critic.parameters() if p.requires_grad) == policy + SHAPE["hidden_size"] + 1
@@ -286,7 +286,7 @@ def test_a_separate_critic_starts_as_the_policy(lora, trainer):
     ids = torch.arange(6)[None]
     base = ppo.model.get_base_model() if lora else ppo.model
     with torch.no_grad():
-        assert torch.equal(ppo.critic.trunk(ids).last_hidden_state, base.base_model(ids).last_hidden_state)
+        assert torch.equal(ppo.critic.backbone(ids).last_hidden_state, base.base_model(ids).last_hidden_state)
         assert not ppo.critic.head(base.base_model(ids).last_hidden_state).any()
 
 
@@ -296,11 +296,11 @@ def test_a_critic_starts_from_a_reward_model(trainer):
     ids = torch.arange(6)[None]
     score = scorer(ids).logits[0, 0].item()
     ppo = trainer(scorer=scorer)
-    with ppo.critic.listening() as heard:
+    with ppo.critic.collect_values() as heard:
         ppo.model.eval()(ids)
     assert heard[0][0, -1].item() == pytest.approx(score, abs=1e-6)
     ppo.train()
-    assert "critic.trunk.layers.0.mlp.up_proj.weight" in dict(ppo.model.named_parameters())
+    assert "critic.backbone.layers.0.mlp.up_proj.weight" in dict(ppo.model.named_parameters())
 
 
 @pytest.mark.parametrize("value_model", KINDS)
@@ -351,7 +351,7 @@ def test_resuming_restores_the_critic_and_the_course(lora, value_model, trainer,
 
 def test_a_critic_of_another_kind_is_refused(trainer, tmp_path):
     trainer(value_model="shared", save_strategy="steps", save_steps=4).train()
-    with pytest.raises(ValueError, match="a critic of another kind"):
+    with pytest.raises(ValueError, match="a critic with other parameters"):
         trainer(max_steps=8).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlab.training.online.advantages import (
-    at_turn_ends,
     explained_variance,
     gae,
     k3,
     kl_penalty,
+    per_turn,
     token_rewards,
     value_loss,
     whiten,
@@ -81,8 +81,8 @@ def test_gae_steps_over_what_the_policy_did_not_write():
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans())
 def test_gae_is_the_papers_sum(seed, gamma, lam, by_turn):
     rewards, values = numbers(seed, ROWS, TIME), numbers(seed + 1, ROWS, TIME)
-    gammas = at_turn_ends(MASK, gamma).double() if by_turn else torch.full((ROWS, TIME), gamma, dtype=torch.float64)
-    lams = at_turn_ends(MASK, lam).double() if by_turn else torch.full((ROWS, TIME), lam, dtype=torch.float64)
+    gammas = per_turn(MASK, gamma).double() if by_turn else torch.full((ROWS, TIME), gamma, dtype=torch.float64)
+    lams = per_turn(MASK, lam).double() if by_turn else torch.full((ROWS, TIME), lam, dtype=torch.float64)
     expected = looped_gae(rewards.tolist(), values.tolist(), gammas.tolist(), lams.tolist(), MASK.tolist())
     advantages, returns = gae(rewards, values, MASK, gammas, lams)
     assert advantages.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
@@ -90,7 +90,7 @@ def test_gae_is_the_papers_sum(seed, gamma, lam, by_turn):
 
 
 def test_a_turn_is_one_step_of_an_episode():
-    assert at_turn_ends(MASK, 0.5).tolist() == [
+    assert per_turn(MASK, 0.5).tolist() == [
         [1, 1, 1, 1, 1, 1, 1, 1, 0.5],
         [1, 0.5, 1, 1, 1, 1, 0.5, 1, 1],
         [1, 1, 0.5, 1, 0.5, 1, 1, 1, 1],
@@ -99,7 +99,7 @@ def test_a_turn_is_one_step_of_an_episode():
     mask = torch.ones(1, 300)
     mask[0, 100:150] = 0
     rewards = token_rewards(torch.ones(1), torch.zeros(1, 300), mask)
-    returns = gae(rewards, torch.zeros(1, 300), mask, at_turn_ends(mask, 0.99), at_turn_ends(mask, 1.0))[1]
+    returns = gae(rewards, torch.zeros(1, 300), mask, per_turn(mask, 0.99), per_turn(mask, 1.0))[1]
     assert returns[0, 0].item() == pytest.approx(0.99)
     assert gae(rewards, torch.zeros(1, 300), mask, 0.99, 1.0)[1][0, 0].item() == pytest.approx(0.99**249, rel=1e-4)
 

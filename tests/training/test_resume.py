@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 from llmlab.cli.app import main
 from llmlab.runs import checkpoints
+from llmlab.runs import run as runs
 from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
 from llmlab.runs.resume import find_checkpoint
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.training.sft import InstructionTrainer, sft
+from llmlab.training.sft import sft
 
 
 def losses(folder) -> list[tuple[int, float]]:
@@ -69,19 +71,11 @@ def test_from_a_checkpoint_of_the_run(settings, quiet):
         sft(settings(), resume=whole.folder / "checkpoint-3", console=quiet)
 
 
-def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, monkeypatch, tmp_path):
+def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, cut_off, tmp_path):
     whole = sft(settings(output_dir=str(tmp_path / "whole")), console=quiet)
 
-    class Killed(BaseException):
-        pass
-
-    def save(self, *args, **kwargs):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InstructionTrainer, "_save_optimizer_and_scheduler", save)
-        with pytest.raises(Killed):
-            sft(settings(), console=quiet)
+    with cut_off.kill(within=(Trainer, "_save_optimizer_and_scheduler")):
+        sft(settings(), console=quiet)
     folder = tmp_path / "run"
     assert read_record(folder)["status"] == "running" and not checkpoints.checkpoints(folder)
     assert (folder / "checkpoint-2").is_dir() and losses(folder)
@@ -95,17 +89,10 @@ def test_killed_before_the_first_checkpoint_it_starts_again(settings, quiet, mon
 
 
 @pytest.mark.parametrize("changes", [{}, {"epochs": 0.1}, {"save_every": 100, "save_total_limit": 1}])
-def test_killed_before_its_final_save_it_takes_no_step_more(changes, settings, quiet, monkeypatch, tmp_path):
+def test_killed_before_its_final_save_it_takes_no_step_more(changes, settings, quiet, cut_off, tmp_path):
     whole = sft(settings(**changes, output_dir=str(tmp_path / "whole")), console=quiet)
 
-    class Killed(BaseException):
-        pass
-
-    def publish(folder, write):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoints, "publish", publish)
+    with cut_off.kill(within=(runs, "save_policy")):
         sft(settings(**changes), console=quiet)
     folder = tmp_path / "run"
     files = [path / "model.safetensors" for path in (whole.folder, folder)]

@@ -8,10 +8,10 @@ from llmlab.training.sft import sft
 
 def test_a_run_keeps_its_best_checkpoints_and_the_last(sft_settings, monkeypatch):
     """A rising learning rate of the wrong sign would be slow: the validation losses are dictated instead."""
-    from llmlab.training.sft import InstructionTrainer
+    from llmlab.training.sft import LLMLabSFTTrainer
 
     losses = iter([9.0, 3.0, 8.0, 1.0, 7.0, 2.0, 6.0, 5.0])
-    evaluate = InstructionTrainer.evaluate
+    evaluate = LLMLabSFTTrainer.evaluate
 
     def dictated(self, *args, **kwargs):
         log = self.log
@@ -21,7 +21,7 @@ def test_a_run_keeps_its_best_checkpoints_and_the_last(sft_settings, monkeypatch
         self.log(metrics)
         return metrics
 
-    monkeypatch.setattr(InstructionTrainer, "evaluate", dictated)
+    monkeypatch.setattr(LLMLabSFTTrainer, "evaluate", dictated)
     settings = sft_settings(max_steps=8, eval_every=1, save_every=1, save_best_only=False, save_total_limit=3)
     folder = sft(settings).folder
     assert [step_of(path) for path in checkpoints(folder)] == [2, 4, 6, 8]

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from llmlab.runs import checkpoints
-from llmlab.runs.failures import check_disk, failures_recorded
+from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
 from llmlab.runs.resume import find_checkpoint
@@ -181,7 +181,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
     checkpoint(tmp_path, 2)
     with (
         pytest.raises(UserError, match="No space left on device"),
-        failures_recorded("x", tmp_path, record, progress(), PretrainSettings()),
+        record_failures("x", tmp_path, record, progress(), PretrainSettings()),
     ):
         checkpoints.begin(tmp_path / "checkpoint-4")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -192,7 +192,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
 def test_a_full_disk_under_torch_save_is_a_sentence_too(tmp_path):
     with (
         pytest.raises(UserError, match="the disk is full or gone"),
-        failures_recorded("x", tmp_path, None, progress(), PretrainSettings()),
+        record_failures("x", tmp_path, None, progress(), PretrainSettings()),
     ):
         torch.save(torch.zeros(1_000_000), "/dev/full")
 
@@ -232,14 +232,14 @@ def test_a_full_disk_under_torch_save_is_a_sentence_too(tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_out_of_memory_names_the_stages_own_settings(settings, advice, error, tmp_path):
-    with pytest.raises(UserError) as caught, failures_recorded("x", tmp_path, None, progress(), settings):
+    with pytest.raises(UserError) as caught, record_failures("x", tmp_path, None, progress(), settings):
         raise error
     assert str(caught.value) == f"out of memory: {advice}"
 
 
 def test_reading_that_fails_is_no_writing(tmp_path):
     def told(error):
-        with pytest.raises(UserError) as caught, failures_recorded("sft", tmp_path, None, progress(), SFTSettings()):
+        with pytest.raises(UserError) as caught, record_failures("sft", tmp_path, None, progress(), SFTSettings()):
             raise error
         return str(caught.value)
 
@@ -250,13 +250,13 @@ def test_reading_that_fails_is_no_writing(tmp_path):
     assert told(inside).startswith(f"output_dir = {tmp_path}: writing stopped")
     with (
         pytest.raises(UserError, match="writing stopped.*No such file"),
-        failures_recorded("sft", tmp_path, None, progress(), SFTSettings()),
+        record_failures("sft", tmp_path, None, progress(), SFTSettings()),
     ):
         save_file({"x": torch.zeros(3)}, tmp_path / "gone" / "model.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     with (
         pytest.raises(UserError, match="^sft: Error while deserializing"),
-        failures_recorded("sft", tmp_path, None, progress(), SFTSettings()),
+        record_failures("sft", tmp_path, None, progress(), SFTSettings()),
     ):
         load_file(tmp_path / "broken.safetensors")
 
@@ -264,7 +264,7 @@ def test_reading_that_fails_is_no_writing(tmp_path):
 def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
     record = record_of(tmp_path)
     record.start()
-    with pytest.raises(ZeroDivisionError), failures_recorded("x", tmp_path, record, progress(), PretrainSettings()):
+    with pytest.raises(ZeroDivisionError), record_failures("x", tmp_path, record, progress(), PretrainSettings()):
         raise ZeroDivisionError
     assert read_record(tmp_path)["status"] == "failed"
 
@@ -277,7 +277,7 @@ def test_a_closed_output_is_an_interruption(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     console = Console(file=os.fdopen(writer, "w"))
-    with pytest.raises(SystemExit), failures_recorded("x", tmp_path, record, progress(), PretrainSettings()):
+    with pytest.raises(SystemExit), record_failures("x", tmp_path, record, progress(), PretrainSettings()):
         console.print("a line of progress")
     ended = read_record(tmp_path)
     assert ended["status"] == "interrupted" and ended["reason"] == "its output was closed"

@@ -23,7 +23,7 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.sft import InstructionTrainer, sft
+from llmlab.training.sft import LLMLabSFTTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)
 
@@ -204,14 +204,12 @@ def test_a_tokenizer_without_template_gets_chatml_and_its_new_rows_are_trained(
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, interrupt_after, quiet):
+def test_interrupted_is_as_if_never(use_lora, sft_settings, tmp_path, cut_off, quiet):
     lora = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.1} if use_lora else {}
     make = lambda name: sft_settings(output_dir=str(tmp_path / name), max_steps=12, **lora)  # noqa: E731
     whole = sft(make("whole"), console=quiet)
-    undo = interrupt_after(InstructionTrainer, 7)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(7):
         sft(make("part"), console=quiet)
-    undo()
     resumed = sft(make("part"), resume=tmp_path / "part", console=quiet)
     assert losses(resumed.folder) == pytest.approx(losses(whole.folder), abs=1e-6)
     one, other = ([line["tokens"] for line in read_metrics(run.folder) if "loss" in line] for run in (whole, resumed))
@@ -246,18 +244,16 @@ def test_save_every_counts_beside_the_best(save_best_only, sft_settings, quiet):
 
 
 @pytest.mark.parametrize("save_best_only", [False, True])
-def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, interrupt_after):
+def test_the_best_adapters_are_written_with_each_new_best(save_best_only, sft_settings, quiet, cut_off):
     # the rate rises until the loss gets worse: the best adapters are not the last ones
     chosen = sft_settings(
         max_steps=12, eval_every=3, use_lora=True, lora_preset="all", learning_rate=0.13, warmup_steps=12,
         scheduler="none", save_best_only=save_best_only, save_total_limit=None,
     )  # fmt: skip
-    undo = interrupt_after(InstructionTrainer, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(5):
         sft(chosen, console=quiet)
     folder = Path(chosen.output_dir)
     assert adapters(folder / "best_lora_adapters") == adapters(folder / "checkpoint-3")
-    undo()
     result = sft(chosen, resume=folder, console=quiet)
     evaluations = {line["step"]: line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line}
     best = min(evaluations, key=evaluations.get)
@@ -367,13 +363,13 @@ def test_qlora_learns_on_four_bit_weights(sft_settings, wide_base_folder, chat_f
 def test_packed_conversations_never_see_each_other(sft_settings, chat_file, quiet, monkeypatch):
     """A conversation's loss is the same whatever it is packed with, and rows of a batch stay rows."""
     seen = []
-    original = InstructionTrainer.compute_loss
+    original = LLMLabSFTTrainer.compute_loss
 
     def watch(self, model, inputs, *args, **kwargs):
         seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(InstructionTrainer, "compute_loss", watch)
+    monkeypatch.setattr(LLMLabSFTTrainer, "compute_loss", watch)
     result = sft(sft_settings(packing=True, max_steps=1, max_seq_len=96, validation_fraction=0), console=quiet)
     batch = seen[0]
     assert batch["input_ids"].shape[0] == 4 and "attention_mask" not in batch

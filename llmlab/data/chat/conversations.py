@@ -25,7 +25,7 @@ from llmlab.settings.errors import UserError
 
 
 class OtherLabel(UnusableRow):
-    """A row of unpaired preferences whose label was not asked for."""
+    """An unpaired-preference row with the other label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class ConversationSource(RowSource):
         return to_messages(row, self.form)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
-        """Yields those of the first `limit` rows that can be read, counting the others by reason."""
+        """Yields the usable rows among the first `limit`, counting the others by reason."""
         for row in islice(self.rows, limit):
             try:
                 conversation = self.read(row)

@@ -1,6 +1,6 @@
 """Recognizes chat data by its columns, and reads each row as a conversation, a preference pair or a prompt.
 
-Sources of different formats become the same thing and can be mixed.  Rendering to tokens is `rendering.py`.
+All formats become one, so sources can be mixed.  Rendering to tokens is `rendering.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ from llmlab.data.splits import Use
 from llmlab.settings.errors import UserError, did_you_mean
 
 LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
-# columns that rewards do not get: the trainer passes its own under these names, or takes them for pictures
+# columns that rewards do not get: reserved by the trainer, or treated as images
 RESERVED = {"prompt", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
 RESERVED |= {"environments", "image", "images"}
 
@@ -81,7 +81,7 @@ def _pair(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[Message
     chosen, rejected = (_side(row[column], is_transcript=not prompt) for column in (better, worse))
     shared = shared_length(chosen, rejected)
     both = chosen[:shared]
-    if both and both[0]["role"] == "user":  # the sides repeat the prompt, but for its system prompt
+    if both and both[0]["role"] == "user":  # chosen and rejected repeat the prompt, without its system message
         start = [message for message in start[:1] if message["role"] == "system"]
     elif both and both[0]["role"] == "system":
         start = []
@@ -95,13 +95,13 @@ def _side(value: Any, is_transcript: bool) -> list[Message]:
 
 
 def _preference(name: str, *columns: str) -> Format:
-    """A format of preferences; read as one conversation, it is the prompt and the chosen side."""
-    chosen_twice = (*columns[:-1], columns[-2])  # compared with itself, all of it is shared
+    """A preference format; as a conversation it is prompt + chosen."""
+    chosen_twice = (*columns[:-1], columns[-2])  # for a conversation the prompt is the whole common prefix
     return Format(name, columns, lambda row: _pair(row, chosen_twice)[0])
 
 
 def _prompts(form: Format) -> Format:
-    """The format of the same rows, of which the prompt is what comes before the assistant's last answer."""
+    """The same format read as prompts: everything before the last assistant message."""
 
     def read(row: Row) -> list[Message]:
         turns = form.read(row)
@@ -179,7 +179,7 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
 
 
 def _similarity(form: Format, found: set[str]) -> float:
-    """Scores columns against a format: 1 for each that is there, 1/2 for a similar name, -1/4 for each that is not."""
+    """Scores how well columns match a format: +1 exact, +1/2 similar name, -1/4 missing."""
     present = sum(name in found for name in form.columns)
     similar = sum(name not in found and bool(did_you_mean(name, found)) for name in form.columns)
     return present + similar / 2 - (len(form.columns) - present - similar) / 4
@@ -217,7 +217,7 @@ def to_messages(row: Row, form: Format) -> Row:
     if not answers:
         raise UnusableRow("no turn of the assistant")
     if all(map(is_empty, answers)):
-        raise UnusableRow("no turn of the assistant says anything")
+        raise UnusableRow("every assistant turn is empty")
     return {"messages": messages, "tools": _tools(row)}
 
 
@@ -232,7 +232,7 @@ def to_pair(row: Row, form: Format) -> Row:
         if not side or is_empty(side[0]):
             raise UnusableRow("an empty completion")
         if any(message["role"] != "assistant" for message in (side[0], side[-1])):
-            raise UnusableRow("a completion that is not the assistant's")
+            raise UnusableRow("the completion is not an assistant message")
     if not prompt:
         raise UnusableRow("an empty prompt")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}

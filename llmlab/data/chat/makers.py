@@ -1,4 +1,4 @@
-"""What a row consists of: the tokens and labels of a conversation, those of a preference pair, or a prompt.
+"""Encoders from conversations, preference pairs and prompts to dataset rows.
 
 Reading, holding out, mixing and caching are `rows.py`.
 """
@@ -20,8 +20,8 @@ from llmlab.settings.errors import UserError
 IDS = List(Value("int32"))
 
 
-class RowMaker:
-    """Turns what a source holds into rows; `limit` is the setting that bounds their length, for messages."""
+class RowEncoder:
+    """Base class: encodes rows; `limit` names the length setting in error messages."""
 
     use: Use
     columns: Features  # for the trainer
@@ -30,10 +30,10 @@ class RowMaker:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: str, *options: Any):
         self.tokenizer = tokenizer
         self.limit = limit
-        self.identity = [self.use, limit, *options]  # all that decides what a row is, for the cache key
+        self.identity = [self.use, limit, *options]  # everything that affects the rows, for the cache key
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
-        """Finds a source, of which at most so many rows will be read."""
+        """Opens a source; at most `at_most` rows will be read."""
         return load_conversations(source, self.use, at_most=at_most)
 
     def make(self, conversation: Row) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class RowMaker:
         raise NotImplementedError
 
 
-class InstructionMaker(RowMaker):
+class InstructionEncoder(RowEncoder):
     """Rows of supervised fine-tuning, truncated on the right; `loss_on` and `stops` as in `Renderer`.
 
     `only_label` is the label of the rows to train on, where they are unpaired preferences.
@@ -97,7 +97,7 @@ class InstructionMaker(RowMaker):
         }
 
 
-class PreferenceMaker(RowMaker):
+class PreferenceEncoder(RowEncoder):
     """Rows of preference optimization: a prompt and two completions, the end of the turn included.
 
     Prompts are truncated on the left to `max_prompt_length`, completions on the right to what is left of `max_length`.
@@ -134,7 +134,7 @@ class PreferenceMaker(RowMaker):
             "prompt_cut": int(len(kept) < len(prompt)),
             "cut": int(longest > room),
             "whole": len(prompt) + longest,
-            "lost": chosen[:room] == rejected[:room],  # what is left must still tell the two apart
+            "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
             "problem": self._problem(chosen) or self._problem(rejected),
         }
 
@@ -143,7 +143,7 @@ class PreferenceMaker(RowMaker):
         return find_problem(row, self.tokenizer, self.renderer.stops)
 
 
-class PromptMaker(RowMaker):
+class PromptEncoder(RowEncoder):
     """Rows of online training: a prompt, and the other columns of the row for rewards, both as JSON.
 
     Prompts stay messages: the trainer tokenizes them.  Those of more than `max_prompt_length` tokens are unusable.
@@ -173,7 +173,7 @@ class PromptMaker(RowMaker):
 
 
 def decode_prompts(rows: Dataset) -> Dataset:
-    """Returns rows of prompts as the trainer and rewards take them: messages, and every column of any row."""
+    """Returns rows of prompts as the trainer and rewards take them: messages, and the union of all rows' columns."""
     names = list(dict.fromkeys(name for text in rows["columns"] for name in json.loads(text)))
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
-"""Messages in one form, whatever a data set, an API or a model calls roles, text and tool calls.
+"""Normalizes messages (roles, content parts, tool calls) of datasets, APIs and models to the OpenAI chat format.
 
-A message has a `role`, a text as `content`, and of the assistant perhaps `tool_calls` and `reasoning_content`.  What
-is not understood raises UnusableRow with the reason, and is never skipped.
+A message has a `role`, a text as `content`, and of the assistant perhaps `tool_calls` and `reasoning_content`.
+Unknown structures raise UnusableRow with the reason.
 """
 
 import json
@@ -29,7 +29,7 @@ RESULTS = ("tool_result", "function_call_output")
 
 
 class UnusableRow(ValueError):
-    """A row that cannot become messages; the reason is counted and reported."""
+    """A row that cannot be used; its reason is counted and reported."""
 
 
 def plain_call(call: Any) -> Call:
@@ -57,12 +57,12 @@ def read_turns(turns: Any, read_call: Callable[[Any], Call] = plain_call) -> lis
 
 
 def is_empty(message: Message) -> bool:
-    """Whether a message says nothing and calls nothing."""
+    """Whether a message has neither content nor tool calls."""
     return not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def join_turns(messages: list[Message]) -> list[Message]:
-    """Returns messages in which successive turns of the assistant are one, their texts a blank line apart."""
+    """Merges consecutive assistant messages, joined by a blank line."""
     joined: list[Message] = []
     for message in messages:
         if not joined or not message["role"] == joined[-1]["role"] == "assistant":
@@ -96,7 +96,7 @@ def text_of(value: Any) -> str:
         raise UnusableRow(f"expected text, found {type(value).__name__}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character
+    except UnicodeEncodeError:  # JSON can encode lone surrogates
         raise UnusableRow("not valid Unicode") from None
     return value
 

@@ -1,7 +1,7 @@
 """Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask.
 
-The template decides the text; here is only which part of it the assistant wrote.  Templates without `generation`
-marks are rendered once for each turn, so any template whose text only grows serves.
+The template decides the text; this module only finds the assistant's tokens in it.  Templates without `generation`
+marks are rendered once for each turn, which works for any append-only template.
 
 Two turns of the assistant in a row are rendered as they are where the template allows it, else joined by a blank line.
 Reasoning is put as `<think>...</think>` before the answer where the template has no place of its own for it.
@@ -23,7 +23,7 @@ from llmlab.settings.errors import UserError, reason_of
 
 LossOn = Literal["assistant", "completion", "all"]
 TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
-"""What templates raise that add text and None, index what is not there, or call themselves."""
+"""Python errors raised from within Jinja templates."""
 GENERATION_MARK = "generation -%}", "generation %}"
 
 
@@ -78,7 +78,7 @@ class Renderer:
         except TemplateError as error:
             raise UnusableRow(f"the chat template refuses it: {error}") from None
         except TEMPLATE_FAILURES as error:
-            raise UnusableRow(f"the chat template fails: {reason_of(error)}") from None
+            raise UnusableRow(f"error in the chat template: {reason_of(error)}") from None
 
     def _show_reasoning(self, messages: list[Message]) -> list[Message]:
         """Puts reasoning before the answer where the template would leave it out."""
@@ -98,10 +98,10 @@ class Renderer:
         whole = [self.render({"messages": prompt + pair[side], "tools": tools}) for side in ("chosen", "rejected")]
         ids, _ = encode_prompt(self.tokenizer, self._show_reasoning(prompt), tools)
         shared = min(shared_length(ids, row.input_ids) for row in whole)
-        if shared < len(ids):  # a merge over the boundary is no loss, other text is
+        if shared < len(ids):  # a token merged across the boundary is fine, other text is not
             text = self.tokenizer.decode(ids)
             if not all(self.tokenizer.decode(row.input_ids).startswith(text.rstrip()) for row in whole):
-                raise UnusableRow("the chat template rewrites the prompt when it is answered")
+                raise UnusableRow("the chat template renders the prompt differently once an answer follows")
         return ids[:shared], whole[0].input_ids[shared:], whole[1].input_ids[shared:]
 
     @cached_property
@@ -146,7 +146,7 @@ class Renderer:
             before = self._text(messages[:number], tools, add_generation_prompt=True)
             through = self._text(messages[: number + 1], tools)
             if not (text.startswith(through) and through.startswith(before)):
-                raise UnusableRow("the chat template rewrites earlier turns as a conversation goes on")
+                raise UnusableRow("the chat template changes earlier turns when later ones are added")
             turn = [k for k, (begin, end) in enumerate(offsets) if len(before) <= begin < end <= len(through)]
             stop = next((k for k in turn if ids[k] in self.stops), turn[-1] if turn else -1)
             for k in turn:
@@ -231,7 +231,7 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 
 def _last_run(trained: list[bool]) -> list[bool]:
-    """Keeps only the last unbroken run of trained tokens."""
+    """Keeps only the last contiguous span of trained tokens."""
     runs = [(on, len(list(run))) for on, run in itertools.groupby(trained)]
     last = max((k for k, (on, _) in enumerate(runs) if on), default=None)
     return [k == last for k, (_, length) in enumerate(runs) for _ in range(length)]

@@ -1,7 +1,7 @@
 """The cache of rendered rows: an Arrow file for each source, written in batches and verified whole when it is opened.
 
-A run reads as many rows of a source as it needs, from all its files in turn.  Fewer rows are the beginning of more, so
-what is cached never decides what is read.
+A run reads as many rows of a source as it needs, from all its files in turn.  A shorter cache is a prefix of a longer
+one, so the result never depends on what is cached.
 """
 
 import json
@@ -30,7 +30,7 @@ def open_rows(
 ) -> tuple[Dataset, bool]:
     """Returns the rendered rows of a source (None: all), and whether they are all it has.
 
-    `render` makes rows of rows that are JSON text, since those of one file may have different types.
+    `render` makes rows of rows as JSON strings, since those of one file may have different types.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def open_rows(
 
 
 def _open_verified(folder: Path, name: str) -> tuple[Dataset, bool] | None:
-    """Returns the rows in a folder and whether they are all; those that are not what was written are removed."""
+    """Returns the rows in a folder and whether they are all; damaged ones are removed."""
     if not folder.exists():
         return None
     try:
@@ -55,7 +55,7 @@ def _open_verified(folder: Path, name: str) -> tuple[Dataset, bool] | None:
         sums.verify(folder / ROWS, whole=True)
         return Dataset.from_file(str(folder / ROWS)), whole
     except (UserError, FileNotFoundError) as error:
-        tell(f"{name}: its cache is damaged and made anew ({error})")
+        tell(f"{name}: its cache is damaged and will be rebuilt ({error})")
         shutil.rmtree(folder)
         return None
 

@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value, interleave_datasets
 
 from llmlab.data.cache import cache_folder, cores
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
-from llmlab.data.chat.makers import RowMaker
+from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.row_cache import open_rows
 from llmlab.data.hashing import seeded_keys, text_hash
@@ -39,7 +39,7 @@ CHECKS = {  # columns of every rendered row beside the maker's
     "lost": Value("bool"),  # truncated so far that there is nothing to learn
     "left_out": Value("bool"),  # of unpaired preferences, the label is the other one
     "dropped": Value("string"),  # why the row is unusable, or empty
-    "problem": Value("string"),  # what is wrong with the loss mask, or empty
+    "problem": Value("string"),  # problem with the loss mask, or empty
 }
 
 
@@ -74,7 +74,7 @@ class RowsReport:
             (self.counts.get("prompt_cut"), "prompts truncated on the left"),
             (self.counts.get("cut"), "truncated"),
             (self.left_out, "with the other label left out"),
-            (self.lost, "left out: truncated to nothing"),
+            (self.lost, "left out: no trained token left after truncation"),
             *((count, f"dropped: {reason}") for reason, count in self.dropped.most_common()),
         ]
         parts += [f"{count:,} {what}" for count, what in counted if count]
@@ -109,7 +109,7 @@ class Rows:
 
 def build_rows(
     settings: DataSettings,
-    maker: RowMaker,
+    maker: RowEncoder,
     *,
     seed: int,
     allow_truncated: float = 0.05,
@@ -121,11 +121,11 @@ def build_rows(
     """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
     Args:
-        allow_truncated: share of a source's rows that may be left with nothing to learn by truncation.
-        validation_rows: rows to validate with at most; they do not decide what is trained on.
+        allow_truncated: maximal share of a source's rows that may lose all trained tokens to truncation.
+        validation_rows: at most this many validation rows; the training rows do not depend on it.
         max_samples: training rows at most; no source is read further.
         rows_needed: rows that the whole run trains on; larger sources are read only as far. None reads them whole.
-        rows_before: rows of each source that the run to resume has read; it goes on with the same.
+        rows_before: rows read per source by the run being resumed, which reads the same ones.
     """
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
@@ -171,7 +171,7 @@ def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None
     return min(limits, default=None)
 
 
-def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowMaker, seed: int) -> Dataset:
+def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed: int) -> Dataset:
     """Returns the rows of several sources in these proportions, every source used whole at least once."""
     parts = [part.select_columns(list(maker.columns)) for part in parts]
     if len(parts) == 1:
@@ -181,9 +181,9 @@ def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowMaker, seed: 
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name: str) -> tuple[Dataset, Dataset]:
-    """Splits by a seeded hash of the rows, so that equal rows stay on one side; about `limit` rows validate.
+    """Splits off a held-out set by a seeded hash, so that duplicates stay on one side; it has about `limit` rows.
 
-    What is trained on does not depend on how many rows validate.
+    The training rows do not depend on `limit`.
     """
     keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), seed)
     ordered = np.sort(keys)
@@ -203,7 +203,7 @@ class _Builder:
     """Reads one source at a time."""
 
     settings: DataSettings
-    maker: RowMaker
+    maker: RowEncoder
     allow_truncated: float
 
     def read_validation(self, source: DataSource, rows: int | None) -> Dataset:
@@ -234,14 +234,14 @@ class _Builder:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in report.dropped.most_common(5))
             raise UserError(
                 f"{report.name}: {unusable:,} of {rows:,} rows cannot be used, the first is row "
-                f"{np.argmax(dropped != '') + 1}: {reasons}; mend them, or raise "
+                f"{np.argmax(dropped != '') + 1}: {reasons}; fix them, or raise "
                 f"allow_dropped = {self.settings.allow_dropped:g}"
             )
         wrong = np.flatnonzero(problem != "")
         if len(wrong):
             raise UserError(
                 f"{report.name}: row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): "
-                f"{problem[wrong[0]]}; use a chat template that marks the assistant's turns whole, or set "
+                f"{problem[wrong[0]]}; use a chat template whose generation block covers the end of turn, or set "
                 "chat_template=chatml"
             )
         if report.lost > self.allow_truncated * report.rows:
@@ -269,13 +269,13 @@ class _Builder:
             return raw.map(
                 _MakeRow(found, self.maker),
                 remove_columns="row",
-                new_fingerprint=uuid.uuid4().hex,  # else it hashes the maker, tokenizer and all; the cache is ours
+                new_fingerprint=uuid.uuid4().hex,  # skip datasets' fingerprinting: caching is done here
                 features=Features({**self.maker.columns, **counts, **CHECKS}),
                 num_proc=(self.settings.num_proc or cores()) if len(raw) >= WORTH_PROCESSES else None,
                 desc=f"Rendering {printable(found.name)}" if sys.stderr.isatty() else None,
             )
         finally:
-            # with several processes `datasets` leaves a copy in its place, and a variable set
+            # with num_proc, datasets monkeypatches and sets an environment variable
             os.environ = environment  # noqa: B003
             os.environ.clear()
             os.environ.update(variables)
@@ -284,8 +284,8 @@ class _Builder:
 class _MakeRow:
     """Makes one row of one that is JSON text."""
 
-    def __init__(self, source: ConversationSource, maker: RowMaker):
-        self.read = replace(source, rows=None, select=None).read  # other processes need no rows
+    def __init__(self, source: ConversationSource, maker: RowEncoder):
+        self.read = replace(source, rows=None, select=None).read  # the rows are not pickled for worker processes
         self.maker = maker
         empty = {name: [] if isinstance(kind, List) else None for name, kind in maker.columns.items()}
         checks = {"whole": 0, "lost": False, "left_out": False, "dropped": "", "problem": ""}

@@ -14,19 +14,19 @@ from zlib import crc32
 from llmlab.data.demo import world
 from llmlab.data.demo.stories import ENDING, PLOTS, Facts, a, invent, narrate, pick
 
-VALIDATION_IN = 20  # one set of requests in so many is asked in the validation split only
+VALIDATION_IN = 20  # one in so many request sets is in the validation split only
 
 Message = dict[str, str]
 
 
 class Exchange(NamedTuple):
-    """A request and its answers, with slots of a plot's facts."""
+    """A request template and its answer templates."""
 
     plot: str  # that has the facts; "" where those of the people are enough
     ask: str
     answers: tuple[str, ...]  # wordings; `{story}` is a whole story, `{tale}` one without "The end."
     must: tuple[str, ...]  # what a good answer contains
-    within: str | None = None  # the people, colors and numbers that it may name besides; None is any
+    within: str | None = None  # further names, colors and numbers it may mention; None is any
 
 
 class System(NamedTuple):

@@ -1,4 +1,4 @@
-"""The text corpus of a stage: sources found, tokenized, split and mixed, with a report of what went in.
+"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report.
 
 One function does it for map-style and streaming sources; the parts are in the modules beside this one.
 """
@@ -27,7 +27,7 @@ ENTROPY_ROWS = 20_000  # rows that the unigram entropy is taken over, at most
 
 @dataclass
 class SourceReport:
-    """What a source gave."""
+    """What was read of a source."""
 
     name: str  # and its subset
     share: float  # of all training tokens
@@ -44,7 +44,7 @@ class SourceReport:
         return {**values, "documents": self.tally.documents, "dropped": dict(self.tally.dropped)}
 
     def summary(self, *, alone: bool) -> str:
-        """Returns one line for people; a source that is alone has no share to tell."""
+        """Returns one line for people; the share is left out for a single source."""
         line = self.name if alone else f"{self.name} {self.share:.1%}"
         if self.tokens is not None:
             line += f": {self.tokens:,} tokens"
@@ -134,7 +134,7 @@ def build_corpus(
 
 @dataclass(frozen=True)
 class _Builder:
-    """What every source is built with."""
+    """Shared context for building each source."""
 
     settings: TextDataSettings
     encoder: TextEncoder
@@ -145,7 +145,7 @@ class _Builder:
     world_size: int
 
     def find(self, named: DataSource) -> TextSource:
-        """Finds a source; what a hub data set is read for is its tokens, so it needs no other copy on disk."""
+        """Finds a source; hub datasets are streamed: the token store is the only copy on disk."""
         return load_text(named, streaming=self.settings.streaming or is_online())
 
     def part(
@@ -168,7 +168,7 @@ class _Builder:
         self, source: TextSource, report: SourceReport, fraction: float, rows: int | None
     ) -> tuple[PackedRows, PackedRows | None]:
         window = window_rows(self.length)
-        # whole windows, since a longer run must not shuffle otherwise what this one sees
+        # whole windows, so that a longer run starts with the same rows
         limit = None if rows is None else math.ceil(max(rows, 1) / window) * window
         tokens = None if limit is None else max(limit * self.length, WINDOW)
         while True:
@@ -185,7 +185,7 @@ class _Builder:
         validation = None
         if fraction:
             report.held_out = split.rule
-            # of a large source the first ones, however much of it is read
+            # from the beginning of a large source, independent of how much is read
             most = self.most_validation_rows if len(store) > WINDOW else None
             validation = PackedRows(f"{report.name}/held-out", store, self.length, split.validation, most)
         return self._checked(train), validation
@@ -229,13 +229,13 @@ class _Builder:
         store = self._store(source, rows * self.length, (fraction, self.seed) if fraction else None)
         if not len(store):
             raise UserError(
-                f"{source.name}: validation_fraction = {fraction:g} holds out none of its {store.tally.documents:,} "
-                "documents; name validation_datasets, or read it without streaming"
+                f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
+                f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
             )
         return self._checked(PackedRows(label, store, self.length, limit=rows))
 
     def _checked(self, rows: PackedRows) -> PackedRows:
-        """Returns rows of which there is at least one."""
+        """Checks that there is at least one row."""
         if not len(rows):
             raise UserError(
                 f"{rows.name}: its {rows.tokens:,} tokens do not fill one row of max_seq_len = {self.length}; "

@@ -30,7 +30,7 @@ class EncodedBatch(NamedTuple):
 class TextEncoder:
     """Encodes documents with a serialized tokenizer (`Tokenizer.to_str()`); small enough to send to another process.
 
-    Special tokens that are spelled out in a document are read as the text they are.
+    Special tokens written out in a document are tokenized as plain text.
     """
 
     def __init__(self, tokenizer: str, eos_token_id: int):

@@ -1,7 +1,7 @@
 """Packed rows of exactly one sequence length over a tokenized corpus, and its held-out split.
 
 Rows are views: documents follow each other, separated by eos, and are cut wherever a row is full; only the last
-partial row is left over.  Attention across the documents of a row is the model's business.
+partial row is left over.  Cross-document attention masks are made in the model.
 """
 
 import math
@@ -84,7 +84,7 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     if not fraction:
         return Split(np.array([[0, len(store)]]), np.empty((0, 2), int), "nothing")
     keys, ends = seeded_keys(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
-    first = int(np.searchsorted(ends, WINDOW)) + 1  # documents that decide
+    first = int(np.searchsorted(ends, WINDOW)) + 1  # documents whose hash is used
     lengths = store.documents["tokens"][:first]
     total = int(lengths.sum())
     wanted = max(math.ceil(fraction * total), length)
@@ -95,7 +95,7 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
         )
     order = np.argsort(keys[:first], kind="stable")
     last = keys[order[np.searchsorted(np.cumsum(lengths[order]), wanted)]]
-    validated = int(lengths[keys[:first] <= last].sum())  # equal documents come along
+    validated = int(lengths[keys[:first] <= last].sum())  # duplicates go to the same side
     if validated > 2 * wanted or total - validated < length:
         cut, end = total - wanted, len(store)
         return Split(np.array([[0, cut], [total, end]]), np.array([[cut, total]]), f"the last {wanted:,} tokens")

@@ -67,7 +67,7 @@ class TokenStore:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(tokens,) ids of all documents, each ended by eos, as they lie on the disk; `read` verifies them."""
+        """(tokens,) ids of all documents, each ended by eos, as stored; `read` verifies them."""
         return np.asarray(np.memmap(self.folder / "tokens.bin", self.dtype, mode="r", shape=(len(self),)))
 
     @cached_property

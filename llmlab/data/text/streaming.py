@@ -1,8 +1,8 @@
 """Streamed rows: sources tokenized and packed as they are read, shuffled in blocks, resumed exactly.
 
-A block's rows are shuffled and its unfinished row is carried into the next, so a position is small: where the source
-stood before the block, what was carried, and how many rows were taken.  Order across sources is the `Schedule` that
-map-style data has too.  There is no tokenized copy on disk, and no random access.
+A block's rows are shuffled and its unfinished row is carried into the next, so a position is small: the source's state
+before the block, the carried tokens, and the rows consumed.  Order across sources is the `Schedule` that map-style
+data has too.  There is no tokenized copy on disk, and no random access.
 """
 
 from collections import deque

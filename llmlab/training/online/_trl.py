@@ -1,6 +1,6 @@
 """Private names of TRL's GRPOTrainer that GRPO and PPO need; a contract test checks each.
 
-A name is here because no public one serves; what it is for stands beside it.
+The comment beside each says why no public name serves.
 """
 
 import math
@@ -28,7 +28,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
         *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
         *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
     ),
-    # returns the micro-batch of a rollout, sampling a new rollout at its first one; see `WholeRollouts`
+    # returns the micro-batch of a rollout, sampling a new rollout at its first one; see `ResumableRollouts`
     "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
     # the critic is loaded from its own file
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
@@ -42,7 +42,7 @@ TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL
 EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
-def written(batch: dict[str, Any]) -> Tensor:
+def policy_mask(batch: dict[str, Any]) -> Tensor:
     """Returns the policy-token mask of a rollout, (batch, time): 1 for generated tokens, 0 for padding and tool
     results."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
@@ -81,7 +81,7 @@ class RolloutSteps:
         """Returns the loss of a micro-batch; `loss()` computes TRL's."""
         return loss()
 
-    def load_beside(self, checkpoint: Path) -> None:
+    def load_extra_state(self, checkpoint: Path) -> None:
         """Restores further state (such as a critic) from a checkpoint."""
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -144,12 +144,12 @@ class RolloutSteps:
             parts = self._buffered_inputs  # type: ignore[attr-defined]
             first = self._step - self._step % passes  # type: ignore[has-type]
             update = [parts[step % len(parts)] for step in range(first, first + passes)]
-        counts = torch.stack([written(inputs).sum(), sum(written(part).sum() for part in update) / passes])
+        counts = torch.stack([policy_mask(inputs).sum(), sum(policy_mask(part).sum() for part in update) / passes])
         everywhere, mean = self.accelerator.reduce(counts, reduction="mean").tolist()  # type: ignore[attr-defined]
         return counts[0].item() / max(mean, 1), everywhere / max(mean, 1)
 
     @contextmanager
-    def no_kl_penalty(self) -> Iterator[None]:
+    def without_kl_term(self) -> Iterator[None]:
         """Leaves the KL term out of TRL's loss."""
         beta, self.beta = self.beta, 0.0  # type: ignore[has-type]
         try:
@@ -157,18 +157,18 @@ class RolloutSteps:
         finally:
             self.beta = beta
 
-    def mean_over_update(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+    def token_mean(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
         """Returns this micro-batch's contribution to a mean over the tokens of an optimizer step (TRL's `dapo`
         normalization)."""
         tokens = batch["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # type: ignore[attr-defined]
         if self.model.training:  # type: ignore[attr-defined]
             passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
             tokens = tokens * passes / self.args.steps_per_generation  # type: ignore[attr-defined]
-        return (values * written(batch)).sum() / tokens
+        return (values * policy_mask(batch)).sum() / tokens
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        self.load_beside(Path(resume_from_checkpoint))
+        self.load_extra_state(Path(resume_from_checkpoint))
 
     def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
         """Returns the log-probabilities of a rollout's completions, (batch, time)."""
@@ -206,7 +206,7 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
         grpo_trainer.create_model_from_path = original
 
 
-class WholeRollouts:
+class ResumableRollouts:
     """Mixin for a GRPOTrainer: takes its reference as a model, and resumes in the middle of a rollout.
 
     `reference` is a whole model's frozen reference; None where there is none, or where the policy without adapters is.
@@ -239,7 +239,7 @@ class WholeRollouts:
         part = self._prepare_inputs(batch)
         self.prepared = part  # the training step reuses these inputs instead of sampling again
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), written(part)], dim=1)
+        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), policy_mask(part)], dim=1)
         return {
             "input_ids": ids,
             "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),

@@ -48,16 +48,16 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
         penalties: KL penalties times their coefficient, (batch, time).
         mask: (batch, time).
     """
-    return last_written(mask) * scores[:, None] - penalties * mask
+    return last_policy_token(mask) * scores[:, None] - penalties * mask
 
 
-def last_written(mask: Tensor) -> Tensor:
+def last_policy_token(mask: Tensor) -> Tensor:
     """Returns 1 at the last token of each row that the policy wrote, (batch, time); nowhere in a row with none."""
     after = mask.flip(1).cumsum(1).flip(1)  # (batch, time): policy tokens from here to the end
     return mask * (after == 1)
 
 
-def at_turn_ends(mask: Tensor, factor: float) -> Tensor:
+def per_turn(mask: Tensor, factor: float) -> Tensor:
     """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere, (batch, time).
 
     A turn is an unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step
@@ -84,43 +84,48 @@ def gae(
 
     Source: arXiv:1506.02438, equation 16.
     """
-    written = mask.bool()
+    is_policy = mask.bool()
     gammas, lams = torch.ones_like(values) * gamma, torch.ones_like(values) * lam
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (batch,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gammas[:, t] * next_value - values[:, t]
         advantage = delta + gammas[:, t] * lams[:, t] * next_advantage
-        advantages[:, t] = torch.where(written[:, t], advantage, 0.0)
-        next_value = torch.where(written[:, t], values[:, t], next_value)
-        next_advantage = torch.where(written[:, t], advantage, next_advantage)
-    return advantages, torch.where(written, advantages + values, 0.0)
+        advantages[:, t] = torch.where(is_policy[:, t], advantage, 0.0)
+        next_value = torch.where(is_policy[:, t], values[:, t], next_value)
+        next_advantage = torch.where(is_policy[:, t], advantage, next_advantage)
+    return advantages, torch.where(is_policy, advantages + values, 0.0)
 
 
-def center(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> tuple[Tensor, Tensor]:
+def center(
+    x: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Tensor]:
     """Returns x minus its mean over the masked tokens, 0 elsewhere, and its variance, a scalar.
 
     Args:
         x: (batch, time).
         mask: (batch, time).
-        add_up: sums a tensor over processes; the default is one process alone.
+        sum_over_processes: sums a tensor over processes; the default is one process alone.
     """
-    count, total = add_up(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
+    count, total = sum_over_processes(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
     centered = (x - total / count.clamp(min=1)) * mask
-    return centered, add_up(centered.square().sum()) / count.clamp(min=1)
+    return centered, sum_over_processes(centered.square().sum()) / count.clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """Returns x shifted and scaled to mean 0 and variance 1 over the masked tokens, 0 elsewhere; as `center`."""
-    centered, variance = center(x, mask, add_up)
+    centered, variance = center(x, mask, sum_over_processes)
     return centered * torch.rsqrt(variance + 1e-8)
 
 
 def explained_variance(
-    values: Tensor, returns: Tensor, mask: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+    values: Tensor, returns: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> float:
     """Returns the share of the returns' variance that the values predict: 1 is all, 0 no better than their mean."""
-    residual, total = center(returns - values, mask, add_up)[1], center(returns, mask, add_up)[1]
+    residual, total = (
+        center(returns - values, mask, sum_over_processes)[1],
+        center(returns, mask, sum_over_processes)[1],
+    )
     return 1 - (residual / total.clamp(min=1e-8)).item()
 
 

@@ -43,7 +43,7 @@ class OnlineMetrics(TrainerCallback):
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
 
 
-class NothingToLearn(TrainerCallback):
+class StopWithoutSignal(TrainerCallback):
     """Stops a run, with advice, when its completions give no learning signal.
 
     That is when in `patience` logged lines in a row no group had completions of different rewards, or over 90 % of the
@@ -72,7 +72,7 @@ class NothingToLearn(TrainerCallback):
             raise UserError(
                 f"step {state.global_step}: {lines} over {MOST_CLIPPED:.0%} of the completions were cut off at "
                 f"max_new_tokens = {self.max_new_tokens}, so rewards see truncated completions only: raise it, or "
-                "fine-tune first, so that the model ends its turns (llmlab sft); stop_patience=none disables this check"
+                "fine-tune first, so that the model ends its turns (llmlab sft); stop_patience=none disables it"
             )
 
 

@@ -23,14 +23,12 @@ class Critic(nn.Module):
     """Value function: predicts the return at each token, via hooks on the policy's forward passes.
 
     It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, and it runs inside the
-    policy's forward.  It is excluded from the policy's state dict: checkpoints store it separately, exports do not
+    policy's forward. It is excluded from the policy's state dict: checkpoints store it separately, exports do not
     include it.
 
-    Args:
-        policy: what to attach to, with adapters where there are any.
-        separate: whether it has a trunk of its own.  That is a copy of the policy's trunk which shares every frozen
-            tensor with it: under LoRA it is a second set of adapters on the same base, and little memory.
-        scorer: a sequence classifier whose trunk and head (`score`, one label) a separate critic starts from instead.
+    A `separate` critic has a copy of the policy's backbone, which shares frozen tensors with it (with LoRA it is a
+    second set of adapters on the base), or the backbone and head (`score`, one label) of the sequence classifier
+    `scorer`.
     """
 
     def __init__(
@@ -38,39 +36,39 @@ class Critic(nn.Module):
     ):
         super().__init__()
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        self.trunk = None
+        self.backbone = None
         if separate and scorer is not None:
-            self.trunk = (scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer).base_model
+            self.backbone = (scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer).base_model
         elif separate:
             frozen = [p for p in base.base_model.parameters() if not p.requires_grad]
-            self.trunk = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
-        width = (base.config if self.trunk is None else self.trunk.config).get_text_config().hidden_size
+            self.backbone = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
+        width = (base.config if self.backbone is None else self.backbone.config).get_text_config().hidden_size
         self.head = nn.Linear(width, 1)
-        nn.init.zeros_(self.head.weight)  # zero-initialized head: initial values are 0
+        nn.init.zeros_(self.head.weight)  # initial values are 0, not noise
         nn.init.zeros_(self.head.bias)
         if separate and scorer is not None:
             with torch.no_grad():
                 self.head.weight.copy_(scorer.score.weight)
         self.to(next(base.parameters()).device)
-        self.heard: list[Tensor] | None = None
-        base.base_model.register_forward_hook(self._listen, with_kwargs=True)
+        self.collected: list[Tensor] | None = None
+        base.base_model.register_forward_hook(self._collect, with_kwargs=True)
         policy.critic = self
         object.__setattr__(self, "policy", policy)  # kept outside the module tree: a parent reference would be a cycle
         if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
-            policy.save_pretrained = self._aside(policy.save_pretrained)
-            policy.load_adapter = self._aside(policy.load_adapter)
+            policy.save_pretrained = self._without_critic(policy.save_pretrained)
+            policy.load_adapter = self._without_critic(policy.load_adapter)
 
     @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
-        """Collects the values, (batch, time), of every forward pass of the policy's trunk within."""
-        self.heard = []
+    def collect_values(self) -> Iterator[list[Tensor]]:
+        """Collects the values, (batch, time), of every forward pass of the policy's backbone within."""
+        self.collected = []
         try:
-            yield self.heard
+            yield self.collected
         finally:
-            self.heard = None
+            self.collected = None
 
     @contextmanager
-    def hidden(self) -> Iterator[None]:
+    def detached(self) -> Iterator[None]:
         """Temporarily removes the critic from the policy's modules."""
         del self.policy.critic
         try:
@@ -78,17 +76,17 @@ class Critic(nn.Module):
         finally:
             self.policy.critic = self
 
-    def _aside(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _without_critic(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.hidden():
+            with self.detached():
                 return method(*args, **kwargs)
 
         return call
 
-    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.heard is not None:
-            self.heard.append(self._values(output if self.trunk is None else self.trunk(*args, **kwargs)))
+    def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.collected is not None:
+            self.collected.append(self._values(output if self.backbone is None else self.backbone(*args, **kwargs)))
 
     def _values(self, output: Any) -> Tensor:
         hidden = output.last_hidden_state  # (batch, time, hidden)

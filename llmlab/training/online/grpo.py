@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.rewards.checking import locate_rewards
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.rewards.loading import locate_rewards
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
-from llmlab.training.online._trl import RolloutSteps, WholeRollouts, written
+from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, policy_mask
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 
-class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
+class LLMLabGRPOTrainer(ResumableRollouts, StageTrainer, RolloutSteps, GRPOTrainer):
     """TRL's GRPOTrainer with llmlab's optimizers, a choice of baselines and penalties, and metrics of groups."""
 
     penalty = staticmethod(torch.abs)
@@ -47,23 +47,23 @@ class GroupTrainer(WholeRollouts, OurOptimizers, RolloutSteps, GRPOTrainer):
         """Returns TRL's loss; with `kl_penalty: abs` its KL term is the mean of absolute log-ratios instead."""
         if self.settings.kl_penalty == "kl" or self.beta == 0:
             return loss()
-        with self.no_kl_penalty():
+        with self.without_kl_term():
             policy_loss = loss()
         log_ratio = self.log_probs - batch["ref_per_token_logps"]  # (rows, time)
         weight = torch.ones_like(log_ratio)
         if self.args.use_bias_correction_kl:  # importance-weighted like TRL's KL term
             weight = (self.log_probs - batch.get("old_per_token_logps", self.log_probs.detach())).exp()
-        mask = written(batch)
+        mask = policy_mask(batch)
         kl = ((torch.exp(-log_ratio) + log_ratio - 1) * weight).detach()  # the estimate that TRL logs
         total, tokens = self.accelerator.reduce(torch.stack([(kl * mask).sum(), mask.sum()]), reduction="sum")
         self.note("kl", (total / tokens.clamp(min=1)).item())
-        return policy_loss + self.beta * self.mean_over_update(self.penalty(log_ratio) * weight, batch)
+        return policy_loss + self.beta * self.token_mean(self.penalty(log_ratio) * weight, batch)
 
 
-def total_rewards(by_function: Tensor, weights: Tensor) -> Tensor:
+def total_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """Returns the weighted sum of rewards (completions, functions), NaN where none applies."""
-    total = (by_function * weights.to(by_function.device)).nansum(1)
-    return total.masked_fill(by_function.isnan().all(1), torch.nan)
+    total = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(1)
+    return total.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
 
 
 def group_metrics(rewards: Tensor) -> dict[str, float]:
@@ -114,11 +114,11 @@ def grpo(run: OnlineRun[GRPOSettings], *, rewards: Sequence[RewardFunction] = ()
     Source: seed, LLM-Lab document, "GRPO" and "LoRA for RLHF"; arXiv:2402.03300.
     """
     run.load(rewards)
-    trainer = run.make_online_trainer(GroupTrainer, GRPOConfig, arguments={})
+    trainer = run.make_online_trainer(LLMLabGRPOTrainer, GRPOConfig, arguments={})
     args = trainer.args
     if run.settings.kl_penalty == "abs" and (args.loss_type, args.importance_sampling_level) != ("dapo", "token"):
         raise UserError(
             f"kl_penalty = abs: not supported with trainer_args loss_type = {args.loss_type} and "
             f"importance_sampling_level = {args.importance_sampling_level}; expected dapo and token, the defaults"
         )
-    return run.learn(trainer, temperature=run.settings.grpo_temperature)
+    return run.train_online(trainer, temperature=run.settings.grpo_temperature)

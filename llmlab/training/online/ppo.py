@@ -12,29 +12,28 @@ from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
-from llmlab.model import fit_vocabulary, load_classifier, load_config
+from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
-from llmlab.rewards.checking import locate_rewards
-from llmlab.runs.optimizers import OurOptimizers
-from llmlab.runs.policy import read_lora
+from llmlab.rewards.loading import locate_rewards
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
-from llmlab.training.online._trl import WholeRollouts
+from llmlab.training.online._trl import ResumableRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
-STOP_AT = 1.5
+STOP_KL_FACTOR = 1.5
 """Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class ActorCriticTrainer(WholeRollouts, OurOptimizers, PPOTrainer):
+class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with self.critic.listening() as values:
+        with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
         return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
 
@@ -45,7 +44,7 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
 
     Args:
         settings: `PPOSettings`: which model, what prompts, what is rewarded, for how long.
-        rewards: your own functions beside those of the settings, as in `grpo`.
+        rewards: custom reward functions in addition to the settings', as in `grpo`.
 
     Returns:
         The run folder and its last metrics: `reward`, `reward/NAME` of each component, `kl` (from the reference),
@@ -59,16 +58,16 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
     with quiet_libraries():
         scorer = load_value_model(run)
     trainer = run.make_online_trainer(
-        ActorCriticTrainer,
+        LLMLabPPOTrainer,
         PPOConfig,
         arguments={
             "kl_penalty": settings.kl_penalty,
             "cliprange_value": settings.cliprange_value,
-            "stop_kl": STOP_AT * settings.target_kl if settings.early_stop else None,
+            "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
         },
         scorer=scorer,
     )
-    return run.learn(
+    return run.train_online(
         trainer,
         temperature=settings.temperature,
         plan=[("critic", describe_critic(settings, trainer))],
@@ -82,7 +81,7 @@ def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel
     source = settings.value_checkpoint
     if source is None:
         return None
-    adapter = read_lora(source)
+    adapter = read_adapter(source)
     kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
     if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
         raise UserError(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.training.online._trl import RolloutSteps, keep_out_of_exports, written
+from llmlab.training.online._trl import RolloutSteps, keep_out_of_exports, policy_mask
 from llmlab.training.online.advantages import (
-    at_turn_ends,
     explained_variance,
     gae,
     k3,
     kl_penalty,
+    per_turn,
     token_rewards,
     value_loss,
     whiten,
@@ -89,7 +89,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         separate = args.value_model == "separate"
         self.critic = Critic(self.model, separate=separate, scorer=scorer)
         if separate and args.gradient_checkpointing:
-            self.critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
             _turn_dropout_off(self.model)  # TRL leaves dropout in attention on
         if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
@@ -97,7 +97,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
 
     def sampling(self) -> AbstractContextManager[None]:
-        return self.critic.hidden() if self.use_vllm else nullcontext()  # vLLM is sent every weight that it sees
+        return self.critic.detached() if self.use_vllm else nullcontext()  # vLLM is sent every weight that it sees
 
     @contextmanager
     def scoring(self, model: nn.Module) -> Iterator[None]:
@@ -105,7 +105,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if model is self.ref_model or not _adapters_are_on(self.accelerator.unwrap_model(self.model)):
             yield
             return
-        with self.critic.listening() as values:
+        with self.critic.collect_values() as values:
             yield
         self.all_values = values  # (batch, prompt and completion), one of each forward pass
 
@@ -116,7 +116,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Replaces per-completion advantages by per-token ones, and adds old values and returns."""
-        mask = written(rollout)  # (batch, time)
+        mask = policy_mask(rollout)  # (batch, time)
         if "old_per_token_logps" not in rollout:  # TRL skips them where it expects a single update
             rollout["old_per_token_logps"] = self.score_tokens(rollout, self._batch_size)
         old = rollout["old_per_token_logps"]
@@ -133,13 +133,13 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         rewards = token_rewards(scores, penalties, mask)
         gamma, lam = self.args.gamma, self.args.gae_lambda
         if "tool_mask" in rollout:
-            gamma, lam = at_turn_ends(mask, gamma), at_turn_ends(mask, lam)
+            gamma, lam = per_turn(mask, gamma), per_turn(mask, lam)
         advantages, returns = gae(rewards, values, mask, gamma, lam)
-        self.note("explained_variance", explained_variance(values, returns, mask, self._add_up))
+        self.note("explained_variance", explained_variance(values, returns, mask, self._sum_over_processes))
         self.note("return", self._mean(returns, mask))
         self.note("value", self._mean(values, mask))
         if self.args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._add_up)
+            advantages = whiten(advantages, mask, self._sum_over_processes)
         returns = torch.where(mask.bool(), returns, values)
         return {**rollout, "advantages": advantages, "old_values": values, "returns": returns}
 
@@ -150,9 +150,9 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
     def total_loss(self, policy_loss: Callable[[], Tensor], inputs: dict[str, Any]) -> Tensor:
         """Returns TRL's loss without its KL term, which is in the rewards here, plus the value loss."""
-        with self.no_kl_penalty():
+        with self.without_kl_term():
             loss = policy_loss()
-        mask = written(inputs)
+        mask = policy_mask(inputs)
         values = self.values_of(mask.shape[1])
         losses, clipped = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         self.note("value_loss", self._mean(losses.detach(), mask))
@@ -161,7 +161,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         self.note("policy_kl", divergence)
         if self.model.training:
             self.divergences.append(divergence * self.token_share)
-        return loss + self.args.vf_coef * self.mean_over_update(losses, inputs)
+        return loss + self.args.vf_coef * self.token_mean(losses, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -179,7 +179,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if _internal_call and self.args.should_save:  # a checkpoint; the critic is no part of an export
             self.critic.save(Path(output_dir))
 
-    def load_beside(self, checkpoint: Path) -> None:
+    def load_extra_state(self, checkpoint: Path) -> None:
         self.critic.load(checkpoint)
 
     @property
@@ -187,12 +187,12 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         args = self.args
         return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
 
-    def _add_up(self, sums: Tensor) -> Tensor:
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
     def _mean(self, x: Tensor, mask: Tensor) -> float:
         """Returns the mean over the masked tokens of all processes."""
-        total, count = self._add_up(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
+        total, count = self._sum_over_processes(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
         return total / max(count, 1)
 
 

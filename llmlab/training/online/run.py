@@ -10,17 +10,17 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from llmlab.data.chat.makers import PromptMaker, decode_prompts
+from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.checking import may_run_code
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.training.online.callbacks import NothingToLearn, OnlineMetrics, RolloutState
+from llmlab.training.online.callbacks import OnlineMetrics, RolloutState, StopWithoutSignal
 from llmlab.training.online.kl import AdaptiveKL, KLController
 
 RewardFunction = Reward | Callable[..., Any]
@@ -48,7 +48,7 @@ class OnlineRun(Run[S]):
         if self.with_adapters and self.reference is not None:
             raise UserError(
                 f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
-                "the policy with its adapters off; leave it out, or set use_lora=false"
+                "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
 
     def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
@@ -60,7 +60,7 @@ class OnlineRun(Run[S]):
         """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
         settings, processes = self.settings, self.process.num_processes
         rows = self.build_rows(
-            PromptMaker(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
+            PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
             rows_per_step=settings.batch_size / self.rollout.updates,
             rows_per_batch=settings.mini_batch_size * processes,
             eval_batches=settings.eval_batches,
@@ -96,14 +96,14 @@ class OnlineRun(Run[S]):
                 **best,
                 **arguments,
             },
-            best_by="reward",
+            best_metric="reward",
             reference=self.reference,
             reward_funcs=self.reward,
             peft_config=self.policy.new_adapters(settings),
             **options,
         )
 
-    def learn(
+    def train_online(
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
     ) -> RunResult:
         """Trains; `plan` and `parents` are added to the common ones."""
@@ -153,7 +153,7 @@ class OnlineRun(Run[S]):
         settings = self.settings
         callbacks: list[TrainerCallback] = [
             RolloutState(trainer, self.checkpoint),
-            NothingToLearn(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
         ]
         if settings.adaptive_kl:
             controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)

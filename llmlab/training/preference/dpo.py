@@ -5,16 +5,16 @@ The loop and the loss are TRL's DPOTrainer; the pairs reach it as token ids, pro
 
 from trl import DPOConfig, DPOTrainer
 
-from llmlab.runs._trl import PairsReady
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs._trl import TokenizedPairs
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.dpo import DPOSettings
-from llmlab.training.preference.run import PreferenceRun, WholeBatches
+from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
-class PairTrainer(OurOptimizers, PairsReady, WholeBatches, DPOTrainer):
+class LLMLabDPOTrainer(StageTrainer, TokenizedPairs, StepMeanLoss, DPOTrainer):
     """TRL's DPOTrainer with llmlab's optimizers, on pairs of token ids."""
 
 
@@ -35,6 +35,6 @@ def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:
     reference, description = load_reference(run.settings, policy)
     data = run.read_pairs(policy)
     trainer = run.make_pair_trainer(
-        PairTrainer, DPOConfig, policy, data, ref_model=reference, peft_config=policy.new_adapters(run.settings)
+        LLMLabDPOTrainer, DPOConfig, policy, data, ref_model=reference, peft_config=policy.new_adapters(run.settings)
     )
-    return run.learn(trainer, policy, data, plan=[("reference", description)], beta=run.settings.beta)
+    return run.train_pairs(trainer, policy, data, plan=[("reference", description)], beta=run.settings.beta)

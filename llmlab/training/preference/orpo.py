@@ -12,15 +12,15 @@ from torch import nn
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read at import
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from llmlab.runs._trl import AnswerTokens
-from llmlab.runs.optimizers import OurOptimizers
+from llmlab.runs._trl import TokenizedORPOPairs
+from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.orpo import ORPOSettings
-from llmlab.training.preference.run import PreferenceRun, WholeBatches
+from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
-class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
+class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
     """TRL's ORPOTrainer with llmlab's optimizers, on tokenized pairs.
 
     The NLL term is a mean over the tokens of an optimizer step (TRL: of a forward pass), the odds-ratio term a mean
@@ -33,14 +33,14 @@ class OddsTrainer(OurOptimizers, AnswerTokens, WholeBatches, ORPOTrainer):
             masks = self.eval_dataset["chosen_attention_mask"]
             self.eval_sizes = torch.tensor([len(masks), sum(len(mask) - 1 for mask in masks)], device=self.args.device)
 
-    def measure(self, batch: dict[str, Any]) -> list[int]:
+    def count_pairs(self, batch: dict[str, Any]) -> list[int]:
         """Returns the number of pairs and of predicted tokens in the chosen rows."""
         mask = batch["chosen_attention_mask"]  # (pairs, time)
         return [len(mask), int(mask[:, 1:].sum())]
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         *results, nll = (outputs := super().concatenated_forward(model, batch))[:5]
-        pairs, tokens = self.measure(batch)
+        pairs, tokens = self.count_pairs(batch)
         mean_pairs, mean_tokens = self.sizes if model.training else self.eval_sizes
         return *results, nll * (tokens / pairs) * (mean_pairs / mean_tokens), *outputs[5:]
 
@@ -65,9 +65,9 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     policy = run.load_policy()
     data = run.read_pairs(policy)
     keep_columns = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
-    trainer = run.make_pair_trainer(OddsTrainer, ORPOConfig, policy, data, arguments=keep_columns)
+    trainer = run.make_pair_trainer(LLMLabORPOTrainer, ORPOConfig, policy, data, arguments=keep_columns)
     # this trainer counts no tokens
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
     rows = run.settings.mini_batch_size * trainer.args.gradient_accumulation_steps * run.process.num_processes
     run.progress.tokens_per_step = round(tokens * rows)
-    return run.learn(trainer, policy, data)
+    return run.train_pairs(trainer, policy, data)

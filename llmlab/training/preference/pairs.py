@@ -74,7 +74,7 @@ def load_prompts(source: DataSource, *, limit: int | None = None) -> tuple[list[
     return prompts, tally.dropped
 
 
-def judge_samples(
+def sample_pairs(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -95,9 +95,7 @@ def judge_samples(
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
     if not min_difference > 0:
-        raise UserError(
-            f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better"
-        )
+        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     context = context_length(model)
     lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
     fits = [context is None or length < context for length in lengths]
@@ -126,7 +124,7 @@ def judge_samples(
 
 
 def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
-    """Returns pairs and counts of `judge_samples`; `unusable` counts the rows without a prompt by reason."""
+    """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
     judged = list(judged)
     scores = [[score for score in each.scores if score is not None] for each in judged]
     scored = [each for each in scores if each]

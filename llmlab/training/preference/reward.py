@@ -15,18 +15,18 @@ from trl import RewardConfig, RewardTrainer
 from llmlab.adapters import lora_config
 from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
-from llmlab.model import fit_vocabulary, load_classifier
-from llmlab.runs.optimizers import OurOptimizers
-from llmlab.runs.policy import Policy, prepare_quantized, quantization_of, read_lora
+from llmlab.model import fit_vocabulary, load_classifier, read_adapter
+from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.policy import Policy, prepare_quantized, quantization_config
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.reward import RewardModelSettings
-from llmlab.training.preference.run import PreferenceRun, WholeBatches
+from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
-class ScoreTrainer(OurOptimizers, WholeBatches, RewardTrainer):
+class LLMLabRewardTrainer(StageTrainer, StepMeanLoss, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -56,22 +56,22 @@ def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
     Source: Stiennon et al. 2020 (arXiv:2009.01325); seed, LLM-Lab document, "PPO-Specific Parameters".
     """
     with quiet_libraries():
-        policy = load_classifier_policy(run)
+        policy = load_score_model(run)
     data = run.read_pairs(policy)
-    answers = replace(data, train=whole_answers(data.train), validation=whole_answers(data.validation))
-    trainer = run.make_pair_trainer(ScoreTrainer, RewardConfig, policy, answers)
-    return run.learn(trainer, policy, data)
+    answers = replace(data, train=join_prompts(data.train), validation=join_prompts(data.validation))
+    trainer = run.make_pair_trainer(LLMLabRewardTrainer, RewardConfig, policy, answers)
+    return run.train_pairs(trainer, policy, data)
 
 
-def load_classifier_policy(run: Run[Any]) -> Policy:
+def load_score_model(run: Run[Any]) -> Policy:
     """Loads the initial model with a new scalar head, and its tokenizer."""
     settings, source = run.settings, run.settings.policy_checkpoint
-    if read_lora(source) is not None:
+    if read_adapter(source) is not None:
         raise UserError(
             f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
         )
     dtype = run.hardware.torch_dtype if settings.use_lora else torch.float32
-    quantization = quantization_of(settings, run.hardware)
+    quantization = quantization_config(settings, run.hardware)
     model = load_classifier(source, dtype=dtype, quantization_config=quantization)
     tokenizer = load_tokenizer(source)
     new_tokens = add_chat_template(tokenizer, settings.chat_template)
@@ -87,7 +87,7 @@ def load_classifier_policy(run: Run[Any]) -> Policy:
     return Policy(model, tokenizer, [source], (), new_tokens)
 
 
-def whole_answers(pairs: Dataset | None) -> Dataset | None:
+def join_prompts(pairs: Dataset | None) -> Dataset | None:
     """Returns each pair as two full rows, prompt + completion."""
     return pairs and pairs.map(
         lambda row: {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmlab.data.chat.makers import PreferenceMaker
+from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import Rows
 from llmlab.runs.callbacks import perplexity
 from llmlab.runs.policy import Policy
@@ -34,11 +34,13 @@ class PreferenceRun(Run[S]):
     def read_pairs(self, policy: Policy) -> Rows:
         """Returns the pairs of the stage's sources as token ids."""
         settings, processes = self.settings, self.process.num_processes
-        length, prompt_length = policy.fit(settings.max_length), settings.max_prompt_length
+        length, prompt_length = policy.cap_length(settings.max_length), settings.max_prompt_length
         if prompt_length is not None and prompt_length >= length:
             prompt_length = length // 2  # leave room for a completion in a short context
         return self.build_rows(
-            PreferenceMaker(policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops),
+            PreferenceEncoder(
+                policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops
+            ),
             rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
             rows_per_batch=settings.mini_batch_size * processes,
             eval_batches=settings.eval_batches,
@@ -59,7 +61,7 @@ class PreferenceRun(Run[S]):
         }
         return self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
 
-    def learn(
+    def train_pairs(
         self,
         trainer: Any,
         policy: Policy,
@@ -92,23 +94,23 @@ class PreferenceRun(Run[S]):
         )
 
 
-class WholeBatches:
+class StepMeanLoss:
     """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step, independent of
     mini_batch_size.
 
     TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
 
-    sizes: Tensor  # what `measure` returns for a forward pass, a mean over those of the update on all processes
+    sizes: Tensor  # what `count_pairs` returns for a forward pass, a mean over those of the update on all processes
 
-    def measure(self, batch: dict[str, Any]) -> list[int]:
+    def count_pairs(self, batch: dict[str, Any]) -> list[int]:
         """Returns the weights of a forward pass's losses: its pair count (up to a constant), and further counts."""
         return [len(next(value for name, value in batch.items() if name.endswith("input_ids")))]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches:
-            sizes = torch.tensor([self.measure(batch) for batch in batches], dtype=torch.float64).mean(0).float()
+            sizes = torch.tensor([self.count_pairs(batch) for batch in batches], dtype=torch.float64).mean(0).float()
             self.sizes = self.accelerator.reduce(sizes.to(self.args.device), reduction="mean")  # type: ignore[attr-defined]
         return batches, items
 
@@ -116,7 +118,7 @@ class WholeBatches:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not model.training:
             return loss  # evaluation already weights each loss by its rows
-        return loss * self.measure(inputs)[0] / self.sizes[0]
+        return loss * self.count_pairs(inputs)[0] / self.sizes[0]
 
 
 class PreferenceMetrics(TrainerCallback):

@@ -1,0 +1,180 @@
+"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template.
+
+A plain callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the
+special tokens or the question-answer pair that such models were trained on.
+"""
+
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from llmlab.rewards.completions import Completion, answer, read_messages
+from llmlab.rewards.function import row_errors
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import check_model, expand, is_local
+from llmlab.settings.trust import remote_code, remote_code_allowed
+
+
+class RewardModel:
+    """Scores completions with a sequence-classification model.
+
+    Text goes through the model's chat template where its tokenizer has one, else as the pair
+    `tokenizer(question, answer)`. Weights are loaded at the first call.
+
+    Args:
+        model: a folder or hub id with one output, or several of which `label` names one.
+        label: the output of a model that has several; the reward is its probability.
+        squash: map a single output to [0, 1] by the logistic function; False gives the logit.
+        batch_size: completions in one forward pass.
+        max_length: longest input in tokens; None is what the model can read. Longer ones lose their beginning with a
+            chat template, the end of the longer part in a pair; their share is logged as `reward_model/truncated`.
+        device: where to compute; None is the current GPU where there is one.
+
+    Source: Ouyang et al. 2022 (arXiv:2203.02155); seed, LLM-Lab document, "PPO", reward model.
+    """
+
+    __name__ = "reward_model"
+    weight = 1.0
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        label: str | None = None,
+        squash: bool = True,
+        batch_size: Annotated[int, Ge(1)] = 8,
+        max_length: Annotated[int, Ge(1)] | None = None,
+        device: str | None = None,
+    ):
+        from llmlab.model import opening, read_adapter
+        from llmlab.model.auto import load_auto
+
+        self.path = str(expand(model)) if is_local(model) else model
+        self.squash, self.batch_size, self.device = squash, batch_size, device
+        self._trusted = remote_code_allowed()  # weights are loaded later, perhaps in another process
+        self._model: Any = None
+        try:
+            check_model(model)
+            with opening(self.path, "a model with its tokenizer"):
+                adapter = read_adapter(self.path)
+                self.config = load_auto("AutoConfig", adapter.base if adapter else self.path)
+                self.tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_home if adapter else self.path)
+            self._is_adapter = adapter is not None
+            if adapter is None:
+                found = ", ".join(self.config.architectures or ["nothing"])
+                scores = "ForSequenceClassification" in found
+            else:
+                found, scores = f"an adapter for {adapter.config.task_type}", adapter.config.task_type == "SEQ_CLS"
+                self.config.num_labels = 1
+            if not scores:
+                raise UserError(f"{self.path}: expected a sequence-classification model, found {found}")
+        except UserError as error:
+            raise UserError(f"model = {error}") from None
+        self.index = self._index_of(label)
+        self.bounds = (0.0, 1.0) if squash or self.index is not None else None
+        limits = (max_length, self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None))
+        self.max_length = max_length or min(limit for limit in limits if limit)
+
+    def __call__(
+        self, completions: list[Completion], prompts: list[Completion], log_metric: Any = None, **columns: Any
+    ) -> list[float | None]:
+        """Scores each completion as the reply to its prompt.
+
+        Args:
+            completions: texts or messages of the batch.
+            prompts: texts or messages that they reply to.
+            log_metric: TRL's; logs the share of truncated inputs.
+            columns: not used.
+
+        Returns:
+            The model's scores, in order.
+        """
+        import torch
+
+        if self._model is None:
+            self._model = self._load()
+        encoded = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            with row_errors(row):
+                encoded.append(self._encode(prompt, completion))
+        if log_metric is not None and encoded:
+            log_metric("reward_model/truncated", sum(truncated for _, truncated in encoded) / len(encoded))
+        order = sorted(range(len(encoded)), key=lambda row: len(encoded[row][0]["input_ids"]))  # little padding
+        scores: list[float | None] = [None] * len(encoded)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            with torch.inference_mode():
+                inputs = self._collate([encoded[row][0] for row in rows])
+                logits = self._model(**inputs).logits.float()  # (batch, labels)
+            if self.index is not None:
+                values = logits.softmax(-1)[:, self.index]
+            else:
+                values = logits[:, 0].sigmoid() if self.squash else logits[:, 0]
+            for row, value in zip(rows, values.tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    def _encode(self, prompt: Completion, completion: Completion) -> tuple[dict[str, Any], bool]:
+        """Returns the inputs of one row, and whether they were truncated."""
+        if self.tokenizer.chat_template is not None:
+            question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else read_messages(prompt)
+            text = self.tokenizer.apply_chat_template(question + read_messages(completion), tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False)  # the template writes them
+            truncated = len(inputs["input_ids"]) > self.max_length
+            return {name: values[-self.max_length :] for name, values in inputs.items()}, truncated
+        question = "\n\n".join(message["content"] for message in read_messages(prompt) if message["content"])
+        pair = ([question], [answer(completion)])  # lists: of single texts an empty answer makes no pair
+        inputs = self.tokenizer(*pair)
+        if truncated := len(inputs["input_ids"][0]) > self.max_length:
+            inputs = self.tokenizer(*pair, truncation="longest_first", max_length=self.max_length)
+        return {name: values[0] for name, values in inputs.items()}, truncated
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns tensors (batch, time), padded on the right.
+
+        Decoders read the score at the last token that is no padding. Where the model names no padding token, one that
+        does not occur is used, so that an end-of-text token at the end is read as the end.
+        """
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        pad = self._pad_token_id
+        if pad is None:
+            used = {token for row in rows for token in row["input_ids"]}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+        self._model.config.pad_token_id = pad
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return {
+            name: pad_sequence(
+                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=pad * (name == "input_ids")
+            ).to(self._model.device)
+            for name in rows[0]
+        }
+
+    def _load(self) -> Any:
+        import torch
+
+        from llmlab.model import load_classifier, opening
+        from llmlab.model.auto import load_auto
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_cpu = device == "cpu"
+        with remote_code(self._trusted), opening(f"model = {self.path}", "a sequence-classification model"):
+            if self._is_adapter:
+                model = load_classifier(self.path, dtype=torch.float32 if on_cpu else torch.bfloat16)
+            else:
+                dtype = torch.float32 if on_cpu else "auto"
+                model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
+        self._pad_token_id = model.config.pad_token_id
+        return model.to(device).eval().requires_grad_(False)
+
+    def _index_of(self, label: str | None) -> int | None:
+        """Returns the output to read, None for a model that has one."""
+        labels = {str(name): index for index, name in self.config.id2label.items()}
+        if label not in labels and not (label is None and len(labels) == 1):
+            near = did_you_mean(label, labels) if label else ""
+            raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
+        return None if len(labels) == 1 else labels[str(label)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a child process loads its own

@@ -1,0 +1,188 @@
+"""What each process of a distributed run does in `test_several_processes.py`; no test itself.
+
+    python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
+
+`FOLDER/jobs.json` is a list of `{"do": a function below, ...}`, done one after the other by processes that are started
+once.  What the functions return goes to `FOLDER/said-RANK.json`.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from itertools import count
+from pathlib import Path
+
+WRITTEN = set()  # what this process opens for writing
+
+
+def note_writing(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and set(arguments[1] or "") & set("wax+"):
+        WRITTEN.add(os.path.realpath(arguments[0]))
+
+
+@contextmanager
+def sampling_by_prompt():
+    """Lets every token that is sampled depend on its prompt, its place among equal prompts and its position alone.
+
+    So one process and two sample the same completions, whichever prompts each of them has.
+    """
+    import torch
+    from transformers import GenerationMixin
+
+    generate, multinomial = GenerationMixin.generate, torch.multinomial
+
+    def by_prompt(self, *args, **kwargs):
+        rows = zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+        prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in rows]
+        before, keys = Counter(), []
+        for prompt in prompts:
+            keys.append((prompt, before[prompt]))
+            before[prompt] += 1
+        position = count()
+
+        def draw(probabilities, num_samples):
+            step = next(position)
+            uniform = torch.tensor([random.Random(f"{key} {step}").random() for key in keys]).unsqueeze(1)
+            below = probabilities.cumsum(-1)
+            return torch.searchsorted(below, uniform * below[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
+
+        torch.multinomial = draw
+        try:
+            return generate(self, *args, **kwargs)
+        finally:
+            torch.multinomial = multinomial
+
+    GenerationMixin.generate = by_prompt
+    try:
+        yield
+    finally:
+        GenerationMixin.generate = generate
+
+
+def train(stage, settings, resume=None, free=False):
+    """Runs a stage, sampling by prompt unless it is free to use its random states."""
+    from llmlab.stages import STAGES
+
+    with nullcontext() if free else sampling_by_prompt():
+        STAGES[stage].function(STAGES[stage].settings_class(**settings), resume=resume)
+
+
+def resume(stage, settings, whole, step, free=False):
+    """Runs a stage again from a checkpoint of a whole run, in a copy of its folder."""
+    from accelerate import PartialState
+
+    copy = Path(settings["output_dir"])
+    with PartialState().main_process_first():
+        if not copy.exists():
+            shutil.copytree(whole, copy)
+    train(stage, settings, resume=copy / f"checkpoint-{step}", free=free)
+
+
+def refuse(stage, settings, resume=None):
+    """Starts a run that cannot be, and returns what it says."""
+    from llmlab.settings.errors import UserError
+
+    try:
+        train(stage, settings, resume)
+    except UserError as error:
+        return str(error)
+
+
+def interrupt(stage, settings, rank, step, number):
+    """Runs a stage whose process of that rank alone hears a signal at the beginning of a step; returns how it ends."""
+    try:
+        with acting_at(rank, step, lambda: signal.raise_signal(number)):
+            train(stage, settings)
+    except SystemExit as left:
+        return left.code
+
+
+def command(words, rank, step):
+    """Runs a command whose process of that rank is killed at the beginning of a step."""
+    from llmlab.cli.app import main
+
+    with acting_at(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        main(words)
+
+
+@contextmanager
+def acting_at(rank, step, act):
+    """Lets the process of one rank do something at the beginning of a step of every trainer made here."""
+    from transformers import TrainerCallback
+
+    class Act(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if args.process_index == rank and state.global_step == step - 1:
+                act()
+
+    with every_trainer(Act):
+        yield
+
+
+@contextmanager
+def every_trainer(callback):
+    """Adds a callback of this class to every trainer that is made here."""
+    from transformers import Trainer
+
+    original = Trainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(callback())
+
+    Trainer.__init__ = init
+    try:
+        yield
+    finally:
+        Trainer.__init__ = original
+
+
+def shard(stage, settings, environment):
+    """Runs a stage under FSDP2, and fills each process' half of every trained tensor with its rank and 1."""
+    from accelerate import state
+    from torch.distributed.tensor import DTensor
+    from transformers import TrainerCallback
+
+    original = state.AcceleratorState.__init__
+
+    def with_cpu(self, *args, fsdp_plugin=None, **kwargs):  # Accelerate leaves CPUs out of FSDP, which torch does not
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    class Mark(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            assert trained and all(isinstance(p, DTensor) and len(p.to_local()) == len(p) / 2 for p in trained)
+            for p in trained:
+                p.detach().to_local().fill_(args.process_index + 1.0)
+
+    os.environ |= environment
+    state.AcceleratorState.__init__ = with_cpu
+    state.AcceleratorState._reset_state()
+    with every_trainer(Mark):
+        train(stage, settings)
+
+
+def main(folder):
+    from accelerate import PartialState
+
+    process = PartialState(cpu=True)
+    assert process.num_processes == int(os.environ["WORLD_SIZE"]) == 2, process
+    said = []
+    for job in json.loads((folder / "jobs.json").read_text()):
+        said.append(globals()[job.pop("do")](**job))
+        process.wait_for_everyone()
+    results = {"said": said, "written": sorted(WRITTEN)}
+    (folder / f"said-{process.process_index}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    sys.addaudithook(note_writing)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,247 @@
+"""Two processes on this machine: they learn what one does, one of them writes and prints, and none outlives the other.
+
+`ranks.py` is what they run; one pair of them does everything that ends well, since starting them takes longer.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llmlab.runs.checkpoints import checkpoints
+from llmlab.runs.record import read_metrics, read_record
+
+pytestmark = pytest.mark.xdist_group("processes")  # one pair for all
+ROOT = Path(__file__).parents[2]
+RANKS = Path(__file__).with_name("ranks.py")
+
+LORA = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.0}  # dropout would differ between processes
+GROUPS = {"group_size": 4, "batch_size": 4}
+FAMILIES = {  # name: stage, what is not as in `values_for`
+    "pretrain": ("pretrain", {}),
+    "sft": (
+        "sft",
+        {"save_best_only": True, "learning_rate": 0.1, "eval_every": 1},
+    ),  # a rate that spoils it after a few steps
+    "sft with LoRA, packed": ("sft", {"packing": True, **LORA}),
+    "dpo": ("dpo", {}),
+    "orpo": ("orpo", {}),
+    "reward": ("reward", {}),
+    "grpo": ("grpo", GROUPS),
+    "grpo with LoRA and a global mean": ("grpo", {"baseline_mode": "global_mean", **GROUPS, **LORA}),
+    "ppo": ("ppo", {"batch_size": 16}),
+    "ppo with a shared critic": ("ppo", {"batch_size": 16, "value_model": "shared", "early_stop": False}),
+}
+RESUMED_ALONE = {  # what two processes read or sample by other random numbers than one
+    "pretrain streaming": ("pretrain", {"streaming": True}),
+    "grpo sampling freely": ("grpo", {"ppo_epochs": 1, **GROUPS}),
+    "ppo sampling freely": ("ppo", {"ppo_epochs": 1, "batch_size": 16}),
+}
+EVERYWHERE = ("loss", "grad_norm", "learning_rate", "tokens")
+COMPARED = {  # metrics that are means over rows or tokens, not over forward passes
+    "pretrain": ("eval_loss", "eval_perplexity"),
+    "sft": ("eval_loss", "eval_perplexity"),
+    "dpo": ("eval_loss", "win_rate", "margin", "kl", "chosen_logp", "eval_win_rate", "eval_margin", "eval_kl"),
+    "orpo": ("eval_loss", "win_rate", "margin", "nll_loss", "log_odds_ratio", "eval_win_rate", "eval_margin"),
+    "reward": ("eval_loss", "win_rate", "margin", "eval_win_rate", "eval_margin"),
+    "grpo": ("reward", "reward_std", "kl", "kl_coef", "entropy", "group_variance", "best_of_group", "eval_reward"),
+    "ppo": ("reward", "kl", "kl_coef", "entropy", "value_loss", "policy_kl", "explained_variance", "eval_reward"),
+}
+
+
+def values_for(stage, changes, processes):
+    """Settings of four updates of the same rows on one process and on two, saved and resumable at the third."""
+    values = {"max_steps": 4, "warmup_steps": 0, "scheduler": "none", "eval_every": 2, "save_total_limit": None}
+    values |= {"validation_fraction": 0.1}
+    values |= {"save_best_only": False, "eval_every": 3} if stage == "pretrain" else {"save_every": 3}
+    if stage in ("pretrain", "sft"):
+        values |= {"batch_size": 2, "gradient_accumulation_steps": 4 // processes, "eval_steps": 4 // processes}
+    elif stage in ("grpo", "ppo"):
+        values |= {"mini_batch_size": 4, "gradient_accumulation_steps": 4 // processes, "eval_batches": 2 // processes}
+        values |= {"ppo_epochs": 2, "ent_coef": 0.1, "adaptive_kl": True, "target_kl": 0.01, "kl_horizon": 50}
+    else:
+        values |= {"batch_size": 8, "mini_batch_size": 2, "eval_batches": 4 // processes}
+    return {**values, **changes}
+
+
+def start(folder, jobs):
+    """Starts two processes of `ranks.py`; what each prints goes to `RANK/stdout.log` and `RANK/stderr.log`."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "--redirects", "3", "--log-dir", folder / "log", RANKS, folder]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def printed(folder, rank, stream="stdout"):
+    (path,) = folder.glob(f"log/*/attempt_0/{rank}/{stream}.log")
+    return path.read_text()
+
+
+def plain(settings):
+    return settings.model_dump(mode="json", exclude_unset=True)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_settings):
+    """The folder in which two processes ran each family, resumed it at its third step, and did the other jobs."""
+    folder = tmp_path_factory.mktemp("pair")
+    jobs = []
+    for name, (stage, changes) in {**FAMILIES, **RESUMED_ALONE}.items():
+        free = {"free": name in RESUMED_ALONE}
+        whole, again = (
+            plain(tiny_settings(stage, folder / place, **values_for(stage, changes, 2)))
+            for place in (name, f"{name} resumed")
+        )
+        jobs.append({"do": "train", "stage": stage, "settings": whole, **free})
+        jobs.append(
+            {"do": "resume", "stage": stage, "settings": again, "whole": str(folder / name), "step": 3, **free}
+        )
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").write_text("mine")
+    for place, more, resumed in (
+        ("taken", {}, None),
+        ("deep/nothing", {}, "deep/nothing"),
+        ("deep/large", {"batch_size": 10**15}, None),
+    ):
+        settings = plain(tiny_settings("pretrain", folder / place, **more))
+        resumed = resumed and str(folder / resumed)
+        jobs.append({"do": "refuse", "stage": "pretrain", "settings": settings, "resume": resumed})
+    settings = plain(tiny_settings("pretrain", folder / "interrupted"))
+    signalled = {"rank": 1, "step": 4, "number": signal.SIGTERM}
+    jobs.append({"do": "interrupt", "stage": "pretrain", "settings": settings, **signalled})
+    settings = plain(tiny_settings("sft", folder / "sharded", max_steps=1, validation_fraction=0, **LORA))
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    fsdp |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    jobs.append({"do": "shard", "stage": "sft", "settings": settings, "environment": fsdp})
+    process = start(folder, jobs)
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, (output, printed(folder, 0, "stderr"), printed(folder, 1, "stderr"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(pair):
+    """What the refused and interrupted jobs of each process returned."""
+    answers = [json.loads((pair / f"said-{rank}.json").read_text())["said"] for rank in (0, 1)]
+    assert answers[0] == answers[1]
+    return [answer for answer in answers[0] if answer is not None]
+
+
+def weights_of(folder):
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_processes_learn_what_one_does(name, pair, tiny_settings, tmp_path):
+    """Equal but for the order in which 32-bit floats are added up: 1e-5 after four updates."""
+    stage, changes = FAMILIES[name]
+    alone = tmp_path / "alone"
+    settings = tiny_settings(stage, alone, **values_for(stage, changes, 1))
+    runpy.run_path(str(RANKS))["train"](stage, plain(settings))
+    together = read_metrics(pair / name)
+    for key in (*EVERYWHERE, *COMPARED[stage]):
+        ours, theirs = ([line[key] for line in lines if key in line] for lines in (together, read_metrics(alone)))
+        assert len(ours) >= 2 and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), key
+    states = [json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (pair / name, alone)]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"] is not None
+    assert [path.name for path in checkpoints(pair / name)] == [path.name for path in checkpoints(alone)]
+    record = read_record(pair / name)
+    assert record["status"] == "finished" and record["hardware"]["processes"] == 2
+    ours, theirs = weights_of(pair / name), weights_of(alone)
+    for key, weight in theirs.items():
+        assert ours[key].flatten() == pytest.approx(weight.flatten(), abs=1e-4), key
+    if "save_best_only" in changes:
+        best = f"checkpoint-{states[0]['best_global_step']}"
+        assert best != "checkpoint-4"
+        assert all((weight == ours[key]).all() for key, weight in weights_of(pair / name / best).items())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *RESUMED_ALONE])
+def test_a_resumed_pair_goes_on_as_if_never_stopped(name, pair):
+    whole, again = pair / name, pair / f"{name} resumed"
+    assert read_record(again)["resumed"][0]["step"] == 3
+    ours, theirs = (
+        [
+            line[key]
+            for line in read_metrics(run)
+            for key in ("loss", "grad_norm", "tokens", "eval_loss")
+            if key in line
+        ]
+        for run in (again, whole)
+    )
+    assert len(ours) >= 13 and ours == pytest.approx(theirs, abs=1e-6)
+    before, after = weights_of(whole), weights_of(again)
+    assert all(after[key].flatten() == pytest.approx(weight.flatten(), abs=1e-6) for key, weight in before.items())
+
+
+def test_the_main_process_alone_writes_and_prints(pair):
+    written = json.loads((pair / "said-1.json").read_text())["written"]
+    names = {Path(path).name for path in written if Path(path).is_relative_to(os.path.realpath(pair))}
+    assert all(name.startswith(("1-", "__1_")) for name in names), names  # its own part of a checkpoint
+    assert "pretrain" in printed(pair, 0) and printed(pair, 1) == ""
+
+
+def test_both_agree_on_what_is_refused(pair, said):
+    assert [text.rpartition(": ")[2] for text in said[:2]] == [
+        "it already holds other files; choose another folder",
+        "there is no such run folder",
+    ]
+    assert "one batch needs at least" in said[2]
+    assert not (pair / "deep").exists()  # a run that writes nothing leaves nothing
+    assert [path.name for path in (pair / "taken").iterdir()] == ["notes.txt"]
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step(pair, said):
+    folder = pair / "interrupted"
+    assert said[3] == 143 and read_record(folder)["status"] == "interrupted"
+    assert max(line["step"] for line in read_metrics(folder)) == 4
+    assert checkpoints(folder)[-1].name == "checkpoint-4"
+    assert (folder / "checkpoint-4" / "rng_state_1.pth").is_file()
+
+
+def test_sharded_adapters_are_gathered_from_both(pair):
+    """Each process filled its half of every adapter with a number of its own: the saved tensors hold both."""
+    for place in (pair / "sharded", pair / "sharded" / "best_lora_adapters"):
+        weights = weights_of(place)
+        assert len(weights) == 2 * 7 * 2
+        for name, weight in weights.items():
+            first, second = weight.chunk(2)
+            assert (first == 1).all() and (second == 2).all(), name
+
+
+def command(settings, folder, step=0):
+    """Runs a stage's command on two processes, of which the second is killed at a step; returns how it ended."""
+    (folder / "settings.json").write_text(settings.model_dump_json(exclude_unset=True))
+    words = ["sft", "--config", str(folder / "settings.json")]
+    process = start(folder, [{"do": "command", "words": words, "rank": 1, "step": step}])
+    process.communicate(timeout=300)
+    errors = [[line for line in printed(folder, rank, "stderr").splitlines() if "error" in line] for rank in (0, 1)]
+    return process.returncode, errors, time.time()
+
+
+def test_a_killed_process_ends_the_run_with_one_sentence(tiny_settings, tmp_path):
+    settings = tiny_settings("sft", tmp_path / "run", max_steps=4000, validation_fraction=0, save_every=2)
+    code, errors, ended = command(settings, tmp_path, step=5)
+    assert code != 0 and len(errors[0]) == 1 and not errors[1]
+    assert errors[0][0].startswith("error: another process of this run ended")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 4 and read_record(tmp_path / "run")["status"] == "failed"
+    assert ended - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < 60
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-4"
+
+
+def test_what_the_main_process_finds_is_said_once(tiny_settings, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": ""}\n')
+    settings = tiny_settings("sft", tmp_path / "run", datasets=[str(tmp_path / "rows.jsonl")])
+    code, errors, _ = command(settings, tmp_path)
+    assert code != 0 and len(errors[0]) == 1 and not errors[1]
+    assert "no turn of the assistant says anything" in errors[0][0]
+    assert not (tmp_path / "run").exists()
