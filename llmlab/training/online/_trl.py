@@ -133,6 +133,8 @@ class RolloutSteps:
         for name in TOKEN_MEANS & metrics.keys():
             if len(metrics[name]) > before.get(name, 0):
                 metrics[name][-1] *= self.token_share
+        if metrics["entropy_coef"] and not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+            metrics["entropy_coef"][-1] = bonus  # not that of this forward pass
         return total
 
     def _token_shares(self, inputs: dict[str, Any]) -> tuple[float, float]:

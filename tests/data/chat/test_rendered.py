@@ -77,7 +77,7 @@ def test_damaged_rows_are_made_anew_with_a_notice(open_, tmp_path, capsys, file,
     expected = open_(at_most)
     damage(tmp_path / "cache" / "rows-1" / file)
     assert open_(at_most) == expected
-    assert "files: its cache is damaged and made anew (" in capsys.readouterr().err
+    assert "files: its cache is damaged and will be rebuilt (" in capsys.readouterr().err
     assert open_(at_most)[2] == 0
     assert not capsys.readouterr().err
 

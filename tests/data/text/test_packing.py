@@ -226,7 +226,7 @@ def test_a_damaged_cache_is_made_anew_with_a_notice(open_, tmp_path, capsys, dam
     again = open_(STORIES)
     assert again.fresh
     assert again.tokens.tolist() == expected
-    assert "demo/stories: its cache is damaged and made anew (" in capsys.readouterr().err
+    assert "demo/stories: its cache is damaged and will be rebuilt (" in capsys.readouterr().err
     assert not open_(STORIES).fresh
     assert "damaged" not in capsys.readouterr().err
 
