@@ -150,7 +150,9 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
-    table = make_table("setting", "value", "source")
+    from rich.table import Column
+
+    table = make_table("setting", Column("value", overflow="fold"), Column("source", overflow="fold"))
     for setting in fields_of(type(resolved.settings)):
         value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
         table.add_row(setting.key, safe(value), safe(source), style="dim" if source == "default" else "bold")

@@ -155,7 +155,7 @@ def test_no_command_runs_code_of_a_folder_or_asks(cli, own, name, stdin):
     code, output, errors = cli(*words_of(COMMANDS[name], own), stdin=stdin)
     assert not (own / "mark").exists()
     assert code == 2 and errors.count("error:") == 1 and "[y/N]" not in output + errors
-    assert "it brings Python code along, which runs only with --trust-remote-code" in errors
+    assert "it requires its own Python code, which runs only with --trust-remote-code" in errors
 
 
 @pytest.mark.parametrize("name", ["sft", "generate", "model info", "data check", "tokenizer show", "reward-check"])
