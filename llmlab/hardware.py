@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,12 @@ def _identify(device: str) -> tuple[str, int]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return properties.name, properties.total_memory
-    if device == "mps":
-        return _cpu_name() or "Apple GPU", torch.mps.recommended_max_memory()
-    return _cpu_name() or platform.processor() or platform.machine(), system_memory()
+    name = _cpu_info("model name")
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    memory = torch.mps.recommended_max_memory() if device == "mps" else system_memory()
+    return name or platform.processor() or platform.machine(), memory
 
 
 def system_memory() -> int:
@@ -101,18 +105,14 @@ def _cpu_info(key: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
-def _cpu_name() -> str:
-    if platform.system() == "Darwin":
-        import subprocess
-
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    return _cpu_info("model name")
-
-
 def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:
-    has_bf16, why = _supports_bf16(device)
+    if device == "cuda":
+        has_bf16, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    elif device == "mps":
+        has_bf16, what = _computes_bf16(device), "this chip or macOS"
+    else:
+        has_bf16, what = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split())), "this CPU"
+    why = f"{what} {'has' if has_bf16 else 'has no'} bf16{' instructions' if device == 'cpu' else ''}"
     if dtype == "auto":
         if has_bf16:
             return "bf16", why
@@ -122,16 +122,6 @@ def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:
     if dtype == "bf16" and not has_bf16:
         raise UserError(f"dtype = bf16: {why}; expected {'fp16 or fp32' if device != 'cpu' else 'fp32'}")
     return dtype, "as asked"
-
-
-def _supports_bf16(device: str) -> tuple[bool, str]:
-    if device == "cuda":
-        supported, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    elif device == "mps":
-        supported, what = _computes_bf16(device), "this chip or macOS"
-    else:
-        supported, what = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split())), "this CPU"
-    return supported, f"{what} {'has' if supported else 'has no'} bf16{' instructions' if device == 'cpu' else ''}"
 
 
 def _computes_bf16(device: str) -> bool:

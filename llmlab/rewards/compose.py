@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmlab.rewards.completions import Completion
+from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import load_rewards
-from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.rewards import RewardSettings, as_list
 
@@ -60,14 +60,7 @@ class ComposedReward:
     def __call__(
         self, completions: Sequence[Completion], log_metric: Any = None, log_extra: Any = None, **columns: Any
     ) -> list[float | None]:
-        """Returns one number a completion, or None where no component applies.
-
-        Args:
-            completions: texts or messages of the batch.
-            log_metric: TRL's: logs each component's mean as `reward_components/NAME/mean`.
-            log_extra: TRL's: adds each component's values to the table of completions.
-            columns: `prompts` and the columns of the dataset as lists, and whatever else a trainer passes.
-        """
+        """Returns one number a completion, or None where no component applies; logs components as TRL does."""
         scores = self.score(completions, log_metric=log_metric, log_extra=log_extra, **columns)
         for name, values in scores.components.items():
             numbers = [value for value in values if value is not None]
@@ -80,12 +73,11 @@ class ComposedReward:
     def score(self, completions: Sequence[Completion], **columns: Any) -> Scores:
         """Returns totals and each component's values, which `reward-check` shows."""
         values = {name: reward(completions, **columns) for name, reward in self.components.items()}
-        rows = [{name: column[row] for name, column in values.items()} for row in range(len(completions))]
-        return Scores([self._total(row) for row in rows], values)
+        return Scores([self._total(row) for row in zip(*values.values(), strict=True)], values)
 
-    def _total(self, values: dict[str, float | None]) -> float | None:
-        parts = [(self.components[name], value) for name, value in values.items() if value is not None]
-        parts = [(reward, value) for reward, value in parts if reward.weight]
+    def _total(self, values: Sequence[float | None]) -> float | None:
+        pairs = zip(self.components.values(), values, strict=True)
+        parts = [(reward, value) for reward, value in pairs if value is not None and reward.weight]
         total = sum(reward.contribution(value) for reward, value in parts)
         if not parts or not self.normalize:
             return total if parts else None
@@ -110,15 +102,9 @@ def compose(
         folder: where the paths of Python files start.
     """
     rewards = as_list(rewards)
-    settings = [entry for entry in rewards if not callable(entry)]
-    loaded = iter(load_rewards(settings, allow_code, folder))
-    return ComposedReward(
-        [
-            entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else next(loaded)
-            for entry in rewards
-        ],
-        normalize,
-    )
+    loaded = iter(load_rewards([entry for entry in rewards if not callable(entry)], allow_code, folder))
+    made = [entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else None for entry in rewards]
+    return ComposedReward([reward or next(loaded) for reward in made], normalize)
 
 
 def _sum_bounds(rewards: Iterable[Reward]) -> tuple[float, float] | None:

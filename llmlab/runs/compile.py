@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch._functorch import config as partitioning
-from transformers import PreTrainedModel
 
 from llmlab.settings.errors import UserError
 
@@ -66,33 +65,23 @@ def missing_tool(device_type: str) -> str | None:
     return None
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles each layer of llmlab's decoder in place, for batches of one length."""
-    for layer in model.model.layers:
-        layer.compile(backend=recompute_elementwise, dynamic=False)
-
-
-def compile_if_worth(
-    model: torch.nn.Module, setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: float
-) -> str:
-    """Compiles each layer of any decoder in place, for batches of varying length, where it pays; returns why."""
-    compiled, reason = decide_compile(
-        setting,
-        device_type=device_type,
-        steps=steps,
-        tokens_per_step=tokens_per_step,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dynamic=True,
-    )
-    if not compiled:
-        return reason
+def compile_layers(model: torch.nn.Module, *, dynamic: bool = False) -> bool:
+    """Compiles each layer of a decoder in place; returns False where its architecture has no list of layers."""
     layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
-    if layers is None:
+    for layer in layers.children() if layers is not None else ():
+        layer.compile(dynamic=dynamic, **({} if dynamic else {"backend": recompute_elementwise}))
+    return layers is not None
+
+
+def compile_if_worth(model: torch.nn.Module, setting: Literal["auto"] | bool, *, dynamic: bool, **run: Any) -> str:
+    """Compiles a decoder's layers where `decide_compile` says so of the run; returns why."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compiled, reason = decide_compile(setting, parameters=parameters, dynamic=dynamic, **run)
+    if compiled and not compile_layers(model, dynamic=dynamic):
+        reason = "this architecture has no list of 'layers' to compile"
         if setting is True:
-            raise UserError("compile = true: this architecture has no list of 'layers' to compile; leave it off")
-        return "off: this architecture has no list of 'layers' to compile"
-    for layer in layers.children():
-        layer.compile(dynamic=True)
+            raise UserError(f"compile = true: {reason}; leave it off")
+        return f"off: {reason}"
     return reason
 
 

@@ -94,7 +94,7 @@ def test_a_pattern_without_end_stops_with_the_row(tmp_path, monkeypatch):
     monkeypatch.setattr("llmlab.rewards.matching.TIMEOUT", 0.2)
     path = tmp_path / "slow.yaml"
     path.write_text(yaml.safe_dump({"deny": [{"name": "slow", "pattern": "(?:a|a)+(?:a|a)+b$"}]}))
-    with pytest.raises(UserError, match="row 1: pattern = .*backtracks"):
+    with pytest.raises(UserError, match="row 1: pattern = .*catastrophic backtracking"):
         guardrail_pass(["fine", "a" * 5000], file=str(path))
 
 
