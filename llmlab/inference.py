@@ -205,7 +205,8 @@ def _encode_all(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Seque
     encoded, context = [encode_prompt(tokenizer, prompt) for prompt in prompts], context_length(model)
     for number, ids in enumerate(encoded, start=1):
         if context is not None and len(ids) >= context:
-            raise UserError(f"prompt {number} has {len(ids)} tokens; the model's context is {context}")
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            raise UserError(f"{name} has {len(ids)} tokens; the model's context is {context}")
     return encoded
 
 

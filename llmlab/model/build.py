@@ -234,12 +234,11 @@ def _check_architecture(path: Path, *, generates: bool = False) -> None:
         )
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
-    heads = str(values.get("architectures"))
-    if generates and "ForSequenceClassification" in heads:
-        raise UserError(
-            f"{path.parent}: architectures = {heads}: this is a sequence-classification model; "
-            "expected a language model"
-        )
+    heads = values.get("architectures")
+    head = str(heads[0]) if isinstance(heads, list) and heads else ""
+    if generates and head.endswith("ForSequenceClassification"):
+        what = "this is a sequence-classification model; expected a language model"
+        raise UserError(f"{path.parent}: architectures = {head}: {what}")
 
 
 @contextmanager

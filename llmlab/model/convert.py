@@ -65,10 +65,20 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
     if family not in FAMILIES:
         raise UserError(f"family = {family}: expected one of {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}")
     config = model.config
-    if obstacle := find_obstacle(config, family):
-        raise UserError(f"{obstacle}, which {family} cannot express")
+    windows, biases = set(config.layer_types), (config.attention_bias, config.attention_output_bias)
+    possible_biases = {"llama": [(False, False), (True, True)], "mistral": [(False, False)], "qwen2": [(True, False)]}
+    possible = {  # dropout is left behind
+        "positional_encoding": config.uses_rope,
+        "norm_type": config.norm_type == "rmsnorm",
+        "activation": config.is_gated,
+        "sliding_window": family != "llama" or windows == {"full_attention"},
+        "layer_types": family != "mistral" or len(windows) == 1,
+        "attention_bias": biases in possible_biases[family],
+    }
+    if obstacle := next((name for name, fits in possible.items() if not fits), None):
+        raise UserError(f"{obstacle} = {getattr(config, obstacle)}, which {family} cannot express")
     options: dict[str, Any] = {name: getattr(config, name) for name in SHARED_FIELDS} | {"hidden_act": "silu"}
-    slides = "sliding_attention" in config.layer_types
+    slides = "sliding_attention" in windows
     if family == "llama":
         options["attention_bias"] = config.attention_bias
     else:
@@ -77,22 +87,6 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
         options |= {"use_sliding_window": slides, "layer_types": config.layer_types}
     config_class, model_class = FAMILIES[family]
     return _transfer_weights(model, model_class, config_class(**options))
-
-
-def find_obstacle(config: LLMLabConfig, family: str) -> str | None:
-    """Returns the first option, with its value, that a family cannot express; dropout is left behind and is none."""
-    windows = set(config.layer_types)
-    biases = (config.attention_bias, config.attention_output_bias)
-    possible_biases = {"llama": [(False, False), (True, True)], "mistral": [(False, False)], "qwen2": [(True, False)]}
-    possible = {
-        "positional_encoding": config.uses_rope,
-        "norm_type": config.norm_type == "rmsnorm",
-        "activation": config.is_gated,
-        "sliding_window": family != "llama" or windows == {"full_attention"},
-        "layer_types": family != "mistral" or len(windows) == 1,
-        "attention_bias": biases in possible_biases[family],
-    }
-    return next((f"{name} = {getattr(config, name)}" for name, fits in possible.items() if not fits), None)
 
 
 def _transfer_weights(

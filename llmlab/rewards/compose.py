@@ -4,7 +4,7 @@ Each component adds weight x smallest and weight x largest value to these bounds
 weights they are the guide's: 1 + 1 + 1 + 1 + 0.5 + 2 = 6.5, and -0.1 x 20 extra steps - 0.5 = -2.5.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class ComposedReward:
         total = sum(reward.contribution(value) for reward, value in parts)
         if not parts or not self.normalize:
             return total if parts else None
-        low, high = _sum_bounds(reward for reward, _ in parts)
+        low, high = _sum_bounds([reward for reward, _ in parts])
         return min(max((total - low) / (high - low), 0.0), 1.0)  # the sums differ in their last bit
 
 
@@ -107,9 +107,6 @@ def compose(
     return ComposedReward([reward or next(loaded) for reward in made], normalize)
 
 
-def _sum_bounds(rewards: Iterable[Reward]) -> tuple[float, float] | None:
-    bounds = [reward.bounds for reward in rewards]
-    if any(each is None for each in bounds):
-        return None
-    lows, highs = zip(*bounds, strict=True)
-    return sum(lows), sum(highs)
+def _sum_bounds(rewards: Collection[Reward]) -> tuple[float, float] | None:
+    bounds = [reward.bounds for reward in rewards if reward.bounds is not None]
+    return (sum(low for low, _ in bounds), sum(high for _, high in bounds)) if len(bounds) == len(rewards) else None

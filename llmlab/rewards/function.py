@@ -109,17 +109,13 @@ class Reward:
         cap: float | None = None,
     ):
         call = function if inspect.isroutine(function) else getattr(function, "func", function.__call__)
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = self.__name__ = name or getattr(function, "__name__", type(function).__name__)
         self.function, self.weight, self.low, self.high, self.cap = function, weight, low, high, cap
         if inspect.iscoroutinefunction(call):
             raise UserError(f"reward '{self.name}': this function is async; give it to GRPOTrainer itself")
         accepted = inspect.signature(function).parameters
         self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
         self._accepted, self._parameters = frozenset(accepted), frozenset(getattr(function, "keywords", ()))
-
-    @property
-    def __name__(self) -> str:
-        return self.name
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """Returns one number a completion, or None where the reward does not apply."""

@@ -143,12 +143,11 @@ class RewardModel:
         from llmlab.model.auto import load_auto
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_cpu = device == "cpu"
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16 if self._is_adapter else "auto"
         with remote_code(self._trusted), opening(f"model = {self.path}", "a sequence-classification model"):
             if self._is_adapter:
-                model = load_classifier(self.path, dtype=torch.float32 if on_cpu else torch.bfloat16)
+                model = load_classifier(self.path, dtype=dtype)
             else:
-                dtype = torch.float32 if on_cpu else "auto"
                 model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
         self._pad_token_id = model.config.pad_token_id
         return model.to(device).eval().requires_grad_(False)
@@ -157,7 +156,7 @@ class RewardModel:
         """Returns the output to read, None for a model that has one."""
         labels = {str(name): index for index, name in self.config.id2label.items()}
         if label not in labels and not (label is None and len(labels) == 1):
-            near = did_you_mean(label, labels) if label else ""
+            near = did_you_mean(label or "", labels)
             raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
         return None if len(labels) == 1 else labels[str(label)]
 

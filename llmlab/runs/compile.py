@@ -15,6 +15,7 @@ import torch
 from torch._functorch import config as partitioning
 
 from llmlab.settings.errors import UserError
+from llmlab.terminal import duration
 
 WARM_UP = 40.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
 SAVED = {"cpu": 0.3, "cuda": 0.2}  # share of a step that compiling saves
@@ -50,8 +51,8 @@ def decide_compile(
     share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
     saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
     if saved < MARGIN * WARM_UP:
-        return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(WARM_UP)} for it"
-    return True, f"on: saves about {_duration(saved)} for up to {_duration(WARM_UP)} of waiting at the start"
+        return False, f"off: this run would save about {duration(saved)} and wait up to {duration(WARM_UP)} for it"
+    return True, f"on: saves about {duration(saved)} for up to {duration(WARM_UP)} of waiting at the start"
 
 
 def missing_tool(device_type: str) -> str | None:
@@ -94,9 +95,3 @@ def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]
     # the second flag is for attention, an operator that is not torch's own
     with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
         return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
