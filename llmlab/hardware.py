@@ -106,13 +106,7 @@ def _cpu_info(key: str) -> str:
 
 
 def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:
-    if device == "cuda":
-        has_bf16, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    elif device == "mps":
-        has_bf16, what = _computes_bf16(device), "this chip or macOS"
-    else:
-        has_bf16, what = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split())), "this CPU"
-    why = f"{what} {'has' if has_bf16 else 'has no'} bf16{' instructions' if device == 'cpu' else ''}"
+    has_bf16, why = _supports_bf16(device)
     if dtype == "auto":
         if has_bf16:
             return "bf16", why
@@ -122,6 +116,16 @@ def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:
     if dtype == "bf16" and not has_bf16:
         raise UserError(f"dtype = bf16: {why}; expected {'fp16 or fp32' if device != 'cpu' else 'fp32'}")
     return dtype, "as asked"
+
+
+def _supports_bf16(device: str) -> tuple[bool, str]:
+    if device == "cuda":
+        supported, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    elif device == "mps":
+        supported, what = _computes_bf16(device), "this chip or macOS"
+    else:
+        supported, what = bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split())), "this CPU"
+    return supported, f"{what} {'has' if supported else 'has no'} bf16{' instructions' if device == 'cpu' else ''}"
 
 
 def _computes_bf16(device: str) -> bool:
