@@ -5,7 +5,6 @@ Reading adapters is in `model/build.py`, merging them in `training/merge.py`.
 
 import re
 from collections.abc import Iterable
-from typing import Literal
 
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -15,13 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.lora import LoraSettings
 
-Role = Literal["attention", "ffn"]
-
-# the role of a linear layer, by the name of a module that contains it
-PARENTS: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    ("attention", re.compile(r"attn|attention|^mixer$", re.IGNORECASE)),
-    ("ffn", re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE)),
-)
+PARENTS = {  # the role of a linear layer, by the name of a module that contains it
+    "attention": re.compile(r"attn|attention|^mixer$", re.IGNORECASE),
+    "ffn": re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE),
+}
 # by its own name, in architectures whose decoder layers contain their projections directly
 FFN = {"fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}
 QUERY_OR_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv", "q_lin", "v_lin"}
@@ -66,13 +62,10 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
     return sorted({".".join(name.split(".")[-2:]) if _leaf(name) in others else _leaf(name) for name in targets})
 
 
-def _role(name: str) -> Role | None:
+def _role(name: str) -> str | None:
     *parents, leaf = name.split(".")
-    for part in reversed(parents):
-        for role, pattern in PARENTS:
-            if pattern.search(part):
-                return role
-    return "ffn" if leaf in FFN else None
+    roles = (role for part in reversed(parents) for role, pattern in PARENTS.items() if pattern.search(part))
+    return next(roles, "ffn" if leaf in FFN else None)
 
 
 def _leaf(name: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,12 @@ def _identify(device: str) -> tuple[str, int]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return properties.name, properties.total_memory
-    if device == "mps":
-        return _cpu_name() or "Apple GPU", torch.mps.recommended_max_memory()
-    return _cpu_name() or platform.processor() or platform.machine(), system_memory()
+    name = _cpu_info("model name")
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    memory = torch.mps.recommended_max_memory() if device == "mps" else system_memory()
+    return name or platform.processor() or platform.machine(), memory
 
 
 def system_memory() -> int:
@@ -99,16 +103,6 @@ def _cpu_info(key: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
-
-
-def _cpu_name() -> str:
-    if platform.system() == "Darwin":
-        import subprocess
-
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    return _cpu_info("model name")
 
 
 def _choose_dtype(device: str, dtype: str) -> tuple[str, str]:

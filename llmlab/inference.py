@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 Model = Union[PreTrainedModel, "PeftModel"]
 Message = dict[str, str]
-Prompt = str | list[Message]
-"""A text to continue, or a conversation to answer: messages with `role` and `content`."""
+Prompt = str | list[Message]  # a text to continue, or a conversation to answer
 
 
 @takes_trust
@@ -67,8 +66,7 @@ def load_for_inference(
             f"{source}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; "
             "expected the tokenizer that the model was trained with"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(hardware.device).eval(), tokenizer
 
 
@@ -76,10 +74,9 @@ def is_chat_model(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> boo
     """Whether a model answers messages: it has a chat template and was not merely pretrained."""
     folder = Path(source)
     for record in (folder / "llmlab.json", folder.parent / "llmlab.json"):  # a checkpoint lies in its run folder
-        if record.is_file():
-            with suppress(UserError):  # a damaged record is no reason not to chat
-                if read_json(record).get("stage") == "pretrain":
-                    return False
+        with suppress(UserError):  # a missing or damaged record is no reason not to chat
+            if read_json(record).get("stage") == "pretrain":
+                return False
     return tokenizer.chat_template is not None
 
 
@@ -97,10 +94,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         raise UserError("this model's tokenizer has no chat template: it can complete text only")
     try:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        raise UserError(f"the model's chat template refuses this conversation: {error}") from None
-    except TEMPLATE_FAILURES as error:
-        raise UserError(f"the model's chat template fails on this conversation: {reason_of(error)}") from None
+    except (TemplateError, *TEMPLATE_FAILURES) as error:
+        raise UserError(f"the model's chat template refuses this conversation: {reason_of(error)}") from None
     if not ids:
         raise UserError("the model's chat template makes nothing of this conversation")
     return ids
@@ -154,11 +149,7 @@ def generate_text(
     """
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(f"num_samples = {num_samples}: with temperature 0 all samples are the same")
-    context = context_length(model)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(encoded, start=1):
-        if context is not None and len(ids) >= context:
-            raise UserError(f"prompt {number} has {len(ids)} tokens; the model's context is {context}")
+    encoded = _encode_all(model, tokenizer, prompts)
     if seed is not None:
         torch.manual_seed(seed)
     rows = [ids for ids in encoded for _ in range(num_samples)]
@@ -182,9 +173,7 @@ def stream_reply(
     Generation runs in a thread; closing the iterator, or an exception such as Ctrl+C while it waits, stops it at the
     next token.
     """
-    ids, context = encode_prompt(tokenizer, prompt), context_length(model)
-    if context is not None and len(ids) >= context:
-        raise UserError(f"the prompt has {len(ids)} tokens; the model's context is {context}")
+    ids = _encode_all(model, tokenizer, [prompt])[0]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = _generate_options(model, tokenizer, sampling, [ids])
     stop = Event()
@@ -212,18 +201,25 @@ def stream_reply(
         raise failures[0]
 
 
+def _encode_all(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    encoded, context = [encode_prompt(tokenizer, prompt) for prompt in prompts], context_length(model)
+    for number, ids in enumerate(encoded, start=1):
+        if context is not None and len(ids) >= context:
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            raise UserError(f"{name} has {len(ids)} tokens; the model's context is {context}")
+    return encoded
+
+
 def _generate_options(
     model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, rows: list[list[int]]
 ) -> dict[str, Any]:
     """Returns the options of `generate` for these rows of token ids, padded on the left."""
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), *stop_token_ids(tokenizer)} - {None}
-    choice: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        choice = {"do_sample": True, "temperature": sampling.temperature}
-        choice |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
-        **choice,
+        do_sample=sampling.temperature > 0,
+        **(sampled if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=sorted(ends) or None,

@@ -20,10 +20,7 @@ from .blocks import block_attention
 from .configuration import LLMLabConfig
 from .positions import alibi_bias
 
-MASK_FUNCTIONS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
+MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
@@ -97,8 +94,8 @@ def attention_inputs(
 ) -> dict[str, dict[str, Any]]:
     """Returns the mask, and for flex attention ALiBi's bias, of each kind of layer, as its keyword arguments.
 
-    The mask comes as None, (batch, cached + time), (batch, 1, query, key), or a dictionary of the last by kind of
-    layer. An empty cache must come as None: with a cache, packed documents are not recognized by their positions.
+    The mask is None, (batch, cached + time), (batch, 1, query, key), or a dictionary of the last by kind of layer. An
+    empty cache must be None: with a cache, packed documents are not recognized by their positions.
     """
     biased = config.positional_encoding == "alibi"
     if biased and config._attn_implementation not in BIAS_IMPLEMENTATIONS:
@@ -125,9 +122,8 @@ def attention_inputs(
                 position_ids=None if prepared else position_ids,
                 allow_is_causal_skip=not biased,
             )
-        inputs[kind] = {"attention_mask": mask}
-        if biased:
-            inputs[kind] = _with_alibi(config, kind, inputs_embeds, mask, past_key_values)
+        alibi = _with_alibi(config, kind, inputs_embeds, mask, past_key_values) if biased else {}
+        inputs[kind] = {"attention_mask": mask, **alibi}
     return inputs
 
 

@@ -57,9 +57,7 @@ def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | N
 
     Source: seed, LLM-Lab document, "Model Configuration".
     """
-    rope = None
-    if settings.positional_encoding in ("rope", "yarn"):
-        rope = {"rope_type": "default", "rope_theta": settings.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": settings.rope_theta}
     if settings.positional_encoding == "yarn":
         rope |= {"rope_type": "yarn", "factor": settings.yarn_factor}
         if settings.yarn_original_max_seq_len is not None:
@@ -67,7 +65,7 @@ def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | N
     return LLMLabConfig(
         **settings.model_dump(include=SHAPE_FIELDS),
         n_kv_heads=settings.n_kv_heads if settings.attention_type == "gqa" else None,
-        rope_parameters=rope,
+        rope_parameters=rope if settings.positional_encoding in ("rope", "yarn") else None,
         **{name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
 
@@ -95,14 +93,9 @@ def load_model(
     """Loads a causal language model of any architecture, from a folder or the hub; dtype None is as saved."""
     check_model(str(source))
     _check_architecture(Path(source) / "config.json", generates=True)
+    options = {"dtype": dtype or "auto", "quantization_config": quantization_config, "output_loading_info": True}
     with opening(source):
-        model, info = load_auto(
-            "AutoModelForCausalLM",
-            source,
-            dtype=dtype or "auto",
-            quantization_config=quantization_config,
-            output_loading_info=True,
-        )
+        model, info = load_auto("AutoModelForCausalLM", source, **options)
     if model.can_generate():
         check_types(f"{source}/generation_config.json", vars(model.generation_config), GENERATION_TYPES)
     if missing_keys := sorted(info["missing_keys"]):  # Transformers would initialize them randomly
@@ -120,13 +113,18 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """Loads a sequence-classification model with one output, with a newly initialized head if the source is a language
-    model.
-
-    An adapter of such a model is merged into its base.
+    """Loads a sequence-classification model with one output; a language model gets a newly initialized head, and an
+    adapter is merged into its base.
     """
     if (adapter := read_adapter(source)) is not None:
-        return _load_merged_classifier(adapter).to(dtype)
+        if adapter.config.task_type != "SEQ_CLS":
+            raise UserError(f"{source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
+        model = adapter.load_base(load_classifier)
+        with opening(adapter.tokenizer_source, "a tokenizer"):
+            tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_source)
+        fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return adapter.attach(model).merge_and_unload(safe_merge=True).to(dtype)
     config = load_config(source)
     own = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
@@ -144,17 +142,6 @@ def _with_absolute_path(model: PreTrainedModel, source: str | Path) -> PreTraine
     if Path(source).is_dir():
         model.name_or_path = os.path.abspath(source)
     return model
-
-
-def _load_merged_classifier(adapter: "Adapter") -> PreTrainedModel:
-    if adapter.config.task_type != "SEQ_CLS":
-        raise UserError(f"{adapter.source}: an adapter for {adapter.config.task_type}; expected one of llmlab reward")
-    model = adapter.load_base(load_classifier)
-    with opening(adapter.tokenizer_source, "a tokenizer"):
-        tokenizer = load_auto("AutoTokenizer", adapter.tokenizer_source)
-    fit_vocabulary(model, tokenizer)  # tokens added in training; the adapter holds their rows
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return adapter.attach(model).merge_and_unload(safe_merge=True)
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -201,9 +188,8 @@ class Adapter:
         from peft import PeftModel  # a second or two, for those who need it
 
         with reading(self.source, f"an adapter of {self.base}"), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "error", message="Found missing adapter keys"
-            )  # PEFT would leave these at their initial values
+            # PEFT would leave these at their initial values
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, self.folder, **options)
 
 
@@ -249,11 +235,10 @@ def _check_architecture(path: Path, *, generates: bool = False) -> None:
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
     heads = values.get("architectures")
-    if generates and isinstance(heads, list) and str(heads[:1]).endswith("ForSequenceClassification']"):
-        raise UserError(
-            f"{path.parent}: architectures = {heads[0]}: this is a sequence-classification model; "
-            "expected a language model"
-        )
+    head = str(heads[0]) if isinstance(heads, list) and heads else ""
+    if generates and head.endswith("ForSequenceClassification"):
+        what = "this is a sequence-classification model; expected a language model"
+        raise UserError(f"{path.parent}: architectures = {head}: {what}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 # saved beside the weights, for machines without llmlab; they import each other by relative paths
 CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
@@ -39,20 +39,8 @@ class LLMLabConfig(PreTrainedConfig):
         "activation": "hidden_act",
         "norm_eps": "rms_norm_eps",
     }
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan  # the modules have Llama's names
+    base_model_pp_plan = LlamaConfig.base_model_pp_plan
 
     vocab_size: int = 151936
     hidden_size: int = 896

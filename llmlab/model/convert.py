@@ -46,20 +46,18 @@ def to_llmlab(source: PreTrainedModel | str | Path) -> LLMLabForCausalLM:
     if getattr(config, "mlp_bias", False):
         raise UserError("mlp_bias = True: llmlab's feed-forward layers have no biases")
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
-    return _transfer_weights(
-        model,
-        LLMLabForCausalLM,
-        LLMLabConfig(
-            **{name: getattr(config, name, None) for name in SHARED_FIELDS},  # Qwen2 has no head_dim
-            hidden_act="swiglu",
-            positional_encoding="yarn" if config.rope_parameters["rope_type"] == "yarn" else "rope",
-            attention_type="mha" if key_value_heads == heads else "mqa" if key_value_heads == 1 else "gqa",
-            attention_bias=config.model_type == "qwen2" or getattr(config, "attention_bias", False),
-            attention_output_bias=getattr(config, "attention_bias", False),
-            sliding_window=getattr(config, "sliding_window", None),
-            layer_types=getattr(config, "layer_types", None),
-        ),
+    bias = getattr(config, "attention_bias", False)
+    converted = LLMLabConfig(
+        **{name: getattr(config, name, None) for name in SHARED_FIELDS},  # Qwen2 has no head_dim
+        hidden_act="swiglu",
+        positional_encoding="yarn" if config.rope_parameters["rope_type"] == "yarn" else "rope",
+        attention_type="mha" if key_value_heads == heads else "mqa" if key_value_heads == 1 else "gqa",
+        attention_bias=config.model_type == "qwen2" or bias,
+        attention_output_bias=bias,
+        sliding_window=getattr(config, "sliding_window", None),
+        layer_types=getattr(config, "layer_types", None),
     )
+    return _transfer_weights(model, LLMLabForCausalLM, converted)
 
 
 def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
@@ -67,10 +65,20 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
     if family not in FAMILIES:
         raise UserError(f"family = {family}: expected one of {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}")
     config = model.config
-    if obstacle := find_obstacle(config, family):
-        raise UserError(f"{obstacle}, which {family} cannot express")
+    windows, biases = set(config.layer_types), (config.attention_bias, config.attention_output_bias)
+    possible_biases = {"llama": [(False, False), (True, True)], "mistral": [(False, False)], "qwen2": [(True, False)]}
+    possible = {  # dropout is left behind
+        "positional_encoding": config.uses_rope,
+        "norm_type": config.norm_type == "rmsnorm",
+        "activation": config.is_gated,
+        "sliding_window": family != "llama" or windows == {"full_attention"},
+        "layer_types": family != "mistral" or len(windows) == 1,
+        "attention_bias": biases in possible_biases[family],
+    }
+    if obstacle := next((name for name, fits in possible.items() if not fits), None):
+        raise UserError(f"{obstacle} = {getattr(config, obstacle)}, which {family} cannot express")
     options: dict[str, Any] = {name: getattr(config, name) for name in SHARED_FIELDS} | {"hidden_act": "silu"}
-    slides = "sliding_attention" in config.layer_types
+    slides = "sliding_attention" in windows
     if family == "llama":
         options["attention_bias"] = config.attention_bias
     else:
@@ -79,22 +87,6 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
         options |= {"use_sliding_window": slides, "layer_types": config.layer_types}
     config_class, model_class = FAMILIES[family]
     return _transfer_weights(model, model_class, config_class(**options))
-
-
-def find_obstacle(config: LLMLabConfig, family: str) -> str | None:
-    """Returns the first option, with its value, that a family cannot express; dropout is left behind and is none."""
-    windows = set(config.layer_types)
-    biases = (config.attention_bias, config.attention_output_bias)
-    possible_biases = {"llama": [(False, False), (True, True)], "mistral": [(False, False)], "qwen2": [(True, False)]}
-    possible = {
-        "positional_encoding": config.uses_rope,
-        "norm_type": config.norm_type == "rmsnorm",
-        "activation": config.is_gated,
-        "sliding_window": family != "llama" or windows == {"full_attention"},
-        "layer_types": family != "mistral" or len(windows) == 1,
-        "attention_bias": biases in possible_biases[family],
-    }
-    return next((f"{name} = {getattr(config, name)}" for name, fits in possible.items() if not fits), None)
 
 
 def _transfer_weights(
@@ -107,15 +99,13 @@ def _transfer_weights(
     )
     target.generation_config = source.generation_config
     target.to(source.device)
-    difference, tolerance = _compare_logits(source, target)
-    if not difference <= tolerance:
-        raise RuntimeError(f"the converted model's logits differ by {difference:.2g}, more than {tolerance:.2g}")
+    _check_logits(source, target)
     return target
 
 
 @torch.no_grad()
-def _compare_logits(source: PreTrainedModel, target: PreTrainedModel) -> tuple[float, float]:
-    """Returns the largest difference of the logits for random tokens, and how much of it rounding explains."""
+def _check_logits(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raises RuntimeError where the logits for random tokens differ by more than rounding explains."""
     length = min((getattr(source.config, "sliding_window", None) or 0) + PROBE_TOKENS, LONGEST_PROBE)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, source.config.vocab_size, (1, length), generator=generator).to(source.device)
@@ -123,5 +113,6 @@ def _compare_logits(source: PreTrainedModel, target: PreTrainedModel) -> tuple[f
     expected, found = (model.eval()(tokens, use_cache=False).logits.float() for model in (source, target))
     for model in (source, target):
         model.train(was_training)
-    largest = max(expected.abs().max().item(), 1.0)
-    return (expected - found).abs().max().item(), max(1e-5, 4 * torch.finfo(source.dtype).eps) * largest
+    tolerance = max(1e-5, 4 * torch.finfo(source.dtype).eps) * max(expected.abs().max().item(), 1.0)
+    if not (difference := (expected - found).abs().max().item()) <= tolerance:
+        raise RuntimeError(f"the converted model's logits differ by {difference:.2g}, more than {tolerance:.2g}")

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -65,20 +65,12 @@ def _norm(config: LLMLabConfig) -> nn.Module:
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class LLMLabPreTrainedModel(PreTrainedModel):
-    """The configuration's class, and which features of Transformers the model supports."""
+class LLMLabPreTrainedModel(LlamaPreTrainedModel):
+    """The configuration's class; the features of Transformers that the model supports are Llama's."""
 
     config_class = LLMLabConfig
     config: LLMLabConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LLMLabDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LLMLabDecoderLayer, "attentions": LLMLabAttention}
 
 

@@ -1,7 +1,7 @@
 """What a model costs, from its configuration alone: parameters, training memory, FLOPs and KV cache.
 
 Parameters and optimizer states are exact, of any architecture; the rest is for llmlab's decoder.  Activations are an
-estimate for a forward pass that is not compiled; torch's allocator, the batches and other programs come on top.
+estimate without compilation; torch's allocator, batches and other programs come on top.
 """
 
 import math
@@ -13,9 +13,8 @@ import transformers
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from llmlab.model.configuration import LLMLabConfig
+import llmlab.model.modeling  # noqa: F401  registers its classes
 from llmlab.model.loss import CHUNK_TOKENS
-from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.trust import remote_code_allowed
 
@@ -67,20 +66,15 @@ class ModelSize:
     @property
     def matrix_parameters(self) -> int:
         """Weights that each token is multiplied with; the embedding only as a shared head."""
-        layers = sum(
-            math.prod(shape) for part, shape in self.shapes if part in ("attention", "mlp") and len(shape) == 2
-        )
-        return layers + self.config.vocab_size * self.config.hidden_size
+        matrices = [shape for part, shape in self.shapes if part in ("attention", "mlp") and len(shape) == 2]
+        return sum(map(math.prod, matrices)) + self.config.vocab_size * self.config.hidden_size
 
     def optimizer_bytes(self, optimizer: str) -> int:
         """Returns the bytes of an optimizer's states."""
         return 4 * sum(_state_values(optimizer, part, shape) for part, shape in self.shapes)
 
     def activation_bytes_per_token(self, dtype: str = "fp32") -> int:
-        """Estimates what the layers save of a token for the backward pass, computing in this dtype.
-
-        Counted operation by operation; norms and the residual stream stay in fp32 under autocast.
-        """
+        """Estimates what the layers save for the backward pass; norms and residuals stay in fp32 under autocast."""
         c, narrow = self.config, BYTES[dtype]
         heads, key_values = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         # the input, its normalized copy (rmsnorm only), and the scaled copy that the projections read
@@ -100,9 +94,7 @@ class ModelSize:
         dtype: str = "fp32",
         gradient_checkpointing: bool = False,
     ) -> TrainingMemory:
-        """Returns the memory of training on one device by rows of `sequence` tokens (None: the longest), with weights
-        in fp32 and autocast to `dtype`.
-        """
+        """Returns the memory of training on one device with weights in fp32; sequence None is the longest."""
         c = self.config
         tokens = rows * (sequence or c.max_position_embeddings)
         per_token = self.activation_bytes_per_token(dtype)
@@ -119,10 +111,7 @@ class ModelSize:
         )
 
     def forward_flops_per_token(self, sequence: int) -> int:
-        """Returns the FLOPs of a forward pass for one token of a sequence of this length.
-
-        Two for each weight that multiplies, and the two products of attention over every token of the sequence, or of
-        the window, without regard to the causal mask.
+        """Returns the FLOPs of a forward pass for one token of a sequence; the causal mask saves none.
 
         Source: Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, appendix B; layers with a window count the window.
         """
@@ -163,16 +152,12 @@ def measure(config: PreTrainedConfig) -> ModelSize:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Returns a model on the meta device, with the head that its weights were saved with."""
     with torch.device("meta"):
-        if isinstance(config, LLMLabConfig) and not config.architectures:
-            model = LLMLabForCausalLM(config)
-        else:
-            scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-            writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
-                getattr(config, "auto_map", None) or ()
-            )
-            kind = "ForSequenceClassification" if scores else "ForCausalLM" if writes else ""
-            auto = getattr(transformers, f"AutoModel{kind}")
-            model = auto.from_config(config, trust_remote_code=remote_code_allowed())
+        scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        own = getattr(config, "auto_map", None) or ()
+        writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+        kind = "ForSequenceClassification" if scores else "ForCausalLM" if writes else ""
+        auto = getattr(transformers, f"AutoModel{kind}")
+        model = auto.from_config(config, trust_remote_code=remote_code_allowed())
     model.tie_weights()
     return model
 

@@ -1,17 +1,63 @@
-"""Chooses the optimizer that a stage's settings name; the schedule belongs to the trainer's arguments."""
+"""Builds the optimizer that a stage's settings name, over parameter groups that hold for every architecture.
 
-from typing import Any
+The schedule belongs to the trainer's arguments.
+"""
+
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import Adafactor, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from llmlab.optim.groups import sort_parameters
 from llmlab.optim.muon import MuonWithAdamW
 from llmlab.optim.sophia import Sophia
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
+
+Parameters = list[nn.Parameter]
+
+
+class ParameterKinds(NamedTuple):
+    """Three disjoint lists that together hold every trainable parameter once, tied weights included."""
+
+    hidden: Parameters
+    """2-D weights of linear layers in the backbone, LoRA factors among them: decayed, and orthogonalized by Muon."""
+
+    other_weights: Parameters
+    """Untied output heads, expert stacks, routers: decayed, never orthogonalized."""
+
+    undecayed: Parameters
+    """Embeddings, norms, biases and other vectors."""
+
+
+def sort_parameters(model: PreTrainedModel | PeftModel) -> ParameterKinds:
+    """Returns the trainable parameters of a model by kind; a linear layer is hidden if it is in the `base_model`."""
+    transformer = model.get_base_model() if isinstance(model, PeftModel) else model
+    backbone = set(transformer.base_model.parameters())
+    # a LoRA wrapper around the embedding is no nn.Embedding itself, but what it adds is one
+    embeddings = set(transformer.get_input_embeddings().parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.update(module.parameters())
+
+    kinds, seen = ParameterKinds([], [], []), set()
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower()  # LayerNorm, LlamaRMSNorm, CohereLayerNorm (whose is 2-D)
+        is_linear = isinstance(module, (nn.Linear, Conv1D))  # the second is GPT-2's, with a transposed weight
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            is_vector = parameter.ndim < 2 or name.endswith("bias")  # an expert stack's biases are 2-D
+            if is_vector or is_norm or parameter in embeddings:
+                kinds.undecayed.append(parameter)
+            elif is_linear and parameter in backbone:
+                kinds.hidden.append(parameter)
+            else:
+                kinds.other_weights.append(parameter)
+    return kinds
 
 
 def build_optimizer(
@@ -29,13 +75,8 @@ def build_optimizer(
     undecayed = {"params": kinds.undecayed, "weight_decay": 0.0}
 
     if settings.optimizer == "muon":
-        return MuonWithAdamW(
-            [hidden],
-            [other_weights, undecayed],
-            lr=learning_rate,
-            momentum=settings.muon_momentum,
-            nesterov=settings.muon_nesterov,
-        )
+        options = {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
+        return MuonWithAdamW([hidden], [other_weights, undecayed], lr=learning_rate, **options)
     decayed = {"params": kinds.hidden + kinds.other_weights, "weight_decay": weight_decay}
     groups = [group for group in (decayed, undecayed) if group["params"]]
     if settings.optimizer.endswith("bit"):
@@ -50,13 +91,8 @@ def build_optimizer(
         from pytorch_optimizer import Lion  # a second of import, for those who use it
 
         return Lion(groups, lr=learning_rate, betas=(settings.lion_beta1, settings.lion_beta2))
-    return Sophia(
-        groups,
-        lr=learning_rate,
-        betas=(settings.sophia_beta1, settings.sophia_beta2),
-        rho=settings.sophia_rho,
-        update_every=settings.sophia_update_every,
-    )
+    betas, every = (settings.sophia_beta1, settings.sophia_beta2), settings.sophia_update_every
+    return Sophia(groups, lr=learning_rate, betas=betas, rho=settings.sophia_rho, update_every=every)
 
 
 def _from_bitsandbytes(
@@ -66,9 +102,8 @@ def _from_bitsandbytes(
     try:
         from bitsandbytes import optim  # an extra; and a second or two, for those who use it
     except ImportError:
-        raise UserError(
-            f"optimizer = {settings.optimizer}: it needs bitsandbytes: pip install 'llmlab[gpu]'"
-        ) from None
+        needs = "it needs bitsandbytes: pip install 'llmlab[gpu]'"
+        raise UserError(f"optimizer = {settings.optimizer}: {needs}") from None
     options = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
     # on a CPU there is nothing to page to, and bitsandbytes warns for each weight
     options["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"

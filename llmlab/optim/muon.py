@@ -1,6 +1,6 @@
 """torch's Muon for the hidden matrices and AdamW for the rest, joined in one `torch.optim.Optimizer`.
 
-So the Trainer, Accelerate, gradient scalers and schedulers see a single one.  `groups` sorts the parameters.
+`groups` sorts the parameters.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,8 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from llmlab.settings.errors import UserError
 
-ADAMW_RATE = 0.1
-"""AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"."""
+ADAMW_RATE = 0.1  # AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"
 
 
 class MuonWithAdamW(Optimizer):
@@ -56,12 +55,8 @@ class MuonWithAdamW(Optimizer):
 
     def _join(self) -> None:
         """Makes the two optimizers share this one's groups and state."""
-        parts = {"muon": [], "adamw": []}
-        for group in self.param_groups:
-            parts[group["part"]].append(group)
-        self._optimizers = [Muon(parts["muon"])]
-        if parts["adamw"]:
-            self._optimizers.append(AdamW(parts["adamw"], fused=True))
+        muon, adamw = ([group for group in self.param_groups if group["part"] == part] for part in ("muon", "adamw"))
+        self._optimizers = [Muon(muon), *([AdamW(adamw, fused=True)] if adamw else [])]
         for optimizer in self._optimizers:
             optimizer.state = self.state
 

@@ -44,9 +44,8 @@ class Sophia(Optimizer):
     ):
         # steps are counted in the groups, so that a resumed run estimates at the same steps
         schedule = {"update_every": update_every, "steps": 0, "next_estimate": 0}
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay, **schedule}
-        )
+        rates = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, rates | schedule)
 
     @property
     def steps(self) -> int:

@@ -8,11 +8,10 @@ and only a reward model needs torch. `compose` weighs and adds them.
 
 from typing import Any
 
+from llmlab.rewards.function import Reward
 from llmlab.rewards.guardrails import guardrail_pass
-from llmlab.rewards.matching import exact_match, regex_match
-from llmlab.rewards.numeric import numeric_match
+from llmlab.rewards.matching import exact_match, numeric_match, regex_match
 from llmlab.rewards.python import ast_correct, lint_pass
-from llmlab.rewards.reward import Reward
 from llmlab.rewards.reward_model import RewardModel
 from llmlab.rewards.shape import length, repetition_penalty
 from llmlab.rewards.structured import json_valid, schema_pass
@@ -35,8 +34,6 @@ REWARDS: dict[str, Any] = {
         length,
         repetition_penalty,
     )
-}
-"""llmlab's rewards by name."""
-REWARDS["reward_model"] = RewardModel
+} | {"reward_model": RewardModel}
 
 __all__ = ["REWARDS", "Reward", "RewardModel", *REWARDS]

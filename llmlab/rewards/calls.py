@@ -1,8 +1,7 @@
 """Tool calls of completions: the messages' own, or those that their text spells in the form of the model's family.
 
-Parsing takes linear time and executes nothing. A call that is opened
-and malformed stays a call, without a name; calls that are quoted while thinking are none. Where the tokenizer has a
-response template, TRL's trainers parse text with it, and rewards see the messages that it makes.
+Parsing takes linear time and executes nothing. A malformed call stays a call, without a name; calls quoted while
+thinking are none. Where the tokenizer has a response template, TRL's trainers parse text before rewards see it.
 """
 
 import ast
@@ -23,7 +22,6 @@ class ToolCall(NamedTuple):
 
 MALFORMED = ToolCall(None, None)
 MAX_CALLS = 1_000  # of a text that are read; no environment runs so many
-
 _MARK = re.compile(
     r"<think>|<tool_call>(?!\s*<function=)|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call_start\|>"
     r"|<｜tool▁calls▁begin｜>(?!\s*<｜tool▁call▁begin｜>)|<｜tool▁call▁begin｜>"
@@ -58,14 +56,14 @@ def calls_in_text(text: str) -> list[ToolCall]:
     thinking, end, rest = text.partition("</think>")
     if end and thinking.lstrip().rfind("<think>") <= 0:  # the chat template may have opened it
         text = rest
-    calls, scan = _bare_calls(text), _Cursor(text)
-    if calls:
+    if calls := _bare_calls(text):
         return calls
+    scan = _Cursor(text)
     while len(calls) < MAX_CALLS and (mark := _MARK.search(text, scan.position)):
         scan.position = mark.end()
         try:
             for call in _read_call(scan, mark[0]):
-                calls.append(call)
+                calls.append(call)  # those before a malformed one stay
         except ValueError:
             if mark[0] == "<think>":
                 break  # truncated inside <think>
@@ -74,19 +72,17 @@ def calls_in_text(text: str) -> list[ToolCall]:
 
 
 class _Cursor:
-    """A cursor over a text; raises ValueError where the expected syntax is missing."""
+    """A position in a text; what is read moves it, or raises ValueError where the syntax is another."""
 
     def __init__(self, text: str):
         self.text, self.position = text, 0
 
     def until(self, close: str) -> str:
-        """Returns the text before a closing mark and reads past it."""
         start, end = self.position, self.text.index(close, self.position)
         self.position = end + len(close)
         return self.text[start:end]
 
     def match(self, pattern: str) -> re.Match[str]:
-        """Returns the match at this position and reads past it."""
         match = re.compile(pattern).match(self.text, self.position)
         if match is None:
             raise ValueError(f"expected {pattern}")
@@ -94,13 +90,11 @@ class _Cursor:
         return match
 
     def json(self) -> Any:
-        """Returns the JSON value at this position and reads past it."""
         value, self.position = decode_json(self.text, self.position)
         return value
 
 
 def _read_call(scan: _Cursor, mark: str) -> Iterable[ToolCall]:
-    """Returns what follows a mark as calls."""
     if mark in _JSON_FORMS:
         before, after = _JSON_FORMS[mark]
         name, value = next(filter(None, scan.match(before).groups()), None), scan.json()
@@ -164,16 +158,9 @@ def _bare_calls(text: str) -> list[ToolCall]:
         if _BARE_LIST.match(text):
             return _python_calls(text)
         return [MALFORMED] if _BARE_JSON.match(text) else []
-    return _json_calls(values) if values and all(map(_is_call, values)) else []
-
-
-def _is_call(value: Any) -> bool:
-    """Whether JSON that no mark announces is a call, and not an answer that happens to be JSON."""
-    if not isinstance(value, dict):
-        return False
-    if value.get("type") == "function" and isinstance(value.get("function"), dict):
-        return True
-    return "name" in value and not {"parameters", "arguments"}.isdisjoint(value) and value.keys() <= _CALL_KEYS
+    keys = [set(value) if isinstance(value, dict) else set() for value in values]  # other JSON is an answer
+    are_calls = all("name" in each and each & {"parameters", "arguments"} and each <= _CALL_KEYS for each in keys)
+    return _json_calls(values) if values and are_calls else []
 
 
 def _json_calls(value: Any) -> list[ToolCall]:

@@ -4,13 +4,13 @@ Each component adds weight x smallest and weight x largest value to these bounds
 weights they are the guide's: 1 + 1 + 1 + 1 + 0.5 + 2 = 6.5, and -0.1 x 20 extra steps - 0.5 = -2.5.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmlab.rewards.completions import Completion
+from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import load_rewards
-from llmlab.rewards.reward import Reward
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.rewards import RewardSettings, as_list
 
@@ -60,14 +60,7 @@ class ComposedReward:
     def __call__(
         self, completions: Sequence[Completion], log_metric: Any = None, log_extra: Any = None, **columns: Any
     ) -> list[float | None]:
-        """Returns one number a completion, or None where no component applies.
-
-        Args:
-            completions: texts or messages of the batch.
-            log_metric: TRL's: logs each component's mean as `reward_components/NAME/mean`.
-            log_extra: TRL's: adds each component's values to the table of completions.
-            columns: `prompts` and the columns of the dataset as lists, and whatever else a trainer passes.
-        """
+        """Returns one number a completion, or None where no component applies; logs components as TRL does."""
         scores = self.score(completions, log_metric=log_metric, log_extra=log_extra, **columns)
         for name, values in scores.components.items():
             numbers = [value for value in values if value is not None]
@@ -80,16 +73,15 @@ class ComposedReward:
     def score(self, completions: Sequence[Completion], **columns: Any) -> Scores:
         """Returns totals and each component's values, which `reward-check` shows."""
         values = {name: reward(completions, **columns) for name, reward in self.components.items()}
-        rows = [{name: column[row] for name, column in values.items()} for row in range(len(completions))]
-        return Scores([self._total(row) for row in rows], values)
+        return Scores([self._total(row) for row in zip(*values.values(), strict=True)], values)
 
-    def _total(self, values: dict[str, float | None]) -> float | None:
-        parts = [(self.components[name], value) for name, value in values.items() if value is not None]
-        parts = [(reward, value) for reward, value in parts if reward.weight]
+    def _total(self, values: Sequence[float | None]) -> float | None:
+        pairs = zip(self.components.values(), values, strict=True)
+        parts = [(reward, value) for reward, value in pairs if value is not None and reward.weight]
         total = sum(reward.contribution(value) for reward, value in parts)
         if not parts or not self.normalize:
             return total if parts else None
-        low, high = _sum_bounds(reward for reward, _ in parts)
+        low, high = _sum_bounds([reward for reward, _ in parts])
         return min(max((total - low) / (high - low), 0.0), 1.0)  # the sums differ in their last bit
 
 
@@ -110,20 +102,11 @@ def compose(
         folder: where the paths of Python files start.
     """
     rewards = as_list(rewards)
-    settings = [entry for entry in rewards if not callable(entry)]
-    loaded = iter(load_rewards(settings, allow_code, folder))
-    return ComposedReward(
-        [
-            entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else next(loaded)
-            for entry in rewards
-        ],
-        normalize,
-    )
+    loaded = iter(load_rewards([entry for entry in rewards if not callable(entry)], allow_code, folder))
+    made = [entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else None for entry in rewards]
+    return ComposedReward([reward or next(loaded) for reward in made], normalize)
 
 
-def _sum_bounds(rewards: Iterable[Reward]) -> tuple[float, float] | None:
-    bounds = [reward.bounds for reward in rewards]
-    if any(each is None for each in bounds):
-        return None
-    lows, highs = zip(*bounds, strict=True)
-    return sum(lows), sum(highs)
+def _sum_bounds(rewards: Collection[Reward]) -> tuple[float, float] | None:
+    bounds = [reward.bounds for reward in rewards if reward.bounds is not None]
+    return (sum(low for low, _ in bounds), sum(high for _, high in bounds)) if len(bounds) == len(rewards) else None

@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmlab.rewards import REWARDS
-from llmlab.rewards.function import TRL_INPUTS
-from llmlab.rewards.reward import Reward
+from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reason_of
 from llmlab.settings.paths import expand
@@ -34,11 +33,8 @@ def load_rewards(
 ) -> list[Reward]:
     """Finds rewards by name and gives them their parameters and weights; reports all problems at once.
 
-    Args:
-        rewards: settings, or what they are read from: `"length | 0.5"`, `{"name": "length", "target": 100}`.
-        allow_code: load functions from Python files, which runs these files.
-        folder: where the paths of Python files start, such as the recipe's folder.
-        check_only: run no file, and load no reward model, which an earlier stage may still have to make.
+    Paths of Python files start at `folder`. With `check_only` no file runs, and no reward model is loaded, which an
+    earlier stage may still have to make.
     """
     problems: list[str] = []
     loaded: list[Reward] = []
@@ -62,10 +58,16 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     name = settings.name
     from_file = ".py:" in name
     if from_file:
-        path = _find_file(name, allow_code, folder)
+        file, _, function_name = name.rpartition(":")
+        path = folder / expand(file)
+        if not path.is_file():
+            near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
+            raise UserError(f"{path}: there is no such file{near}")
+        if not allow_code:
+            raise UserError("this is Python code, which runs when loaded; --allow-code (allow_code=True) allows it")
         if check_only:
             return None
-        target = _run_file(path, name.rpartition(":")[2])
+        target = _run_file(path, function_name)
     elif name in REWARDS:
         target = REWARDS[name]
     else:
@@ -91,16 +93,6 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         high=high if settings.max is None else settings.max,
         cap=settings.cap,
     )
-
-
-def _find_file(name: str, allow_code: bool, folder: Path) -> Path:
-    path = folder / expand(name.rpartition(":")[0])
-    if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
-        raise UserError(f"{path}: there is no such file{near}")
-    if not allow_code:
-        raise UserError("this is Python code, which runs when it is loaded; --allow-code (allow_code=True) allows it")
-    return path
 
 
 def _run_file(path: Path, name: str) -> Callable[..., Any]:
@@ -129,10 +121,9 @@ def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_f
         or (from_file and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in TRL_INPUTS)
     }
     types = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    defaults = {
-        name: parameter.default for name, parameter in known.items() if parameter.default is not parameter.empty
-    }
-    problems, checked = [], {} if from_file else defaults
+    defaults = {} if from_file else {name: each.default for name, each in known.items()}
+    checked = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    problems = [f"parameter '{name}' is missing" for name in sorted(defaults.keys() - checked.keys() - values.keys())]
     for name, value in values.items():
         if name not in known:
             takes = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
@@ -142,11 +133,8 @@ def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_f
             checked[name] = value if from_file else TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
             problems.append(f"{name} = {show(value)}: {_sentence(error.errors()[0]['msg'])}")
-    if not from_file:
-        missing = known.keys() - defaults.keys() - values.keys()
-        problems += [f"parameter '{name}' is missing" for name in sorted(missing)]
-        if values.get("column") in known:
-            problems.append(f"column = {values['column']}: that is also the name of a parameter; rename the column")
+    if values.get("column") in defaults:
+        problems.append(f"column = {values['column']}: that is also the name of a parameter; rename the column")
     if problems:
         raise SettingsError(problems)
     return checked
@@ -154,9 +142,6 @@ def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_f
 
 def _sentence(message: str) -> str:
     return message.replace("Value error, ", "").replace("Input should be", "expected")
-
-
-# Before a stage runs ----------------------------------------------------------------------------------------------
 
 
 def check_rewards(resolved: Resolved[Any]) -> Resolved[Any]:
@@ -170,8 +155,7 @@ def check_rewards(resolved: Resolved[Any]) -> Resolved[Any]:
     try:
         load_rewards(resolved.settings.rewards or (), allowed, check_only=True)
     except SettingsError as error:
-        where = resolved.sources.get("rewards", "rewards")
-        problems += [f"{where}: {problem}" for problem in error.problems]
+        problems += [f"{resolved.sources.get('rewards', 'rewards')}: {problem}" for problem in error.problems]
     if problems:
         raise SettingsError(problems)
     return resolved
@@ -193,10 +177,10 @@ def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
     resolved = as_resolved(settings)
     file = Path(resolved.sources.get("rewards", "").partition(":")[0])
     folder = file.parent if file.suffix and file.is_file() else Path()
-    rewards = resolved.settings.rewards and [
-        reward.model_copy(update={"name": str((folder / expand(reward.name)).resolve())})
-        if ".py:" in reward.name
-        else reward
-        for reward in resolved.settings.rewards
-    ]
+
+    def locate(reward: RewardSettings) -> RewardSettings:
+        path = str((folder / expand(reward.name)).resolve()) if ".py:" in reward.name else reward.name
+        return reward.model_copy(update={"name": path})
+
+    rewards = resolved.settings.rewards and [locate(reward) for reward in resolved.settings.rewards]
     return replace(resolved, settings=resolved.settings.model_copy(update={"rewards": rewards}))

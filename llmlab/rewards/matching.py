@@ -1,18 +1,31 @@
-"""Rewards for the expected answer: word for word, or as a regular expression.
+"""Rewards for the expected answer: word for word, as a number (GSM8K's form), or as a regular expression.
 
-Patterns run with a time limit, since model output can trigger catastrophic backtracking.
+Numbers are compared as decimals, so that size costs nothing; expressions are not evaluated. Patterns run with a time
+limit, since model output can trigger catastrophic backtracking.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from decimal import Context, Decimal
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer
 from llmlab.rewards.function import Row, RowError, Score, column_value, reward_function
 from llmlab.settings.errors import UserError
 
-TIMEOUT = 1.0
-"""Seconds that one pattern may take on one completion."""
+TIMEOUT = 1.0  # seconds that one pattern may take on one completion
+MARK = "####"
+_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?|\.[0-9]+"
+_NUMBER = re.compile(
+    rf"(?:(?<![\w.)])(?P<sign>[-+\u2212])[ ]?)?(?:[$\u20ac\u00a3][ ]?)?(?P<over>{_UNSIGNED})"
+    rf"(?:[ ]?/[ ]?(?P<under>{_UNSIGNED}))?"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_EXACT = Context(prec=60, Emax=10**6, Emin=-(10**6), traps=[])
+_MAX_CHARACTERS = 20_000  # in which the number is looked for
 
 
 @reward_function()
@@ -84,3 +97,53 @@ def time_limit(pattern: str) -> Iterator[float]:
             f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: catastrophic backtracking; "
             "avoid repeats inside repeats such as (a|aa)+"
         ) from None
+
+
+@reward_function()
+def numeric_match(
+    completion: Completion, row: Row, *, column: str = "answer", tolerance: Annotated[float, Ge(0)] = 1e-6
+) -> Score:
+    """Scores whether the answer's number is the expected one.
+
+    Reads `1,234.50`, `-3`, `$18`, `.5` and `2e3`, fractions such as `1/2` and `\\frac{1}{2}` as decimals, `50%` as 50.
+
+    Args:
+        column: the column of expected answers: numbers, or texts read in the same way (a GSM8K solution with `####`).
+        tolerance: largest relative difference; whole numbers must be equal.
+
+    Returns:
+        1 or 0; None where the row has no expected answer.
+
+    Source: Cobbe et al. 2021 (arXiv:2110.14168) for the form of the answer.
+    """
+    expected = column_value(row, column)
+    if expected is None:
+        return None
+    target = number_in(str(expected))
+    if target is None:
+        raise RowError(f"{column} = {str(expected)[-60:]!r}: there is no number in it")
+    number = number_in(answer(completion))
+    return float(number is not None and _is_close(number, target, tolerance))
+
+
+def number_in(text: str) -> Decimal | None:
+    """Returns the number after the last `####`, else the last number; None where there is none."""
+    _, mark, after = text.rpartition(MARK)
+    text = _FRACTION.sub(r"\1/\2", after[:_MAX_CHARACTERS] if mark else after[-_MAX_CHARACTERS:])
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
+        return None
+    match = matches[0] if mark else matches[-1]
+    value = Decimal(match["over"].replace(",", ""))
+    if match["under"]:
+        value = _EXACT.divide(value, Decimal(match["under"].replace(",", "")))
+    if not value.is_finite():
+        return None
+    return value.copy_negate() if match["sign"] in ("-", "\u2212") else value
+
+
+def _is_close(number: Decimal, target: Decimal, tolerance: float) -> bool:
+    if all(value == value.to_integral_value() for value in (number, target)):
+        return number == target
+    difference = _EXACT.abs(_EXACT.subtract(number, target))
+    return difference <= _EXACT.multiply(Decimal(tolerance), _EXACT.abs(target))

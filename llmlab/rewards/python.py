@@ -108,10 +108,9 @@ def structure_of(code: str) -> str | None:
 
 def _ruff() -> str:
     beside = str(Path(sys.executable).parent)  # of an environment that is not activated
-    found = shutil.which("ruff", path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
-    if found is None:
-        raise UserError("ruff is not installed: pip install 'llmlab[rewards]' or pip install ruff")
-    return found
+    if found := shutil.which("ruff", path=os.pathsep.join([beside, os.environ.get("PATH", "")])):
+        return found
+    raise UserError("ruff is not installed: pip install 'llmlab[rewards]' or pip install ruff")
 
 
 @lru_cache(maxsize=1024)

@@ -78,17 +78,7 @@ class RewardModel:
     def __call__(
         self, completions: list[Completion], prompts: list[Completion], log_metric: Any = None, **columns: Any
     ) -> list[float | None]:
-        """Scores each completion as the reply to its prompt.
-
-        Args:
-            completions: texts or messages of the batch.
-            prompts: texts or messages that they reply to.
-            log_metric: TRL's; logs the share of truncated inputs.
-            columns: not used.
-
-        Returns:
-            The model's scores, in order.
-        """
+        """Returns the scores of completions as replies to their prompts; both are texts or messages."""
         import torch
 
         if self._model is None:
@@ -100,7 +90,7 @@ class RewardModel:
         if log_metric is not None and encoded:
             log_metric("reward_model/truncated", sum(truncated for _, truncated in encoded) / len(encoded))
         order = sorted(range(len(encoded)), key=lambda row: len(encoded[row][0]["input_ids"]))  # little padding
-        scores: list[float | None] = [None] * len(encoded)
+        scores: dict[int, float] = {}
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             with torch.inference_mode():
@@ -110,9 +100,8 @@ class RewardModel:
                 values = logits.softmax(-1)[:, self.index]
             else:
                 values = logits[:, 0].sigmoid() if self.squash else logits[:, 0]
-            for row, value in zip(rows, values.tolist(), strict=True):
-                scores[row] = value
-        return scores
+            scores |= zip(rows, values.tolist(), strict=True)
+        return [scores[row] for row in range(len(encoded))]
 
     def _encode(self, prompt: Completion, completion: Completion) -> tuple[dict[str, Any], bool]:
         """Returns the inputs of one row, and whether they were truncated."""
@@ -130,25 +119,21 @@ class RewardModel:
         return {name: values[0] for name, values in inputs.items()}, truncated
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns tensors (batch, time), padded on the right.
-
-        Decoders read the score at the last token that is no padding. Where the model names no padding token, one that
-        does not occur is used, so that an end-of-text token at the end is read as the end.
-        """
+        """Returns tensors (batch, time), padded on the right: decoders read the score at the last unpadded token."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
         pad = self._pad_token_id
-        if pad is None:
+        if pad is None:  # a token that does not occur, so that an end-of-text token at the end counts
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
         self._model.config.pad_token_id = pad
-        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+        columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        padding = {"input_ids": pad}
         return {
-            name: pad_sequence(
-                [torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=pad * (name == "input_ids")
-            ).to(self._model.device)
-            for name in rows[0]
+            name: pad_sequence(column, batch_first=True, padding_value=padding.get(name, 0)).to(self._model.device)
+            for name, column in columns.items()
         }
 
     def _load(self) -> Any:
@@ -158,12 +143,11 @@ class RewardModel:
         from llmlab.model.auto import load_auto
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_cpu = device == "cpu"
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16 if self._is_adapter else "auto"
         with remote_code(self._trusted), opening(f"model = {self.path}", "a sequence-classification model"):
             if self._is_adapter:
-                model = load_classifier(self.path, dtype=torch.float32 if on_cpu else torch.bfloat16)
+                model = load_classifier(self.path, dtype=dtype)
             else:
-                dtype = torch.float32 if on_cpu else "auto"
                 model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
         self._pad_token_id = model.config.pad_token_id
         return model.to(device).eval().requires_grad_(False)
@@ -172,7 +156,7 @@ class RewardModel:
         """Returns the output to read, None for a model that has one."""
         labels = {str(name): index for index, name in self.config.id2label.items()}
         if label not in labels and not (label is None and len(labels) == 1):
-            near = did_you_mean(label, labels) if label else ""
+            near = did_you_mean(label or "", labels)
             raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
         return None if len(labels) == 1 else labels[str(label)]
 

@@ -16,10 +16,7 @@ from llmlab.settings.errors import UserError, reading
 
 @reward_function()
 def json_valid(completion: Completion, row: Row) -> float:
-    """Scores whether the answer is valid JSON (RFC 8259: no NaN, no trailing comma; at most 100 levels).
-
-    Returns:
-        1 for valid JSON, else 0.
+    """Scores 1 for valid JSON (RFC 8259: no NaN, no trailing comma; at most 100 levels), else 0.
 
     Source: seed, RL guide, section 3.
     """
@@ -50,18 +47,17 @@ def schema_pass(
     """
     from referencing.exceptions import Unresolvable
 
-    schema = json_schema
-    if schema is None and (schema := column_value(row, column, "without json_schema, ")) is None:
-        return None
-    if isinstance(json_schema, str):
+    schema, where, error_type = json_schema, "json_schema", UserError
+    if json_schema is None:
+        schema, where, error_type = column_value(row, column, "without json_schema, "), column, RowError
+        if schema is None:
+            return None
+    elif isinstance(json_schema, str):
         where = f"json_schema = {json_schema}"
         with reading(where, "JSON"):
-            validator = _validator(Path(json_schema).read_text(encoding="utf-8"), where)
-    else:
-        text = schema if isinstance(schema, str) else json.dumps(_without_nulls(schema))
-        from_row = json_schema is None
-        validator = _validator(text, column if from_row else "json_schema", RowError if from_row else UserError)
-    text = answer(completion)
+            schema = Path(json_schema).read_text(encoding="utf-8")
+    text = schema if isinstance(schema, str) else json.dumps(_without_nulls(schema))
+    validator, text = _validator(text, where, error_type), answer(completion)
     try:
         return float(validator.is_valid(read_json(text)))
     except Unresolvable as error:
@@ -71,7 +67,7 @@ def schema_pass(
 
 
 @lru_cache(maxsize=256)
-def _validator(schema: str, where: str, error_type: type[UserError] = UserError) -> Any:
+def _validator(schema: str, where: str, error_type: type[UserError]) -> Any:
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry

@@ -1,17 +1,17 @@
 """Rewards for tool calls: whether they succeed, how many there are, and whether they are the allowed ones.
 
-Calls are the messages' `tool_calls`, or those in text that `calls` reads. Tools run in the trainer or the environment;
-here are only their results.
+Calls are the messages' `tool_calls`, or those in text that `calls` reads; tools run elsewhere.
 """
 
 import ast
 import json
 import re
+from contextlib import suppress
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from llmlab.data.chat.messages import UnusableRow, parse_tools, result_text
+from llmlab.data.chat.messages import UnusableRow, parse_tools, result_text, text_of
 from llmlab.rewards.calls import tool_calls
 from llmlab.rewards.completions import Completion, answer, tool_results
 from llmlab.rewards.function import Row, RowError, Score, reward_function
@@ -107,17 +107,13 @@ def names_of(tools: Any) -> set[str] | None:
     if tools is None:
         return None
     try:
-        functions = [
-            (tool.get("function") or tool) if isinstance(tool, dict) else {"name": tool} for tool in parse_tools(tools)
-        ]
-        names = [function["name"] for function in functions]
-    except (UnusableRow, KeyError, TypeError):
-        names = [None]
-    if not all(isinstance(name, str) for name in names):
-        raise RowError(
-            f"tools: expected a list of names or schemas with a name, also as JSON text, found {tools!r:.100}"
-        )
-    return set(names)
+        return {
+            text_of(tool if isinstance(tool, str) else (tool.get("function") or tool)["name"])
+            for tool in parse_tools(tools)
+        }
+    except (UnusableRow, AttributeError, KeyError, TypeError):
+        expected = "a list of names or schemas with a name, also as JSON text"
+        raise RowError(f"tools: expected {expected}, found {tools!r:.100}") from None
 
 
 def is_error(result: Any) -> bool:
@@ -125,16 +121,11 @@ def is_error(result: Any) -> bool:
     result = result_text(result) if isinstance(result, list) else result
     if isinstance(result, str):
         for read in (json.loads, ast.literal_eval):  # the second reads `str({...})`: literals only, nothing runs
-            try:
-                value = read(result.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, dict):
-                return is_error(value)
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if isinstance(value := read(result.strip()), dict):
+                    return is_error(value)
         return _ERROR.match(result) is not None
-    if not isinstance(result, dict):
-        return False
-    return (
+    return isinstance(result, dict) and (
         bool(result.get("error"))
         or any(result.get(key) is True for key in ("is_error", "isError"))
         or any(result.get(key) is False for key in ("success", "ok"))

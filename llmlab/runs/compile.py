@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch._functorch import config as partitioning
-from transformers import PreTrainedModel
 
 from llmlab.settings.errors import UserError
+from llmlab.terminal import duration
 
-WARM_UP = 40.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
+WARM_UP = 25.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
 SAVED = {"cpu": 0.3, "cuda": 0.2}  # share of a step that compiling saves
 SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
 SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
@@ -51,8 +51,8 @@ def decide_compile(
     share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
     saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
     if saved < MARGIN * WARM_UP:
-        return False, f"off: this run would save about {_duration(saved)} and wait up to {_duration(WARM_UP)} for it"
-    return True, f"on: saves about {_duration(saved)} for up to {_duration(WARM_UP)} of waiting at the start"
+        return False, f"off: this run would save about {duration(saved)} and wait up to {duration(WARM_UP)} for it"
+    return True, f"on: saves about {duration(saved)} for up to {duration(WARM_UP)} of waiting at the start"
 
 
 def missing_tool(device_type: str) -> str | None:
@@ -66,33 +66,23 @@ def missing_tool(device_type: str) -> str | None:
     return None
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles each layer of llmlab's decoder in place, for batches of one length."""
-    for layer in model.model.layers:
-        layer.compile(backend=recompute_elementwise, dynamic=False)
-
-
-def compile_if_worth(
-    model: torch.nn.Module, setting: Literal["auto"] | bool, *, device_type: str, steps: int, tokens_per_step: float
-) -> str:
-    """Compiles each layer of any decoder in place, for batches of varying length, where it pays; returns why."""
-    compiled, reason = decide_compile(
-        setting,
-        device_type=device_type,
-        steps=steps,
-        tokens_per_step=tokens_per_step,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dynamic=True,
-    )
-    if not compiled:
-        return reason
+def compile_layers(model: torch.nn.Module, *, dynamic: bool = False) -> bool:
+    """Compiles each layer of a decoder in place; returns False where its architecture has no list of layers."""
     layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
-    if layers is None:
+    for layer in layers.children() if layers is not None else ():
+        layer.compile(dynamic=dynamic, **({} if dynamic else {"backend": recompute_elementwise}))
+    return layers is not None
+
+
+def compile_if_worth(model: torch.nn.Module, setting: Literal["auto"] | bool, *, dynamic: bool, **run: Any) -> str:
+    """Compiles a decoder's layers where `decide_compile` says so of the run; returns why."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compiled, reason = decide_compile(setting, parameters=parameters, dynamic=dynamic, **run)
+    if compiled and not compile_layers(model, dynamic=dynamic):
+        reason = "this architecture has no list of 'layers' to compile"
         if setting is True:
-            raise UserError("compile = true: this architecture has no list of 'layers' to compile; leave it off")
-        return "off: this architecture has no list of 'layers' to compile"
-    for layer in layers.children():
-        layer.compile(dynamic=True)
+            raise UserError(f"compile = true: {reason}; leave it off")
+        return f"off: {reason}"
     return reason
 
 
@@ -105,9 +95,3 @@ def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]
     # the second flag is for attention, an operator that is not torch's own
     with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
         return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

@@ -197,22 +197,23 @@ class Run(Start[S]):
         parents: list[str],
         data: dict[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
-        compiled: str | None = None,
+        fixed_length: bool = False,
         results: dict[str, float] | None = None,
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
 
         `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
-        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
-        compile decision. `results` are metrics in addition to the trainer's.
+        they come before those that print and record, the last one first. `fixed_length` says that all rows have
+        as many tokens. `results` are metrics in addition to the trainer's.
         """
         trainer.has_all_steps = self.has_all_steps(steps)
-        compiled = compiled or compile_if_worth(
+        compiled = compile_if_worth(
             trainer.model,
             self.settings.compile,
             device_type=self.hardware.device,
             steps=steps - self.done,
             tokens_per_step=self._tokens_per_step(trainer, data),
+            dynamic=not fixed_length,
         )
         trainer.remove_callback(PrinterCallback)  # the progress line prints the same
         for callback in callbacks:

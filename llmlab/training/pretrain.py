@@ -24,7 +24,6 @@ from llmlab.model import (
     to_llmlab,
 )
 from llmlab.runs.callbacks import Perplexity, StreamPosition
-from llmlab.runs.compile import compile_layers, decide_compile
 from llmlab.runs.failures import check_memory
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human
@@ -110,13 +109,6 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
             rank=run.process.process_index,
             world_size=processes,
         )
-    compiled, compile_reason = decide_compile(
-        settings.compile,
-        device_type=run.hardware.device,
-        steps=settings.max_steps - run.done,
-        tokens_per_step=tokens_per_step // processes,
-        parameters=size.total,
-    )
     trainer = run.make_trainer(
         PretrainTrainer,
         TrainingArguments,
@@ -131,8 +123,6 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         },
         data_collator=stack_rows,
     )
-    if compiled:
-        compile_layers(model)
     callbacks: list[TrainerCallback] = [Perplexity()]
     if settings.streaming:
         position = StreamPosition(corpus.train, rows_per_step, run.process.process_index)
@@ -147,7 +137,7 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         parents=[settings.init_from or settings.model.tokenizer_name],
         data=corpus.report.record(),
         callbacks=callbacks,
-        compiled=compile_reason,
+        fixed_length=True,
         results={} if entropy is None else {"unigram_entropy": entropy},
     )
 

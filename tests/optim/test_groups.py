@@ -16,8 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from llmlab.optim.build import build_optimizer
-from llmlab.optim.groups import sort_parameters
+from llmlab.optim.build import build_optimizer, sort_parameters
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 

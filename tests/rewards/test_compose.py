@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmlab.rewards import REWARDS, length
 from llmlab.rewards.compose import ComposedReward, compose
-from llmlab.rewards.reward import Reward
+from llmlab.rewards.function import Reward
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.rewards import RewardSettings
 

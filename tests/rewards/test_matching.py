@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.rewards import exact_match, numeric_match, regex_match
-from llmlab.rewards.numeric import number_in
+from llmlab.rewards.matching import number_in
 from llmlab.settings.errors import UserError
 
 SOLUTION = "She sells 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 altogether.\n#### 1,072"

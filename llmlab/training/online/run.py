@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
-from llmlab.rewards.reward import Reward
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer

@@ -10,7 +10,7 @@ from llmlab.data.chat.makers import PromptEncoder
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
 from llmlab.data.demo.arithmetic import WORDINGS, work
 from llmlab.data.sources import Tally, load_text
-from llmlab.rewards.numeric import numeric_match
+from llmlab.rewards.matching import numeric_match
 from llmlab.settings.data import DataSource
 
 
