@@ -54,21 +54,22 @@ def tool_calls(completion: Completion) -> list[ToolCall]:
 def calls_in_text(text: str) -> list[ToolCall]:
     """Returns the calls in a text: of Hermes and Qwen, Qwen3-Coder, Llama 3, Mistral, DeepSeek, or pythonic."""
     thinking, end, rest = text.partition("</think>")
-    if end and thinking.lstrip().rfind("<think>") <= 0:  # the chat template may have opened it
+    if end and "<think>" not in thinking:  # the chat template opened it
         text = rest
     if calls := _bare_calls(text):
         return calls
-    scan = _Cursor(text)
+    scan, marked = _Cursor(text), False
     while len(calls) < MAX_CALLS and (mark := _MARK.search(text, scan.position)):
         scan.position = mark.end()
+        marked = marked or mark[0] != "<think>"
         try:
             for call in _read_call(scan, mark[0]):
                 calls.append(call)  # those before a malformed one stay
         except ValueError:
             if mark[0] == "<think>":
-                break  # truncated inside <think>
+                return calls  # truncated inside <think>
             calls.append(MALFORMED)
-    return calls
+    return calls if marked else _bare_calls(text[scan.position :])
 
 
 class _Cursor:
@@ -158,9 +159,14 @@ def _bare_calls(text: str) -> list[ToolCall]:
         if _BARE_LIST.match(text):
             return _python_calls(text)
         return [MALFORMED] if _BARE_JSON.match(text) else []
-    keys = [set(value) if isinstance(value, dict) else set() for value in values]  # other JSON is an answer
-    are_calls = all("name" in each and each & {"parameters", "arguments"} and each <= _CALL_KEYS for each in keys)
-    return _json_calls(values) if values and are_calls else []
+    return _json_calls(values) if values and all(map(_is_call, values)) else []
+
+
+def _is_call(value: Any) -> bool:
+    """Whether JSON without a mark is a call, not an answer that happens to be JSON."""
+    keys = set(value) if isinstance(value, dict) else set()
+    named = "name" in keys and keys & {"parameters", "arguments"} and keys <= _CALL_KEYS
+    return bool(named) or keys >= {"type", "function"} and isinstance(value["function"], dict)
 
 
 def _json_calls(value: Any) -> list[ToolCall]:

@@ -75,7 +75,8 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         raise UserError(
             f"there is no such reward{did_you_mean(name, REWARDS) or file} (llmlab reward-check --list shows them)"
         )
-    parameters = _check_parameters(target, settings.parameters, from_file)
+    custom = from_file and not hasattr(target, "bounds")  # not made with `reward_function`: its types are unknown
+    parameters = _check_parameters(target, settings.parameters, custom)
     weight = getattr(target, "weight", 1.0) if settings.weight is None else settings.weight
     if name in REWARDS and name.endswith("_penalty") and weight > 0:
         raise UserError(f"weight = {weight:g}: a penalty has a negative weight, such as {target.weight:g}")
@@ -112,16 +113,17 @@ def _run_file(path: Path, name: str) -> Callable[..., Any]:
     return function
 
 
-def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_file: bool) -> dict[str, Any]:
+def _check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:
     """Returns the values of a reward's keyword-only arguments as their types have them, or of a user's, as given."""
     known = {
         name: parameter
         for name, parameter in inspect.signature(target).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
-        or (from_file and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in TRL_INPUTS)
+        or (custom and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in TRL_INPUTS)
     }
-    types = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    defaults = {} if from_file else {name: each.default for name, each in known.items()}
+    function = target.__init__ if inspect.isclass(target) else target
+    types = {} if custom else typing.get_type_hints(function, include_extras=True)
+    defaults = {} if custom else {name: each.default for name, each in known.items()}
     checked = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
     problems = [f"parameter '{name}' is missing" for name in sorted(defaults.keys() - checked.keys() - values.keys())]
     for name, value in values.items():
@@ -130,7 +132,7 @@ def _check_parameters(target: Callable[..., Any], values: dict[str, Any], from_f
             problems.append(f"unknown parameter '{name}'{did_you_mean(name, known)} ({takes})")
             continue
         try:
-            checked[name] = value if from_file else TypeAdapter(types[name]).validate_python(value)
+            checked[name] = value if custom else TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
             problems.append(f"{name} = {show(value)}: {_sentence(error.errors()[0]['msg'])}")
     if values.get("column") in defaults:

@@ -73,7 +73,7 @@ class RewardModel:
         self.index = self._index_of(label)
         self.bounds = (0.0, 1.0) if squash or self.index is not None else None
         limits = (max_length, self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None))
-        self.max_length = max_length or min(limit for limit in limits if limit)
+        self.max_length = int(min(limit for limit in limits if limit)) if max_length is None else max_length
 
     def __call__(
         self, completions: list[Completion], prompts: list[Completion], log_metric: Any = None, **columns: Any
@@ -144,11 +144,14 @@ class RewardModel:
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16 if self._is_adapter else "auto"
-        with remote_code(self._trusted), opening(f"model = {self.path}", "a sequence-classification model"):
-            if self._is_adapter:
-                model = load_classifier(self.path, dtype=dtype)
-            else:
-                model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
+        try:
+            with remote_code(self._trusted), opening(self.path, "a sequence-classification model"):
+                if self._is_adapter:
+                    model = load_classifier(self.path, dtype=dtype)
+                else:
+                    model = load_auto("AutoModelForSequenceClassification", self.path, dtype=dtype)
+        except UserError as error:
+            raise UserError(f"model = {error}") from None
         self._pad_token_id = model.config.pad_token_id
         return model.to(device).eval().requires_grad_(False)
 
