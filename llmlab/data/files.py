@@ -10,9 +10,7 @@ import io
 import json
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -54,8 +52,6 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     the training data.
     """
     if path.is_file():
-        if format_of(path) is None:
-            raise UserError(f"{path}: expected a file that ends in {_endings()}")
         return {"train": [path]}
     splits: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
@@ -70,19 +66,13 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def is_plain(path: Path) -> bool:
-    """Whether a file's size is about that of its text."""
-    return format_of(path) != "parquet" and not is_gzipped(path)
-
-
 def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def count_rows(files: Iterable[Path]) -> int | None:
+def count_rows(files: Sequence[Path]) -> int | None:
     """Returns the number of rows of parquet files; None for others, which would have to be read."""
-    files = list(files)
-    if any(format_of(path) != "parquet" or is_gzipped(path) for path in files):
+    if any(path.suffix.lower() != ".parquet" for path in files):
         return None
     return sum(_parquet(path).metadata.num_rows for path in files)
 
@@ -99,8 +89,10 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
-        kind = str(format_of(path))
-        with _reading(path, kind):
+        kind = format_of(path)
+        if kind is None:
+            raise UserError(f"{path}: expected a file that ends in {_endings()}")
+        with reading(path, kind):
             if kind == "json":
                 with _open_text(path) as handle:
                     kind = "jsonl" if handle.read(4096).lstrip().startswith("{") else "json"  # many call lines .json
@@ -118,7 +110,7 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
 def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields the rows of a shard as plain mappings; of a parquet file only `column` is read."""
     path = Path(shard.path)
-    with _reading(path, shard.format):
+    with reading(path, shard.format):
         if shard.format == "parquet":
             yield from _read_parquet(path, shard, column)
         elif shard.format == "jsonl":
@@ -129,18 +121,6 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
             yield from _read_csv(path)
         else:
             yield from _read_text(path, shard.unit)
-
-
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns every error in a file into a UserError of one sentence."""
-    with reading(path, kind):
-        try:
-            yield
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: the compressed file is damaged: {error}") from None
 
 
 def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
@@ -188,8 +168,6 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line if position else line.removeprefix(b"\xef\xbb\xbf"))
-                except UnicodeDecodeError:
-                    raise
                 except (ValueError, RecursionError) as error:
                     number = _line_number(path, position)
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)

@@ -3,7 +3,6 @@
 What a row consists of is `makers.py`.  Padding and packing are the trainer's.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -258,8 +257,7 @@ class _Builder:
         tokenizer = self.maker.tokenizer
         content = [VERSION, found.identity, found.form.columns, self.maker.identity]
         content += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-        return cache_folder(self.settings.cache_dir) / f"rows-{key}"
+        return cache_folder(self.settings.cache_dir, content, "rows-")
 
     def _render(self, found: ConversationSource, texts: list[str]) -> Dataset:
         raw = Dataset.from_dict({"row": texts})

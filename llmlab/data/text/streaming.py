@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llmlab.data.hashing import is_held_out
 from llmlab.data.mixture import Schedule
-from llmlab.data.sources import Tally, TextSource, usable_texts
+from llmlab.data.sources import Tally, TextSource
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import as_example
 from llmlab.settings.errors import UserError
@@ -99,7 +99,7 @@ class Reader:
             # what `datasets` calls the epoch seeds the order of the shards
             self.rows.set_epoch(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1))
             self.rows.load_state_dict(position or {})
-            self._texts = usable_texts(self.rows, self.source.column, self.tally, self.source.name, self.allow_dropped)
+            self._texts = self.source.texts(self.tally, self.allow_dropped, self.rows)
         texts: list[str] = []
         size = 0
         for text in self._texts:
