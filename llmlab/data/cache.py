@@ -58,7 +58,12 @@ def open_cached(
                     print(printable(f"{name}: its cache is damaged and will be rebuilt ({error})"), file=sys.stderr)
                     shutil.rmtree(folder)
             if content is None or not (whole or (wanted is not None and len(content) >= wanted)):
-                content, whole = write(content)
+                try:
+                    content, whole = write(content)
+                except BaseException:
+                    if content is None:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    raise
     except OSError as error:
         raise UserError(f"{name}: cannot be cached in {folder.parent}: {error.strerror or error}") from None
     return content, whole

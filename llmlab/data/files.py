@@ -46,11 +46,7 @@ def format_of(path: Path) -> str | None:
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split at a path.
-
-    A folder's files belong to the split in their name (`train-00.jsonl`, `validation/part.txt`, `dev.csv`), else to
-    the training data.
-    """
+    """Returns the files of each split at a path: that in their name (`train-00.jsonl`, `dev/part.txt`), else train."""
     if path.is_file():
         return {"train": [path]}
     splits: dict[str, list[Path]] = {}
@@ -112,18 +108,20 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
     path = Path(shard.path)
     with reading(path, shard.format):
         if shard.format == "parquet":
-            yield from _read_parquet(path, shard, column)
+            rows = _read_parquet(path, shard, column)
         elif shard.format == "jsonl":
-            yield from _read_json_lines(path, shard)
+            rows = _read_json_lines(path, shard)
         elif shard.format == "json":
-            yield from _read_json_list(path)
+            rows = _read_json_list(path)
         elif shard.format == "csv":
-            yield from _read_csv(path)
+            rows = _read_csv(path)
         else:
-            yield from _read_text(path, shard.unit)
+            rows = _read_text(path, shard.unit)
+        for row in rows:
+            yield row if isinstance(row, dict) else {"text": row}
 
 
-def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
+def _read_text(path: Path, unit: str) -> Iterator[str]:
     """Yields the documents of a text file, its paragraphs or its lines; only a document may be blank."""
     pieces: list[str] = []
     length, separated = 0, False
@@ -140,12 +138,12 @@ def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
         if ends or unit != "document":
             piece = piece.strip("\n")
         if piece.strip() or unit == "document":
-            yield {"text": piece}
+            yield piece
     rest = "".join(pieces)
     if not separated and unit == "document":
-        yield {"text": rest}
+        yield rest
     elif rest.strip():  # what follows the last separator is usually nothing
-        yield {"text": rest.strip("\n")}
+        yield rest.strip("\n")
 
 
 def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
@@ -158,7 +156,7 @@ def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
             yield last, False
 
 
-def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path, shard: Shard) -> Iterator[Any]:
     with _open(path) as handle:
         position = shard.start
         if position > 0:  # a line that starts in the previous shard belongs to it
@@ -172,11 +170,11 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
                     number = _line_number(path, position)
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
                     raise UserError(f"{path}:{number}: this line is not valid JSON: {reason}") from None
-                yield row if isinstance(row, dict) else {"text": row}
+                yield row
             position += len(line)
 
 
-def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_list(path: Path) -> list[Any]:
     with _open_text(path) as handle:
         try:
             rows = json.load(handle)
@@ -184,8 +182,7 @@ def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, or one object a line; found {type(rows).__name__}")
-    for row in rows:
-        yield row if isinstance(row, dict) else {"text": row}
+    return rows
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -207,23 +204,16 @@ def _read_parquet(path: Path, shard: Shard, column: str | None) -> Iterator[dict
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with _open_bytes(path) as handle:
-            source = io.BytesIO(handle.read()) if is_gzipped(path) else path
-        return pyarrow.parquet.ParquetFile(source)
-    except pyarrow.ArrowInvalid:
-        raise UserError(f"{path}: this is not a parquet file") from None
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if is_gzipped(path) else path.open("rb")  # type: ignore[return-value]
+    with reading(path, "parquet"):
+        return pyarrow.parquet.ParquetFile(
+            io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
-    handle = _open_bytes(path)
+    handle = gzip.open(path, "rb") if is_gzipped(path) else path.open("rb")  # noqa: SIM115 - returned
     head = handle.read(4096)
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     if is_utf16 or b"\0" in head:

@@ -60,7 +60,7 @@ class RowSource:
     name: str  # as the user wrote it
     rows: "IterableDataset"  # in a fixed order, with a `state_dict` to resume from and shards to distribute
     identity: dict[str, Any]  # plain values for a cache key, which change with the content
-    splits: tuple[str, ...]  # those there are
+    splits: tuple[str, ...] = ("train",)  # those there are
     select: "Callable[[str], IterableDataset] | None" = None  # the rows with one column alone, which is faster to read
     size: int | None = None  # bytes on disk, about those of the text; None where unknown
     count: int | None = None  # rows; None where unknown
@@ -90,6 +90,15 @@ class TextSource(RowSource):
                 tally.dropped[reason] += 1
                 if tally.rows >= CHECK_FROM:
                     tally.check(self.name, allow_dropped)
+
+
+def take_texts(texts: Iterator[str], characters: int) -> list[str]:
+    """Returns the next texts, until they have so many characters."""
+    batch, size = [], 0
+    while size < characters and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text)
+    return batch
 
 
 def _unusable(text: Any) -> str | None:

@@ -108,10 +108,7 @@ def _best_path(tree: list[Row]) -> list[Row]:
 def load_conversations(
     source: DataSource, use: Use = "instructions", *, at_most: int | None = None
 ) -> ConversationSource:
-    """Finds a source of chat data, of which `at_most` rows will be read, and recognizes its format.
-
-    A source with a `column` is plain text, or prompts.
-    """
+    """Finds a source of chat data, of which `at_most` rows will be read; one with a `column` is text, or prompts."""
     found = load_rows(source, use, at_most=at_most)
     first = found.first()
     if first and first[0].keys() >= TREE_COLUMNS:

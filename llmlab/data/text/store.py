@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from llmlab.data.cache import Checksums, cache_folder, cores, open_cached
 from llmlab.data.hashing import is_held_out
 from llmlab.data.interleaving import spread
-from llmlab.data.sources import Tally, TextSource
+from llmlab.data.sources import Tally, TextSource, take_texts
 from llmlab.data.text.encoding import EncodedBatch, TextEncoder
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
@@ -102,12 +102,7 @@ def open_store(
     folder = cache_folder(cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint})
 
     def write(store: TokenStore | None) -> tuple[TokenStore, bool]:
-        try:
-            _extend(folder, store, source, encoder, tokens, held_out, num_proc or cores(), allow_dropped)
-        except BaseException:
-            if store is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        _extend(folder, store, source, encoder, tokens, held_out, num_proc or cores(), allow_dropped)
         longer = TokenStore(folder, fresh=True)
         return longer, longer.whole
 
@@ -159,7 +154,7 @@ def _extend(
 
     def batches() -> Iterator[list[str]]:
         nonlocal ended
-        for batch in _batches(texts, size):
+        while batch := take_texts(texts, size):
             yield batch
             if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
                 return
@@ -194,20 +189,6 @@ def _extend(
         "files": {name: checksums.record() for name, checksums in sums.items()},
     }
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-
-
-def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Yields the texts in lists of about so many characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encode_all(batches: Iterator[list[str]], encoder: TextEncoder, num_proc: int) -> Iterator[EncodedBatch]:

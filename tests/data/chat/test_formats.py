@@ -323,7 +323,7 @@ def test_tools_of_every_format_may_be_json_text(name):
     ids=str,
 )
 def test_a_conversation_in_which_the_assistant_says_nothing_is_unusable(row):
-    with pytest.raises(UnusableRow, match="no turn of the assistant says anything"):
+    with pytest.raises(UnusableRow, match="every assistant turn is empty"):
         read(row)
     silent = {"role": "assistant", "content": ""}
     assert read({"messages": [ASKED, silent, ASKED, ANSWERED]})["messages"][1] == silent

@@ -110,7 +110,7 @@ def test_long_rows_are_cut_and_counted_and_those_that_lose_everything_left_out(b
     report = data.reports[0]
     assert (report.rows, report.counts["cut"], report.lost, report.trained_rows) == (99, 1, 1, 98)
     assert max(map(len, data.train["input_ids"])) == 64
-    assert "98 rows" in report.summary() and "1 truncated, 1 left out: truncated to nothing" in report.summary()
+    assert "98 rows" in report.summary() and "1 truncated, 1 left out: no trained" in report.summary()
     source = write(tmp_path / "b.jsonl", pairs(9) + long_question)
     with pytest.raises(UserError, match=r"1 of 10 rows have nothing left .* first is row 10 with \d+ tokens; 95 %"):
         build(source, max_seq_len=64)
@@ -212,8 +212,8 @@ def test_rows_without_a_label_are_dropped_and_a_label_must_be_there(build, tmp_p
 def test_empty_conversations_are_dropped_and_counted(build, tmp_path):
     rows = [*pairs(40), {"prompt": "Question?", "completion": " "}]
     report = build(write(tmp_path / "a.jsonl", rows)).reports[0]
-    assert dict(report.dropped) == {"no turn of the assistant says anything": 1}
-    with pytest.raises(UserError, match="3 of 43 rows cannot be used, .*3 x no turn of the assistant says anything"):
+    assert dict(report.dropped) == {"every assistant turn is empty": 1}
+    with pytest.raises(UserError, match="3 of 43 rows cannot be used, .*3 x every assistant turn is empty"):
         build(write(tmp_path / "b.jsonl", rows + rows[-1:] * 2))
 
 

@@ -109,7 +109,7 @@ def test_tools_and_calls(tools):
 SAME, EMPTY, NOT_HIS = (
     "chosen and rejected are the same",
     "an empty completion",
-    "a completion that is not the assistant's",
+    "the completion is not an assistant message",
 )
 SHAREGPT = ROWS["ShareGPT preference"][0]
 

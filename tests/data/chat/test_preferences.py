@@ -153,7 +153,7 @@ def test_what_was_read_cut_lost_and_dropped_is_reported(build, tmp_path):
         "38 rows",
         "1 prompts truncated on the left",
         "1 truncated",
-        "1 left out: truncated to nothing",
+        "1 left out: no trained token left after truncation",
     ):
         assert part in summary
     assert "1 dropped: an empty completion" in summary
@@ -192,7 +192,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (OPEN + "{% endfor %}" + PROMPT, "row 1 .* would never stop: it ends with"),
         (
             OPEN + "<|im_end|>{% if messages | length > 1 %} once more{% endif %}\n{% endfor %}" + PROMPT,
-            "4 of 4 rows cannot be used, .* 4 x the chat template rewrites the prompt when it is answered",
+            "4 of 4 rows cannot be used, .* 4 x the chat template renders the prompt differently",
         ),
         (
             "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"

@@ -125,13 +125,17 @@ def test_calls_are_trained_and_results_are_not(renderer, tokenizer):
     [
         (UNMARKED, conversation(TOOL_CHAT[:1] + TOOL_CHAT[-1:], [TOOL]), "does not show its tools"),
         (UNMARKED, conversation(TOOL_CHAT), "does not show its tools"),
-        (REWRITES, conversation(CHAT), "rewrites earlier turns"),
+        (REWRITES, conversation(CHAT), "changes earlier turns"),
         (
             "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}",
             conversation(CHAT),
             "refuses",
         ),
-        ("{{ 'a' + 1 }}{% generation %}{% endgeneration %}", conversation(CHAT), "the chat template fails: can only"),
+        (
+            "{{ 'a' + 1 }}{% generation %}{% endgeneration %}",
+            conversation(CHAT),
+            "error in the chat template: can",
+        ),
     ],
 )
 def test_rows_that_a_template_cannot_show_are_counted_not_guessed(renderer, template, row, reason):

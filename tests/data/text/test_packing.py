@@ -116,7 +116,7 @@ def test_a_cut_off_writing_leaves_nothing_and_is_repeated(open_, tmp_path, monke
 
 def test_a_cache_that_cannot_be_written_is_named(open_, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="demo/stories: cannot be tokenized into .*file/corpora: Not a directory"):
+    with pytest.raises(UserError, match="demo/stories: cannot be cached in .*file/corpora: Not a directory"):
         open_(STORIES, cache_dir=str(tmp_path / "file"))
 
 
