@@ -176,7 +176,7 @@ def _print_overview(console: Terminal, reports: "list[DataReport]") -> None:
     counted = ("rows", "dropped", "duplicate", "similar", "tokens")
     table = make_table(Column("source", overflow="fold", ratio=1), *map(numeric, counted))
     for report in reports:
-        counts = (report.dropped.total, report.exact_duplicates.rows, report.near_duplicates.rows)
+        counts = (report.rows - report.usable, report.exact_duplicates.rows, report.near_duplicates.rows)
         marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
         tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
         source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"

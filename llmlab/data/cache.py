@@ -1,18 +1,115 @@
-"""Where tokenized corpora and rendered rows are cached, and the number of worker processes."""
+"""The cache of tokenized corpora and rendered rows: its folders, their locks, and the checksums of their files.
 
+Checksums are of blocks, so that a large file is verified where it is read, and grows without being read again.  They
+detect accidents (cut, altered, half written), not forgery.
+"""
+
+import hashlib
+import json
 import os
+import shutil
 import sys
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from filelock import FileLock
+
+from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand
 
+BLOCK = 4 << 20  # bytes
 
-def cache_folder(cache_dir: str | None) -> Path:
-    """Returns the folder of tokenized corpora and rendered rows."""
+
+def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
+    """Returns the folder of what is decided by a key of plain values."""
     base = cache_dir or os.environ.get("LLMLAB_CACHE") or Path.home() / ".cache" / "llmlab"
-    return expand(base) / "corpora"
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return expand(base) / "corpora" / f"{prefix}{digest}"
 
 
 def cores() -> int:
     """Returns the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def open_cached(
+    folder: Path,
+    name: str,
+    wanted: int | None,
+    read: Callable[[Path], tuple[Any, bool]],
+    write: Callable[[Any], tuple[Any, bool]],
+) -> tuple[Any, bool]:
+    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is.
+
+    `read` raises where the files are not what was written, which are then removed; `write` gets what `read` returned,
+    or None.  Processes that need the same folder at the same time wait for the first of them.
+    """
+    content, whole = None, False
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if folder.exists():
+                try:
+                    content, whole = read(folder)
+                except (UserError, FileNotFoundError) as error:
+                    print(printable(f"{name}: its cache is damaged and will be rebuilt ({error})"), file=sys.stderr)
+                    shutil.rmtree(folder)
+            if content is None or not (whole or (wanted is not None and len(content) >= wanted)):
+                try:
+                    content, whole = write(content)
+                except BaseException:
+                    if content is None:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    raise
+    except OSError as error:
+        raise UserError(f"{name}: cannot be cached in {folder.parent}: {error.strerror or error}") from None
+    return content, whole
+
+
+class Checksums:
+    """The size of a file and the CRC-32 of each of its blocks; the last one may be short."""
+
+    def __init__(self, size: int = 0, sums: Iterable[int] = ()):
+        self.size = size
+        self.sums = list(sums)
+        self.verified: set[int] = set()  # blocks that were read and are what was written
+
+    @classmethod
+    def parse(cls, record: dict[str, Any]) -> "Checksums":
+        """Returns what `record` returned."""
+        text = record["crc32"]
+        return cls(record["bytes"], [int(text[place : place + 8], 16) for place in range(0, len(text), 8)])
+
+    def record(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
+
+    def update(self, data: bytes | np.ndarray) -> None:
+        """Appends bytes."""
+        begin = 0
+        while begin < len(data):
+            if self.size % BLOCK == 0:
+                self.sums.append(0)
+            part = memoryview(data)[begin : begin + BLOCK - self.size % BLOCK]
+            self.sums[-1] = zlib.crc32(part, self.sums[-1])
+            self.size += len(part)
+            begin += len(part)
+
+    def verify(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+        """Raises UserError where a block with these bytes is not what was written; each is read once.
+
+        The file may be longer: bytes that an interrupted append left are ignored.
+        """
+        for number in range(begin // BLOCK, -(-(self.size if end is None else end) // BLOCK)):
+            if number in self.verified:
+                continue
+            start, stop = number * BLOCK, min((number + 1) * BLOCK, self.size)
+            with path.open("rb") as handle:
+                handle.seek(start)
+                content = handle.read(stop - start)
+            if len(content) < stop - start or zlib.crc32(content) != self.sums[number]:
+                raise UserError(f"{path}: byte {start:,} to {stop:,} are not what was written")
+            self.verified.add(number)

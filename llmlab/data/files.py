@@ -10,9 +10,7 @@ import io
 import json
 import re
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,14 +46,8 @@ def format_of(path: Path) -> str | None:
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split at a path.
-
-    A folder's files belong to the split in their name (`train-00.jsonl`, `validation/part.txt`, `dev.csv`), else to
-    the training data.
-    """
+    """Returns the files of each split at a path: that in their name (`train-00.jsonl`, `dev/part.txt`), else train."""
     if path.is_file():
-        if format_of(path) is None:
-            raise UserError(f"{path}: expected a file that ends in {_endings()}")
         return {"train": [path]}
     splits: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
@@ -70,19 +62,13 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def is_plain(path: Path) -> bool:
-    """Whether a file's size is about that of its text."""
-    return format_of(path) != "parquet" and not is_gzipped(path)
-
-
 def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def count_rows(files: Iterable[Path]) -> int | None:
+def count_rows(files: Sequence[Path]) -> int | None:
     """Returns the number of rows of parquet files; None for others, which would have to be read."""
-    files = list(files)
-    if any(format_of(path) != "parquet" or is_gzipped(path) for path in files):
+    if any(path.suffix.lower() != ".parquet" for path in files):
         return None
     return sum(_parquet(path).metadata.num_rows for path in files)
 
@@ -99,8 +85,10 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     """Returns the shards of these files, in order; `unit` is what a row of a text file is."""
     shards = []
     for path in files:
-        kind = str(format_of(path))
-        with _reading(path, kind):
+        kind = format_of(path)
+        if kind is None:
+            raise UserError(f"{path}: expected a file that ends in {_endings()}")
+        with reading(path, kind):
             if kind == "json":
                 with _open_text(path) as handle:
                     kind = "jsonl" if handle.read(4096).lstrip().startswith("{") else "json"  # many call lines .json
@@ -118,32 +106,22 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
 def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields the rows of a shard as plain mappings; of a parquet file only `column` is read."""
     path = Path(shard.path)
-    with _reading(path, shard.format):
+    with reading(path, shard.format):
         if shard.format == "parquet":
-            yield from _read_parquet(path, shard, column)
+            rows = _read_parquet(path, shard, column)
         elif shard.format == "jsonl":
-            yield from _read_json_lines(path, shard)
+            rows = _read_json_lines(path, shard)
         elif shard.format == "json":
-            yield from _read_json_list(path)
+            rows = _read_json_list(path)
         elif shard.format == "csv":
-            yield from _read_csv(path)
+            rows = _read_csv(path)
         else:
-            yield from _read_text(path, shard.unit)
+            rows = _read_text(path, shard.unit)
+        for row in rows:
+            yield row if isinstance(row, dict) else {"text": row}
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns every error in a file into a UserError of one sentence."""
-    with reading(path, kind):
-        try:
-            yield
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: this is not UTF-8 text (byte 0x{error.object[error.start]:02x} in it)") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: the compressed file is damaged: {error}") from None
-
-
-def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
+def _read_text(path: Path, unit: str) -> Iterator[str]:
     """Yields the documents of a text file, its paragraphs or its lines; only a document may be blank."""
     pieces: list[str] = []
     length, separated = 0, False
@@ -160,12 +138,12 @@ def _read_text(path: Path, unit: str) -> Iterator[dict[str, Any]]:
         if ends or unit != "document":
             piece = piece.strip("\n")
         if piece.strip() or unit == "document":
-            yield {"text": piece}
+            yield piece
     rest = "".join(pieces)
     if not separated and unit == "document":
-        yield {"text": rest}
+        yield rest
     elif rest.strip():  # what follows the last separator is usually nothing
-        yield {"text": rest.strip("\n")}
+        yield rest.strip("\n")
 
 
 def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
@@ -178,7 +156,7 @@ def _split_lines(path: Path) -> Iterator[tuple[str, bool]]:
             yield last, False
 
 
-def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path, shard: Shard) -> Iterator[Any]:
     with _open(path) as handle:
         position = shard.start
         if position > 0:  # a line that starts in the previous shard belongs to it
@@ -188,17 +166,15 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     row = json.loads(line if position else line.removeprefix(b"\xef\xbb\xbf"))
-                except UnicodeDecodeError:
-                    raise
                 except (ValueError, RecursionError) as error:
                     number = _line_number(path, position)
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
                     raise UserError(f"{path}:{number}: this line is not valid JSON: {reason}") from None
-                yield row if isinstance(row, dict) else {"text": row}
+                yield row
             position += len(line)
 
 
-def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_list(path: Path) -> list[Any]:
     with _open_text(path) as handle:
         try:
             rows = json.load(handle)
@@ -206,8 +182,7 @@ def _read_json_list(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: this is not valid JSON: {error.msg}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, or one object a line; found {type(rows).__name__}")
-    for row in rows:
-        yield row if isinstance(row, dict) else {"text": row}
+    return rows
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -229,23 +204,16 @@ def _read_parquet(path: Path, shard: Shard, column: str | None) -> Iterator[dict
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with _open_bytes(path) as handle:
-            source = io.BytesIO(handle.read()) if is_gzipped(path) else path
-        return pyarrow.parquet.ParquetFile(source)
-    except pyarrow.ArrowInvalid:
-        raise UserError(f"{path}: this is not a parquet file") from None
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if is_gzipped(path) else path.open("rb")  # type: ignore[return-value]
+    with reading(path, "parquet"):
+        return pyarrow.parquet.ParquetFile(
+            io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
-    handle = _open_bytes(path)
+    handle = gzip.open(path, "rb") if is_gzipped(path) else path.open("rb")  # noqa: SIM115 - returned
     head = handle.read(4096)
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     if is_utf16 or b"\0" in head:

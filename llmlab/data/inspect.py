@@ -15,11 +15,8 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from llmlab.data.chat.formats import as_boolean
-from llmlab.data.chat.messages import UnusableRow, is_empty
+from llmlab.data.chat.messages import Message, Row, UnusableRow, is_empty
 from llmlab.data.hashing import text_hash
-
-Row = dict[str, Any]
-Message = dict[str, Any]
 
 FIRST_ROWS = 5  # row numbers kept of each finding
 PERCENTILES = (50, 90, 95, 99)
@@ -30,7 +27,7 @@ SHINGLE = 5
 PERMUTATIONS = 128
 COMPARED = 100_000  # characters of a row that are compared for near duplicates
 
-_FOLLOWERS = {
+_FOLLOWERS = {  # which turns may follow which; a tool call is a turn of the assistant that calls tools
     "": ("system", "user"),
     "system": ("user",),
     "user": ("assistant", "tool call"),
@@ -38,7 +35,6 @@ _FOLLOWERS = {
     "tool call": ("tool result",),
     "tool result": ("tool result", "assistant", "tool call"),
 }
-"""Which turns may follow which; a tool call is a turn of the assistant that calls tools."""
 
 
 @dataclass
@@ -52,17 +48,6 @@ class Finding:
         self.rows += 1
         if len(self.first) < FIRST_ROWS:
             self.first.append(row)
-
-
-class Findings(dict[str, Finding]):
-    """Findings by what was found."""
-
-    def add(self, what: str, row: int) -> None:
-        self.setdefault(what, Finding()).add(row)
-
-    @property
-    def total(self) -> int:
-        return sum(finding.rows for finding in self.values())
 
 
 @dataclass(frozen=True)
@@ -90,16 +75,13 @@ class Lengths:
 
 @dataclass
 class TokenReport:
-    """Rows as tokens of one tokenizer: their lengths and how many are trained before truncation to `max_seq_len`.
-
-    `lost` rows have no trained token left after truncation.
-    """
+    """Rows as tokens of one tokenizer, before truncation to `max_seq_len`."""
 
     lengths: Lengths
     trained: int
     max_seq_len: int
     truncated: Finding
-    lost: Finding
+    lost: Finding  # no trained token is left after truncation
 
 
 @dataclass
@@ -111,10 +93,10 @@ class DataReport:
     columns: list[str] = field(default_factory=list)
     rows: int = 0
     usable: int = 0
-    dropped: Findings = field(default_factory=Findings)
+    dropped: dict[str, Finding] = field(default_factory=dict)
     exact_duplicates: Finding = field(default_factory=Finding)
     near_duplicates: Finding = field(default_factory=Finding)
-    problems: Findings = field(default_factory=Findings)
+    problems: dict[str, Finding] = field(default_factory=dict)
     scripts: dict[str, float] = field(default_factory=dict)  # share of the letters
     characters: Lengths | None = None
     words: Lengths | None = None
@@ -133,11 +115,7 @@ def inspect_rows(
     find_problem: Callable[[Any], str] | None = None,
     max_seq_len: int = 1024,
 ) -> DataReport:
-    """Reads every row once and returns the report.
-
-    `read` returns a row as `{"messages": ..., "tools": ...}` or `{"text": ...}`, and `render` its tokens (`input_ids`
-    and `trained`); both may raise UnusableRow.  `find_problem` says what is wrong with a rendered row, or returns "".
-    """
+    """Reads every row once: `read` and `render` may raise UnusableRow, and `find_problem` looks at a rendered row."""
     report = DataReport(name, form)
     columns: dict[str, None] = {}
     alphabet: Counter[str] = Counter()
@@ -151,6 +129,7 @@ def inspect_rows(
         columns.update(dict.fromkeys(map(str, row)))
         if label is not None:
             labels[{True: "true", False: "false", None: "neither"}[as_boolean(row.get(label))]] += 1
+        problems, rendered = [], None
         try:
             conversation = read(row)
             text = text_of(conversation)
@@ -163,12 +142,10 @@ def inspect_rows(
             elif similar.add(number, text):
                 report.near_duplicates.add(number)
             seen.add(content)
-            for problem in turn_problems(conversation.get("messages") or []):
-                report.problems.add(problem, number)
+            problems = turn_problems(conversation.get("messages") or [])
             rendered = render(conversation) if render else None
         except UnusableRow as reason:
-            report.dropped.add(str(reason), number)
-            continue
+            report.dropped.setdefault(str(reason), Finding()).add(number)
         if rendered is not None:
             tokens.append(len(rendered.input_ids))
             trained += sum(rendered.trained)
@@ -176,10 +153,11 @@ def inspect_rows(
                 truncated.add(number)
             if not any(rendered.trained[:max_seq_len]):
                 lost.add(number)
-            if find_problem and (problem := find_problem(rendered)):
-                report.problems.add(problem, number)
+            problems += filter(None, [find_problem(rendered) if find_problem else ""])
+        for problem in problems:
+            report.problems.setdefault(problem, Finding()).add(number)
     report.columns, report.labels = list(columns), dict(labels)
-    report.usable = report.rows - report.dropped.total
+    report.usable = report.rows - sum(finding.rows for finding in report.dropped.values())
     if characters:
         report.scripts = scripts_of(alphabet)
         report.characters, report.words = Lengths.of(characters), Lengths.of(words)

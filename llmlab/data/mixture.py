@@ -20,8 +20,7 @@ BLOCK = 64  # rows within which proportions hold, but for rounding: also short r
 class Schedule:
     """The source of every row of a mixture, and the row's index within that source.
 
-    In each block of rows every source appears in proportion to its weight (off by less than one; the heaviest source
-    takes up the rounding), in an order shuffled by the seed.  Weights [2.0, 1.0] give 66.7 % and 33.3 %.
+    In each block of rows every source appears in proportion to its weight, in an order shuffled by the seed.
     """
 
     def __init__(self, weights: Sequence[float], seed: int):
@@ -65,10 +64,7 @@ class Schedule:
 
 
 class Mixture(Dataset):
-    """Map-style rows of several packed sources; every epoch over a source is reshuffled, window by window.
-
-    `length` in rows; None is one epoch, in which every source is seen whole at least once.
-    """
+    """Map-style rows of several packed sources, one epoch by default; each is reshuffled, window by window."""
 
     def __init__(
         self, sources: Sequence[PackedRows], weights: Sequence[float], *, seed: int, length: int | None = None

@@ -8,16 +8,16 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlab.data import demo, files, trees
+from llmlab.data import demo, files
 from llmlab.data.interleaving import Interleaved
 from llmlab.data.splits import Use, choose_splits, choose_subset
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, did_you_mean, reading
+from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
@@ -55,25 +55,15 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """A source with all its columns.
+    """A source with all its columns."""
 
-    Attributes:
-        name: as the user wrote it.
-        rows: in a fixed order, with a `state_dict` to resume from and shards to distribute.
-        identity: plain values for a cache key, which change with the content.
-        splits: the names of the splits there are.
-        select: returns the rows with one column alone, which parquet files are read faster for.
-        size: bytes on disk, about those of the text; None where unknown.
-        count: number of rows; None where unknown.
-    """
-
-    name: str
-    rows: "IterableDataset"
-    identity: dict[str, Any]
-    splits: tuple[str, ...] = ("train",)
-    select: "Callable[[str], IterableDataset] | None" = None
-    size: int | None = None
-    count: int | None = None
+    name: str  # as the user wrote it
+    rows: "IterableDataset"  # in a fixed order, with a `state_dict` to resume from and shards to distribute
+    identity: dict[str, Any]  # plain values for a cache key, which change with the content
+    splits: tuple[str, ...] = ("train",)  # those there are
+    select: "Callable[[str], IterableDataset] | None" = None  # the rows with one column alone, which is faster to read
+    size: int | None = None  # bytes on disk, about those of the text; None where unknown
+    count: int | None = None  # rows; None where unknown
 
     def first(self) -> list[dict[str, Any]]:
         """Returns the rows by which formats and columns are recognized."""
@@ -86,25 +76,29 @@ class TextSource(RowSource):
 
     column: str
 
-    def texts(self, tally: Tally, allow_dropped: float = 1.0) -> Iterator[str]:
-        """Yields the documents, as `usable_texts` does."""
-        return usable_texts(self.rows, self.column, tally, self.name, allow_dropped)
+    def texts(
+        self, tally: Tally, allow_dropped: float = 1.0, rows: Iterable[dict[str, Any]] | None = None
+    ) -> Iterator[str]:
+        """Yields the text of each row, or of these, that has one, counting all; refuses too many that have none."""
+        for row in self.rows if rows is None else rows:
+            text = row.get(self.column)
+            reason = _unusable(text) if self.column in row else f"without '{self.column}'"
+            if reason is None:
+                tally.documents += 1
+                yield text
+            else:
+                tally.dropped[reason] += 1
+                if tally.rows >= CHECK_FROM:
+                    tally.check(self.name, allow_dropped)
 
 
-def usable_texts(
-    rows: Iterable[dict[str, Any]], column: str, tally: Tally, name: str, allow_dropped: float
-) -> Iterator[str]:
-    """Yields the text of each row that has one, counting every row; stops where too many rows are dropped."""
-    for row in rows:
-        text = row.get(column)
-        reason = _unusable(text) if column in row else f"without '{column}'"
-        if reason is None:
-            tally.documents += 1
-            yield text
-        else:
-            tally.dropped[reason] += 1
-            if tally.rows >= CHECK_FROM:
-                tally.check(name, allow_dropped)
+def take_texts(texts: Iterator[str], characters: int) -> list[str]:
+    """Returns the next texts, until they have so many characters."""
+    batch, size = [], 0
+    while size < characters and (text := next(texts, None)) is not None:
+        batch.append(text)
+        size += len(text)
+    return batch
 
 
 def _unusable(text: Any) -> str | None:
@@ -120,20 +114,14 @@ def _unusable(text: Any) -> str | None:
     return None if text and not text.isspace() else "empty"
 
 
-def load_rows(source: DataSource, use: Use, *, at_most: int | None = None) -> RowSource:
-    """Finds a source of chat data; a hub dataset with more than `at_most` rows is streamed, not downloaded."""
-    found = _find(source, use, False, at_most)
-    if not next(iter(found.rows), {}).keys() >= trees.COLUMNS:
-        return found
-    return replace(found, rows=trees.TreeRows(found.rows), identity={**found.identity, "trees": 1}, count=None)
-
-
 def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
-    found = _find(source, "text", streaming, None)
+    found = load_rows(source, "text", streaming=streaming)
     column = choose_column(source, found.first())
-    identity = found.identity if "demo" in found.identity else {**found.identity, "column": column}
-    return TextSource(**{**vars(found), "rows": found.select(column), "identity": identity}, column=column)
+    values = {**vars(found)}
+    if found.select is not None:  # only demo corpora have no other columns
+        values |= {"rows": found.select(column), "identity": {**found.identity, "column": column}}
+    return TextSource(**values, column=column)
 
 
 def is_online() -> bool:
@@ -143,7 +131,8 @@ def is_online() -> bool:
     return not datasets.config.HF_HUB_OFFLINE
 
 
-def _find(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
+def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
+    """Finds a source; a hub dataset is downloaded unless `streaming`, or where it has more than `at_most` rows."""
     path = expand(source.name)
     if source.text_unit != "document" and not path.exists():
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for local text files")
@@ -163,14 +152,8 @@ def _find_demo(source: DataSource) -> RowSource:
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    return RowSource(
-        name=source.name,
-        rows=rows,
-        identity=identity,
-        splits=demo.SPLITS,
-        select=lambda column: rows,
-        size=sum(shard.size for shard in shards),
-    )
+    size = sum(shard.size for shard in shards)
+    return RowSource(name=source.name, rows=rows, identity=identity, splits=demo.SPLITS, size=size)
 
 
 def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
@@ -191,8 +174,6 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     if any("[" in name for name in chosen):
         raise UserError(f"{source.name}: split = {source.split}: slices are for datasets of the hub")
     found = [file for name in chosen for file in by_split[name]]
-    if strange := next((file for file in found if files.format_of(file) is None), None):
-        raise UserError(f"{strange}: expected a file that ends in {', '.join(files.FORMATS)} (each also with .gz)")
     if source.text_unit != "document" and not all(files.format_of(file) == "txt" for file in found):
         raise UserError(f"{source.name}: text_unit = {source.text_unit} is for text files; these have rows")
     sizes = [sum(file.stat().st_size for file in by_split[name]) for name in chosen]
@@ -216,7 +197,7 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
         identity=identity,
         splits=tuple(sorted(by_split)),
         select=select,
-        size=sum(sizes) if all(map(files.is_plain, found)) else None,
+        size=None if any(file.suffix.lower() in (".parquet", ".gz") for file in found) else sum(sizes),
         count=files.count_rows(found),
     )
 
@@ -258,10 +239,10 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
     except ConnectionError as error:
         raise UserError(
             f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
-            f"({_first_line(error)}); without a network use local files or demo/stories"
+            f"({reason_of(error)}); without a network use local files or demo/stories"
         ) from None
     except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
-        raise UserError(f"{source.name}: cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
     identity = {
         "hub": source.name,
         "subset": builder.config.name,
@@ -346,7 +327,3 @@ def label_of(source: DataSource) -> str:
 def _read_shards(shards: list[Any], read: Callable[..., Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         yield from read(shard)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -25,8 +25,7 @@ SPECIAL_TOKENS = (EOS, BOS, END_OF_TURN, PAD)
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """One id each, but not special: decoding keeps them, so that calls can be read from what a model wrote."""
 
-SMALLEST = 256 + len(SPECIAL_TOKENS) + len(TOOL_TAGS)
-"""Entries of a vocabulary without merges: one token a byte, which is the character-level choice for English."""
+SMALLEST = 256 + len(SPECIAL_TOKENS) + len(TOOL_TAGS)  # entries of a vocabulary without merges: one token a byte
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -186,9 +186,13 @@ def test_many_bad_rows_stop_the_reading_early(tmp_path):
         ("corpus.json", b'[{"text": "a"},\n\n oops]', r"corpus.json:3: this is not valid JSON"),
         ("corpus.json", b'"text"', "expected a list of objects, or one object a line; found str"),
         ("corpus.csv", b"", "the file is empty"),
-        ("corpus.parquet", b"PAR1 not really", "this is not a parquet file"),
-        ("corpus.txt.gz", b"plain text", "the compressed file is damaged"),
-        ("corpus.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-20], "the compressed file is damaged"),
+        ("corpus.parquet", b"PAR1 not really", "cannot be read as parquet: "),
+        ("corpus.txt.gz", b"plain text", "cannot be read as txt: Not a gzipped file"),
+        (
+            "corpus.txt.gz",
+            gzip.compress(b"text " * 1000, mtime=0)[:-20],
+            "cannot be read as txt: Compressed file ended",
+        ),
         ("corpus.docx", b"text", "expected a file that ends in .txt, .json"),
     ],
 )

@@ -3,9 +3,10 @@
 Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows.py`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
+from math import inf
 
 from llmlab.data.chat.formats import (
     Format,
@@ -22,6 +23,8 @@ from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
+
+TREE_COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 
 
 class OtherLabel(UnusableRow):
@@ -45,11 +48,8 @@ class ConversationSource(RowSource):
                 raise UnusableRow(f"without a '{self.label}' that is true or false")
             if truth != self.only_label:
                 raise OtherLabel(f"{self.label} = {str(truth).lower()}")
-        if self.use == "preferences":
-            return to_pair(row, self.form)
-        if self.use != "instructions":
-            return to_prompt(row, self.form)
-        return to_messages(row, self.form)
+        convert = {"preferences": to_pair, "instructions": to_messages}.get(self.use, to_prompt)
+        return convert(row, self.form)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
         """Yields the usable rows among the first `limit`, counting the others by reason."""
@@ -63,15 +63,58 @@ class ConversationSource(RowSource):
                 yield conversation
 
 
+@dataclass(frozen=True)
+class TreeRows:
+    """Conversations of message trees: rows of one message, in any order, that name the one they answer (oasst1).
+
+    All are read before the first conversation is yielded: of each tree the best-ranked reply at every turn.
+    """
+
+    messages: Iterable[Row]
+    num_shards = 1
+
+    def __iter__(self) -> Iterator[Row]:
+        trees: dict[str, list[Row]] = {}
+        for message in self.messages:
+            if not message.get("deleted"):
+                trees.setdefault(message["message_tree_id"], []).append(message)
+        for name, tree in trees.items():
+            yield {"messages": _best_path(tree), "message_tree_id": name}
+
+
+def _best_path(tree: list[Row]) -> list[Row]:
+    """Returns the turns from the root of a tree along the best replies, up to the last one of the assistant.
+
+    Rank 0 is the best; messages without a rank (mostly the users') come last, those with a reply first.
+    """
+    replies: dict[str | None, list[Row]] = {}
+    for message in tree:
+        replies.setdefault(message["parent_id"], []).append(message)
+
+    def order(message: Row) -> tuple[float, bool]:
+        rank = message.get("rank")
+        return (inf if rank is None else rank), message["message_id"] not in replies
+
+    turns, parent = [], None
+    while parent in replies:
+        best = min(replies[parent], key=order)
+        turns.append({"role": best["role"], "content": best["text"]})
+        parent = best["message_id"]
+    while turns and turns[-1]["role"] == "prompter":
+        turns.pop()
+    return turns
+
+
 def load_conversations(
     source: DataSource, use: Use = "instructions", *, at_most: int | None = None
 ) -> ConversationSource:
-    """Finds a source of chat data, of which `at_most` rows will be read, and recognizes its format.
-
-    A source with a `column` is plain text, or prompts.
-    """
+    """Finds a source of chat data, of which `at_most` rows will be read; one with a `column` is text, or prompts."""
     found = load_rows(source, use, at_most=at_most)
     first = found.first()
+    if first and first[0].keys() >= TREE_COLUMNS:
+        rows = TreeRows(found.rows)
+        found = replace(found, rows=rows, identity={**found.identity, "trees": 1}, count=None)
+        first = found.first()
     columns = list(dict.fromkeys(name for row in first for name in row))
     if not columns:
         raise UserError(f"{source.name}: it has no rows")

@@ -29,10 +29,7 @@ RESERVED |= {"environments", "image", "images"}
 
 @dataclass(frozen=True)
 class Format:
-    """A format of chat data: the columns that identify it, and how the turns of a row are read.
-
-    Beside these, every format may have the columns `system` and `tools`.
-    """
+    """Columns that identify a format of chat data, beside `system` and `tools`, and how a row's turns are read."""
 
     name: str
     columns: tuple[str, ...]

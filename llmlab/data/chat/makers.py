@@ -42,10 +42,7 @@ class RowEncoder:
 
 
 class InstructionEncoder(RowEncoder):
-    """Rows of supervised fine-tuning, truncated on the right; `loss_on` and `stops` as in `Renderer`.
-
-    `only_label` is the label of the rows to train on, where they are unpaired preferences.
-    """
+    """Rows of supervised fine-tuning, truncated on the right; of unpaired preferences those with `only_label`."""
 
     use = "instructions"
     columns = Features({"input_ids": IDS, "labels": IDS})
@@ -98,10 +95,7 @@ class InstructionEncoder(RowEncoder):
 
 
 class PreferenceEncoder(RowEncoder):
-    """Rows of preference optimization: a prompt and two completions, the end of the turn included.
-
-    Prompts are truncated on the left to `max_prompt_length`, completions on the right to what is left of `max_length`.
-    """
+    """Rows of preference optimization: prompts truncated on the left, completions on the right."""
 
     use = "preferences"
     columns = Features({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
@@ -144,10 +138,7 @@ class PreferenceEncoder(RowEncoder):
 
 
 class PromptEncoder(RowEncoder):
-    """Rows of online training: a prompt, and the other columns of the row for rewards, both as JSON.
-
-    Prompts stay messages: the trainer tokenizes them.  Those of more than `max_prompt_length` tokens are unusable.
-    """
+    """Rows of online training: a prompt as messages, and the row's other columns for rewards, both as JSON."""
 
     use = "prompts"
     columns = Features({"prompt": Value("string"), "columns": Value("string")})

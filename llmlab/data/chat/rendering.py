@@ -41,11 +41,7 @@ class RenderedRow:
 
 
 class Renderer:
-    """Renders conversations with a tokenizer's chat template.
-
-    `loss_on` says what is trained: every turn of the assistant, its last one (`completion`), or all tokens.  `stops`
-    are ids at which generation stops, beside those of the tokenizer.
-    """
+    """Renders conversations with a tokenizer's chat template; `stops` are further ids at which generation stops."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn = "assistant", stops: tuple[int, ...] = ()):
         self.tokenizer = tokenizer
@@ -62,8 +58,7 @@ class Renderer:
         try:
             row = self._render(messages, tools)
         except UnusableRow:
-            joined = join_turns(messages)
-            if len(joined) == len(messages):
+            if len(joined := join_turns(messages)) == len(messages):
                 raise
             row = self._render(joined, tools)
         return RenderedRow(row.input_ids, _last_span(row.trained)) if self.loss_on == "completion" else row
@@ -185,10 +180,7 @@ def encode_prompt(
 
 
 def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> str:
-    """Returns what is wrong with the loss mask of a row before truncation, or an empty text.
-
-    Each of these trains models badly without an error: huggingface/trl issues 1623, 3091, 5988 and 1400.
-    """
+    """Returns what is wrong with a loss mask before truncation, or "": see issues 1623, 3091, 5988 and 1400 of TRL."""
     ids, trained = row.input_ids, row.trained
     if not any(trained):
         return "nothing in it is trained: the chat template marks no token as the assistant's"
@@ -211,10 +203,7 @@ def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tu
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
-    """Sets a tokenizer's chat template, and returns the tokens that had to be added for it.
-
-    `template` is `chatml`, the path of a Jinja file, or None: ChatML where the tokenizer has no template.
-    """
+    """Sets `chatml` (where None: unless there is a template) or a Jinja file, and returns the tokens added for it."""
     if template is None and tokenizer.chat_template is not None:
         return []
     if template not in (None, "chatml"):

@@ -1,33 +1,38 @@
 """The rows of a stage that trains on chat data: sources read, rendered, checked, held out and mixed, with a report.
 
-What a row consists of is `makers.py`.  Padding and packing are the trainer's.
+What a row consists of is `makers.py`.  Padding and packing are the trainer's.  Rendered rows are cached, an Arrow file
+a source; a shorter cache is a prefix of a longer one, so the result never depends on what is cached.
 """
 
-import hashlib
 import json
 import math
 import os
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset, Features, List, Value, interleave_datasets
 
-from llmlab.data.cache import cache_folder, cores
+from llmlab.data.cache import Checksums, cache_folder, cores, open_cached
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
 from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
-from llmlab.data.chat.row_cache import open_rows
 from llmlab.data.hashing import seeded_keys, text_hash
+from llmlab.data.interleaving import spread
 from llmlab.data.sources import label_of
 from llmlab.settings.data import DataSettings, DataSource
-from llmlab.settings.errors import UserError, printable
+from llmlab.settings.errors import UserError, printable, reading
+from llmlab.settings.files import read_json, write_atomically
 
+BATCH = 32_768  # rows that are read and rendered together
+ROWS, RECORD = "rows.arrow", "llmlab.json"
 VERSION = 4  # of the rendered rows: raise it with every change that alters them
 READ_AT_LEAST = 65_536  # rows of a source: so many are shuffled together, and a short run reads no fewer
 MARGIN = 0.1  # more rows are read than are needed: some are dropped
@@ -61,7 +66,7 @@ class RowsReport:
     count: int | None = None  # rows it has; None where unknown
 
     def record(self) -> dict[str, Any]:
-        return {**asdict(self), "dropped": dict(self.dropped)}
+        return {**vars(self), "dropped": dict(self.dropped)}
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -89,10 +94,6 @@ class Rows:
     validation: Dataset | None
     reports: list[RowsReport]
 
-    @property
-    def validation_rows(self) -> int:
-        return 0 if self.validation is None else len(self.validation)
-
     def set_epochs(self, epochs: float) -> None:
         """Sets the epochs over each source, given those over the mixture."""
         for report in self.reports:
@@ -101,10 +102,11 @@ class Rows:
     def summary(self) -> str:
         """Returns a line for each source, and how many rows there are to validate with."""
         lines = [report.summary() for report in self.reports]
-        return "\n".join([*lines, f"validation: {self.validation_rows:,} rows"])
+        return "\n".join([*lines, f"validation: {len(self.validation or ()):,} rows"])
 
     def record(self) -> dict[str, Any]:
-        return {"sources": [report.record() for report in self.reports], "validation_rows": self.validation_rows}
+        sources = [report.record() for report in self.reports]
+        return {"sources": sources, "validation_rows": len(self.validation or ())}
 
 
 def build_rows(
@@ -120,12 +122,8 @@ def build_rows(
 ) -> Rows:
     """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
-    Args:
-        allow_truncated: maximal share of a source's rows that may lose all trained tokens to truncation.
-        validation_rows: at most this many validation rows; the training rows do not depend on it.
-        max_samples: training rows at most; no source is read further.
-        rows_needed: rows that the whole run trains on; larger sources are read only as far. None reads them whole.
-        rows_before: rows read per source by the run being resumed, which reads the same ones.
+    Of sources larger than `rows_needed` (those the run trains on; None reads all) or `max_samples`, only the beginning
+    is read: of a resumed run as many of each as before (`rows_before`).  `validation_rows` changes no training row.
     """
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
@@ -151,10 +149,9 @@ def build_rows(
         reports.append(report)
     if settings.validation_datasets is not None:
         held_out = [builder.read_validation(source, validation_rows) for source in settings.validation_datasets]
-    validation = None
-    if held_out:
-        every = _mix(held_out, list(map(len, held_out)), maker, seed)
-        validation = every.select(range(min(len(every), validation_rows or len(every))))
+    validation = _mix(held_out, list(map(len, held_out)), maker, seed) if held_out else None
+    if validation is not None and validation_rows:
+        validation = validation.select(range(min(len(validation), validation_rows)))
     train = _mix(parts, weights, maker, seed)
     if max_samples is not None and len(train) > max_samples:
         train = train.shuffle(seed=seed).select(range(max_samples))
@@ -181,10 +178,7 @@ def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed
 
 
 def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name: str) -> tuple[Dataset, Dataset]:
-    """Splits off a held-out set by a seeded hash, so that duplicates stay on one side; it has about `limit` rows.
-
-    The training rows do not depend on `limit`.
-    """
+    """Splits off a held-out set of about `limit` rows by a seeded hash, so that duplicates stay on one side."""
     keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), seed)
     ordered = np.sort(keys)
     count = math.ceil(fraction * len(rows))
@@ -215,7 +209,11 @@ class _Builder:
     ) -> tuple[Dataset, RowsReport, tuple[str, ...]]:
         """Returns the usable rows of a source after checking them, its report, and the splits that it has."""
         found = self.maker.open(source, at_most)
-        rows, whole = open_rows(found, self._folder(found), at_most, lambda texts: self._render(found, texts))
+        tokenizer = self.maker.tokenizer
+        key = [VERSION, found.identity, found.form.columns, self.maker.identity]
+        key += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+        folder = cache_folder(self.settings.cache_dir, key, "rows-")
+        rows, whole = open_rows(found, folder, at_most, lambda texts: self._render(found, texts))
         report = RowsReport(label_of(source), found.form.name, share, len(rows), whole=whole, count=found.count)
         checks = {name: np.array(rows[name][:]) for name in CHECKS}
         self._check(report, checks)
@@ -253,14 +251,6 @@ class _Builder:
                 f"allow_truncated = {self.allow_truncated:g}"
             )
 
-    def _folder(self, found: ConversationSource) -> Path:
-        """Returns the cache folder of all that decides the rendered rows of a source."""
-        tokenizer = self.maker.tokenizer
-        content = [VERSION, found.identity, found.form.columns, self.maker.identity]
-        content += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-        return cache_folder(self.settings.cache_dir) / f"rows-{key}"
-
     def _render(self, found: ConversationSource, texts: list[str]) -> Dataset:
         raw = Dataset.from_dict({"row": texts})
         counts = {name: Value("int64") for name in self.maker.counts}
@@ -279,6 +269,41 @@ class _Builder:
             os.environ = environment  # noqa: B003
             os.environ.clear()
             os.environ.update(variables)
+
+
+def open_rows(
+    source: ConversationSource, folder: Path, at_most: int | None, render: Callable[[list[str]], Dataset]
+) -> tuple[Dataset, bool]:
+    """Returns the rows of a source (None: all) as `render` makes them of JSON text, and whether it has no more."""
+
+    def write(shorter: Dataset | None) -> tuple[Dataset, bool]:
+        rows = iter(spread(source.rows))
+        limited = islice(rows, at_most)
+        batches = iter(lambda: [json.dumps(row, default=str) for row in islice(limited, BATCH)], [])
+        tables = (render(texts).data.table for texts in batches)
+        first = next(tables)
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{ROWS}.writing"  # another run may have mapped the shorter file
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
+        sums = Checksums()
+        sums.update(np.memmap(path, np.uint8, "r"))
+        path.replace(folder / ROWS)
+        record = {"rows": sums.record(), "whole": at_most is None or next(rows, None) is None}
+        write_atomically(folder / RECORD, json.dumps(record) + "\n")
+        return Dataset.from_file(str(folder / ROWS)), record["whole"]
+
+    rows, whole = open_cached(folder, source.name, at_most, _read_cache, write)
+    return (rows, whole) if at_most is None or len(rows) <= at_most else (rows.select(range(at_most)), False)
+
+
+def _read_cache(folder: Path) -> tuple[Dataset, bool]:
+    record = read_json(folder / RECORD)
+    with reading(folder / RECORD, "the record of rendered rows"):
+        sums, whole = Checksums.parse(record["rows"]), record["whole"]
+    sums.verify(folder / ROWS)
+    return Dataset.from_file(str(folder / ROWS)), whole
 
 
 class _MakeRow:

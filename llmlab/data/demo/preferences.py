@@ -1,7 +1,6 @@
 """Preference pairs in the world of the demo stories: an answer of `demo/chat`, and a corrupted copy.
 
-Some faulty answers are shorter than the good one and some longer, so length alone tells nothing.  `faults` names what
-is wrong with any answer, a model's too; like `follows` it compares words.
+Some rejected answers are shorter than the chosen one and some longer, so length alone tells nothing.
 """
 
 import re

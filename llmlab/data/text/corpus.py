@@ -61,15 +61,11 @@ class SourceReport:
 
 @dataclass
 class CorpusReport:
-    """What went into a corpus.
-
-    The unigram entropy is that of the validation rows, in nats per token: no model that ignores context has a lower
-    loss, so a trained one must.
-    """
+    """What went into a corpus."""
 
     sources: list[SourceReport]
     validation_rows: int = 0
-    unigram_entropy: float | None = None
+    unigram_entropy: float | None = None  # nats per token of the validation rows, which a trained model beats
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -104,7 +100,7 @@ def build_corpus(
     """Builds the training and validation rows of `max_seq_len` tokens that the settings describe.
 
     `rows_needed` (None is one epoch) and `validation_rows` (None is all that are held out, of a stream 512) count
-    those of all processes.  Streams give each rank its own part; map-style rows are the same in each, for a sampler.
+    those of all processes.  Only a stream has other rows in each.
     """
     seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
@@ -188,7 +184,7 @@ class _Builder:
             # from the beginning of a large source, independent of how much is read
             most = self.most_validation_rows if len(store) > WINDOW else None
             validation = PackedRows(f"{report.name}/held-out", store, self.length, split.validation, most)
-        return self._checked(train), validation
+        return train, validation
 
     def _stream(self, source: TextSource, report: SourceReport, fraction: float) -> tuple[Reader, PackedRows | None]:
         validation = None
@@ -213,7 +209,7 @@ class _Builder:
         source, label = self.find(named), label_of(named)
         if self.settings.streaming:
             return self._first_rows(label, source)
-        return self._checked(PackedRows(label, self._store(source), self.length))
+        return PackedRows(label, self._store(source), self.length)
 
     def mix(self, parts: Sequence[PackedRows | None], weights: Sequence[float]) -> Mixture | None:
         """Returns as many validation rows as there are in all, in the training proportions."""
@@ -232,16 +228,7 @@ class _Builder:
                 f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
                 f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
             )
-        return self._checked(PackedRows(label, store, self.length, limit=rows))
-
-    def _checked(self, rows: PackedRows) -> PackedRows:
-        """Checks that there is at least one row."""
-        if not len(rows):
-            raise UserError(
-                f"{rows.name}: its {rows.tokens:,} tokens do not fill one row of max_seq_len = {self.length}; "
-                "use a shorter max_seq_len or more text"
-            )
-        return rows
+        return PackedRows(label, store, self.length, limit=rows)
 
     def _store(
         self, source: TextSource, tokens: int | None = None, held_out: tuple[float, int] | None = None

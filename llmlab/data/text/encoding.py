@@ -28,10 +28,7 @@ class EncodedBatch(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes documents with a serialized tokenizer (`Tokenizer.to_str()`); small enough to send to another process.
-
-    Special tokens written out in a document are tokenized as plain text.
-    """
+    """Encodes documents with a serialized tokenizer; special tokens written out in a document are plain text."""
 
     def __init__(self, tokenizer: str, eos_token_id: int):
         self.serialized = tokenizer

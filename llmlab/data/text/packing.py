@@ -14,9 +14,7 @@ from llmlab.data.hashing import seeded_keys
 from llmlab.data.text.store import TokenStore
 from llmlab.settings.errors import UserError
 
-WINDOW = 2**24
-"""Tokens that are shuffled together, and that decide what is held out: a run that reads more of its source sees the
-same rows first."""
+WINDOW = 2**24  # tokens that are shuffled together and decide what is held out, so that longer runs begin the same
 
 
 class Split(NamedTuple):
@@ -40,6 +38,11 @@ class PackedRows:
         self.starts = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])  # before each span
         self.tokens = int(self.starts[-1])
         self.rows = self.tokens // length if limit is None else min(self.tokens // length, limit)
+        if self.tokens < length:
+            raise UserError(
+                f"{name}: its {self.tokens:,} tokens do not fill one row of max_seq_len = {length}; "
+                "use a shorter max_seq_len or more text"
+            )
 
     def __len__(self) -> int:
         return self.rows
@@ -76,11 +79,7 @@ def window_rows(length: int) -> int:
 
 
 def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length: int) -> Split:
-    """Splits off a fraction of the tokens, at least one row of `length` unless it is 0, the same way every time.
-
-    Documents are held out in the order of a seeded hash of their text, so equal documents stay on one side.  Where
-    single documents are too large for that (one book, one play), the end of the text is held out.
-    """
+    """Splits off a fraction, at least one row, by a seeded hash of documents; of too large ones (a book) the end."""
     if not fraction:
         return Split(np.array([[0, len(store)]]), np.empty((0, 2), int), "nothing")
     keys, ends = seeded_keys(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])

@@ -2,18 +2,17 @@
 
 The cache key covers the source's content, the tokenizer and this format's version, but neither the sequence length nor
 the split: those are views (`packing.py`).  A run tokenizes the beginning of a source as far as it needs, and one that
-needs more appends to it.  `meta.json` is replaced last and says how much of the other files counts; files up to 256 MB
-are verified on opening, larger ones block by block when they are first read.
+needs more appends to it.  `meta.json` is replaced last and says how much of the other files counts; the last 256 MB
+are verified on opening, other blocks when they are first read.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from itertools import islice
@@ -21,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm.auto import tqdm
 
-from llmlab.data.cache import cache_folder, cores
-from llmlab.data.checksums import BLOCK, VERIFIED_AT_ONCE, Checksums, notify
+from llmlab.data.cache import Checksums, cache_folder, cores, open_cached
 from llmlab.data.hashing import is_held_out
 from llmlab.data.interleaving import spread
-from llmlab.data.sources import Tally, TextSource, usable_texts
+from llmlab.data.sources import Tally, TextSource, take_texts
 from llmlab.data.text.encoding import EncodedBatch, TextEncoder
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
 
+VERIFIED_AT_ONCE = 256 << 20  # bytes of tokens that opening verifies, a fraction of a second
 VERSION = 2  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
 SERIAL_BATCHES = 2  # tokenized before other processes are worth starting
@@ -57,7 +55,6 @@ class TokenStore:
             self.whole = self.meta["position"] is None
             self.dtype = np.dtype(self.meta["dtype"])
             self.sums = {name: Checksums.parse(record) for name, record in self.meta["files"].items()}
-            self._unverified = set(range(len(self.sums["tokens.bin"].sums)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self.folder,)  # the map itself must not be copied to a worker
@@ -78,25 +75,13 @@ class TokenStore:
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Returns the tokens of a span, verified: altered ones are an error, and the next run tokenizes anew."""
-        for block in range(begin * self.dtype.itemsize // BLOCK, -(-end * self.dtype.itemsize // BLOCK)):
-            if block in self._unverified:
-                try:
-                    self.sums["tokens.bin"].verify_block(self.folder / "tokens.bin", block)
-                except UserError as error:
-                    (self.folder / "meta.json").unlink(missing_ok=True)  # without it, it is no corpus
-                    raise UserError(
-                        f"{error}; run it again (--resume), which tokenizes {self.meta['name']} anew"
-                    ) from None
-                self._unverified.discard(block)
+        size = self.dtype.itemsize
+        try:
+            self.sums["tokens.bin"].verify(self.folder / "tokens.bin", begin * size, end * size)
+        except UserError as error:
+            (self.folder / "meta.json").unlink(missing_ok=True)  # without it, it is no corpus
+            raise UserError(f"{error}; run it again (--resume), which tokenizes {self.meta['name']} anew") from None
         return self.tokens[begin:end]
-
-    def verify(self) -> None:
-        """Raises UserError where a file is not what was written, as far as that can be told quickly."""
-        at_once = self.sums["tokens.bin"].size <= VERIFIED_AT_ONCE
-        self.sums["tokens.bin"].verify(self.folder / "tokens.bin", whole=at_once)
-        self.sums["documents.bin"].verify(self.folder / "documents.bin", whole=True)
-        if at_once:
-            self._unverified.clear()
 
 
 def open_store(
@@ -111,44 +96,27 @@ def open_store(
 ) -> TokenStore:
     """Returns at least so many tokens of a source (None is all of it), tokenizing now what was not done before.
 
-    `held_out` is a fraction and a seed: only the documents that `is_held_out` says.  Processes that need the same
-    corpus at the same time wait for the first of them.
+    `held_out` is a fraction and a seed: only the documents that `is_held_out` says.
     """
-    root, name = cache_folder(cache_dir), source.name
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
-    key = {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    folder = root / digest
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{digest}.lock"):
-            store = _open_verified(folder, name)
-            if store is not None and (store.whole or (tokens is not None and len(store) >= tokens)):
-                store.tally.check(name, allow_dropped)
-                return store
-            try:
-                _extend(folder, store, source, encoder, tokens, held_out, num_proc or cores(), allow_dropped)
-            except BaseException:
-                if store is None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            return TokenStore(folder, fresh=True)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be tokenized into {root}: {error.strerror or error}") from None
+    folder = cache_folder(cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint})
+
+    def write(store: TokenStore | None) -> tuple[TokenStore, bool]:
+        _extend(folder, store, source, encoder, tokens, held_out, num_proc or cores(), allow_dropped)
+        longer = TokenStore(folder, fresh=True)
+        return longer, longer.whole
+
+    store, _ = open_cached(folder, source.name, tokens, _read, write)
+    store.tally.check(source.name, allow_dropped)
+    return store
 
 
-def _open_verified(folder: Path, name: str) -> TokenStore | None:
-    """Returns the corpus in this folder; one that is not what was written is removed."""
-    if not folder.exists():
-        return None
-    try:
-        store = TokenStore(folder)
-        store.verify()
-        return store
-    except (UserError, FileNotFoundError) as error:
-        notify(f"{name}: its cache is damaged and will be rebuilt ({error})")
-        shutil.rmtree(folder)
-        return None
+def _read(folder: Path) -> tuple[TokenStore, bool]:
+    store = TokenStore(folder)
+    tokens = store.sums["tokens.bin"]
+    tokens.verify(folder / "tokens.bin", max(0, tokens.size - VERIFIED_AT_ONCE))
+    store.sums["documents.bin"].verify(folder / "documents.bin")
+    return store, store.whole
 
 
 def _extend(
@@ -178,7 +146,7 @@ def _extend(
     else:
         tally, characters, sums = store.tally, store.meta["characters"], store.sums
         rows.load_state_dict(store.meta["position"])
-    texts = usable_texts(rows, source.column, tally, source.name, allow_dropped)
+    texts = source.texts(tally, allow_dropped, rows)
     if held_out is not None:
         texts = (text for text in texts if is_held_out(text, *held_out))
     size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
@@ -186,7 +154,7 @@ def _extend(
 
     def batches() -> Iterator[list[str]]:
         nonlocal ended
-        for batch in _batches(texts, size):
+        while batch := take_texts(texts, size):
             yield batch
             if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
                 return
@@ -221,20 +189,6 @@ def _extend(
         "files": {name: checksums.record() for name, checksums in sums.items()},
     }
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-
-
-def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Yields the texts in lists of about so many characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encode_all(batches: Iterator[list[str]], encoder: TextEncoder, num_proc: int) -> Iterator[EncodedBatch]:

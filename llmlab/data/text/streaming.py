@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llmlab.data.hashing import is_held_out
 from llmlab.data.mixture import Schedule
-from llmlab.data.sources import Tally, TextSource, usable_texts
+from llmlab.data.sources import Tally, TextSource, take_texts
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import as_example
 from llmlab.settings.errors import UserError
@@ -40,10 +40,7 @@ class Block(NamedTuple):
 
 @dataclass
 class Reader:
-    """Reads one source block by block, again and again; of several processes each reads its own part.
-
-    Documents of the `held_out` fraction are left to validation; `seed` orders shards and rows; `tally` counts.
-    """
+    """Reads one source block by block, again and again, without its held-out fraction; each rank its own part."""
 
     source: TextSource
     encoder: TextEncoder
@@ -99,26 +96,21 @@ class Reader:
             # what `datasets` calls the epoch seeds the order of the shards
             self.rows.set_epoch(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1))
             self.rows.load_state_dict(position or {})
-            self._texts = usable_texts(self.rows, self.source.column, self.tally, self.source.name, self.allow_dropped)
-        texts: list[str] = []
-        size = 0
-        for text in self._texts:
-            if not (self.held_out and is_held_out(text, self.held_out, self.seed)):
-                texts.append(text)
-                size += len(text)
-                if size >= BLOCK_CHARACTERS:
-                    return texts, False
+            texts = self.source.texts(self.tally, self.allow_dropped, self.rows)
+            if self.held_out:
+                texts = (text for text in texts if not is_held_out(text, self.held_out, self.seed))
+            self._texts = texts
+        batch = take_texts(self._texts, BLOCK_CHARACTERS)
+        if sum(map(len, batch)) >= BLOCK_CHARACTERS:
+            return batch, False
         self._texts = None
         if self.tally.documents:  # none where this process resumed at the very end
             self.tally.check(self.source.name, self.allow_dropped)
-        return texts, True
+        return batch, True
 
 
 class RowStream(IterableDataset):
-    """Endless rows of several sources, each tokenized one block ahead in a thread.
-
-    Iterate it in the training process (no data loader workers): `state_at` must know what was read.
-    """
+    """Endless rows of several sources, each tokenized one block ahead in a thread of the training process."""
 
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float], *, seed: int):
         self.readers = list(readers)

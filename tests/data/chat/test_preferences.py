@@ -192,7 +192,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (OPEN + "{% endfor %}" + PROMPT, "row 1 .* would never stop: it ends with"),
         (
             OPEN + "<|im_end|>{% if messages | length > 1 %} once more{% endif %}\n{% endfor %}" + PROMPT,
-            "4 of 4 rows cannot be used, .* 4 x the chat template renders the prompt differently once",
+            "4 of 4 rows cannot be used, .* 4 x the chat template renders the prompt differently",
         ),
         (
             "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"

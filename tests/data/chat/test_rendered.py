@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.row_cache import open_rows
+from llmlab.data.chat.rows import open_rows
 from llmlab.settings.data import DataSource
 
 
@@ -83,7 +83,7 @@ def test_damaged_rows_are_made_anew_with_a_notice(open_, tmp_path, capsys, file,
 
 
 def test_rows_are_rendered_in_batches_and_read_no_further_than_asked(open_, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.data.chat.row_cache.BATCH", 7)
+    monkeypatch.setattr("llmlab.data.chat.rows.BATCH", 7)
     monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
     with (tmp_path / "files" / "a.jsonl").open("a") as file:
         file.write("no JSON\n")

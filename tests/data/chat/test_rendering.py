@@ -134,7 +134,7 @@ def test_calls_are_trained_and_results_are_not(renderer, tokenizer):
         (
             "{{ 'a' + 1 }}{% generation %}{% endgeneration %}",
             conversation(CHAT),
-            "chat template: can only",
+            "error in the chat template: can",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmlab.data import checksums
+from llmlab.data import cache
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
 from llmlab.data.text.encoding import TextEncoder
@@ -116,7 +116,7 @@ def test_a_cut_off_writing_leaves_nothing_and_is_repeated(open_, tmp_path, monke
 
 def test_a_cache_that_cannot_be_written_is_named(open_, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="demo/stories: cannot be tokenized into .*file/corpora: Not a directory"):
+    with pytest.raises(UserError, match="demo/stories: cannot be cached in .*file/corpora: Not a directory"):
         open_(STORIES, cache_dir=str(tmp_path / "file"))
 
 
@@ -233,8 +233,7 @@ def test_a_damaged_cache_is_made_anew_with_a_notice(open_, tmp_path, capsys, dam
 
 def test_of_a_large_cache_no_altered_block_is_ever_read(open_, monkeypatch):
     """What is too large to verify on opening is verified where it is read."""
-    for module in (store_module, checksums):
-        monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(cache, "BLOCK", 4096)
     monkeypatch.setattr(store_module, "VERIFIED_AT_ONCE", 0)
     store = open_(STORIES)
     expected = store.tokens.tolist()
