@@ -23,7 +23,7 @@ from llmlab.model import (
     new_model,
     to_llmlab,
 )
-from llmlab.runs.callbacks import Perplexity, StreamPosition
+from llmlab.runs.callbacks import ProcessState, StageMetrics
 from llmlab.runs.compile import compile_layers, decide_compile
 from llmlab.runs.failures import check_memory
 from llmlab.runs.optimizers import StageTrainer
@@ -133,12 +133,18 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
     )
     if compiled:
         compile_layers(model)
-    callbacks: list[TrainerCallback] = [Perplexity()]
+    callbacks: list[TrainerCallback] = [StageMetrics()]
     if settings.streaming:
-        position = StreamPosition(corpus.train, rows_per_step, run.process.process_index)
-        callbacks.append(position)
-        if run.checkpoint is not None:
-            position.restore(run.checkpoint)
+        stream = corpus.train
+        callbacks.append(
+            ProcessState(
+                "stream.pt",
+                trainer,
+                run.checkpoint,
+                lambda step: stream.state_at(step * rows_per_step),
+                stream.load_state_dict,
+            )
+        )
     entropy = corpus.report.unigram_entropy
     return run.train(
         trainer,

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.chat.makers import InstructionEncoder
-from llmlab.runs.callbacks import Perplexity
+from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
@@ -113,7 +113,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         eval_batches=settings.eval_steps,
         batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
-        callbacks=[Perplexity()],
+        callbacks=[StageMetrics()],
     )
 
 

@@ -3,16 +3,10 @@
 Which estimate of the divergence is penalized, and where, is the trainer's business.
 """
 
-import json
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
-
-from llmlab.settings.errors import reading
-from llmlab.settings.files import read_json, write_atomically
-
-KL_STATE = "kl_state.json"
 
 
 class KLController:
@@ -36,45 +30,33 @@ class KLController:
         self.coefficient *= (1 + error) ** whole * (1 + error * rest / self.horizon)
         return self.coefficient
 
-    def save(self, folder: Path) -> None:
-        """Writes its state into a checkpoint."""
-        write_atomically(folder / KL_STATE, json.dumps({"coefficient": self.coefficient}))
 
-    def load(self, folder: Path) -> None:
-        """Reads its state from a checkpoint; absent when the earlier run had a fixed coefficient."""
-        if (folder / KL_STATE).is_file():
-            with reading(folder / KL_STATE, "the state of a KL controller"):
-                self.coefficient = float(read_json(folder / KL_STATE)["coefficient"])
-
-
+@dataclass(eq=False)
 class AdaptiveKL(TrainerCallback):
-    """Sets a trainer's `beta` each time that `kl` is logged, and saves the controller with the checkpoints.
+    """Sets a trainer's `beta` each time that `kl` is logged; a resumed run continues from the last logged values.
 
     `samples_per_step` counts the completions sampled for one gradient step, over all processes.
     """
 
-    def __init__(
-        self, trainer: Any, controller: KLController, *, samples_per_step: float, checkpoint: Path | None = None
-    ):
-        self.trainer, self.controller, self.samples_per_step = trainer, controller, samples_per_step
-        self.checkpoint = checkpoint
-        self.step = 0
+    trainer: Any
+    controller: KLController
+    samples_per_step: float
+    step: int = 0  # of the last update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logged = [line["step"] for line in state.log_history if "loss" in line and line.get("kl") is not None]
-        self.step = logged[-1] if logged else state.global_step
-        if self.checkpoint is not None:
-            self.controller.load(self.checkpoint)
+        logged = [line for line in state.log_history if "loss" in line and line.get("kl") is not None]
+        if logged and "kl_coef" in logged[-1]:
+            self.step = logged[-2]["step"] if len(logged) > 1 else 0
+            self.controller.coefficient = logged[-1]["kl_coef"]
+            self._update(logged[-1]["step"], logged[-1]["kl"])
         self.trainer.beta = self.controller.coefficient
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs or logs.get("kl") is None:
-            return
-        logs["kl_coef"] = self.trainer.beta  # the coefficient used since the last log
-        samples = (state.global_step - self.step) * self.samples_per_step
-        self.step = state.global_step
-        self.trainer.beta = self.controller.update(logs["kl"], samples)
+        if "loss" in logs and logs.get("kl") is not None:
+            # the coefficient used since the last log
+            logs["kl_coef"] = state.log_history[-1]["kl_coef"] = self.trainer.beta
+            self._update(state.global_step, logs["kl"])
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.controller.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def _update(self, step: int, kl: float) -> None:
+        self.trainer.beta = self.controller.update(kl, (step - self.step) * self.samples_per_step)
+        self.step = step

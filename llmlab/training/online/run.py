@@ -12,15 +12,16 @@ from transformers import TrainerCallback
 
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.compose import compose
 from llmlab.rewards.loading import may_run_code
 from llmlab.rewards.reward import Reward
+from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.training.online.callbacks import OnlineMetrics, RolloutState, StopWithoutSignal
+from llmlab.training.online.callbacks import OnlineMetrics, StopWithoutSignal
 from llmlab.training.online.kl import AdaptiveKL, KLController
 
 RewardFunction = Reward | Callable[..., Any]
@@ -39,7 +40,10 @@ class OnlineRun(Run[S]):
     def load(self, rewards: Sequence[RewardFunction]) -> None:
         """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
-        self.reward = self._compose(rewards)
+        named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
+        self.reward = compose(
+            [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
+        )
         self.policy = self.load_policy(attach=False)
         self.reference, self.reference_name = None, "none, since init_kl_coef is 0"
         if settings.init_kl_coef > 0:
@@ -50,11 +54,6 @@ class OnlineRun(Run[S]):
                 f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
                 "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
-
-    def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
-        settings, allow_code = self.settings, may_run_code(self.resolved)
-        named = settings.all_rewards() if settings.rewards or settings.reward_model or not functions else []
-        return compose([*named, *functions], normalize=settings.normalize_rewards, allow_code=allow_code)
 
     def read_prompts(self) -> Rows:
         """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
@@ -107,56 +106,51 @@ class OnlineRun(Run[S]):
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
     ) -> RunResult:
         """Trains; `plan` and `parents` are added to the common ones."""
-        weights = {name: part.weight for name, part in self.reward.components.items()}
-        return self.train(
-            trainer,
-            steps=self.settings.max_steps,
-            plan=[
-                *self.policy.rows(trainer.model),
-                ("reference", self.reference_name),
-                *plan,
-                *self._describe(weights, temperature),
-            ],
-            parents=[*self.policy.parents, *parents],
-            data={**self.prompts.record(), "rewards": weights},
-            callbacks=self._callbacks(trainer),
-        )
-
-    def _describe(self, weights: dict[str, float], temperature: float) -> list[tuple[str, Any]]:
-        """Returns the plan's lines about prompts, rewards, rollouts and steps."""
         settings, prompts, rollout = self.settings, self.prompts, self.rollout
+        weights = {name: part.weight for name, part in self.reward.components.items()}
+        callbacks: list[TrainerCallback] = [  # in reverse order of execution
+            ProcessState(
+                "rollout.pt",
+                trainer,
+                self.checkpoint,
+                trainer.rollout_state,
+                trainer.load_rollout_state,
+                required=False,
+            ),
+            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+        ]
+        if settings.adaptive_kl:
+            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
+            callbacks.append(AdaptiveKL(trainer, controller, rollout.completions / rollout.updates))
         prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
         sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
         if settings.top_p < 1 or settings.top_k:
             # the loss takes the log-probabilities of the whole distribution
             sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
-        rewards = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-        return [
-            ("data", prompts.summary()),
-            ("rewards", rewards + (", to [0, 1]" if self.reward.normalize else "")),
-            (
-                "rollout",
-                f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
-                f"{settings.max_new_tokens} tokens; {sampling}",
-            ),
-            (
-                "steps",
-                f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
-                f"{rollout.per_update} completions a step)",
-            ),
-            describe_evaluation(settings, settings.eval_batches, evaluates=prompts.validation is not None),
-            describe_optimizer(settings, settings.max_steps),
-        ]
-
-    def _callbacks(self, trainer: Any) -> list[TrainerCallback]:
-        """Returns the callbacks that add metrics; in reverse order of execution."""
-        settings = self.settings
-        callbacks: list[TrainerCallback] = [
-            RolloutState(trainer, self.checkpoint),
-            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
-        ]
-        if settings.adaptive_kl:
-            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-            per_step = self.rollout.completions / self.rollout.updates
-            callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=self.checkpoint))
-        return [*callbacks, OnlineMetrics()]
+        shares = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+        return self.train(
+            trainer,
+            steps=settings.max_steps,
+            plan=[
+                *self.policy.rows(trainer.model),
+                ("reference", self.reference_name),
+                *plan,
+                ("data", prompts.summary()),
+                ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
+                (
+                    "rollout",
+                    f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
+                    f"{settings.max_new_tokens} tokens; {sampling}",
+                ),
+                (
+                    "steps",
+                    f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
+                    f"{rollout.per_update} completions a step)",
+                ),
+                describe_evaluation(settings, settings.eval_batches, evaluates=prompts.validation is not None),
+                describe_optimizer(settings, settings.max_steps),
+            ],
+            parents=[*self.policy.parents, *parents],
+            data={**prompts.record(), "rewards": weights},
+            callbacks=[*callbacks, OnlineMetrics()],
+        )

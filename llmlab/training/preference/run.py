@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import Rows
-from llmlab.runs.callbacks import perplexity
+from llmlab.runs.callbacks import StageMetrics, perplexity
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunResult
@@ -115,7 +115,7 @@ class StepMeanLoss:
         return loss * self.count_pairs(inputs)[0] / self.sizes[0]
 
 
-class PreferenceMetrics(TrainerCallback):
+class PreferenceMetrics(StageMetrics):
     """Gives TRL's metrics the names used here, and warns of DPO's best-known failure.
 
     `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference of the
@@ -136,18 +136,9 @@ class PreferenceMetrics(TrainerCallback):
         self.falling = 0
         self.warned = False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for theirs, ours in NAMES.items():
-            if prefix + theirs in logs:
-                logs[prefix + ours] = logs.pop(prefix + theirs)
+    names = NAMES
+
+    def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
             logs[f"{prefix}win_rate"] = 0.5  # policy and reference are still equal: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
@@ -155,7 +146,6 @@ class PreferenceMetrics(TrainerCallback):
             logs[f"{prefix}kl"] = both / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
-        state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
         if not prefix and "chosen_logp" in logs:
             self._watch((logs["chosen_logp"], logs["rejected_logp"]))
 
