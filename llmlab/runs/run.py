@@ -7,7 +7,7 @@ import inspect
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -105,28 +105,22 @@ class Run(Start[S]):
         self.settings: Any = self.resolved.settings
         set_seed(self.settings.seed)
 
-    def load_policy(self, *, attach: bool = True) -> Policy:
-        """Loads the policy; with `attach=False` the trainer attaches new adapters."""
+    def load_policy(self, **options: Any) -> Policy:
+        """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
         with quiet_libraries():
             return load_policy(
-                settings.policy_checkpoint,
-                settings,
-                self.hardware,
-                chat_template=settings.chat_template,
-                attach=attach,
+                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
             )
-
-    def reading(self) -> AbstractContextManager[Any]:
-        """Returns a context for reading data: progress bars show only on a terminal."""
-        return nullcontext() if self.console.is_terminal else quiet_libraries()
 
     def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int, eval_batches: int) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
         settings = self.settings
         steps = settings.max_steps if settings.epochs is None else None
         before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
-        with self.process.main_process_first(), self.reading():
+        # progress bars show only on a terminal
+        quiet = nullcontext() if self.console.is_terminal else quiet_libraries()
+        with self.process.main_process_first(), quiet:
             return build_rows(
                 settings,
                 maker,
@@ -221,7 +215,15 @@ class Run(Start[S]):
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
-            record = self._new_record(parents, data)
+            record = RunRecord(
+                self.folder,
+                stage=self.stage,
+                settings=self.settings.recorded(),
+                sources=self.resolved.sources,
+                parents=parents,
+                hardware=self.hardware.record(),
+            )
+            record.values |= {"data": data, "data_files": self.data_files}
             record.start(self.resumed_step)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
@@ -247,7 +249,8 @@ class Run(Start[S]):
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
             rotation.rotate(trainer.args, trainer.state)
-        print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
+        first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
+        print_result(self.console, self.folder, metrics, before=next(first, {}))
         return RunResult(self.folder, metrics)
 
     def train_rows(
@@ -264,8 +267,10 @@ class Run(Start[S]):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> RunResult:
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
-        rows = len(trainer.train_dataset)
-        steps = total_steps(self.settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
+        rows, steps = len(trainer.train_dataset), self.settings.max_steps
+        if self.settings.epochs is not None:  # counted as Trainer does
+            updates = math.ceil(math.ceil(rows / rows_per_batch) / accumulation)
+            steps = math.ceil(self.settings.epochs * max(updates, 1))
         epochs = steps * rows_per_batch * accumulation / rows
         data.set_epochs(epochs)
         return self.train(
@@ -293,26 +298,6 @@ class Run(Start[S]):
         per_row = counted / sum(source["trained_rows"] for source in data["sources"])
         per_row += getattr(self.settings, "max_new_tokens", 0)  # a completion comes after the prompt
         return per_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-
-    def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
-        record = RunRecord(
-            self.folder,
-            stage=self.stage,
-            settings=self.settings.recorded(),
-            sources=self.resolved.sources,
-            parents=parents,
-            hardware=self.hardware.record(),
-        )
-        record.values |= {"data": data, "data_files": self.data_files}
-        return record
-
-
-def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
-    if settings.epochs is None:
-        return settings.max_steps
-    batches = math.ceil(rows / rows_per_batch)
-    return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
 
 
 def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
@@ -374,11 +359,6 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
         shutil.rmtree(folder / "ref", ignore_errors=True)  # DPO's frozen reference adapters
         if model.get_base_model().can_generate():  # sequence-classification models cannot generate
             model.get_base_model().generation_config.save_pretrained(folder)
-
-
-def first_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Returns the validation metrics at step 0, empty without `eval_on_start`."""
-    return next((line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:

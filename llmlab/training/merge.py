@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
-from llmlab.model import fit_context, load_classifier, load_model
+from llmlab.model import fit_context, fit_vocabulary, load_classifier, load_model
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
 from llmlab.runs.policy import set_stop_tokens
 from llmlab.runs.progress import human, print_plan, print_result, quiet_libraries
-from llmlab.runs.record import RunRecord, RunResult
+from llmlab.runs.record import RunResult, record_result
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.merge import MergeSettings
 from llmlab.settings.sources import Resolved, as_resolved
@@ -98,7 +98,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         )
 
     notes: list[str] = []
-    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, weights, tokenizer, adapter, notes))
+    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter, notes))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
     tied_head = _tied_head(model)
     wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
@@ -119,7 +119,16 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     if not difference <= TOLERANCE * _scale(adapted_logits):
         raise RuntimeError(f"the merged model's logits differ by {difference:.2g} from those of base and adapter")
 
-    _round(model, tokenizer, dtype)
+    model.to(dtype)
+    pad = model.can_generate() and model.generation_config.pad_token_id
+    set_stop_tokens(model, tokenizer)
+    if model.can_generate():
+        if pad is not None:
+            model.generation_config.pad_token_id = pad
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # many published models name a temperature without saying that they sample
+            model.generation_config.do_sample = True
     check_disk(folder, needed=sum(weight.nbytes for weight in model.parameters()))
     try:
         with checkpoints.staged(folder) as place:
@@ -133,19 +142,15 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
                 "merged_modules": modules,
                 "bytes": sum(path.stat().st_size for path in place.glob("*.safetensors")),
             }
-            values, parents = settings.model_dump(mode="json"), [settings.adapter, base]
-            record = RunRecord(
-                place, stage="merge", settings=values, sources=resolved.sources, parents=parents, hardware={}
-            )
-            record.finish("finished", metrics=metrics, adapter=describe(adapter, config))
+            parents, kind = [settings.adapter, base], describe(adapter, config)
+            record_result(place, stage="merge", resolved=resolved, parents=parents, metrics=metrics, adapter=kind)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
 
     name = str(dtype).removeprefix("torch.")
-    kind = ", ".join(f"{key} {value}" for key, value in describe(adapter, config).items())
     plan = [
         ("base", base),
-        ("adapter", f"{adapter}: {kind}"),
+        ("adapter", f"{adapter}: {', '.join(f'{key} {value}' for key, value in kind.items())}"),
         ("merged modules", str(modules)),
         ("saved", f"{human(metrics['bytes'], 'B')} in {name}"),
         ("logits", f"differ by at most {difference:.2g} from base + adapter, in float64 ({TOLERANCE:g} is allowed)"),
@@ -162,49 +167,30 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
 
 
 def _fit_vocabulary(
-    model: PreTrainedModel,
-    config: PeftConfig,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: Path,
-    notes: list[str],
+    model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path, notes: list[str]
 ) -> list[int]:
-    """Gives the model as many rows as the adapter was trained with, and returns those that the adapter changes."""
+    """Gives the model an embedding row for each token, and returns the rows that the adapter changes."""
     rows = model.get_input_embeddings().num_embeddings
-    module_names = {id(module): name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [module_names[id(end)] for end in ends if end is not None]
-    saved = {name: _saved_rows(weights, name) for name in names}
-    wanted = next(filter(None, saved.values()), max(rows, len(tokenizer)))
-    expected = "expected the base model and the tokenizer that it was trained with"
-    if len(tokenizer) > wanted:
-        raise UserError(f"{adapter}: trained with {wanted} tokens, the tokenizer has {len(tokenizer)}; {expected}")
+    wanted = max(rows, len(tokenizer))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    leaves = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
     trained = getattr(config, "trainable_token_indices", None) or {}
-    trained = trained if isinstance(trained, dict) else {names[0].rpartition(".")[2]: trained}
+    trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
     indices = {index for listed in trained.values() for index in listed}
     if indices and max(indices) >= wanted:
         raise UserError(
-            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; {expected}"
+            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; "
+            "expected the base model and the tokenizer that it was trained with"
         )
     added = set(range(rows, wanted))
-    for name in names[:1] if _tied_head(model) is not None else names:
-        leaf = name.rpartition(".")[2]
-        if untrained := set() if saved[name] else added.difference(trained.get(leaf, ())):
+    whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
+    for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
+        if untrained := set() if leaf in whole else added.difference(trained.get(leaf, ())):
             notes.append(f"{leaf}: {len(untrained)} rows of new tokens are in no adapter, and get the others' mean")
-    if added:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the rows that no adapter holds are the same each time
-            model.resize_token_embeddings(wanted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the rows that no adapter holds are the same each time
+        fit_vocabulary(model, tokenizer)
     return sorted(indices | added)
-
-
-def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:
-    """Returns how many rows an embedding or head has that the adapter saves whole or adapts; None for neither."""
-    whole = tuple(f"{module}.{part}weight" for part in ("", "base_layer.", "token_adapter.base_layer.", "lora_B."))
-    for name, weight in weights.items():
-        if name.endswith((*whole, f"{module}.lora_embedding_A")):
-            return weight.shape[name.endswith("lora_embedding_A")]
-    return None
 
 
 def _tied_head(model: PreTrainedModel) -> nn.Module | None:
@@ -319,22 +305,6 @@ def _check_rounding(
 
 
 # Saving -----------------------------------------------------------------------------------------------------------
-
-
-def _round(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """Rounds the weights, and lets generation stop where the base or the tokenizer ends a text or a turn."""
-    model.to(dtype)
-    if not model.can_generate():  # a reward model
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return
-    config = model.generation_config
-    pad = config.pad_token_id
-    set_stop_tokens(model, tokenizer)
-    config.pad_token_id = tokenizer.pad_token_id if pad is None else pad
-    try:
-        config.validate(strict=True)
-    except ValueError:  # many published models name a temperature without saying that they sample
-        config.do_sample = True
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,7 +3,6 @@
 Everything that is wrong with them is said here, before weights are loaded; folding one into the other is `merge`.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -55,8 +54,10 @@ def find_adapter(source: str) -> Path:
         raise UserError(f"{where}: {NOT_FOUND}: not in this folder itself; did you mean {nearest}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{where}: {NOT_FOUND}: this folder has no {ADAPTER_CONFIG}; {COMPLETED}")
-    if any("lora_" in name for path in folder.glob("*.safetensors") for name in _weight_names(path)):
-        raise UserError(f"{where}: {NO_CONFIG}: it has no {ADAPTER_CONFIG}; {COMPLETED}")
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(path, "pt") as weights:
+            if any("lora_" in name for name in weights.keys()):  # noqa: SIM118  no mapping
+                raise UserError(f"{where}: {NO_CONFIG}: it has no {ADAPTER_CONFIG}; {COMPLETED}")
     merged = " (it was: its llmlab.json says so)" if read_record(folder).get("stage") == "merge" else ""
     raise UserError(
         f"{where}: Checkpoint doesn't have LoRA parameters: it is a whole model, which was trained without LoRA "
@@ -64,16 +65,9 @@ def find_adapter(source: str) -> Path:
     )
 
 
-def _weight_names(path: Path) -> list[str]:
-    with suppress(SafetensorError), safe_open(path, "pt") as weights:
-        return list(weights.keys())
-    return []
-
-
 def read_config(adapter: Path) -> PeftConfig:
     """Returns the configuration of an adapter, once it is one that changes a model's weights."""
     with reading(f"{adapter / ADAPTER_CONFIG}: {NO_CONFIG}", "an adapter's configuration of this PEFT"):
-        values = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         config = PeftConfig.from_pretrained(str(adapter))
         check_types(adapter / ADAPTER_CONFIG, vars(config), get_type_hints(type(config)))
         kind = config.peft_type.value
@@ -86,7 +80,7 @@ def read_config(adapter: Path) -> PeftConfig:
             f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models and reward models"
         )
     for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
-        if values.get(key):
+        if getattr(config, key, None):
             raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")
     return config
 
