@@ -140,9 +140,7 @@ def open_run(folder: str | Path) -> RunFolder:
     if os.path.lexists(folder / RECORD):
         return RunFolder(folder, read_record(folder))
     if not os.path.exists(folder):
-        near = folder.parent
-        while not near.is_dir():
-            near = near.parent
+        near = next(parent for parent in folder.parents if parent.is_dir())
         at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
         known = [] if at_root else [str(run.folder) for run in find_runs(near)]
         raise UserError(f"{folder}: there is no such run folder{did_you_mean(str(folder), known)}")
@@ -275,16 +273,16 @@ def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | N
     """Returns the metric to draw: the one asked for, else the one that suits all runs with curves best."""
     drawn = [run for run in runs if run.curves]
     known = sorted({name for run in drawn for name in run.curves})
-    if asked is not None and asked not in known:
-        expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
-        raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
     if asked is not None:
+        if asked not in known:
+            expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
+            raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
         return asked
     preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
     for name in (*preferred, *LOSSES):
         if drawn and all(len(run.curves.get(name, ())) >= 3 for run in drawn):
             return name
-    return next((name for name in (*preferred, "loss", "eval_loss") if name in known), None)
+    return next((name for name in (*preferred, *reversed(LOSSES)) if name in known), None)
 
 
 def direction(metric: str) -> int:

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
@@ -37,6 +36,7 @@ from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
+from llmlab.runs.resume import check_steps_left
 from llmlab.runs.start import S, Start, begin
 from llmlab.settings.base import spellings_of
 from llmlab.settings.sources import Resolved, as_resolved
@@ -57,7 +57,7 @@ COMMON_ARGUMENTS = """
 
 
 def training_stage(
-    run_class: type["Run[Any]"] | None = None, *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
+    run_class: type["Run[Any]"], *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
     """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
 
@@ -76,12 +76,13 @@ def training_stage(
             **options: Any,
         ) -> RunResult:
             with begin(
+                run_class,
+                function.__name__,
                 prepare(as_resolved(settings)),
                 resume=resume,
                 load_optimizer=load_optimizer,
                 allow_changed_data=allow_changed_data,
                 console=console,
-                make=partial(run_class or Run, function.__name__, load_optimizer),
             ) as run:
                 return function(run, **options)
 
@@ -96,14 +97,7 @@ def training_stage(
 
 
 class Run(Start[S]):
-    """One run of a stage. Constructing it seeds Python, NumPy and torch."""
-
-    def __init__(self, stage: str, load_optimizer: bool, *start: Any, **claimed: Any):
-        super().__init__(*start, **claimed)
-        self.stage = stage
-        self.load_optimizer = load_optimizer
-        self.settings: Any = self.resolved.settings
-        set_seed(self.settings.seed)
+    """One run of a stage."""
 
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
@@ -200,7 +194,8 @@ class Run(Start[S]):
         they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
         compile decision. `results` are metrics in addition to the trainer's.
         """
-        trainer.has_all_steps = self.has_all_steps(steps)
+        check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
+        trainer.has_all_steps = self.done == steps  # only the final save is left
         compiled = compiled or compile_if_worth(
             trainer.model,
             self.settings.compile,
@@ -224,7 +219,7 @@ class Run(Start[S]):
                 hardware=self.hardware.record(),
             )
             record.values |= {"data": data, "data_files": self.data_files}
-            record.start(self.resumed_step)
+            record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))

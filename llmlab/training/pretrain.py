@@ -82,7 +82,7 @@ def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[Pretr
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
-@training_stage(prepare=resolve_architecture)
+@training_stage(Run, prepare=resolve_architecture)
 def pretrain(run: Run[PretrainSettings]) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 
@@ -123,7 +123,13 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         model,
         tokenizer,
         corpus,
-        arguments=trainer_arguments(settings),
+        arguments={
+            "per_device_eval_batch_size": settings.batch_size,
+            "train_sampling_strategy": "sequential",  # rows are already in mixture order
+            "ignore_data_skip": settings.streaming,  # streams restore their own position
+            "remove_unused_columns": False,
+            "prediction_loss_only": True,
+        },
         progress={
             "tokens_per_step": tokens_per_step,
             "flops_per_token": size.training_flops_per_token(sequence),
@@ -169,17 +175,6 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) 
     model = new_model(shape)
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     return model
-
-
-def trainer_arguments(settings: PretrainSettings) -> dict[str, Any]:
-    """Returns the arguments of Transformers' Trainer that pretraining needs."""
-    return {
-        "per_device_eval_batch_size": settings.batch_size,
-        "train_sampling_strategy": "sequential",  # rows are already in mixture order
-        "ignore_data_skip": settings.streaming,  # streams restore their own position
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-    }
 
 
 def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> list[tuple[str, Any]]:

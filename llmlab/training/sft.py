@@ -45,9 +45,6 @@ class UnflattenedRows:
     """Collates packed rows as a batch, for attention implementations without variable-length kernels.
 
     TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
-
-    Args:
-        collator: the trainer's own.
     """
 
     def __init__(self, collator: DataCollatorForLanguageModeling):
@@ -60,7 +57,7 @@ class UnflattenedRows:
         return batch
 
 
-@training_stage()
+@training_stage(Run)
 def sft(run: Run[SFTSettings]) -> RunResult:
     """Fine-tunes a model on conversations (all weights or LoRA) and writes its run folder.
 
@@ -78,15 +75,14 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     length = policy.cap_length(settings.max_seq_len)
     rows_per_batch = settings.batch_size * run.process.num_processes
     rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
-    maker = InstructionEncoder(
-        policy.tokenizer,
-        max_seq_len=length,
-        loss_on=settings.loss_on,
-        stops=policy.stops,
-        only_label=settings.only_label,
-    )
     data = run.build_rows(
-        maker,
+        InstructionEncoder(
+            policy.tokenizer,
+            max_seq_len=length,
+            loss_on=settings.loss_on,
+            stops=policy.stops,
+            only_label=settings.only_label,
+        ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
         rows_per_batch=rows_per_batch,
         eval_batches=settings.eval_steps,
@@ -97,7 +93,12 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         policy.model,
         policy.tokenizer,
         data,
-        arguments={**trainer_arguments(settings), "max_length": length},
+        arguments={
+            "per_device_eval_batch_size": settings.batch_size,
+            "prediction_loss_only": True,
+            "max_length": length,
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+        },
     )
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
@@ -115,12 +116,3 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
         callbacks=[StageMetrics()],
     )
-
-
-def trainer_arguments(settings: SFTSettings) -> dict[str, Any]:
-    """Returns the arguments of TRL's SFTTrainer that this stage needs."""
-    return {
-        "per_device_eval_batch_size": settings.batch_size,
-        "prediction_loss_only": True,
-        **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-    }

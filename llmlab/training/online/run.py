@@ -30,8 +30,8 @@ RewardFunction = Reward | Callable[..., Any]
 class OnlineRun(Run[S]):
     """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
 
-    def __init__(self, *args: Any, **claimed: Any):
-        super().__init__(*args, **claimed)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         self.rollout = settings.rollout(self.process.num_processes)
         if settings.use_vllm and find_spec("vllm") is None:
