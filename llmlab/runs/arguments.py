@@ -83,22 +83,6 @@ def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[
     return reading(f"trainer_args = {show(arguments)}", what) if arguments else nullcontext()
 
 
-def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
-    """Returns when the trainer evaluates; `SaveSchedule` decides when it saves."""
-    # load_best_model_at_end requires save_steps to be a multiple of eval_steps, although no save follows from them
-    never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
-    if not evaluates:
-        return {**never, "eval_strategy": "no"}
-    return {
-        **never,
-        "eval_strategy": "steps",
-        "eval_steps": settings.eval_every,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "load_best_model_at_end": settings.save_best_only,
-    }
-
-
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
     spellings = spellings_of(type(settings))

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -64,30 +66,18 @@ class RunResult:
 class RunRecord:
     """Writes a run folder's record as the run goes on; only the main process may hold one.
 
-    `sources` says where each setting's value came from; `parents` are run folders or hub ids that the run starts from.
+    `values` are `stage`, `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub
+    ids that the run starts from), `hardware`, and whatever else is known before it starts.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        stage: str,
-        settings: dict[str, Any],
-        sources: dict[str, str],
-        parents: list[str],
-        hardware: dict[str, Any],
-    ):
+    def __init__(self, folder: Path, **values: Any):
         self.folder = folder
         self.values: dict[str, Any] = {
-            "stage": stage,
+            **values,
             "cwd": os.getcwd(),
             "status": "running",
             "started": _now(),
-            "settings": settings,
-            "sources": sources,
-            "parents": parents,
             "versions": library_versions(),
-            "hardware": hardware,
             "git": git_revision(),
         }
         self._clock = time.monotonic()
@@ -190,27 +180,14 @@ def library_versions() -> dict[str, str]:
 def git_revision() -> dict[str, Any] | None:
     """Returns the revision of the working directory's repository, or None outside one.
 
-    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
+    `rev-parse` runs nothing that a repository's configuration names (`core.fsmonitor`, filters), as `status` would.
     """
-    here = Path.cwd()
-    git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
-    if git is None:
-        return None
-    try:
-        if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
-            git = git.parent / _read(git).removeprefix("gitdir:").strip()
-        head = _read(git / "HEAD")
-        if head.startswith("ref:"):
-            name, common = head.removeprefix("ref:").strip(), git / _read(git / "commondir")
-            packed = re.search(f"^([0-9a-f]+) {re.escape(name)}$", _read(common / "packed-refs"), re.MULTILINE)
-            head = _read(git / name) or _read(common / name) or (packed[1] if packed else "")
-    except (OSError, ValueError):
-        return None
-    return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head):
+            return {"revision": head}
+    return None
 
 
 def _json(value: Any, indent: int | None = None) -> str:

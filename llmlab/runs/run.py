@@ -29,7 +29,7 @@ from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias
-from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.runs.arguments import build_arguments
 from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, record_failures
@@ -146,6 +146,16 @@ class Run(Start[S]):
         validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
+        # SaveSchedule decides when to save; load_best_model_at_end requires a multiple of eval_steps all the same
+        rhythm = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6, "eval_strategy": "no"}
+        if evaluates:
+            rhythm |= {
+                "eval_strategy": "steps",
+                "eval_steps": settings.eval_every,
+                "metric_for_best_model": f"eval_{best_metric}",
+                "greater_is_better": best_metric == "reward",
+                "load_best_model_at_end": settings.save_best_only,
+            }
         self.rhythm = SaveSchedule(
             best_only=settings.save_best_only,
             evaluates=evaluates,
@@ -160,12 +170,7 @@ class Run(Start[S]):
                 settings=settings,
                 load_optimizer=self.load_optimizer,
                 model=model,
-                args=build_arguments(
-                    config,
-                    settings,
-                    self.hardware,
-                    **{**rhythm_arguments(settings, evaluates=evaluates), **arguments},
-                ),
+                args=build_arguments(config, settings, self.hardware, **{**rhythm, **arguments}),
                 train_dataset=data.train,
                 eval_dataset=data.validation,
                 processing_class=tokenizer,
@@ -217,8 +222,9 @@ class Run(Start[S]):
                 sources=self.resolved.sources,
                 parents=parents,
                 hardware=self.hardware.record(),
+                data=data,
+                data_files=self.data_files,
             )
-            record.values |= {"data": data, "data_files": self.data_files}
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:

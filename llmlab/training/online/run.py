@@ -21,8 +21,7 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.training.online.callbacks import OnlineMetrics, StopWithoutSignal
-from llmlab.training.online.kl import AdaptiveKL, KLController
+from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -55,8 +54,11 @@ class OnlineRun(Run[S]):
                 "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
 
-    def read_prompts(self) -> Rows:
-        """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
+    def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
+        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
+
+        Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
+        """
         settings, processes = self.settings, self.process.num_processes
         rows = self.build_rows(
             PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
@@ -69,18 +71,10 @@ class OnlineRun(Run[S]):
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
                 "give more, or a smaller batch_size"
             )
-        return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
-
-    def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
-        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
-
-        Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
-        """
-        self.prompts = self.read_prompts()
-        steps = self.settings.steps_for(len(self.prompts.train), self.process.num_processes)
-        self.settings = settings = self.settings.model_copy(update={"max_steps": steps})
-        evaluates = self.prompts.validation is not None
-        best = {"metric_for_best_model": "eval_reward", "greater_is_better": True} if evaluates else {}
+        validation = rows.validation and decode_prompts(rows.validation)
+        self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
+        steps = settings.steps_for(len(rows.train), processes)
+        self.settings = settings.model_copy(update={"max_steps": steps})
         return self.make_trainer(
             trainer,
             config,
@@ -91,8 +85,7 @@ class OnlineRun(Run[S]):
                 "generation_batch_size": self.rollout.completions,
                 "per_device_eval_batch_size": settings.mini_batch_size,
                 "num_generations_eval": 1,
-                "eval_on_start": evaluates and self.checkpoint is None,
-                **best,
+                "eval_on_start": validation is not None and self.checkpoint is None,
                 **arguments,
             },
             best_metric="reward",

@@ -41,21 +41,13 @@ class Comparison(NamedTuple):
 
 
 class PairsReport(NamedTuple):
-    """The result of sampling: pairs, counts and mean scores.
-
-    Attributes:
-        pairs: the rows for the file.
-        prompts: how many there were, those that could not be read included.
-        mean: mean score of all completions; None where no reward applied.
-        best, worst: means over prompts of the highest and the lowest score.
-        without: prompts that gave no pair, by reason.
-    """
+    """The result of sampling; scores are None where no reward applied, `without` counts prompts that gave no pair."""
 
     pairs: list[Row]
-    prompts: int
+    prompts: int  # those that could not be read included
     completions: int
-    mean: float | None
-    best: float | None
+    mean: float | None  # of all completions
+    best: float | None  # mean over prompts
     worst: float | None
     without: Counter[str]
 
@@ -84,7 +76,6 @@ def sample_pairs(
     num_samples: int = 4,
     min_difference: float = 0.1,
     seed: int | None = None,
-    batch_size: int = 16,
 ) -> Iterator[Comparison]:
     """Samples and scores completions of each prompt; the best and the worst form a pair where their scores differ by
     `min_difference`.
@@ -106,7 +97,6 @@ def sample_pairs(
         sampling,
         num_samples=num_samples,
         seed=seed,
-        batch_size=batch_size,
     )
     for prompt, length, fit in zip(prompts, lengths, fits, strict=True):
         if not fit:

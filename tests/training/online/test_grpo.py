@@ -19,8 +19,8 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
+from llmlab.training.online.callbacks import KLController
 from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
-from llmlab.training.online.kl import KLController
 from llmlab.training.preference.reward import reward
 
 SHARE = '''
