@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,7 @@ class Run(Start[S]):
             save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
             best_metric=best_metric,
         )
-        self.progress = ProgressLine(
-            self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
-        )
+        self.progress = ProgressLine(self.console, **(progress or {}))
         with quiet_libraries():
             made = trainer(
                 settings=settings,
@@ -311,11 +310,12 @@ def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
     return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
 
 
+@dataclass(eq=False)
 class BestAdapters(TrainerCallback):
     """Writes the adapters of each new best evaluation into `best_lora_adapters/`."""
 
-    def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.folder = trainer, folder
+    trainer: Trainer
+    folder: Path
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:

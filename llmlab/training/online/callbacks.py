@@ -37,6 +37,7 @@ class OnlineMetrics(StageMetrics):
             logs["num_tokens"] = state.num_input_tokens_seen - self.tokens_before
 
 
+@dataclass(eq=False)
 class StopWithoutSignal(TrainerCallback):
     """Stops a run, with advice, when its completions give no learning signal.
 
@@ -44,10 +45,10 @@ class StopWithoutSignal(TrainerCallback):
     completions were cut off; None never ends a run.
     """
 
-    def __init__(self, patience: int | None, *, max_new_tokens: int):
-        self.patience, self.max_new_tokens = patience, max_new_tokens
-        self.equal = 0
-        self.cut = 0
+    patience: int | None
+    max_new_tokens: int
+    equal: int = 0
+    cut: int = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if self.patience is None or "loss" not in logs or "clipped_share" not in logs:

@@ -110,7 +110,7 @@ class OnlineRun(Run[S]):
                 trainer.load_rollout_state,
                 required=False,
             ),
-            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
+            StopWithoutSignal(settings.stop_patience, settings.max_new_tokens),
         ]
         if settings.adaptive_kl:
             controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)

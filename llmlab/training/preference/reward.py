@@ -50,8 +50,7 @@ def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
     policy = run.load_policy(task="SEQ_CLS")
     data = run.read_pairs(policy)
     answers = replace(data, train=join_prompts(data.train), validation=join_prompts(data.validation))
-    trainer = run.make_pair_trainer(LLMLabRewardTrainer, RewardConfig, policy, answers)
-    return run.train_pairs(trainer, policy, data)
+    return run.train_pairs(LLMLabRewardTrainer, RewardConfig, policy, answers)
 
 
 def join_prompts(pairs: Dataset | None) -> Dataset | None:

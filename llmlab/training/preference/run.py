@@ -1,6 +1,7 @@
 """What the stages that learn from preference pairs share: reading pairs, training, and the metrics of pairs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,36 +48,40 @@ class PreferenceRun(Run[S]):
             eval_batches=settings.eval_batches,
         )
 
-    def make_pair_trainer(
-        self, trainer: type[Trainer], config: type[TrainingArguments], policy: Policy, data: Any, **options: Any
-    ) -> Any:
-        """Returns the stage's trainer for a policy and pairs; `options` are those of `make_trainer`."""
-        settings = self.settings
-        arguments = {
-            "per_device_eval_batch_size": settings.mini_batch_size,
-            "prediction_loss_only": True,
-            "gradient_accumulation_steps": settings.accumulation(self.process.num_processes),
-            "eval_on_start": data.validation is not None and self.checkpoint is None,
-            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-            **options.pop("arguments", {}),
-        }
-        return self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
-
     def train_pairs(
         self,
-        trainer: Any,
+        trainer: type[Trainer],
+        config: type[TrainingArguments],
         policy: Policy,
         data: Rows,
         *,
         plan: Sequence[tuple[str, str]] = (),
         beta: float | None = None,
+        arguments: dict[str, Any] | None = None,
+        **options: Any,
     ) -> RunResult:
-        """Trains what `make_pair_trainer` returned; `plan` has the stage's own rows, `beta` goes to
-        `PreferenceMetrics`."""
+        """Trains a policy on pairs; `plan` has the stage's own rows, `beta` goes to `PreferenceMetrics`, `arguments`
+        and `options` to `make_trainer`."""
         settings, processes = self.settings, self.process.num_processes
         size, accumulation = settings.mini_batch_size, settings.accumulation(processes)
-        return self.train_rows(
+        made = self.make_trainer(
             trainer,
+            config,
+            policy.model,
+            policy.tokenizer,
+            data,
+            arguments={
+                "per_device_eval_batch_size": size,
+                "prediction_loss_only": True,
+                "gradient_accumulation_steps": accumulation,
+                "eval_on_start": data.validation is not None and self.checkpoint is None,
+                **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+                **(arguments or {}),
+            },
+            **options,
+        )
+        return self.train_rows(
+            made,
             policy,
             data,
             rows_per_batch=size * processes,
@@ -84,7 +89,7 @@ class PreferenceRun(Run[S]):
             eval_batches=settings.eval_batches,
             batch=f"{size * processes * accumulation} pairs ({size} x {accumulation} x {processes})",
             plan=plan,
-            callbacks=[PreferenceMetrics(self.progress, beta=beta)],
+            callbacks=[PreferenceMetrics(self.progress, beta)],
         )
 
 
@@ -115,6 +120,7 @@ class StepMeanLoss:
         return loss * self.count_pairs(inputs)[0] / self.sizes[0]
 
 
+@dataclass(eq=False)
 class PreferenceMetrics(StageMetrics):
     """Gives TRL's metrics the names used here, and warns of DPO's best-known failure.
 
@@ -128,13 +134,12 @@ class PreferenceMetrics(StageMetrics):
     log-probabilities lower than at first, it warns once.
     """
 
-    def __init__(self, progress: ProgressLine, *, beta: float | None, patience: int = 5):
-        self.progress = progress
-        self.beta = beta
-        self.patience = patience
-        self.first: tuple[float, float] | None = None
-        self.falling = 0
-        self.warned = False
+    progress: ProgressLine
+    beta: float | None
+    patience: int = 5
+    first: tuple[float, float] | None = None
+    falling: int = 0
+    warned: bool = False
 
     names = NAMES
 
