@@ -45,10 +45,7 @@ COVERED = {
 
 
 def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **fixed: Any) -> C:
-    """Returns the trainer's configuration (a TRL or Transformers class) for these settings on this machine.
-
-    The user's `trainer_args` override what the stage fixes, which overrides the settings.
-    """
+    """Returns the trainer's configuration: the settings, over them what the stage fixes, over both `trainer_args`."""
     scheduler, scheduler_kwargs = SCHEDULERS[settings.scheduler]
     arguments = {
         **settings.trainer_arguments(),

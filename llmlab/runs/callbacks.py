@@ -28,7 +28,6 @@ class SaveSchedule(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
 
     `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one.
-    `best_metric` names the validation metric that decides: the lowest `loss` or the highest `reward`.
     """
 
     best_only: bool
@@ -90,10 +89,8 @@ def is_better(value: float, best: float | None, name: str) -> bool:
 
 
 class StageMetrics(TrainerCallback):
-    """Gives a trainer's metrics the names used here, and adds the perplexity of a validation loss in nats per token.
-
-    `names` maps the trainer's names to llmlab's; a subclass adds what it computes in `add_metrics`.
-    """
+    """Gives a trainer's metrics (keys of `names`) llmlab's names, and adds the perplexity of losses in nats per
+    token."""
 
     names: ClassVar[dict[str, str]] = {}
 
@@ -106,7 +103,7 @@ class StageMetrics(TrainerCallback):
         state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
 
     def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
-        """Changes the metrics of one log event; their names start with `prefix`."""
+        """Changes the metrics of one log event, whose names start with `prefix`."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
 
@@ -118,11 +115,8 @@ def perplexity(loss: float) -> float:
 
 @dataclass(eq=False)
 class ResumedSchedule(TrainerCallback):
-    """Sets the learning rate of this run's schedule at the resumed step.
-
-    The checkpoint has that of the earlier schedule, which is wrong when `max_steps` was extended, or none when the
-    optimizer's state was not restored.
-    """
+    """Sets the learning rate of this run's schedule at the resumed step: that of the checkpoint is wrong where
+    `max_steps` was extended, and missing where the optimizer's state was not loaded."""
 
     step: int
 
@@ -136,10 +130,8 @@ class ResumedSchedule(TrainerCallback):
 
 @dataclass(eq=False)
 class CheckpointRotation(TrainerCallback):
-    """Marks a checkpoint as complete when every process and callback has written its part, then removes worse ones.
-
-    `keep` is the number of best checkpoints that stay beside the last; None keeps all.
-    """
+    """Marks checkpoints as complete when every process and callback wrote its part; removes all but the last and
+    best."""
 
     trainer: Trainer
     keep: int | None
@@ -165,10 +157,10 @@ class CheckpointRotation(TrainerCallback):
 
 @dataclass(eq=False)
 class ProcessState(TrainerCallback):
-    """Saves what each process alone knows, such as its rollout or its position in a stream, with the checkpoints.
+    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it from
+    `checkpoint`.
 
-    `state_at(step)` returns it, and `restore` gets it when the run resumes from `checkpoint`. Without `required`, a
-    process that has no file there (there were fewer) begins anew.
+    Without `required`, a process that has no file there (there were fewer) begins anew.
     """
 
     file: str
@@ -196,10 +188,7 @@ class ProcessState(TrainerCallback):
 
 @dataclass(eq=False)
 class MetricsLog(TrainerCallback):
-    """Appends every log event of the trainer to the run's `metrics.jsonl`.
-
-    `tokens_per_step` is known where every row has the same length; None uses the trainer's own count, `num_tokens`.
-    """
+    """Appends log events to `metrics.jsonl`; tokens are the trainer's own count where `tokens_per_step` is None."""
 
     record: RunRecord
     tokens_per_step: int | None

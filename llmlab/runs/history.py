@@ -152,10 +152,8 @@ def open_run(folder: str | Path) -> RunFolder:
 
 
 def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below in the order of their start, damaged ones included.
-
-    Hidden folders, virtual environments and checkpoints are not searched.
-    """
+    """Returns the runs in a folder and below (hidden folders, environments and checkpoints excepted) by their
+    start."""
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -195,10 +193,7 @@ def ancestors(run: RunFolder) -> Ancestor:
 
 
 def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
-    """Returns key -> each run's value (`...` without one) where a part of the record (`settings`, `versions`) differs.
-
-    A setting that some runs do not have at all counts only where another run did not leave it at its default.
-    """
+    """Returns key -> each run's value (`...` where it has none, unless all others have defaults) where they differ."""
     values = [flatten(run.record.get(part) or {}) for run in runs]
     given = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}

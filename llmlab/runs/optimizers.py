@@ -29,10 +29,10 @@ LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
 class StageTrainer(GradientNorms, ResumableCheckpoint):
-    """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
+    """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
+    finite.
 
-    Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
-    checkpoint has them all, and only the end of training is left.
+    With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is left.
     """
 
     has_all_steps = False
@@ -125,10 +125,8 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
 
 @dataclass(eq=False)
 class EstimateFirst(TrainerCallback):
-    """Runs Sophia's Hessian estimate, where one is due, before a step's micro-batches, while gradients are empty.
-
-    By then a resumed run has its random states back, which online trainers sample with.
-    """
+    """Runs a due Hessian estimate (Sophia's) before a step's micro-batches: gradients are empty, random states
+    restored."""
 
     trainer: StageTrainer
 

@@ -86,11 +86,11 @@ def load_policy(
     attach: bool = True,
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Policy:
-    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters.
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, which are then trained
+    further.
 
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
-    The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer. With the
-    task `SEQ_CLS` it is a reward model, with a new scalar head.
+    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head.
     """
     classifies = task == "SEQ_CLS"
     adapter = read_adapter(source, lora_only=not classifies)

@@ -75,8 +75,8 @@ class ValuesColumn(TextColumn):
 class ProgressLine(TrainerCallback):
     """Shows step, loss, learning rate, gradient norm, tokens per second, MFU and the time.
 
-    `tokens_per_step` and `peak_flops` count all processes; without the former the trainer's own count is taken,
-    without the latter or `flops_per_token` (forward and backward) there is no MFU.
+    `tokens_per_step` (None: the trainer's count) and `peak_flops` are of all processes, `flops_per_token` of both
+    passes.
     """
 
     console: Console

@@ -138,10 +138,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
-    """Returns the folder that a run was started in, which its relative paths count from; None where it is gone.
-
-    Where the whole tree has moved, it is derived from the run folder's own place.
-    """
+    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if it is
+    gone."""
     output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
     folder, depth = folder.resolve(), len(output_dir.parts)
     if depth and not output_dir.is_absolute() and folder.parts[-depth:] == output_dir.parts:
@@ -178,10 +176,7 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository, or None outside one.
-
-    `rev-parse` runs nothing that a repository's configuration names (`core.fsmonitor`, filters), as `status` would.
-    """
+    """Returns the repository's revision, if any; `rev-parse` runs nothing that its configuration names."""
     command = ["git", "rev-parse", "--verify", "HEAD"]
     with suppress(OSError, subprocess.SubprocessError):
         head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()

@@ -140,11 +140,10 @@ class Run(Start[S]):
         best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
 
-        `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
-        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
-        validation `best_metric`, `loss` or `reward`.
+        `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
+        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
         # SaveSchedule decides when to save; load_best_model_at_end requires a multiple of eval_steps all the same
@@ -192,11 +191,10 @@ class Run(Start[S]):
         compiled: str | None = None,
         results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
 
-        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
-        they come before those that print and record, the last one first. `compiled` is the reason of the stage's own
-        compile decision. `results` are metrics in addition to the trainer's.
+        `plan` is printed first; `callbacks` add metrics, so they come before those that print and record, the last one
+        first. `compiled` is the reason of the stage's own compile decision.
         """
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
@@ -340,10 +338,7 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """Saves weights or adapters, tokenizer and generation config.
-
-    Call it on every process (weights may be sharded); the main process writes.
-    """
+    """Saves weights or adapters, tokenizer and generation config; every process calls it (weights may be sharded)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_context(model, trainer.processing_class)
     sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None

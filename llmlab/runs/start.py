@@ -69,10 +69,7 @@ def begin(
     allow_changed_data: bool,
     console: Console | None,
 ) -> Iterator[R]:
-    """Claims the run folder for as long as the run takes, and yields the run.
-
-    The main process alone looks at the folder, and tells the others.
-    """
+    """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)
     process = PartialState(cpu=hardware.device == "cpu")

@@ -48,9 +48,8 @@ def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
 class RolloutSteps:
     """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
 
-    A trainer overrides what it needs. `all_rewards` (completions of all processes, reward functions) are those of the
-    last rollout, `log_probs` (batch, time) those of the last forward pass. `token_share` is the tokens
-    of this forward pass over the mean of its update's forward passes.
+    `all_rewards` (completions of all processes, reward functions) are those of the last rollout, `log_probs` (batch,
+    time) those of the last forward pass, `token_share` its tokens over the mean of its update's forward passes.
     """
 
     all_rewards: Tensor
@@ -164,10 +163,8 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
 
 
 class ResumableRollouts:
-    """Mixin for a GRPOTrainer: takes its reference as a model, and resumes in the middle of a rollout.
-
-    `reference` is a whole model's frozen reference; None where there is none, or where the policy without adapters is.
-    """
+    """Mixin for a GRPOTrainer: takes a whole model's frozen reference as a model, and resumes in the middle of a
+    rollout."""
 
     def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
         self.prepared: dict[str, Any] | None = None

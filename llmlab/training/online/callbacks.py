@@ -39,11 +39,8 @@ class OnlineMetrics(StageMetrics):
 
 @dataclass(eq=False)
 class StopWithoutSignal(TrainerCallback):
-    """Stops a run, with advice, when its completions give no learning signal.
-
-    That is when in `patience` logged lines in a row no group had completions of different rewards, or over 90 % of the
-    completions were cut off; None never ends a run.
-    """
+    """Stops a run when for `patience` logged lines no group's rewards differed, or nearly all completions were cut
+    off."""
 
     patience: int | None
     max_new_tokens: int
@@ -95,10 +92,7 @@ class KLController:
 
 @dataclass(eq=False)
 class AdaptiveKL(TrainerCallback):
-    """Sets a trainer's `beta` each time that `kl` is logged; a resumed run continues from the last logged values.
-
-    `samples_per_step` counts the completions sampled for one gradient step, over all processes.
-    """
+    """Sets a trainer's `beta` each time that `kl` is logged; a resumed run continues from the last logged values."""
 
     trainer: Any
     controller: KLController

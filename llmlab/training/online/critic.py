@@ -22,13 +22,9 @@ FILE = "critic.safetensors"
 class Critic(nn.Module):
     """Value function: predicts the return at each token, via hooks on the policy's forward passes.
 
-    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, and it runs inside the
-    policy's forward. It is excluded from the policy's state dict: checkpoints store it separately, exports do not
-    include it.
-
-    A `separate` critic has a copy of the policy's backbone, which shares frozen tensors with it (with LoRA it is a
-    second set of adapters on the base), or the backbone and head (`score`, one label) of the sequence classifier
-    `scorer`.
+    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, but in no state dict of
+    it: checkpoints store it separately. A `separate` critic has a copy of the policy's backbone, which shares frozen
+    tensors (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
     """
 
     def __init__(

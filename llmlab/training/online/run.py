@@ -55,10 +55,8 @@ class OnlineRun(Run[S]):
             )
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
-        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
-
-        Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
-        """
+        """Reads the prompts and returns the trainer; validation prompts get one completion each, and their reward is
+        the best."""
         settings, processes = self.settings, self.process.num_processes
         rows = self.build_rows(
             PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),

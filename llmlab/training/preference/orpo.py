@@ -21,10 +21,9 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
 class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers, on tokenized pairs.
+    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes.
 
-    The NLL term is a mean over the tokens of an optimizer step (TRL: of a forward pass), the odds-ratio term a mean
-    over its pairs, so that neither depends on `mini_batch_size` or on the number of processes.
+    The NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

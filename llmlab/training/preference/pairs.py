@@ -77,11 +77,9 @@ def sample_pairs(
     min_difference: float = 0.1,
     seed: int | None = None,
 ) -> Iterator[Comparison]:
-    """Samples and scores completions of each prompt; the best and the worst form a pair where their scores differ by
-    `min_difference`.
+    """Samples completions of each prompt; the best and the worst are a pair where scores differ by `min_difference`.
 
-    An empty completion is in no pair.  One that was truncated, as far as its text shows, is never the chosen one: the
-    chat template would end the turn where it breaks off.
+    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
     """
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")

@@ -94,8 +94,7 @@ class PreferenceRun(Run[S]):
 
 
 class StepMeanLoss:
-    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step, independent of
-    mini_batch_size.
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step.
 
     TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
@@ -122,16 +121,11 @@ class StepMeanLoss:
 
 @dataclass(eq=False)
 class PreferenceMetrics(StageMetrics):
-    """Gives TRL's metrics the names used here, and warns of DPO's best-known failure.
+    """Gives TRL's metrics the names used here, and warns once when both log-probabilities fall for `patience` lines.
 
-    `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference of the
-    two rewards, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats. With a reference
-    model, `kl` is the mean log-ratio of policy and reference over the tokens of both answers, in nats per token: 0
-    before the first step. It estimates their divergence on the data's answers, not on the policy's own, so it may be
-    negative.
-
-    `beta` is the loss's; None where there is no reference model. After `patience` logged lines in a row with both
-    log-probabilities lower than at first, it warns once.
+    `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference. `kl` is
+    the mean log-ratio of policy and reference per token of the data's answers (not the policy's own: it may be
+    negative).
     """
 
     progress: ProgressLine
