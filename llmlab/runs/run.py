@@ -100,6 +100,11 @@ def training_stage(
 class Run(Start[S]):
     """One run of a stage."""
 
+    @property
+    def eval_batches(self) -> int:
+        """Validation batches of one evaluation, which the seeds spell in two ways."""
+        return getattr(self.settings, "eval_batches", None) or self.settings.eval_steps
+
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
@@ -108,7 +113,7 @@ class Run(Start[S]):
                 settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
             )
 
-    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int, eval_batches: int) -> Rows:
+    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
         settings = self.settings
         steps = settings.max_steps if settings.epochs is None else None
@@ -121,7 +126,7 @@ class Run(Start[S]):
                 maker,
                 seed=settings.seed,
                 allow_truncated=getattr(settings, "allow_truncated", 0.05),
-                validation_rows=eval_batches * rows_per_batch,
+                validation_rows=self.eval_batches * rows_per_batch,
                 max_samples=settings.max_samples,
                 rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
                 rows_before=None if before is None else [source["rows"] for source in before],
@@ -236,8 +241,9 @@ class Run(Start[S]):
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
-            title = f"{self.stage}: into {self.folder}"
-            print_plan(self.console, title, [*plan, *self.hardware.rows(), ("compile", compiled), *published])
+            batches = None if trainer.eval_dataset is None else self.eval_batches
+            rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows()]
+            print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
@@ -259,7 +265,6 @@ class Run(Start[S]):
         *,
         rows_per_batch: int,
         accumulation: int,
-        eval_batches: int,
         batch: str,
         plan: Sequence[tuple[str, str]] = (),
         callbacks: Sequence[TrainerCallback] = (),
@@ -280,8 +285,6 @@ class Run(Start[S]):
                 ("data", data.summary()),
                 ("steps", f"{steps:,} ({epochs:.2g} epochs over the training rows)"),
                 ("batch", batch),
-                describe_evaluation(self.settings, eval_batches, evaluates=data.validation is not None),
-                describe_optimizer(self.settings, steps),
             ],
             parents=policy.parents,
             data=data.record(),
@@ -298,14 +301,18 @@ class Run(Start[S]):
         return per_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
 
-def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
-    """Returns the plan's row for optimizer and learning-rate schedule."""
+def describe_schedule(settings: Any, steps: int, eval_batches: int | None) -> list[tuple[str, str | Text]]:
+    """Returns the plan's rows for evaluation (None: there is no validation data), optimizer and learning rate."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
-    return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+    evaluation = "none: there is no validation data"
+    if eval_batches is not None:
+        evaluation = f"every {settings.eval_every:,} steps, on {eval_batches:,} batches at most"
+    optimizer = Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+    return [("evaluation", evaluation), ("optimizer", optimizer)]
 
 
 @dataclass(eq=False)
@@ -319,13 +326,6 @@ class BestAdapters(TrainerCallback):
         if state.best_global_step == state.global_step:
             with checkpoints.staged(self.folder) as temporary:
                 save_weights(self.trainer, temporary / BEST_ADAPTERS)
-
-
-def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
-    """Returns the plan's row for the evaluation interval and batches per evaluation."""
-    if not evaluates:
-        return "evaluation", "none: there is no validation data"
-    return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:

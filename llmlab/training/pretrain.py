@@ -29,7 +29,7 @@ from llmlab.runs.failures import check_memory
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, training_stage
+from llmlab.runs.run import Run, training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
@@ -199,7 +199,5 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
-        describe_evaluation(settings, settings.eval_steps, evaluates=corpus.validation is not None),
-        describe_optimizer(settings, settings.max_steps),
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
     ]

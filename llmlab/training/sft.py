@@ -85,7 +85,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
         rows_per_batch=rows_per_batch,
-        eval_batches=settings.eval_steps,
     )
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
@@ -111,7 +110,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         data,
         rows_per_batch=rows_per_batch,
         accumulation=settings.gradient_accumulation_steps,
-        eval_batches=settings.eval_steps,
         batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
         callbacks=[StageMetrics()],

@@ -18,7 +18,7 @@ from llmlab.rewards.reward import Reward
 from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
+from llmlab.runs.run import Run
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
 from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
@@ -62,7 +62,6 @@ class OnlineRun(Run[S]):
             PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
             rows_per_step=settings.batch_size / self.rollout.updates,
             rows_per_batch=settings.mini_batch_size * processes,
-            eval_batches=settings.eval_batches,
         )
         if len(rows.train) < settings.batch_size:
             raise UserError(
@@ -138,8 +137,6 @@ class OnlineRun(Run[S]):
                     f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
                     f"{rollout.per_update} completions a step)",
                 ),
-                describe_evaluation(settings, settings.eval_batches, evaluates=prompts.validation is not None),
-                describe_optimizer(settings, settings.max_steps),
             ],
             parents=[*self.policy.parents, *parents],
             data={**prompts.record(), "rewards": weights},

@@ -45,7 +45,6 @@ class PreferenceRun(Run[S]):
             ),
             rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
             rows_per_batch=settings.mini_batch_size * processes,
-            eval_batches=settings.eval_batches,
         )
 
     def train_pairs(
@@ -86,7 +85,6 @@ class PreferenceRun(Run[S]):
             data,
             rows_per_batch=size * processes,
             accumulation=accumulation,
-            eval_batches=settings.eval_batches,
             batch=f"{size * processes * accumulation} pairs ({size} x {accumulation} x {processes})",
             plan=plan,
             callbacks=[PreferenceMetrics(self.progress, beta)],
