@@ -4,7 +4,7 @@ The comment beside each says why no public name serves.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 PRIVATE_NAMES = {  # where it is: its parameters
-    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion; see
-    # `RolloutSteps`
+    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion
     "trl.GRPOTrainer._generate": ("self", "prompts"),
-    # a dataset's tools differ from prompt to prompt; see `RolloutSteps`
+    # a dataset's tools differ from prompt to prompt
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
@@ -35,14 +34,8 @@ TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL
 
 
 def policy_mask(batch: dict[str, Any]) -> Tensor:
-    """Returns the policy-token mask of a rollout, (batch, time): 1 for generated tokens, 0 for padding and tool
-    results."""
+    """Returns 1 for tokens that the policy wrote and 0 for padding and tool results, (batch, time)."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Excludes parameters (by exact name) from every saved state dict of the model."""
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
 
 
 class RolloutSteps:

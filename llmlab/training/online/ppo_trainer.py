@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.training.online._trl import RolloutSteps, keep_out_of_exports, policy_mask
+from llmlab.training.online._trl import RolloutSteps, policy_mask
 from llmlab.training.online.advantages import (
     explained_variance,
     gae,
@@ -103,7 +103,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if args.disable_dropout:
             _disable_dropout(self.model)  # TRL leaves dropout in attention on
         if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
-            keep_out_of_exports(self.model, (f"critic.{name}" for name, _ in self.critic.named_parameters()))
+            names = {f"critic.{name}" for name, _ in self.critic.named_parameters()}
+            self.model._keys_to_ignore_on_save = names.union(self.model._keys_to_ignore_on_save or ())
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
 
     def _generate(self, prompts: list[Any]) -> Any:
