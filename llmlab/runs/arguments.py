@@ -3,7 +3,6 @@
 The `Trl` markers of the settings give most of it; here is what has no one-to-one field.
 """
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib.util import find_spec
@@ -67,11 +66,8 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if REMOTE_CODE in signature(config).parameters:
         arguments[REMOTE_CODE] = remote_code_allowed()
-    with warnings.catch_warnings():
-        # the new name of `gradient_checkpointing` is not known to the older versions that are supported
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with blame_trainer_args(settings, config.__name__):
-            return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
+    with blame_trainer_args(settings, config.__name__):
+        return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
 
 
 def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels,
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,20 +42,17 @@ class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
         return output
 
 
-class UnflattenedRows:
-    """Collates packed rows as a batch, for attention implementations without variable-length kernels.
+def collate_packed(
+    collator: DataCollatorForLanguageModeling, examples: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Collates packed rows as a batch, (rows, time), without predictions across conversations.
 
     TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
     """
-
-    def __init__(self, collator: DataCollatorForLanguageModeling):
-        self.collator = replace(collator, padding_free=False, return_position_ids=True)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.collator(examples)
-        batch["labels"][batch["position_ids"] == 0] = -100  # no prediction across conversations
-        del batch["attention_mask"]  # without it models see the boundaries in position_ids
-        return batch
+    batch = collator(examples)
+    batch["labels"][batch["position_ids"] == 0] = -100
+    del batch["attention_mask"]  # without it models see the boundaries in position_ids
+    return batch
 
 
 @training_stage(Run)
@@ -101,7 +99,8 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     )
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
-        trainer.data_collator = UnflattenedRows(trainer.data_collator)
+        collator = replace(trainer.data_collator, padding_free=False, return_position_ids=True)
+        trainer.data_collator = partial(collate_packed, collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     return run.train_rows(
