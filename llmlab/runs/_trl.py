@@ -38,10 +38,7 @@ def expose_head_bias(model: PeftModel) -> None:
 
 
 class TokenizedPairs:
-    """Mixin for a DPOTrainer: its datasets hold `prompt_ids`, `chosen_ids` and `rejected_ids` already.
-
-    It also logs `completion_length`, the mean number of tokens of an answer.
-    """
+    """Mixin for a DPOTrainer whose datasets have token ids; logs `completion_length`, the mean tokens of an answer."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]

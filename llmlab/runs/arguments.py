@@ -3,7 +3,6 @@
 The `Trl` markers of the settings give most of it; here is what has no one-to-one field.
 """
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib.util import find_spec
@@ -45,10 +44,7 @@ COVERED = {
 
 
 def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **fixed: Any) -> C:
-    """Returns the trainer's configuration (a TRL or Transformers class) for these settings on this machine.
-
-    The user's `trainer_args` override what the stage fixes, which overrides the settings.
-    """
+    """Returns the trainer's configuration: the settings, over them what the stage fixes, over both `trainer_args`."""
     scheduler, scheduler_kwargs = SCHEDULERS[settings.scheduler]
     arguments = {
         **settings.trainer_arguments(),
@@ -70,33 +66,14 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if REMOTE_CODE in signature(config).parameters:
         arguments[REMOTE_CODE] = remote_code_allowed()
-    with warnings.catch_warnings():
-        # the new name of `gradient_checkpointing` is not known to the older versions that are supported
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-        with blame_trainer_args(settings, config.__name__):
-            return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
+    with blame_trainer_args(settings, config.__name__):
+        return config(**{**arguments, **fixed, **checked_trainer_args(config, settings)})
 
 
 def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[None]:
     """Returns a context that blames the user's `trainer_args`, where there are any, for whatever a library raises."""
     arguments = settings.trainer_args
     return reading(f"trainer_args = {show(arguments)}", what) if arguments else nullcontext()
-
-
-def rhythm_arguments(settings: Settings, *, evaluates: bool) -> dict[str, Any]:
-    """Returns when the trainer evaluates; `SaveSchedule` decides when it saves."""
-    # load_best_model_at_end requires save_steps to be a multiple of eval_steps, although no save follows from them
-    never = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6}
-    if not evaluates:
-        return {**never, "eval_strategy": "no"}
-    return {
-        **never,
-        "eval_strategy": "steps",
-        "eval_steps": settings.eval_every,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "load_best_model_at_end": settings.save_best_only,
-    }
 
 
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 What is printed during training is in `progress.py`.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,10 +18,8 @@ from llmlab.runs import checkpoints
 from llmlab.runs.record import RunRecord, read_metrics
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import reading
-from llmlab.settings.files import read_json, write_atomically
 
 SAME_SIGNAL = 1.0  # seconds within which a second signal is the launcher passing on the first one
-STREAM_STATE = "stream_state.json"
 NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
@@ -31,7 +28,6 @@ class SaveSchedule(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
 
     `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one.
-    `best_metric` names the validation metric that decides: the lowest `loss` or the highest `reward`.
     """
 
     best_only: bool
@@ -92,13 +88,24 @@ def is_better(value: float, best: float | None, name: str) -> bool:
     return math.isfinite(value) and (best is None or (value > best if name == "reward" else value < best))
 
 
-class Perplexity(TrainerCallback):
-    """Adds the perplexity to each log of a validation loss that is a mean over tokens, in nats."""
+class StageMetrics(TrainerCallback):
+    """Gives a trainer's metrics (keys of `names`) llmlab's names, and adds the perplexity of losses in nats per
+    token."""
+
+    names: ClassVar[dict[str, str]] = {}
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        for theirs, ours in self.names.items():
+            if prefix + theirs in logs:
+                logs[prefix + ours] = logs.pop(prefix + theirs)
+        self.add_metrics(logs, prefix, state)
+        state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
+
+    def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
+        """Changes the metrics of one log event, whose names start with `prefix`."""
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
-            state.log_history[-1]["eval_perplexity"] = logs["eval_perplexity"]  # the trainer kept a copy
 
 
 def perplexity(loss: float) -> float:
@@ -108,11 +115,8 @@ def perplexity(loss: float) -> float:
 
 @dataclass(eq=False)
 class ResumedSchedule(TrainerCallback):
-    """Sets the learning rate of this run's schedule at the resumed step.
-
-    The checkpoint has that of the earlier schedule, which is wrong when `max_steps` was extended, or none when the
-    optimizer's state was not restored.
-    """
+    """Sets the learning rate of this run's schedule at the resumed step: that of the checkpoint is wrong where
+    `max_steps` was extended, and missing where the optimizer's state was not loaded."""
 
     step: int
 
@@ -126,10 +130,8 @@ class ResumedSchedule(TrainerCallback):
 
 @dataclass(eq=False)
 class CheckpointRotation(TrainerCallback):
-    """Marks a checkpoint as complete when every process and callback has written its part, then removes worse ones.
-
-    `keep` is the number of best checkpoints that stay beside the last; None keeps all.
-    """
+    """Marks checkpoints as complete when every process and callback wrote its part; removes all but the last and
+    best."""
 
     trainer: Trainer
     keep: int | None
@@ -154,34 +156,39 @@ class CheckpointRotation(TrainerCallback):
 
 
 @dataclass(eq=False)
-class StreamPosition(TrainerCallback):
-    """Saves the position of a `RowStream` with each checkpoint, so that resuming does not read the data again.
+class ProcessState(TrainerCallback):
+    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it from
+    `checkpoint`.
 
-    `rows_per_step` counts the rows that one update consumes on this process; each rank has a position of its own.
+    Without `required`, a process that has no file there (there were fewer) begins anew.
     """
 
-    stream: Any
-    rows_per_step: int
-    rank: int
+    file: str
+    trainer: Trainer
+    checkpoint: Path | None
+    state_at: Callable[[int], Any]
+    restore: Callable[[Any], None]
+    required: bool = True
+
+    def path_in(self, checkpoint: Path) -> Path:
+        """Returns this process's file in a checkpoint."""
+        return checkpoint / f"{self.trainer.accelerator.process_index}-{self.file}"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.checkpoint is None or not (self.required or self.path_in(self.checkpoint).is_file()):
+            return
+        with reading(self.path_in(self.checkpoint), "a state of the run"):
+            # the device type only: torch.load has no map_location `cpu:0`
+            self.restore(torch.load(self.path_in(self.checkpoint), map_location=args.device.type))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        position = self.stream.state_at(state.global_step * self.rows_per_step)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_atomically(checkpoint / f"{self.rank}-{STREAM_STATE}", json.dumps(position))
-
-    def restore(self, checkpoint: Path) -> None:
-        """Moves the stream to its position at a checkpoint."""
-        path = checkpoint / f"{self.rank}-{STREAM_STATE}"
-        with reading(path, "the position of a data stream"):
-            self.stream.load_state_dict(read_json(path))
+        torch.save(self.state_at(state.global_step), self.path_in(checkpoint))
 
 
 @dataclass(eq=False)
 class MetricsLog(TrainerCallback):
-    """Appends every log event of the trainer to the run's `metrics.jsonl`.
-
-    `tokens_per_step` is known where every row has the same length; None uses the trainer's own count, `num_tokens`.
-    """
+    """Appends log events to `metrics.jsonl`; tokens are the trainer's own count where `tokens_per_step` is None."""
 
     record: RunRecord
     tokens_per_step: int | None

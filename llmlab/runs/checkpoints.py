@@ -68,10 +68,8 @@ def complete(checkpoint: Path) -> None:
 
 
 def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None = None) -> None:
-    """Removes all checkpoints but the last, the `keep` highest by `scores` (step -> value), and `best`.
-
-    Those without a finite score rank lowest, newest first.  The trainer's own rotation would keep the newest.
-    """
+    """Removes all checkpoints but the last, `best`, and the `keep` highest by `scores`; those without one rank
+    lowest."""
 
     def rank(path: Path) -> tuple[bool, float]:
         step = step_of(path) or 0
@@ -128,7 +126,7 @@ def staged(folder: Path) -> Iterator[Path]:
 def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
     """Holds a run folder against other processes, empty unless `resume`, and makes it and its parents where missing.
 
-    Those that are still empty at the end are removed.  Meanwhile SIGTERM and SIGHUP stop the program as Ctrl+C does.
+    Those that are still empty at the end are removed. Meanwhile SIGTERM and SIGHUP stop the program as Ctrl+C does.
     """
     path = Path(folder)
     with ExitStack() as stack:

@@ -140,9 +140,7 @@ def open_run(folder: str | Path) -> RunFolder:
     if os.path.lexists(folder / RECORD):
         return RunFolder(folder, read_record(folder))
     if not os.path.exists(folder):
-        near = folder.parent
-        while not near.is_dir():
-            near = near.parent
+        near = next(parent for parent in folder.parents if parent.is_dir())
         at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
         known = [] if at_root else [str(run.folder) for run in find_runs(near)]
         raise UserError(f"{folder}: there is no such run folder{did_you_mean(str(folder), known)}")
@@ -154,10 +152,8 @@ def open_run(folder: str | Path) -> RunFolder:
 
 
 def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below in the order of their start, damaged ones included.
-
-    Hidden folders, virtual environments and checkpoints are not searched.
-    """
+    """Returns the runs in a folder and below (hidden folders, environments and checkpoints excepted) by their
+    start."""
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -197,10 +193,7 @@ def ancestors(run: RunFolder) -> Ancestor:
 
 
 def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
-    """Returns key -> each run's value (`...` without one) where a part of the record (`settings`, `versions`) differs.
-
-    A setting that some runs do not have at all counts only where another run did not leave it at its default.
-    """
+    """Returns key -> each run's value (`...` where it has none, unless all others have defaults) where they differ."""
     values = [flatten(run.record.get(part) or {}) for run in runs]
     given = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}
@@ -275,16 +268,16 @@ def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | N
     """Returns the metric to draw: the one asked for, else the one that suits all runs with curves best."""
     drawn = [run for run in runs if run.curves]
     known = sorted({name for run in drawn for name in run.curves})
-    if asked is not None and asked not in known:
-        expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
-        raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
     if asked is not None:
+        if asked not in known:
+            expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
+            raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
         return asked
     preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
     for name in (*preferred, *LOSSES):
         if drawn and all(len(run.curves.get(name, ())) >= 3 for run in drawn):
             return name
-    return next((name for name in (*preferred, "loss", "eval_loss") if name in known), None)
+    return next((name for name in (*preferred, *reversed(LOSSES)) if name in known), None)
 
 
 def direction(metric: str) -> int:

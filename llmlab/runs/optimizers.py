@@ -29,10 +29,10 @@ LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
 class StageTrainer(GradientNorms, ResumableCheckpoint):
-    """Mixin for a trainer of Transformers or TRL, which takes the optimizer from the stage's settings.
+    """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
+    finite.
 
-    Without `load_optimizer` a resumed run starts with a fresh optimizer.  With `has_all_steps` it takes no step: the
-    checkpoint has them all, and only the end of training is left.
+    With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is left.
     """
 
     has_all_steps = False
@@ -81,7 +81,8 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
         return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.check_weights()
+        if not self.weights_are_finite():
+            raise self.diverged("norm of the weights", math.inf)
         if _internal_call and output_dir is not None:  # the first file of a checkpoint
             if self.args.should_save:
                 checkpoints.begin(Path(output_dir))
@@ -100,11 +101,6 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise self.diverged(words, logs[name])
 
-    def check_weights(self) -> None:
-        """Raises `Diverged` where a weight is not finite; every process must call it."""
-        if not self.weights_are_finite():
-            raise self.diverged("norm of the weights", math.inf)
-
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
         """Returns, on every process alike, whether the norm of the weights is finite."""
@@ -119,12 +115,6 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
             f"lower {rate.key} = {rate.of(self.settings):g}, warm up longer or clip gradients more"
         )
 
-    def estimate(self) -> None:
-        """Runs Sophia's Hessian estimate where one is due."""
-        if self.estimate_from is not None:
-            inputs, self.estimate_from = self.estimated_from(self.estimate_from), None
-            estimate_hessian_if_due(self.model_wrapped, inputs, self.optimizer, self.args.seed, self.predict)
-
     def estimated_from(self, batch: Any) -> dict[str, torch.Tensor]:
         """Returns the model inputs for Sophia's Hessian estimate from a batch of the data loader."""
         return self._prepare_inputs(batch)
@@ -135,15 +125,17 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
 
 @dataclass(eq=False)
 class EstimateFirst(TrainerCallback):
-    """Runs a trainer's Hessian estimate before a step's micro-batches, while gradients are empty.
-
-    By then a resumed run has its random states back, which online trainers sample with.
-    """
+    """Runs a due Hessian estimate (Sophia's) before a step's micro-batches: gradients are empty, random states
+    restored."""
 
     trainer: StageTrainer
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.estimate()
+        trainer, batch = self.trainer, self.trainer.estimate_from
+        if batch is not None:
+            trainer.estimate_from = None
+            inputs, seed = trainer.estimated_from(batch), trainer.args.seed
+            estimate_hessian_if_due(trainer.model_wrapped, inputs, trainer.optimizer, seed, trainer.predict)
 
 
 def _local(parameter: torch.nn.Parameter) -> torch.Tensor:

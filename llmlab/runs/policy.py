@@ -5,9 +5,8 @@ Data and losses are the stages'.
 
 import copy
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -18,7 +17,7 @@ from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
-from llmlab.model import fit_vocabulary, load_model, read_adapter
+from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
@@ -32,6 +31,7 @@ LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter i
     "lora_bias": "bias",
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
+    "lora_target_modules": "target_modules",
 }
 
 
@@ -78,15 +78,27 @@ class Policy:
 
 
 def load_policy(
-    source: str, settings: LoraSettings, hardware: Hardware, *, chat_template: str | None, attach: bool = True
+    source: str,
+    settings: LoraSettings,
+    hardware: Hardware,
+    *,
+    chat_template: str | None,
+    attach: bool = True,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Policy:
-    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters.
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, which are then trained
+    further.
 
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
-    The adapters of an adapter folder are trained further. `attach=False` leaves new adapters to the trainer.
+    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head.
     """
-    adapter = read_adapter(source, lora_only=True)
+    classifies = task == "SEQ_CLS"
+    adapter = read_adapter(source, lora_only=not classifies)
     if adapter is not None:
+        if classifies:
+            raise UserError(
+                f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
+            )
         _check_same_adapter(source, adapter.config, settings)
     quantization = quantization_config(settings, hardware)
     frozen = adapter is not None or settings.use_lora
@@ -94,7 +106,8 @@ def load_policy(
         "dtype": hardware.torch_dtype if frozen else torch.float32,
         "quantization_config": quantization,
     }
-    model = load_model(source, **options) if adapter is None else adapter.load_base(load_model, **options)
+    load = load_classifier if classifies else load_model
+    model = load(source, **options) if adapter is None else adapter.load_base(load, **options)
     tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
@@ -109,12 +122,19 @@ def load_policy(
         raise UserError(f"{source}: its tokenizer has no eos token: is its tokenizer_config.json missing?")
     stops = set_stop_tokens(model, tokenizer)
     if quantization is not None:
-        model = prepare_quantized(model)
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # evaluation on CPUs repacks 4-bit weights, which rounds their scales in the middle of a run
+                module.support_avx512bf16_for_cpu = False
+        # Trainer enables gradient checkpointing itself
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if adapter is not None:
         model = adapter.attach(model, is_trainable=True)
     elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
-        model = get_peft_model(model, lora_config(model, settings, ids))
+        model = get_peft_model(model, lora_config(model, settings, ids, task=task))
     if isinstance(model, PeftModel):
         expose_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
@@ -151,7 +171,10 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
 
 
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Adds the end-of-turn token to the generation config's eos ids, and returns all of them."""
+    """Adds the end-of-turn token to the generation config's eos ids, and returns all; classifiers have none."""
+    if not model.can_generate():
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return ()
     config = model.generation_config
     known = config.eos_token_id
     known = known if isinstance(known, list) else [known]
@@ -162,10 +185,15 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns the bitsandbytes config for QLoRA, or None."""
+    """Returns the bitsandbytes config for QLoRA where this device can load 4-bit weights, or None without QLoRA."""
     if not settings.use_qlora:
         return None
-    check_quantization(hardware)
+    try:
+        import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
+    except ImportError:
+        raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
+    if hardware.device == "mps":
+        raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -174,45 +202,16 @@ def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBy
     )
 
 
-def check_quantization(hardware: Hardware) -> None:
-    """Checks that this device can load 4-bit weights."""
-    try:
-        import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
-    except ImportError:
-        raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
-    if hardware.device == "mps":
-        raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
-
-
-def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """Prepares a 4-bit model for LoRA: base weights frozen, other parameters in fp32."""
-    keep_quantized_layout(model)
-    # Trainer enables gradient checkpointing itself
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def keep_quantized_layout(model: PreTrainedModel) -> None:
-    """Keeps evaluation on CPUs from repacking 4-bit weights, which rounds their scales in the middle of a run."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
     """Checks that the LoRA settings agree with the adapter that is trained further."""
     for setting in fields_of(type(settings)):
-        field = LORA_FIELDS.get(setting.name)
-        value = setting.of(settings)
-        if field is not None and value not in (setting.default, getattr(adapter, field)):
+        if setting.name not in LORA_FIELDS:
+            continue
+        value, trained = setting.of(settings), getattr(adapter, LORA_FIELDS[setting.name])
+        if setting.name == "lora_target_modules":
+            value, trained = value and sorted(value), sorted(trained)
+        if value not in (setting.default, trained):
             raise UserError(
-                f"{setting.key} = {show(value)}: {source} is trained further, whose adapter has "
-                f"{show(getattr(adapter, field))}; leave it out, or merge the adapter first: llmlab merge"
-            )
-        asked: Iterable[str] | None = value if setting.name == "lora_target_modules" else None
-        if asked and set(asked) != set(adapter.target_modules):
-            raise UserError(
-                f"lora_target_modules: {source} is trained further, whose adapter has "
-                f"{', '.join(sorted(adapter.target_modules))}; leave it out, or merge the adapter first: llmlab merge"
+                f"{setting.key} = {show(value)}: {source} is trained further, whose adapter has {show(trained)}; "
+                "leave it out, or merge the adapter first: llmlab merge"
             )

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,25 +71,23 @@ class ValuesColumn(TextColumn):
         return text
 
 
+@dataclass(eq=False)
 class ProgressLine(TrainerCallback):
     """Shows step, loss, learning rate, gradient norm, tokens per second, MFU and the time.
 
-    `tokens_per_step` and `peak_flops` count all processes; without the former the trainer's own count is taken,
-    without the latter or `flops_per_token` (forward and backward) there is no MFU.
+    `tokens_per_step` (None: the trainer's count) and `peak_flops` are of all processes, `flops_per_token` of both
+    passes.
     """
 
-    def __init__(
-        self, console: Console, *, tokens_per_step: int | None, flops_per_token: float | None, peak_flops: float | None
-    ):
-        self.console = console
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
-        self._training_seconds = 0.0
-        self._logged = (0, 0.0, 0.0)  # step, training seconds and tokens at the last log event
-        self._step_began = 0.0
-        self._best: float | None = None
-        self._progress: Progress | None = None
+    console: Console
+    tokens_per_step: int | None = None
+    flops_per_token: float | None = None
+    peak_flops: float | None = None
+    _training_seconds: float = 0.0
+    _logged: tuple[int, float, float] = (0, 0.0, 0.0)  # step, training seconds and tokens at the last log event
+    _step_began: float = 0.0
+    _best: float | None = None
+    _progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._logged = (state.global_step, *self._logged[1:])

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -64,30 +66,18 @@ class RunResult:
 class RunRecord:
     """Writes a run folder's record as the run goes on; only the main process may hold one.
 
-    `sources` says where each setting's value came from; `parents` are run folders or hub ids that the run starts from.
+    `values` are `stage`, `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub
+    ids that the run starts from), `hardware`, and whatever else is known before it starts.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        stage: str,
-        settings: dict[str, Any],
-        sources: dict[str, str],
-        parents: list[str],
-        hardware: dict[str, Any],
-    ):
+    def __init__(self, folder: Path, **values: Any):
         self.folder = folder
         self.values: dict[str, Any] = {
-            "stage": stage,
+            **values,
             "cwd": os.getcwd(),
             "status": "running",
             "started": _now(),
-            "settings": settings,
-            "sources": sources,
-            "parents": parents,
             "versions": library_versions(),
-            "hardware": hardware,
             "git": git_revision(),
         }
         self._clock = time.monotonic()
@@ -148,10 +138,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
-    """Returns the folder that a run was started in, which its relative paths count from; None where it is gone.
-
-    Where the whole tree has moved, it is derived from the run folder's own place.
-    """
+    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if it is
+    gone."""
     output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
     folder, depth = folder.resolve(), len(output_dir.parts)
     if depth and not output_dir.is_absolute() and folder.parts[-depth:] == output_dir.parts:
@@ -188,29 +176,13 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository, or None outside one.
-
-    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
-    """
-    here = Path.cwd()
-    git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
-    if git is None:
-        return None
-    try:
-        if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
-            git = git.parent / _read(git).removeprefix("gitdir:").strip()
-        head = _read(git / "HEAD")
-        if head.startswith("ref:"):
-            name, common = head.removeprefix("ref:").strip(), git / _read(git / "commondir")
-            packed = re.search(f"^([0-9a-f]+) {re.escape(name)}$", _read(common / "packed-refs"), re.MULTILINE)
-            head = _read(git / name) or _read(common / name) or (packed[1] if packed else "")
-    except (OSError, ValueError):
-        return None
-    return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    """Returns the repository's revision, if any; `rev-parse` runs nothing that its configuration names."""
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head):
+            return {"revision": head}
+    return None
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -74,8 +74,8 @@ def _hash(file: Path) -> str:
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
     """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
 
-    Settings that decide the data or the model must be those of the record; those of the optimizer too, unless its
-    state is not loaded.
+    Settings that decide data or model must be the recorded ones, those of the optimizer too unless its state is not
+    loaded.
     """
     record = read_record(run)
     before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings

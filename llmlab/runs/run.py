@@ -7,8 +7,9 @@ import inspect
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,20 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias
-from llmlab.runs.arguments import build_arguments, rhythm_arguments
+from llmlab.runs.arguments import build_arguments
 from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
+from llmlab.runs.resume import check_steps_left
 from llmlab.runs.start import S, Start, begin
 from llmlab.settings.base import spellings_of
 from llmlab.settings.sources import Resolved, as_resolved
@@ -57,7 +58,7 @@ COMMON_ARGUMENTS = """
 
 
 def training_stage(
-    run_class: type["Run[Any]"] | None = None, *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
+    run_class: type["Run[Any]"], *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
     """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
 
@@ -76,12 +77,13 @@ def training_stage(
             **options: Any,
         ) -> RunResult:
             with begin(
+                run_class,
+                function.__name__,
                 prepare(as_resolved(settings)),
                 resume=resume,
                 load_optimizer=load_optimizer,
                 allow_changed_data=allow_changed_data,
                 console=console,
-                make=partial(run_class or Run, function.__name__, load_optimizer),
             ) as run:
                 return function(run, **options)
 
@@ -96,43 +98,35 @@ def training_stage(
 
 
 class Run(Start[S]):
-    """One run of a stage. Constructing it seeds Python, NumPy and torch."""
+    """One run of a stage."""
 
-    def __init__(self, stage: str, load_optimizer: bool, *start: Any, **claimed: Any):
-        super().__init__(*start, **claimed)
-        self.stage = stage
-        self.load_optimizer = load_optimizer
-        self.settings: Any = self.resolved.settings
-        set_seed(self.settings.seed)
+    @property
+    def eval_batches(self) -> int:
+        """Validation batches of one evaluation, which the seeds spell in two ways."""
+        return getattr(self.settings, "eval_batches", None) or self.settings.eval_steps
 
-    def load_policy(self, *, attach: bool = True) -> Policy:
-        """Loads the policy; with `attach=False` the trainer attaches new adapters."""
+    def load_policy(self, **options: Any) -> Policy:
+        """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
         with quiet_libraries():
             return load_policy(
-                settings.policy_checkpoint,
-                settings,
-                self.hardware,
-                chat_template=settings.chat_template,
-                attach=attach,
+                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
             )
 
-    def reading(self) -> AbstractContextManager[Any]:
-        """Returns a context for reading data: progress bars show only on a terminal."""
-        return nullcontext() if self.console.is_terminal else quiet_libraries()
-
-    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int, eval_batches: int) -> Rows:
+    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
         settings = self.settings
         steps = settings.max_steps if settings.epochs is None else None
         before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
-        with self.process.main_process_first(), self.reading():
+        # progress bars show only on a terminal
+        quiet = nullcontext() if self.console.is_terminal else quiet_libraries()
+        with self.process.main_process_first(), quiet:
             return build_rows(
                 settings,
                 maker,
                 seed=settings.seed,
                 allow_truncated=getattr(settings, "allow_truncated", 0.05),
-                validation_rows=eval_batches * rows_per_batch,
+                validation_rows=self.eval_batches * rows_per_batch,
                 max_samples=settings.max_samples,
                 rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
                 rows_before=None if before is None else [source["rows"] for source in before],
@@ -151,33 +145,35 @@ class Run(Start[S]):
         best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own.
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
 
-        `data` has `train` and `validation`, which may be None. `arguments` are those of `config` that follow neither
-        from the settings nor from the machine; `progress` those of `ProgressLine`. The best checkpoint has the best
-        validation `best_metric`, `loss` or `reward`.
+        `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
+        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`.
         """
         settings, evaluates = self.settings, data.validation is not None
+        # SaveSchedule decides when to save; load_best_model_at_end requires a multiple of eval_steps all the same
+        rhythm = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6, "eval_strategy": "no"}
+        if evaluates:
+            rhythm |= {
+                "eval_strategy": "steps",
+                "eval_steps": settings.eval_every,
+                "metric_for_best_model": f"eval_{best_metric}",
+                "greater_is_better": best_metric == "reward",
+                "load_best_model_at_end": settings.save_best_only,
+            }
         self.rhythm = SaveSchedule(
             best_only=settings.save_best_only,
             evaluates=evaluates,
             save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
             best_metric=best_metric,
         )
-        self.progress = ProgressLine(
-            self.console, **{"tokens_per_step": None, "flops_per_token": None, "peak_flops": None, **(progress or {})}
-        )
+        self.progress = ProgressLine(self.console, **(progress or {}))
         with quiet_libraries():
             made = trainer(
                 settings=settings,
                 load_optimizer=self.load_optimizer,
                 model=model,
-                args=build_arguments(
-                    config,
-                    settings,
-                    self.hardware,
-                    **{**rhythm_arguments(settings, evaluates=evaluates), **arguments},
-                ),
+                args=build_arguments(config, settings, self.hardware, **{**rhythm, **arguments}),
                 train_dataset=data.train,
                 eval_dataset=data.validation,
                 processing_class=tokenizer,
@@ -200,13 +196,13 @@ class Run(Start[S]):
         fixed_length: bool = False,
         results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics.
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
 
-        `plan` is printed before the first step; `parents` are what the run starts from. `callbacks` add metrics, so
-        they come before those that print and record, the last one first. `fixed_length` says that all rows have
-        as many tokens. `results` are metrics in addition to the trainer's.
+        `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
+        last one first. `fixed_length` says that all rows have as many tokens.
         """
-        trainer.has_all_steps = self.has_all_steps(steps)
+        check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
+        trainer.has_all_steps = self.done == steps  # only the final save is left
         compiled = compile_if_worth(
             trainer.model,
             self.settings.compile,
@@ -222,8 +218,17 @@ class Run(Start[S]):
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
-            record = self._new_record(parents, data)
-            record.start(self.resumed_step)
+            record = RunRecord(
+                self.folder,
+                stage=self.stage,
+                settings=self.settings.recorded(),
+                sources=self.resolved.sources,
+                parents=parents,
+                hardware=self.hardware.record(),
+                data=data,
+                data_files=self.data_files,
+            )
+            record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
@@ -237,8 +242,9 @@ class Run(Start[S]):
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
-            title = f"{self.stage}: into {self.folder}"
-            print_plan(self.console, title, [*plan, *self.hardware.rows(), ("compile", compiled), *published])
+            batches = None if trainer.eval_dataset is None else self.eval_batches
+            rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows()]
+            print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
@@ -248,7 +254,8 @@ class Run(Start[S]):
         if record is not None:
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
             rotation.rotate(trainer.args, trainer.state)
-        print_result(self.console, self.folder, metrics, before=first_evaluation(trainer))
+        first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
+        print_result(self.console, self.folder, metrics, before=next(first, {}))
         return RunResult(self.folder, metrics)
 
     def train_rows(
@@ -259,14 +266,15 @@ class Run(Start[S]):
         *,
         rows_per_batch: int,
         accumulation: int,
-        eval_batches: int,
         batch: str,
         plan: Sequence[tuple[str, str]] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> RunResult:
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
-        rows = len(trainer.train_dataset)
-        steps = total_steps(self.settings, rows, rows_per_batch=rows_per_batch, accumulation=accumulation)
+        rows, steps = len(trainer.train_dataset), self.settings.max_steps
+        if self.settings.epochs is not None:  # counted as Trainer does
+            updates = math.ceil(math.ceil(rows / rows_per_batch) / accumulation)
+            steps = math.ceil(self.settings.epochs * max(updates, 1))
         epochs = steps * rows_per_batch * accumulation / rows
         data.set_epochs(epochs)
         return self.train(
@@ -278,8 +286,6 @@ class Run(Start[S]):
                 ("data", data.summary()),
                 ("steps", f"{steps:,} ({epochs:.2g} epochs over the training rows)"),
                 ("batch", batch),
-                describe_evaluation(self.settings, eval_batches, evaluates=data.validation is not None),
-                describe_optimizer(self.settings, steps),
             ],
             parents=policy.parents,
             data=data.record(),
@@ -295,54 +301,32 @@ class Run(Start[S]):
         per_row += getattr(self.settings, "max_new_tokens", 0)  # a completion comes after the prompt
         return per_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
-    def _new_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
-        record = RunRecord(
-            self.folder,
-            stage=self.stage,
-            settings=self.settings.recorded(),
-            sources=self.resolved.sources,
-            parents=parents,
-            hardware=self.hardware.record(),
-        )
-        record.values |= {"data": data, "data_files": self.data_files}
-        return record
 
-
-def total_steps(settings: Any, rows: int, *, rows_per_batch: int, accumulation: int) -> int:
-    """Returns the number of optimizer steps of a run over so many training rows, counted as Trainer does."""
-    if settings.epochs is None:
-        return settings.max_steps
-    batches = math.ceil(rows / rows_per_batch)
-    return math.ceil(settings.epochs * max(math.ceil(batches / accumulation), 1))
-
-
-def describe_optimizer(settings: Any, steps: int) -> tuple[str, Text]:
-    """Returns the plan's row for optimizer and learning-rate schedule."""
+def describe_schedule(settings: Any, steps: int, eval_batches: int | None) -> list[tuple[str, str | Text]]:
+    """Returns the plan's rows for evaluation (None: there is no validation data), optimizer and learning rate."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
-    return "optimizer", Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+    evaluation = "none: there is no validation data"
+    if eval_batches is not None:
+        evaluation = f"every {settings.eval_every:,} steps, on {eval_batches:,} batches at most"
+    optimizer = Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+    return [("evaluation", evaluation), ("optimizer", optimizer)]
 
 
+@dataclass(eq=False)
 class BestAdapters(TrainerCallback):
     """Writes the adapters of each new best evaluation into `best_lora_adapters/`."""
 
-    def __init__(self, trainer: Trainer, folder: Path):
-        self.trainer, self.folder = trainer, folder
+    trainer: Trainer
+    folder: Path
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
             with checkpoints.staged(self.folder) as temporary:
                 save_weights(self.trainer, temporary / BEST_ADAPTERS)
-
-
-def describe_evaluation(settings: Any, batches: int, *, evaluates: bool) -> tuple[str, str]:
-    """Returns the plan's row for the evaluation interval and batches per evaluation."""
-    if not evaluates:
-        return "evaluation", "none: there is no validation data"
-    return "evaluation", f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
@@ -355,10 +339,7 @@ def save_policy(trainer: Trainer, folder: Path) -> None:
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """Saves weights or adapters, tokenizer and generation config.
-
-    Call it on every process (weights may be sharded); the main process writes.
-    """
+    """Saves weights or adapters, tokenizer and generation config; every process calls it (weights may be sharded)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_context(model, trainer.processing_class)
     sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -375,11 +356,6 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
         shutil.rmtree(folder / "ref", ignore_errors=True)  # DPO's frozen reference adapters
         if model.get_base_model().can_generate():  # sequence-classification models cannot generate
             model.get_base_model().generation_config.save_pretrained(folder)
-
-
-def first_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Returns the validation metrics at step 0, empty without `eval_on_start`."""
-    return next((line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:

@@ -14,18 +14,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
+from transformers import set_seed
 
 from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_steps_left, check_undamaged, data_files, find_checkpoint
+from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError
-from llmlab.settings.sources import Resolved, as_resolved
+from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 
 S = TypeVar("S", bound=Settings)
+R = TypeVar("R", bound="Start[Any]")
 T = TypeVar("T")
 
 
@@ -35,6 +37,8 @@ class Start(Generic[S]):
     checkpoint it begins at the first step; `data_files` identifies each local data file.
     """
 
+    stage: str
+    load_optimizer: bool
     resolved: Resolved[S]
     hardware: Hardware
     process: PartialState
@@ -44,46 +48,37 @@ class Start(Generic[S]):
     checkpoint: Path | None
     data_files: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        self.settings: Any = self.resolved.settings
+        set_seed(self.settings.seed)
+
     @property
     def done(self) -> int:
         """The number of optimizer updates that the checkpoint holds."""
         return checkpoints.saved_step(self.checkpoint) if self.checkpoint else 0
 
-    @property
-    def resumed_step(self) -> int | None:
-        """The step that a resumed run continues from; None for a new run."""
-        return self.done if self.resumed else None
-
-    def has_all_steps(self, steps: int) -> bool:
-        """Returns whether only the final save is left of a run of so many steps."""
-        check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
-        return self.done == steps
-
 
 @contextmanager
 def begin(
-    settings: S | Resolved[S],
+    run_class: type[R],
+    stage: str,
+    resolved: Resolved[Any],
     *,
     resume: str | Path | None,
     load_optimizer: bool,
     allow_changed_data: bool,
     console: Console | None,
-    make: Callable[..., Any] = Start,
-) -> Iterator[Any]:
-    """Claims the run folder for as long as the run takes, and yields `make` of where the run starts.
-
-    The main process alone looks at the folder, and tells the others.
-    """
-    resolved = as_resolved(settings)
+) -> Iterator[R]:
+    """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
     settings = resolved.settings
-    hardware = probe(settings.device, settings.dtype)  # type: ignore[attr-defined]
+    hardware = probe(settings.device, settings.dtype)
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
-    check_supported(settings.optimizer, process.distributed_type)  # type: ignore[attr-defined]
+    check_supported(settings.optimizer, process.distributed_type)
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
-            output = Path(settings.output_dir)  # type: ignore[attr-defined]
+            output = Path(settings.output_dir)
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
                 return {"folder": folder, "resumed": None, "checkpoint": None, "data_files": data_files(settings)}
@@ -110,7 +105,7 @@ def begin(
             status = read_record(folder).get("status", "finished")
             return {"folder": folder, "resumed": status, "checkpoint": checkpoint, "data_files": files}
 
-        yield make(resolved, hardware, process, console, **on_main(process, claim))
+        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **on_main(process, claim))
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

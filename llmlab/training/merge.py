@@ -8,7 +8,7 @@ import math
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -16,34 +16,41 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
-from llmlab.model import fit_context, load_classifier, load_model
+from llmlab.model import (
+    ADAPTER_CONFIG,
+    fit_context,
+    fit_vocabulary,
+    load_classifier,
+    load_config,
+    load_model,
+    read_adapter,
+)
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
 from llmlab.runs.policy import set_stop_tokens
 from llmlab.runs.progress import human, print_plan, print_result, quiet_libraries
-from llmlab.runs.record import RunRecord, RunResult
-from llmlab.settings.errors import UserError, reading
+from llmlab.runs.record import RunResult, read_record, record_result
+from llmlab.runs.run import BEST_ADAPTERS
+from llmlab.settings.errors import UserError, did_you_mean, reading
+from llmlab.settings.files import check_types
 from llmlab.settings.merge import MergeSettings
+from llmlab.settings.paths import expand, is_local
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import takes_trust
 from llmlab.terminal import Terminal
-from llmlab.training.merge_sources import (
-    SEQ_CLS,
-    check_base,
-    describe,
-    find_adapter,
-    notes_on,
-    read_config,
-    tokenizer_source,
-)
 
+SEQ_CLS = "SEQ_CLS"  # PEFT's task type of reward models
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NOT_FOUND = "Adapter folder not found"
+NO_CONFIG = "Could not load LoRA config"
+COMPLETED = "check the path, and that LoRA training completed and saved its adapters"
 PROBE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "def mean(xs):\n    return sum(xs) / len(xs)",
@@ -98,7 +105,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         )
 
     notes: list[str] = []
-    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, weights, tokenizer, adapter, notes))
+    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter, notes))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
     tied_head = _tied_head(model)
     wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
@@ -119,7 +126,16 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     if not difference <= TOLERANCE * _scale(adapted_logits):
         raise RuntimeError(f"the merged model's logits differ by {difference:.2g} from those of base and adapter")
 
-    _round(model, tokenizer, dtype)
+    model.to(dtype)
+    pad = model.can_generate() and model.generation_config.pad_token_id
+    set_stop_tokens(model, tokenizer)
+    if model.can_generate():
+        if pad is not None:
+            model.generation_config.pad_token_id = pad
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # many published models name a temperature without saying that they sample
+            model.generation_config.do_sample = True
     check_disk(folder, needed=sum(weight.nbytes for weight in model.parameters()))
     try:
         with checkpoints.staged(folder) as place:
@@ -133,19 +149,15 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
                 "merged_modules": modules,
                 "bytes": sum(path.stat().st_size for path in place.glob("*.safetensors")),
             }
-            values, parents = settings.model_dump(mode="json"), [settings.adapter, base]
-            record = RunRecord(
-                place, stage="merge", settings=values, sources=resolved.sources, parents=parents, hardware={}
-            )
-            record.finish("finished", metrics=metrics, adapter=describe(adapter, config))
+            parents, kind = [settings.adapter, base], describe(adapter, config)
+            record_result(place, stage="merge", resolved=resolved, parents=parents, metrics=metrics, adapter=kind)
     except (OSError, SafetensorError) as error:
         raise UserError(f"output_dir = {folder}: writing stopped: {error}") from error
 
     name = str(dtype).removeprefix("torch.")
-    kind = ", ".join(f"{key} {value}" for key, value in describe(adapter, config).items())
     plan = [
         ("base", base),
-        ("adapter", f"{adapter}: {kind}"),
+        ("adapter", f"{adapter}: {', '.join(f'{key} {value}' for key, value in kind.items())}"),
         ("merged modules", str(modules)),
         ("saved", f"{human(metrics['bytes'], 'B')} in {name}"),
         ("logits", f"differ by at most {difference:.2g} from base + adapter, in float64 ({TOLERANCE:g} is allowed)"),
@@ -158,53 +170,157 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     return metrics, plan + [("note", note) for note in notes + notes_on(adapter)]
 
 
+# Inputs -----------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(source: str) -> Path:
+    """Returns the adapter folder that is meant: itself, the best adapters of a run folder, or those of a hub id."""
+    folder, where = expand(source), f"adapter = {source}"
+    if not is_local(source) and (adapter := read_adapter(source)) is not None:
+        return adapter.folder
+    if folder.is_file():
+        raise UserError(f"{where}: {NOT_FOUND}: this is a file; {COMPLETED}; did you mean {folder.parent}?")
+    if not folder.is_dir():
+        near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
+        raise UserError(f"{where}: {NOT_FOUND}: there is no such folder; {COMPLETED}{near}")
+    for place in (folder, folder / BEST_ADAPTERS):
+        has_config, has_weights = (place / ADAPTER_CONFIG).is_file(), any((place / name).is_file() for name in WEIGHTS)
+        if has_config and has_weights:
+            return place
+        if has_config or has_weights:
+            problem, missing = (NOT_FOUND, WEIGHTS[0]) if has_config else (NO_CONFIG, ADAPTER_CONFIG)
+            raise UserError(f"{where}: {problem}: {place} has no {missing}; {COMPLETED}")
+    inside = [path.parent for path in sorted(folder.glob(f"[!.]*/{ADAPTER_CONFIG}"))]
+    named = [path for path in inside if checkpoints.step_of(path) is None]
+    if len(named) > 1:
+        raise UserError(
+            f"{where}: it holds several adapters ({', '.join(path.name for path in named)}), and merge can't merge "
+            f"multiple adapters into one model (they'd interfere); give one of them, such as {named[0]}"
+        )
+    if inside:
+        nearest = max(named or inside, key=lambda path: checkpoints.step_of(path) or 0)
+        raise UserError(f"{where}: {NOT_FOUND}: not in this folder itself; did you mean {nearest}?")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{where}: {NOT_FOUND}: this folder has no {ADAPTER_CONFIG}; {COMPLETED}")
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(path, "pt") as weights:
+            if any("lora_" in name for name in weights.keys()):  # noqa: SIM118  no mapping
+                raise UserError(f"{where}: {NO_CONFIG}: it has no {ADAPTER_CONFIG}; {COMPLETED}")
+    merged = " (it was: its llmlab.json says so)" if read_record(folder).get("stage") == "merge" else ""
+    raise UserError(
+        f"{where}: Checkpoint doesn't have LoRA parameters: it is a whole model, which was trained without LoRA "
+        f"or is merged already{merged}; use it as it is"
+    )
+
+
+def read_config(adapter: Path) -> PeftConfig:
+    """Returns the configuration of an adapter, once it is one that changes a model's weights."""
+    with reading(f"{adapter / ADAPTER_CONFIG}: {NO_CONFIG}", "an adapter's configuration of this PEFT"):
+        config = PeftConfig.from_pretrained(str(adapter))
+        check_types(adapter / ADAPTER_CONFIG, vars(config), get_type_hints(type(config)))
+        kind = config.peft_type.value
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise UserError(
+            f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights: it cannot be merged"
+        )
+    if config.task_type not in (None, "CAUSAL_LM", SEQ_CLS):
+        raise UserError(
+            f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models and reward models"
+        )
+    for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
+        if getattr(config, key, None):
+            raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")
+    return config
+
+
+def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bool) -> None:
+    """Refuses a base model that an adapter cannot be merged into; `named` says that the user named it."""
+    if not base:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: it names no base model; give it with --base")
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"base = {base}: this is an adapter too, and two can't be merged at once (they'd interfere); "
+            "merge that one first, then give the result with --base"
+        )
+    try:
+        base_config = load_config(base)
+    except UserError as error:
+        where = "base =" if named else f"{adapter} is an adapter of {base}, which does not load; give it with --base:"
+        raise UserError(f"{where} {error}") from None
+    if not named and config.revision not in (None, "main") and not Path(base).is_dir():
+        raise UserError(
+            f"{adapter}: it was trained on revision {config.revision} of {base}; "
+            "download that revision, and give its folder with --base"
+        )
+    quantization = getattr(base_config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"base = {base}: its weights are stored quantized ({getattr(method, 'value', method)}), and merging into "
+            "them would lose the adapter's precision; give --base with the unquantized model"
+        )
+
+
+def tokenizer_source(adapter: Path, base: str) -> str:
+    """Returns where the tokenizer is: beside the adapter, in its run folder, or with the base model."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    places = (place for place in (adapter, adapter.parent) if all((place / file).is_file() for file in files))
+    return str(next(places, base))
+
+
+def describe(adapter: Path, config: PeftConfig) -> dict[str, Any]:
+    """Returns what an adapter is, for the record and the terminal."""
+    targets = getattr(config, "target_modules", None)
+    values = {
+        "type": config.peft_type.value,
+        "r": getattr(config, "r", None),
+        "alpha": getattr(config, "lora_alpha", None),
+        "targets": " ".join(sorted(targets)) if isinstance(targets, (set, list)) else targets,
+        "step": checkpoints.saved_step(adapter) if (adapter / checkpoints.STATE).is_file() else None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def notes_on(adapter: Path) -> list[str]:
+    """Returns what a user should know about an adapter that can be merged."""
+    notes = []
+    records = (read_record(place) for place in (adapter, adapter.parent))
+    if any(record.get("settings", {}).get("use_qlora") for record in records):
+        notes.append("trained over a base in 4 bits (QLoRA); merged into the unquantized base, which differs slightly")
+    others = sorted(path.parent.name for path in adapter.glob(f"*/{ADAPTER_CONFIG}"))
+    if others := [name for name in others if name != BEST_ADAPTERS and not name.startswith("checkpoint-")]:
+        notes.append(f"the adapters in its folders {', '.join(others)} are left out")
+    return notes
+
+
 # Merging ----------------------------------------------------------------------------------------------------------
 
 
 def _fit_vocabulary(
-    model: PreTrainedModel,
-    config: PeftConfig,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: Path,
-    notes: list[str],
+    model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path, notes: list[str]
 ) -> list[int]:
-    """Gives the model as many rows as the adapter was trained with, and returns those that the adapter changes."""
+    """Gives the model an embedding row for each token, and returns the rows that the adapter changes."""
     rows = model.get_input_embeddings().num_embeddings
-    module_names = {id(module): name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [module_names[id(end)] for end in ends if end is not None]
-    saved = {name: _saved_rows(weights, name) for name in names}
-    wanted = next(filter(None, saved.values()), max(rows, len(tokenizer)))
-    expected = "expected the base model and the tokenizer that it was trained with"
-    if len(tokenizer) > wanted:
-        raise UserError(f"{adapter}: trained with {wanted} tokens, the tokenizer has {len(tokenizer)}; {expected}")
+    wanted = max(rows, len(tokenizer))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    leaves = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
     trained = getattr(config, "trainable_token_indices", None) or {}
-    trained = trained if isinstance(trained, dict) else {names[0].rpartition(".")[2]: trained}
+    trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
     indices = {index for listed in trained.values() for index in listed}
     if indices and max(indices) >= wanted:
         raise UserError(
-            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; {expected}"
+            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; "
+            "expected the base model and the tokenizer that it was trained with"
         )
     added = set(range(rows, wanted))
-    for name in names[:1] if _tied_head(model) is not None else names:
-        leaf = name.rpartition(".")[2]
-        if untrained := set() if saved[name] else added.difference(trained.get(leaf, ())):
+    whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
+    for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
+        if untrained := set() if leaf in whole else added.difference(trained.get(leaf, ())):
             notes.append(f"{leaf}: {len(untrained)} rows of new tokens are in no adapter, and get the others' mean")
-    if added:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the rows that no adapter holds are the same each time
-            model.resize_token_embeddings(wanted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the rows that no adapter holds are the same each time
+        fit_vocabulary(model, tokenizer)
     return sorted(indices | added)
-
-
-def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:
-    """Returns how many rows an embedding or head has that the adapter saves whole or adapts; None for neither."""
-    whole = tuple(f"{module}.{part}weight" for part in ("", "base_layer.", "token_adapter.base_layer.", "lora_B."))
-    for name, weight in weights.items():
-        if name.endswith((*whole, f"{module}.lora_embedding_A")):
-            return weight.shape[name.endswith("lora_embedding_A")]
-    return None
 
 
 def _tied_head(model: PreTrainedModel) -> nn.Module | None:
@@ -319,22 +435,6 @@ def _check_rounding(
 
 
 # Saving -----------------------------------------------------------------------------------------------------------
-
-
-def _round(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """Rounds the weights, and lets generation stop where the base or the tokenizer ends a text or a turn."""
-    model.to(dtype)
-    if not model.can_generate():  # a reward model
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return
-    config = model.generation_config
-    pad = config.pad_token_id
-    set_stop_tokens(model, tokenizer)
-    config.pad_token_id = tokenizer.pad_token_id if pad is None else pad
-    try:
-        config.validate(strict=True)
-    except ValueError:  # many published models name a temperature without saying that they sample
-        config.do_sample = True
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

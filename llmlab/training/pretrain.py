@@ -23,12 +23,12 @@ from llmlab.model import (
     new_model,
     to_llmlab,
 )
-from llmlab.runs.callbacks import Perplexity, StreamPosition
+from llmlab.runs.callbacks import ProcessState, StageMetrics
 from llmlab.runs.failures import check_memory
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_evaluation, describe_optimizer, training_stage
+from llmlab.runs.run import Run, training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
@@ -81,7 +81,7 @@ def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[Pretr
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
-@training_stage(prepare=resolve_architecture)
+@training_stage(Run, prepare=resolve_architecture)
 def pretrain(run: Run[PretrainSettings]) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 
@@ -115,7 +115,13 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         model,
         tokenizer,
         corpus,
-        arguments=trainer_arguments(settings),
+        arguments={
+            "per_device_eval_batch_size": settings.batch_size,
+            "train_sampling_strategy": "sequential",  # rows are already in mixture order
+            "ignore_data_skip": settings.streaming,  # streams restore their own position
+            "remove_unused_columns": False,
+            "prediction_loss_only": True,
+        },
         progress={
             "tokens_per_step": tokens_per_step,
             "flops_per_token": size.training_flops_per_token(sequence),
@@ -123,12 +129,18 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         },
         data_collator=stack_rows,
     )
-    callbacks: list[TrainerCallback] = [Perplexity()]
+    callbacks: list[TrainerCallback] = [StageMetrics()]
     if settings.streaming:
-        position = StreamPosition(corpus.train, rows_per_step, run.process.process_index)
-        callbacks.append(position)
-        if run.checkpoint is not None:
-            position.restore(run.checkpoint)
+        stream = corpus.train
+        callbacks.append(
+            ProcessState(
+                "stream.pt",
+                trainer,
+                run.checkpoint,
+                lambda step: stream.state_at(step * rows_per_step),
+                stream.load_state_dict,
+            )
+        )
     entropy = corpus.report.unigram_entropy
     return run.train(
         trainer,
@@ -155,17 +167,6 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) 
     return model
 
 
-def trainer_arguments(settings: PretrainSettings) -> dict[str, Any]:
-    """Returns the arguments of Transformers' Trainer that pretraining needs."""
-    return {
-        "per_device_eval_batch_size": settings.batch_size,
-        "train_sampling_strategy": "sequential",  # rows are already in mixture order
-        "ignore_data_skip": settings.streaming,  # streams restore their own position
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-    }
-
-
 def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> list[tuple[str, Any]]:
     """Returns the lines of the plan."""
     settings, hardware, processes = run.settings, run.hardware, run.process.num_processes
@@ -188,7 +189,5 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
-        describe_evaluation(settings, settings.eval_steps, evaluates=corpus.validation is not None),
-        describe_optimizer(settings, settings.max_steps),
         ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
     ]

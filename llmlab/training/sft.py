@@ -4,6 +4,7 @@ The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels,
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.chat.makers import InstructionEncoder
-from llmlab.runs.callbacks import Perplexity
+from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
@@ -41,26 +42,20 @@ class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
         return output
 
 
-class UnflattenedRows:
-    """Collates packed rows as a batch, for attention implementations without variable-length kernels.
+def collate_packed(
+    collator: DataCollatorForLanguageModeling, examples: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Collates packed rows as a batch, (rows, time), without predictions across conversations.
 
     TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
-
-    Args:
-        collator: the trainer's own.
     """
-
-    def __init__(self, collator: DataCollatorForLanguageModeling):
-        self.collator = replace(collator, padding_free=False, return_position_ids=True)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.collator(examples)
-        batch["labels"][batch["position_ids"] == 0] = -100  # no prediction across conversations
-        del batch["attention_mask"]  # without it models see the boundaries in position_ids
-        return batch
+    batch = collator(examples)
+    batch["labels"][batch["position_ids"] == 0] = -100
+    del batch["attention_mask"]  # without it models see the boundaries in position_ids
+    return batch
 
 
-@training_stage()
+@training_stage(Run)
 def sft(run: Run[SFTSettings]) -> RunResult:
     """Fine-tunes a model on conversations (all weights or LoRA) and writes its run folder.
 
@@ -78,18 +73,16 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     length = policy.cap_length(settings.max_seq_len)
     rows_per_batch = settings.batch_size * run.process.num_processes
     rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
-    maker = InstructionEncoder(
-        policy.tokenizer,
-        max_seq_len=length,
-        loss_on=settings.loss_on,
-        stops=policy.stops,
-        only_label=settings.only_label,
-    )
     data = run.build_rows(
-        maker,
+        InstructionEncoder(
+            policy.tokenizer,
+            max_seq_len=length,
+            loss_on=settings.loss_on,
+            stops=policy.stops,
+            only_label=settings.only_label,
+        ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
         rows_per_batch=rows_per_batch,
-        eval_batches=settings.eval_steps,
     )
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
@@ -97,11 +90,17 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         policy.model,
         policy.tokenizer,
         data,
-        arguments={**trainer_arguments(settings), "max_length": length},
+        arguments={
+            "per_device_eval_batch_size": settings.batch_size,
+            "prediction_loss_only": True,
+            "max_length": length,
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+        },
     )
     rows = len(trainer.train_dataset)
     if settings.packing and "flash" not in policy.model.config._attn_implementation:
-        trainer.data_collator = UnflattenedRows(trainer.data_collator)
+        collator = replace(trainer.data_collator, padding_free=False, return_position_ids=True)
+        trainer.data_collator = partial(collate_packed, collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
     return run.train_rows(
@@ -110,17 +109,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         data,
         rows_per_batch=rows_per_batch,
         accumulation=settings.gradient_accumulation_steps,
-        eval_batches=settings.eval_steps,
         batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
-        callbacks=[Perplexity()],
+        callbacks=[StageMetrics()],
     )
-
-
-def trainer_arguments(settings: SFTSettings) -> dict[str, Any]:
-    """Returns the arguments of TRL's SFTTrainer that this stage needs."""
-    return {
-        "per_device_eval_batch_size": settings.batch_size,
-        "prediction_loss_only": True,
-        **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-    }

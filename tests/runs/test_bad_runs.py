@@ -131,7 +131,7 @@ def test_a_template_that_fails(base, template, reason):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(UserError, match=f"the model's chat template .*{reason}"):
         encode_prompt(tokenizer, messages[:1])
-    with pytest.raises(UnusableRow, match=f"the chat template(:| refuses it:) .*{reason}"):
+    with pytest.raises(UnusableRow, match=f"the chat template.*{reason}"):
         Renderer(tokenizer).render({"messages": messages, "tools": None})
 
 

@@ -23,7 +23,6 @@ from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
 from llmlab.rewards.guardrails import SHIPPED, read_guardrails
-from llmlab.runs.callbacks import STREAM_STATE
 from llmlab.runs.history import curve_metric, details, find_runs
 from llmlab.runs.record import RunRecord
 from llmlab.runs.resume import check_undamaged
@@ -32,7 +31,6 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.online.kl import KL_STATE, KLController
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -68,11 +66,6 @@ def texts(path):
     return list(found.texts(Tally(), 1.0))
 
 
-def restores(folder):
-    check_undamaged(folder)
-    KLController(0.1, target=0.1, horizon=10).load(folder)
-
-
 def schema(path):
     reward = compose([{"name": "schema_pass", "json_schema": str(path)}])
     reward.score(['{"a": 1}'], prompts=["?"])
@@ -94,14 +87,13 @@ READERS = {  # file: what reads it, and how
     "adapter/adapter_model.safetensors": ("adapter", chats),
     "run/llmlab.json": ("run", lists),
     "run/metrics.jsonl": ("run", lists),
-    "checkpoint-2/trainer_state.json": ("checkpoint-2", restores),
-    "checkpoint-2/optimizer.pt": ("checkpoint-2", restores),
-    "checkpoint-2/scheduler.pt": ("checkpoint-2", restores),
-    "checkpoint-2/rng_state.pth": ("checkpoint-2", restores),
-    "checkpoint-2/critic.safetensors": ("checkpoint-2", restores),
-    "checkpoint-2/0-rollout.pt": ("checkpoint-2", restores),
-    f"checkpoint-2/{KL_STATE}": ("checkpoint-2", restores),
-    f"checkpoint-2/0-{STREAM_STATE}": ("checkpoint-2", restores),
+    "checkpoint-2/trainer_state.json": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/optimizer.pt": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/scheduler.pt": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/rng_state.pth": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/critic.safetensors": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/0-rollout.pt": ("checkpoint-2", check_undamaged),
+    "checkpoint-2/0-stream.pt": ("checkpoint-2", check_undamaged),
     "settings.yaml": ("settings.yaml", resolves),
     "settings.json": ("settings.json", resolves),
     "settings.py": ("settings.py", resolves),
@@ -156,8 +148,7 @@ def home(base_folder, tmp_path_factory):
     state = {"global_step": 2, "train_batch_size": 2, "log_history": [{"step": 1, "loss": 1.0}]}
     state |= {"best_metric": 0.5, "stateful_callbacks": {"TrainerControl": {"args": {}, "attributes": {}}}}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    (checkpoint / KL_STATE).write_text('{"coefficient": 0.1}')
-    (checkpoint / f"0-{STREAM_STATE}").write_text('{"rows": 3}')
+    torch.save({"rows": 3}, checkpoint / "0-stream.pt")
 
     (home / "settings.yaml").write_text("learning_rate: 1e-4\ntrainer_args: {max_grad_norm: 1}\n")
     (home / "settings.json").write_text('{"learning_rate": 1e-4, "datasets": ["a | | 2"]}')

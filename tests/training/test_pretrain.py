@@ -262,7 +262,10 @@ def plan_of(settings):
 def test_the_plan_tells_warmup_in_steps_and_that_it_never_ends(settings, tmp_path):
     assert re.search(r"cosine after 2 steps of warmup *\n", plan_of(settings(max_steps=4, warmup_steps=0.5)))
     told = plan_of(settings(max_steps=4, warmup_steps=4, output_dir=str(tmp_path / "other")))
-    assert "after 4 steps of warmup (warmup is as long as the run: the peak learning rate is never reached)" in told
+    assert (
+        "cosine after 4 steps of warmup (warmup is as long as the run: the peak learning rate is never reached)"
+        in told
+    )
 
 
 def test_gradient_checkpointing_counts_in_the_plans_memory(settings, tmp_path):

@@ -4,10 +4,9 @@ The comment beside each says why no public name serves.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 PRIVATE_NAMES = {  # where it is: its parameters
-    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion; see
-    # `RolloutSteps`
+    # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion
     "trl.GRPOTrainer._generate": ("self", "prompts"),
-    # a dataset's tools differ from prompt to prompt; see `RolloutSteps`
+    # a dataset's tools differ from prompt to prompt
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
     "trl.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
-    "trl.GRPOTrainer._get_per_token_logps_and_entropies": (
-        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
-        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
-        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
-    ),
+    "trl.GRPOTrainer._get_per_token_logps_and_entropies": ("self", "model", "..."),
     # returns the micro-batch of a rollout, sampling a new rollout at its first one; see `ResumableRollouts`
     "trl.GRPOTrainer._prepare_inputs": ("self", "generation_batch"),
-    # the critic is loaded from its own file
-    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
 # how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
 NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
@@ -39,39 +31,23 @@ TOKEN_MEANS = {  # metrics of a forward pass that are means over its tokens: TRL
     *("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
     *("policy_kl", "value_loss", "value_clip_ratio"),
 }
-EXTRA_INPUTS = PRIVATE_NAMES["trl.GRPOTrainer._get_per_token_logps_and_entropies"][8:]
 
 
 def policy_mask(batch: dict[str, Any]) -> Tensor:
-    """Returns the policy-token mask of a rollout, (batch, time): 1 for generated tokens, 0 for padding and tool
-    results."""
+    """Returns 1 for tokens that the policy wrote and 0 for padding and tool results, (batch, time)."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def keep_out_of_exports(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Excludes parameters (by exact name) from every saved state dict of the model."""
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
 
 
 class RolloutSteps:
     """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
 
-    A trainer overrides what it needs. `all_rewards` (completions of all processes, reward functions) are those of the
-    last rollout, `log_probs` (batch, time) those of the last forward pass. `token_share` is the tokens
-    of this forward pass over the mean of its update's forward passes.
+    `all_rewards` (completions of all processes, reward functions) are those of the last rollout, `log_probs` (batch,
+    time) those of the last forward pass, `token_share` its tokens over the mean of its update's forward passes.
     """
 
     all_rewards: Tensor
     log_probs: Tensor
     token_share: float
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """Returns the context around sampling."""
-        return nullcontext()
-
-    def scoring(self, model: Any) -> AbstractContextManager[None]:
-        """Returns the context around a forward pass that scores tokens."""
-        return nullcontext()
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Post-processes this process's rollout."""
@@ -80,13 +56,6 @@ class RolloutSteps:
     def total_loss(self, loss: Callable[[], Tensor], batch: dict[str, Any]) -> Tensor:
         """Returns the loss of a micro-batch; `loss()` computes TRL's."""
         return loss()
-
-    def load_extra_state(self, checkpoint: Path) -> None:
-        """Restores further state (such as a critic) from a checkpoint."""
-
-    def _generate(self, prompts: list[Any]) -> Any:
-        with self.sampling():
-            return super()._generate(prompts)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Renders each prompt with its own tools, where TRL knows only tools that all prompts share."""
@@ -106,8 +75,7 @@ class RolloutSteps:
         return self.all_rewards
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.scoring(model):
-            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
         self.log_probs = result[0]
         return result
 
@@ -168,30 +136,9 @@ class RolloutSteps:
             tokens = tokens * passes / self.args.steps_per_generation  # type: ignore[attr-defined]
         return (values * policy_mask(batch)).sum() / tokens
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        self.load_extra_state(Path(resume_from_checkpoint))
-
-    def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
-        """Returns the log-probabilities of a rollout's completions, (batch, time)."""
-        inputs = {name: rollout[name] for name in EXTRA_INPUTS if name in rollout}
-        return self._get_per_token_logps_and_entropies(
-            self.model,  # type: ignore[attr-defined]
-            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
-            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
-            rollout["completion_ids"].shape[1],
-            batch_size=batch_size,
-            **inputs,
-        )[0]
-
     def note(self, name: str, value: float) -> None:
         """Adds a value to the metric of that name, which is logged as a mean."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
-
-    def end_passes(self) -> None:
-        """Makes the next forward pass sample a new rollout; call it between optimizer steps."""
-        per_rollout = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
-        self._step += -self._step % per_rollout  # type: ignore[has-type]
 
 
 @contextmanager
@@ -209,17 +156,15 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
 
 
 class ResumableRollouts:
-    """Mixin for a GRPOTrainer: takes its reference as a model, and resumes in the middle of a rollout.
-
-    `reference` is a whole model's frozen reference; None where there is none, or where the policy without adapters is.
-    """
+    """Mixin for a GRPOTrainer: takes a whole model's frozen reference as a model, and resumes in the middle of a
+    rollout."""
 
     def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
         self.prepared: dict[str, Any] | None = None
         with reference_is(reference):
             super().__init__(**kwargs)
 
-    def rollout_state(self) -> dict[str, Any]:
+    def rollout_state(self, step: int) -> dict[str, Any]:
         """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
         waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
         return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}

@@ -4,9 +4,8 @@ What it learns from, and its loss, are in `ppo_trainer.py`.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,9 @@ FILE = "critic.safetensors"
 class Critic(nn.Module):
     """Value function: predicts the return at each token, via hooks on the policy's forward passes.
 
-    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, and it runs inside the
-    policy's forward. It is excluded from the policy's state dict: checkpoints store it separately, exports do not
-    include it.
-
-    A `separate` critic has a copy of the policy's backbone, which shares frozen tensors with it (with LoRA it is a
-    second set of adapters on the base), or the backbone and head (`score`, one label) of the sequence classifier
-    `scorer`.
+    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, but in no state dict of
+    it: checkpoints store it separately. A `separate` critic has a copy of the policy's backbone, which shares frozen
+    tensors (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
     """
 
     def __init__(
@@ -55,8 +50,8 @@ class Critic(nn.Module):
         policy.critic = self
         object.__setattr__(self, "policy", policy)  # kept outside the module tree: a parent reference would be a cycle
         if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
-            policy.save_pretrained = self._without_critic(policy.save_pretrained)
-            policy.load_adapter = self._without_critic(policy.load_adapter)
+            policy.save_pretrained = self.detached()(policy.save_pretrained)
+            policy.load_adapter = self.detached()(policy.load_adapter)
 
     @contextmanager
     def collect_values(self) -> Iterator[list[Tensor]]:
@@ -69,29 +64,20 @@ class Critic(nn.Module):
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """Temporarily removes the critic from the policy's modules."""
+        """Removes the critic from the policy's modules within, or within each call of a method it decorates."""
         del self.policy.critic
         try:
             yield
         finally:
             self.policy.critic = self
 
-    def _without_critic(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.detached():
-                return method(*args, **kwargs)
-
-        return call
-
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.collected is not None:
-            self.collected.append(self._values(output if self.backbone is None else self.backbone(*args, **kwargs)))
-
-    def _values(self, output: Any) -> Tensor:
+        if self.collected is None:
+            return
+        output = output if self.backbone is None else self.backbone(*args, **kwargs)
         hidden = output.last_hidden_state  # (batch, time, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+            self.collected.append(self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float())
 
     def trained(self) -> dict[str, Tensor]:
         """Returns the trainable parameters by name; frozen ones are restored from their source."""
@@ -114,6 +100,3 @@ class Critic(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Is empty, so that no export of the policy has a part of the critic in it."""
         return kwargs.get("destination", args[0] if args else {})
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a critic is restored with load(folder)")

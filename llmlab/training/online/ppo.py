@@ -81,21 +81,20 @@ def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel
     source = settings.value_checkpoint
     if source is None:
         return None
+    where = f"value_checkpoint = {source}:"
     adapter = read_adapter(source)
     kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
     if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
         raise UserError(
-            f"value_checkpoint = {source}: it has no score head (found {', '.join(kinds) or 'none'}), and a new "
-            "one would be random; expected a run folder of llmlab reward"
+            f"{where} it has no score head (found {', '.join(kinds) or 'none'}), and a new one would be random; "
+            "expected a run folder of llmlab reward"
         )
     scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)
     if not isinstance(getattr(scorer, "score", None), nn.Linear):
-        raise UserError(
-            f"value_checkpoint = {source}: model_type = {scorer.config.model_type}: it does not score at each token; "
-            "expected a run folder of llmlab reward"
-        )
+        kind = f"model_type = {scorer.config.model_type}"
+        raise UserError(f"{where} {kind}: it does not score at each token; expected a run folder of llmlab reward")
     if load_tokenizer(source).get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"value_checkpoint = {source}: it has another vocabulary than the policy; leave it out")
+        raise UserError(f"{where} it has another vocabulary than the policy; leave it out")
     fit_vocabulary(scorer, policy.tokenizer)
     return get_peft_model(scorer, lora_config(scorer, settings, task="SEQ_CLS")) if run.with_adapters else scorer
 

@@ -4,8 +4,8 @@ Sampling, vLLM, tools, environments, reward functions, the clipped policy loss a
 critic is in `critic.py`, the formulas in `advantages.py`. Settings, data and run folders are `ppo.py`'s.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.training.online._trl import RolloutSteps, keep_out_of_exports, policy_mask
+from llmlab.training.online._trl import RolloutSteps, policy_mask
 from llmlab.training.online.advantages import (
     explained_variance,
     gae,
@@ -29,6 +29,16 @@ from llmlab.training.online.advantages import (
     whiten,
 )
 from llmlab.training.online.critic import Critic
+
+PRIVATE_NAMES = {  # of GRPOTrainer, in addition to those in `_trl.py`; contract-tested
+    # the critic's values come from the policy's forward passes; vLLM must not see its weights
+    "trl.GRPOTrainer._generate": ("self", "prompts"),
+    "trl.GRPOTrainer._get_per_token_logps_and_entropies": (
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "..."),
+    ),
+    # the critic is loaded from its own file
+    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+}
 
 
 @dataclass
@@ -93,21 +103,31 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if args.disable_dropout:
             _disable_dropout(self.model)  # TRL leaves dropout in attention on
         if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
-            keep_out_of_exports(self.model, (f"critic.{name}" for name, _ in self.critic.named_parameters()))
+            names = {f"critic.{name}" for name, _ in self.critic.named_parameters()}
+            self.model._keys_to_ignore_on_save = names.union(self.model._keys_to_ignore_on_save or ())
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
 
-    def sampling(self) -> AbstractContextManager[None]:
-        return self.critic.detached() if self.use_vllm else nullcontext()  # vLLM is sent every weight that it sees
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self.critic.detached() if self.use_vllm else nullcontext():  # vLLM is sent every weight that it sees
+            return super()._generate(prompts)
 
-    @contextmanager
-    def scoring(self, model: nn.Module) -> Iterator[None]:
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Keeps the values of the policy's forward passes."""
+        score = super()._get_per_token_logps_and_entropies
         if model is self.ref_model or not _adapters_are_on(self.accelerator.unwrap_model(self.model)):
-            yield
-            return
-        with self.critic.collect_values() as values:
-            yield
-        self.all_values = values  # (batch, prompt and completion), one of each forward pass
+            return score(model, *args, **kwargs)
+        with self.critic.collect_values() as self.all_values:  # (batch, prompt and completion), one a forward pass
+            return score(model, *args, **kwargs)
+
+    def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
+        """Returns the log-probabilities of a rollout's completions, (batch, time)."""
+        return self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
+            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
+            rollout["completion_ids"].shape[1],
+            batch_size=batch_size,
+        )[0]
 
     def values_of(self, time: int) -> Tensor:
         """Returns the last scored values, (batch, time): a state's value is that of the token before the action."""
@@ -170,7 +190,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
             if self.args.stop_kl is not None:
                 self.note("early_stop", float(far))
             if far:
-                self.end_passes()
+                # the next forward pass samples a new rollout
+                self._step += -self._step % (self.args.steps_per_generation * self.num_iterations)
             self.divergences = []
         return loss
 
@@ -179,8 +200,9 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if _internal_call and self.args.should_save:  # a checkpoint; the critic is no part of an export
             self.critic.save(Path(output_dir))
 
-    def load_extra_state(self, checkpoint: Path) -> None:
-        self.critic.load(checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.critic.load(Path(resume_from_checkpoint))
 
     @property
     def _batch_size(self) -> int:

@@ -12,16 +12,16 @@ from transformers import TrainerCallback
 
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.compose import compose
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
+from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, describe_evaluation, describe_optimizer
+from llmlab.runs.run import Run
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
-from llmlab.training.online.callbacks import OnlineMetrics, RolloutState, StopWithoutSignal
-from llmlab.training.online.kl import AdaptiveKL, KLController
+from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -29,8 +29,8 @@ RewardFunction = Reward | Callable[..., Any]
 class OnlineRun(Run[S]):
     """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
 
-    def __init__(self, *args: Any, **claimed: Any):
-        super().__init__(*args, **claimed)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.settings = settings = self.settings.in_steps(self.process.num_processes)
         self.rollout = settings.rollout(self.process.num_processes)
         if settings.use_vllm and find_spec("vllm") is None:
@@ -39,7 +39,10 @@ class OnlineRun(Run[S]):
     def load(self, rewards: Sequence[RewardFunction]) -> None:
         """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
-        self.reward = self._compose(rewards)
+        named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
+        self.reward = compose(
+            [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
+        )
         self.policy = self.load_policy(attach=False)
         self.reference, self.reference_name = None, "none, since init_kl_coef is 0"
         if settings.init_kl_coef > 0:
@@ -51,37 +54,24 @@ class OnlineRun(Run[S]):
                 "the policy with its adapters disabled; leave it out, or set use_lora=false"
             )
 
-    def _compose(self, functions: Sequence[RewardFunction]) -> ComposedReward:
-        settings, allow_code = self.settings, may_run_code(self.resolved)
-        named = settings.all_rewards() if settings.rewards or settings.reward_model or not functions else []
-        return compose([*named, *functions], normalize=settings.normalize_rewards, allow_code=allow_code)
-
-    def read_prompts(self) -> Rows:
-        """Returns the prompts of the stage's sources, as the trainer and rewards take them."""
+    def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
+        """Reads the prompts and returns the trainer; validation prompts get one completion each, and their reward is
+        the best."""
         settings, processes = self.settings, self.process.num_processes
         rows = self.build_rows(
             PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
             rows_per_step=settings.batch_size / self.rollout.updates,
             rows_per_batch=settings.mini_batch_size * processes,
-            eval_batches=settings.eval_batches,
         )
         if len(rows.train) < settings.batch_size:
             raise UserError(
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
                 "give more, or a smaller batch_size"
             )
-        return Rows(decode_prompts(rows.train), rows.validation and decode_prompts(rows.validation), rows.reports)
-
-    def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
-        """Reads the prompts and returns the stage's trainer; `arguments` and `options` are specific to this stage.
-
-        Validation prompts get one completion each, and the best checkpoint has the highest reward on them.
-        """
-        self.prompts = self.read_prompts()
-        steps = self.settings.steps_for(len(self.prompts.train), self.process.num_processes)
-        self.settings = settings = self.settings.model_copy(update={"max_steps": steps})
-        evaluates = self.prompts.validation is not None
-        best = {"metric_for_best_model": "eval_reward", "greater_is_better": True} if evaluates else {}
+        validation = rows.validation and decode_prompts(rows.validation)
+        self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
+        steps = settings.steps_for(len(rows.train), processes)
+        self.settings = settings.model_copy(update={"max_steps": steps})
         return self.make_trainer(
             trainer,
             config,
@@ -92,8 +82,7 @@ class OnlineRun(Run[S]):
                 "generation_batch_size": self.rollout.completions,
                 "per_device_eval_batch_size": settings.mini_batch_size,
                 "num_generations_eval": 1,
-                "eval_on_start": evaluates and self.checkpoint is None,
-                **best,
+                "eval_on_start": validation is not None and self.checkpoint is None,
                 **arguments,
             },
             best_metric="reward",
@@ -107,56 +96,49 @@ class OnlineRun(Run[S]):
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
     ) -> RunResult:
         """Trains; `plan` and `parents` are added to the common ones."""
-        weights = {name: part.weight for name, part in self.reward.components.items()}
-        return self.train(
-            trainer,
-            steps=self.settings.max_steps,
-            plan=[
-                *self.policy.rows(trainer.model),
-                ("reference", self.reference_name),
-                *plan,
-                *self._describe(weights, temperature),
-            ],
-            parents=[*self.policy.parents, *parents],
-            data={**self.prompts.record(), "rewards": weights},
-            callbacks=self._callbacks(trainer),
-        )
-
-    def _describe(self, weights: dict[str, float], temperature: float) -> list[tuple[str, Any]]:
-        """Returns the plan's lines about prompts, rewards, rollouts and steps."""
         settings, prompts, rollout = self.settings, self.prompts, self.rollout
+        weights = {name: part.weight for name, part in self.reward.components.items()}
+        callbacks: list[TrainerCallback] = [  # in reverse order of execution
+            ProcessState(
+                "rollout.pt",
+                trainer,
+                self.checkpoint,
+                trainer.rollout_state,
+                trainer.load_rollout_state,
+                required=False,
+            ),
+            StopWithoutSignal(settings.stop_patience, settings.max_new_tokens),
+        ]
+        if settings.adaptive_kl:
+            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
+            callbacks.append(AdaptiveKL(trainer, controller, rollout.completions / rollout.updates))
         prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
         sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
         if settings.top_p < 1 or settings.top_k:
             # the loss takes the log-probabilities of the whole distribution
             sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
-        rewards = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-        return [
-            ("data", prompts.summary()),
-            ("rewards", rewards + (", to [0, 1]" if self.reward.normalize else "")),
-            (
-                "rollout",
-                f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
-                f"{settings.max_new_tokens} tokens; {sampling}",
-            ),
-            (
-                "steps",
-                f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
-                f"{rollout.per_update} completions a step)",
-            ),
-            describe_evaluation(settings, settings.eval_batches, evaluates=prompts.validation is not None),
-            describe_optimizer(settings, settings.max_steps),
-        ]
-
-    def _callbacks(self, trainer: Any) -> list[TrainerCallback]:
-        """Returns the callbacks that add metrics; in reverse order of execution."""
-        settings = self.settings
-        callbacks: list[TrainerCallback] = [
-            RolloutState(trainer, self.checkpoint),
-            StopWithoutSignal(settings.stop_patience, max_new_tokens=settings.max_new_tokens),
-        ]
-        if settings.adaptive_kl:
-            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-            per_step = self.rollout.completions / self.rollout.updates
-            callbacks.append(AdaptiveKL(trainer, controller, samples_per_step=per_step, checkpoint=self.checkpoint))
-        return [*callbacks, OnlineMetrics()]
+        shares = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+        return self.train(
+            trainer,
+            steps=settings.max_steps,
+            plan=[
+                *self.policy.rows(trainer.model),
+                ("reference", self.reference_name),
+                *plan,
+                ("data", prompts.summary()),
+                ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
+                (
+                    "rollout",
+                    f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
+                    f"{settings.max_new_tokens} tokens; {sampling}",
+                ),
+                (
+                    "steps",
+                    f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
+                    f"{rollout.per_update} completions a step)",
+                ),
+            ],
+            parents=[*self.policy.parents, *parents],
+            data={**prompts.record(), "rewards": weights},
+            callbacks=[*callbacks, OnlineMetrics()],
+        )

@@ -33,8 +33,13 @@ def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:
     """
     policy = run.load_policy(attach=False)
     reference, description = load_reference(run.settings, policy)
-    data = run.read_pairs(policy)
-    trainer = run.make_pair_trainer(
-        LLMLabDPOTrainer, DPOConfig, policy, data, ref_model=reference, peft_config=policy.new_adapters(run.settings)
+    return run.train_pairs(
+        LLMLabDPOTrainer,
+        DPOConfig,
+        policy,
+        run.read_pairs(policy),
+        plan=[("reference", description)],
+        beta=run.settings.beta,
+        ref_model=reference,
+        peft_config=policy.new_adapters(run.settings),
     )
-    return run.train_pairs(trainer, policy, data, plan=[("reference", description)], beta=run.settings.beta)

@@ -21,10 +21,9 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
 class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers, on tokenized pairs.
+    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes.
 
-    The NLL term is a mean over the tokens of an optimizer step (TRL: of a forward pass), the odds-ratio term a mean
-    over its pairs, so that neither depends on `mini_batch_size` or on the number of processes.
+    The NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -64,10 +63,14 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     """
     policy = run.load_policy()
     data = run.read_pairs(policy)
-    keep_columns = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
-    trainer = run.make_pair_trainer(LLMLabORPOTrainer, ORPOConfig, policy, data, arguments=keep_columns)
-    # this trainer counts no tokens
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
-    rows = run.settings.mini_batch_size * trainer.args.gradient_accumulation_steps * run.process.num_processes
-    run.progress.tokens_per_step = round(tokens * rows)
-    return run.train_pairs(trainer, policy, data)
+    processes = run.process.num_processes
+    rows = run.settings.mini_batch_size * run.settings.accumulation(processes) * processes
+    return run.train_pairs(
+        LLMLabORPOTrainer,
+        ORPOConfig,
+        policy,
+        data,
+        arguments={"remove_unused_columns": False},  # its collator needs columns that are not model inputs
+        progress={"tokens_per_step": round(tokens * rows)},  # this trainer counts no tokens
+    )

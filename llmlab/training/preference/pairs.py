@@ -41,21 +41,13 @@ class Comparison(NamedTuple):
 
 
 class PairsReport(NamedTuple):
-    """The result of sampling: pairs, counts and mean scores.
-
-    Attributes:
-        pairs: the rows for the file.
-        prompts: how many there were, those that could not be read included.
-        mean: mean score of all completions; None where no reward applied.
-        best, worst: means over prompts of the highest and the lowest score.
-        without: prompts that gave no pair, by reason.
-    """
+    """The result of sampling; scores are None where no reward applied, `without` counts prompts that gave no pair."""
 
     pairs: list[Row]
-    prompts: int
+    prompts: int  # those that could not be read included
     completions: int
-    mean: float | None
-    best: float | None
+    mean: float | None  # of all completions
+    best: float | None  # mean over prompts
     worst: float | None
     without: Counter[str]
 
@@ -84,13 +76,10 @@ def sample_pairs(
     num_samples: int = 4,
     min_difference: float = 0.1,
     seed: int | None = None,
-    batch_size: int = 16,
 ) -> Iterator[Comparison]:
-    """Samples and scores completions of each prompt; the best and the worst form a pair where their scores differ by
-    `min_difference`.
+    """Samples completions of each prompt; the best and the worst are a pair where scores differ by `min_difference`.
 
-    An empty completion is in no pair.  One that was truncated, as far as its text shows, is never the chosen one: the
-    chat template would end the turn where it breaks off.
+    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
     """
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
@@ -106,7 +95,6 @@ def sample_pairs(
         sampling,
         num_samples=num_samples,
         seed=seed,
-        batch_size=batch_size,
     )
     for prompt, length, fit in zip(prompts, lengths, fits, strict=True):
         if not fit:

@@ -8,20 +8,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
 from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
-from llmlab.adapters import lora_config
-from llmlab.data import load_tokenizer
-from llmlab.data.chat.rendering import add_chat_template
-from llmlab.model import fit_vocabulary, load_classifier, read_adapter
 from llmlab.runs.optimizers import StageTrainer
-from llmlab.runs.policy import Policy, prepare_quantized, quantization_config
-from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.record import RunResult
-from llmlab.runs.run import Run, training_stage
-from llmlab.settings.errors import UserError
+from llmlab.runs.run import training_stage
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
@@ -55,36 +47,10 @@ def reward(run: PreferenceRun[RewardModelSettings]) -> RunResult:
 
     Source: Stiennon et al. 2020 (arXiv:2009.01325); seed, LLM-Lab document, "PPO-Specific Parameters".
     """
-    with quiet_libraries():
-        policy = load_score_model(run)
+    policy = run.load_policy(task="SEQ_CLS")
     data = run.read_pairs(policy)
     answers = replace(data, train=join_prompts(data.train), validation=join_prompts(data.validation))
-    trainer = run.make_pair_trainer(LLMLabRewardTrainer, RewardConfig, policy, answers)
-    return run.train_pairs(trainer, policy, data)
-
-
-def load_score_model(run: Run[Any]) -> Policy:
-    """Loads the initial model with a new scalar head, and its tokenizer."""
-    settings, source = run.settings, run.settings.policy_checkpoint
-    if read_adapter(source) is not None:
-        raise UserError(
-            f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
-        )
-    dtype = run.hardware.torch_dtype if settings.use_lora else torch.float32
-    quantization = quantization_config(settings, run.hardware)
-    model = load_classifier(source, dtype=dtype, quantization_config=quantization)
-    tokenizer = load_tokenizer(source)
-    new_tokens = add_chat_template(tokenizer, settings.chat_template)
-    fit_vocabulary(model, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if quantization is not None:
-        model = prepare_quantized(model)
-    if settings.use_lora:
-        ids = tokenizer.convert_tokens_to_ids(new_tokens)
-        model = get_peft_model(model, lora_config(model, settings, ids, task="SEQ_CLS"))
-    return Policy(model, tokenizer, [source], (), new_tokens)
+    return run.train_pairs(LLMLabRewardTrainer, RewardConfig, policy, answers)
 
 
 def join_prompts(pairs: Dataset | None) -> Dataset | None:

@@ -1,15 +1,16 @@
 """What the stages that learn from preference pairs share: reading pairs, training, and the metrics of pairs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import Rows
-from llmlab.runs.callbacks import perplexity
+from llmlab.runs.callbacks import StageMetrics, perplexity
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunResult
@@ -44,53 +45,54 @@ class PreferenceRun(Run[S]):
             ),
             rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
             rows_per_batch=settings.mini_batch_size * processes,
-            eval_batches=settings.eval_batches,
         )
-
-    def make_pair_trainer(
-        self, trainer: type[Trainer], config: type[TrainingArguments], policy: Policy, data: Any, **options: Any
-    ) -> Any:
-        """Returns the stage's trainer for a policy and pairs; `options` are those of `make_trainer`."""
-        settings = self.settings
-        arguments = {
-            "per_device_eval_batch_size": settings.mini_batch_size,
-            "prediction_loss_only": True,
-            "gradient_accumulation_steps": settings.accumulation(self.process.num_processes),
-            "eval_on_start": data.validation is not None and self.checkpoint is None,
-            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-            **options.pop("arguments", {}),
-        }
-        return self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
 
     def train_pairs(
         self,
-        trainer: Any,
+        trainer: type[Trainer],
+        config: type[TrainingArguments],
         policy: Policy,
         data: Rows,
         *,
         plan: Sequence[tuple[str, str]] = (),
         beta: float | None = None,
+        arguments: dict[str, Any] | None = None,
+        **options: Any,
     ) -> RunResult:
-        """Trains what `make_pair_trainer` returned; `plan` has the stage's own rows, `beta` goes to
-        `PreferenceMetrics`."""
+        """Trains a policy on pairs; `plan` has the stage's own rows, `beta` goes to `PreferenceMetrics`, `arguments`
+        and `options` to `make_trainer`."""
         settings, processes = self.settings, self.process.num_processes
         size, accumulation = settings.mini_batch_size, settings.accumulation(processes)
-        return self.train_rows(
+        made = self.make_trainer(
             trainer,
+            config,
+            policy.model,
+            policy.tokenizer,
+            data,
+            arguments={
+                "per_device_eval_batch_size": size,
+                "prediction_loss_only": True,
+                "gradient_accumulation_steps": accumulation,
+                "eval_on_start": data.validation is not None and self.checkpoint is None,
+                **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+                **(arguments or {}),
+            },
+            **options,
+        )
+        return self.train_rows(
+            made,
             policy,
             data,
             rows_per_batch=size * processes,
             accumulation=accumulation,
-            eval_batches=settings.eval_batches,
             batch=f"{size * processes * accumulation} pairs ({size} x {accumulation} x {processes})",
             plan=plan,
-            callbacks=[PreferenceMetrics(self.progress, beta=beta)],
+            callbacks=[PreferenceMetrics(self.progress, beta)],
         )
 
 
 class StepMeanLoss:
-    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step, independent of
-    mini_batch_size.
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step.
 
     TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
     """
@@ -115,39 +117,25 @@ class StepMeanLoss:
         return loss * self.count_pairs(inputs)[0] / self.sizes[0]
 
 
-class PreferenceMetrics(TrainerCallback):
-    """Gives TRL's metrics the names used here, and warns of DPO's best-known failure.
+@dataclass(eq=False)
+class PreferenceMetrics(StageMetrics):
+    """Gives TRL's metrics the names used here, and warns once when both log-probabilities fall for `patience` lines.
 
-    `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference of the
-    two rewards, `chosen_logp` and `rejected_logp` the log-probabilities of whole answers in nats. With a reference
-    model, `kl` is the mean log-ratio of policy and reference over the tokens of both answers, in nats per token: 0
-    before the first step. It estimates their divergence on the data's answers, not on the policy's own, so it may be
-    negative.
-
-    `beta` is the loss's; None where there is no reference model. After `patience` logged lines in a row with both
-    log-probabilities lower than at first, it warns once.
+    `win_rate` is the share of pairs whose chosen answer has the higher reward, `margin` the mean difference. `kl` is
+    the mean log-ratio of policy and reference per token of the data's answers (not the policy's own: it may be
+    negative).
     """
 
-    def __init__(self, progress: ProgressLine, *, beta: float | None, patience: int = 5):
-        self.progress = progress
-        self.beta = beta
-        self.patience = patience
-        self.first: tuple[float, float] | None = None
-        self.falling = 0
-        self.warned = False
+    progress: ProgressLine
+    beta: float | None
+    patience: int = 5
+    first: tuple[float, float] | None = None
+    falling: int = 0
+    warned: bool = False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for theirs, ours in NAMES.items():
-            if prefix + theirs in logs:
-                logs[prefix + ours] = logs.pop(prefix + theirs)
+    names = NAMES
+
+    def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
             logs[f"{prefix}win_rate"] = 0.5  # policy and reference are still equal: every pair is a tie
         if self.beta is not None and f"{prefix}rewards/chosen" in logs:
@@ -155,7 +143,6 @@ class PreferenceMetrics(TrainerCallback):
             logs[f"{prefix}kl"] = both / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
-        state.log_history[-1] = {**logs, "step": state.global_step}  # the trainer kept a copy under its own names
         if not prefix and "chosen_logp" in logs:
             self._watch((logs["chosen_logp"], logs["rejected_logp"]))
 
