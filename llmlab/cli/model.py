@@ -106,13 +106,20 @@ def _print_parameters(console: Terminal, size: "ModelSize") -> None:
 
 def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batch_size: int) -> None:
     """Prints what training takes; activations are estimated where a length is known."""
+    from rich.table import Column
+
     from llmlab.model.size import OPTIMIZERS
 
     what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
     columns = ["weights", "gradients", "states"]
     columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
     title = f"\nTraining memory in GB, {what}"
-    memory = make_table("optimizer", *map(numeric, columns), title=title, title_justify="left")
+    memory = make_table(
+        Column("optimizer", no_wrap=True),
+        *(Column(name, justify="right") for name in columns),
+        title=title,
+        title_justify="left",
+    )
     for name in OPTIMIZERS:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
         if length is None:

@@ -15,6 +15,7 @@ from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, 
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.training import TrainingSettings
 from llmlab.settings.trust import allow_remote_code
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, make_table, safe, say
@@ -78,7 +79,7 @@ def stage_command(name: str) -> Callable[..., None]:
         resolved = resolve(kind, *layers)
         print_warnings(resolved.warnings)
         if save_config is not None:
-            dump({"stage": name, **resolved.settings.model_dump(mode="json")}, save_config)
+            dump({"stage": name, **resolved.settings.recorded()}, save_config)
         elif show_config:
             print_config(resolved)
         else:
@@ -95,7 +96,7 @@ def stage_command(name: str) -> Callable[..., None]:
     fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
     parameters = fixed + [
         inspect.Parameter(
-            spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(setting, spelling)
+            spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(setting, spelling, kind)
         )
         for setting, spelling in _spellings(kind)
     ]
@@ -132,7 +133,10 @@ def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
     from llmlab.runs.record import RECORD, started_in
 
     folder = find_run(resume)[0]
-    run = open_run(folder)
+    try:
+        run = open_run(folder)
+    except UserError as error:
+        raise UserError(f"--resume {error}") from None
     if run.stage != stage:
         raise UserError(f"--resume {resume}: this run is of stage '{run.stage}', not '{stage}'")
     started = started_in(folder, run.record)
@@ -219,7 +223,7 @@ def _spellings(kind: type[Settings]) -> list[tuple[Setting, str]]:
     return [(s, spelling) for s in fields_of(kind) for spelling in s.spellings if table[spelling] is s]
 
 
-def _option(setting: Setting, spelling: str) -> Any:
+def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:
     """Returns the option of one spelling, as an annotation; only that of a setting's own name is in the help."""
     flag = spelling.replace("_", "-")
     is_flag = setting.type_name == "true | false"
@@ -228,7 +232,7 @@ def _option(setting: Setting, spelling: str) -> Any:
         flags.append("-o")
     info = typer.Option(
         *flags,
-        help=_describe(setting),
+        help=_describe(setting, trains=issubclass(kind, TrainingSettings)),
         hidden=spelling != setting.name,
         metavar=None if is_flag else _metavar(setting),
         show_default=False,
@@ -237,14 +241,14 @@ def _option(setting: Setting, spelling: str) -> Any:
     return Annotated[bool | None if is_flag else list[str] | None, info]  # a list, to see what is given twice
 
 
-def _describe(setting: Setting) -> str:
+def _describe(setting: Setting, *, trains: bool) -> str:
     """Returns a setting's help with its bounds, condition, default and TRL field, for rich's markup."""
     trl, condition = setting.marker(Trl), setting.marker(When)
     facts = [
         setting.bounds,
         f"only when {condition}" if condition else "",
         f"default: {setting.shown_default}",
-        f"TRL: {trl.name}" if trl else "",
+        f"TRL: {trl.name}" if trl and trains else "",
     ]
     plain = f"[{'; '.join(filter(None, facts))}]"
     return f"{safe(setting.help)} [dim]{safe(plain)}[/dim]"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmlab.settings.base import Setting, Trl, When, fields_of, spellings_of
 from llmlab.settings.files import write_atomically
+from llmlab.settings.training import TrainingSettings
 from llmlab.stages import STAGES
 
 HEADER = """# Options
@@ -27,11 +28,13 @@ def render() -> str:
             panels.setdefault(setting.owner.panel, []).append(setting)
         for panel, settings in panels.items():
             parts.append(f"\n### {panel}\n\n{COLUMNS}")
-            parts += [_row(setting, spellings_of(stage.settings_class)) for setting in settings]
+            kind = stage.settings_class
+            trains = issubclass(kind, TrainingSettings)
+            parts += [_row(setting, spellings_of(kind), trains=trains) for setting in settings]
     return "".join(parts)
 
 
-def _row(setting: Setting, table: dict[str, Setting]) -> str:
+def _row(setting: Setting, table: dict[str, Setting], *, trains: bool) -> str:
     condition, trl = setting.marker(When), setting.marker(Trl)
     meaning = setting.help + (f" Only when {condition}." if condition else "")
     others = [name for name in setting.spellings[1:] if table[name] is setting and not (trl and name == trl.name)]
@@ -40,7 +43,7 @@ def _row(setting: Setting, table: dict[str, Setting]) -> str:
         ", ".join(filter(None, [setting.type_name, setting.bounds])),
         f"`{setting.shown_default}`",
         meaning,
-        f"`{trl.name}`" if trl else "",
+        f"`{trl.name}`" if trl and trains else "",
         ", ".join(f"`{name}`" for name in others),
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"

@@ -228,9 +228,7 @@ def _print_tables(report: dict[str, Any], completions: list[Any], shown: int) ->
     _print_components(console, report)
     _print_histogram(console, *report["reward"]["histogram"].values())
     if groups:
-        console.print(
-            f"[dim]zero variance: share of the {groups:,} prompts whose completions all get the same value.[/]"
-        )
+        console.print(f"[dim]flat: share of the {groups:,} prompts whose completions all get the same value.[/]")
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
     same = [

@@ -40,8 +40,8 @@ STATUS_STYLES = {
 }
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
-LEFT_OUT = ("started", "took")  # on a narrow terminal, before
-SHRINKING = {"run": 12, "from": 12}  # have fewer characters than this
+LEFT_OUT = ("started", "took")  # first on a narrow terminal
+SHRINKING = {"run": 12, "from": 12}  # then, down to so many characters
 NAMES = Column(style="dim", overflow="fold")
 WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 

@@ -49,7 +49,7 @@ class Tally:
         if self.dropped.total() > allowed * self.rows:
             raise UserError(
                 f"{name}: {self.dropped.total():,} of {self.rows:,} rows cannot be used ({reasons}); "
-                f"mend them, or raise allow_dropped = {allowed:g}"
+                f"fix them, or raise allow_dropped = {allowed:g}"
             )
 
 

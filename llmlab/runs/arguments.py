@@ -24,6 +24,7 @@ SCHEDULERS = {
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
 }
 
+REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # argument: the package it needs
 
 # fields of the trainer's configuration that follow from a setting of another name
@@ -91,7 +92,10 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     if problems:
         raise SettingsError(problems)
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
-    for name, package in PACKAGES.items():  # late, the libraries' own complaint breaks whatever is loaded next
-        if settings.trainer_args.get(name) and find_spec(package) is None:
+    reporters = settings.trainer_args.get("report_to") or []
+    needed = [(name, package) for name, package in PACKAGES.items() if settings.trainer_args.get(name)]
+    needed += [("report_to", each) for each in ([reporters] if isinstance(reporters, str) else reporters)]
+    for name, package in needed:  # here, since the libraries' own errors break what is loaded after them
+        if package in (*PACKAGES.values(), *REPORTERS) and find_spec(package) is None:
             raise UserError(f"trainer_args.{name}: it needs {package}, which is not installed")
     return settings.trainer_args

@@ -23,6 +23,7 @@ KEY_METRICS = {  # headline metrics of stages in order of preference; other stag
     "tokenizer": ("vocab_size",),
     "merge": ("max_difference",),
     "sample": ("completions",),
+    "generate": ("completions",),  # as the stage was called before
     "ppo": ("eval_reward", "reward"),
     "grpo": ("eval_reward", "reward"),
 }
@@ -143,7 +144,11 @@ def open_run(folder: str | Path) -> RunFolder:
         near = next(parent for parent in folder.parents if parent.is_dir())
         at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
         known = [] if at_root else [str(run.folder) for run in find_runs(near)]
-        raise UserError(f"{folder}: there is no such run folder{did_you_mean(str(folder), known)}")
+        by_name = {Path(path).name: path for path in known}
+        hint = did_you_mean(str(folder), known) or did_you_mean(folder.name, by_name)
+        for name, path in by_name.items():
+            hint = hint.replace(f"'{name}'", f"'{path}'")
+        raise UserError(f"{folder}: there is no such run folder{hint}")
     if (folder.parent / RECORD).is_file():
         raise UserError(f"{folder}: this is no run folder; did you mean '{folder.parent}', which holds it?")
     inside = [str(run.folder) for run in find_runs(folder)] if folder.is_dir() else []

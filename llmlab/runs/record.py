@@ -7,10 +7,8 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -176,13 +174,29 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the repository's revision, if any; `rev-parse` runs nothing that its configuration names."""
-    command = ["git", "rev-parse", "--verify", "HEAD"]
-    with suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-        if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head):
-            return {"revision": head}
-    return None
+    """Returns the revision of the working directory's repository, or None outside one.
+
+    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
+    """
+    here = Path.cwd()
+    git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
+    if git is None:
+        return None
+    try:
+        if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
+            git = git.parent / _read(git).removeprefix("gitdir:").strip()
+        head = _read(git / "HEAD")
+        if head.startswith("ref:"):
+            name, common = head.removeprefix("ref:").strip(), git / _read(git / "commondir")
+            packed = re.search(f"^([0-9a-f]+) {re.escape(name)}$", _read(common / "packed-refs"), re.MULTILINE)
+            head = _read(git / name) or _read(common / name) or (packed[1] if packed else "")
+    except (OSError, ValueError):
+        return None
+    return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def _json(value: Any, indent: int | None = None) -> str:

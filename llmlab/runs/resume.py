@@ -40,12 +40,12 @@ def check_undamaged(checkpoint: Path) -> None:
 
 
 def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
-    """Returns what identifies each local data file: its size and its hash, or its time where they are too large."""
+    """Returns size, time and, unless they are too large together, the hash of each local data file."""
     sources = (*settings.datasets, *(settings.validation_datasets or ()))
     stats = {file: file.stat() for source in sources for file in files_of(source)}
     hashed = sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES
     return {
-        str(file): {"bytes": stat.st_size, **({"hash": _hash(file)} if hashed else {"modified": stat.st_mtime_ns})}
+        str(file): {"bytes": stat.st_size, "modified": stat.st_mtime_ns, **({"hash": _hash(file)} if hashed else {})}
         for file, stat in stats.items()
     }
 
@@ -55,12 +55,18 @@ def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool
     before = read_record(run).get("data_files", now)
     notes = []
     for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
+        if not _is_same(before.get(name, {}), now.get(name, {})):
             change = "is gone" if name not in now else "changed" if name in before else "is new"
             notes.append(f"{name}: this data file {change} since the run began")
     if notes and not allow_changed:
         raise SettingsError([f"{note}; --allow-changed-data resumes all the same" for note in notes])
     return notes
+
+
+def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a file's size and hash are the same; its time counts only where one of them has no hash."""
+    by = "hash" if "hash" in before and "hash" in now else "modified"
+    return bool(before and now) and (before.get("bytes"), before.get(by)) == (now.get("bytes"), now.get(by))
 
 
 def _hash(file: Path) -> str:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftModel
 from rich.console import Console
@@ -66,7 +66,7 @@ def training_stage(
     """
 
     def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
-        @wraps(function)
+        @wraps(function, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         def start_run(
             settings: Any,
             *,
@@ -76,6 +76,7 @@ def training_stage(
             console: Console | None = None,
             **options: Any,
         ) -> RunResult:
+            inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
             with begin(
                 run_class,
                 function.__name__,
@@ -87,10 +88,13 @@ def training_stage(
             ) as run:
                 return function(run, **options)
 
-        own = list(inspect.signature(function).parameters.values())[1:]
-        common = inspect.signature(start_run, follow_wrapped=False)
-        parameters = [*list(common.parameters.values())[:-1], *own]
-        start_run.__signature__ = common.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run, *own = inspect.signature(function).parameters.values()
+        signature = inspect.signature(start_run, follow_wrapped=False)
+        settings, *common, _ = signature.parameters.values()
+        kind = get_args(run.annotation)[0]  # of Run[...Settings]
+        parameters = [settings.replace(annotation=kind | Resolved[kind]), *common, *own]
+        start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
         return takes_trust(start_run)
 
@@ -194,12 +198,13 @@ class Run(Start[S]):
         data: dict[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
         fixed_length: bool = False,
+        optimizer_bytes: int | None = None,
         results: dict[str, float] | None = None,
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
 
         `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
-        last one first. `fixed_length` says that all rows have as many tokens.
+        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes` are by default AdamW's.
         """
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
@@ -217,7 +222,7 @@ class Run(Start[S]):
         record = None
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-            check_disk(self.folder, needed=(3 * 4 + 2 * 8) * trained)
+            check_disk(self.folder, needed=3 * 4 * trained + 2 * (optimizer_bytes or 8 * trained))
             record = RunRecord(
                 self.folder,
                 stage=self.stage,

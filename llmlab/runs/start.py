@@ -22,7 +22,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
 from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
-from llmlab.settings.errors import OfMainProcess, UserError
+from llmlab.settings.errors import OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 
@@ -134,5 +134,5 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
         kind = UserError if process.is_main_process else OfMainProcess
         raise kind(
             "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
-            "killed (most often for its memory); --resume goes on from the last checkpoint"
+            f"killed (most often for its memory); --resume continues from the last checkpoint ({reason_of(error)})"
         ) from error

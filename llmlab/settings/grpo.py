@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
+from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
@@ -33,3 +34,13 @@ class GRPOSettings(OnlineSettings):
     @property
     def completions_per_prompt(self) -> int:
         return self.group_size
+
+    @model_validator(mode="after")
+    def check_penalty(self) -> "GRPOSettings":
+        loss = self.trainer_args.get("loss_type", "dapo"), self.trainer_args.get("importance_sampling_level", "token")
+        if self.kl_penalty == "abs" and self.init_kl_coef > 0 and loss != ("dapo", "token"):
+            raise ValueError(
+                f"kl_penalty = abs: not supported with trainer_args loss_type = {loss[0]} and "
+                f"importance_sampling_level = {loss[1]}; expected dapo and token, TRL's defaults"
+            )
+        return self

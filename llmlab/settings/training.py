@@ -96,7 +96,7 @@ class FineTuningSettings(LoraSettings, TrainingSettings):
     max_grad_norm: v.MaxGradNorm = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
     max_samples: Annotated[int | None, Gt(0)] = None
-    """Training rows at most, a random sample; none is all."""
+    """Training rows at most, drawn at random from the beginning of each source (8,192 rows or more); none is all."""
     chat_template: PathName | None = None
     """Chat template: chatml or a Jinja file; none keeps the tokenizer's, or uses chatml where it has none."""
     save_every: v.SaveEvery = 500

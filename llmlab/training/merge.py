@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
@@ -92,14 +92,16 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     adapter = find_adapter(settings.adapter)
     config = read_config(adapter)
     base = settings.base or config.base_model_name_or_path
-    check_base(base, config, adapter, named=settings.base is not None)
+    base_dtype = check_base(base, config, adapter, named=settings.base is not None).get_text_config().dtype
     tokenizer = load_tokenizer(tokenizer_source(adapter, base))
     load = load_classifier if config.task_type == SEQ_CLS else load_model
-    model = load(base, dtype="auto")  # as saved
-    saved = model.dtype if model.dtype in DTYPES.values() else torch.float32
+    # stored weights may be wider than the configuration says: none is rounded before the adapter is merged
+    model = load(base, dtype="auto" if base_dtype is None else torch.float64)
+    saved = base_dtype or model.dtype
+    saved = saved if saved in DTYPES.values() else torch.float32
     dtype = saved if settings.dtype == "auto" else DTYPES[settings.dtype]
     model = model.double().eval()
-    with reading(adapter, "an adapter's weights, which are damaged or incomplete"):
+    with reading(adapter, "an adapter's weights"):
         weights = load_peft_weights(
             str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
         )
@@ -132,6 +134,8 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     if model.can_generate():
         if pad is not None:
             model.generation_config.pad_token_id = pad
+        ends = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
         try:
             model.generation_config.validate(strict=True)
         except ValueError:  # many published models name a temperature without saying that they sample
@@ -233,8 +237,8 @@ def read_config(adapter: Path) -> PeftConfig:
     return config
 
 
-def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bool) -> None:
-    """Refuses a base model that an adapter cannot be merged into; `named` says that the user named it."""
+def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bool) -> PreTrainedConfig:
+    """Returns the configuration of a base that an adapter can be merged into; `named` says that the user named it."""
     if not base:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: it names no base model; give it with --base")
     if (Path(base) / ADAPTER_CONFIG).is_file():
@@ -259,6 +263,7 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
             f"base = {base}: its weights are stored quantized ({getattr(method, 'value', method)}), and merging into "
             "them would lose the adapter's precision; give --base with the unquantized model"
         )
+    return base_config
 
 
 def tokenizer_source(adapter: Path, base: str) -> str:

@@ -149,6 +149,7 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
         parents=[settings.init_from or settings.model.tokenizer_name],
         data=corpus.report.record(),
         callbacks=callbacks,
+        optimizer_bytes=size.optimizer_bytes(settings.optimizer),
         fixed_length=True,
         results={} if entropy is None else {"unigram_entropy": entropy},
     )

@@ -109,6 +109,14 @@ def _prompts(form: Format) -> Format:
     return Format(form.name, form.columns, read)
 
 
+def _transcript_prompt(row: Row) -> list[Message]:
+    """The turns that both transcripts share, up to the last one that asks."""
+    turns = _pair(row, TRANSCRIPT.columns)[0]
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return turns
+
+
 def plain_text(column: str) -> Format:
     """The format of rows with their text in a column; read as turns, it is the user's."""
     return Format("plain text", (column,), lambda row: _prompt_turns(row[column]))
@@ -144,7 +152,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which
         _prompts(SHAREGPT),
         Format("question", ("question",), lambda row: _prompt_turns(row["question"])),
         Format("instruction", ("instruction",), lambda row: _alpaca({**row, "output": ""})[:-1]),
-        _prompts(TRANSCRIPT),
+        Format(TRANSCRIPT.name, TRANSCRIPT.columns, _transcript_prompt),
     ),
 }
 FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)

@@ -35,6 +35,7 @@ BATCH = 32_768  # rows that are read and rendered together
 ROWS, RECORD = "rows.arrow", "llmlab.json"
 VERSION = 4  # of the rendered rows: raise it with every change that alters them
 READ_AT_LEAST = 65_536  # rows of a source: so many are shuffled together, and a short run reads no fewer
+SAMPLED_FROM = 8_192  # rows of a source, at least, among which `max_samples` are drawn
 MARGIN = 0.1  # more rows are read than are needed: some are dropped
 PARALLEL_FROM = 5_000  # rows from which rendering in several processes pays
 
@@ -164,7 +165,7 @@ def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None
     if rows_needed is not None:
         limits.append(max(READ_AT_LEAST, math.ceil(share * rows_needed + MARGIN * share * rows_needed)))
     if max_samples is not None:
-        limits.append(math.ceil(share * max_samples + MARGIN * share * max_samples))
+        limits.append(max(SAMPLED_FROM, math.ceil(share * max_samples + MARGIN * share * max_samples)))
     return min(limits, default=None)
 
 

@@ -101,7 +101,7 @@ class RolloutSteps:
         for name in TOKEN_MEANS & metrics.keys():
             if len(metrics[name]) > before.get(name, 0):
                 metrics[name][-1] *= self.token_share
-        if metrics["entropy_coef"] and not self.use_adaptive_entropy:  # type: ignore[attr-defined]
+        if metrics.get("entropy_coef") and not self.use_adaptive_entropy:  # type: ignore[attr-defined]
             metrics["entropy_coef"][-1] = bonus  # not that of this forward pass
         return total
 

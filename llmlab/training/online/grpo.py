@@ -17,7 +17,6 @@ from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, policy_mask
 from llmlab.training.online.run import OnlineRun, RewardFunction
@@ -115,10 +114,4 @@ def grpo(run: OnlineRun[GRPOSettings], *, rewards: Sequence[RewardFunction] = ()
     """
     run.load(rewards)
     trainer = run.make_online_trainer(LLMLabGRPOTrainer, GRPOConfig, arguments={})
-    args = trainer.args
-    if run.settings.kl_penalty == "abs" and (args.loss_type, args.importance_sampling_level) != ("dapo", "token"):
-        raise UserError(
-            f"kl_penalty = abs: not supported with trainer_args loss_type = {args.loss_type} and "
-            f"importance_sampling_level = {args.importance_sampling_level}; expected dapo and token, the defaults"
-        )
     return run.train_online(trainer, temperature=run.settings.grpo_temperature)

@@ -228,7 +228,7 @@ def test_a_penalty_is_averaged_as_trl_averages_its_own(more, grpo_settings, quie
 
 @pytest.mark.parametrize("more", [{}, {"importance_sampling_level": "sequence"}], ids=str)
 def test_the_absolute_penalty_is_for_the_default_loss(more, grpo_settings, quiet):
-    with pytest.raises(UserError, match="kl_penalty = abs: not supported with trainer_args loss_type = grpo"):
+    with pytest.raises(ValueError, match="kl_penalty = abs: not supported with trainer_args loss_type = grpo"):
         grpo(grpo_settings(kl_penalty="abs", trainer_args={"loss_type": "grpo", **more}), console=quiet)
 
 
