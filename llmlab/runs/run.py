@@ -204,7 +204,7 @@ class Run(Start[S]):
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
 
         `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
-        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes` are by default AdamW's.
+        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes`: by default AdamW's.
         """
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
