@@ -167,9 +167,9 @@ def cost(options):
     from llmlab.data.chat.makers import InstructionEncoder
     from llmlab.data.chat.rows import build_rows
     from llmlab.hardware import probe
-    from llmlab.runs.arguments import build_arguments, rhythm_arguments
+    from llmlab.runs.arguments import build_arguments
     from llmlab.runs.policy import load_policy
-    from llmlab.training.sft import LLMLabSFTTrainer, trainer_arguments
+    from llmlab.training.sft import LLMLabSFTTrainer
 
     def make(name, callbacks, folder):
         if name == "trl":
@@ -185,8 +185,8 @@ def cost(options):
                 SFTConfig,
                 settings,
                 machine,
-                **rhythm_arguments(settings, evaluates=False),
-                **trainer_arguments(settings),
+                prediction_loss_only=True,
+                save_strategy="no",
             ),
             train_dataset=data.train,
             processing_class=policy.tokenizer,

@@ -85,10 +85,10 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
 
     from llmlab.hardware import probe
     from llmlab.model import build_config, new_model
-    from llmlab.runs.arguments import build_arguments, rhythm_arguments
+    from llmlab.runs.arguments import build_arguments
     from llmlab.runs.compile import compile_layers
     from llmlab.settings.pretrain import PretrainSettings
-    from llmlab.training.pretrain import PretrainTrainer, trainer_arguments
+    from llmlab.training.pretrain import PretrainTrainer
 
     settings = PretrainSettings(
         model={
@@ -113,10 +113,11 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
         TrainingArguments,
         settings,
         probe(),
-        **rhythm_arguments(settings, evaluates=False),
-        **trainer_arguments(settings),
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        save_strategy="no",  # a checkpoint is no part of a step
     )
-    arguments.save_strategy = "no"  # a checkpoint is no part of a step
     trainer = PretrainTrainer(
         settings,
         model=new_model(build_config(settings.model)),

@@ -132,7 +132,7 @@ def _check_parameters(target: Callable[..., Any], values: dict[str, Any], custom
             problems.append(f"unknown parameter '{name}'{did_you_mean(name, known)} ({takes})")
             continue
         try:
-            checked[name] = value if custom else TypeAdapter(types[name]).validate_python(value)
+            checked[name] = value if custom else TypeAdapter(types.get(name, Any)).validate_python(value)
         except ValidationError as error:
             problems.append(f"{name} = {show(value)}: {_sentence(error.errors()[0]['msg'])}")
     if values.get("column") in defaults:

@@ -198,3 +198,15 @@ def test_what_trl_parses_by_a_response_template_is_read_the_same(tmp_path):
     called = reply(f"<think>{WELL_FORMED['Hermes']}</think>{WELL_FORMED['Hermes']}")
     assert "tool_calls" in called[0] and tool_calls(called) == [ADD]
     assert [call.name for call in tool_calls(reply("<tool_call>{broken</tool_call>"))] == [None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>a</think>\n<think>b</think>\n{"name": "f", "arguments": {}}',
+        'Sure. <think>a</think>{"name": "f", "arguments": {}}',
+        '{"type": "function", "function": {"name": "f", "arguments": {}}}',
+    ],
+)
+def test_bare_calls_after_thinking_and_of_openai_are_calls(text):
+    assert [call.name for call in calls_in_text(text)] == ["f"]

@@ -103,6 +103,22 @@ def test_a_function_of_ones_own(own, tmp_path):
     assert composed(["x"]) == [pytest.approx(3 / 9)]
 
 
+@pytest.mark.parametrize("name", ["bound", "instance", "annotated"])
+def test_callables_of_any_kind_serve_as_rewards(name, tmp_path):
+    """Their annotations are not looked at: they may name what is imported for type checkers alone."""
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from functools import partial\n"
+        "def plain(completions, *, amount=1, **columns):\n    return [amount for _ in completions]\n"
+        "bound = partial(plain, amount=2)\n"
+        "class Kind:\n    def __call__(self, completions, **columns):\n        return [2 for _ in completions]\n"
+        "instance = Kind()\n"
+        "def annotated(completions: Nowhere, **columns) -> Nowhere:\n    return [2 for _ in completions]\n"
+    )
+    (reward,) = load_rewards([f"mine.py:{name}"], True, tmp_path)
+    assert reward(["a", "b"]) == [2, 2]
+
+
 def test_a_function_of_ones_own_for_one_completion(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from llmlab.rewards.function import reward_function\n"

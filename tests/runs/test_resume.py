@@ -16,7 +16,7 @@ from llmlab.cli.app import main
 from llmlab.runs import checkpoints
 from llmlab.runs import run as runs
 from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
-from llmlab.runs.resume import find_checkpoint
+from llmlab.runs.resume import _is_same, find_checkpoint
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training.sft import sft
@@ -305,3 +305,10 @@ def test_of_two_processes_released_together_one_gets_the_folder(kind, tmp_path):
         process.communicate()
     refused = [answer for answer in answers if answer != "trained"]
     assert len(refused) >= 15 and all("another run" in text or "already holds a run" in text for text in refused)
+
+
+def test_data_files_of_earlier_records_compare_by_what_both_have():
+    now = {"bytes": 3, "modified": 5, "hash": "a"}
+    assert _is_same({"bytes": 3, "modified": 4, "hash": "a"}, now)  # touched, and the same
+    assert _is_same({"bytes": 3, "modified": 5}, now) and not _is_same({"bytes": 3, "modified": 4}, now)
+    assert not _is_same({"bytes": 3, "modified": 5, "hash": "b"}, now) and not _is_same({}, now)

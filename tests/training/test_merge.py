@@ -293,7 +293,7 @@ ADAPTER_MISTAKES = {
     "empty": (remove("adapter_config.json", "adapter_model.safetensors"), "Adapter folder not found: this folder has"),
     "unfinished": (unfinished, "Adapter folder not found: .*did you mean .*checkpoint-10"),
     "several": (split, r"several adapters \(one, two\).*can't merge multiple adapters .* \(they'd interfere\)"),
-    "cut off": (cut_off, "damaged or incomplete"),
+    "cut off": (cut_off, "cannot be read as an adapter's weights"),
     "no base": (configure(base_model_name_or_path=None), "names no base model; give it with --base"),
     "other task": (configure(task_type="TOKEN_CLS"), "this adapter is for TOKEN_CLS"),
     "replicated": (configure(layer_replication=[[0, 2]]), "layer_replication is set"),

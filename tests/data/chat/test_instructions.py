@@ -86,6 +86,7 @@ def test_max_samples_draws_a_subset(build, tokenizer, tmp_path):
 
 def test_max_samples_stops_the_reading(build, tmp_path, monkeypatch):
     monkeypatch.setattr("llmlab.data.sources.LOOK_AT", 5)
+    monkeypatch.setattr(rows_module, "SAMPLED_FROM", 5)
     source = write(tmp_path / "a.jsonl", pairs(20))
     with open(source, "a") as file:
         file.write("no JSON\n")
@@ -93,6 +94,15 @@ def test_max_samples_stops_the_reading(build, tmp_path, monkeypatch):
     assert (len(data.train), data.reports[0].rows, data.reports[0].whole) == (10, 11, False)
     with pytest.raises(UserError, match="a.jsonl:21: this line is not valid JSON"):
         build(source)
+
+
+def test_max_samples_are_drawn_from_more_rows(build, tmp_path, tokenizer):
+    """A file in an order of its own gives a sample of all of it, and as many validation rows as without a limit."""
+    source = write(tmp_path / "a.jsonl", pairs(400))
+    data = build(source, max_samples=40, validation_fraction=0.1, validation_rows=100)
+    assert (len(data.train), len(data.validation), data.reports[0].rows) == (40, 40, 400)
+    beginning = set(texts(build(write(tmp_path / "b.jsonl", pairs(44))).train, tokenizer))
+    assert len(beginning & set(texts(data.train, tokenizer))) < 20
 
 
 def test_a_named_validation_source_replaces_the_share(build, tokenizer, tmp_path):
@@ -241,6 +251,7 @@ def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_pat
     assert (len(data.train), len(data.validation)) == (77, 9)
     assert "reads 86 of more" in data.summary()
     assert build(source, rows_needed=3).reports[0].rows == 40  # a short run draws from as many
+    monkeypatch.setattr(rows_module, "SAMPLED_FROM", 5)
     assert build(source, rows_needed=1000, max_samples=50).reports[0].rows == 55
     whole = build(source, rows_needed=1000)
     assert (whole.reports[0].rows, whole.reports[0].whole) == (200, True)
