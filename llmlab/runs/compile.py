@@ -17,7 +17,7 @@ from torch._functorch import config as partitioning
 from llmlab.settings.errors import UserError
 from llmlab.terminal import duration
 
-WARM_UP = 25.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
+WARM_UP = 40.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
 SAVED = {"cpu": 0.3, "cuda": 0.2}  # share of a step that compiling saves
 SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
 SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
