@@ -280,8 +280,8 @@ def _read_line(interactive: bool) -> str | None:
 
 def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
     names = {setting.name for setting in fields_of(InferenceSettings)}
-    given = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
-    return resolve(InferenceSettings, Layer("command line", given)).settings
+    options = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
+    return resolve(InferenceSettings, Layer("command line", options)).settings
 
 
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:

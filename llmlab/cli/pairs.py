@@ -71,8 +71,8 @@ def pairs(
 ) -> None:
     """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
     dpo."""
-    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    sampling = resolve(SamplingSettings, Layer("command line", given)).settings
+    options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    sampling = resolve(SamplingSettings, Layer("command line", options)).settings
     settings, folder = reward_settings(rewards, config, normalize)
     source = parse_source(prompts, "--prompts ")
     _check_output(output, source)
@@ -83,22 +83,22 @@ def pairs(
     from llmlab.training.preference.pairs import load_prompts, sample_pairs, summarize, write_pairs
 
     reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
-    asked, unusable = load_prompts(source, limit=limit)
+    examples, unusable = load_prompts(source, limit=limit)
     with quiet_libraries():
         model, tokenizer = load_for_inference(run)
         if not is_chat_model(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        judged = sample_pairs(
+        comparisons = sample_pairs(
             model,
             tokenizer,
-            asked,
+            examples,
             reward,
             sampling,
             num_samples=num_samples,
             min_difference=min_difference,
             seed=seed,
         )
-        report = summarize(track(judged, len(asked), "Sampling"), unusable)
+        report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
     write_pairs(report, output)
     _print(report, output)
 

@@ -20,12 +20,12 @@ def choose_splits(source: str, splits: Iterable[str], named: str | None, use: Us
     splits = list(splits)
     found = f"(found {', '.join(sorted(splits))})"
     if named is not None:
-        wanted = [part.strip() for part in named.split("+")]
-        for split in wanted:
+        parts = [part.strip() for part in named.split("+")]
+        for split in parts:
             plain = split.partition("[")[0]  # train[:10%]
             if plain not in splits:
                 raise UserError(f"{source}: there is no split '{plain}' here{did_you_mean(plain, splits)} {found}")
-        return wanted
+        return parts
     if "train" in splits:
         return ["train"]
     training = [split for split in splits if split.startswith("train")]

@@ -155,7 +155,7 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
     if policy.continues_adapter and same[1]:
         raise UserError(
             f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
-            "there; leave it out (the adapters of the first step), or merge them first: llmlab merge"
+            "there; leave it out (the initial adapters), or merge them first: llmlab merge"
         )
     tokenizer = load_tokenizer(named)
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():

@@ -144,8 +144,8 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
         facts = invent(random, number, hero, friend)
         if "color" in facts:
             facts["a_color"] = a(facts["color"])
-        asked = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
-        if hero.name != friend.name and (crc32(asked.encode()) % VALIDATION_IN == 0) is validation:
+        request = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
+        if hero.name != friend.name and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
             break
     facts["story"] = narrate(random, number, facts)
     facts["tale"] = facts["story"].removesuffix(" The end.")

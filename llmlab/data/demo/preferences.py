@@ -27,9 +27,9 @@ def break_off(random: Random, prompt: Sequence[Message], answer: str, other: str
 
 def name_somebody_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
     """Calls one of the people by the name of somebody who is not there."""
-    asked = " ".join(message["content"] for message in prompt)
+    request = " ".join(message["content"] for message in prompt)
     named = [name for name in NAMES if re.search(rf"\b{name}\b", answer)]
-    absent = [name for name in NAMES if name not in asked and name not in named]
+    absent = [name for name in NAMES if name not in request and name not in named]
     return re.sub(rf"\b{pick(random, named)}\b", pick(random, absent), answer) if named else answer
 
 

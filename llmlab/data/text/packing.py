@@ -86,18 +86,18 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     first = int(np.searchsorted(ends, WINDOW)) + 1  # documents whose hash is used
     lengths = store.documents["tokens"][:first]
     total = int(lengths.sum())
-    wanted = max(math.ceil(fraction * total), length)
-    if total - wanted < length:
+    budget = max(math.ceil(fraction * total), length)
+    if total - budget < length:
         raise UserError(
             f"{name}: its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}; "
             f"expected at least {2 * length:,}; use a shorter max_seq_len or more text"
         )
     order = np.argsort(keys[:first], kind="stable")
-    last = keys[order[np.searchsorted(np.cumsum(lengths[order]), wanted)]]
+    last = keys[order[np.searchsorted(np.cumsum(lengths[order]), budget)]]
     validated = int(lengths[keys[:first] <= last].sum())  # duplicates go to the same side
-    if validated > 2 * wanted or total - validated < length:
-        cut, end = total - wanted, len(store)
-        return Split(np.array([[0, cut], [total, end]]), np.array([[cut, total]]), f"the last {wanted:,} tokens")
+    if validated > 2 * budget or total - validated < length:
+        cut, end = total - budget, len(store)
+        return Split(np.array([[0, cut], [total, end]]), np.array([[cut, total]]), f"the last {budget:,} tokens")
     validates = keys <= last
     return Split(_spans(~validates, ends), _spans(validates, ends), f"{validates.sum():,} documents by hash")
 
