@@ -17,8 +17,8 @@ from torch._functorch import config as partitioning
 from llmlab.settings.errors import UserError
 from llmlab.terminal import duration
 
-WARM_UP = 40.0  # seconds until the first compiled step, training and evaluation together, from an empty cache
-SAVED = {"cpu": 0.3, "cuda": 0.2}  # share of a step that compiling saves
+WARM_UP = 40.0  # seconds until compiled steps of training (25) and evaluation, from an empty cache
+SAVED = {"cpu": 0.1, "cuda": 0.2}  # share of a step that compiling saves
 SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
 SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
 MARGIN = 2.0  # a machine may be slower to compile than ours, and an interrupted run pays again
