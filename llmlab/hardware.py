@@ -30,6 +30,8 @@ PEAK_FLOPS = {
     "RTX 4080": 97.5e12,
     "RTX 3090": 71e12,
 }
+# bytes that a GPU has at least, of which some is never free: the presets of recipes/hardware, the largest first
+PRESET_MEMORY = {"h200_141gb": 138e9, "a100_80gb": 78e9, "a100_40gb": 38e9, "rtx_4090": 23e9}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     dtype, reason = _choose_dtype(device, dtype)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
     return Hardware(device, name, dtype, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def recommend_preset(hardware: Hardware, gpus: int | None = None) -> str:
+    """Returns the name of the hardware preset for a machine with so many GPUs (None counts them): of an unknown GPU,
+    the one with the next smaller memory."""
+    if hardware.device != "cuda":
+        return {"cpu": "cpu", "mps": "m1_max_64gb"}[hardware.device]
+    if (torch.cuda.device_count() if gpus is None else gpus) > 1:
+        return "multi_gpu_ddp"
+    name = next((name for name, memory in PRESET_MEMORY.items() if hardware.memory >= memory), "rtx_4080")
+    return "h100_80gb" if name == "a100_80gb" and "H100" in hardware.name else name
 
 
 def free_disk(folder: Path) -> int:

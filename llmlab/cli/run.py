@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column
 
-from llmlab.cli.options import TrustRemoteCode, print_warnings, recipe_folder
+from llmlab.cli.options import TrustRemoteCode, print_warnings
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.presets import recipe_folder
 from llmlab.terminal import Terminal, make_table, safe
 
 if TYPE_CHECKING:
