@@ -30,6 +30,7 @@ def run(
         str | None,
         typer.Option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished."),
     ] = None,
+    hardware: Annotated[str | None, typer.Option(help="A machine's values for what the file leaves unset.")] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
     ] = False,
@@ -43,7 +44,7 @@ def run(
     from llmlab.pipeline import execute, plan, read_pipeline
 
     path = _find(pipeline)
-    parsed = read_pipeline(path, overrides, allow_code=allow_code)
+    parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)

@@ -52,9 +52,9 @@ def read_preset(stage: str, name: str) -> Layer:
 
 
 def _read(option: str, name: str, files: dict[str, Path], stage: str) -> Layer:
-    if name not in files:
+    if not isinstance(name, str) or name not in files:
         known = [*(["auto"] if option == "hardware" else []), *files]
-        raise UserError(f"--{option} {name}: expected one of {', '.join(known)}{did_you_mean(name, known)}")
+        raise UserError(f"{option} {name}: expected one of {', '.join(known)}{did_you_mean(str(name), known)}")
     values = for_stage(read_layer(files[name]), stage).values
     return Layer(f"{option} {name}", values, path=files[name])
 
