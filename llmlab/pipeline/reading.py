@@ -6,8 +6,8 @@ stages:
   tokenizer: {datasets: [demo/stories], vocab_size: 2048}
   pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}
 ```
-A stage's name is its kind, unless `stage: kind` says otherwise. A stage may have a `preset: NAME` and a `hardware: NAME`,
-and the file a `hardware` for all of them: those of the command line.
+A stage's name is its kind, unless `stage: kind` says otherwise. A stage may have a `preset` and a `hardware`, and the
+file a `hardware` for all of them: names, as on the command line.
 """
 
 import re

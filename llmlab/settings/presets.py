@@ -112,8 +112,9 @@ def _fit_batch(
     group = user.get("group_size", fields["group_size"].default) if "group_size" in fields else 1
     completions = user.get("batch_size", 0) * group if online else 0  # of a rollout, where the user set it
 
-    def counts(unit: int) -> range:  # of so many rows, for about the effective batch; fewer may fit a rollout
-        return range(1 if online else max(effective // unit, 1), max(-(-effective // unit), 1) + 1)
+    def counts(unit: int) -> range:  # of so many rows, for about the effective batch, or what fits a rollout
+        most = max(-(-effective // unit), 1)
+        return range(1, 2 * most + 1) if online else range(max(effective // unit, 1), most + 1)
 
     sizes = [user[rows]] if rows in user else range(1, most + 1)
     if PASSES in user and rows not in user:
