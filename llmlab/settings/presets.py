@@ -71,11 +71,11 @@ def for_stage(layer: Layer, stage: str) -> Layer:
 
 
 def hardware_layer(
-    stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, planned: bool = False
+    stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, processes: int | None = 1
 ) -> tuple[Layer, list[str]]:
     """Returns what a machine sets between these layers, and notes: `above` is what the user set, `below` a preset.
 
-    The processes are those of this launch; without one, what is only `planned` counts the machine's own.
+    Outside a launch there are so many processes; None is the machine's own number, for what is only planned.
     """
     layer = _read("hardware", name, hardware_presets(), stage)
     own_processes, launch = layer.values.pop("num_processes", 1), layer.values.pop("accelerate", None)
@@ -84,12 +84,13 @@ def hardware_layer(
         {key: entry.value for key, entry in merge(settings_class(stage), part, [], []).items()}
         for part in ([layer], below, above)
     )
-    processes = int(os.environ.get("WORLD_SIZE", own_processes if planned else 1))
+    processes = int(os.environ.get("WORLD_SIZE", processes or own_processes))
     batch, notes = _fit_batch(stage, machine, preset, user, own_processes, processes)
-    if launch and os.environ.get("WORLD_SIZE", "1") == "1":
+    if launch and processes == 1:
         notes.append(f"it is for several processes, such as {own_processes}: start them with --accelerate {launch}")
-    rest = {key: value for key, value in machine.items() if key not in BATCH}
-    return replace(layer, values=rest | batch), [f"{layer.label}: {note}" for note in notes]
+    values = {key: value for key, value in machine.items() if key not in BATCH} | batch
+    label = layer.label + (f", {processes} processes" if processes > 1 else "")
+    return replace(layer, label=label, values=values), [f"{label}: {note}" for note in notes]
 
 
 def _fit_batch(

@@ -40,12 +40,12 @@ def read_once():
         yield
 
 
-def make(stage, *, hardware=None, preset=None, processes=None, planned=False, **values):
+def make(stage, *, hardware=None, preset=None, processes=None, machines_own=False, **values):
     world = {} if processes is None else {"WORLD_SIZE": str(processes)}
     below = [read_preset(stage, preset)] if preset else []
     with patch.dict(os.environ, world):
         layers = [Layer("command line", values)]
-        return STAGES[stage].resolve(layers, below=below, hardware=hardware, planned=planned)
+        return STAGES[stage].resolve(layers, below=below, hardware=hardware, processes=None if machines_own else 1)
 
 
 def rows_key(stage):
@@ -84,7 +84,7 @@ def test_a_machine_in_each_stage(name, stage):
         assert seen == expected
     if name.startswith("multi"):
         assert found.trainer_args == {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 25}
-    assert resolved.sources[rows_key(stage)] == f"hardware {name}"
+    assert resolved.sources[rows_key(stage)] == f"hardware {name}" + (", 4 processes" if processes > 1 else "")
 
 
 def test_names_and_their_files():
@@ -165,7 +165,7 @@ def test_a_machine_fills_only_what_is_unset(tmp_path):
     found, sources = resolved.settings, resolved.sources
     assert (found.max_seq_len, sources["max_seq_len"]) == (99, f"{path}:1")
     assert (found.optimizer, found.gradient_checkpointing) == ("lion", False)
-    assert (found.tf32, sources["tf32"]) == (True, "hardware multi_gpu_ddp")
+    assert (found.tf32, sources["tf32"]) == (True, "hardware multi_gpu_ddp, 4 processes")
     assert (found.learning_rate, sources["learning_rate"]) == (1e-5, "preset small")
     assert found.trainer_args == {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 7}
     # the size's effective batch of 64 stays: 4 x 4 x 4 processes
@@ -212,8 +212,9 @@ def test_several_processes():
     alone = make("sft", hardware="multi_gpu_fsdp")
     assert batch_of(alone.settings, "sft") == (4, 4, 16)
     assert "it is for several processes, such as 4: start them with --accelerate fsdp2" in alone.warnings[0]
-    planned = make("dpo", hardware="multi_gpu_ddp", planned=True)
-    assert batch_of(planned.settings, "dpo", 4) == (4, 1, 16)
+    planned = make("dpo", hardware="multi_gpu_ddp", machines_own=True)
+    assert batch_of(planned.settings, "dpo", 4) == (4, 1, 16) and not planned.warnings
+    assert planned.sources["batch_size"] == "hardware multi_gpu_ddp, 4 processes"
 
 
 @settings(max_examples=60, deadline=None)
