@@ -61,13 +61,11 @@ def _read(option: str, name: str, files: dict[str, Path], stage: str) -> Layer:
 
 def for_stage(layer: Layer, stage: str) -> Layer:
     """Returns a file's values for a stage: its own, over them those of the stage's section."""
-    name = SECTIONS.get(stage)
-    section = layer.section(name) if isinstance(layer.values.get(name), dict) else Layer("", {})
-    away = {key for key, value in section.values.items() if value is None}
-    values = {key: value for key, value in layer.values.items() if key not in SECTIONS.values()} | section.values
-    return Layer(
-        layer.label, {k: v for k, v in values.items() if k not in away}, layer.lines | section.lines, layer.path
-    )
+    sections = {name for name in SECTIONS.values() if isinstance(layer.values.get(name), dict)}
+    section = layer.section(SECTIONS[stage]) if SECTIONS.get(stage) in sections else Layer("", {})
+    values = {key: value for key, value in layer.values.items() if key not in sections | section.values.keys()}
+    values |= {key: value for key, value in section.values.items() if value is not None}
+    return replace(layer, values=values, lines=layer.lines | section.lines)
 
 
 def hardware_layer(

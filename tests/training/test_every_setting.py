@@ -414,5 +414,6 @@ def test_kernels_that_an_architecture_does_not_have(sft_settings, base_folder, m
     choose_kernels(model, sft_settings(attn_implementation="eager"))
     assert model.config._attn_implementation == "eager"
     model.config.positional_encoding = "alibi"
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
     with pytest.raises(UserError, match="attn_implementation = flash_attention_2: not supported by this model"):
         choose_kernels(model, sft_settings(attn_implementation="flash_attention_2"))
