@@ -152,7 +152,10 @@ def test_a_template_that_fails(base, template, reason):
         ({"lr_scheduler_kwargs": {"nope": 1}}, "cannot be read as arguments of the trainer: .*nope"),
     ],
 )
-def test_arguments_of_the_trainer_that_it_does_not_take(sft_settings, quiet, tmp_path, arguments, message):
+def test_arguments_of_the_trainer_that_it_does_not_take(
+    sft_settings, quiet, tmp_path, arguments, message, monkeypatch
+):
+    monkeypatch.setattr("llmlab.runs.arguments.find_spec", lambda package: None)  # some have DeepSpeed
     settings = sft_settings(trainer_args=arguments, max_steps=1)
     with pytest.raises(UserError, match=message) as caught:
         sft(settings, console=quiet)
