@@ -18,10 +18,11 @@ from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
+from llmlab.model.attention import BIAS_IMPLEMENTATIONS
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.lora import LoraSettings
 
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
@@ -185,21 +186,32 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns the bitsandbytes config for QLoRA where this device can load 4-bit weights, or None without QLoRA."""
+    """Returns the bitsandbytes config for QLoRA, or None without QLoRA."""
     if not settings.use_qlora:
         return None
-    try:
-        import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
-    except ImportError:
-        raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
-    if hardware.device == "mps":
-        raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.torch_dtype,
     )
+
+
+def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:
+    """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, kind = settings.attn_implementation, model.config.model_type
+    if settings.use_liger_kernel:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger only logs it, and Transformers the next one
+            raise UserError(f"use_liger_kernel = true: liger-kernel has no layers for model_type = {kind}")
+    if name != "auto":
+        wish, biased = f"attn_implementation = {name}", getattr(model.config, "positional_encoding", "") == "alibi"
+        with reading(wish, f"kernels of model_type = {kind}"):
+            model.set_attn_implementation(name)
+        if model.config._attn_implementation != name or biased and name not in BIAS_IMPLEMENTATIONS:
+            raise UserError(f"{wish}: not supported by this model (model_type = {kind}); expected auto or sdpa")
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:
