@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column
 
+from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, read_launch
 from llmlab.cli.options import TrustRemoteCode, print_warnings, recipe_folder
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.terminal import Terminal, make_table, safe
@@ -34,13 +35,17 @@ def run(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    launch_args: LaunchArgs = "",
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.
 
     A stage whose settings, input files or library versions changed runs again, and with it every stage that needs it.
     """
-    from llmlab.pipeline import execute, plan, read_pipeline
+    from llmlab.pipeline import execute, plan, read_pipeline, run_stage
 
+    launch = read_launch(accelerate, num_processes, launch_args)
     path = _find(pipeline)
     parsed = read_pipeline(path, overrides, allow_code=allow_code)
     for stage in parsed.stages:
@@ -50,7 +55,7 @@ def run(
     _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
     if dry_run:
         return
-    for number, step in enumerate(execute(parsed, steps), start=1):
+    for number, step in enumerate(execute(parsed, steps, launch.run_stage if launch else run_stage), start=1):
         if step.action != "skip":
             console.rule(f"{number}/{len(steps)}  {safe(step.stage.name)}", align="left")
 

@@ -3,6 +3,7 @@
 No model is loaded here, and of the data only the files' identities are read.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
 from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
-from llmlab.settings.errors import OfMainProcess, UserError, reason_of
+from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 
@@ -131,7 +132,8 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
         # gloo's errors have no type of their own
         if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
             raise
-        kind = UserError if process.is_main_process else OfMainProcess
+        # a launch of llmlab's own on one machine says which process it was
+        kind = UserError if process.is_main_process and os.environ.get(LAUNCHED) != "1" else OfMainProcess
         raise kind(
             "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
             f"killed (most often for its memory); --resume continues from the last checkpoint ({reason_of(error)})"
