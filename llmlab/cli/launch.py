@@ -141,7 +141,7 @@ class Launch:
 
         parsed = self.command(arguments, device, here=True)[1]
         variables = {LAUNCHED: parsed.num_machines, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": TIME_TO_SAVE}
-        variables |= {"ACCELERATE_USE_CPU": "true"} if parsed.use_cpu else {}
+        variables |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"} if parsed.use_cpu else {}
         logging.disable(logging.ERROR)  # what goes wrong is said by the process where it does
         try:
             with handle_signals(interrupt), patch_environment(**variables):

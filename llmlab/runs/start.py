@@ -27,6 +27,8 @@ from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 
+# what `accelerate launch`, torchrun and notebook_launcher set in each process
+IN_LAUNCH = {"LOCAL_RANK", "ACCELERATE_DYNAMO_MODE"}
 S = TypeVar("S", bound=Settings)
 R = TypeVar("R", bound="Start[Any]")
 T = TypeVar("T")
@@ -76,6 +78,10 @@ def begin(
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)
+    gpus = torch.cuda.device_count() if hardware.device == "cuda" else 1
+    if gpus > 1 and not IN_LAUNCH & os.environ.keys():
+        ways = f"llmlab {stage} --accelerate ddp, or accelerate.notebook_launcher in a notebook, uses all"
+        console.print(f"[yellow]note[/yellow] {gpus} GPUs are visible, and this run uses one of them: {ways}")
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
