@@ -1,7 +1,7 @@
 """Several GPUs from a notebook: `accelerate.notebook_launcher` runs a function in one process per GPU.
 
-Paste the cells (`# %%`) into a notebook, or run the file. Nothing before the launch may touch a GPU: the processes are
-forks of this one, and CUDA survives no fork. So llmlab's training is imported inside the function, and what the function
+Paste the cells (`# %%`) into a notebook, or run the file. Nothing before the launch may touch a GPU: the processes
+are forks of this one, and CUDA survives no fork. So training is imported inside the function, and what the function
 gets is plain data.
 """
 

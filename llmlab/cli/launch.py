@@ -31,8 +31,7 @@ CONFIGS = shipped_folder("accelerate_configs")
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SINGLE = {"single_gpu": "cuda", "mps": "mps"}  # the device of a shipped configuration for one process
 INSIDE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # what launchers set in each process
-SHARDED = ("FSDP", "DEEPSPEED")
-TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", *SHARDED)
+TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 VALUED = ("--accelerate", "--num-processes", "--launch-args")
 TIME_TO_SAVE = 3600  # seconds that an interrupted run has for its checkpoint; torch's own limit is 30
 
@@ -77,57 +76,47 @@ class Launch:
         option = f"--accelerate {self.name}"
         with reading(self.path, "an Accelerate configuration"):
             config = load_config_from_file(str(self.path))
-        kind = config.distributed_type.value
+        kind, several = config.distributed_type.value, config.distributed_type.value != "NO"
         if not isinstance(config, ClusterConfig) or kind not in TYPES:
             raise UserError(f"{option}: distributed_type = {kind}: expected one of {', '.join(TYPES)}")
         if config.use_cpu and device not in ("auto", "cpu"):
             raise UserError(f"{option}: use_cpu = true there contradicts device = {device}; keep one")
         on_cpu = config.use_cpu or kind == "MULTI_CPU" or device == "cpu"
-        if on_cpu and kind in SHARDED:
-            raise UserError(
-                f"{option}: {kind} needs GPUs (on a CPU, Accelerate runs it unsharded without a word); "
-                "expected --accelerate cpu there"
-            )
+        if on_cpu and kind in ("FSDP", "DEEPSPEED"):
+            unsharded = "on a CPU, Accelerate shards nothing and says nothing"
+            raise UserError(f"{option}: {kind} needs GPUs ({unsharded}); expected --accelerate cpu there")
         if here and kind == "DEEPSPEED" and find_spec("deepspeed") is None:
             raise UserError(f"{option}: DeepSpeed is not installed; pip install 'llmlab[deepspeed]', or use fsdp2")
-        gpus, several = torch.cuda.device_count(), kind != "NO"
-        needed = "cuda" if several else SINGLE.get(self.name)
+        gpus, needed = torch.cuda.device_count(), "cuda" if several else SINGLE.get(self.name)
         if here and not on_cpu and needed and not getattr(torch, needed).is_available():
-            raise UserError(
-                f"{option}: this machine has no {'CUDA GPU' if needed == 'cuda' else 'Apple GPU'} that torch can use; "
-                "--accelerate cpu runs on the CPU"
-            )
+            gpu = "CUDA GPU" if needed == "cuda" else "Apple GPU"
+            raise UserError(f"{option}: this machine has no {gpu} that torch can use; expected --accelerate cpu here")
         parser = launch_command_parser()
         parser.error = _refuse  # type: ignore[method-assign]
         asked = parser.parse_args([*self.words, "llmlab"])
-        machines = asked.num_machines or config.num_machines
+        machines, count = asked.num_machines or config.num_machines, self.num_processes or asked.num_processes
         if machines > 1 and not (asked.main_process_ip or config.main_process_ip):
-            raise UserError(
-                f"{option}: {machines} machines need the address of the first one, and each its number: "
-                '--launch-args "--machine_rank 0 --main_process_ip 10.0.0.1"'
-            )
-        words = ["--config_file", str(self.path), *self.words]
-        count = self.num_processes or asked.num_processes
+            each = '--launch-args "--machine_rank 0 --main_process_ip 10.0.0.1"'
+            raise UserError(f"{option}: {machines} machines need the first one's address, and each its number: {each}")
         if count is None and several and gpus and not on_cpu and (self.name in NAMES or config.num_processes < 1):
             count = gpus * machines
-        if count is not None and asked.num_processes is None:
-            words += ["--num_processes", str(count)]
+        words = ["--config_file", str(self.path), *self.words]
+        words += [] if count in (None, asked.num_processes) else ["--num_processes", str(count)]
         count = count or config.num_processes
-        if count < machines or count % machines:
-            raise UserError(f"{option}: num_processes = {count}: expected a multiple of the {machines} machines")
-        if here and not on_cpu and count > max(gpus, 1) * machines:
-            raise UserError(
-                f"{option}: num_processes = {count}: this machine has {gpus} visible GPUs, one for each process"
-            )
-        if count > 1 and not several and not on_cpu:
-            raise UserError(
-                f"{option}: num_processes = {count}: it starts one process; expected ddp or fsdp2 for several"
-            )
+        problem = ""
+        if count < 1 or count % machines:
+            problem = f"expected --num-processes with a multiple of its {machines} machines"
+        elif count > 1 and not several and not on_cpu:
+            problem = "it starts one process; expected ddp or fsdp2 for several"
+        elif here and not on_cpu and count > max(gpus, 1) * machines:
+            problem = f"this machine has {gpus} visible GPUs, one for each process"
+        if problem:
+            raise UserError(f"{option}: num_processes = {count}: {problem}")
         if count > 1 and kind in ("NO", "MULTI_CPU"):
             words += ["--multi_gpu"]  # without it Accelerate starts one process on a CPU, whatever is asked for
         words += ["-m", "llmlab", *arguments]
         parsed = parser.parse_args(words)
-        parsed.num_processes, parsed.num_machines, parsed.use_cpu = count, machines, config.use_cpu
+        parsed.num_processes, parsed.num_machines, parsed.use_cpu = count, machines, on_cpu
         return words, parsed
 
     def run(self, arguments: Sequence[str], device: str = "auto") -> None:
@@ -137,14 +126,17 @@ class Launch:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-        from llmlab.runs.signals import Interrupted, handle_signals, interrupt
+        from llmlab.runs.signals import handle_signals
+
+        def stop(number: int) -> None:  # as torch does, once it has started processes
+            raise SignalException("stopped", signal.Signals(number))
 
         parsed = self.command(arguments, device, here=True)[1]
         variables = {LAUNCHED: parsed.num_machines, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": TIME_TO_SAVE}
         variables |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"} if parsed.use_cpu else {}
         logging.disable(logging.ERROR)  # what goes wrong is said by the process where it does
         try:
-            with handle_signals(interrupt), patch_environment(**variables):
+            with handle_signals(stop), patch_environment(**variables):
                 launch_command(parsed)
         except ChildFailedError as error:
             first = error.get_first_failure()[1].timestamp
@@ -152,12 +144,8 @@ class Launch:
             end_as(codes, parsed.num_processes)
         except subprocess.CalledProcessError as error:
             end_as({0: error.returncode}, 1)
-        except SignalException as stop:
-            await_children(int(stop.sigval))
-        except KeyboardInterrupt:
-            await_children(signal.SIGINT)
-        except Interrupted as stop:
-            await_children(int(stop.code or 128) - 128)
+        except SignalException as signalled:
+            await_children(int(signalled.sigval))
         except (ValueError, OSError) as error:  # of Accelerate's own checks, such as a port in use
             raise UserError(f"--accelerate {self.name}: {reason_of(error)}") from error
         finally:

@@ -12,14 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmlab.cli.launch import (
-    Accelerate,
-    LaunchArgs,
-    NumProcesses,
-    PrintLaunch,
-    read_launch,
-    without_launch_options,
-)
+from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch, read_launch, without_launch_options
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
 from llmlab.settings.errors import LAUNCHED, UserError, did_you_mean, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
