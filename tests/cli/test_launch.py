@@ -63,14 +63,8 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_each_configuration(path):
     """By its own classes, and by its own check of what `accelerate launch` would start."""
-    text = path.read_text()
-    assert text.startswith("#") and (
-        "Choose it" in text
-        or "choose it" in text
-        or path.stem in ("cpu", "mps")
-        or "For a" in text
-        or "last resort" in text
-    )
+    opening = path.read_text().partition("compute_environment")[0]
+    assert opening.startswith("# ") and "Choose it" in opening
     config = load_config_from_file(str(path))
     args, defaults, mixed_precision = _validate_launch_command(
         launch_command_parser().parse_args(["--config_file", str(path), "-m", "llmlab", "sft"])
@@ -153,7 +147,7 @@ def test_every_visible_gpu_gets_a_process(gpus):
     assert (parsed.num_processes, parsed.num_machines, int(parsed.machine_rank)) == (12, 4, 1)
     with pytest.raises(UserError, match="num_processes = 4: this machine has 3 visible GPUs"):
         command_of("ddp", processes=4)
-    with pytest.raises(UserError, match="2 machines need the address of the first one"):
+    with pytest.raises(UserError, match="2 machines need the first one"):
         command_of("multi_node_ddp")
     with pytest.raises(UserError, match="num_processes = 2: it starts one process; expected ddp"):
         command_of("single_gpu", processes=2)
