@@ -55,6 +55,13 @@ def run(
     _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
     if dry_run:
         return
+    for stage in parsed.stages:  # what cannot be launched is found before the first stage starts
+        if (
+            launch
+            and stage.stage.resumes
+            and launch.command((), stage.resolved.settings.device, here=True)[1].num_machines > 1
+        ):
+            raise UserError(f"--accelerate {accelerate}: a pipeline runs on one machine; launch its stages one by one")
     for number, step in enumerate(execute(parsed, steps, launch.run_stage if launch else run_stage), start=1):
         if step.action != "skip":
             console.rule(f"{number}/{len(steps)}  {safe(step.stage.name)}", align="left")

@@ -105,9 +105,10 @@ def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[
     for need in stage.needs:
         if state[need]["run"] != recorded["needed_runs"].get(need):
             return "run", f"'{need}' was rerun since"
-    # the run's own record knows how it ended, also where the pipeline was killed before it could note that
-    ended = read_record(stage.folder).get("status")
-    if "finished" not in (recorded["status"], ended):
+    ended = recorded["status"]
+    if ended != "finished":  # the run's own record knows of an end that the pipeline did not see
+        ended = read_record(stage.folder).get("status")
+    if ended != "finished":
         resumes = stage.stage.resumes and (stage.folder / RECORD).is_file()
         reason = "it was interrupted" if resumes else "it did not finish"
         return "resume" if resumes else "run", "it diverged" if ended == "diverged" else reason

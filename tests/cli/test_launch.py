@@ -349,3 +349,14 @@ def test_the_notebook_example_trains_in_one_process(tmp_path):
         [sys.executable, example, "run"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and read_record(tmp_path / "run")["status"] == "finished", done.stderr
+
+
+def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gpus, tmp_path):
+    gpus(2)
+    (tmp_path / "p.yaml").write_text(PIPELINE.replace("CORPUS", str(corpus_file)))
+    machines = ["--launch-args", "--main_process_ip 10.0.0.1"]
+    code, _, errors = cli("run", "p.yaml", "--accelerate", "multi_node_ddp", *machines)
+    assert code == 2 and "a pipeline runs on one machine" in errors
+    gpus(0)
+    code, _, errors = cli("run", "p.yaml", "--accelerate", "ddp")
+    assert code == 2 and "this machine has no CUDA GPU" in errors and not (tmp_path / "out").exists()

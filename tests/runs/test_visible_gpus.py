@@ -21,7 +21,7 @@ def two_gpus(monkeypatch):
 
 
 def test_the_model_is_not_replicated(two_gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(nn, "DataParallel", lambda model: pytest.fail("replicated"))
+    monkeypatch.setattr(nn.DataParallel, "__init__", lambda *arguments: pytest.fail("replicated"))
     arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, report_to="none", bf16=False)
     assert arguments.n_gpu == 2 and arguments.train_batch_size == 8  # what Transformers makes of it
     use_one_gpu(arguments)
