@@ -1,5 +1,6 @@
 """`llmlab run PIPELINE.yaml`: shows what each stage will do, then does it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,8 @@ def run(
     """
     from llmlab.pipeline import execute, plan, read_pipeline, run_stage
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("run: a pipeline launches its stages itself: --accelerate NAME, not accelerate launch")
     launch = read_launch(accelerate, num_processes, launch_args)
     path = _find(pipeline)
     parsed = read_pipeline(path, overrides, allow_code=allow_code)
@@ -55,13 +58,10 @@ def run(
     _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
     if dry_run:
         return
-    for stage in parsed.stages:  # what cannot be launched is found before the first stage starts
-        if (
-            launch
-            and stage.stage.resumes
-            and launch.command((), stage.resolved.settings.device, here=True)[1].num_machines > 1
-        ):
-            raise UserError(f"--accelerate {accelerate}: a pipeline runs on one machine; launch its stages one by one")
+    # what cannot be launched is found before the first stage starts
+    launched = [stage.resolved.settings.device for stage in parsed.stages if launch and stage.stage.resumes]
+    if any(launch.command((), device, here=True)[1].num_machines > 1 for device in launched):
+        raise UserError(f"--accelerate {accelerate}: a pipeline runs on one machine; launch its stages one by one")
     for number, step in enumerate(execute(parsed, steps, launch.run_stage if launch else run_stage), start=1):
         if step.action != "skip":
             console.rule(f"{number}/{len(steps)}  {safe(step.stage.name)}", align="left")

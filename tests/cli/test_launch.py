@@ -351,7 +351,7 @@ def test_the_notebook_example_trains_in_one_process(tmp_path):
     assert done.returncode == 0 and read_record(tmp_path / "run")["status"] == "finished", done.stderr
 
 
-def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gpus, tmp_path):
+def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gpus, tmp_path, monkeypatch):
     gpus(2)
     (tmp_path / "p.yaml").write_text(PIPELINE.replace("CORPUS", str(corpus_file)))
     machines = ["--launch-args", "--main_process_ip 10.0.0.1"]
@@ -360,3 +360,6 @@ def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gp
     gpus(0)
     code, _, errors = cli("run", "p.yaml", "--accelerate", "ddp")
     assert code == 2 and "this machine has no CUDA GPU" in errors and not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = cli("run", "p.yaml")
+    assert code == 2 and errors.endswith("--accelerate NAME, not accelerate launch\n")
