@@ -29,6 +29,7 @@ VALUES = {
     "gradient_accumulation_steps": 1,
     "eval_every": 20,
     "eval_steps": 2,
+    "num_proc": 1,  # so small a corpus needs no further processes
 }
 
 
