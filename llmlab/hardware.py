@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from llmlab.settings.errors import UserError
 
@@ -69,7 +70,8 @@ class Hardware:
 
 def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     """Chooses the device (`auto`, `cpu`, `cuda`, `mps`) and the dtype (`auto`, `bf16`, `fp16`, `fp32`)."""
-    available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # of a launch
+    available = [name for name in ("cuda", "mps") if not on_cpu and getattr(torch, name).is_available()]
     if device == "auto":
         device = available[0] if available else "cpu"
     elif device != "cpu" and device not in available:

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import OfMainProcess, UserError, is_unicode, printable, reason_of
+from llmlab.settings.errors import OfMainProcess, UserError, is_first_process, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
+JOB = "run-job"
 LONGEST_ERROR = 400  # characters of one line
+TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one that failed
 OUT_OF_MEMORY = ("you tried to allocate", "out of memory")  # torch's words
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
@@ -60,6 +63,8 @@ def build_app(requested: str | None) -> typer.Typer:
         else:
             text = line if target is _placeholder else target.__doc__
             app.command(name, help=text, rich_help_panel=panel)(target)
+    if requested == JOB:  # of a process that llmlab itself starts
+        app.command(JOB, hidden=True)(_load(JOB, "launch:run_job"))
     return app
 
 
@@ -109,15 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         with remote_code(False):  # until the command's own option says otherwise
-            build_app(requested)(args=arguments, prog_name="llmlab")
+            build_app(requested)(args=arguments, prog_name="llmlab", obj=arguments)
     except OfMainProcess as error:
         raise SystemExit(error.exit_code) from None
     except UserError as error:
+        if not is_first_process():  # most often the first one says the same, and its launcher ends this one
+            time.sleep(TIME_TO_END)
         for line in str(error).split("\n"):
             _print_error(line)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if is_first_process():
+            print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
         if limit := _system_limit(error):

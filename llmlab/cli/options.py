@@ -5,14 +5,16 @@ Values stay text until the settings validate them, so that a file, the command l
 
 import inspect
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch, read_launch, without_launch_options
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
 from llmlab.settings.sources import Resolved
@@ -45,6 +47,7 @@ def stage_command(name: str) -> Callable[..., None]:
 
     def command(
         *,
+        context: typer.Context,
         overrides: Annotated[
             list[str] | None, typer.Argument(metavar=usage, help="Settings, as an alternative to options.")
         ] = None,
@@ -69,8 +72,13 @@ def stage_command(name: str) -> Callable[..., None]:
             typer.Option("--allow-changed-data", help="With --resume: accept data files that have changed since."),
         ] = False,
         trust_remote_code: TrustRemoteCode = False,
+        accelerate: Accelerate = None,
+        num_processes: NumProcesses = None,
+        launch_args: LaunchArgs = "",
+        print_launch: PrintLaunch = False,
         **options: Any,
     ) -> None:
+        launch = read_launch(accelerate, num_processes, launch_args, print_launch=print_launch)
         below = [] if preset is None else [read_preset(name, preset)]
         layers = [for_stage(read_layer(path), name) for path in config or ()]
         layers.append(_command_line_layer(kind, overrides or [], options, positional))
@@ -82,23 +90,32 @@ def stage_command(name: str) -> Callable[..., None]:
         if resume is not None:
             recorded, started = _read_run(resume, name)
             below.insert(0, recorded)
-        processes = None if show_config or save_config is not None else 1
+        planned = None if show_config or save_config is not None else 1
+        processes = launch.num_processes if launch else planned
         resolved = stage.resolve(layers, below=below, hardware=hardware, processes=processes)
         print_warnings(resolved.warnings)
         if save_config is not None:
             dump({"stage": name, **resolved.settings.recorded()}, save_config)
         elif show_config:
             print_config(resolved)
+        elif launch is not None and print_launch:
+            words, _ = launch.command(without_launch_options(context.obj), resolved.settings.device, here=False)
+            typer.echo(shlex.join(["accelerate", "launch", *words]))
         else:
-            if resume is not None and started not in (None, Path.cwd()):
+            here = Path.cwd()
+            if resume is not None and started not in (None, here):
                 resume = Path(os.path.abspath(resume))
                 os.chdir(started)
-                typer.echo(f"note: relative paths count from {started}, where this run was started", err=True)
+                print_note(f"note: relative paths count from {started}, where this run was started")
             stage.check(resolved, resumed=resume is not None)
+            if launch is not None:
+                os.chdir(here)
+                return launch.run(without_launch_options(context.obj), resolved.settings.device)
             resuming = {"load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data, "resume": resume}
             stage.function(resolved, **(resuming if stage.resumes else {}))
 
     absent = {"options", *(() if stage.resumes else ("resume", "load_optimizer", "allow_changed_data"))}
+    absent |= set() if stage.resumes else {"accelerate", "num_processes", "launch_args", "print_launch"}
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
     absent |= set() if name in SECTIONS else {"preset", "hardware"}
     fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
@@ -145,7 +162,13 @@ def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
 def print_warnings(warnings: tuple[str, ...]) -> None:
     """Prints warnings on standard error."""
     for warning in warnings:
-        say(f"warning: {warning}", error=True, fg="yellow")
+        print_note(f"warning: {warning}", fg="yellow")
+
+
+def print_note(line: str, **style: Any) -> None:
+    """Prints a line on standard error, once in a run of several processes."""
+    if is_first_process() and LAUNCHED not in os.environ:
+        say(line, error=True, **style)
 
 
 def print_config(resolved: Resolved[Any]) -> None:

@@ -1,11 +1,13 @@
 """`llmlab run PIPELINE.yaml`: shows what each stage will do, then does it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column
 
+from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, read_launch
 from llmlab.cli.options import TrustRemoteCode, print_warnings
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.presets import recipe_folder
@@ -36,15 +38,22 @@ def run(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    accelerate: Accelerate = None,
+    num_processes: NumProcesses = None,
+    launch_args: LaunchArgs = "",
 ) -> None:
     """Run a pipeline of stages from one YAML file: finished stages are skipped, interrupted ones resume.
 
     A stage whose settings, input files or library versions changed runs again, and with it every stage that needs it.
     """
-    from llmlab.pipeline import execute, plan, read_pipeline
+    from llmlab.pipeline import execute, plan, read_pipeline, run_stage
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("run: a pipeline launches its stages itself: --accelerate NAME, not accelerate launch")
+    launch = read_launch(accelerate, num_processes, launch_args)
     path = _find(pipeline)
-    parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware)
+    processes = launch.command((), "auto", here=False)[1].num_processes if launch else 1
+    parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware, processes=processes)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)
@@ -52,7 +61,11 @@ def run(
     _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
     if dry_run:
         return
-    for number, step in enumerate(execute(parsed, steps), start=1):
+    # what cannot be launched is found before the first stage starts
+    launched = [stage.resolved.settings.device for stage in parsed.stages if launch and stage.stage.resumes]
+    if any(launch.command((), device, here=True)[1].num_machines > 1 for device in launched):
+        raise UserError(f"--accelerate {accelerate}: a pipeline runs on one machine; launch its stages one by one")
+    for number, step in enumerate(execute(parsed, steps, launch.run_stage if launch else run_stage), start=1):
         if step.action != "skip":
             console.rule(f"{number}/{len(steps)}  {safe(step.stage.name)}", align="left")
 

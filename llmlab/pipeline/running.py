@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +19,11 @@ from llmlab.runs.history import flatten
 from llmlab.runs.lock import locked
 from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import local_names, show
-from llmlab.settings.errors import Diverged, SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
+from llmlab.settings.sources import Resolved
+from llmlab.stages import Stage
 
 STATE = "pipeline.json"
 FILES = "input files"
@@ -103,11 +105,13 @@ def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[
     for need in stage.needs:
         if state[need]["run"] != recorded["needed_runs"].get(need):
             return "run", f"'{need}' was rerun since"
-    # the run's own record knows of an end that the pipeline was killed before it could note
-    if recorded["status"] != "finished" and read_record(stage.folder).get("status") != "finished":
+    ended = recorded["status"]
+    if ended != "finished":  # the run's own record knows of an end that the pipeline did not see
+        ended = read_record(stage.folder).get("status")
+    if ended != "finished":
         resumes = stage.stage.resumes and (stage.folder / RECORD).is_file()
         reason = "it was interrupted" if resumes else "it did not finish"
-        return "resume" if resumes else "run", "it diverged" if recorded["status"] == "diverged" else reason
+        return "resume" if resumes else "run", "it diverged" if ended == "diverged" else reason
     return ("skip", "finished") if stage.folder.is_dir() else ("run", "its run folder is gone")
 
 
@@ -175,8 +179,13 @@ def _check_inputs(steps: list[Step]) -> None:
         raise SettingsError(problems)
 
 
-def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
-    """Executes the steps in order, yielding each before it starts."""
+def run_stage(stage: Stage, resolved: Resolved[Any], options: dict[str, Any]) -> None:
+    """Runs a stage in this process."""
+    stage.function(resolved, **options)
+
+
+def execute(pipeline: Pipeline, steps: list[Step], run: Callable[..., None] = run_stage) -> Iterator[Step]:
+    """Executes the steps in order, yielding each before it starts; `run` runs a stage, as `run_stage` does."""
     with ExitStack() as stack:
         if any(step.action != "skip" for step in steps):
             try:
@@ -187,10 +196,10 @@ def execute(pipeline: Pipeline, steps: list[Step]) -> Iterator[Step]:
         for step in steps:
             yield step
             if step.action != "skip":
-                _execute(pipeline, step, state)
+                _execute(pipeline, step, state, run)
 
 
-def _execute(pipeline: Pipeline, step: Step, state: State) -> None:
+def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., None]) -> None:
     name, folder, resumes = step.stage.name, step.stage.folder, step.action == "resume"
     _check_folders([step], state)
     if not resumes:
@@ -205,12 +214,7 @@ def _execute(pipeline: Pipeline, step: Step, state: State) -> None:
     _write_state(pipeline, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
-    try:
-        step.stage.stage.function(step.stage.resolved, **({"resume": folder} if resumes else {}))
-    except Diverged:
-        state[name]["status"] = "diverged"
-        _write_state(pipeline, state)
-        raise
+    run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
     state[name]["status"] = "finished"
     _write_state(pipeline, state)
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from llmlab.settings.errors import reading
 
@@ -28,6 +29,12 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
 }
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Keeps Trainer from wrapping the model in `nn.DataParallel` where one process sees several GPUs: it would train
+    on batches of another size than the settings say."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # what Trainer itself does for a model spread over several GPUs
 
 
 def expose_head_bias(model: PeftModel) -> None:

@@ -29,7 +29,7 @@ from transformers import (
 from llmlab.data.chat.rows import Rows, build_rows
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import expose_head_bias
+from llmlab.runs._trl import expose_head_bias, use_one_gpu
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
@@ -172,6 +172,8 @@ class Run(Start[S]):
             best_metric=best_metric,
         )
         self.progress = ProgressLine(self.console, **(progress or {}))
+        args = build_arguments(config, settings, self.hardware, **{**rhythm, **arguments})
+        use_one_gpu(args)
         with quiet_libraries():
             for each in (model, *options.values()):
                 if isinstance(each, (PreTrainedModel, PeftModel)):  # the reference too
@@ -180,7 +182,7 @@ class Run(Start[S]):
                 settings=settings,
                 load_optimizer=self.load_optimizer,
                 model=model,
-                args=build_arguments(config, settings, self.hardware, **{**rhythm, **arguments}),
+                args=args,
                 train_dataset=data.train,
                 eval_dataset=data.validation,
                 processing_class=tokenizer,

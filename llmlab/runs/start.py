@@ -3,6 +3,7 @@
 No model is loaded here, and of the data only the files' identities are read.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
 from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
 from llmlab.settings.base import Settings
-from llmlab.settings.errors import OfMainProcess, UserError, reason_of
+from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
 from llmlab.terminal import Terminal
 
+# what `accelerate launch`, torchrun and notebook_launcher set in each process
+IN_LAUNCH = {"LOCAL_RANK", "ACCELERATE_DYNAMO_MODE"}
 S = TypeVar("S", bound=Settings)
 R = TypeVar("R", bound="Start[Any]")
 T = TypeVar("T")
@@ -76,6 +79,10 @@ def begin(
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)
+    gpus = torch.cuda.device_count() if hardware.device == "cuda" else 1
+    if gpus > 1 and not IN_LAUNCH & os.environ.keys():
+        ways = f"llmlab {stage} --accelerate ddp, or accelerate.notebook_launcher in a notebook, uses all"
+        console.print(f"[yellow]note[/yellow] {gpus} GPUs are visible, and this run uses one of them: {ways}")
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
@@ -132,7 +139,8 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
         # gloo's errors have no type of their own
         if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
             raise
-        kind = UserError if process.is_main_process else OfMainProcess
+        # a launch of llmlab's own on one machine says which process it was
+        kind = UserError if process.is_main_process and os.environ.get(LAUNCHED) != "1" else OfMainProcess
         raise kind(
             "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
             f"killed (most often for its memory); --resume continues from the last checkpoint ({reason_of(error)})"

@@ -4,6 +4,7 @@ Programming errors are not these: they keep their own types and their tracebacks
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 # C0 without tab and newline, DEL, C1, bidirectional overrides, line separators, lone surrogates
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_REASON = 300  # characters of another library's message
+LAUNCHED = "LLMLAB_LAUNCHED"  # the number of machines, in processes that llmlab launched: it warned before
 
 
 class UserError(ValueError):
@@ -28,6 +30,11 @@ class Diverged(UserError):
 
 class OfMainProcess(UserError):
     """What another process of a distributed run already prints: this one ends in silence."""
+
+
+def is_first_process() -> bool:
+    """Whether this process alone of its machine's says what all of them find out before they know each other."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class SettingsError(UserError):

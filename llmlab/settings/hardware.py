@@ -8,7 +8,7 @@ from annotated_types import Ge, Le
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Resume, Settings, Trl
 
-LAUNCH = "processes are started from outside: accelerate launch -m llmlab ..."
+LAUNCH = "processes are started from outside: --accelerate ddp --num-processes N, or accelerate launch -m llmlab"
 TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
 
 

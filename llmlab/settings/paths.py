@@ -48,6 +48,13 @@ def expand(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def shipped_folder(name: str) -> Path:
+    """Returns a folder that is shipped beside the package in a checkout, and inside it in a wheel."""
+    package = Path(__file__).parents[1]
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def is_local(name: str) -> bool:
     """Whether a name can only be a local path: it exists, has a path's form, or its parent folder exists."""
     path = expand(name)

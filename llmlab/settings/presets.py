@@ -15,6 +15,7 @@ from typing import Any
 from llmlab.settings import settings_class
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.files import Layer, read_layer
+from llmlab.settings.paths import shipped_folder
 from llmlab.settings.sources import merge
 
 SECTIONS = {
@@ -30,9 +31,7 @@ Values = dict[str, Any]
 
 def recipe_folder() -> Path:
     """Returns the folder of shipped recipes: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    return shipped_folder("recipes")
 
 
 def presets(stage: str) -> dict[str, Path]:
