@@ -105,7 +105,7 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
             tokenizer,
             max_seq_len=sequence,
             rows_needed=settings.max_steps * rows_per_step * processes,
-            validation_rows=settings.eval_steps * settings.batch_size * processes,
+            validation_rows=run.batch.validation_rows,
             rank=run.process.process_index,
             world_size=processes,
         )

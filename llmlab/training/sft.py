@@ -31,7 +31,7 @@ class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
         tokens = (inputs["labels"][..., 1:] != -100).sum()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not model.training:
-            self.eval_sums += torch.stack([loss * tokens, tokens])
+            self.eval_sums += torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens])
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +71,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     settings = run.settings
     policy = run.load_policy()
     length = policy.cap_length(settings.max_seq_len)
-    rows_per_batch = settings.batch_size * run.process.num_processes
-    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
+    rows_per_step = run.batch.rows
     data = run.build_rows(
         InstructionEncoder(
             policy.tokenizer,
@@ -82,7 +81,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
             only_label=settings.only_label,
         ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
-        rows_per_batch=rows_per_batch,
     )
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
@@ -107,8 +105,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         trainer,
         policy,
         data,
-        rows_per_batch=rows_per_batch,
-        accumulation=settings.gradient_accumulation_steps,
         batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
         callbacks=[StageMetrics()],

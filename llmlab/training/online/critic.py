@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmlab.runs.shards import gather, scatter
+
 FILE = "critic.safetensors"
 
 
@@ -83,9 +85,11 @@ class Critic(nn.Module):
         """Returns the trainable parameters by name; frozen ones are restored from their source."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def save(self, folder: Path) -> None:
-        """Saves the trainable parameters."""
-        save_file({name: tensor.contiguous() for name, tensor in self.trained().items()}, folder / FILE)
+    def save(self, folder: Path | None) -> None:
+        """Saves the trainable parameters, on the process that has a folder; all call it, as they may be sharded."""
+        whole = {name: tensor.contiguous() for name, tensor in gather(self.trained()).items()}
+        if folder is not None:
+            save_file(whole, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
@@ -95,7 +99,7 @@ class Critic(nn.Module):
                 f"{folder / FILE}: a critic with other parameters: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
             )
         for name, tensor in mine.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(scatter(saved[name], tensor))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Is empty, so that no export of the policy has a part of the critic in it."""

@@ -197,8 +197,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:  # a checkpoint; the critic is no part of an export
-            self.critic.save(Path(output_dir))
+        if _internal_call:  # a checkpoint; the critic is no part of an export
+            self.critic.save(Path(output_dir) if self.args.should_save else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
