@@ -83,10 +83,6 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
             self.leave_out_repeated(batches[-1], self.args.train_batch_size)
         return super()._get_num_items_in_batch(batches, device)  # type: ignore[misc]
 
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.leave_out_repeated(inputs, self.args.eval_batch_size)
-        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-
     def leave_out_repeated(self, batch: dict[str, Any], rows: int) -> None:
         """Takes out of the loss the rows with which Accelerate fills up the last batches of an epoch, so that every
         process has as many; in rows flattened into one they stay."""
@@ -142,6 +138,28 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
 
     predict = staticmethod(next_token_logits)
     """The logits of the choices that the loss scores, (choices, alternatives)."""
+
+
+class TokenMeanEvaluation:
+    """Mixin for a trainer of next tokens: its validation loss is a mean over all tokens, however they are batched."""
+
+    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.leave_out_repeated(inputs, self.args.eval_batch_size)
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][..., 1:] != -100).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        self.eval_sums += torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens])
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.eval_sums = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
+        output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
+        return output
 
 
 @dataclass(eq=False)

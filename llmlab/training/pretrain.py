@@ -25,7 +25,7 @@ from llmlab.model import (
 )
 from llmlab.runs.callbacks import ProcessState, StageMetrics
 from llmlab.runs.failures import check_memory
-from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
@@ -34,7 +34,7 @@ from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 
 
-class PretrainTrainer(StageTrainer, Trainer):
+class PretrainTrainer(TokenMeanEvaluation, StageTrainer, Trainer):
     """Transformers' Trainer with llmlab's optimizers and the chunked loss."""
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs.callbacks import StageMetrics
-from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.settings.sft import SFTSettings
@@ -22,24 +22,8 @@ SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
-class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
+class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
-
-    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = (inputs["labels"][..., 1:] != -100).sum()
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            self.eval_sums += torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens])
-        return loss
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.eval_sums = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
-        output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
-        return output
 
 
 def collate_packed(

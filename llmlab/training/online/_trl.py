@@ -170,7 +170,7 @@ class ResumableRollouts:
         return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting, "split": self._split}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Restores `rollout_state`; where the batch is split in another way now, a new rollout goes on at that step."""
+        """Restores `rollout_state`; where the batch is split otherwise now, a new rollout goes on at that step."""
         passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         split = state.get("split", self._split)
         self._step = state["step"] // split[1] * passes
