@@ -23,6 +23,7 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+TOKENS = list(range(5, 21))  # whose logits a run returns
 WRITTEN = set()  # what this process opens for writing
 
 
@@ -73,35 +74,44 @@ def sampling_by_prompt():
 def train(stage, settings, resume=None, free=False, sharded=False):
     """Runs a stage, sampling by prompt unless it is free to use its random states.
 
-    Returns what Accelerate made of the processes, and for each step the rows of each forward pass of this one.
+    Returns what Accelerate made of the processes, for each step the rows of each forward pass of this one, and the
+    logits of some tokens at the end.
     """
-    from accelerate.state import AcceleratorState
+    import torch
 
     from llmlab.stages import STAGES
 
-    with (
-        nullcontext() if free else sampling_by_prompt(),
-        sharding() if sharded else nullcontext(),
-        rows_seen() as seen,
-    ):
+    with nullcontext() if free else sampling_by_prompt(), sharding() if sharded else nullcontext(), watched() as seen:
         STAGES[stage].function(STAGES[stage].settings_class(**settings), resume=resume)
-        state = AcceleratorState()
-        return {"type": state.distributed_type.value, "processes": state.num_processes, "rows": seen}
+        if "trainer" not in seen:  # only its final save was left
+            return None
+        trainer = seen.pop("trainer")
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=torch.tensor([TOKENS])).logits
+        state = trainer.accelerator.state
+        return {
+            "type": state.distributed_type.value,
+            "processes": state.num_processes,
+            **seen,
+            "logits": logits.tolist(),
+        }
 
 
 @contextmanager
-def rows_seen():
-    """Notes for each step of a trainer the rows of each forward pass, without padding and without what is repeated."""
+def watched():
+    """Keeps the last trainer, and for each step the rows of each forward pass but for padding and repeated ones."""
     from transformers import Trainer
 
-    original, seen = Trainer.training_step, {}
+    original, seen = Trainer.training_step, {"rows": {}}
 
     def step(self, model, inputs, *args, **kwargs):
+        seen["trainer"] = self
         if "labels" in inputs:
-            rows = inputs["input_ids"][(inputs["labels"] != -100).any(1)]
-            pad = self.processing_class.pad_token_id
-            rows = [[token for token in row if token != pad] for row in rows.tolist()]
-            seen.setdefault(self.state.global_step + 1, []).append(rows)
+            rows, scored = inputs["input_ids"], inputs["labels"] != -100
+            rows = [
+                row[: last.nonzero().max() + 1].tolist() for row, last in zip(rows, scored, strict=True) if last.any()
+            ]
+            seen["rows"].setdefault(str(self.state.global_step + 1), []).append(rows)
         return original(self, model, inputs, *args, **kwargs)
 
     Trainer.training_step = step
@@ -223,6 +233,16 @@ def mark(stage, settings):
 
     with sharding(), every_trainer(Mark):
         train(stage, settings)
+
+
+def attempt(job):
+    """Does a job, and returns how it failed."""
+    import traceback
+
+    try:
+        return globals()[job.pop("do")](**job)
+    except BaseException:
+        return traceback.format_exc()
 
 
 def main(folder):
