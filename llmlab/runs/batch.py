@@ -48,8 +48,8 @@ def split_again(
     batch = Batch(**record["batch"]) if "batch" in record else batch_of(before, were)
     if processes != were and getattr(settings, "streaming", False):
         raise UserError(
-            "streaming = true: the processes of the run to resume read a part of the stream each, so it goes on with as "
-            f"many, {were}, and not with {processes}"
+            "streaming = true: each process of the run to resume reads its own part of the stream, so it goes on with "
+            f"as many, {were}, and not with {processes}"
         )
     share, rest = divmod(batch.rows, processes)
     if rest:

@@ -25,11 +25,16 @@ class Critic(nn.Module):
 
     It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, but in no state dict of
     it: checkpoints store it separately. A `separate` critic has a copy of the policy's backbone, which shares frozen
-    tensors (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
+    tensors if it may (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
     """
 
     def __init__(
-        self, policy: PreTrainedModel | PeftModel, *, separate: bool, scorer: PreTrainedModel | PeftModel | None = None
+        self,
+        policy: PreTrainedModel | PeftModel,
+        *,
+        separate: bool,
+        scorer: PreTrainedModel | PeftModel | None = None,
+        shares_frozen: bool = True,
     ):
         super().__init__()
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
@@ -37,7 +42,7 @@ class Critic(nn.Module):
         if separate and scorer is not None:
             self.backbone = (scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer).base_model
         elif separate:
-            frozen = [p for p in base.base_model.parameters() if not p.requires_grad]
+            frozen = [p for p in base.base_model.parameters() if shares_frozen and not p.requires_grad]
             self.backbone = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
         width = (base.config if self.backbone is None else self.backbone.config).get_text_config().hidden_size
         self.head = nn.Linear(width, 1)

@@ -97,7 +97,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     def __init__(self, *, args: PPOConfig, scorer: PreTrainedModel | PeftModel | None = None, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         separate = args.value_model == "separate"
-        self.critic = Critic(self.model, separate=separate, scorer=scorer)
+        # FSDP2 refuses a tensor that two of its groups would shard
+        self.critic = Critic(self.model, separate=separate, scorer=scorer, shares_frozen=not self.is_fsdp_enabled)
         if separate and args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
