@@ -120,6 +120,19 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
     return checkpoint
 
 
+def check_deepspeed(checkpoint: Path, *, used: bool, processes: int, load_optimizer: bool) -> None:
+    """Raises UserError for a checkpoint that DeepSpeed wrote and others would read, or the other way around."""
+    parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*optim_states.pt")))
+    if used and not (parts and load_optimizer):
+        why = "restores the optimizer too" if parts else "reads only checkpoints that it wrote"
+        raise UserError(f"--resume {checkpoint}: DeepSpeed always {why}; resume without it")
+    if parts and load_optimizer and (not used or parts != processes):
+        raise UserError(
+            f"--resume {checkpoint}: DeepSpeed wrote it on {parts} processes, and reads it on as many; take them, "
+            "or with --no-load-optimizer and without DeepSpeed"
+        )
+
+
 def check_steps_left(run: Path, done: int, steps: int, finished: bool) -> None:
     """Raises UserError where a run has no step left; one killed before its final save has that to do."""
     if done > steps or (done == steps and finished):

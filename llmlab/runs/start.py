@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
@@ -22,7 +22,14 @@ from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.batch import Batch, batch_of, split_again
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint, recorded_settings
+from llmlab.runs.resume import (
+    check_data,
+    check_deepspeed,
+    check_undamaged,
+    data_files,
+    find_checkpoint,
+    recorded_settings,
+)
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -80,7 +87,8 @@ def begin(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
-    check_supported(settings.optimizer, process.distributed_type)
+    sharding = sharding_of(settings)
+    check_supported(settings.optimizer, sharding or process.distributed_type)
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
@@ -100,6 +108,8 @@ def begin(
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
                 check_undamaged(checkpoint)
+                uses, processes = sharding == "DEEPSPEED", process.num_processes
+                check_deepspeed(checkpoint, used=uses, processes=processes, load_optimizer=load_optimizer)
             before, record = recorded_settings(folder, settings), read_record(folder)
             batch, changes = split_again(settings, before, record, process.num_processes)
             if changes:
@@ -122,6 +132,18 @@ def begin(
             sources = {**resolved.sources, **dict.fromkeys(changes, "batch of the resumed run")}
             resolved = replace(resolved, settings=settings.model_copy(update=changes), sources=sources)
         yield run_class(stage, load_optimizer, resolved, hardware, process, console, **found)
+
+
+def sharding_of(settings: Any) -> str | None:
+    """Returns what Accelerate is to shard the model with, `FSDP`, `DEEPSPEED` or None, as launcher or settings say."""
+
+    for kind in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}") or settings.trainer_args.get(kind.lower()):
+            if kind == "FSDP" and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+                where = "fsdp_cpu_ram_efficient_loading: true"
+                raise UserError(f"{where}: every process needs weights, not the first one alone; expected false")
+            return kind
+    return None
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:
