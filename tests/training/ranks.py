@@ -151,11 +151,11 @@ def interrupt(stage, settings, rank, step, number):
         return left.code
 
 
-def command(words, rank, step):
+def command(words, rank, step, sharded=False):
     """Runs a command whose process of that rank is killed at the beginning of a step."""
     from llmlab.cli.app import main
 
-    with acting_at(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    with sharding() if sharded else nullcontext(), acting_at(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         main(words)
 
 

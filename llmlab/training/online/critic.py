@@ -54,6 +54,7 @@ class Critic(nn.Module):
         self.to(next(base.parameters()).device)
         self.collected: list[Tensor] | None = None
         base.base_model.register_forward_hook(self._collect, with_kwargs=True)
+        self.register_load_state_dict_post_hook(_forgive)
         policy.critic = self
         object.__setattr__(self, "policy", policy)  # kept outside the module tree: a parent reference would be a cycle
         if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
@@ -109,3 +110,8 @@ class Critic(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Is empty, so that no export of the policy has a part of the critic in it."""
         return kwargs.get("destination", args[0] if args else {})
+
+
+def _forgive(critic: Critic, keys: Any) -> None:
+    """Lets a strict load, which DeepSpeed's is, go without the critic's weights: they have a file of their own."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if "critic." not in key]

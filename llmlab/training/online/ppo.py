@@ -38,10 +38,10 @@ class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
             logits = next_token_logits(model, batch)
         return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.is_fsdp_enabled:  # then StageTrainer has loaded the policy's weights by itself
-            self.critic.load(Path(resume_from_checkpoint))
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load the policy's weights alone
+            self.critic.load(Path(checkpoint))
 
 
 @training_stage(OnlineRun, prepare=locate_rewards)
