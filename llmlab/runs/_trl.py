@@ -90,9 +90,11 @@ class ResumableCheckpoint:
         """Writes under FSDP the files of one process, from which any number can go on."""
         if not self.is_fsdp_enabled:  # type: ignore[attr-defined]
             return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        states = {"optimizer.pt": gather(self.optimizer.state_dict()), "scheduler.pt": self.lr_scheduler.state_dict()}  # type: ignore[attr-defined]
-        for name, state in states.items() if self.args.should_save else ():  # type: ignore[attr-defined]
-            torch.save(state, Path(output_dir) / name)
+        state, saves = self.optimizer.state_dict(), self.args.should_save  # type: ignore[attr-defined]
+        state = gather(state, keep=saves)
+        if saves:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[attr-defined]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.load_optimizer or checkpoint is None:
@@ -101,7 +103,7 @@ class ResumableCheckpoint:
             if not self.is_fsdp_enabled:  # type: ignore[attr-defined]
                 return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             files = (Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt"))
-            optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            optimizer, scheduler = (torch.load(file, map_location="cpu", mmap=True) for file in files)
             self.optimizer.load_state_dict(scatter_state(optimizer, self.optimizer))  # type: ignore[attr-defined]
             self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[attr-defined]
 

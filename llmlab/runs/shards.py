@@ -17,9 +17,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from llmlab.settings.files import read_json
 
 
-def gather(tree: Any) -> Any:
-    """Returns nested values with whole tensors on the CPU in place of sharded ones; every process calls it."""
-    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
+def gather(tree: Any, *, keep: bool) -> Any:
+    """Returns nested values with whole tensors on the CPU in place of sharded ones, or None on processes that do not
+    `keep` them: all must take part."""
+
+    def whole(shards: DTensor) -> Tensor | None:
+        tensor = shards.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return tree_map_only(DTensor, whole, tree)
 
 
 def scatter(whole: Tensor, like: Tensor) -> Tensor:

@@ -87,11 +87,11 @@ def begin(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
-    sharding = sharding_of(settings)
-    check_supported(settings.optimizer, sharding or process.distributed_type)
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
+            sharding = sharding_of(settings)
+            check_supported(settings.optimizer, sharding or process.distributed_type)
             output = Path(settings.output_dir)
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
@@ -136,7 +136,6 @@ def begin(
 
 def sharding_of(settings: Any) -> str | None:
     """Returns what Accelerate is to shard the model with, `FSDP`, `DEEPSPEED` or None, as launcher or settings say."""
-
     for kind in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}") or settings.trainer_args.get(kind.lower()):
             if kind == "FSDP" and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):

@@ -171,12 +171,11 @@ class ResumableRollouts:
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
         """Restores `rollout_state`; where the batch is split otherwise now, a new rollout goes on at that step."""
-        passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         split = state.get("split", self._split)
-        self._step = state["step"] // split[1] * passes
         if split != self._split:
+            self._step = state["step"] // split[1] * self._split[1]
             return
-        self._buffered_inputs = state["rollout"]
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
 

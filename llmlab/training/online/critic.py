@@ -93,9 +93,9 @@ class Critic(nn.Module):
 
     def save(self, folder: Path | None) -> None:
         """Saves the trainable parameters, on the process that has a folder; all call it, as they may be sharded."""
-        whole = {name: tensor.contiguous() for name, tensor in gather(self.trained()).items()}
+        whole = gather(self.trained(), keep=folder is not None)
         if folder is not None:
-            save_file(whole, folder / FILE)
+            save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
