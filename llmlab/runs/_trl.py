@@ -29,6 +29,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # rows that fill up an epoch's last batch are left out of the loss before its tokens are counted
     "transformers.Trainer._get_num_items_in_batch": ("self", "batch_samples", "device"),
     # checkpoints of sharded runs are laid out as those of one process
+    "transformers.Trainer._save": ("self", "output_dir", "state_dict"),
     "transformers.Trainer._save_optimizer_and_scheduler": ("self", "output_dir"),
     # the same for the best one at the end
     "transformers.Trainer._load_best_model": ("self",),
@@ -85,6 +86,12 @@ class ResumableCheckpoint:
     resumes without optimizer state with `load_optimizer=False`."""
 
     load_optimizer: bool = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves tied weights once, of which gathering made copies."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})  # type: ignore[attr-defined]
+        state_dict = state_dict and {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Writes under FSDP the files of one process, from which any number can go on."""
