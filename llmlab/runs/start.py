@@ -6,13 +6,13 @@ No model is loaded here, and of the data only the files' identities are read.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
@@ -20,8 +20,16 @@ from transformers import set_seed
 from llmlab.hardware import Hardware, check_packages, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
+from llmlab.runs.batch import Batch, batch_of, split_again
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
+from llmlab.runs.resume import (
+    check_data,
+    check_deepspeed,
+    check_undamaged,
+    data_files,
+    find_checkpoint,
+    recorded_settings,
+)
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -37,7 +45,8 @@ T = TypeVar("T")
 @dataclass
 class Start(Generic[S]):
     """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run; without a
-    checkpoint it begins at the first step; `data_files` identifies each local data file.
+    checkpoint it begins at the first step; `data_files` identifies each local data file; `batch` is what a resumed run
+    keeps on other processes.
     """
 
     stage: str
@@ -50,6 +59,7 @@ class Start(Generic[S]):
     resumed: str | None
     checkpoint: Path | None
     data_files: dict[str, Any]
+    batch: Batch
 
     def __post_init__(self) -> None:
         self.settings: Any = self.resolved.settings
@@ -76,9 +86,10 @@ def begin(
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)
     check_packages(settings, hardware)
+    if hardware.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
-    check_supported(settings.optimizer, process.distributed_type)
     gpus = torch.cuda.device_count() if hardware.device == "cuda" else 1
     if gpus > 1 and not IN_LAUNCH & os.environ.keys():
         ways = f"llmlab {stage} --accelerate ddp, or accelerate.notebook_launcher in a notebook, uses all"
@@ -86,10 +97,13 @@ def begin(
     with ExitStack() as stack, lost_processes_named(process):
 
         def claim() -> dict[str, Any]:
+            sharding = sharding_of(settings)
+            check_supported(settings.optimizer, sharding or process.distributed_type)
             output = Path(settings.output_dir)
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
-                return {"folder": folder, "resumed": None, "checkpoint": None, "data_files": data_files(settings)}
+                new = {"resumed": None, "checkpoint": None, "batch": batch_of(settings, process.num_processes)}
+                return {"folder": folder, "data_files": data_files(settings), "changes": {}, **new}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
                 raise UserError(f"--resume {resume}: there is no such run folder")
@@ -101,6 +115,13 @@ def begin(
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
                 check_undamaged(checkpoint)
+                uses, processes = sharding == "DEEPSPEED", process.num_processes
+                check_deepspeed(checkpoint, used=uses, processes=processes, load_optimizer=load_optimizer)
+            before, record = recorded_settings(folder, settings), read_record(folder)
+            batch, changes = split_again(settings, before, record, process.num_processes)
+            if changes:
+                values = ", ".join(f"{name} = {value}" for name, value in changes.items())
+                notes.append(f"an optimizer step keeps its {batch.rows} rows, with {values}")
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
                 names = ", ".join(
@@ -110,10 +131,25 @@ def begin(
                 notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
             for note in notes:
                 console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-            status = read_record(folder).get("status", "finished")
-            return {"folder": folder, "resumed": status, "checkpoint": checkpoint, "data_files": files}
+            resumed = {"resumed": record.get("status", "finished"), "checkpoint": checkpoint, "batch": batch}
+            return {"folder": folder, "data_files": files, "changes": changes, **resumed}
 
-        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **on_main(process, claim))
+        found = on_main(process, claim)
+        if changes := found.pop("changes"):
+            sources = {**resolved.sources, **dict.fromkeys(changes, "batch of the resumed run")}
+            resolved = replace(resolved, settings=settings.model_copy(update=changes), sources=sources)
+        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **found)
+
+
+def sharding_of(settings: Any) -> str | None:
+    """Returns what Accelerate is to shard the model with, `FSDP`, `DEEPSPEED` or None, as launcher or settings say."""
+    for kind in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}") or settings.trainer_args.get(kind.lower()):
+            if kind == "FSDP" and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+                where = "fsdp_cpu_ram_efficient_loading: true"
+                raise UserError(f"{where}: every process needs weights, not the first one alone; expected false")
+            return kind
+    return None
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

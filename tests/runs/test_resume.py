@@ -16,7 +16,8 @@ from llmlab.cli.app import main
 from llmlab.runs import checkpoints
 from llmlab.runs import run as runs
 from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
-from llmlab.runs.resume import _is_same, find_checkpoint
+from llmlab.runs.resume import _is_same, check_deepspeed, find_checkpoint
+from llmlab.runs.start import sharding_of
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training.sft import sft
@@ -312,3 +313,49 @@ def test_data_files_of_earlier_records_compare_by_what_both_have():
     assert _is_same({"bytes": 3, "modified": 4, "hash": "a"}, now)  # touched, and the same
     assert _is_same({"bytes": 3, "modified": 5}, now) and not _is_same({"bytes": 3, "modified": 4}, now)
     assert not _is_same({"bytes": 3, "modified": 5, "hash": "b"}, now) and not _is_same({}, now)
+
+
+# On other processes -------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_a_forward_pass_may_change_and_the_rest_follows(settings, quiet, capsys):
+    """Batches of 4 x 2 go on as 2 x 4, with the same losses."""
+    whole = sft(settings(gradient_accumulation_steps=2), console=quiet)
+    expected = losses(whole.folder)
+    command("sft", "--resume", whole.folder / "checkpoint-2", "batch_size=2")
+    assert losses(whole.folder) == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in expected]
+    record = read_record(whole.folder)
+    assert (record["settings"]["batch_size"], record["settings"]["gradient_accumulation_steps"]) == (2, 4)
+    assert record["sources"]["gradient_accumulation_steps"] == "batch of the resumed run"
+    assert record["batch"]["rows"] == 8
+    assert "an optimizer step keeps its 8 rows, with gradient_accumulation_steps = 4" in capsys.readouterr().out
+
+
+def test_what_deepspeed_wrote_or_did_not_write(tmp_path):
+    (tmp_path / "global_step2").mkdir()
+    check = partial(check_deepspeed, tmp_path, processes=2, load_optimizer=True)
+    check(used=False)  # no checkpoint of DeepSpeed's
+    with pytest.raises(UserError, match="reads only checkpoints that it wrote; resume without it"):
+        check(used=True)
+    for rank in (0, 1):
+        (tmp_path / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check(used=True)
+    check(used=False, load_optimizer=False)  # its weights are those of any checkpoint
+    for changes in ({"used": False}, {"used": True, "processes": 4}):
+        with pytest.raises(UserError, match="wrote it on 2 processes, and reads it on as many"):
+            check(**changes)
+    with pytest.raises(UserError, match="always restores the optimizer too"):
+        check(used=True, load_optimizer=False)
+
+
+def test_what_shards_a_run_is_known_before_a_model_is_loaded(sft_settings, monkeypatch):
+    assert sharding_of(sft_settings()) is None
+    assert sharding_of(sft_settings(trainer_args={"deepspeed": "zero2.json"})) == "DEEPSPEED"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sharding_of(sft_settings()) == "FSDP"
+    with pytest.raises(UserError, match="optimizer = adafactor: it cannot update weights that FSDP shards"):
+        sft(sft_settings(optimizer="adafactor"))
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(UserError, match="fsdp_cpu_ram_efficient_loading: true"):
+        sft(sft_settings())
+    assert not Path(sft_settings().output_dir).exists()

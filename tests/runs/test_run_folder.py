@@ -169,7 +169,7 @@ def test_what_may_change_on_resume(tmp_path):
     with pytest.raises(UserError, match="already is at step 7"):
         find(max_steps=6)
     with pytest.raises(SettingsError) as caught:
-        find(lr=1.0, batch_size=2, optimizer="lion")
+        find(lr=1.0, seed=2, optimizer="lion")
     assert len(caught.value.problems) == 3
     assert "the run to resume has 0.0003" in str(caught.value) and "--no-load-optimizer" in str(caught.value)
     assert find(load_optimizer=False, lr=1.0, optimizer="lion") == path

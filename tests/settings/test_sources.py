@@ -353,6 +353,7 @@ def test_python_files_of_blocks(tmp_path):
                 *("save_total_limit", "trainer_args", "allow_dropped", "allow_truncated"),
             },
         ),
+        (Resume.SPLIT, {"batch_size", "gradient_accumulation_steps"}),
         (Resume.LOCAL, {"output_dir", "cache_dir", "num_proc"}),
         (
             Resume.NEW_OPTIMIZER,

@@ -4,16 +4,20 @@
 """
 
 import json
+import math
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llmlab.runs.checkpoints import checkpoints
 from llmlab.runs.record import read_metrics, read_record
@@ -21,6 +25,7 @@ from llmlab.runs.record import read_metrics, read_record
 pytestmark = pytest.mark.xdist_group("processes")  # one pair for all
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
+RANKS_HERE = runpy.run_path(str(RANKS))
 
 LORA = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.0}  # dropout would differ between processes
 GROUPS = {"group_size": 4, "batch_size": 4}
@@ -37,6 +42,7 @@ FAMILIES = {  # name: stage, what is not as in `values_for`
     "grpo": ("grpo", GROUPS),
     "grpo with LoRA and a global mean": ("grpo", {"baseline_mode": "global_mean", **GROUPS, **LORA}),
     "ppo": ("ppo", {"batch_size": 16}),
+    "ppo with LoRA": ("ppo", {"batch_size": 16, **LORA}),
     "ppo with a shared critic": ("ppo", {"batch_size": 16, "value_model": "shared", "early_stop": False}),
 }
 RESUMED_ALONE = {  # what two processes read or sample by other random numbers than one
@@ -44,6 +50,20 @@ RESUMED_ALONE = {  # what two processes read or sample by other random numbers t
     "grpo sampling freely": ("grpo", {"ppo_epochs": 1, **GROUPS}),
     "ppo sampling freely": ("ppo", {"ppo_epochs": 1, "batch_size": 16}),
 }
+SHARDED = {  # the families that FSDP2 shards, and DeepSpeed with ZeRO-2: its other half has no shards of weights
+    "FSDP": ["pretrain", "sft", "sft with LoRA, packed", "dpo", "grpo", "ppo", "ppo with LoRA"],
+    "DEEPSPEED": ["pretrain", "sft", "sft with LoRA, packed", "dpo", "grpo", "ppo"],
+}
+if find_spec("deepspeed") is None:
+    del SHARDED["DEEPSPEED"]
+ZERO2 = {
+    "zero_optimization": {"stage": 2},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled first
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
+    **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
+}
+OVERHEAD = 60_000  # bytes of names and random states in a file
 EVERYWHERE = ("loss", "grad_norm", "learning_rate", "tokens")
 COMPARED = {  # metrics that are means over rows or tokens, not over forward passes
     "pretrain": ("eval_loss", "eval_perplexity"),
@@ -95,16 +115,22 @@ def pair(tmp_path_factory, tiny_settings):
     """The folder in which two processes ran each family, resumed it at its third step, and did the other jobs."""
     folder = tmp_path_factory.mktemp("pair")
     jobs = []
-    for name, (stage, changes) in {**FAMILIES, **RESUMED_ALONE}.items():
-        free = {"free": name in RESUMED_ALONE}
+
+    def add(name, place, sharded=False, **more):
+        """Adds the jobs of a run of a family, and of its second part alone."""
+        stage, changes = {**FAMILIES, **RESUMED_ALONE}[name]
         whole, again = (
-            plain(tiny_settings(stage, folder / place, **values_for(stage, changes, 2)))
-            for place in (name, f"{name} resumed")
+            plain(tiny_settings(stage, folder / each, **values_for(stage, changes, 2), **more))
+            for each in (place, f"{place} resumed")
         )
-        jobs.append({"do": "train", "stage": stage, "settings": whole, **free})
-        jobs.append(
-            {"do": "resume", "stage": stage, "settings": again, "whole": str(folder / name), "step": 3, **free}
-        )
+        job = {"stage": stage, "free": name in RESUMED_ALONE, "sharded": sharded}
+        jobs.append({"do": "train", "settings": whole, **job})
+        jobs.append({"do": "resume", "settings": again, "whole": str(folder / place), "step": 3, **job})
+
+    for name in (*FAMILIES, *RESUMED_ALONE):
+        add(name, name)
+    for name in SHARDED["FSDP"]:
+        add(name, f"{name} FSDP", sharded=True)
     (folder / "taken").mkdir()
     (folder / "taken" / "notes.txt").write_text("mine")
     for place, more, resumed in (
@@ -119,9 +145,10 @@ def pair(tmp_path_factory, tiny_settings):
     signalled = {"rank": 1, "step": 4, "number": signal.SIGTERM}
     jobs.append({"do": "interrupt", "stage": "pretrain", "settings": settings, **signalled})
     settings = plain(tiny_settings("sft", folder / "sharded", max_steps=1, validation_fraction=0, **LORA))
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    fsdp |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    jobs.append({"do": "shard", "stage": "sft", "settings": settings, "environment": fsdp})
+    jobs.append({"do": "mark", "stage": "sft", "settings": settings})
+    (folder / "zero2.json").write_text(json.dumps(ZERO2))
+    for name in SHARDED.get("DEEPSPEED", ()):  # last: it changes what a process is to Accelerate
+        add(name, f"{name} DEEPSPEED", trainer_args={"deepspeed": str(folder / "zero2.json")})
     process = start(folder, jobs)
     output = process.communicate(timeout=400)[0]
     assert process.returncode == 0, (output, printed(folder, 0, "stderr"), printed(folder, 1, "stderr"))
@@ -132,42 +159,108 @@ def pair(tmp_path_factory, tiny_settings):
 def said(pair):
     """What the refused and interrupted jobs of each process returned."""
     answers = [json.loads((pair / f"said-{rank}.json").read_text())["said"] for rank in (0, 1)]
-    assert answers[0] == answers[1]
-    return [answer for answer in answers[0] if answer is not None]
+    kept = [[answer for answer in each if isinstance(answer, (str, int))] for each in answers]
+    assert kept[0] == kept[1]
+    return kept[0]
+
+
+@pytest.fixture(scope="module")
+def seen(pair):
+    """What was seen in the runs and their second parts, by the names of their folders."""
+    jobs = json.loads((pair / "jobs.json").read_text())
+    answers = json.loads((pair / "said-0.json").read_text())["said"]
+    places = [Path(job["settings"]["output_dir"]).name for job in jobs]
+    return {place: answer for place, answer in zip(places, answers, strict=True) if isinstance(answer, dict)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_settings):
+    """Returns a function that runs a family on one process, once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run(name):
+        stage, changes = FAMILIES[name]
+        if not (folder / name).exists():
+            RANKS_HERE["train"](stage, plain(tiny_settings(stage, folder / name, **values_for(stage, changes, 1))))
+        return folder / name
+
+    return run
 
 
 def weights_of(folder):
     return load_file(next(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_two_processes_learn_what_one_does(name, pair, tiny_settings, tmp_path):
+PLACES = [  # name, what Accelerate makes of the processes, folder
+    *((name, "MULTI_CPU", name) for name in FAMILIES),
+    *((name, kind, f"{name} {kind}") for kind, names in SHARDED.items() for name in names),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "place"), PLACES, ids=[place for *_, place in PLACES])
+def test_two_processes_learn_what_one_does(name, kind, place, pair, seen, alone):
     """Equal but for the order in which 32-bit floats are added up: 1e-5 after four updates."""
     stage, changes = FAMILIES[name]
-    alone = tmp_path / "alone"
-    settings = tiny_settings(stage, alone, **values_for(stage, changes, 1))
-    runpy.run_path(str(RANKS))["train"](stage, plain(settings))
-    together = read_metrics(pair / name)
+    assert (seen[place]["type"], seen[place]["processes"]) == (kind, 2)
+    one, two = alone(name), pair / place
     for key in (*EVERYWHERE, *COMPARED[stage]):
-        ours, theirs = ([line[key] for line in lines if key in line] for lines in (together, read_metrics(alone)))
+        ours, theirs = ([line[key] for line in read_metrics(run) if key in line] for run in (two, one))
         assert len(ours) >= 2 and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), key
-    states = [json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (pair / name, alone)]
+    states = [json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (two, one)]
     assert states[0]["best_global_step"] == states[1]["best_global_step"] is not None
-    assert [path.name for path in checkpoints(pair / name)] == [path.name for path in checkpoints(alone)]
-    record = read_record(pair / name)
+    assert [path.name for path in checkpoints(two)] == [path.name for path in checkpoints(one)]
+    record = read_record(two)
     assert record["status"] == "finished" and record["hardware"]["processes"] == 2
-    ours, theirs = weights_of(pair / name), weights_of(alone)
+    ours, theirs = weights_of(two), weights_of(one)
+    assert ours.keys() == theirs.keys()
     for key, weight in theirs.items():
         assert ours[key].flatten() == pytest.approx(weight.flatten(), abs=1e-4), key
     if "save_best_only" in changes:
         best = f"checkpoint-{states[0]['best_global_step']}"
         assert best != "checkpoint-4"
-        assert all((weight == ours[key]).all() for key, weight in weights_of(pair / name / best).items())
+        assert all((weight == ours[key]).all() for key, weight in weights_of(two / best).items())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *RESUMED_ALONE])
-def test_a_resumed_pair_goes_on_as_if_never_stopped(name, pair):
-    whole, again = pair / name, pair / f"{name} resumed"
+@pytest.mark.parametrize("place", [place for _, kind, place in PLACES if kind != "MULTI_CPU"])
+def test_the_run_folder_of_shards_loads_as_any_other(place, pair, seen):
+    """The logits of the folder's model are those that the shards had at the end of the run."""
+    model = AutoModelForCausalLM.from_pretrained(pair / place)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([RANKS_HERE["TOKENS"]])).logits
+    assert logits.flatten() == pytest.approx(torch.tensor(seen[place]["logits"]).flatten(), abs=1e-5)
+
+
+@pytest.mark.parametrize("place", [place for *_, place in PLACES if "LoRA" in place])
+def test_checkpoints_of_adapters_hold_no_base_model(place, pair):
+    """No file but the tokenizer is larger than what is trained takes, with its gradient and two states of AdamW."""
+    weights = weights_of(pair / place)
+    assert weights and all("lora_" in name for name in weights)
+    trained = sum(weight.numel() for weight in weights.values())
+    for path in (pair / place).rglob("*"):
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and "training_args" not in path.name:
+            assert path.stat().st_size < OVERHEAD + 4 * 4 * trained, path
+            for name, shape in tensors_in(path):
+                frozen = "weight" in name and not any(part in name for part in ("lora_", "head.weight"))
+                assert not frozen or math.prod(shape) == 0, (path, name)
+
+
+def tensors_in(path):
+    """Returns the name and shape of each tensor in a file."""
+    if path.suffix == ".safetensors":
+        return [(name, weight.shape) for name, weight in load_file(path).items()]
+    found, rest = [], [("", torch.load(path, weights_only=False))]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{name}.{key}", each) for key, each in value.items()]
+        elif isinstance(value, torch.Tensor):
+            found.append((name, value.shape))
+    return found
+
+
+@pytest.mark.parametrize("place", [*(place for *_, place in PLACES), *RESUMED_ALONE])
+def test_a_resumed_pair_goes_on_as_if_never_stopped(place, pair):
+    whole, again = pair / place, pair / f"{place} resumed"
     assert read_record(again)["resumed"][0]["step"] == 3
     ours, theirs = (
         [
@@ -186,7 +279,8 @@ def test_a_resumed_pair_goes_on_as_if_never_stopped(name, pair):
 def test_the_main_process_alone_writes_and_prints(pair):
     written = json.loads((pair / "said-1.json").read_text())["written"]
     names = {Path(path).name for path in written if Path(path).is_relative_to(os.path.realpath(pair))}
-    assert all(name.startswith(("1-", "__1_")) for name in names), names  # its own part of a checkpoint
+    own = ("1-", "__1_", "rng_state_1", "zero_pp_rank_1")  # its part of a checkpoint
+    assert all(name.startswith(own) for name in names), names
     assert "pretrain" in printed(pair, 0) and printed(pair, 1) == ""
 
 
@@ -218,19 +312,20 @@ def test_sharded_adapters_are_gathered_from_both(pair):
             assert (first == 1).all() and (second == 2).all(), name
 
 
-def command(settings, folder, step=0):
+def command(settings, folder, step=0, sharded=False):
     """Runs a stage's command on two processes, of which the second is killed at a step; returns how it ended."""
     (folder / "settings.json").write_text(settings.model_dump_json(exclude_unset=True))
     words = ["sft", "--config", str(folder / "settings.json")]
-    process = start(folder, [{"do": "command", "words": words, "rank": 1, "step": step}])
+    process = start(folder, [{"do": "command", "words": words, "rank": 1, "step": step, "sharded": sharded}])
     process.communicate(timeout=300)
     errors = [[line for line in printed(folder, rank, "stderr").splitlines() if "error" in line] for rank in (0, 1)]
     return process.returncode, errors, time.time()
 
 
-def test_a_killed_process_ends_the_run_with_one_sentence(tiny_settings, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_killed_process_ends_the_run_with_one_sentence(sharded, tiny_settings, tmp_path):
     settings = tiny_settings("sft", tmp_path / "run", max_steps=4000, validation_fraction=0, save_every=2)
-    code, errors, ended = command(settings, tmp_path, step=5)
+    code, errors, ended = command(settings, tmp_path, step=5, sharded=sharded)
     assert code != 0 and len(errors[0]) == 1 and not errors[1]
     assert errors[0][0].startswith("error: another process of this run ended")
     last = read_metrics(tmp_path / "run")[-1]

@@ -167,13 +167,21 @@ class ResumableRollouts:
     def rollout_state(self, step: int) -> dict[str, Any]:
         """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
         waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
-        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}
+        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting, "split": self._split}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Restores `rollout_state`."""
+        """Restores `rollout_state`; where the batch is split otherwise now, a new rollout goes on at that step."""
+        split = state.get("split", self._split)
+        if split != self._split:
+            self._step = state["step"] // split[1] * self._split[1]
+            return
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
+
+    @property
+    def _split(self) -> tuple[int, int]:
+        return self.args.world_size, self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
 
     def set_logged_advantages(self, advantages: Tensor) -> None:
         """Sets the advantages in TRL's logged table of completions."""

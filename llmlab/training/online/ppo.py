@@ -4,6 +4,7 @@ The algorithm is `ppo_trainer.py`'s; prompts, rewards and metrics are what `llml
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -36,6 +37,11 @@ class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
         with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
         return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load the policy's weights alone
+            self.critic.load(Path(checkpoint))
 
 
 @training_stage(OnlineRun, prepare=locate_rewards)
