@@ -143,7 +143,7 @@ def init(
     from transformers import set_seed
 
     from llmlab.data import load_tokenizer
-    from llmlab.model import build_config, fit_context, measure, new_model
+    from llmlab.model import build_config, measure, new_model, save_model
     from llmlab.runs import checkpoints
     from llmlab.runs.failures import check_memory
 
@@ -159,10 +159,10 @@ def init(
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
         set_seed(seed)
         model = new_model(config)
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            fit_context(model, tokenizer)
-            tokenizer.save_pretrained(temporary)
+        if tokenizer is None:
+            model.save_pretrained(temporary)
+        else:
+            save_model(model, tokenizer, temporary)
     say(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
 
 
@@ -175,16 +175,13 @@ def convert(
 ) -> None:
     """Convert a model between llmlab's architecture and Llama, Mistral or Qwen2, and verify equal logits."""
     from llmlab.data import load_tokenizer
-    from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
+    from llmlab.model import from_llmlab, load_model, save_model, to_llmlab
     from llmlab.runs import checkpoints
 
     model = load_model(source, dtype=None)
     converted = to_llmlab(model) if to == "llmlab" else from_llmlab(model, to)  # both compare logits themselves
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
-        tokenizer = load_tokenizer(source)
-        fit_context(converted, tokenizer)
-        converted.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(converted, load_tokenizer(source), temporary)
     say(f"saved {folder}: the same logits as {source}")
 
 

@@ -44,8 +44,7 @@ def open_cached(
 ) -> tuple[Any, bool]:
     """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is.
 
-    `read` raises where the files are not what was written, which are then removed; `write` gets what `read` returned,
-    or None.  Processes that need the same folder at the same time wait for the first of them.
+    Damaged files, for which `read` raises, are removed; `write` extends what `read` returned, or None.
     """
     content, whole = None, False
     try:
@@ -99,10 +98,7 @@ class Checksums:
             begin += len(part)
 
     def verify(self, path: Path, begin: int = 0, end: int | None = None) -> None:
-        """Raises UserError where a block with these bytes is not what was written; each is read once.
-
-        The file may be longer: bytes that an interrupted append left are ignored.
-        """
+        """Raises UserError where a block with these bytes is not what was written; each block is read once."""
         for number in range(begin // BLOCK, -(-(self.size if end is None else end) // BLOCK)):
             if number in self.verified:
                 continue

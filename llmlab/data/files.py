@@ -7,6 +7,7 @@ copied to disk, and a resumed stream can skip shards of a large file.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -229,12 +230,9 @@ def _open_text(path: Path, newline: str | None = None) -> IO[str]:
 
 def _line_number(path: Path, position: int) -> int:
     """Returns the number of the line that begins at a byte."""
-    number = 1
     with _open(path) as handle:
-        while handle.tell() < position:
-            handle.readline()
-            number += 1
-    return number
+        lines = itertools.takewhile(lambda line: handle.tell() <= position, iter(handle.readline, b""))
+        return 1 + sum(1 for _ in lines)
 
 
 def _endings() -> str:

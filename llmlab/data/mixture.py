@@ -18,10 +18,7 @@ BLOCK = 64  # rows within which proportions hold, but for rounding: also short r
 
 
 class Schedule:
-    """The source of every row of a mixture, and the row's index within that source.
-
-    In each block of rows every source appears in proportion to its weight, in an order shuffled by the seed.
-    """
+    """The source of every row of a mixture, and its index there: shuffled blocks, each in the weights' proportion."""
 
     def __init__(self, weights: Sequence[float], seed: int):
         self.weights = list(weights)

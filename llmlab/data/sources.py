@@ -124,13 +124,6 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     return TextSource(**values, column=column)
 
 
-def is_online() -> bool:
-    """Whether the hub may be reached: `HF_HUB_OFFLINE` is not set."""
-    import datasets
-
-    return not datasets.config.HF_HUB_OFFLINE
-
-
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
     """Finds a source; a hub dataset is downloaded unless `streaming`, or where it has more than `at_most` rows."""
     path = expand(source.name)
@@ -214,6 +207,8 @@ def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "
 
 
 def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
+    import datasets
+
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
@@ -222,7 +217,7 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         sizes = [info[name].num_examples for name in chosen if name in info]
         is_known = len(sizes) == len(chosen)
         count = sum(sizes) if is_known else None
-        if not streaming and is_online() and not any("[" in name for name in chosen):
+        if not streaming and not datasets.config.HF_HUB_OFFLINE and not any("[" in name for name in chosen):
             larger = at_most is not None and (count is None or count > at_most)
             streaming = larger or not _fits_disk(builder.info)
         if streaming:

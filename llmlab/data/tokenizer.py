@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, reading, reason_of
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence�
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Loads the fast tokenizer of a hub id, of a folder, or of the path of a `tokenizer.json`."""
-    from huggingface_hub import is_offline_mode
-
-    from llmlab.model.auto import load_auto
+    from llmlab.model.auto import load_auto, opening
 
     path = expand(name)
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
@@ -55,17 +53,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"{name}: there is no tokenizer in this folder; expected tokenizer.json (found {found})")
     if not path.exists() and is_local(name):
         raise missing(name)
-    with reading(name, "a tokenizer"):
-        try:
-            tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
-        except OSError as error:
-            if path.exists():
-                raise
-            offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
-            raise UserError(
-                f"{name}: no tokenizer can be loaded: there is no such local folder, and the hub did not give it: "
-                f"{offline if is_offline_mode() else reason_of(error)}"
-            ) from None
+    with opening(path if path.exists() else name, "a tokenizer"):
+        tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
     if not tokenizer.is_fast:
         raise UserError(f"{name}: this tokenizer has no tokenizer.json (the fast form), which llmlab needs")
     return tokenizer

@@ -5,34 +5,26 @@ Neither choosing a device nor attaching new adapters is done here.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
+import transformers
+from huggingface_hub import snapshot_download
 from pydantic import Field
-from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmlab.model.auto import load_auto
+from llmlab.model.auto import load_auto, opening
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
-from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
+from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.files import check_types, read_json
 from llmlab.settings.model import ModelSettings
-from llmlab.settings.paths import check_model, missing
+from llmlab.settings.paths import check_model
 from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
@@ -127,7 +119,7 @@ def load_classifier(
         return adapter.attach(model).merge_and_unload(safe_merge=True).to(dtype)
     config = load_config(source)
     own = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
         raise UserError(
             f"{source}: model_type = {config.model_type}: this architecture has no sequence-classification model"
         )
@@ -156,6 +148,13 @@ def fit_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is not None:
         tokenizer.model_max_length = length
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a model and its tokenizer, ready to generate."""
+    fit_context(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -232,31 +231,10 @@ def _check_architecture(path: Path, *, generates: bool = False) -> None:
         raise UserError(
             f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
         )
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
     heads = values.get("architectures")
     head = str(heads[0]) if isinstance(heads, list) and heads else ""
     if generates and head.endswith("ForSequenceClassification"):
         what = "this is a sequence-classification model; expected a language model"
         raise UserError(f"{path.parent}: architectures = {head}: {what}")
-
-
-@contextmanager
-def opening(source: str | Path, expected: str = "a model") -> Iterator[None]:
-    """Turns whatever Transformers raises while it loads a folder or hub id into a UserError that names it."""
-    try:
-        with reading(source, expected):
-            try:
-                yield
-            except OSError as error:
-                if Path(source).is_dir():
-                    raise
-                offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
-                reason = offline if is_offline_mode() else reason_of(error)
-                raise UserError(f"{missing(str(source), 'folder')}, and the hub gave none: {reason}") from None
-            except SafetensorError as error:
-                raise UserError(f"{source}: the weights are damaged or incomplete: {reason_of(error)}") from None
-    except UserError as error:
-        if "ignore_mismatched_sizes" not in str(error.__cause__):
-            raise
-        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None

@@ -23,15 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
-from llmlab.model import (
-    ADAPTER_CONFIG,
-    fit_context,
-    fit_vocabulary,
-    load_classifier,
-    load_config,
-    load_model,
-    read_adapter,
-)
+from llmlab.model import fit_vocabulary, load_classifier, load_config, load_model, read_adapter, save_model
+from llmlab.model.build import ADAPTER_CONFIG
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
 from llmlab.runs.policy import set_stop_tokens
@@ -143,7 +136,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     check_disk(folder, needed=sum(weight.nbytes for weight in model.parameters()))
     try:
         with checkpoints.staged(folder) as place:
-            _write(model, tokenizer, place)
+            save_model(model, tokenizer, place)
             saved_logits = _logits_on_disk(model, load(place, dtype=torch.float64).eval(), probes)
             rounding = _check_rounding(base_logits, logits, saved_logits, effect, dtype)
             metrics: dict[str, float] = {
@@ -172,9 +165,6 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         if rounding > effect / 2:
             notes.append("rounding moves logits almost as much as the adapter does; dtype=fp32 keeps it whole")
     return metrics, plan + [("note", note) for note in notes + notes_on(adapter)]
-
-
-# Inputs -----------------------------------------------------------------------------------------------------------
 
 
 def find_adapter(source: str) -> Path:
@@ -298,9 +288,6 @@ def notes_on(adapter: Path) -> list[str]:
     return notes
 
 
-# Merging ----------------------------------------------------------------------------------------------------------
-
-
 def _fit_vocabulary(
     model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path, notes: list[str]
 ) -> list[int]:
@@ -369,9 +356,6 @@ def _attach(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tenso
     return wrapped
 
 
-# Checking ---------------------------------------------------------------------------------------------------------
-
-
 def _check_effect(wrapped: Any, effect: float, adapted_logits: list[Tensor], adapter: Path) -> None:
     """Refuses an adapter that breaks the model or changes nothing."""
     if not math.isfinite(effect):
@@ -437,12 +421,3 @@ def _check_rounding(
             "expected dtype=fp32, or an adapter that was trained for longer"
         )
     return rounding
-
-
-# Saving -----------------------------------------------------------------------------------------------------------
-
-
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    fit_context(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

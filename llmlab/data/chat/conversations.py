@@ -65,10 +65,7 @@ class ConversationSource(RowSource):
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Conversations of message trees: rows of one message, in any order, that name the one they answer (oasst1).
-
-    All are read before the first conversation is yielded: of each tree the best-ranked reply at every turn.
-    """
+    """Conversations of message trees (oasst1), rows of one message in any order: of each the best-ranked replies."""
 
     messages: Iterable[Row]
     num_shards = 1
@@ -83,17 +80,14 @@ class TreeRows:
 
 
 def _best_path(tree: list[Row]) -> list[Row]:
-    """Returns the turns from the root of a tree along the best replies, up to the last one of the assistant.
-
-    Rank 0 is the best; messages without a rank (mostly the users') come last, those with a reply first.
-    """
+    """Returns the turns from the root of a tree along the best replies (rank 0), up to the last of the assistant."""
     replies: dict[str | None, list[Row]] = {}
     for message in tree:
         replies.setdefault(message["parent_id"], []).append(message)
 
     def order(message: Row) -> tuple[float, bool]:
         rank = message.get("rank")
-        return (inf if rank is None else rank), message["message_id"] not in replies
+        return (inf if rank is None else rank), message["message_id"] not in replies  # most users' have no rank
 
     turns, parent = [], None
     while parent in replies:

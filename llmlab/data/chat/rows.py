@@ -123,8 +123,8 @@ def build_rows(
 ) -> Rows:
     """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
-    Of sources larger than `rows_needed` (those the run trains on; None reads all) or `max_samples`, only the beginning
-    is read: of a resumed run as many of each as before (`rows_before`).  `validation_rows` changes no training row.
+    Of sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as
+    many rows as before (`rows_before`).
     """
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0

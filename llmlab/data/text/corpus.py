@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.mixture import Mixture, Schedule
-from llmlab.data.sources import Tally, TextSource, is_online, label_of, load_text
+from llmlab.data.sources import Tally, TextSource, label_of, load_text
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import WINDOW, PackedRows, hold_out, window_rows
 from llmlab.data.text.store import TokenStore, open_store
@@ -99,8 +100,7 @@ def build_corpus(
 ) -> Corpus:
     """Builds the training and validation rows of `max_seq_len` tokens that the settings describe.
 
-    `rows_needed` (None is one epoch) and `validation_rows` (None is all that are held out, of a stream 512) count
-    those of all processes.  Only a stream has other rows in each.
+    `rows_needed` (None: one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes.
     """
     seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
@@ -142,7 +142,7 @@ class _Builder:
 
     def find(self, named: DataSource) -> TextSource:
         """Finds a source; hub datasets are streamed: the token store is the only copy on disk."""
-        return load_text(named, streaming=self.settings.streaming or is_online())
+        return load_text(named, streaming=self.settings.streaming or not datasets.config.HF_HUB_OFFLINE)
 
     def part(
         self, named: DataSource, source: TextSource, share: float, rows: int | None

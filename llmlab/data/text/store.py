@@ -94,10 +94,7 @@ def open_store(
     num_proc: int | None = None,
     allow_dropped: float = 0.05,
 ) -> TokenStore:
-    """Returns at least so many tokens of a source (None is all of it), tokenizing now what was not done before.
-
-    `held_out` is a fraction and a seed: only the documents that `is_held_out` says.
-    """
+    """Returns at least so many tokens of a source (None: all), or of its held-out (fraction, seed) of documents."""
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
     folder = cache_folder(cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint})
 
