@@ -109,13 +109,13 @@ def drop_oldest_turns(
     A user's message goes with the answers to it; the system prompt and the last turn stay.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
-    kept = messages[len(system) :]
-    while (length := len(encode_prompt(tokenizer, system + kept))) > room:
-        later = [k for k, message in enumerate(kept) if k > 0 and message["role"] == "user"]
+    turns = messages[len(system) :]
+    while (length := len(encode_prompt(tokenizer, system + turns))) > room:
+        later = [k for k, message in enumerate(turns) if k > 0 and message["role"] == "user"]
         if not later:
             raise UserError(f"this message makes {length} tokens, and the model has room for {room}")
-        kept = kept[later[0] :]
-    return system + kept, len(messages) - len(system) - len(kept)
+        turns = turns[later[0] :]
+    return system + turns, len(messages) - len(system) - len(turns)
 
 
 def prompt_room(model: Model, max_new_tokens: int) -> int | None:
@@ -178,7 +178,7 @@ def stream_reply(
     options = _generate_options(model, tokenizer, sampling, [ids])
     stop = Event()
     options["stopping_criteria"].append(
-        lambda input_ids, *_, **__: torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+        lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)
     )
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
     failures: list[Exception] = []

@@ -106,7 +106,7 @@ def generate(
         typer.Option("--file", "-f", help="Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write .jsonl with `prompt` and `completion` here.")
+        Path | None, typer.Option("--output", "-o", help="Write prompts and completions (.jsonl).")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
     batch_size: Annotated[int, typer.Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
@@ -138,9 +138,8 @@ def generate(
     messages = ([{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts)
     continued = [isinstance(text, str) and not chats for text in prompts]
     inputs = [text if alone else head + turns for text, alone, turns in zip(prompts, continued, messages, strict=True)]
-    results = generate_text(
-        model, tokenizer, inputs, settings, num_samples=num_samples, seed=seed, batch_size=batch_size
-    )
+    options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
+    results = generate_text(model, tokenizer, inputs, settings, **options)
     rows = []
     for number, completions in enumerate(results if output is None else track(results, len(inputs), "Generating")):
         for sample, completion in enumerate(completions, start=1):

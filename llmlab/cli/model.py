@@ -51,9 +51,8 @@ def info(
         size = measure(config)
     ours = isinstance(config, LLMLabConfig)
     if not ours and sequence:
-        raise UserError(
-            f"--sequence: activations are estimated for llmlab's own decoder, and this is {config.model_type}"
-        )
+        kind = config.model_type
+        raise UserError(f"--sequence: activations are estimated for llmlab's own decoder, and this is {kind}")
     length = sequence or (config.max_position_embeddings if ours else 1)
     console = Terminal()
     if source:
@@ -113,13 +112,11 @@ def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batc
     what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
     columns = ["weights", "gradients", "states"]
     columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
-    title = f"\nTraining memory in GB, {what}"
     memory = make_table(
-        Column("optimizer", no_wrap=True),
-        *(Column(name, justify="right") for name in columns),
-        title=title,
-        title_justify="left",
+        Column("optimizer", no_wrap=True), title=f"\nTraining memory in GB, {what}", title_justify="left"
     )
+    for name in columns:
+        memory.add_column(name, justify="right")
     for name in OPTIMIZERS:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
         if length is None:

@@ -32,6 +32,7 @@ LONGEST = 400  # characters of a text that is printed
 
 Temperature = setting_option(SamplingSettings, "temperature")
 TopP = setting_option(SamplingSettings, "top_p")
+NumSamples = Annotated[int, typer.Option("--num-samples", "-n", help="Completions a prompt.", min=2, metavar="INT")]
 MaxNewTokens = setting_option(SamplingSettings, "max_new_tokens")
 
 
@@ -51,22 +52,18 @@ def pairs(
     config: FromFile = None,
     normalize: Normalize = None,
     allow_code: AllowCode = False,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
-    ] = 4,
+    num_samples: NumSamples = 4,
     min_difference: Annotated[float, typer.Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[
-        int, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
-    ] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
     limit: Annotated[
         int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Output file (.jsonl); replaced if it exists.")
-    ] = Path("pairs.jsonl"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File (.jsonl) to write or replace.")] = Path(
+        "pairs.jsonl"
+    ),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab

@@ -63,9 +63,9 @@ def show(
 ) -> None:
     """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
     chosen = history.open_run(run)
-    drawn = history.curve_metric([chosen], metric) or ""
-    if metric is None and drawn.removeprefix("eval_") in chosen.curves:
-        drawn = drawn.removeprefix("eval_")  # the evaluations are marked on it
+    curve_name = history.curve_metric([chosen], metric) or ""
+    if metric is None and curve_name.removeprefix("eval_") in chosen.curves:
+        curve_name = curve_name.removeprefix("eval_")  # the evaluations are marked on it
     if as_json:
         return say_json(finite(history.details(chosen)), indent=2)
     console = Terminal()
@@ -82,15 +82,17 @@ def show(
         console.print(table)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
-    if drawn:
-        _print_section(console, drawn)
-        curves = [Curve(chosen.curves[drawn], CURVE_STYLES[0])]
-        evaluated = chosen.curves.get(f"eval_{drawn}")
+    if curve_name:
+        _print_section(console, curve_name)
+        curves = [Curve(chosen.curves[curve_name], CURVE_STYLES[0])]
+        evaluated = chosen.curves.get(f"eval_{curve_name}")
         if evaluated:
             curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
         _print_chart(console, curves)
         if evaluated:
-            console.print(f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(drawn)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(drawn)}")
+            console.print(
+                f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(curve_name)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(curve_name)}"
+            )
     _print_surroundings(console, chosen)
 
 
@@ -106,7 +108,7 @@ def compare(
     if len(runs) < 2:
         raise UserError("expected two runs or more (llmlab runs show RUN shows one)")
     chosen = [history.open_run(folder) for folder in runs]
-    drawn = history.curve_metric(chosen, metric)
+    curve_name = history.curve_metric(chosen, metric)
     if as_json:
         return say_json(finite(history.comparison(chosen)), indent=2)
     console = Terminal()
@@ -119,10 +121,10 @@ def compare(
             table.add_row(title + safe(key), *("-" if value is ... else safe(_brief(value)) for value in values))
     console.print(table if table.row_count else "[dim]none[/]")
     _print_metrics(console, chosen, names)
-    if drawn is None:
+    if curve_name is None:
         return
-    _print_section(console, drawn)
-    curves = [Curve(run.curves.get(drawn, []), style) for run, style in zip(chosen, styles, strict=True)]
+    _print_section(console, curve_name)
+    curves = [Curve(run.curves.get(curve_name, []), style) for run, style in zip(chosen, styles, strict=True)]
     logged = [name if curve.points else f"{name} (none logged)" for name, curve in zip(names, curves, strict=True)]
     if not console.plain:
         _print_chart(console, [curve for curve in curves if curve.points])
@@ -142,9 +144,8 @@ def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
     for run in runs:
         groups.setdefault(run.folder.resolve().parent, []).append(run)
     rows = [_list_row(run) for group in groups.values() for run in group]
-    widths = {
-        name: max(Text.from_markup(cell).cell_len for cell in (name, *(row[name] for row in rows))) for name in rows[0]
-    }
+    cells = {name: [name, *(row[name] for row in rows)] for name in rows[0]}
+    widths = {name: max(Text.from_markup(cell).cell_len for cell in column) for name, column in cells.items()}
     for name in LEFT_OUT:
         if sum(min(width, SHRINKING.get(name, width)) + 1 for name, width in widths.items()) - 1 > console.width:
             del widths[name]

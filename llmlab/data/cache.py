@@ -30,11 +30,6 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
     return expand(base) / "corpora" / f"{prefix}{digest}"
 
 
-def cores() -> int:
-    """Returns the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def open_cached(
     folder: Path,
     name: str,
@@ -78,16 +73,13 @@ class Checksums:
 
     @classmethod
     def parse(cls, record: dict[str, Any]) -> "Checksums":
-        """Returns what `record` returned."""
         text = record["crc32"]
         return cls(record["bytes"], [int(text[place : place + 8], 16) for place in range(0, len(text), 8)])
 
     def record(self) -> dict[str, Any]:
-        """Returns plain values."""
         return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
 
     def update(self, data: bytes | np.ndarray) -> None:
-        """Appends bytes."""
         begin = 0
         while begin < len(data):
             if self.size % BLOCK == 0:

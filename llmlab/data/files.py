@@ -208,9 +208,8 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     with reading(path, "parquet"):
-        return pyarrow.parquet.ParquetFile(
-            io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
-        )
+        file = io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
+        return pyarrow.parquet.ParquetFile(file)
 
 
 def _open(path: Path) -> IO[bytes]:

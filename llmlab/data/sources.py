@@ -175,11 +175,8 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     shards = [files.shards_of(by_split[name], source.text_unit) for name in chosen]
 
     def select(column: str | None) -> IterableDataset:
-        read = partial(files.read_shard, column=column)
-        parts = [
-            IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": each, "read": read}) for each in shards
-        ]
-        return join_splits(parts, sizes, use)
+        options = [{"shards": each, "read": partial(files.read_shard, column=column)} for each in shards]
+        return join_splits([IterableDataset.from_generator(_read_shards, gen_kwargs=o) for o in options], sizes, use)
 
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     if source.text_unit != "document":
@@ -298,12 +295,10 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
     found = f"columns found: {', '.join(kinds)}"
     if source.column is not None:
         if source.column not in kinds:
-            raise UserError(
-                f"{source.name}: there is no column '{source.column}'{did_you_mean(source.column, kinds)} ({found})"
-            )
+            near = did_you_mean(source.column, kinds)
+            raise UserError(f"{source.name}: there is no column '{source.column}'{near} ({found})")
         return source.column
-    usual = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
-    if usual is not None:
+    if usual := next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None):
         return usual
     if "messages" in kinds or "conversations" in kinds:
         raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, reading
+from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def learn_bpe(
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
     if others:
         raise UserError(
-            f"output_dir = {folder}: it holds more than a tokenizer ({', '.join(others[:3])}); choose another"
+            f"output_dir = {folder}: holds more than a tokenizer ({', '.join(others[:3])}): choose another"
         )
     backend = _train_bpe(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
     reached = backend.get_vocab_size(with_added_tokens=True)
@@ -166,11 +166,8 @@ def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            try:
-                tokenizer.save_pretrained(temporary)
-            except Exception as error:  # the library raises nothing narrower where the disk is full
-                raise UserError(f"output_dir = {folder}: cannot be written: {error}") from None
+            tokenizer.save_pretrained(temporary)
             for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
+    except Exception as error:  # the library raises nothing narrower where the disk is full
+        raise UserError(f"output_dir = {folder}: cannot be written: {reason_of(error)}") from None

@@ -10,11 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
@@ -56,9 +52,7 @@ class LLMLabAttention(LlamaAttention):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = query.to(dtype), key.to(dtype)
         elif self.config.positional_encoding == "alibi" and query.shape[1] != self.config.num_attention_heads:
-            raise ValueError(
-                "positional_encoding = alibi: tensor parallelism is not supported, which shards heads but no slopes"
-            )
+            raise ValueError("positional_encoding = alibi: tensor parallelism, which shards heads, is not supported")
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0

@@ -120,9 +120,7 @@ def load_classifier(
     config = load_config(source)
     own = getattr(config, "auto_map", None) or {}
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
-        raise UserError(
-            f"{source}: model_type = {config.model_type}: this architecture has no sequence-classification model"
-        )
+        raise UserError(f"{source}: model_type = {config.model_type}: this has no sequence-classification model")
     config.num_labels = 1
     with opening(source):
         model = load_auto(CLASSIFIER, source, config=config, dtype=dtype, quantization_config=quantization_config)
@@ -228,9 +226,8 @@ def _check_architecture(path: Path, *, generates: bool = False) -> None:
     elif "auto_map" in values and isinstance(kind, str | None):
         return  # it brings an architecture of its own, which `load_auto` refuses or loads
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
-        )
+        near = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise UserError(f"{path}: model_type = {kind}: no architecture of that name{near}")
     if CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
     heads = values.get("architectures")

@@ -128,10 +128,8 @@ class LLMLabConfig(PreTrainedConfig):
                 f"the nearest is {self.head_dim + 1}"
             )
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries; "
-                f"expected num_hidden_layers = {self.num_hidden_layers}"
-            )
+            found, expected = len(self.layer_types), self.num_hidden_layers
+            raise ValueError(f"layer_types has {found} entries; expected num_hidden_layers = {expected}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window = None contradicts layer_types, where a layer is sliding_attention")
 

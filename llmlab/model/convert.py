@@ -89,14 +89,11 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
     return _transfer_weights(model, model_class, config_class(**options))
 
 
-def _transfer_weights(
-    source: PreTrainedModel, target_class: type[PreTrainedModel], config: PreTrainedConfig
-) -> PreTrainedModel:
+def _transfer_weights(source: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """Returns a model with the source's weights, once its logits are equal."""
     weights = {name: weight.clone() for name, weight in source.state_dict().items()}
-    target = target_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=source.dtype, attn_implementation="sdpa"
-    )
+    options = {"config": config, "dtype": source.dtype, "attn_implementation": "sdpa"}
+    target = kind.from_pretrained(None, state_dict=weights, **options)
     target.generation_config = source.generation_config
     target.to(source.device)
     _check_logits(source, target)

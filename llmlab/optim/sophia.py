@@ -130,10 +130,7 @@ def estimate_hessian_if_due(
     seed: int,
     predict: Callable[[nn.Module, dict[str, Tensor]], Tensor] = next_token_logits,
 ) -> None:
-    """Runs `estimate_hessian` where the optimizer, possibly wrapped by Accelerate, is a Sophia that needs it.
-
-    The sampled labels depend on the seed, the step and the process alone, so that a resumed run repeats them.
-    """
+    """Runs `estimate_hessian` where it is due; labels depend on seed, step and process alone."""
     if not estimate_is_due(optimizer):
         return
     sophia: Sophia = getattr(optimizer, "optimizer", optimizer)

@@ -95,9 +95,8 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     dtype = saved if settings.dtype == "auto" else DTYPES[settings.dtype]
     model = model.double().eval()
     with reading(adapter, "an adapter's weights"):
-        weights = load_peft_weights(
-            str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
-        )
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None) or None
+        weights = load_peft_weights(str(adapter), device="cpu", key_mapping=renamed)
 
     notes: list[str] = []
     probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter, notes))
@@ -214,13 +213,9 @@ def read_config(adapter: Path) -> PeftConfig:
         check_types(adapter / ADAPTER_CONFIG, vars(config), get_type_hints(type(config)))
         kind = config.peft_type.value
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UserError(
-            f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights: it cannot be merged"
-        )
+        raise UserError(f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights")
     if config.task_type not in (None, "CAUSAL_LM", SEQ_CLS):
-        raise UserError(
-            f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models and reward models"
-        )
+        raise UserError(f"{adapter}: this adapter is for {config.task_type}; expected a language or reward model's")
     for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
         if getattr(config, key, None):
             raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")

@@ -118,14 +118,14 @@ class PreferenceEncoder(RowEncoder):
         if chosen == rejected:
             raise UnusableRow("chosen and rejected are the same")
         longest = max(len(chosen), len(rejected))
-        kept = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
-        room = max(self.max_length - len(kept), 0)
+        context = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
+        room = max(self.max_length - len(context), 0)
         return {
-            "prompt_ids": kept,
+            "prompt_ids": context,
             "chosen_ids": chosen[:room],
             "rejected_ids": rejected[:room],
-            "tokens": 2 * len(kept) + len(chosen[:room]) + len(rejected[:room]),
-            "prompt_cut": int(len(kept) < len(prompt)),
+            "tokens": 2 * len(context) + len(chosen[:room]) + len(rejected[:room]),
+            "prompt_cut": int(len(context) < len(prompt)),
             "cut": int(longest > room),
             "whole": len(prompt) + longest,
             "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
@@ -154,13 +154,8 @@ class PromptEncoder(RowEncoder):
         check_tools(self.tokenizer.decode(ids), prompt, tools)
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise UnusableRow(f"longer than {self.limit} tokens")
-        columns = conversation["columns"] | ({"tools": tools} if tools else {})
-        return {
-            "prompt": json.dumps(prompt),
-            "columns": json.dumps(columns, default=str),
-            "tokens": len(ids),
-            "whole": len(ids),
-        }
+        columns = json.dumps(conversation["columns"] | ({"tools": tools} if tools else {}), default=str)
+        return {"prompt": json.dumps(prompt), "columns": columns, "tokens": len(ids), "whole": len(ids)}
 
 
 def decode_prompts(rows: Dataset) -> Dataset:

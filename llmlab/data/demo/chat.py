@@ -41,10 +41,7 @@ _NAMES = {"name", "friend_name", "quick", "steady"}
 STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
 _CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
-_KNOWN = {
-    **{each.animal: each._asdict() for each in world.ANIMALS},
-    **{each.thing: each._asdict() for each in world.BREAKS},
-}
+_KNOWN = {each[0]: each._asdict() for each in (*world.ANIMALS, *world.BREAKS)}  # by the animal or thing
 
 
 def _slots(template: str) -> list[str]:

@@ -17,7 +17,7 @@ from llmlab.data.mixture import Mixture, Schedule
 from llmlab.data.sources import Tally, TextSource, label_of, load_text
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import WINDOW, PackedRows, hold_out, window_rows
-from llmlab.data.text.store import TokenStore, open_store
+from llmlab.data.text.store import open_store
 from llmlab.data.text.streaming import Reader, RowStream
 from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError
@@ -168,7 +168,7 @@ class _Builder:
         limit = None if rows is None else math.ceil(max(rows, 1) / window) * window
         tokens = None if limit is None else max(limit * self.length, WINDOW)
         while True:
-            store = self._store(source, tokens)
+            store = open_store(source, self.encoder, self.settings, tokens)
             split = hold_out(source.name, store, fraction, seed=self.seed, length=self.length)
             train = PackedRows(report.name, store, self.length, split.train, None if store.whole else limit)
             if store.whole or len(train) == limit:
@@ -209,7 +209,7 @@ class _Builder:
         source, label = self.find(named), label_of(named)
         if self.settings.streaming:
             return self._first_rows(label, source)
-        return PackedRows(label, self._store(source), self.length)
+        return PackedRows(label, open_store(source, self.encoder, self.settings), self.length)
 
     def mix(self, parts: Sequence[PackedRows | None], weights: Sequence[float]) -> Mixture | None:
         """Returns as many validation rows as there are in all, in the training proportions."""
@@ -222,26 +222,14 @@ class _Builder:
     def _first_rows(self, label: str, source: TextSource, fraction: float = 0.0) -> PackedRows:
         """Tokenizes as much of a stream as validation needs, from its start; of a fraction, its held-out documents."""
         rows = self.most_validation_rows or STREAM_VALIDATION_ROWS
-        store = self._store(source, rows * self.length, (fraction, self.seed) if fraction else None)
+        held_out = (fraction, self.seed) if fraction else None
+        store = open_store(source, self.encoder, self.settings, rows * self.length, held_out)
         if not len(store):
             raise UserError(
                 f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
                 f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
             )
         return PackedRows(label, store, self.length, limit=rows)
-
-    def _store(
-        self, source: TextSource, tokens: int | None = None, held_out: tuple[float, int] | None = None
-    ) -> TokenStore:
-        return open_store(
-            source,
-            self.encoder,
-            tokens=tokens,
-            held_out=held_out,
-            cache_dir=self.settings.cache_dir,
-            num_proc=self.settings.num_proc,
-            allow_dropped=self.settings.allow_dropped,
-        )
 
 
 def unigram_entropy(rows: Mixture, vocab_size: int) -> float:

@@ -164,10 +164,8 @@ class RowStream(IterableDataset):
     def load_state_dict(self, state: State) -> None:
         """Goes to a position: the next iteration yields exactly the rows that follow it."""
         if len(state["sources"]) != len(self.readers):
-            raise UserError(
-                f"datasets: the position to resume from is of {len(state['sources'])} sources; "
-                f"there are {len(self.readers)} now"
-            )
+            before, now = len(state["sources"]), len(self.readers)
+            raise UserError(f"datasets: the position to resume from is of {before} sources; there are {now} now")
         self._start = state
         self.rows = state["rows"]
         self._history = [deque([source], maxlen=REMEMBERED) for source in state["sources"]]
