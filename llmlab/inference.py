@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import TEMPLATE_FAILURES
@@ -62,10 +56,8 @@ def load_for_inference(
         tokenizer = load_tokenizer(source)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; "
-            "expected the tokenizer that the model was trained with"
-        )
+        problem = f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}"
+        raise UserError(f"{source}: {problem}; expected the tokenizer that the model was trained with")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(hardware.device).eval(), tokenizer
 
@@ -225,7 +217,7 @@ def _generate_options(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    context, criteria = context_length(model), StoppingCriteriaList()
+    context, criteria = context_length(model), []
     if context is not None:
         padding = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
         criteria.append(lambda ids, *_, **__: (ids.shape[1] - padding >= context).to(ids.device))

@@ -47,7 +47,6 @@ Chats = Annotated[
         "--chat/--complete",
         help="Answer messages, or continue text. Without either: pretraining runs and models without a chat template "
         "continue text, all others answer.",
-        show_default=False,
     ),
 ]
 
@@ -59,9 +58,7 @@ def chat(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,

@@ -42,15 +42,12 @@ ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 def check(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE_HELP)],
     tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", "-t", help="Run folder or hub id: also count tokens.", show_default=False),
+        str | None, typer.Option("--tokenizer", "-t", help="Run folder or hub id: also count tokens.")
     ] = None,
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

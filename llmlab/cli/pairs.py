@@ -58,9 +58,7 @@ def pairs(
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    limit: Annotated[
-        int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File (.jsonl) to write or replace.")] = Path(
         "pairs.jsonl"
     ),

@@ -57,7 +57,6 @@ def reward_check(
         typer.Argument(
             help="Completions: jsonl, json, csv or parquet with `completion` and, beside it, `prompt` and the columns "
             "that rewards ask for.",
-            show_default=False,
         ),
     ] = None,
     rewards: Named = None,

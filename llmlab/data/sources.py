@@ -47,10 +47,8 @@ class Tally:
         if not self.documents:
             raise UserError(f"{name}: no usable text in {self.rows:,} rows" + (f" ({reasons})" if reasons else ""))
         if self.dropped.total() > allowed * self.rows:
-            raise UserError(
-                f"{name}: {self.dropped.total():,} of {self.rows:,} rows cannot be used ({reasons}); "
-                f"fix them, or raise allow_dropped = {allowed:g}"
-            )
+            problem = f"{self.dropped.total():,} of {self.rows:,} rows cannot be used ({reasons})"
+            raise UserError(f"{name}: {problem}; fix them, or raise allow_dropped = {allowed:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +155,8 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
             described = _open_builder(str(path), source.subset, use).config.data_files or {}
         by_split = {name: [Path(file) for file in found] for name, found in described.items()}
     elif source.subset:
-        raise UserError(
-            f"{source.name} | {source.subset}: a local path has no subsets unless its README.md says so (configs:); "
-            "name the file or folder itself"
-        )
+        problem = "a local path has no subsets unless its README.md says so (configs:)"
+        raise UserError(f"{source.name} | {source.subset}: {problem}; name the file or folder itself")
     else:
         by_split = files.find_files(path)
     chosen = choose_splits(source.name, by_split, source.split, use)

@@ -94,25 +94,20 @@ def learn_bpe(
 
     folder = expand(output_dir)
     if vocab_size < SMALLEST:
-        raise UserError(
-            f"vocab_size = {vocab_size}: expected at least {SMALLEST}: 256 bytes, "
-            f"{len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
-        )
+        parts = f"256 bytes, {len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
+        raise UserError(f"vocab_size = {vocab_size}: expected at least {SMALLEST}: {parts}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
     if others:
-        raise UserError(
-            f"output_dir = {folder}: holds more than a tokenizer ({', '.join(others[:3])}): choose another"
-        )
+        found = f"it holds more than a tokenizer ({', '.join(others[:3])})"
+        raise UserError(f"output_dir = {folder}: {found}; choose another")
     backend = _train_bpe(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
     reached = backend.get_vocab_size(with_added_tokens=True)
     if reached < vocab_size:
         names = ", ".join(source.name for source in sources)
-        raise UserError(
-            f"vocab_size = {vocab_size}: {names} has enough merges for {reached} entries only; "
-            f"give more text, or vocab_size {reached}"
-        )
+        problem = f"{names} has enough merges for {reached} entries only"
+        raise UserError(f"vocab_size = {vocab_size}: {problem}; give more text, or vocab_size {reached}")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS,

@@ -93,10 +93,8 @@ def attention_inputs(
     """
     biased = config.positional_encoding == "alibi"
     if biased and config._attn_implementation not in BIAS_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation = {config._attn_implementation} cannot add alibi's per-head slopes to the scores; "
-            f"expected {', '.join(BIAS_IMPLEMENTATIONS)}"
-        )
+        problem = f"{config._attn_implementation} cannot add alibi's per-head slopes to the scores"
+        raise ValueError(f"attn_implementation = {problem}; expected {', '.join(BIAS_IMPLEMENTATIONS)}")
     plain = attention_mask is None and past_key_values is None and position_ids is None
     inputs = {}
     for kind in sorted(set(config.layer_types)):

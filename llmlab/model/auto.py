@@ -29,10 +29,9 @@ def load_auto(kind: str, source: str | Path, **options: Any) -> Any:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise UserError(
-            f"{source}: it requires its own Python code, which runs only with --trust-remote-code "
-            "(trust_remote_code=True in a call); read that code first"
-        ) from None
+        way = "--trust-remote-code (trust_remote_code=True in a call)"
+        problem = f"it requires its own Python code, which runs only with {way}"
+        raise UserError(f"{source}: {problem}; read that code first") from None
 
 
 @contextmanager

@@ -92,10 +92,8 @@ def load_model(
         check_types(f"{source}/generation_config.json", vars(model.generation_config), GENERATION_TYPES)
     if missing_keys := sorted(info["missing_keys"]):  # Transformers would initialize them randomly
         kind = ", ".join(model.config.architectures or ["unknown"])
-        raise UserError(
-            f"{source}: no complete language model: {len(missing_keys)} weights are missing, such as "
-            f"{missing_keys[0]} (architectures = {kind})"
-        )
+        problem = f"{len(missing_keys)} weights are missing, such as {missing_keys[0]} (architectures = {kind})"
+        raise UserError(f"{source}: no complete language model: {problem}")
     return _with_absolute_path(model, source)
 
 

@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+import transformers
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from llmlab.model.build import load_model
 from llmlab.model.configuration import LLMLabConfig
@@ -24,9 +16,9 @@ from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
 }
 SHARED_FIELDS = LLMLabConfig.__annotations__.keys() & LlamaConfig.__annotations__.keys() - {
     "hidden_act",  # the families' silu is gated

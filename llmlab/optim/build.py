@@ -124,11 +124,9 @@ def _from_bitsandbytes(
 def check_supported(optimizer: str, distributed_type: str) -> None:
     """Refuses an optimizer that does not work under Accelerate's distributed type, such as `DEEPSPEED` or `FSDP`."""
     if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
-        raise UserError(
-            f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "
-            "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
-        )
+        problem = f"DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use"
+        expected = "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
+        raise UserError(f"optimizer = {optimizer}: {problem}; {expected}")
     if (optimizer == "adafactor" or optimizer.endswith("bit")) and distributed_type == "FSDP":
-        raise UserError(
-            f"optimizer = {optimizer}: it cannot update weights that FSDP shards; expected adamw, lion, sophia or muon"
-        )
+        problem = "it cannot update weights that FSDP shards"
+        raise UserError(f"optimizer = {optimizer}: {problem}; expected adamw, lion, sophia or muon")

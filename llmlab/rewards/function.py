@@ -78,10 +78,8 @@ def column_value(row: Row, column: str, condition: str = "") -> Any:
     """Returns a row's value of the column that a parameter names."""
     if column not in row:
         others = sorted(row.keys() - set(TRL_INPUTS))
-        raise UserError(
-            f"{condition}column = {column}: there is no such column beside prompt and completion "
-            f"(found {', '.join(others) or 'none'}){did_you_mean(column, others)}"
-        )
+        found = f"(found {', '.join(others) or 'none'}){did_you_mean(column, others)}"
+        raise UserError(f"{condition}column = {column}: there is no such column beside prompt and completion {found}")
     return row[column]
 
 

@@ -227,20 +227,16 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
     if not base:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: it names no base model; give it with --base")
     if (Path(base) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"base = {base}: this is an adapter too, and two can't be merged at once (they'd interfere); "
-            "merge that one first, then give the result with --base"
-        )
+        problem = "this is an adapter too, and two can't be merged at once (they'd interfere)"
+        raise UserError(f"base = {base}: {problem}; merge that one first, then give the result with --base")
     try:
         base_config = load_config(base)
     except UserError as error:
         where = "base =" if named else f"{adapter} is an adapter of {base}, which does not load; give it with --base:"
         raise UserError(f"{where} {error}") from None
     if not named and config.revision not in (None, "main") and not Path(base).is_dir():
-        raise UserError(
-            f"{adapter}: it was trained on revision {config.revision} of {base}; "
-            "download that revision, and give its folder with --base"
-        )
+        problem = f"it was trained on revision {config.revision} of {base}"
+        raise UserError(f"{adapter}: {problem}; download that revision, and give its folder with --base")
     quantization = getattr(base_config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -295,10 +291,8 @@ def _fit_vocabulary(
     trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
     indices = {index for listed in trained.values() for index in listed}
     if indices and max(indices) >= wanted:
-        raise UserError(
-            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; "
-            "expected the base model and the tokenizer that it was trained with"
-        )
+        problem = f"it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens"
+        raise UserError(f"{adapter}: {problem}; expected the base model and the tokenizer that it was trained with")
     added = set(range(rows, wanted))
     whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
     for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
@@ -411,8 +405,6 @@ def _check_rounding(
     if dtype == torch.float32 and rounding > 10 * TOLERANCE * _scale(saved_logits):  # half an ulp a weight
         raise RuntimeError(f"the merged model's logits differ by {rounding:.2g} after reading it back")
     if _distance(base_logits, saved_logits) == 0:
-        raise UserError(
-            f"the adapter's changes (of logits by {effect:.2g}) vanish when rounded to {name}: "
-            "expected dtype=fp32, or an adapter that was trained for longer"
-        )
+        problem = f"the adapter's changes (of logits by {effect:.2g}) vanish when rounded to {name}"
+        raise UserError(f"{problem}: expected dtype=fp32, or an adapter that was trained for longer")
     return rounding

@@ -71,10 +71,9 @@ class InstructionEncoder(RowEncoder):
                 "good ones, or rename the column if it means something else"
             )
         if found.label is None and self.only_label is not None:
-            raise UserError(
-                f"only_label = {str(self.only_label).lower()}: {source.name} has no column 'label' that is true or "
-                "false beside a completion; leave only_label out"
-            )
+            label = str(self.only_label).lower()
+            problem = f"{source.name} has no column 'label' that is true or false beside a completion"
+            raise UserError(f"only_label = {label}: {problem}; leave only_label out")
         return replace(found, only_label=self.only_label)
 
     def make(self, conversation: Row) -> dict[str, Any]:

@@ -179,10 +179,8 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name
     held_out = keys <= ordered[count - 1]
     validates = keys <= ordered[min(count, limit or count) - 1]
     if held_out.all():
-        raise UserError(
-            f"{name}: its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}; "
-            "set validation_fraction=0, or name validation_datasets"
-        )
+        problem = f"its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}"
+        raise UserError(f"{name}: {problem}; set validation_fraction=0, or name validation_datasets")
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(validates))
 
 

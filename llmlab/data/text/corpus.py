@@ -225,10 +225,8 @@ class _Builder:
         held_out = (fraction, self.seed) if fraction else None
         store = open_store(source, self.encoder, self.settings, rows * self.length, held_out)
         if not len(store):
-            raise UserError(
-                f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
-                f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
-            )
+            problem = f"validation_fraction = {fraction:g} holds out none of its {store.tally.documents:,} documents"
+            raise UserError(f"{source.name}: {problem}; name validation_datasets, or read it without streaming")
         return PackedRows(label, store, self.length, limit=rows)
 
 
