@@ -52,7 +52,6 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
-    from llmlab.data.chat.rendering import find_problem
     from llmlab.data.inspect import inspect_rows
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
@@ -64,8 +63,7 @@ def check(
             name=source.name,
             form=source.form.name + (", unpaired" if source.label else ""),
             label=source.label,
-            render=renderer.render if renderer else None,
-            find_problem=(lambda row: find_problem(row, renderer.tokenizer, renderer.stops)) if renderer else None,
+            renderer=renderer,
             max_seq_len=max_seq_len,
         )
         for source in found

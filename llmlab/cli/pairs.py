@@ -83,16 +83,8 @@ def pairs(
         model, tokenizer = load_for_inference(run)
         if not is_chat_model(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        comparisons = sample_pairs(
-            model,
-            tokenizer,
-            examples,
-            reward,
-            sampling,
-            num_samples=num_samples,
-            min_difference=min_difference,
-            seed=seed,
-        )
+        options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
+        comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
         report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
     write_pairs(report, output)
     _print(report, output)

@@ -231,13 +231,8 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         ) from None
     except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
-    identity = {
-        "hub": source.name,
-        "subset": builder.config.name,
-        "split": chosen,
-        "content": builder.hash,
-        "streamed": streaming,  # files and tables have other shards, so another order
-    }
+    identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}
+    identity["streamed"] = streaming  # files and tables have other shards, so another order
     return RowSource(
         name=source.name,
         rows=rows,

@@ -59,18 +59,9 @@ class LLMLabAttention(LlamaAttention):
         if attention_mask is None and not dropout and self._uses_blocks(query, key):
             return self.o_proj(block_attention(query, key, value, self.scaling).flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )  # (batch, time, heads, head_dim)
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        output, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1)), weights  # from (batch, time, heads, head_dim)
 
     def _uses_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether this is training on a CPU in bf16 or compiled, where `block_attention` is faster than sdpa."""

@@ -124,15 +124,9 @@ class LLMLabModel(LLMLabPreTrainedModel):
                 encoding = sinusoidal_encoding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
                 hidden_states = inputs_embeds * self.config.hidden_size**0.5 + encoding
         hidden_states = self.dropout(hidden_states)
+        kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **inputs_of[kind],
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **inputs_of[kind], **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _default_positions(self, embeds: torch.Tensor, attention_mask: Any, cache: Cache | None) -> torch.Tensor:

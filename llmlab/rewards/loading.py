@@ -84,14 +84,8 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     bounds = getattr(function if inspect.isclass(target) else target, "bounds", None) or (None, None)
     values = inspect.signature(function).parameters  # whose defaults are the parameters' values
     low, high = (values[end].default if isinstance(end, str) else end for end in bounds)
-    return Reward(
-        function,
-        name=name.rpartition(":")[2],
-        weight=weight,
-        low=low if settings.min is None else settings.min,
-        high=high if settings.max is None else settings.max,
-        cap=settings.cap,
-    )
+    low, high = low if settings.min is None else settings.min, high if settings.max is None else settings.max
+    return Reward(function, name=name.rpartition(":")[2], weight=weight, low=low, high=high, cap=settings.cap)
 
 
 def _run_file(path: Path, name: str) -> Callable[..., Any]:

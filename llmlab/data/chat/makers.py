@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import ConversationSource, load_conversations
 from llmlab.data.chat.messages import Row, UnusableRow
-from llmlab.data.chat.rendering import LossOn, RenderedRow, Renderer, check_tools, encode_prompt, find_problem
+from llmlab.data.chat.rendering import LossOn, RenderedRow, Renderer, check_tools, encode_prompt
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -78,7 +78,7 @@ class InstructionEncoder(RowEncoder):
 
     def make(self, conversation: Row) -> dict[str, Any]:
         row = self.renderer.render(conversation)
-        problem = find_problem(row, self.tokenizer, self.renderer.stops)
+        problem = self.renderer.find_problem(row)
         ids, labels = row.input_ids[: self.max_seq_len], row.labels[: self.max_seq_len]
         trained = sum(label != -100 for label in labels)
         return {
@@ -132,8 +132,7 @@ class PreferenceEncoder(RowEncoder):
         }
 
     def _problem(self, completion: list[int]) -> str:
-        row = RenderedRow(completion, [True] * len(completion))
-        return find_problem(row, self.tokenizer, self.renderer.stops)
+        return self.renderer.find_problem(RenderedRow(completion, [True] * len(completion)))
 
 
 class PromptEncoder(RowEncoder):

@@ -29,11 +29,8 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
         a, b = high, low
     worked, result = work(a, sign, b)
     asked, answered = pick(random, WORDINGS[sign]).format(a=a, b=b), f"{worked}. #### {result}"
-    return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
-        "text": f"{asked} {answered}",
-        "answer": str(result),
-    }
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return {"messages": messages, "text": f"{asked} {answered}", "answer": str(result)}
 
 
 def work(a: int, sign: str, b: int) -> tuple[str, int]:

@@ -191,18 +191,8 @@ class _Builder:
         if fraction:
             validation = self._first_rows(f"{report.name}/held-out", source, fraction)
             report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
-        reader = Reader(
-            source,
-            self.encoder,
-            tally=report.tally,
-            length=self.length,
-            seed=self.seed,
-            held_out=fraction,
-            allow_dropped=self.settings.allow_dropped,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        return reader, validation
+        part = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
+        return Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **part), validation
 
     def validation_rows(self, named: DataSource) -> PackedRows:
         """Returns the rows of a source that is there for validation."""

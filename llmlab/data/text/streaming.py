@@ -81,13 +81,8 @@ class Reader:
         count = tokens // self.length
         rows = ids[: count * self.length].reshape(count, self.length)
         order = np.random.default_rng([self.seed, before["block"]]).permutation(count)
-        self._state = {
-            "epoch": epoch,
-            "block": before["block"] + 1,
-            "row": before["row"] + count,
-            "carried": ids[count * self.length :].tolist(),
-            "position": position,
-        }
+        self._state = {"epoch": epoch, "block": before["block"] + 1, "row": before["row"] + count}
+        self._state |= {"carried": ids[count * self.length :].tolist(), "position": position}
         return Block(before, before["row"], rows[order])
 
     def _take(self, epoch: int, position: State | None) -> tuple[list[str], bool]:
