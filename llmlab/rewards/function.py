@@ -35,12 +35,8 @@ def reward_function(
 ) -> Callable[[Callable[..., Any]], Callable[..., list[float | None]]]:
     """Turns `score(completion, row, *, parameters)`, a number or None, into a reward, which takes a batch.
 
-    Args:
-        weight: default weight in a composed reward.
-        low: smallest score, or the name of the parameter that sets it.
-        high: largest score, or the name of the parameter that sets it.
-        note: column of notes in TRL's table of completions; the function then returns a score and a note.
-        threads: rows scored at the same time, for functions that wait for a process.
+    The lowest and highest score may be names of parameters that set them. With a `note`, a column of TRL's table of
+    completions, it returns a score and a note. Threads score rows at the same time, where they wait for a process.
     """
 
     def decorate(score: Callable[..., Any]) -> Callable[..., list[float | None]]:
