@@ -26,7 +26,7 @@ from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import PackedRows
 from llmlab.data.text.store import open_store
 from llmlab.data.tokenizer import learn_bpe, load_tokenizer
-from llmlab.settings.data import DataSource
+from llmlab.settings.data import DataSettings, DataSource
 
 LENGTH = 512
 
@@ -46,7 +46,7 @@ def with_llmlab(source: DataSource, tokenizer) -> None:
     """Reads, tokenizes, writes and opens the corpus."""
     encoder = encoder_of(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        store = open_store(load_text(source), encoder, cache_dir=folder, num_proc=1)
+        store = open_store(load_text(source), encoder, DataSettings(cache_dir=folder, num_proc=1))
         assert len(PackedRows("rows", store, LENGTH)) > 0
 
 
@@ -75,7 +75,7 @@ def with_tokenizers(source: DataSource, tokenizer) -> None:
 def read_rows(source: DataSource, tokenizer) -> float:
     """Returns how many tokens a second are read in training order."""
     with tempfile.TemporaryDirectory() as folder:
-        store = open_store(load_text(source), encoder_of(tokenizer), cache_dir=folder, num_proc=1)
+        store = open_store(load_text(source), encoder_of(tokenizer), DataSettings(cache_dir=folder, num_proc=1))
         rows = PackedRows("rows", store, LENGTH)
         mixture = Mixture([rows, rows], [2.0, 1.0], seed=0)
         seconds = cpu_seconds(lambda: [mixture[i] for i in range(len(mixture))] and None)

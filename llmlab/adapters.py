@@ -41,10 +41,8 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
         endings = list(custom or ())
         for ending in endings:
             if not any(f".{name}".endswith(f".{ending}") for name in roles):
-                raise UserError(
-                    f"lora_target_modules: no linear module ends in '{ending}'{did_you_mean(ending, leaves)}; "
-                    f"expected some of {', '.join(leaves)}"
-                )
+                problem = f"no linear module ends in '{ending}'{did_you_mean(ending, leaves)}"
+                raise UserError(f"lora_target_modules: {problem}; expected some of {', '.join(leaves)}")
         return endings
     matches = {
         "minimal": lambda name: roles[name] == "attention" and _leaf(name) in QUERY_OR_VALUE | FUSED,

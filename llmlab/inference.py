@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import TEMPLATE_FAILURES
@@ -62,10 +56,8 @@ def load_for_inference(
         tokenizer = load_tokenizer(source)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; "
-            "expected the tokenizer that the model was trained with"
-        )
+        problem = f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}"
+        raise UserError(f"{source}: {problem}; expected the tokenizer that the model was trained with")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(hardware.device).eval(), tokenizer
 
@@ -109,13 +101,13 @@ def drop_oldest_turns(
     A user's message goes with the answers to it; the system prompt and the last turn stay.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
-    kept = messages[len(system) :]
-    while (length := len(encode_prompt(tokenizer, system + kept))) > room:
-        later = [k for k, message in enumerate(kept) if k > 0 and message["role"] == "user"]
+    turns = messages[len(system) :]
+    while (length := len(encode_prompt(tokenizer, system + turns))) > room:
+        later = [k for k, message in enumerate(turns) if k > 0 and message["role"] == "user"]
         if not later:
             raise UserError(f"this message makes {length} tokens, and the model has room for {room}")
-        kept = kept[later[0] :]
-    return system + kept, len(messages) - len(system) - len(kept)
+        turns = turns[later[0] :]
+    return system + turns, len(messages) - len(system) - len(turns)
 
 
 def prompt_room(model: Model, max_new_tokens: int) -> int | None:
@@ -178,7 +170,7 @@ def stream_reply(
     options = _generate_options(model, tokenizer, sampling, [ids])
     stop = Event()
     options["stopping_criteria"].append(
-        lambda input_ids, *_, **__: torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+        lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)
     )
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
     failures: list[Exception] = []
@@ -225,7 +217,7 @@ def _generate_options(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    context, criteria = context_length(model), StoppingCriteriaList()
+    context, criteria = context_length(model), []
     if context is not None:
         padding = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
         criteria.append(lambda ids, *_, **__: (ids.shape[1] - padding >= context).to(ids.device))

@@ -47,7 +47,6 @@ class Terminal(Console):
 
 
 def say(text: str, *, error: bool = False, **style: Any) -> None:
-    """Prints a line."""
     typer.secho(printable(text), err=error, **style)
 
 
@@ -156,10 +155,8 @@ def draw_curves(
         columns: dict[int, list[float]] = {}
         for step, value in curve.points:
             columns.setdefault(round((step - left) / ((right - left) or 1) * (across - 1)), []).append(value)
-        places = [
-            (x, round((high - sum(values) / len(values)) / ((high - low) or 1) * (down - 1)))
-            for x, values in sorted(columns.items())
-        ]
+        means = [(x, sum(values) / len(values)) for x, values in sorted(columns.items())]
+        places = [(x, round((high - mean) / ((high - low) or 1) * (down - 1))) for x, mean in means]
         for x, y in places if curve.marks else _join(places):
             dot = 0x40 << x % 2 if y % 4 == 3 else 1 << (y % 4 + 3 * (x % 2))  # as Unicode numbers them
             earlier, _ = cells.get((y // 4, x // 2), (0, ""))

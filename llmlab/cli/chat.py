@@ -47,7 +47,6 @@ Chats = Annotated[
         "--chat/--complete",
         help="Answer messages, or continue text. Without either: pretraining runs and models without a chat template "
         "continue text, all others answer.",
-        show_default=False,
     ),
 ]
 
@@ -59,9 +58,7 @@ def chat(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -106,7 +103,7 @@ def generate(
         typer.Option("--file", "-f", help="Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write .jsonl with `prompt` and `completion` here.")
+        Path | None, typer.Option("--output", "-o", help="Write prompts and completions (.jsonl).")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
     batch_size: Annotated[int, typer.Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
@@ -138,9 +135,8 @@ def generate(
     messages = ([{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts)
     continued = [isinstance(text, str) and not chats for text in prompts]
     inputs = [text if alone else head + turns for text, alone, turns in zip(prompts, continued, messages, strict=True)]
-    results = generate_text(
-        model, tokenizer, inputs, settings, num_samples=num_samples, seed=seed, batch_size=batch_size
-    )
+    options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
+    results = generate_text(model, tokenizer, inputs, settings, **options)
     rows = []
     for number, completions in enumerate(results if output is None else track(results, len(inputs), "Generating")):
         for sample, completion in enumerate(completions, start=1):

@@ -34,9 +34,7 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = setting_option(SFTSettings, "loss_on", panel=False)
-MaxSeqLen = Annotated[
-    int, typer.Option("--max-seq-len", help="Tokens where rows are truncated.", min=1, metavar="INT")
-]
+MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Where rows are truncated.", min=1, metavar="TOKENS")]
 ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 
 
@@ -44,20 +42,16 @@ ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 def check(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE_HELP)],
     tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", "-t", help="Run folder or hub id: also count tokens.", show_default=False),
+        str | None, typer.Option("--tokenizer", "-t", help="Run folder or hub id: also count tokens.")
     ] = None,
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
-    from llmlab.data.chat.rendering import find_problem
     from llmlab.data.inspect import inspect_rows
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
@@ -69,8 +63,7 @@ def check(
             name=source.name,
             form=source.form.name + (", unpaired" if source.label else ""),
             label=source.label,
-            render=renderer.render if renderer else None,
-            find_problem=(lambda row: find_problem(row, renderer.tokenizer, renderer.stops)) if renderer else None,
+            renderer=renderer,
             max_seq_len=max_seq_len,
         )
         for source in found
@@ -92,12 +85,8 @@ def preview(
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    seed: Annotated[
-        int, typer.Option(help="Random seed of the sampled rows.", min=0, max=LARGEST_SEED, metavar="INT")
-    ] = 42,
-    limit: Annotated[
-        int, typer.Option(help="Rows to sample from and to count tokens of.", min=1, metavar="INT")
-    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled rows.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    limit: Annotated[int, typer.Option(help="Rows to sample from, and to tokenize.", min=1, metavar="INT")] = 2000,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show rows as tokenized: special tokens, the loss mask, and where rows are truncated."""
@@ -124,9 +113,8 @@ def preview(
     lengths = Lengths.of([len(row.input_ids) for _, row in rendered])
     over = sum(len(row.input_ids) > max_seq_len for _, row in rendered)
     dropped = f", {tally.dropped.total():,} dropped" if tally.dropped else ""
-    console.print(
-        f"\n[bold]Tokens a row[/] of {len(rendered):,}; {over:,} longer than {max_seq_len:,}{dropped}", soft_wrap=True
-    )
+    counts = f"{len(rendered):,}; {over:,} longer than {max_seq_len:,}{dropped}"
+    console.print(f"\n[bold]Tokens a row[/] of {counts}", soft_wrap=True)
     _print_histogram(console, lengths)
 
 
@@ -274,13 +262,9 @@ def _print_legend(console: Terminal) -> None:
     if console.plain:
         console.print(f"{OPEN}trained{CLOSE}  not trained")
         return
-    parts = (
-        ("trained", True, False),
-        ("special, trained", True, True),
-        ("not trained", False, False),
-        ("special", False, True),
-    )
-    legend = [Text(f" {what} ", style=_style(trained, special)) for what, trained, special in parts]
+    names = {(True, False): "trained", (True, True): "special, trained", (False, False): "not trained"}
+    names[False, True] = "special"
+    legend = [Text(f" {name} ", style=_style(*kind)) for kind, name in names.items()]
     console.print(Text("  ").join(legend))
 
 

@@ -51,9 +51,8 @@ def info(
         size = measure(config)
     ours = isinstance(config, LLMLabConfig)
     if not ours and sequence:
-        raise UserError(
-            f"--sequence: activations are estimated for llmlab's own decoder, and this is {config.model_type}"
-        )
+        kind = config.model_type
+        raise UserError(f"--sequence: activations are estimated for llmlab's own decoder, and this is {kind}")
     length = sequence or (config.max_position_embeddings if ours else 1)
     console = Terminal()
     if source:
@@ -113,13 +112,11 @@ def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batc
     what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
     columns = ["weights", "gradients", "states"]
     columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
-    title = f"\nTraining memory in GB, {what}"
     memory = make_table(
-        Column("optimizer", no_wrap=True),
-        *(Column(name, justify="right") for name in columns),
-        title=title,
-        title_justify="left",
+        Column("optimizer", no_wrap=True), title=f"\nTraining memory in GB, {what}", title_justify="left"
     )
+    for name in columns:
+        memory.add_column(name, justify="right")
     for name in OPTIMIZERS:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
         if length is None:
@@ -143,7 +140,7 @@ def init(
     from transformers import set_seed
 
     from llmlab.data import load_tokenizer
-    from llmlab.model import build_config, fit_context, measure, new_model
+    from llmlab.model import build_config, measure, new_model, save_model
     from llmlab.runs import checkpoints
     from llmlab.runs.failures import check_memory
 
@@ -159,10 +156,10 @@ def init(
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
         set_seed(seed)
         model = new_model(config)
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            fit_context(model, tokenizer)
-            tokenizer.save_pretrained(temporary)
+        if tokenizer is None:
+            model.save_pretrained(temporary)
+        else:
+            save_model(model, tokenizer, temporary)
     say(f"saved {folder}: {model.num_parameters():,} parameters, untrained")
 
 
@@ -175,16 +172,13 @@ def convert(
 ) -> None:
     """Convert a model between llmlab's architecture and Llama, Mistral or Qwen2, and verify equal logits."""
     from llmlab.data import load_tokenizer
-    from llmlab.model import fit_context, from_llmlab, load_model, to_llmlab
+    from llmlab.model import from_llmlab, load_model, save_model, to_llmlab
     from llmlab.runs import checkpoints
 
     model = load_model(source, dtype=None)
     converted = to_llmlab(model) if to == "llmlab" else from_llmlab(model, to)  # both compare logits themselves
     with checkpoints.claim(output_dir) as folder, checkpoints.staged(folder) as temporary:
-        tokenizer = load_tokenizer(source)
-        fit_context(converted, tokenizer)
-        converted.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(converted, load_tokenizer(source), temporary)
     say(f"saved {folder}: the same logits as {source}")
 
 

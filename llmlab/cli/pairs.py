@@ -32,6 +32,7 @@ LONGEST = 400  # characters of a text that is printed
 
 Temperature = setting_option(SamplingSettings, "temperature")
 TopP = setting_option(SamplingSettings, "top_p")
+NumSamples = Annotated[int, typer.Option("--num-samples", "-n", help="Completions a prompt.", min=2, metavar="INT")]
 MaxNewTokens = setting_option(SamplingSettings, "max_new_tokens")
 
 
@@ -51,22 +52,16 @@ def pairs(
     config: FromFile = None,
     normalize: Normalize = None,
     allow_code: AllowCode = False,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", "-n", help="Completions of each prompt.", min=2, metavar="INT")
-    ] = 4,
+    num_samples: NumSamples = 4,
     min_difference: Annotated[float, typer.Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[
-        int, typer.Option(help="Random seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")
-    ] = 42,
-    limit: Annotated[
-        int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Output file (.jsonl); replaced if it exists.")
-    ] = Path("pairs.jsonl"),
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    limit: Annotated[int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File (.jsonl) to write or replace.")] = Path(
+        "pairs.jsonl"
+    ),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
@@ -88,16 +83,8 @@ def pairs(
         model, tokenizer = load_for_inference(run)
         if not is_chat_model(run, tokenizer):
             raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        comparisons = sample_pairs(
-            model,
-            tokenizer,
-            examples,
-            reward,
-            sampling,
-            num_samples=num_samples,
-            min_difference=min_difference,
-            seed=seed,
-        )
+        options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
+        comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
         report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
     write_pairs(report, output)
     _print(report, output)

@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,20 +43,12 @@ Named = Annotated[
         metavar="NAMES",
     ),
 ]
-FromFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Take `rewards` from a settings file or a recipe.")
-]
+FromFile = Annotated[Path | None, typer.Option("--config", "-c", help="Take `rewards` from a file or a recipe.")]
 Normalize = Annotated[
     bool | None,
-    typer.Option(
-        "--normalize/--no-normalize",
-        help="Map the weighted sum to [0, 1]. [dim]\\[true][/dim]",
-        show_default=False,
-    ),
+    typer.Option("--normalize/--no-normalize", help="Map the sum to [0, 1]. [dim]\\[true][/dim]", show_default=False),
 ]
-AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run reward functions from Python files (path/to/file.py:function).")
-]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run reward functions from files (file.py:function).")]
 
 
 def reward_check(
@@ -64,7 +57,6 @@ def reward_check(
         typer.Argument(
             help="Completions: jsonl, json, csv or parquet with `completion` and, beside it, `prompt` and the columns "
             "that rewards ask for.",
-            show_default=False,
         ),
     ] = None,
     rewards: Named = None,
@@ -96,28 +88,22 @@ def reward_check(
 
 def reward_settings(rewards: str | None, config: Path | None, normalize: bool | None) -> tuple[RewardsSettings, Path]:
     """Returns the settings that the options ask for, and the folder that paths of reward files count from."""
-    layers = []
+    layers, spellings = [], spellings_of(RewardsSettings)
     if config is not None:
         layer = read_layer(config)
         if "stage" in layer.values:  # a recipe: the rest of it is for training
-            values = {key: value for key, value in layer.values.items() if key in spellings_of(RewardsSettings)}
-            layer = Layer(layer.label, values, layer.lines, layer.path)
+            layer = replace(layer, values={key: value for key, value in layer.values.items() if key in spellings})
         layers.append(layer)
-    given: dict[str, Any] = {}
+    elif rewards is None:
+        raise UserError("--rewards or --config is missing: expected rewards, such as --rewards json_valid,length")
+    options: dict[str, Any] = {} if normalize is None else {"normalize_rewards": normalize}
     if rewards is not None:
         listed = parse_scalar(rewards) if rewards.lstrip().startswith(("[", "{")) else rewards
-        given["rewards"] = [name.strip() for name in listed.split(",")] if isinstance(listed, str) else listed
-    if normalize is not None:
-        given["normalize_rewards"] = normalize
-    spellings = {name for name, setting in spellings_of(RewardsSettings).items() if setting.name == "rewards"}
-    if rewards is None and layers and not spellings & layers[0].values.keys():
+        options["rewards"] = [name.strip() for name in listed.split(",")] if isinstance(listed, str) else listed
+    elif not any(spellings[key].name == "rewards" for key in layer.values.keys() & spellings.keys()):
         raise UserError(f"{config}: there are no `rewards` in it; expected them there or in --rewards")
-    if rewards is None and config is None:
-        raise UserError(
-            "--rewards or --config is missing: expected what to reward, such as --rewards json_valid,length"
-        )
     folder = config.parent if config is not None and rewards is None else Path()
-    return resolve(RewardsSettings, *layers, Layer("command line", given)).settings, folder
+    return resolve(RewardsSettings, *layers, Layer("command line", options)).settings, folder
 
 
 def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
@@ -151,9 +137,7 @@ def _check_readable(value: Any, where: str) -> None:
     """Raises UserError for what is neither text nor messages that rewards can read."""
     from llmlab.rewards.completions import read_messages
 
-    if isinstance(value, str):
-        return
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+    if not isinstance(value, (str, list)):
         raise UserError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
     try:
         read_messages(value)
@@ -195,11 +179,7 @@ def _report(file: Path, composed: "ComposedReward", scores: "Scores", groups: li
 def _summarize(
     values: list[float | None], bounds: tuple[float | None, float | None], groups: list[list[int]]
 ) -> dict[str, Any]:
-    """Returns statistics of the values that are not None.
-
-    `zero_variance` is the share of groups whose values are all the same; the histogram has ten bins between the
-    bounds, or between the smallest and largest value where these are unknown.
-    """
+    """Returns statistics of the values that are not None; `zero_variance` is the share of groups with one value."""
     numbers = [value for value in values if value is not None]
     flat = [rows for rows in groups if len({values[row] for row in rows}) == 1]
     low = min(numbers, default=0.0) if bounds[0] is None else bounds[0]
@@ -300,9 +280,8 @@ def _print_list() -> None:
 
     from llmlab.rewards import REWARDS
 
-    table = make_table(
-        Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters"
-    )
+    name = Column("reward", style="bold", no_wrap=True)
+    table = make_table(name, numeric("weight"), "what it scores, and its parameters")
     for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"

@@ -10,23 +10,8 @@ from rich.table import Column
 from rich.text import Text
 from rich.tree import Tree
 
-from llmlab.runs.history import (
-    Ancestor,
-    RunFolder,
-    ancestors,
-    changed_settings,
-    comparison,
-    curve_metric,
-    details,
-    differing,
-    direction,
-    find_parent,
-    find_runs,
-    flatten,
-    open_run,
-    short_names,
-    summary,
-)
+from llmlab.runs import history
+from llmlab.runs.history import RunFolder
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
@@ -57,9 +42,9 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder and below: their status, result and parents."""
-    runs = find_runs(folder or Path())
+    runs = history.find_runs(folder or Path())
     if as_json:
-        return say_json(finite([summary(run) for run in runs]), indent=2)
+        return say_json(finite([history.summary(run) for run in runs]), indent=2)
     console = Terminal(whole_rows=True)
     if not runs:
         console.print(f"no runs in {safe(folder or 'this folder')} or below", soft_wrap=True)
@@ -77,17 +62,17 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
-    chosen = open_run(run)
-    drawn = curve_metric([chosen], metric) or ""
-    if metric is None and drawn.removeprefix("eval_") in chosen.curves:
-        drawn = drawn.removeprefix("eval_")  # the evaluations are marked on it
+    chosen = history.open_run(run)
+    curve_name = history.curve_metric([chosen], metric) or ""
+    if metric is None and curve_name.removeprefix("eval_") in chosen.curves:
+        curve_name = curve_name.removeprefix("eval_")  # the evaluations are marked on it
     if as_json:
-        return say_json(finite(details(chosen)), indent=2)
+        return say_json(finite(history.details(chosen)), indent=2)
     console = Terminal()
     _print_heading(console, chosen)
     _print_section(console, "Lineage")
-    console.print(_tree(ancestors(chosen)))
-    settings = [row for row in changed_settings(chosen) if row[0] != "output_dir"]
+    console.print(_tree(history.ancestors(chosen)))
+    settings = [row for row in history.changed_settings(chosen) if row[0] != "output_dir"]
     if settings:
         _print_section(console, "Settings that are not defaults")
         value = Column("value", ratio=1, overflow="fold")
@@ -97,15 +82,17 @@ def show(
         console.print(table)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
-    if drawn:
-        _print_section(console, drawn)
-        curves = [Curve(chosen.curves[drawn], CURVE_STYLES[0])]
-        evaluated = chosen.curves.get(f"eval_{drawn}")
+    if curve_name:
+        _print_section(console, curve_name)
+        curves = [Curve(chosen.curves[curve_name], CURVE_STYLES[0])]
+        evaluated = chosen.curves.get(f"eval_{curve_name}")
         if evaluated:
             curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
         _print_chart(console, curves)
         if evaluated:
-            console.print(f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(drawn)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(drawn)}")
+            console.print(
+                f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(curve_name)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(curve_name)}"
+            )
     _print_surroundings(console, chosen)
 
 
@@ -120,24 +107,24 @@ def compare(
         raise UserError("a run is given twice; expected different ones")
     if len(runs) < 2:
         raise UserError("expected two runs or more (llmlab runs show RUN shows one)")
-    chosen = [open_run(folder) for folder in runs]
-    drawn = curve_metric(chosen, metric)
+    chosen = [history.open_run(folder) for folder in runs]
+    curve_name = history.curve_metric(chosen, metric)
     if as_json:
-        return say_json(finite(comparison(chosen)), indent=2)
+        return say_json(finite(history.comparison(chosen)), indent=2)
     console = Terminal()
     styles = [CURVE_STYLES[number % len(CURVE_STYLES)] for number in range(len(chosen))]
-    names = [f"[{style}]{safe(name)}[/]" for name, style in zip(short_names(chosen), styles, strict=True)]
+    names = [f"[{style}]{safe(name)}[/]" for name, style in zip(history.short_names(chosen), styles, strict=True)]
     _print_section(console, "Settings that differ")
     table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
-        for key, values in differing(chosen, part).items():
+        for key, values in history.differing(chosen, part).items():
             table.add_row(title + safe(key), *("-" if value is ... else safe(_brief(value)) for value in values))
     console.print(table if table.row_count else "[dim]none[/]")
     _print_metrics(console, chosen, names)
-    if drawn is None:
+    if curve_name is None:
         return
-    _print_section(console, drawn)
-    curves = [Curve(run.curves.get(drawn, []), style) for run, style in zip(chosen, styles, strict=True)]
+    _print_section(console, curve_name)
+    curves = [Curve(run.curves.get(curve_name, []), style) for run, style in zip(chosen, styles, strict=True)]
     logged = [name if curve.points else f"{name} (none logged)" for name, curve in zip(names, curves, strict=True)]
     if not console.plain:
         _print_chart(console, [curve for curve in curves if curve.points])
@@ -151,18 +138,14 @@ def compare(
             _print_chart(console, [curve], scale=whole)
 
 
-# Parts of what is printed -----------------------------------------------------------------------------------------
-
-
 def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
     """Prints one table, with a line of its own above the runs of each folder."""
     groups: dict[Path, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(run.folder.resolve().parent, []).append(run)
     rows = [_list_row(run) for group in groups.values() for run in group]
-    widths = {
-        name: max(Text.from_markup(cell).cell_len for cell in (name, *(row[name] for row in rows))) for name in rows[0]
-    }
+    cells = {name: [name, *(row[name] for row in rows)] for name in rows[0]}
+    widths = {name: max(Text.from_markup(cell).cell_len for cell in column) for name, column in cells.items()}
     for name in LEFT_OUT:
         if sum(min(width, SHRINKING.get(name, width)) + 1 for name, width in widths.items()) - 1 > console.width:
             del widths[name]
@@ -187,7 +170,7 @@ def _list_row(run: RunFolder) -> dict[str, str]:
     """Returns a run's cells by their column, in markup."""
     parents = []
     for parent in run.parents:
-        found = find_parent(run, parent)
+        found = history.find_parent(run, parent)
         folder = found.folder.resolve() if found else None
         beside = folder is not None and folder.parent == run.folder.resolve().parent
         parents.append(parent if folder is None else folder.name if beside else "/".join(folder.parts[-2:]))
@@ -225,7 +208,7 @@ def _print_heading(console: Terminal, run: RunFolder) -> None:
         console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
 
 
-def _tree(ancestor: Ancestor, tree: Tree | None = None) -> Tree:
+def _tree(ancestor: history.Ancestor, tree: Tree | None = None) -> Tree:
     run = ancestor.run
     if run is None:
         label = f"{safe(ancestor.name)}  [dim]not a run folder here[/]"
@@ -243,7 +226,7 @@ def _print_data(console: Terminal, run: RunFolder) -> None:
     sources = [source for source in data.get("sources", []) if isinstance(source, dict)]
     lines = []
     for part in (*sources, {key: value for key, value in data.items() if key != "sources"}):
-        values = {key: value for key, value in flatten(part).items() if isinstance(value, (str, int, float))}
+        values = {key: value for key, value in history.flatten(part).items() if isinstance(value, (str, int, float))}
         name = [safe(values.pop("name"))] if "name" in values else []
         lines.append("  ".join([*name, *(f"[dim]{safe(key)}[/] {_cell(value)}" for key, value in values.items())]))
     if any(lines):
@@ -297,9 +280,6 @@ def _print_chart(console: Terminal, curves: Sequence[Curve], scale: Sequence[tup
         console.print(line, soft_wrap=True)
 
 
-# Cells ------------------------------------------------------------------------------------------------------------
-
-
 def _path(folder: Path) -> str:
     """Returns a folder as seen from the working directory, where it lies in that."""
     whole = folder.resolve()
@@ -319,7 +299,7 @@ def _brief(value: Any) -> str:
 
 def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
     """Returns the values as cells, the best one bold where one direction is better."""
-    sign = direction(metric)
+    sign = history.direction(metric)
     present = [sign * value for value in values if value is not None]
     best = sign * max(present) if sign and len(set(present)) > 1 else None
     return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]

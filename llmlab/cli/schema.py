@@ -23,9 +23,8 @@ def stage_schema(name: str) -> dict[str, Any]:
             group = properties[setting.path[0]]
             reference = group["$ref"] if "$ref" in group else group["anyOf"][0]["$ref"]
             home = schema["$defs"][reference.rsplit("/", 1)[1]]["properties"]
-            properties[setting.path[0]] = {
-                "anyOf": [{"$ref": reference}, {"type": "string", "description": "A settings file."}]
-            }
+            file = {"type": "string", "description": "A settings file."}
+            properties[setting.path[0]] = {"anyOf": [{"$ref": reference}, file]}
         own = {key: value for key, value in home[setting.name].items() if key != "title"}
         if own.get("type") == "array":
             own = {"anyOf": [own, own["items"]]}

@@ -4,13 +4,9 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Corpus": "text.corpus",
-    "CorpusReport": "text.corpus",
-    "build_corpus": "text.corpus",
+    **dict.fromkeys(("Corpus", "CorpusReport", "build_corpus"), "text.corpus"),
+    **dict.fromkeys(("learn_bpe", "load_tokenizer", "stop_token_ids"), "tokenizer"),
     "load_text": "sources",
-    "load_tokenizer": "tokenizer",
-    "stop_token_ids": "tokenizer",
-    "learn_bpe": "tokenizer",
 }
 __all__ = sorted(_HOMES)
 

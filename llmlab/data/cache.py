@@ -30,11 +30,6 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
     return expand(base) / "corpora" / f"{prefix}{digest}"
 
 
-def cores() -> int:
-    """Returns the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def open_cached(
     folder: Path,
     name: str,
@@ -44,8 +39,7 @@ def open_cached(
 ) -> tuple[Any, bool]:
     """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is.
 
-    `read` raises where the files are not what was written, which are then removed; `write` gets what `read` returned,
-    or None.  Processes that need the same folder at the same time wait for the first of them.
+    Damaged files, for which `read` raises, are removed; `write` extends what `read` returned, or None.
     """
     content, whole = None, False
     try:
@@ -79,16 +73,13 @@ class Checksums:
 
     @classmethod
     def parse(cls, record: dict[str, Any]) -> "Checksums":
-        """Returns what `record` returned."""
         text = record["crc32"]
         return cls(record["bytes"], [int(text[place : place + 8], 16) for place in range(0, len(text), 8)])
 
     def record(self) -> dict[str, Any]:
-        """Returns plain values."""
         return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
 
     def update(self, data: bytes | np.ndarray) -> None:
-        """Appends bytes."""
         begin = 0
         while begin < len(data):
             if self.size % BLOCK == 0:
@@ -99,10 +90,7 @@ class Checksums:
             begin += len(part)
 
     def verify(self, path: Path, begin: int = 0, end: int | None = None) -> None:
-        """Raises UserError where a block with these bytes is not what was written; each is read once.
-
-        The file may be longer: bytes that an interrupted append left are ignored.
-        """
+        """Raises UserError where a block with these bytes is not what was written; each block is read once."""
         for number in range(begin // BLOCK, -(-(self.size if end is None else end) // BLOCK)):
             if number in self.verified:
                 continue

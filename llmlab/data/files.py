@@ -7,6 +7,7 @@ copied to disk, and a resumed stream can skip shards of a large file.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -207,9 +208,8 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     with reading(path, "parquet"):
-        return pyarrow.parquet.ParquetFile(
-            io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
-        )
+        file = io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
+        return pyarrow.parquet.ParquetFile(file)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -229,12 +229,9 @@ def _open_text(path: Path, newline: str | None = None) -> IO[str]:
 
 def _line_number(path: Path, position: int) -> int:
     """Returns the number of the line that begins at a byte."""
-    number = 1
     with _open(path) as handle:
-        while handle.tell() < position:
-            handle.readline()
-            number += 1
-    return number
+        lines = itertools.takewhile(lambda line: handle.tell() <= position, iter(handle.readline, b""))
+        return 1 + sum(1 for _ in lines)
 
 
 def _endings() -> str:

@@ -111,11 +111,10 @@ def inspect_rows(
     name: str,
     form: str,
     label: str | None = None,
-    render: Callable[[Row], Any] | None = None,
-    find_problem: Callable[[Any], str] | None = None,
+    renderer: Any = None,
     max_seq_len: int = 1024,
 ) -> DataReport:
-    """Reads every row once: `read` and `render` may raise UnusableRow, and `find_problem` looks at a rendered row."""
+    """Reads every row once; `read` and the `Renderer`, with which tokens are counted too, may raise UnusableRow."""
     report = DataReport(name, form)
     columns: dict[str, None] = {}
     alphabet: Counter[str] = Counter()
@@ -143,7 +142,7 @@ def inspect_rows(
                 report.near_duplicates.add(number)
             seen.add(content)
             problems = turn_problems(conversation.get("messages") or [])
-            rendered = render(conversation) if render else None
+            rendered = renderer.render(conversation) if renderer else None
         except UnusableRow as reason:
             report.dropped.setdefault(str(reason), Finding()).add(number)
         if rendered is not None:
@@ -153,7 +152,7 @@ def inspect_rows(
                 truncated.add(number)
             if not any(rendered.trained[:max_seq_len]):
                 lost.add(number)
-            problems += filter(None, [find_problem(rendered) if find_problem else ""])
+            problems += filter(None, [renderer.find_problem(rendered)])
         for problem in problems:
             report.problems.setdefault(problem, Finding()).add(number)
     report.columns, report.labels = list(columns), dict(labels)

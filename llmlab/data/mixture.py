@@ -6,7 +6,7 @@ weights alone, not on the length: row i stays row i when a run is extended, and 
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +18,14 @@ BLOCK = 64  # rows within which proportions hold, but for rounding: also short r
 
 
 class Schedule:
-    """The source of every row of a mixture, and the row's index within that source.
-
-    In each block of rows every source appears in proportion to its weight, in an order shuffled by the seed.
-    """
+    """The source of every row of a mixture, and its index there: shuffled blocks, each in the weights' proportion."""
 
     def __init__(self, weights: Sequence[float], seed: int):
-        self.weights = list(weights)
         self.shares = np.array(weights, float) / np.sum(weights)
         self.seed = seed
         self.block = max(BLOCK, len(weights) ** 2)  # the largest source absorbs the rounding
         self.heaviest = int(np.argmax(self.shares))
-        self._order = lru_cache(maxsize=4)(self._order_of_block)
-
-    def __reduce__(self) -> tuple[type["Schedule"], tuple[list[float], int]]:
-        return Schedule, (self.weights, self.seed)
+        self._last: tuple[int, Any] = (-1, None)  # block whose order was asked for, and its order
 
     def locate(self, row: int) -> tuple[int, int]:
         """Returns the source of a row, and its index within that source."""
@@ -51,8 +44,10 @@ class Schedule:
         counts[self.heaviest] += block * self.block - counts.sum()
         return counts
 
-    def _order_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row of a block, and its index within that source, (block,) each."""
+        if self._last[0] == block:
+            return self._last[1]
         before = self._before(block)
         counts = self._before(block + 1) - before
         sources = np.repeat(np.arange(len(counts)), counts)
@@ -60,6 +55,7 @@ class Schedule:
         numbers = np.empty(self.block, np.int64)
         for source, count in enumerate(counts):
             numbers[sources == source] = before[source] + np.arange(count)
+        self._last = block, (sources, numbers)
         return sources, numbers
 
 

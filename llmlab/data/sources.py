@@ -47,10 +47,8 @@ class Tally:
         if not self.documents:
             raise UserError(f"{name}: no usable text in {self.rows:,} rows" + (f" ({reasons})" if reasons else ""))
         if self.dropped.total() > allowed * self.rows:
-            raise UserError(
-                f"{name}: {self.dropped.total():,} of {self.rows:,} rows cannot be used ({reasons}); "
-                f"fix them, or raise allow_dropped = {allowed:g}"
-            )
+            problem = f"{self.dropped.total():,} of {self.rows:,} rows cannot be used ({reasons})"
+            raise UserError(f"{name}: {problem}; fix them, or raise allow_dropped = {allowed:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +122,6 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     return TextSource(**values, column=column)
 
 
-def is_online() -> bool:
-    """Whether the hub may be reached: `HF_HUB_OFFLINE` is not set."""
-    import datasets
-
-    return not datasets.config.HF_HUB_OFFLINE
-
-
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
     """Finds a source; a hub dataset is downloaded unless `streaming`, or where it has more than `at_most` rows."""
     path = expand(source.name)
@@ -164,10 +155,8 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
             described = _open_builder(str(path), source.subset, use).config.data_files or {}
         by_split = {name: [Path(file) for file in found] for name, found in described.items()}
     elif source.subset:
-        raise UserError(
-            f"{source.name} | {source.subset}: a local path has no subsets unless its README.md says so (configs:); "
-            "name the file or folder itself"
-        )
+        problem = "a local path has no subsets unless its README.md says so (configs:)"
+        raise UserError(f"{source.name} | {source.subset}: {problem}; name the file or folder itself")
     else:
         by_split = files.find_files(path)
     chosen = choose_splits(source.name, by_split, source.split, use)
@@ -182,11 +171,8 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     shards = [files.shards_of(by_split[name], source.text_unit) for name in chosen]
 
     def select(column: str | None) -> IterableDataset:
-        read = partial(files.read_shard, column=column)
-        parts = [
-            IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": each, "read": read}) for each in shards
-        ]
-        return join_splits(parts, sizes, use)
+        options = [{"shards": each, "read": partial(files.read_shard, column=column)} for each in shards]
+        return join_splits([IterableDataset.from_generator(_read_shards, gen_kwargs=o) for o in options], sizes, use)
 
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     if source.text_unit != "document":
@@ -214,6 +200,8 @@ def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "
 
 
 def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
+    import datasets
+
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
@@ -222,7 +210,7 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         sizes = [info[name].num_examples for name in chosen if name in info]
         is_known = len(sizes) == len(chosen)
         count = sum(sizes) if is_known else None
-        if not streaming and is_online() and not any("[" in name for name in chosen):
+        if not streaming and not datasets.config.HF_HUB_OFFLINE and not any("[" in name for name in chosen):
             larger = at_most is not None and (count is None or count > at_most)
             streaming = larger or not _fits_disk(builder.info)
         if streaming:
@@ -243,13 +231,8 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         ) from None
     except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
-    identity = {
-        "hub": source.name,
-        "subset": builder.config.name,
-        "split": chosen,
-        "content": builder.hash,
-        "streamed": streaming,  # files and tables have other shards, so another order
-    }
+    identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}
+    identity["streamed"] = streaming  # files and tables have other shards, so another order
     return RowSource(
         name=source.name,
         rows=rows,
@@ -303,12 +286,10 @@ def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:
     found = f"columns found: {', '.join(kinds)}"
     if source.column is not None:
         if source.column not in kinds:
-            raise UserError(
-                f"{source.name}: there is no column '{source.column}'{did_you_mean(source.column, kinds)} ({found})"
-            )
+            near = did_you_mean(source.column, kinds)
+            raise UserError(f"{source.name}: there is no column '{source.column}'{near} ({found})")
         return source.column
-    usual = next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None)
-    if usual is not None:
+    if usual := next((name for name in TEXT_COLUMNS if str in kinds.get(name, ())), None):
         return usual
     if "messages" in kinds or "conversations" in kinds:
         raise UserError(f"{source.name}: these are conversations, for llmlab sft; text is expected here ({found})")

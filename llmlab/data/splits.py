@@ -45,9 +45,8 @@ def choose_subset(source: str, subsets: Iterable[str], use: Use) -> str:
     subsets = list(subsets)
     fitting = _of_use(subsets, use)
     if len(fitting) != 1:
-        raise UserError(
-            f"{source}: it has several subsets ({', '.join(subsets)}); name the one to read: {source} | {subsets[0]}"
-        )
+        found = f"it has several subsets ({', '.join(subsets)})"
+        raise UserError(f"{source}: {found}; name the one to read: {source} | {subsets[0]}")
     return fitting[0]
 
 

@@ -43,9 +43,7 @@ KNOWN_EOS = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence�
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Loads the fast tokenizer of a hub id, of a folder, or of the path of a `tokenizer.json`."""
-    from huggingface_hub import is_offline_mode
-
-    from llmlab.model.auto import load_auto
+    from llmlab.model.auto import load_auto, opening
 
     path = expand(name)
     if path.is_file() and not path.with_name("tokenizer_config.json").is_file():
@@ -55,17 +53,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"{name}: there is no tokenizer in this folder; expected tokenizer.json (found {found})")
     if not path.exists() and is_local(name):
         raise missing(name)
-    with reading(name, "a tokenizer"):
-        try:
-            tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
-        except OSError as error:
-            if path.exists():
-                raise
-            offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
-            raise UserError(
-                f"{name}: no tokenizer can be loaded: there is no such local folder, and the hub did not give it: "
-                f"{offline if is_offline_mode() else reason_of(error)}"
-            ) from None
+    with opening(path if path.exists() else name, "a tokenizer"):
+        tokenizer = load_auto("AutoTokenizer", path.parent if path.is_file() else path if path.is_dir() else name)
     if not tokenizer.is_fast:
         raise UserError(f"{name}: this tokenizer has no tokenizer.json (the fast form), which llmlab needs")
     return tokenizer
@@ -105,25 +94,20 @@ def learn_bpe(
 
     folder = expand(output_dir)
     if vocab_size < SMALLEST:
-        raise UserError(
-            f"vocab_size = {vocab_size}: expected at least {SMALLEST}: 256 bytes, "
-            f"{len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
-        )
+        parts = f"256 bytes, {len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
+        raise UserError(f"vocab_size = {vocab_size}: expected at least {SMALLEST}: {parts}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
     if others:
-        raise UserError(
-            f"output_dir = {folder}: it holds more than a tokenizer ({', '.join(others[:3])}); choose another"
-        )
+        found = f"it holds more than a tokenizer ({', '.join(others[:3])})"
+        raise UserError(f"output_dir = {folder}: {found}; choose another")
     backend = _train_bpe(_sample(sources, max_bytes, allow_dropped), vocab_size, show_progress)
     reached = backend.get_vocab_size(with_added_tokens=True)
     if reached < vocab_size:
         names = ", ".join(source.name for source in sources)
-        raise UserError(
-            f"vocab_size = {vocab_size}: {names} has enough merges for {reached} entries only; "
-            f"give more text, or vocab_size {reached}"
-        )
+        problem = f"{names} has enough merges for {reached} entries only"
+        raise UserError(f"vocab_size = {vocab_size}: {problem}; give more text, or vocab_size {reached}")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS,
@@ -141,12 +125,9 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "T
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TOOL_TAGS),
@@ -177,11 +158,8 @@ def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            try:
-                tokenizer.save_pretrained(temporary)
-            except Exception as error:  # the library raises nothing narrower where the disk is full
-                raise UserError(f"output_dir = {folder}: cannot be written: {error}") from None
+            tokenizer.save_pretrained(temporary)
             for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"output_dir = {folder}: cannot be written: {error.strerror}") from None
+    except Exception as error:  # the library raises nothing narrower where the disk is full
+        raise UserError(f"output_dir = {folder}: cannot be written: {reason_of(error)}") from None

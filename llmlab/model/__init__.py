@@ -6,14 +6,15 @@ Public names are imported when they are first used, since they bring torch and T
 from importlib import import_module
 from typing import Any
 
-_LOADING = ("ADAPTER_CONFIG", "Adapter", "load_classifier", "load_config", "load_model", "opening", "read_adapter")
-_MAKING = ("build_config", "fit_context", "fit_vocabulary", "new_model")
+_LOADING = ("ADAPTER_CONFIG", "Adapter", "load_classifier", "load_config", "load_model", "read_adapter")
+_MAKING = ("build_config", "fit_context", "fit_vocabulary", "new_model", "save_model")
 _HOMES = {
     "LLMLabConfig": "configuration",
     **dict.fromkeys(("LLMLabModel", "LLMLabForCausalLM", "LLMLabForSequenceClassification"), "modeling"),
     **dict.fromkeys((*_LOADING, *_MAKING), "build"),
     **dict.fromkeys(("from_llmlab", "to_llmlab"), "convert"),
     **dict.fromkeys(("ModelSize", "measure"), "size"),
+    "opening": "auto",
 }
 
 __all__ = list(_HOMES)

@@ -10,11 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
@@ -56,27 +52,16 @@ class LLMLabAttention(LlamaAttention):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = query.to(dtype), key.to(dtype)
         elif self.config.positional_encoding == "alibi" and query.shape[1] != self.config.num_attention_heads:
-            raise ValueError(
-                "positional_encoding = alibi: tensor parallelism is not supported, which shards heads but no slopes"
-            )
+            raise ValueError("positional_encoding = alibi: tensor parallelism, which shards heads, is not supported")
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         if attention_mask is None and not dropout and self._uses_blocks(query, key):
             return self.o_proj(block_attention(query, key, value, self.scaling).flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )  # (batch, time, heads, head_dim)
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        output, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1)), weights  # from (batch, time, heads, head_dim)
 
     def _uses_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether this is training on a CPU in bf16 or compiled, where `block_attention` is faster than sdpa."""
@@ -99,10 +84,8 @@ def attention_inputs(
     """
     biased = config.positional_encoding == "alibi"
     if biased and config._attn_implementation not in BIAS_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation = {config._attn_implementation} cannot add alibi's per-head slopes to the scores; "
-            f"expected {', '.join(BIAS_IMPLEMENTATIONS)}"
-        )
+        problem = f"{config._attn_implementation} cannot add alibi's per-head slopes to the scores"
+        raise ValueError(f"attn_implementation = {problem}; expected {', '.join(BIAS_IMPLEMENTATIONS)}")
     plain = attention_mask is None and past_key_values is None and position_ids is None
     inputs = {}
     for kind in sorted(set(config.layer_types)):

@@ -17,15 +17,10 @@ BLOCK = 64  # queries, whose weights over all keys fit a CPU's cache
 
 
 def block_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Returns the outputs of causal attention, (batch, time, heads, dim).
+    """Returns the outputs of causal attention, (batch, time, heads, dim), with a factor on its scores.
 
-    Args:
-        query: (batch, heads, time, dim).
-        key: (batch, key/value heads, time, dim); each serves heads / key/value heads consecutive query heads.
-        value: (batch, key/value heads, time, dim).
-        scaling: factor of the scores.
-
-    Source: Dao et al. 2022, arXiv 2205.14135, for what the backward pass computes again.
+    Queries are (batch, heads, time, dim), keys and values (batch, key/value heads, time, dim), each for consecutive
+    query heads. Source: Dao et al. 2022, arXiv 2205.14135, for what the backward pass computes again.
     """
     return _forward_operator(query, key, value, scaling)
 

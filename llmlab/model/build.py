@@ -5,34 +5,26 @@ Neither choosing a device nor attaching new adapters is done here.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
+import transformers
+from huggingface_hub import snapshot_download
 from pydantic import Field
-from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmlab.model.auto import load_auto
+from llmlab.model.auto import load_auto, opening
 from llmlab.model.configuration import LLMLabConfig
 from llmlab.model.modeling import LLMLabForCausalLM
-from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
+from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.files import check_types, read_json
 from llmlab.settings.model import ModelSettings
-from llmlab.settings.paths import check_model, missing
+from llmlab.settings.paths import check_model
 from llmlab.settings.trust import takes_trust
 
 if TYPE_CHECKING:
@@ -100,10 +92,8 @@ def load_model(
         check_types(f"{source}/generation_config.json", vars(model.generation_config), GENERATION_TYPES)
     if missing_keys := sorted(info["missing_keys"]):  # Transformers would initialize them randomly
         kind = ", ".join(model.config.architectures or ["unknown"])
-        raise UserError(
-            f"{source}: no complete language model: {len(missing_keys)} weights are missing, such as "
-            f"{missing_keys[0]} (architectures = {kind})"
-        )
+        problem = f"{len(missing_keys)} weights are missing, such as {missing_keys[0]} (architectures = {kind})"
+        raise UserError(f"{source}: no complete language model: {problem}")
     return _with_absolute_path(model, source)
 
 
@@ -127,10 +117,8 @@ def load_classifier(
         return adapter.attach(model).merge_and_unload(safe_merge=True).to(dtype)
     config = load_config(source)
     own = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
-        raise UserError(
-            f"{source}: model_type = {config.model_type}: this architecture has no sequence-classification model"
-        )
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and CLASSIFIER not in own:
+        raise UserError(f"{source}: model_type = {config.model_type}: this has no sequence-classification model")
     config.num_labels = 1
     with opening(source):
         model = load_auto(CLASSIFIER, source, config=config, dtype=dtype, quantization_config=quantization_config)
@@ -156,6 +144,13 @@ def fit_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is not None:
         tokenizer.model_max_length = length
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a model and its tokenizer, ready to generate."""
+    fit_context(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -229,34 +224,12 @@ def _check_architecture(path: Path, *, generates: bool = False) -> None:
     elif "auto_map" in values and isinstance(kind, str | None):
         return  # it brings an architecture of its own, which `load_auto` refuses or loads
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"{path}: model_type = {kind}: no architecture of that name{did_you_mean(str(kind), CONFIG_MAPPING)}"
-        )
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        near = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise UserError(f"{path}: model_type = {kind}: no architecture of that name{near}")
+    if CONFIG_MAPPING[kind] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: model_type = {kind}: this architecture is no language model")
     heads = values.get("architectures")
     head = str(heads[0]) if isinstance(heads, list) and heads else ""
     if generates and head.endswith("ForSequenceClassification"):
         what = "this is a sequence-classification model; expected a language model"
         raise UserError(f"{path.parent}: architectures = {head}: {what}")
-
-
-@contextmanager
-def opening(source: str | Path, expected: str = "a model") -> Iterator[None]:
-    """Turns whatever Transformers raises while it loads a folder or hub id into a UserError that names it."""
-    try:
-        with reading(source, expected):
-            try:
-                yield
-            except OSError as error:
-                if Path(source).is_dir():
-                    raise
-                offline = "HF_HUB_OFFLINE is set, and it was not downloaded before"
-                reason = offline if is_offline_mode() else reason_of(error)
-                raise UserError(f"{missing(str(source), 'folder')}, and the hub gave none: {reason}") from None
-            except SafetensorError as error:
-                raise UserError(f"{source}: the weights are damaged or incomplete: {reason_of(error)}") from None
-    except UserError as error:
-        if "ignore_mismatched_sizes" not in str(error.__cause__):
-            raise
-        raise UserError(f"{source}: the weights have other shapes than its config.json says") from None

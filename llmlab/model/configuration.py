@@ -123,15 +123,11 @@ class LLMLabConfig(PreTrainedConfig):
                 f"{self.attention_type}, which has {expected}; expected attention_type = gqa, or leave one out"
             )
         if self.uses_rope and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim = {self.head_dim}: {self.positional_encoding} rotates pairs, so it must be even; "
-                f"the nearest is {self.head_dim + 1}"
-            )
+            problem = f"{self.positional_encoding} rotates pairs, so it must be even"
+            raise ValueError(f"head_dim = {self.head_dim}: {problem}; the nearest is {self.head_dim + 1}")
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries; "
-                f"expected num_hidden_layers = {self.num_hidden_layers}"
-            )
+            found, expected = len(self.layer_types), self.num_hidden_layers
+            raise ValueError(f"layer_types has {found} entries; expected num_hidden_layers = {expected}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window = None contradicts layer_types, where a layer is sliding_attention")
 
@@ -157,10 +153,8 @@ class LLMLabConfig(PreTrainedConfig):
         number, wanted = getattr(self, whole), getattr(self, part)
         if number % wanted:
             near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
-            raise ValueError(
-                f"{whole} = {number} is not divisible by {part} = {wanted}; "
-                f"the nearest number of {what} that divides it is {near}"
-            )
+            problem = f"{whole} = {number} is not divisible by {part} = {wanted}"
+            raise ValueError(f"{problem}; the nearest number of {what} that divides it is {near}")
 
     def _complete_rope_parameters(self) -> None:
         parameters = dict(self.rope_parameters or {})
@@ -170,10 +164,9 @@ class LLMLabConfig(PreTrainedConfig):
             parameters.setdefault("original_max_position_embeddings", max(original, 1))
         kind = parameters.get("rope_type", "default")
         if (kind == "yarn") != (self.positional_encoding == "yarn"):
-            raise ValueError(
-                f"rope_parameters has rope_type = {kind} beside positional_encoding = {self.positional_encoding}; "
-                f"expected positional_encoding = {'yarn' if kind == 'yarn' else 'rope'}"
-            )
+            problem = f"rope_type = {kind} beside positional_encoding = {self.positional_encoding}"
+            expected = "yarn" if kind == "yarn" else "rope"
+            raise ValueError(f"rope_parameters has {problem}; expected positional_encoding = {expected}")
         self.rope_parameters = parameters
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:

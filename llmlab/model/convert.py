@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+import transformers
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from llmlab.model.build import load_model
 from llmlab.model.configuration import LLMLabConfig
@@ -24,9 +16,9 @@ from llmlab.model.modeling import LLMLabForCausalLM
 from llmlab.settings.errors import UserError, did_you_mean
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
 }
 SHARED_FIELDS = LLMLabConfig.__annotations__.keys() & LlamaConfig.__annotations__.keys() - {
     "hidden_act",  # the families' silu is gated
@@ -89,14 +81,11 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
     return _transfer_weights(model, model_class, config_class(**options))
 
 
-def _transfer_weights(
-    source: PreTrainedModel, target_class: type[PreTrainedModel], config: PreTrainedConfig
-) -> PreTrainedModel:
+def _transfer_weights(source: PreTrainedModel, kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """Returns a model with the source's weights, once its logits are equal."""
     weights = {name: weight.clone() for name, weight in source.state_dict().items()}
-    target = target_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=source.dtype, attn_implementation="sdpa"
-    )
+    options = {"config": config, "dtype": source.dtype, "attn_implementation": "sdpa"}
+    target = kind.from_pretrained(None, state_dict=weights, **options)
     target.generation_config = source.generation_config
     target.to(source.device)
     _check_logits(source, target)

@@ -119,9 +119,8 @@ _operator = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", loss_a
 def _fake_loss_and_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *needs_grad: bool
 ) -> tuple[torch.Tensor, ...]:
-    gradients = (
-        torch.empty_like(x) if n else x.new_empty(0) for x, n in zip((hidden, weight), needs_grad, strict=True)
-    )
+    needs = zip((hidden, weight), needs_grad, strict=True)
+    gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
     return hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32)), *gradients
 
 

@@ -29,11 +29,10 @@ class LLMLabMLP(nn.Module):
 
     def __init__(self, config: LLMLabConfig):
         super().__init__()
-        self.gate_proj = None
-        if config.is_gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False) if config.is_gated else None
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
         self.act_fn = ACT2FN["silu" if config.is_gated else config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, time, hidden) in and out
@@ -125,26 +124,18 @@ class LLMLabModel(LLMLabPreTrainedModel):
                 encoding = sinusoidal_encoding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
                 hidden_states = inputs_embeds * self.config.hidden_size**0.5 + encoding
         hidden_states = self.dropout(hidden_states)
+        kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **inputs_of[kind],
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **inputs_of[kind], **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _default_positions(
-        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None
-    ) -> torch.Tensor:
-        length = inputs_embeds.shape[1]
+    def _default_positions(self, embeds: torch.Tensor, attention_mask: Any, cache: Cache | None) -> torch.Tensor:
+        length = embeds.shape[1]
         absolute = self.config.positional_encoding == "sinusoidal"  # rotary embeddings encode distances alone
         if absolute and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return positions_from_mask(attention_mask, length)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+        seen = 0 if cache is None else cache.get_seq_length()
+        return (torch.arange(length, device=embeds.device) + seen)[None]
 
 
 class LanguageModelHead(nn.Linear):

@@ -50,18 +50,10 @@ def alibi_bias(heads: int, length: int, cache: Cache | None, layer: int, device:
     """Returns ALiBi's bias of the attention scores, minus slope times distance, in fp32: (1, heads, query, key).
 
     Distances are between indices in the row: within a document they equal those between positions, whatever padding
-    or other documents the row holds.
-
-    Args:
-        heads: attention heads.
-        length: queries.
-        cache: keys of earlier tokens, or None.
-        layer: index of a layer with the kind of attention (full or sliding) that the bias is for.
+    or other documents the row holds. The layer is any with the kind of attention (full or sliding) of the bias.
     """
-    offset, key_length, key_offset = 0, length, 0
-    if cache is not None:
-        offset = cache.get_query_offset(layer)
-        key_length, key_offset = cache.get_mask_sizes(length, layer)
+    offset = 0 if cache is None else cache.get_query_offset(layer)
+    key_length, key_offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer)
     queries = torch.arange(length, device=device) + offset  # (query,)
     keys = torch.arange(key_length, device=device) + key_offset  # (key,)
     distance = queries[:, None] - keys  # (query, key)

@@ -11,25 +11,20 @@ from torch.optim import AdamW, Optimizer
 from transformers import Adafactor, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmlab.optim.muon import MuonWithAdamW
 from llmlab.optim.sophia import Sophia
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
 Parameters = list[nn.Parameter]
+ADAMW_RATE = 0.1  # AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"
 
 
 class ParameterKinds(NamedTuple):
     """Three disjoint lists that together hold every trainable parameter once, tied weights included."""
 
-    hidden: Parameters
-    """2-D weights of linear layers in the backbone, LoRA factors among them: decayed, and orthogonalized by Muon."""
-
-    other_weights: Parameters
-    """Untied output heads, expert stacks, routers: decayed, never orthogonalized."""
-
-    undecayed: Parameters
-    """Embeddings, norms, biases and other vectors."""
+    hidden: Parameters  # 2-D weights of linear layers in the backbone, LoRA factors among them: orthogonalized by Muon
+    other_weights: Parameters  # untied output heads, expert stacks, routers: decayed, never orthogonalized
+    undecayed: Parameters  # embeddings, norms, biases and other vectors
 
 
 def sort_parameters(model: PreTrainedModel | PeftModel) -> ParameterKinds:
@@ -75,8 +70,18 @@ def build_optimizer(
     undecayed = {"params": kinds.undecayed, "weight_decay": 0.0}
 
     if settings.optimizer == "muon":
-        options = {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
-        return MuonWithAdamW([hidden], [other_weights, undecayed], lr=learning_rate, **options)
+        from pytorch_optimizer import Muon  # a second of import, for those who use it
+
+        if not kinds.hidden:
+            raise UserError("optimizer = muon: no hidden 2-D weight is trainable; expected adamw, adafactor or lion")
+        # steps have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982): learning rates carry over
+        muon = {"lr": learning_rate, "use_muon": True, "use_adjusted_lr": True}
+        muon |= {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
+        adamw = {"lr": ADAMW_RATE * learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "use_muon": False}
+        groups = [hidden | muon, other_weights | adamw, undecayed | adamw]
+        optimizer = Muon([group for group in groups if group["params"]], foreach=False)  # less memory
+        optimizer.defaults["lr"] = learning_rate  # which some schedules read
+        return optimizer
     decayed = {"params": kinds.hidden + kinds.other_weights, "weight_decay": weight_decay}
     groups = [group for group in (decayed, undecayed) if group["params"]]
     if settings.optimizer.endswith("bit"):
@@ -116,11 +121,9 @@ def _from_bitsandbytes(
 def check_supported(optimizer: str, distributed_type: str) -> None:
     """Refuses an optimizer that does not work under Accelerate's distributed type, such as `DEEPSPEED` or `FSDP`."""
     if optimizer in ("sophia", "muon") and distributed_type == "DEEPSPEED":
-        raise UserError(
-            f"optimizer = {optimizer}: DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use; "
-            "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
-        )
+        problem = f"DeepSpeed ZeRO flattens weights and gradients, which {optimizer} cannot use"
+        expected = "expected adamw, adafactor or lion, or FSDP2 instead of DeepSpeed"
+        raise UserError(f"optimizer = {optimizer}: {problem}; {expected}")
     if (optimizer == "adafactor" or optimizer.endswith("bit")) and distributed_type == "FSDP":
-        raise UserError(
-            f"optimizer = {optimizer}: it cannot update weights that FSDP shards; expected adamw, lion, sophia or muon"
-        )
+        problem = "it cannot update weights that FSDP shards"
+        raise UserError(f"optimizer = {optimizer}: {problem}; expected adamw, lion, sophia or muon")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -21,15 +20,6 @@ class Sophia(Optimizer):
     With gradient g, momentum m and Hessian diagonal h, `m <- beta1 m + (1 - beta1) g` at every step,
     `h <- beta2 h + (1 - beta2) estimate` at every `update_every`-th, and after decoupled weight decay
     `parameter <- parameter - lr * clip(m / max(rho h, eps), -1, 1)`: the paper's algorithm 3, where rho is its gamma.
-
-    Args:
-        params: parameters or parameter groups.
-        lr: learning rate, the largest change of a parameter in one step.
-        betas: decays of the momentum and of the Hessian diagonal.
-        rho: scale of the Hessian; a smaller one clips more entries.
-        eps: lower bound of the denominator.
-        weight_decay: decoupled weight decay.
-        update_every: steps between two estimates.
     """
 
     def __init__(
@@ -46,11 +36,6 @@ class Sophia(Optimizer):
         schedule = {"update_every": update_every, "steps": 0, "next_estimate": 0}
         rates = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, rates | schedule)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return self.param_groups[0]["steps"]
 
     @torch.no_grad()
     def update_hessian(self) -> None:
@@ -111,14 +96,8 @@ def estimate_hessian(
 
     Labels are sampled from the model's own prediction for each of the batch's B examples; with g the gradient of the
     mean loss over them, `B * g^2` is an unbiased estimate of the Gauss-Newton diagonal.  It is computed as the square
-    of the gradient of the *summed* loss over sqrt(B), with B counted over all processes.
-
-    Args:
-        model: wrapped for training; its gradients must be empty and stay empty.
-        batch: argument of `predict`, which returns logits, (B, classes).
-        optimizer: the Sophia whose state is updated.
-        generator: of the sampled labels, on the model's device; different in each process.
-        predict: returns the logits of a model and a batch.
+    of the gradient of the *summed* loss over sqrt(B), with B counted over all processes.  `predict` returns logits,
+    (B, classes); the generator is on the model's device, and another one in each process.
     """
     if isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync:
         raise RuntimeError("estimate_hessian must run outside no_sync()")
@@ -140,8 +119,8 @@ def estimate_hessian(
 
 def estimate_is_due(optimizer: Optimizer | None) -> bool:
     """Whether the optimizer, possibly wrapped by Accelerate, is a Sophia that needs an estimate before it steps."""
-    sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return isinstance(sophia, Sophia) and sophia.steps >= sophia.param_groups[0]["next_estimate"]
+    sophia = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(sophia, Sophia) and sophia.param_groups[0]["steps"] >= sophia.param_groups[0]["next_estimate"]
 
 
 def estimate_hessian_if_due(
@@ -151,14 +130,11 @@ def estimate_hessian_if_due(
     seed: int,
     predict: Callable[[nn.Module, dict[str, Tensor]], Tensor] = next_token_logits,
 ) -> None:
-    """Runs `estimate_hessian` where the optimizer, possibly wrapped by Accelerate, is a Sophia that needs it.
-
-    The sampled labels depend on the seed, the step and the process alone, so that a resumed run repeats them.
-    """
+    """Runs `estimate_hessian` where it is due; labels depend on seed, step and process alone."""
     if not estimate_is_due(optimizer):
         return
-    sophia: Sophia = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    sophia: Sophia = getattr(optimizer, "optimizer", optimizer)
     process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator(batch["input_ids"].device)
-    generator.manual_seed(seed + sophia.steps * processes + process)
+    generator.manual_seed(seed + sophia.param_groups[0]["steps"] * processes + process)
     estimate_hessian(model, batch, sophia, generator, predict)

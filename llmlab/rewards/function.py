@@ -35,12 +35,8 @@ def reward_function(
 ) -> Callable[[Callable[..., Any]], Callable[..., list[float | None]]]:
     """Turns `score(completion, row, *, parameters)`, a number or None, into a reward, which takes a batch.
 
-    Args:
-        weight: default weight in a composed reward.
-        low: smallest score, or the name of the parameter that sets it.
-        high: largest score, or the name of the parameter that sets it.
-        note: column of notes in TRL's table of completions; the function then returns a score and a note.
-        threads: rows scored at the same time, for functions that wait for a process.
+    The lowest and highest score may be names of parameters that set them. With a `note`, a column of TRL's table of
+    completions, it returns a score and a note. Threads score rows at the same time, where they wait for a process.
     """
 
     def decorate(score: Callable[..., Any]) -> Callable[..., list[float | None]]:
@@ -78,10 +74,8 @@ def column_value(row: Row, column: str, condition: str = "") -> Any:
     """Returns a row's value of the column that a parameter names."""
     if column not in row:
         others = sorted(row.keys() - set(TRL_INPUTS))
-        raise UserError(
-            f"{condition}column = {column}: there is no such column beside prompt and completion "
-            f"(found {', '.join(others) or 'none'}){did_you_mean(column, others)}"
-        )
+        found = f"(found {', '.join(others) or 'none'}){did_you_mean(column, others)}"
+        raise UserError(f"{condition}column = {column}: there is no such column beside prompt and completion {found}")
     return row[column]
 
 

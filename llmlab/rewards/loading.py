@@ -31,10 +31,9 @@ def load_rewards(
     *,
     check_only: bool = False,
 ) -> list[Reward]:
-    """Finds rewards by name and gives them their parameters and weights; reports all problems at once.
+    """Finds rewards by name and gives them parameters and weights; reports all problems at once.
 
-    Paths of Python files start at `folder`. With `check_only` no file runs, and no reward model is loaded, which an
-    earlier stage may still have to make.
+    Paths of Python files start at `folder`. With `check_only` no file runs, and no reward model is loaded.
     """
     problems: list[str] = []
     loaded: list[Reward] = []
@@ -72,9 +71,8 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         target = REWARDS[name]
     else:
         file = "; a function of your own is path/to/file.py:name" if "/" in name or name.endswith(".py") else ""
-        raise UserError(
-            f"there is no such reward{did_you_mean(name, REWARDS) or file} (llmlab reward-check --list shows them)"
-        )
+        near = did_you_mean(name, REWARDS) or file
+        raise UserError(f"there is no such reward{near} (llmlab reward-check --list shows them)")
     custom = from_file and not hasattr(target, "bounds")  # not made with `reward_function`: its types are unknown
     parameters = _check_parameters(target, settings.parameters, custom)
     weight = getattr(target, "weight", 1.0) if settings.weight is None else settings.weight
@@ -86,14 +84,8 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     bounds = getattr(function if inspect.isclass(target) else target, "bounds", None) or (None, None)
     values = inspect.signature(function).parameters  # whose defaults are the parameters' values
     low, high = (values[end].default if isinstance(end, str) else end for end in bounds)
-    return Reward(
-        function,
-        name=name.rpartition(":")[2],
-        weight=weight,
-        low=low if settings.min is None else settings.min,
-        high=high if settings.max is None else settings.max,
-        cap=settings.cap,
-    )
+    low, high = low if settings.min is None else settings.min, high if settings.max is None else settings.max
+    return Reward(function, name=name.rpartition(":")[2], weight=weight, low=low, high=high, cap=settings.cap)
 
 
 def _run_file(path: Path, name: str) -> Callable[..., Any]:

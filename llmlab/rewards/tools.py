@@ -107,10 +107,8 @@ def names_of(tools: Any) -> set[str] | None:
     if tools is None:
         return None
     try:
-        return {
-            text_of(tool if isinstance(tool, str) else (tool.get("function") or tool)["name"])
-            for tool in parse_tools(tools)
-        }
+        functions = [tool if isinstance(tool, str) else tool.get("function") or tool for tool in parse_tools(tools)]
+        return {text_of(each if isinstance(each, str) else each["name"]) for each in functions}
     except (UnusableRow, AttributeError, KeyError, TypeError):
         expected = "a list of names or schemas with a name, also as JSON text"
         raise RowError(f"tools: expected {expected}, found {tools!r:.100}") from None

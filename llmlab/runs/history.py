@@ -157,8 +157,7 @@ def open_run(folder: str | Path) -> RunFolder:
 
 
 def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below (hidden folders, environments and checkpoints excepted) by their
-    start."""
+    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start."""
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -200,12 +199,12 @@ def ancestors(run: RunFolder) -> Ancestor:
 def differing(runs: Sequence[RunFolder], part: str) -> dict[str, list[Any]]:
     """Returns key -> each run's value (`...` where it has none, unless all others have defaults) where they differ."""
     values = [flatten(run.record.get(part) or {}) for run in runs]
-    given = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
+    changed = {key for run in runs for key, _, _ in changed_settings(run)} if part == "settings" else None
     rows: dict[str, list[Any]] = {}
     local = set().union(*(local_names(run.stage) for run in runs)) if part == "settings" else set()
     for key in dict.fromkeys(key for found in values for key in found if key not in local):
         row = [found.get(key, ...) for found in values]
-        if any(value != row[0] for value in row) and (... not in row or given is None or key in given):
+        if any(value != row[0] for value in row) and (... not in row or changed is None or key in changed):
             rows[key] = row
     return rows
 
@@ -303,10 +302,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_parent(run: RunFolder, parent: str) -> RunFolder | None:
-    """Returns the run that a recorded parent names, or None where it is a hub id, another model, or gone.
-
-    A relative path counts from the folder that the run was started in; a checkpoint's run is the folder around it.
-    """
+    """Returns the run that a recorded parent (or a checkpoint in it) names, or None where it is no run folder here."""
     folder, here = run.folder.resolve(), Path.cwd()
     for root in (started_in(run.folder, run.record) or here, here):
         place = root / expand(parent)

@@ -23,15 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmlab.data import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
-from llmlab.model import (
-    ADAPTER_CONFIG,
-    fit_context,
-    fit_vocabulary,
-    load_classifier,
-    load_config,
-    load_model,
-    read_adapter,
-)
+from llmlab.model import fit_vocabulary, load_classifier, load_config, load_model, read_adapter, save_model
+from llmlab.model.build import ADAPTER_CONFIG
 from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk
 from llmlab.runs.policy import set_stop_tokens
@@ -102,9 +95,8 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     dtype = saved if settings.dtype == "auto" else DTYPES[settings.dtype]
     model = model.double().eval()
     with reading(adapter, "an adapter's weights"):
-        weights = load_peft_weights(
-            str(adapter), device="cpu", key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) or None
-        )
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None) or None
+        weights = load_peft_weights(str(adapter), device="cpu", key_mapping=renamed)
 
     notes: list[str] = []
     probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter, notes))
@@ -143,7 +135,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     check_disk(folder, needed=sum(weight.nbytes for weight in model.parameters()))
     try:
         with checkpoints.staged(folder) as place:
-            _write(model, tokenizer, place)
+            save_model(model, tokenizer, place)
             saved_logits = _logits_on_disk(model, load(place, dtype=torch.float64).eval(), probes)
             rounding = _check_rounding(base_logits, logits, saved_logits, effect, dtype)
             metrics: dict[str, float] = {
@@ -172,9 +164,6 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         if rounding > effect / 2:
             notes.append("rounding moves logits almost as much as the adapter does; dtype=fp32 keeps it whole")
     return metrics, plan + [("note", note) for note in notes + notes_on(adapter)]
-
-
-# Inputs -----------------------------------------------------------------------------------------------------------
 
 
 def find_adapter(source: str) -> Path:
@@ -224,13 +213,9 @@ def read_config(adapter: Path) -> PeftConfig:
         check_types(adapter / ADAPTER_CONFIG, vars(config), get_type_hints(type(config)))
         kind = config.peft_type.value
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UserError(
-            f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights: it cannot be merged"
-        )
+        raise UserError(f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights")
     if config.task_type not in (None, "CAUSAL_LM", SEQ_CLS):
-        raise UserError(
-            f"{adapter}: this adapter is for {config.task_type}; merge makes causal language models and reward models"
-        )
+        raise UserError(f"{adapter}: this adapter is for {config.task_type}; expected a language or reward model's")
     for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
         if getattr(config, key, None):
             raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")
@@ -242,20 +227,16 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
     if not base:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: it names no base model; give it with --base")
     if (Path(base) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"base = {base}: this is an adapter too, and two can't be merged at once (they'd interfere); "
-            "merge that one first, then give the result with --base"
-        )
+        problem = "this is an adapter too, and two can't be merged at once (they'd interfere)"
+        raise UserError(f"base = {base}: {problem}; merge that one first, then give the result with --base")
     try:
         base_config = load_config(base)
     except UserError as error:
         where = "base =" if named else f"{adapter} is an adapter of {base}, which does not load; give it with --base:"
         raise UserError(f"{where} {error}") from None
     if not named and config.revision not in (None, "main") and not Path(base).is_dir():
-        raise UserError(
-            f"{adapter}: it was trained on revision {config.revision} of {base}; "
-            "download that revision, and give its folder with --base"
-        )
+        problem = f"it was trained on revision {config.revision} of {base}"
+        raise UserError(f"{adapter}: {problem}; download that revision, and give its folder with --base")
     quantization = getattr(base_config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -298,9 +279,6 @@ def notes_on(adapter: Path) -> list[str]:
     return notes
 
 
-# Merging ----------------------------------------------------------------------------------------------------------
-
-
 def _fit_vocabulary(
     model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path, notes: list[str]
 ) -> list[int]:
@@ -313,10 +291,8 @@ def _fit_vocabulary(
     trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
     indices = {index for listed in trained.values() for index in listed}
     if indices and max(indices) >= wanted:
-        raise UserError(
-            f"{adapter}: it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens; "
-            "expected the base model and the tokenizer that it was trained with"
-        )
+        problem = f"it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens"
+        raise UserError(f"{adapter}: {problem}; expected the base model and the tokenizer that it was trained with")
     added = set(range(rows, wanted))
     whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
     for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
@@ -367,9 +343,6 @@ def _attach(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tenso
             count = f"{names[0]} {what} ({len(names)} such weights)"
             raise UserError(f"{misfit}: {count}; expected the model that it was trained on")
     return wrapped
-
-
-# Checking ---------------------------------------------------------------------------------------------------------
 
 
 def _check_effect(wrapped: Any, effect: float, adapted_logits: list[Tensor], adapter: Path) -> None:
@@ -432,17 +405,6 @@ def _check_rounding(
     if dtype == torch.float32 and rounding > 10 * TOLERANCE * _scale(saved_logits):  # half an ulp a weight
         raise RuntimeError(f"the merged model's logits differ by {rounding:.2g} after reading it back")
     if _distance(base_logits, saved_logits) == 0:
-        raise UserError(
-            f"the adapter's changes (of logits by {effect:.2g}) vanish when rounded to {name}: "
-            "expected dtype=fp32, or an adapter that was trained for longer"
-        )
+        problem = f"the adapter's changes (of logits by {effect:.2g}) vanish when rounded to {name}"
+        raise UserError(f"{problem}: expected dtype=fp32, or an adapter that was trained for longer")
     return rounding
-
-
-# Saving -----------------------------------------------------------------------------------------------------------
-
-
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    fit_context(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

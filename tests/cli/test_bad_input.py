@@ -139,13 +139,13 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_made(place, cap
 
 
 def test_what_the_system_refuses_is_no_fault_of_ours(place, capsys, monkeypatch):
-    from llmlab.cli import runs
+    from llmlab.runs import history
 
     def fails(error):
         def find(*folders):
             raise error
 
-        monkeypatch.setattr(runs, "find_runs", find)
+        monkeypatch.setattr(history, "find_runs", find)
         return cli(capsys, "runs", "list")
 
     code, errors = fails(PermissionError(13, "Permission denied", "runs/secret"))

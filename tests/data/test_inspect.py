@@ -166,9 +166,8 @@ def test_tokens_cut_and_lost():
         )
 
     rows = [qa("a b", "c d"), qa("a b c", "d e f"), qa("a b c d e", "f"), qa("refuse", "x"), qa("a", "-")]
-    report = report_of(
-        rows, render=render, max_seq_len=4, find_problem=lambda row: "odd" if len(row.trained) % 2 else ""
-    )
+    renderer = SimpleNamespace(render=render, find_problem=lambda row: "odd" if len(row.trained) % 2 else "")
+    report = report_of(rows, renderer=renderer, max_seq_len=4)
     tokens = report.tokens
     assert report.dropped == {"the template refuses it": Finding(1, [4])}
     assert (tokens.lengths.total, tokens.trained) == (4 + 6 + 6 + 1, 2 + 3 + 1 + 0)
@@ -196,7 +195,7 @@ def test_calls_are_text_and_content():
 
 
 def test_no_rows():
-    report = inspect_rows([], dict, name="nothing", form="messages", render=dict)
+    report = inspect_rows([], dict, name="nothing", form="messages", renderer=dict)
     assert (report.rows, report.characters, report.tokens, report.scripts) == (0, None, None, {})
 
 

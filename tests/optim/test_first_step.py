@@ -25,9 +25,9 @@ def step_once(tiny_llama, build, set_gradients):
         }
         optimizer = build(model, name, LR, DECAY, **settings)
         set_gradients(model, seed=1)
-        before = {key: p.detach().clone() for key, p in chosen.items()}
+        before = {key: (p.detach().clone(), p.grad.clone()) for key, p in chosen.items()}
         optimizer.step()
-        return {key: (before[key], p.grad.clone(), p.detach().clone()) for key, p in chosen.items()}
+        return {key: (*before[key], p.detach().clone()) for key, p in chosen.items()}
 
     return step
 
@@ -103,17 +103,15 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(nesterov, ste
         torch.testing.assert_close(after, before - 0.1 * LR * gradient.sign())
 
 
-def test_muon_treats_a_transposed_weight_alike():
+def test_muon_treats_a_transposed_weight_alike(tiny_llama, build, set_gradients):
     """GPT-2 stores its linear weights transposed; the step must be the transpose of the other's."""
-    from llmlab.optim.muon import MuonWithAdamW
-
-    torch.manual_seed(0)
-    wide = torch.nn.Parameter(torch.randn(8, 32))
-    tall = torch.nn.Parameter(wide.detach().T.clone())
-    wide.grad = torch.randn(8, 32)
-    tall.grad = wide.grad.T.clone()
-    for parameter in (wide, tall):
-        MuonWithAdamW([{"params": [parameter], "weight_decay": 0.1}], [], lr=0.1).step()
+    model = tiny_llama()
+    wide, tall = model.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.up_proj.weight
+    tall.data.copy_(wide.data.T)
+    optimizer = build(model, "muon", lr=0.1)
+    set_gradients(model, seed=1)
+    tall.grad.copy_(wide.grad.T)
+    optimizer.step()
     torch.testing.assert_close(tall.detach().T, wide.detach(), atol=1e-3, rtol=0)
 
 

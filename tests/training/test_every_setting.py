@@ -371,15 +371,8 @@ def test_each_other_setting_has_an_effect(
 
 def count_processes(monkeypatch):
     """Ends a run where it would start processes, and says how many."""
-    monkeypatch.setattr("llmlab.data.chat.rows.PARALLEL_FROM", 1)
-    monkeypatch.setattr("llmlab.data.text.store.SERIAL_BATCHES", 0)
+    monkeypatch.setattr("llmlab.data.workers.SERIAL_BATCHES", 0)
     monkeypatch.setattr(ProcessPoolExecutor, "__init__", lambda self, number, *rest: stop({"workers": number}))
-    original = datasets.Dataset.map
-
-    def render(self, *args, num_proc=None, **kwargs):
-        return stop({"workers": num_proc}) if num_proc else original(self, *args, **kwargs)
-
-    monkeypatch.setattr(datasets.Dataset, "map", render)
 
 
 def pretend_vllm(monkeypatch):

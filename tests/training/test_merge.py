@@ -410,7 +410,7 @@ def test_weights_too_large_for_fp16_are_refused(base, tmp_path):
 
 
 def test_a_model_that_is_not_what_was_merged_is_never_published(adapter, tmp_path, monkeypatch):
-    write = stage._write
+    write = stage.save_model
 
     def write_another(model, tokenizer, folder):
         write(model, tokenizer, folder)
@@ -419,7 +419,7 @@ def test_a_model_that_is_not_what_was_merged_is_never_published(adapter, tmp_pat
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     before = everything_below(tmp_path)
-    monkeypatch.setattr(stage, "_write", write_another)
+    monkeypatch.setattr(stage, "save_model", write_another)
     with pytest.raises(RuntimeError, match="after reading it back: 1 weights, such as model.norm.weight"):
         quietly(adapter=adapter, output_dir=tmp_path / "merged")
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)

@@ -8,16 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 
-from llmlab.data.chat.formats import (
-    Format,
-    as_boolean,
-    label_column,
-    plain_text,
-    recognize,
-    to_messages,
-    to_pair,
-    to_prompt,
-)
+from llmlab.data.chat import formats
 from llmlab.data.chat.messages import Row, UnusableRow
 from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
 from llmlab.data.splits import Use
@@ -35,7 +26,7 @@ class OtherLabel(UnusableRow):
 class ConversationSource(RowSource):
     """A source of chat data whose format is known."""
 
-    form: Format
+    form: formats.Format
     use: Use
     label: str | None = None  # the column of unpaired preferences that says whether a completion is good
     only_label: bool | None = None  # the label of the rows to use; None uses all
@@ -43,13 +34,13 @@ class ConversationSource(RowSource):
     def read(self, row: Row) -> Row:
         """Returns a row as `to_messages`, `to_pair` or `to_prompt` does."""
         if self.only_label is not None and self.label is not None:
-            truth = as_boolean(row.get(self.label))
+            truth = formats.as_boolean(row.get(self.label))
             if truth is None:
                 raise UnusableRow(f"without a '{self.label}' that is true or false")
             if truth != self.only_label:
                 raise OtherLabel(f"{self.label} = {str(truth).lower()}")
-        convert = {"preferences": to_pair, "instructions": to_messages}.get(self.use, to_prompt)
-        return convert(row, self.form)
+        readers = {"preferences": formats.to_pair, "instructions": formats.to_messages}
+        return readers.get(self.use, formats.to_prompt)(row, self.form)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
         """Yields the usable rows among the first `limit`, counting the others by reason."""
@@ -65,10 +56,7 @@ class ConversationSource(RowSource):
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Conversations of message trees: rows of one message, in any order, that name the one they answer (oasst1).
-
-    All are read before the first conversation is yielded: of each tree the best-ranked reply at every turn.
-    """
+    """Conversations of message trees (oasst1), rows of one message in any order: of each the best-ranked replies."""
 
     messages: Iterable[Row]
     num_shards = 1
@@ -83,17 +71,14 @@ class TreeRows:
 
 
 def _best_path(tree: list[Row]) -> list[Row]:
-    """Returns the turns from the root of a tree along the best replies, up to the last one of the assistant.
-
-    Rank 0 is the best; messages without a rank (mostly the users') come last, those with a reply first.
-    """
+    """Returns the turns from the root of a tree along the best replies (rank 0), up to the last of the assistant."""
     replies: dict[str | None, list[Row]] = {}
     for message in tree:
         replies.setdefault(message["parent_id"], []).append(message)
 
     def order(message: Row) -> tuple[float, bool]:
         rank = message.get("rank")
-        return (inf if rank is None else rank), message["message_id"] not in replies
+        return (inf if rank is None else rank), message["message_id"] not in replies  # most users' have no rank
 
     turns, parent = [], None
     while parent in replies:
@@ -119,8 +104,8 @@ def load_conversations(
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
     if source.column is None or use == "preferences":
-        form = recognize(columns, source.name, use)
+        form = formats.recognize(columns, source.name, use)
     else:
-        form = plain_text(choose_column(source, first))
-    label = label_column(form, first) if use == "instructions" else None
+        form = formats.plain_text(choose_column(source, first))
+    label = formats.label_column(form, first) if use == "instructions" else None
     return ConversationSource(**vars(found), form=form, use=use, label=label)

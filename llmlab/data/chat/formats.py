@@ -4,7 +4,7 @@ All formats become one, so sources can be mixed.  Rendering to tokens is `render
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmlab.data.chat.messages import (
@@ -106,15 +106,7 @@ def _prompts(form: Format) -> Format:
             turns = turns[:-1]
         return turns
 
-    return Format(form.name, form.columns, read)
-
-
-def _transcript_prompt(row: Row) -> list[Message]:
-    """The turns that both transcripts share, up to the last one that asks."""
-    turns = _pair(row, TRANSCRIPT.columns)[0]
-    while turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return turns
+    return replace(form, read=read)
 
 
 def plain_text(column: str) -> Format:
@@ -152,7 +144,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which
         _prompts(SHAREGPT),
         Format("question", ("question",), lambda row: _prompt_turns(row["question"])),
         Format("instruction", ("instruction",), lambda row: _alpaca({**row, "output": ""})[:-1]),
-        Format(TRANSCRIPT.name, TRANSCRIPT.columns, _transcript_prompt),
+        _prompts(replace(TRANSCRIPT, read=lambda row: _pair(row, TRANSCRIPT.columns)[0])),  # what both sides share
     ),
 }
 FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import ConversationSource, load_conversations
 from llmlab.data.chat.messages import Row, UnusableRow
-from llmlab.data.chat.rendering import LossOn, RenderedRow, Renderer, check_tools, encode_prompt, find_problem
+from llmlab.data.chat.rendering import LossOn, RenderedRow, Renderer, check_tools, encode_prompt
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -71,15 +71,14 @@ class InstructionEncoder(RowEncoder):
                 "good ones, or rename the column if it means something else"
             )
         if found.label is None and self.only_label is not None:
-            raise UserError(
-                f"only_label = {str(self.only_label).lower()}: {source.name} has no column 'label' that is true or "
-                "false beside a completion; leave only_label out"
-            )
+            label = str(self.only_label).lower()
+            problem = f"{source.name} has no column 'label' that is true or false beside a completion"
+            raise UserError(f"only_label = {label}: {problem}; leave only_label out")
         return replace(found, only_label=self.only_label)
 
     def make(self, conversation: Row) -> dict[str, Any]:
         row = self.renderer.render(conversation)
-        problem = find_problem(row, self.tokenizer, self.renderer.stops)
+        problem = self.renderer.find_problem(row)
         ids, labels = row.input_ids[: self.max_seq_len], row.labels[: self.max_seq_len]
         trained = sum(label != -100 for label in labels)
         return {
@@ -118,14 +117,14 @@ class PreferenceEncoder(RowEncoder):
         if chosen == rejected:
             raise UnusableRow("chosen and rejected are the same")
         longest = max(len(chosen), len(rejected))
-        kept = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
-        room = max(self.max_length - len(kept), 0)
+        context = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
+        room = max(self.max_length - len(context), 0)
         return {
-            "prompt_ids": kept,
+            "prompt_ids": context,
             "chosen_ids": chosen[:room],
             "rejected_ids": rejected[:room],
-            "tokens": 2 * len(kept) + len(chosen[:room]) + len(rejected[:room]),
-            "prompt_cut": int(len(kept) < len(prompt)),
+            "tokens": 2 * len(context) + len(chosen[:room]) + len(rejected[:room]),
+            "prompt_cut": int(len(context) < len(prompt)),
             "cut": int(longest > room),
             "whole": len(prompt) + longest,
             "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
@@ -133,8 +132,7 @@ class PreferenceEncoder(RowEncoder):
         }
 
     def _problem(self, completion: list[int]) -> str:
-        row = RenderedRow(completion, [True] * len(completion))
-        return find_problem(row, self.tokenizer, self.renderer.stops)
+        return self.renderer.find_problem(RenderedRow(completion, [True] * len(completion)))
 
 
 class PromptEncoder(RowEncoder):
@@ -154,13 +152,8 @@ class PromptEncoder(RowEncoder):
         check_tools(self.tokenizer.decode(ids), prompt, tools)
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
             raise UnusableRow(f"longer than {self.limit} tokens")
-        columns = conversation["columns"] | ({"tools": tools} if tools else {})
-        return {
-            "prompt": json.dumps(prompt),
-            "columns": json.dumps(columns, default=str),
-            "tokens": len(ids),
-            "whole": len(ids),
-        }
+        columns = json.dumps(conversation["columns"] | ({"tools": tools} if tools else {}), default=str)
+        return {"prompt": json.dumps(prompt), "columns": columns, "tokens": len(ids), "whole": len(ids)}
 
 
 def decode_prompts(rows: Dataset) -> Dataset:

@@ -141,7 +141,12 @@ def _read_turn(turn: Any, read_call: Callable[[Any], Call]) -> list[Message]:
     if role is None:
         raise UnusableRow(f"unknown role '{spelled}'")
     if role == "call":  # ShareGPT keeps the assistant's call as JSON text in a turn of its own
-        calls = _calls_of(text_of(content))
+        text = text_of(content)
+        try:
+            calls = json.loads(text)
+        except (ValueError, RecursionError):
+            calls = text  # which is no call
+        calls = calls if isinstance(calls, list) else [calls]
         return [{"role": "assistant", "content": "", "tool_calls": [read_call(call) for call in calls]}]
     if role == "tool" and not has_parts(content):
         content = result_text(content)
@@ -184,15 +189,6 @@ def _read_parts(role: str, content: list[Any]) -> _Parts:
         else:
             raise UnusableRow(f"content part '{kind}' in a turn of the {role}, which is not supported")
     return _Parts("".join(texts), "".join(reasoning), calls, results)
-
-
-def _calls_of(text: str) -> list[Any]:
-    """Returns the calls in JSON text, or the text itself, which is none."""
-    try:
-        value = parse_json(text, "")
-    except UnusableRow:
-        return [text]
-    return value if isinstance(value, list) else [value]
 
 
 def _paragraphs(*texts: str) -> str:

@@ -117,13 +117,8 @@ class Renderer:
     def _render_marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> RenderedRow:
         template = self._marked_template
         check_tools(self._text(messages, tools, chat_template=template), messages, tools)
-        output = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=template is not None,
-        )
+        options = {"chat_template": template, "return_assistant_tokens_mask": template is not None}
+        output = self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **options)
         ids = output["input_ids"]
         if self.loss_on == "all":
             return RenderedRow(ids, [True] * len(ids))
@@ -157,6 +152,28 @@ class Renderer:
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
+    def find_problem(self, row: RenderedRow) -> str:
+        """Returns what is wrong with a loss mask before truncation, or "": TRL issues 1623, 3091, 5988 and 1400."""
+        ids, trained, tokenizer, stops = row.input_ids, row.trained, self.tokenizer, self.stops
+        if not any(trained):
+            return "nothing in it is trained: the chat template marks no token as the assistant's"
+        last = max(k for k, on in enumerate(trained) if on)
+        end = next((k for k in range(last, -1, -1) if trained[k] and ids[k] in stops), None)
+        # with everything trained, the template's line break may follow the end of the last turn
+        if end is None or tokenizer.decode(ids[end + 1 : last + 1]).strip():
+            expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stops))) or "an eos token"
+            return (
+                f"the end of its last turn is not trained, so the model would never stop: it ends with "
+                f"{tokenizer.decode(ids[last])!r}, expected {expected}"
+            )
+        bos = tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            return f"it begins with {tokenizer.bos_token} twice: the text or the template adds a second one"
+        pad = tokenizer.pad_token_id
+        if pad is not None and pad not in stops and (pad, True) in zip(ids, trained, strict=True):
+            return f"the padding token {tokenizer.pad_token} is trained"
+        return ""
+
 
 def check_tools(text: str, messages: list[Message], tools: list[Any] | None) -> None:
     """Raises UnusableRow for a template that leaves tools or calls out, as most without tool support silently do."""
@@ -177,29 +194,6 @@ def encode_prompt(
             return encode_prompt(tokenizer, joined, tools)
         raise UnusableRow(f"the chat template refuses the prompt alone: {reason_of(error)}") from None
     return output["input_ids"], prompt
-
-
-def find_problem(row: RenderedRow, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> str:
-    """Returns what is wrong with a loss mask before truncation, or "": see issues 1623, 3091, 5988 and 1400 of TRL."""
-    ids, trained = row.input_ids, row.trained
-    if not any(trained):
-        return "nothing in it is trained: the chat template marks no token as the assistant's"
-    last = max(k for k, on in enumerate(trained) if on)
-    end = next((k for k in range(last, -1, -1) if trained[k] and ids[k] in stops), None)
-    # with everything trained, the template's line break may follow the end of the last turn
-    if end is None or tokenizer.decode(ids[end + 1 : last + 1]).strip():
-        expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stops))) or "an eos token"
-        return (
-            f"the end of its last turn is not trained, so the model would never stop: it ends with "
-            f"{tokenizer.decode(ids[last])!r}, expected {expected}"
-        )
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        return f"it begins with {tokenizer.bos_token} twice: the text or the template adds a second one"
-    pad = tokenizer.pad_token_id
-    if pad is not None and pad not in stops and (pad, True) in zip(ids, trained, strict=True):
-        return f"the padding token {tokenizer.pad_token} is trained"
-    return ""
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:

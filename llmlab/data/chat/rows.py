@@ -6,38 +6,36 @@ a source; a shorter cache is a prefix of a longer one, so the result never depen
 
 import json
 import math
-import os
-import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, List, Value, interleave_datasets
+from tqdm.auto import tqdm
 
-from llmlab.data.cache import Checksums, cache_folder, cores, open_cached
+from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
 from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.hashing import seeded_keys, text_hash
 from llmlab.data.interleaving import spread
 from llmlab.data.sources import label_of
+from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable, reading
 from llmlab.settings.files import read_json, write_atomically
 
-BATCH = 32_768  # rows that are read and rendered together
+BATCH = 512  # rows that are rendered together
 ROWS, RECORD = "rows.arrow", "llmlab.json"
 VERSION = 4  # of the rendered rows: raise it with every change that alters them
 READ_AT_LEAST = 65_536  # rows of a source: so many are shuffled together, and a short run reads no fewer
 SAMPLED_FROM = 8_192  # rows of a source, at least, among which `max_samples` are drawn
 MARGIN = 0.1  # more rows are read than are needed: some are dropped
-PARALLEL_FROM = 5_000  # rows from which rendering in several processes pays
 
 CHECKS = {  # columns of every rendered row beside the maker's
     "whole": Value("int64"),  # tokens before truncation
@@ -123,8 +121,8 @@ def build_rows(
 ) -> Rows:
     """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
 
-    Of sources larger than `rows_needed` (those the run trains on; None reads all) or `max_samples`, only the beginning
-    is read: of a resumed run as many of each as before (`rows_before`).  `validation_rows` changes no training row.
+    Of sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as
+    many rows as before (`rows_before`).
     """
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
@@ -132,10 +130,8 @@ def build_rows(
     parts, held_out, reports = [], [], []
     for number, source in enumerate(settings.datasets):
         share = source.weight / sum(weights)
-        if rows_before is None:
-            at_most = _rows_to_read(share / (1 - fraction), rows_needed, max_samples)
-        else:
-            at_most = rows_before[number]
+        needed = _rows_to_read(share / (1 - fraction), rows_needed, max_samples)
+        at_most = needed if rows_before is None else rows_before[number]
         rows, report, splits = builder.read(source, at_most, share)
         if fraction and "validation" in splits and source.split != "validation":
             own_split = source.model_copy(update={"split": "validation"})
@@ -161,12 +157,9 @@ def build_rows(
 
 def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None) -> int | None:
     """Returns how many rows of a source to read for its share of these; None is all."""
-    limits = []
-    if rows_needed is not None:
-        limits.append(max(READ_AT_LEAST, math.ceil(share * rows_needed + MARGIN * share * rows_needed)))
-    if max_samples is not None:
-        limits.append(max(SAMPLED_FROM, math.ceil(share * max_samples + MARGIN * share * max_samples)))
-    return min(limits, default=None)
+    wanted = ((rows_needed, READ_AT_LEAST), (max_samples, SAMPLED_FROM))
+    limits = [(share * count, least) for count, least in wanted if count is not None]
+    return min((max(least, math.ceil(count + MARGIN * count)) for count, least in limits), default=None)
 
 
 def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed: int) -> Dataset:
@@ -186,10 +179,8 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name
     held_out = keys <= ordered[count - 1]
     validates = keys <= ordered[min(count, limit or count) - 1]
     if held_out.all():
-        raise UserError(
-            f"{name}: its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}; "
-            "set validation_fraction=0, or name validation_datasets"
-        )
+        problem = f"its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}"
+        raise UserError(f"{name}: {problem}; set validation_fraction=0, or name validation_datasets")
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(validates))
 
 
@@ -214,7 +205,7 @@ class _Builder:
         key = [VERSION, found.identity, found.form.columns, self.maker.identity]
         key += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
         folder = cache_folder(self.settings.cache_dir, key, "rows-")
-        rows, whole = open_rows(found, folder, at_most, lambda texts: self._render(found, texts))
+        rows, whole = open_rows(found, folder, at_most, _MakeRows(found, self.maker), self.settings.num_proc)
         report = RowsReport(label_of(source), found.form.name, share, len(rows), whole=whole, count=found.count)
         checks = {name: np.array(rows[name][:]) for name in CHECKS}
         self._check(report, checks)
@@ -252,28 +243,13 @@ class _Builder:
                 f"allow_truncated = {self.allow_truncated:g}"
             )
 
-    def _render(self, found: ConversationSource, texts: list[str]) -> Dataset:
-        raw = Dataset.from_dict({"row": texts})
-        counts = {name: Value("int64") for name in self.maker.counts}
-        environment, variables = os.environ, dict(os.environ)
-        try:
-            return raw.map(
-                _MakeRow(found, self.maker),
-                remove_columns="row",
-                new_fingerprint=uuid.uuid4().hex,  # skip datasets' fingerprinting: caching is done here
-                features=Features({**self.maker.columns, **counts, **CHECKS}),
-                num_proc=(self.settings.num_proc or cores()) if len(raw) >= PARALLEL_FROM else None,
-                desc=f"Rendering {printable(found.name)}" if sys.stderr.isatty() else None,
-            )
-        finally:
-            # with num_proc, datasets monkeypatches and sets an environment variable
-            os.environ = environment  # noqa: B003
-            os.environ.clear()
-            os.environ.update(variables)
-
 
 def open_rows(
-    source: ConversationSource, folder: Path, at_most: int | None, render: Callable[[list[str]], Dataset]
+    source: ConversationSource,
+    folder: Path,
+    at_most: int | None,
+    render: Callable[[list[str]], pyarrow.Table],
+    num_proc: int | None = 1,
 ) -> tuple[Dataset, bool]:
     """Returns the rows of a source (None: all) as `render` makes them of JSON text, and whether it has no more."""
 
@@ -281,13 +257,13 @@ def open_rows(
         rows = iter(spread(source.rows))
         limited = islice(rows, at_most)
         batches = iter(lambda: [json.dumps(row, default=str) for row in islice(limited, BATCH)], [])
-        tables = (render(texts).data.table for texts in batches)
-        first = next(tables)
         folder.mkdir(exist_ok=True)
         path = folder / f"{ROWS}.writing"  # another run may have mapped the shorter file
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, first.schema) as writer:
-            for table in chain([first], tables):
+        bar = tqdm(desc=f"rendering {printable(source.name)}", total=at_most, unit=" rows", disable=None)
+        with bar, pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, render.schema) as writer:
+            for table in map_batches(render, batches, num_proc):
                 writer.write_table(table)
+                bar.update(len(table))
         sums = Checksums()
         sums.update(np.memmap(path, np.uint8, "r"))
         path.replace(folder / ROWS)
@@ -307,8 +283,8 @@ def _read_cache(folder: Path) -> tuple[Dataset, bool]:
     return Dataset.from_file(str(folder / ROWS)), whole
 
 
-class _MakeRow:
-    """Makes one row of one that is JSON text."""
+class _MakeRows:
+    """Makes a table of rows that are JSON text."""
 
     def __init__(self, source: ConversationSource, maker: RowEncoder):
         self.read = replace(source, rows=None, select=None).read  # the rows are not pickled for worker processes
@@ -316,9 +292,13 @@ class _MakeRow:
         empty = {name: [] if isinstance(kind, List) else None for name, kind in maker.columns.items()}
         checks = {"whole": 0, "lost": False, "left_out": False, "dropped": "", "problem": ""}
         self.empty = empty | dict.fromkeys(maker.counts, 0) | checks
+        counts = {name: Value("int64") for name in maker.counts}
+        self.schema = Features({**maker.columns, **counts, **CHECKS}).arrow_schema
 
-    def __call__(self, example: dict[str, str]) -> dict[str, Any]:
-        text = example["row"]
+    def __call__(self, texts: list[str]) -> pyarrow.Table:
+        return pyarrow.Table.from_pylist(list(map(self._make, texts)), self.schema)
+
+    def _make(self, text: str) -> dict[str, Any]:
         row = {**self.empty, "hash": text_hash(text) - 2**63}  # Arrow's writer takes no integer above 63 bits
         try:
             return row | self.maker.make(self.read(json.loads(text)))

@@ -56,10 +56,8 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
     total = CORPORA[corpus].default_bytes if size is None else _parse_size(name, size)
     if split == "validation":
         total = max(1, int(total * VALIDATION_SHARE))
-    return [
-        DemoShard(corpus, split, seed, chunk, min(CHUNK_BYTES, total - start))
-        for chunk, start in enumerate(range(0, total, CHUNK_BYTES))
-    ]
+    starts = enumerate(range(0, total, CHUNK_BYTES))
+    return [DemoShard(corpus, split, seed, chunk, min(CHUNK_BYTES, total - start)) for chunk, start in starts]
 
 
 def read_shard(shard: DemoShard) -> Iterator[dict[str, Any]]:

@@ -7,28 +7,14 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+from llmlab.data.demo import world
 from llmlab.data.demo.chat import VALIDATION_IN
 from llmlab.data.demo.stories import pick
 
 SIZES = ((9, 9), (9, 99), (99, 9), (99, 99))
 """The largest the two numbers can be, each as likely; the smallest is 1."""
 
-WORDINGS = {
-    "+": (
-        "What is {a} + {b}?",
-        "What is {a} plus {b}?",
-        "How much is {a} + {b}?",
-        "Add {a} and {b}.",
-        "{a} + {b} = ?",
-    ),
-    "-": (
-        "What is {a} - {b}?",
-        "What is {a} minus {b}?",
-        "How much is {a} - {b}?",
-        "Take {b} away from {a}.",
-        "{a} - {b} = ?",
-    ),
-}
+WORDINGS = world.read_grammar("arithmetic")
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
@@ -43,11 +29,8 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
         a, b = high, low
     worked, result = work(a, sign, b)
     asked, answered = pick(random, WORDINGS[sign]).format(a=a, b=b), f"{worked}. #### {result}"
-    return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
-        "text": f"{asked} {answered}",
-        "answer": str(result),
-    }
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return {"messages": messages, "text": f"{asked} {answered}", "answer": str(result)}
 
 
 def work(a: int, sign: str, b: int) -> tuple[str, int]:

@@ -41,10 +41,7 @@ _NAMES = {"name", "friend_name", "quick", "steady"}
 STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
 _CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
-_KNOWN = {
-    **{each.animal: each._asdict() for each in world.ANIMALS},
-    **{each.thing: each._asdict() for each in world.BREAKS},
-}
+_KNOWN = {each[0]: each._asdict() for each in (*world.ANIMALS, *world.BREAKS)}  # by the animal or thing
 
 
 def _slots(template: str) -> list[str]:
@@ -91,40 +88,21 @@ def _direct(*rows: Sequence[Any], repeat: bool = False) -> tuple[Exchange, ...]:
     )
 
 
-TELL, TELL_SHORT, TELL_TO_THE_END = _stories("{story}"), _stories(""), _stories("{tale} The end.")
-ANSWER, FINISH = _questions(), _endings()
-GREET, KNOW = _direct(*_GRAMMAR["greetings"], repeat=True), _direct(*_GRAMMAR["knowledge"])
-WHO_IS_IT = _direct(("", "Who is the story about?", "It is about {name} the {kind}.", ("{name}", "{kind}")))
-MEET = _direct(("", "My name is {friend_name}.", "Hello, {friend_name}!", ("{friend_name}",)))
-RECALL = _direct(("", "What is my name?", "Your name is {friend_name}.", ("{friend_name}",)))
-SHOW = _direct(("broken", "I have {a_color} {thing}.", "I like your {color} {thing}.", ("{thing}",)))
-COLOR = _direct(("broken", "What color is my {thing}?", "Your {thing} is {color}.", ("{color}",)))
-ROLE = _direct(
-    ("", "Who are you?", "I am {name} the {kind}.", ("{name}", "{kind}")),
-    ("", "What is your name?", "My name is {name}.", ("{name}",)),
-)
-
-PLAIN = System("")
-IN_ONE_SENTENCE = System("Answer in one sentence.", lambda answer: len(re.findall(r"[.!?]+(?=\W|$)", answer)) == 1)
-TO_THE_END = System('Say "The end." at the end.', lambda answer: answer.endswith("The end."))
-AS_SOMEBODY = System("You are {name} the {kind}.")
-SYSTEMS = (IN_ONE_SENTENCE, TO_THE_END, AS_SOMEBODY)
-
-PLANS: tuple[tuple[int, System, tuple[tuple[Exchange, ...], ...]], ...] = (  # in a hundred conversations
-    (26, PLAIN, (TELL,)),
-    (28, PLAIN, (ANSWER,)),
-    (8, PLAIN, (FINISH,)),
-    (10, PLAIN, (GREET,)),
-    (2, PLAIN, (KNOW,)),
-    (4, PLAIN, (TELL, WHO_IS_IT)),
-    (2, PLAIN, (TELL, GREET)),
-    (3, PLAIN, (MEET, RECALL)),
-    (2, PLAIN, (MEET, TELL, RECALL)),
-    (3, PLAIN, (SHOW, COLOR)),
-    (5, IN_ONE_SENTENCE, (TELL_SHORT,)),
-    (1, IN_ONE_SENTENCE, (ANSWER,)),
-    (3, TO_THE_END, (TELL_TO_THE_END,)),
-    (3, AS_SOMEBODY, (ROLE,)),
+GROUPS = {
+    **{"tell": _stories("{story}"), "tell_short": _stories(""), "tell_to_the_end": _stories("{tale} The end.")},
+    **{"answer": _questions(), "finish": _endings(), "greet": _direct(*_GRAMMAR["greetings"], repeat=True)},
+    **{name: _direct(*rows) for name, rows in _GRAMMAR["exchanges"].items()},
+}
+SYSTEMS = {
+    "in_one_sentence": System(
+        "Answer in one sentence.", lambda answer: len(re.findall(r"[.!?]+(?=\W|$)", answer)) == 1
+    ),
+    "to_the_end": System('Say "The end." at the end.', lambda answer: answer.endswith("The end.")),
+    "as_somebody": System("You are {name} the {kind}."),
+}
+PLANS = tuple(  # (how many in a hundred conversations, system prompt, groups of exchanges)
+    (share, SYSTEMS.get(system, System("")), tuple(GROUPS[name] for name in groups))
+    for share, system, *groups in _GRAMMAR["plans"]
 )
 REQUESTS = tuple({exchange.ask: exchange for _, _, groups in PLANS for group in groups for exchange in group}.values())
 
@@ -171,7 +149,7 @@ def follows(messages: Sequence[Message]) -> bool:
     obeyed = True
     for message in before:
         if message["role"] == "system":
-            for system in SYSTEMS:
+            for system in SYSTEMS.values():
                 if match := _parser(system.prompt).fullmatch(message["content"]):
                     facts.update(match.groupdict())
                     obeyed = obeyed and system.obeyed(answer)

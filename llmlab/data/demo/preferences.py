@@ -21,8 +21,8 @@ _STORY_BEGINNINGS = tuple(ask.partition("{")[0].removesuffix("a ") for ask in ST
 def break_off(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
     """Ends in the middle of a sentence."""
     words = answer.split()
-    kept = 1 + int(random.random() * max(len(words) - 1, 1))
-    return " ".join(words[:kept]).rstrip('.,!?"')
+    count = 1 + int(random.random() * max(len(words) - 1, 1))
+    return " ".join(words[:count]).rstrip('.,!?"')
 
 
 def name_somebody_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:

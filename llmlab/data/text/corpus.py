@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.mixture import Mixture, Schedule
-from llmlab.data.sources import Tally, TextSource, is_online, label_of, load_text
+from llmlab.data.sources import Tally, TextSource, label_of, load_text
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import WINDOW, PackedRows, hold_out, window_rows
-from llmlab.data.text.store import TokenStore, open_store
+from llmlab.data.text.store import open_store
 from llmlab.data.text.streaming import Reader, RowStream
 from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError
@@ -99,8 +100,7 @@ def build_corpus(
 ) -> Corpus:
     """Builds the training and validation rows of `max_seq_len` tokens that the settings describe.
 
-    `rows_needed` (None is one epoch) and `validation_rows` (None is all that are held out, of a stream 512) count
-    those of all processes.  Only a stream has other rows in each.
+    `rows_needed` (None: one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes.
     """
     seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
@@ -142,7 +142,7 @@ class _Builder:
 
     def find(self, named: DataSource) -> TextSource:
         """Finds a source; hub datasets are streamed: the token store is the only copy on disk."""
-        return load_text(named, streaming=self.settings.streaming or is_online())
+        return load_text(named, streaming=self.settings.streaming or not datasets.config.HF_HUB_OFFLINE)
 
     def part(
         self, named: DataSource, source: TextSource, share: float, rows: int | None
@@ -168,7 +168,7 @@ class _Builder:
         limit = None if rows is None else math.ceil(max(rows, 1) / window) * window
         tokens = None if limit is None else max(limit * self.length, WINDOW)
         while True:
-            store = self._store(source, tokens)
+            store = open_store(source, self.encoder, self.settings, tokens)
             split = hold_out(source.name, store, fraction, seed=self.seed, length=self.length)
             train = PackedRows(report.name, store, self.length, split.train, None if store.whole else limit)
             if store.whole or len(train) == limit:
@@ -191,25 +191,15 @@ class _Builder:
         if fraction:
             validation = self._first_rows(f"{report.name}/held-out", source, fraction)
             report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
-        reader = Reader(
-            source,
-            self.encoder,
-            tally=report.tally,
-            length=self.length,
-            seed=self.seed,
-            held_out=fraction,
-            allow_dropped=self.settings.allow_dropped,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        return reader, validation
+        part = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
+        return Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **part), validation
 
     def validation_rows(self, named: DataSource) -> PackedRows:
         """Returns the rows of a source that is there for validation."""
         source, label = self.find(named), label_of(named)
         if self.settings.streaming:
             return self._first_rows(label, source)
-        return PackedRows(label, self._store(source), self.length)
+        return PackedRows(label, open_store(source, self.encoder, self.settings), self.length)
 
     def mix(self, parts: Sequence[PackedRows | None], weights: Sequence[float]) -> Mixture | None:
         """Returns as many validation rows as there are in all, in the training proportions."""
@@ -222,26 +212,12 @@ class _Builder:
     def _first_rows(self, label: str, source: TextSource, fraction: float = 0.0) -> PackedRows:
         """Tokenizes as much of a stream as validation needs, from its start; of a fraction, its held-out documents."""
         rows = self.most_validation_rows or STREAM_VALIDATION_ROWS
-        store = self._store(source, rows * self.length, (fraction, self.seed) if fraction else None)
+        held_out = (fraction, self.seed) if fraction else None
+        store = open_store(source, self.encoder, self.settings, rows * self.length, held_out)
         if not len(store):
-            raise UserError(
-                f"{source.name}: validation_fraction = {fraction:g} holds out none of its "
-                f"{store.tally.documents:,} documents; name validation_datasets, or read it without streaming"
-            )
+            problem = f"validation_fraction = {fraction:g} holds out none of its {store.tally.documents:,} documents"
+            raise UserError(f"{source.name}: {problem}; name validation_datasets, or read it without streaming")
         return PackedRows(label, store, self.length, limit=rows)
-
-    def _store(
-        self, source: TextSource, tokens: int | None = None, held_out: tuple[float, int] | None = None
-    ) -> TokenStore:
-        return open_store(
-            source,
-            self.encoder,
-            tokens=tokens,
-            held_out=held_out,
-            cache_dir=self.settings.cache_dir,
-            num_proc=self.settings.num_proc,
-            allow_dropped=self.settings.allow_dropped,
-        )
 
 
 def unigram_entropy(rows: Mixture, vocab_size: int) -> float:

@@ -45,9 +45,7 @@ class TextEncoder:
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
         """Returns the encoder of a Transformers tokenizer, which must have an eos token."""
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{tokenizer.name_or_path}: this tokenizer has no eos token, which must separate documents"
-            )
+            raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no eos token, which has to end documents")
         return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,8 +54,7 @@ class TextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides the ids."""
-        content = f"{self.eos_token_id} {self.tokenizer.to_str()}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(f"{self.eos_token_id} {self.tokenizer.to_str()}".encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> EncodedBatch:
         """Encodes documents, each with the special tokens that the tokenizer adds and an eos at its end."""

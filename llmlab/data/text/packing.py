@@ -39,10 +39,8 @@ class PackedRows:
         self.tokens = int(self.starts[-1])
         self.rows = self.tokens // length if limit is None else min(self.tokens // length, limit)
         if self.tokens < length:
-            raise UserError(
-                f"{name}: its {self.tokens:,} tokens do not fill one row of max_seq_len = {length}; "
-                "use a shorter max_seq_len or more text"
-            )
+            problem = f"its {self.tokens:,} tokens do not fill one row of max_seq_len = {length}"
+            raise UserError(f"{name}: {problem}; use a shorter max_seq_len or more text")
 
     def __len__(self) -> int:
         return self.rows
@@ -88,10 +86,8 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     total = int(lengths.sum())
     budget = max(math.ceil(fraction * total), length)
     if total - budget < length:
-        raise UserError(
-            f"{name}: its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}; "
-            f"expected at least {2 * length:,}; use a shorter max_seq_len or more text"
-        )
+        problem = f"its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}"
+        raise UserError(f"{name}: {problem}; expected at least {2 * length:,}; use a shorter max_seq_len or more text")
     order = np.argsort(keys[:first], kind="stable")
     last = keys[order[np.searchsorted(np.cumsum(lengths[order]), budget)]]
     validated = int(lengths[keys[:first] <= last].sum())  # duplicates go to the same side

@@ -7,33 +7,28 @@ are verified on opening, other blocks when they are first read.
 """
 
 import json
-import multiprocessing
-import os
 import shutil
-import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from llmlab.data.cache import Checksums, cache_folder, cores, open_cached
+from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.hashing import is_held_out
 from llmlab.data.interleaving import spread
 from llmlab.data.sources import Tally, TextSource, take_texts
-from llmlab.data.text.encoding import EncodedBatch, TextEncoder
+from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.workers import map_batches
+from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
 
 VERIFIED_AT_ONCE = 256 << 20  # bytes of tokens that opening verifies, a fraction of a second
 VERSION = 2  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
-SERIAL_BATCHES = 2  # tokenized before other processes are worth starting
 
 SMALL = 64_000_000  # bytes of a source that is read in the order of its files: every run needs about all of it
 BYTES_PER_TOKEN = 4  # of English text, to judge how many tokens there will be
@@ -87,27 +82,23 @@ class TokenStore:
 def open_store(
     source: TextSource,
     encoder: TextEncoder,
-    *,
+    settings: DataSettings,
     tokens: int | None = None,
     held_out: tuple[float, int] | None = None,
-    cache_dir: str | None = None,
-    num_proc: int | None = None,
-    allow_dropped: float = 0.05,
 ) -> TokenStore:
-    """Returns at least so many tokens of a source (None is all of it), tokenizing now what was not done before.
-
-    `held_out` is a fraction and a seed: only the documents that `is_held_out` says.
-    """
+    """Returns at least so many tokens of a source (None: all), or of its held-out (fraction, seed) of documents."""
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
-    folder = cache_folder(cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint})
+    folder = cache_folder(
+        settings.cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
+    )
 
     def write(store: TokenStore | None) -> tuple[TokenStore, bool]:
-        _extend(folder, store, source, encoder, tokens, held_out, num_proc or cores(), allow_dropped)
+        _extend(folder, store, source, encoder, settings, tokens, held_out)
         longer = TokenStore(folder, fresh=True)
         return longer, longer.whole
 
     store, _ = open_cached(folder, source.name, tokens, _read, write)
-    store.tally.check(source.name, allow_dropped)
+    store.tally.check(source.name, settings.allow_dropped)
     return store
 
 
@@ -124,10 +115,9 @@ def _extend(
     store: TokenStore | None,
     source: TextSource,
     encoder: TextEncoder,
+    settings: DataSettings,
     tokens: int | None,
     held_out: tuple[float, int] | None,
-    num_proc: int,
-    allow_dropped: float,
 ) -> None:
     """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
     done = 0 if store is None else len(store)
@@ -146,7 +136,7 @@ def _extend(
     else:
         tally, characters, sums = store.tally, store.meta["characters"], store.sums
         rows.load_state_dict(store.meta["position"])
-    texts = source.texts(tally, allow_dropped, rows)
+    texts = source.texts(tally, settings.allow_dropped, rows)
     if held_out is not None:
         texts = (text for text in texts if is_held_out(text, *held_out))
     size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
@@ -161,14 +151,12 @@ def _extend(
         ended = True
 
     folder.mkdir(exist_ok=True)
-    bar = tqdm(
-        desc=f"tokenizing {source.name}", total=expected, initial=done, unit="tok", unit_scale=True, disable=None
-    )
+    bar = tqdm(desc=f"tokenizing {source.name}", total=expected, initial=done, unit="tok", unit_scale=1, disable=None)
     with bar, (folder / "tokens.bin").open("ab") as ids, (folder / "documents.bin").open("ab") as documents:
         files = {"tokens.bin": ids, "documents.bin": documents}
         for name, file in files.items():
             file.truncate(sums[name].size)  # what an interrupted extension wrote
-        for batch in _encode_all(batches(), encoder, num_proc):
+        for batch in map_batches(encoder.encode, batches(), settings.num_proc):
             table = np.empty(len(batch.lengths), DOCUMENT)
             table["tokens"], table["hash"] = batch.lengths, batch.hashes
             for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
@@ -178,7 +166,7 @@ def _extend(
             characters += batch.characters
             bar.update(len(batch.tokens))
         bar.total = bar.n  # what was expected was a guess
-    tally.check(source.name, allow_dropped)
+    tally.check(source.name, settings.allow_dropped)
     meta = {
         "name": source.name,
         "dtype": encoder.dtype.name,
@@ -189,34 +177,3 @@ def _extend(
         "files": {name: checksums.record() for name, checksums in sums.items()},
     }
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-
-
-def _encode_all(batches: Iterator[list[str]], encoder: TextEncoder, num_proc: int) -> Iterator[EncodedBatch]:
-    """Yields the encoded batches in order; all but the first are encoded by several processes."""
-    yield from map(encoder.encode, islice(batches, None if num_proc == 1 else SERIAL_BATCHES))
-    first = list(islice(batches, 2 * num_proc))
-    if not first:
-        return
-    # forked, as in `datasets`: scripts and notebooks need no main guard, and the workers touch neither torch nor CUDA
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,))
-    try:
-        waiting = deque(pool.submit(_encode_in_worker, batch) for batch in first)
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_ENCODER: TextEncoder  # of a worker process, set when it starts
-
-
-def _start_worker(encoder: TextEncoder) -> None:
-    global _ENCODER
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _ENCODER = encoder
-
-
-def _encode_in_worker(batch: list[str]) -> EncodedBatch:
-    return _ENCODER.encode(batch)

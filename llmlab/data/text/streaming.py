@@ -81,13 +81,8 @@ class Reader:
         count = tokens // self.length
         rows = ids[: count * self.length].reshape(count, self.length)
         order = np.random.default_rng([self.seed, before["block"]]).permutation(count)
-        self._state = {
-            "epoch": epoch,
-            "block": before["block"] + 1,
-            "row": before["row"] + count,
-            "carried": ids[count * self.length :].tolist(),
-            "position": position,
-        }
+        self._state = {"epoch": epoch, "block": before["block"] + 1, "row": before["row"] + count}
+        self._state |= {"carried": ids[count * self.length :].tolist(), "position": position}
         return Block(before, before["row"], rows[order])
 
     def _take(self, epoch: int, position: State | None) -> tuple[list[str], bool]:
@@ -164,10 +159,8 @@ class RowStream(IterableDataset):
     def load_state_dict(self, state: State) -> None:
         """Goes to a position: the next iteration yields exactly the rows that follow it."""
         if len(state["sources"]) != len(self.readers):
-            raise UserError(
-                f"datasets: the position to resume from is of {len(state['sources'])} sources; "
-                f"there are {len(self.readers)} now"
-            )
+            before, now = len(state["sources"]), len(self.readers)
+            raise UserError(f"datasets: the position to resume from is of {before} sources; there are {now} now")
         self._start = state
         self.rows = state["rows"]
         self._history = [deque([source], maxlen=REMEMBERED) for source in state["sources"]]

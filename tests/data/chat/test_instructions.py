@@ -2,10 +2,12 @@
 
 import json
 import os
+import time
 
 import pytest
 from datasets import Dataset
 
+from llmlab.data import workers as workers_module
 from llmlab.data.chat import rows as rows_module
 from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.data.chat.rows import build_rows
@@ -173,8 +175,10 @@ def test_wrong_masks_are_refused_with_row_and_fix(build, tokenizer, tmp_path, te
 def test_rendered_rows_are_cached_by_everything_that_decides_them(build, tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", pairs(5))
     rendered = []
-    original = rows_module._MakeRow.__call__
-    monkeypatch.setattr(rows_module._MakeRow, "__call__", lambda self, row: rendered.append(1) or original(self, row))
+    original = rows_module._MakeRows.__call__
+    monkeypatch.setattr(
+        rows_module._MakeRows, "__call__", lambda self, rows: rendered.append(1) or original(self, rows)
+    )
 
     def renders(**changes):
         before = len(rendered)
@@ -230,16 +234,24 @@ def test_empty_conversations_are_dropped_and_counted(build, tmp_path):
 @pytest.mark.parametrize(("num_proc", "workers"), [(None, 3), (2, 2), (1, 1)])
 def test_rows_are_rendered_by_so_many_processes(num_proc, workers, build, tmp_path, monkeypatch):
     """`num_proc` unset is every core."""
-    monkeypatch.setattr(rows_module, "PARALLEL_FROM", 10)
-    monkeypatch.setattr(rows_module, "cores", lambda: 3)
+    monkeypatch.setattr(rows_module, "BATCH", 2)
+    monkeypatch.setattr(workers_module, "SERIAL_BATCHES", 0)
+    monkeypatch.setattr(workers_module, "cores", lambda: 3)
     make = InstructionEncoder.make
-    monkeypatch.setattr(InstructionEncoder, "make", lambda self, row: {**make(self, row), "cut": os.getpid()})
-    source = write(tmp_path / "a.jsonl", pairs(30))
-    environment, variables = os.environ, dict(os.environ)
-    build(source, num_proc=num_proc)
-    assert os.environ is environment and dict(environment) == variables  # `datasets` would leave another in its place
+
+    def slow_make(self, row):
+        time.sleep(0.02)  # so that every process gets some
+        return {**make(self, row), "cut": os.getpid()}
+
+    monkeypatch.setattr(InstructionEncoder, "make", slow_make)
+    rows = build(write(tmp_path / "a.jsonl", pairs(30)), num_proc=num_proc)
     [folder] = [path for path in tmp_path.rglob("rows-*") if path.is_dir()]
     assert len(set(Dataset.from_file(str(folder / "rows.arrow"))["cut"])) == workers
+    monkeypatch.setattr(InstructionEncoder, "make", make)
+    assert (
+        rows.train["input_ids"][:]
+        == build(str(tmp_path / "a.jsonl"), num_proc=1, max_seq_len=1023).train["input_ids"][:]
+    )
 
 
 def test_a_source_is_read_only_as_far_as_the_run_needs(build, tokenizer, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import json
 import os
 
+import pyarrow
 import pytest
-from datasets import Dataset
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.rows import open_rows
@@ -25,8 +25,9 @@ def open_(tmp_path):
 
         def render(texts):
             rendered.append(len(texts))
-            return Dataset.from_dict({"text": [json.loads(text)["question"] for text in texts]})
+            return pyarrow.table({"text": [json.loads(text)["question"] for text in texts]})
 
+        render.schema = pyarrow.schema({"text": pyarrow.string()})
         source = load_conversations(DataSource(name=str(tmp_path / name)))
         rows, whole = open_rows(source, tmp_path / "cache" / "rows-1", at_most, render)
         return rows["text"][:], whole, sum(rendered)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from llmlab.data.chat.messages import UnusableRow
-from llmlab.data.chat.rendering import RenderedRow, Renderer, add_chat_template, find_problem
-from llmlab.data.tokenizer import TEMPLATE, load_tokenizer, stop_token_ids
+from llmlab.data.chat.rendering import RenderedRow, Renderer, add_chat_template
+from llmlab.data.tokenizer import TEMPLATE, load_tokenizer
 from llmlab.settings.errors import UserError
 
 MARKED = TEMPLATE.read_text()
@@ -110,7 +110,7 @@ def test_marks_and_turns_agree_whatever_is_said(tokenizer, turns):
         rows.append(Renderer(tokenizer).render(conversation(messages)))
     assert rows[0] == rows[1]
     assert sum(rows[0].trained) >= len(turns)  # at least the end of each turn
-    assert find_problem(rows[0], tokenizer, stop_token_ids(tokenizer)) == ""
+    assert Renderer(tokenizer).find_problem(rows[0]) == ""
 
 
 def test_calls_are_trained_and_results_are_not(renderer, tokenizer):
@@ -153,10 +153,9 @@ def test_plain_text_is_trained_whole_and_ends(renderer, tokenizer):
 
 
 def test_what_is_wrong_with_a_mask_is_named(tokenizer):
-    stops = tuple(stop_token_ids(tokenizer))
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     word = tokenizer.encode("w")[0]
-    problem = lambda ids, trained: find_problem(RenderedRow(ids, trained), tokenizer, stops)  # noqa: E731
+    problem = lambda ids, trained: Renderer(tokenizer).find_problem(RenderedRow(ids, trained))  # noqa: E731
     assert problem([bos, word, eos], [False, True, True]) == ""
     assert "nothing in it is trained" in problem([bos, word, eos], [False] * 3)
     assert "would never stop: it ends with 'w', expected" in problem([bos, word, eos], [False, True, False])

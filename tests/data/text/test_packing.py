@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from llmlab.data import cache
+from llmlab.data import workers as workers_module
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
 from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import PackedRows, as_example, hold_out
 from llmlab.data.text.store import open_store
-from llmlab.settings.data import DataSource
+from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 
 STORIES = DataSource(name="demo/stories", subset="100kB")
@@ -27,9 +28,9 @@ def encoder(tokenizer):
 
 @pytest.fixture
 def open_(tmp_path, encoder):
-    def open_(source, encoder=encoder, **options):
-        options = {"cache_dir": str(tmp_path / "cache"), "num_proc": 1, **options}
-        return open_store(load_text(source), encoder, **options)
+    def open_(source, encoder=encoder, tokens=None, **options):
+        settings = DataSettings(**{"cache_dir": str(tmp_path / "cache"), "num_proc": 1, **options})
+        return open_store(load_text(source), encoder, settings, tokens)
 
     return open_
 
@@ -58,7 +59,7 @@ def test_rows_are_the_documents_each_ended_by_eos(open_, tokenizer):
 
 def test_several_processes_write_what_one_writes(open_, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 5000)
-    monkeypatch.setattr(store_module, "SERIAL_BATCHES", 2)
+    monkeypatch.setattr(workers_module, "SERIAL_BATCHES", 2)
     alone = open_(STORIES, cache_dir=str(tmp_path / "alone"))
     together = open_(STORIES, cache_dir=str(tmp_path / "together"), num_proc=2)
     for name in ("tokens.bin", "documents.bin", "meta.json"):
