@@ -278,7 +278,7 @@ def test_a_pipeline_launches_its_training_stages(corpus_file, two, tmp_path):
     assert process.returncode == 0, errors
     record = read_record(tmp_path / "out" / "pretrain")
     assert record["hardware"]["processes"] == 2 and record["settings"]["max_steps"] == 4
-    assert record["sources"]["max_steps"] == "command line" and record["sources"]["batch_size"] == "p.yaml:8"
+    assert record["sources"]["max_steps"] == "command line" and record["sources"]["batch_size"] == "p.yaml:9"
     assert len([line for line in read_metrics(tmp_path / "out" / "pretrain") if "loss" in line]) >= 1
     assert "processes" not in read_record(tmp_path / "out" / "tokenizer").get("hardware", {})
     process = start(tmp_path, *words, "--dry-run")
