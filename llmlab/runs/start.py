@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
@@ -85,6 +86,7 @@ def begin(
     hardware = probe(settings.device, settings.dtype)
     if hardware.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
+    unset_hf_deepspeed_config()  # of an earlier run here: under ZeRO-3 models would be loaded in parts
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     with ExitStack() as stack, lost_processes_named(process):
