@@ -31,6 +31,7 @@ from llmlab.runs.resume import (
     find_checkpoint,
     recorded_settings,
 )
+from llmlab.runs.signals import Interrupted
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -166,9 +167,12 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
     """Says in one sentence, on the main process alone, that another process of this run is gone."""
     try:
         yield
-    except (RuntimeError, torch.distributed.DistError) as error:
+    except (RuntimeError, torch.distributed.DistError, Interrupted) as caught:
+        error: BaseException | None = caught  # the launcher may stop this process while it handles the loss
         # gloo's errors have no type of their own
-        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+        while error and not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            error = error.__context__
+        if error is None:
             raise
         kind = UserError if process.is_main_process else OfMainProcess
         raise kind(
