@@ -44,6 +44,13 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
             super().__init__(**kwargs)
         if self.is_fsdp_enabled:  # else checkpoints hold shards alone
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if self.is_deepspeed_enabled:
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+                raise UserError(
+                    "DeepSpeed ZeRO-3: the run folder would have no weights; set zero3_save_16bit_model: true "
+                    "(stage3_gather_16bit_weights_on_model_save in a JSON file)"
+                )
         self.estimate_from: Any = None  # the coming step's first batch, where a Hessian estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmlab.hardware import Hardware, check_packages, probe
 from llmlab.optim.build import check_supported
@@ -30,6 +31,7 @@ from llmlab.runs.resume import (
     find_checkpoint,
     recorded_settings,
 )
+from llmlab.runs.signals import Interrupted
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -88,6 +90,7 @@ def begin(
     check_packages(settings, hardware)
     if hardware.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
+    unset_hf_deepspeed_config()  # of an earlier run here: under ZeRO-3 models would be loaded in parts
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     gpus = torch.cuda.device_count() if hardware.device == "cuda" else 1
@@ -171,9 +174,12 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
     """Says in one sentence, on the main process alone, that another process of this run is gone."""
     try:
         yield
-    except (RuntimeError, torch.distributed.DistError) as error:
+    except (RuntimeError, torch.distributed.DistError, Interrupted) as caught:
+        error: BaseException | None = caught  # the launcher may stop this process while it handles the loss
         # gloo's errors have no type of their own
-        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+        while error and not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            error = error.__context__
+        if error is None:
             raise
         # a launch of llmlab's own on one machine says which process it was
         kind = UserError if process.is_main_process and os.environ.get(LAUNCHED) != "1" else OfMainProcess

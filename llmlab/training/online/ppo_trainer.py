@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
+from llmlab.settings.errors import UserError
 from llmlab.training.online._trl import RolloutSteps, policy_mask
 from llmlab.training.online.advantages import (
     explained_variance,
@@ -97,6 +98,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     def __init__(self, *, args: PPOConfig, scorer: PreTrainedModel | PeftModel | None = None, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         separate = args.value_model == "separate"
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UserError("ppo: not supported under DeepSpeed ZeRO-3, which splits the critic; use FSDP2 or ZeRO-2")
         # FSDP2 refuses a tensor that two of its groups would shard
         self.critic = Critic(self.model, separate=separate, scorer=scorer, shares_frozen=not self.is_fsdp_enabled)
         if separate and args.gradient_checkpointing:
