@@ -98,6 +98,19 @@ def system_memory() -> int:
     return 0
 
 
+def peak_memory(device: str) -> int:
+    """Returns the bytes that this process had in use at most, on a GPU those of its tensors; 0 if nothing says."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()  # at present: there is no peak
+    if platform.system() == "Windows":
+        return 0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
 def _cpu_info(key: str) -> str:
     """Returns a field of the first processor in Linux's /proc/cpuinfo, empty on other systems."""
     info = Path("/proc/cpuinfo")

@@ -18,12 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import OfMainProcess, UserError, is_unicode, printable, reason_of
+from llmlab.settings.errors import OfMainProcess, UserError, is_out_of_memory, is_unicode, printable, reason_of
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
 LONGEST_ERROR = 400  # characters of one line
-OUT_OF_MEMORY = ("you tried to allocate", "out of memory")  # torch's words
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
@@ -151,7 +150,7 @@ def _system_limit(error: Exception) -> str:
     """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
-    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {reason_of(error)}"
     return ""
 

@@ -2,25 +2,38 @@
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from llmlab.hardware import free_disk, system_memory
+from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
+from llmlab.runs.start import Start
 from llmlab.settings.base import Settings, fields_of
-from llmlab.settings.errors import Diverged, UserError, reason_of
+from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
-NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # torch's words, for CPUs and Apple's GPUs
+PHASES = (  # a phase, and the functions in whose frames it is, the first that fits
+    ("loading", {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model"}),
+    ("saving", {"save_model", "_save_checkpoint"}),
+    ("evaluation", {"evaluate"}),
+    ("sampling", {"_generate"}),
+    ("scoring", {"_generate_and_score_completions"}),
+    ("Hessian estimate", {"estimate_hessian_if_due"}),
+    ("optimizer step", {"step", "_clip_grad_norm"}),
+    ("backward pass", {"backward"}),
+    ("forward pass", {"training_step"}),
+    ("reading the data", {"build_rows", "build_corpus"}),
+)
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -45,9 +58,7 @@ def check_disk(folder: Path, *, needed: int) -> None:
 
 
 @contextmanager
-def record_failures(
-    stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine, settings: Settings
-) -> Iterator[None]:
+def record_failures(stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine) -> Iterator[None]:
     """Records how a run ended that did not finish, and raises system errors as UserError; bugs keep their type."""
 
     def end(status: str, **results: str) -> None:
@@ -83,13 +94,37 @@ def record_failures(
         end("failed")
         reason = reason_of(error)
         words = str(error) if isinstance(error, RuntimeError) else ""
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in words for part in NO_MEMORY):
-            raise UserError(f"out of memory: {how_to_save_memory(settings)}") from error
         if _is_write_error(error, folder) or any(part in words for part in TORCH_CANNOT_WRITE):
             raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({reason})") from error
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{getattr(error, 'filename', None) or stage}: {reason}") from error
         raise
+
+
+@contextmanager
+def explain_out_of_memory(run: Start[Any]) -> Iterator[None]:
+    """Says of memory that ran out in which phase, at which peak, what took most of it and what to change."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(describe_out_of_memory(error, run)) from error
+
+
+def describe_out_of_memory(error: Exception, run: Start[Any]) -> str:
+    """Returns the sentence of `explain_out_of_memory`."""
+    hardware = run.hardware
+    peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
+    what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
+    ways = how_to_save_memory(run.settings)
+    return f"out of memory ({phase_of(error)}){what}: {peak} were in use of {hardware.name}'s {memory}; {ways}"
+
+
+def phase_of(error: BaseException) -> str:
+    """Returns the phase of a run in which an error was raised, by the functions that it came through."""
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return next((phase for phase, functions in PHASES if names & functions), "loading")
 
 
 def how_to_save_memory(settings: Settings) -> str:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,7 +33,7 @@ from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, record_failures
+from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.policy import Policy, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -77,7 +77,7 @@ def training_stage(
             **options: Any,
         ) -> RunResult:
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
-            with begin(
+            starting = begin(
                 run_class,
                 function.__name__,
                 prepare(as_resolved(settings)),
@@ -85,7 +85,8 @@ def training_stage(
                 load_optimizer=load_optimizer,
                 allow_changed_data=allow_changed_data,
                 console=console,
-            ) as run:
+            )
+            with starting as run, explain_out_of_memory(run):
                 return function(run, **options)
 
         run, *own = inspect.signature(function).parameters.values()
@@ -235,6 +236,7 @@ class Run(Start[S]):
             )
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
+            trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
         if isinstance(trainer.model, PeftModel):
@@ -243,7 +245,8 @@ class Run(Start[S]):
         trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            record_failures(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress),
+            explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -296,6 +299,14 @@ class Run(Start[S]):
             data=data.record(),
             callbacks=callbacks,
         )
+
+    def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
+        """Records and prints the smaller batch that a run goes on with."""
+        self.settings = self.settings.model_copy(update=changes)
+        record.change(changes, "auto-batch")
+        values = " and ".join(f"{name} = {value}" for name, value in changes.items())
+        step = trainer.state.global_step + 1
+        self.progress.say(f"step {step}  out of memory ({phase}): taken again with {values}")
 
     def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
         """Estimates the tokens per optimizer step on this process."""

@@ -1,0 +1,105 @@
+"""Running out of memory: which phase it was, and runs that go on with smaller batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from llmlab.runs.batches import smaller_batch
+from llmlab.runs.record import read_metrics, read_record
+from llmlab.settings.errors import OutOfMemory
+from llmlab.stages import STAGES
+
+TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
+FORWARD = torch.nn.Embedding.forward
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """Returns a function after which forward passes with gradients on more rows run out of memory, from a call on."""
+
+    def set_limit(rows, *, after=0, where=lambda: torch.is_grad_enabled()):
+        calls = {"made": 0, "refused": 0}
+
+        def forward(self, ids):
+            calls["made"] += where()
+            if where() and calls["made"] > after and len(ids) > rows:
+                calls["refused"] += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return FORWARD(self, ids)
+
+        monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+        return calls
+
+    return set_limit
+
+
+def run(stage, settings, **options):
+    STAGES[stage].function(settings, console=Console(quiet=True), **options)
+    return read_metrics(Path(settings.output_dir)), read_record(Path(settings.output_dir))
+
+
+TIMES = ("seconds", "tokens_per_second", "step_time")
+SIZES = {  # of the whole run, and the same with a batch of half
+    **dict.fromkeys(
+        ("pretrain", "sft"), [("batch_size", 4, 2), ("gradient_accumulation_steps", 2, 4), ("eval_steps", 2, 4)]
+    ),
+    **dict.fromkeys(
+        ("dpo", "orpo", "reward"), [("batch_size", 8, 8), ("mini_batch_size", 4, 2), ("eval_batches", 2, 4)]
+    ),
+    **dict.fromkeys(
+        ("grpo", "ppo"),
+        [("batch_size", 8, 8), ("mini_batch_size", 4, 2), ("gradient_accumulation_steps", 1, 2), ("ppo_epochs", 2, 2)],
+    ),
+}
+ROWS = dict.fromkeys(("dpo", "orpo", "reward"), 4)  # chosen and rejected
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_the_rest_is_as_with_half_the_batch_from_the_start(stage, tiny_settings, tmp_path, limit):
+    """Out of memory at the third step: from there on, and before, the losses are those of the smaller batch."""
+    changes = {"max_steps": 6, "eval_every": 3, "learning_rate": 1e-3} | ({"group_size": 2} if stage == "grpo" else {})
+    changes |= {"lr": changes.pop("learning_rate")} if stage == "pretrain" else {}
+    whole, half = ({name: values[i] for name, *values in SIZES[stage]} for i in (0, 1))
+    expected, _ = run(stage, tiny_settings(stage, tmp_path / "half", **changes, **half))
+    calls = limit(ROWS.get(stage, 2), after=5)
+    found, record = run(stage, tiny_settings(stage, tmp_path / "whole", **changes, **whole, auto_batch=True))
+    assert calls["refused"] == 1
+    assert len(found) == len(expected) > 6
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        names = {name for name in one if name not in TIMES and not name.endswith(("_runtime", "_per_second"))}
+        # TRL's other metrics are means of the means of forward passes
+        for name in names if one["step"] >= 3 else names & {"loss", "grad_norm", "tokens", "reward", "kl"}:
+            assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), (one["step"], name)
+    for name, before, after in SIZES[stage]:
+        assert record["settings"].get(name, after) == after
+        assert (record["sources"][name] == "auto-batch") == (before != after)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo", "grpo"])
+def test_without_auto_batch_the_sentence_says_what_to_do(stage, tiny_settings, tmp_path, limit):
+    limit(1)
+    with pytest.raises(OutOfMemory, match="out of memory .forward pass.*mini_batch_size = 4|.*batch_size = 4"):
+        run(stage, tiny_settings(stage, tmp_path / "run"))
+
+
+def test_at_one_row_the_run_ends(tiny_settings, tmp_path, limit):
+    limit(0)
+    with pytest.raises(OutOfMemory, match="shorten max_seq_len"):
+        run("sft", tiny_settings("sft", tmp_path / "run", auto_batch=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(32, [16, 8, 4, 2, 1]), (6, [3, 1]), (7, [1]), (12, [6, 3, 1]), (9, [3, 1]), (1, [])]
+)
+def test_every_batch_has_the_same_rows_in_a_step(rows, sizes, tiny_settings, tmp_path):
+    settings = tiny_settings("sft", tmp_path, batch_size=rows, gradient_accumulation_steps=2)
+    found = []
+    while changes := smaller_batch(settings):
+        settings = settings.model_copy(update=changes)
+        found.append(settings.batch_size)
+        assert settings.batch_size * settings.gradient_accumulation_steps == 2 * rows
+        assert settings.batch_size * settings.eval_steps == 4 * rows
+    assert found == sizes
