@@ -49,6 +49,7 @@ class DivisibleBatches:
     """
 
     parts = 1
+    rows_per_example = 1  # in a collated batch: of pairs all first rows, then all second ones
     on_division: Callable[[dict[str, Any], str], None] = staticmethod(lambda changes, phase: None)
     start: tuple[Any, ...] | None = None  # of this step, until it is over
 
@@ -116,26 +117,23 @@ class DivisibleBatches:
         return evaluate()
 
     def parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns a collated batch as batches of fewer examples; tensors that hold two rows of each hold the first of
-        all, then the second."""
-        examples = self.count_examples(batch)
+        """Returns a collated batch as batches of fewer rows of the data."""
+        if self.parts == 1:
+            return [batch]
+        rows = len(next(value for name, value in batch.items() if name.endswith("input_ids"))) // self.rows_per_example
         size = getattr(self.settings, micro_batch(self.settings))
 
-        def rows(value: Any, first: int) -> Any:
+        def part(value: Any, first: int) -> Any:
             if isinstance(value, torch.Tensor) and value.ndim:
-                return value.reshape(-1, examples, *value.shape[1:])[:, first : first + size].flatten(0, 1)
+                return value.reshape(-1, rows, *value.shape[1:])[:, first : first + size].flatten(0, 1)
             return value[first : first + size] if isinstance(value, list) else value
 
-        starts = range(0, examples, size) if self.parts > 1 else [0]
-        return [{name: rows(value, first) for name, value in batch.items()} for first in starts] or [batch]
-
-    def count_examples(self, batch: dict[str, Any]) -> int:
-        """Returns the rows of data in a collated batch."""
-        return len(next(value for name, value in batch.items() if name.endswith("input_ids")))
+        return [{name: part(value, first) for name, value in batch.items()} for first in range(0, rows, size)]
 
     def divide(self, factor: int) -> None:
         """Makes micro-batches smaller by a factor, from the present step on."""
         self.parts *= factor
+        self.args.per_device_eval_batch_size = max(self.args.per_device_eval_batch_size // factor, 1)
 
     def moment(self) -> tuple[Any, ...]:
         """Returns what a step changes before its weights."""
