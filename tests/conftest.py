@@ -12,6 +12,7 @@ from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU else, and says so
 # at these sizes more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # some runners set it: a pipe has no width

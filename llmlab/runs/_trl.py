@@ -4,14 +4,17 @@ The comment beside each says why no public name serves.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
 
 PRIVATE_NAMES = {  # where it is: its parameters
@@ -23,6 +26,12 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
     # take no step when the checkpoint already has them all; the first value is the number of epochs
     "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
+    # rows that fill up an epoch's last batch are left out of the loss before its tokens are counted
+    "transformers.Trainer._get_num_items_in_batch": ("self", "batch_samples", "device"),
+    # checkpoints of sharded runs are laid out as those of one process
+    "transformers.Trainer._save_optimizer_and_scheduler": ("self", "output_dir"),
+    # the same for the best one at the end
+    "transformers.Trainer._load_best_model": ("self",),
     # damaged checkpoints become a UserError
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
@@ -72,19 +81,40 @@ class TokenizedORPOPairs:
 
 
 class ResumableCheckpoint:
-    """Mixin for a Trainer: damaged checkpoints raise UserError; resumes without optimizer state with
-    `load_optimizer=False`."""
+    """Mixin for a Trainer: checkpoints are whole also where FSDP2 shards the model; damaged ones raise UserError;
+    resumes without optimizer state with `load_optimizer=False`."""
 
     load_optimizer: bool = True
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Writes under FSDP the files of one process, from which any number can go on."""
+        if not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        states = {"optimizer.pt": gather(self.optimizer.state_dict()), "scheduler.pt": self.lr_scheduler.state_dict()}  # type: ignore[attr-defined]
+        for name, state in states.items() if self.args.should_save else ():  # type: ignore[attr-defined]
+            torch.save(state, Path(output_dir) / name)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.load_optimizer:
-            with reading(checkpoint or "", "a checkpoint's optimizer"):
-                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if not self.load_optimizer or checkpoint is None:
+            return
+        with reading(checkpoint, "a checkpoint's optimizer"):
+            if not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+                return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            files = (Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt"))
+            optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            self.optimizer.load_state_dict(scatter_state(optimizer, self.optimizer))  # type: ignore[attr-defined]
+            self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[attr-defined]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint, "a checkpoint"):
+            if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+                return load_weights(self.model, Path(resume_from_checkpoint))  # type: ignore[attr-defined]
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            return load_weights(self.model, Path(self.state.best_model_checkpoint))  # type: ignore[attr-defined]
+        super()._load_best_model()  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint or "", "a checkpoint's random state"):

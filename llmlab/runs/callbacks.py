@@ -160,7 +160,7 @@ class ProcessState(TrainerCallback):
     """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it from
     `checkpoint`.
 
-    Without `required`, a process that has no file there (there were fewer) begins anew.
+    Without `required`, a process that has no file there (there were fewer) reads the first one's.
     """
 
     file: str
@@ -175,11 +175,16 @@ class ProcessState(TrainerCallback):
         return checkpoint / f"{self.trainer.accelerator.process_index}-{self.file}"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.checkpoint is None or not (self.required or self.path_in(self.checkpoint).is_file()):
+        if self.checkpoint is None:
             return
-        with reading(self.path_in(self.checkpoint), "a state of the run"):
+        path = self.path_in(self.checkpoint)
+        if not self.required and not path.is_file():
+            path = self.checkpoint / f"0-{self.file}"
+            if not path.is_file():
+                return
+        with reading(path, "a state of the run"):
             # the device type only: torch.load has no map_location `cpu:0`
-            self.restore(torch.load(self.path_in(self.checkpoint), map_location=args.device.type))
+            self.restore(torch.load(path, map_location=args.device.type))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

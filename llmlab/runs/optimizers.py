@@ -19,7 +19,7 @@ from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_t
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
-from llmlab.runs.batches import DivisibleBatches, random_states, set_random_states
+from llmlab.runs.auto_batch import DivisibleBatches, random_states, set_random_states
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -41,6 +41,8 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         self.load_optimizer = load_optimizer
         with blame_trainer_args(settings, "arguments of the trainer"):
             super().__init__(**kwargs)
+        if self.is_fsdp_enabled:  # else checkpoints hold shards alone
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.estimate_from: Any = None  # the coming step's first batch, where a Hessian estimate is due
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
@@ -79,6 +81,21 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
         return batches, items
+
+    def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> Any:
+        if batches:
+            self.leave_out_repeated(batches[-1], self.args.train_batch_size)
+        return super()._get_num_items_in_batch(batches, device)  # type: ignore[misc]
+
+    def leave_out_repeated(self, batch: dict[str, Any], rows: int) -> None:
+        """Takes out of the loss the rows with which Accelerate fills up the last batches of an epoch, so that every
+        process has as many; in rows flattened into one they stay."""
+        state, processes = self.accelerator.gradient_state, self.args.world_size
+        if processes == 1 or not state.end_of_dataloader or len(batch.get("labels", ())) != rows:
+            return
+        left = len(state.active_dataloader.dataset) % (rows * processes)
+        if left:
+            batch["labels"][max(left - rows * self.args.process_index, 0) :] = -100
 
     def set_initial_training_values(self, *args: Any) -> tuple[Any, ...]:
         epochs, *others = super().set_initial_training_values(*args)  # type: ignore[misc]
@@ -125,6 +142,28 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
 
     predict = staticmethod(next_token_logits)
     """The logits of the choices that the loss scores, (choices, alternatives)."""
+
+
+class TokenMeanEvaluation:
+    """Mixin for a trainer of next tokens: its validation loss is a mean over all tokens, however they are batched."""
+
+    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.leave_out_repeated(inputs, self.args.eval_batch_size)
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][..., 1:] != -100).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        self.eval_sums += torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens])
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.eval_sums = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
+        output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
+        return output
 
 
 @dataclass(eq=False)

@@ -42,6 +42,7 @@ SHAPE = TypeAdapter(
             "parents": list[str | None],
             "metrics": dict[str, Any],
             "data": dict[str, Any] | None,
+            "batch": TypedDict("Batch", {"rows": int, "validation_rows": int, "settings": dict[str, int | None]}),
             "data_files": dict[str, dict[str, Any]],
             "resumed": list[TypedDict("Resumed", {"step": int, "at": str})],
             "versions": dict[str, str],

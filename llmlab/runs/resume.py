@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from llmlab.settings.errors import SettingsError, UserError, reading
 from llmlab.settings.files import Layer, check_types, read_json
 from llmlab.settings.sources import resolve
 
+S = TypeVar("S", bound=Settings)
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
 
@@ -77,18 +78,23 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
+def recorded_settings(run: Path, settings: S) -> S:
+    """Returns the settings that a run recorded, or these where it has no record."""
+    record = read_record(run)
+    return resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
+
+
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
     """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
 
     Settings that decide data or model must be the recorded ones, those of the optimizer too unless its state is not
     loaded.
     """
-    record = read_record(run)
-    before = resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
+    record, before = read_record(run), recorded_settings(run, settings)
     problems = []
     for setting in fields_of(type(settings)):
         of_optimizer = setting.resume is Resume.NEW_OPTIMIZER
-        free = setting.resume in (Resume.FREE, Resume.LOCAL) or (of_optimizer and not load_optimizer)
+        free = setting.resume in (Resume.FREE, Resume.SPLIT, Resume.LOCAL) or (of_optimizer and not load_optimizer)
         if not free and setting.of(before) != setting.of(settings):
             hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
             problems.append(

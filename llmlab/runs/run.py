@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +31,7 @@ from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments
+from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
@@ -105,11 +106,6 @@ def training_stage(
 class Run(Start[S]):
     """One run of a stage."""
 
-    @property
-    def eval_batches(self) -> int:
-        """Validation batches of one evaluation, which the seeds spell in two ways."""
-        return getattr(self.settings, "eval_batches", None) or self.settings.eval_steps
-
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
@@ -118,7 +114,7 @@ class Run(Start[S]):
                 settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
             )
 
-    def build_rows(self, maker: Any, *, rows_per_step: float, rows_per_batch: int) -> Rows:
+    def build_rows(self, maker: Any, *, rows_per_step: float) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
         settings = self.settings
         steps = settings.max_steps if settings.epochs is None else None
@@ -131,7 +127,7 @@ class Run(Start[S]):
                 maker,
                 seed=settings.seed,
                 allow_truncated=getattr(settings, "allow_truncated", 0.05),
-                validation_rows=self.eval_batches * rows_per_batch,
+                validation_rows=self.batch.validation_rows,
                 max_samples=settings.max_samples,
                 rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
                 rows_before=None if before is None else [source["rows"] for source in before],
@@ -233,6 +229,7 @@ class Run(Start[S]):
                 hardware=self.hardware.record(),
                 data=data,
                 data_files=self.data_files,
+                batch=asdict(self.batch),
             )
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
@@ -250,7 +247,9 @@ class Run(Start[S]):
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
-            batches = None if trainer.eval_dataset is None else self.eval_batches
+            batches = None
+            if trainer.eval_dataset is not None:
+                batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows()]
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -272,8 +271,6 @@ class Run(Start[S]):
         policy: Policy,
         data: Rows,
         *,
-        rows_per_batch: int,
-        accumulation: int,
         batch: str,
         plan: Sequence[tuple[str, str]] = (),
         callbacks: Sequence[TrainerCallback] = (),
@@ -281,9 +278,8 @@ class Run(Start[S]):
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
         rows, steps = len(trainer.train_dataset), self.settings.max_steps
         if self.settings.epochs is not None:  # counted as Trainer does
-            updates = math.ceil(math.ceil(rows / rows_per_batch) / accumulation)
-            steps = math.ceil(self.settings.epochs * max(updates, 1))
-        epochs = steps * rows_per_batch * accumulation / rows
+            steps = math.ceil(self.settings.epochs * math.ceil(rows / self.batch.rows))
+        epochs = steps * self.batch.rows / rows
         data.set_epochs(epochs)
         return self.train(
             trainer,
@@ -358,13 +354,7 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
     """Saves weights or adapters, tokenizer and generation config; every process calls it (weights may be sharded)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_context(model, trainer.processing_class)
-    sharding = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    of_checkpoints = sharding and sharding.state_dict_type
-    if sharding:  # Trainer would save sharded weights only
-        sharding.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
-    if sharding:
-        sharding.set_state_dict_type(of_checkpoints)
     if not trainer.accelerator.is_main_process:
         return
     (folder / "training_args.bin").unlink(missing_ok=True)

@@ -3,9 +3,10 @@
 No model is loaded here, and of the data only the files' identities are read.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,8 +20,9 @@ from transformers import set_seed
 from llmlab.hardware import Hardware, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
+from llmlab.runs.batch import Batch, batch_of, split_again
 from llmlab.runs.record import read_record
-from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint
+from llmlab.runs.resume import check_data, check_undamaged, data_files, find_checkpoint, recorded_settings
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -34,7 +36,8 @@ T = TypeVar("T")
 @dataclass
 class Start(Generic[S]):
     """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run; without a
-    checkpoint it begins at the first step; `data_files` identifies each local data file.
+    checkpoint it begins at the first step; `data_files` identifies each local data file; `batch` is what a resumed run
+    keeps on other processes.
     """
 
     stage: str
@@ -47,6 +50,7 @@ class Start(Generic[S]):
     resumed: str | None
     checkpoint: Path | None
     data_files: dict[str, Any]
+    batch: Batch
 
     def __post_init__(self) -> None:
         self.settings: Any = self.resolved.settings
@@ -72,6 +76,8 @@ def begin(
     """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)
+    if hardware.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)
@@ -81,7 +87,8 @@ def begin(
             output = Path(settings.output_dir)
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
-                return {"folder": folder, "resumed": None, "checkpoint": None, "data_files": data_files(settings)}
+                new = {"resumed": None, "checkpoint": None, "batch": batch_of(settings, process.num_processes)}
+                return {"folder": folder, "data_files": data_files(settings), "changes": {}, **new}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
                 raise UserError(f"--resume {resume}: there is no such run folder")
@@ -93,6 +100,11 @@ def begin(
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
                 check_undamaged(checkpoint)
+            before, record = recorded_settings(folder, settings), read_record(folder)
+            batch, changes = split_again(settings, before, record, process.num_processes)
+            if changes:
+                values = ", ".join(f"{name} = {value}" for name, value in changes.items())
+                notes.append(f"an optimizer step keeps its {batch.rows} rows, with {values}")
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
                 names = ", ".join(
@@ -102,10 +114,14 @@ def begin(
                 notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
             for note in notes:
                 console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-            status = read_record(folder).get("status", "finished")
-            return {"folder": folder, "resumed": status, "checkpoint": checkpoint, "data_files": files}
+            resumed = {"resumed": record.get("status", "finished"), "checkpoint": checkpoint, "batch": batch}
+            return {"folder": folder, "data_files": files, "changes": changes, **resumed}
 
-        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **on_main(process, claim))
+        found = on_main(process, claim)
+        if changes := found.pop("changes"):
+            sources = {**resolved.sources, **dict.fromkeys(changes, "batch of the resumed run")}
+            resolved = replace(resolved, settings=settings.model_copy(update=changes), sources=sources)
+        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **found)
 
 
 def on_main(process: PartialState, action: Callable[[], T]) -> T:

@@ -48,6 +48,7 @@ class Resume(Enum):
 
     FIXED = "no: the weights or the order of the data depend on it"
     NEW_OPTIMIZER = "only with --no-load-optimizer"
+    SPLIT = "as long as the rows of one optimizer step over all processes stay"
     FREE = "yes"
     LOCAL = "yes, and it changes nothing that the run computes: comparisons and pipelines ignore it"
 

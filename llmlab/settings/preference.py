@@ -9,6 +9,7 @@ from annotated_types import Gt
 from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
+from llmlab.settings.base import Resume
 from llmlab.settings.data import Datasets, DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.training import BATCH, FineTuningSettings
@@ -20,13 +21,14 @@ class PreferenceSettings(FineTuningSettings):
     inapplicable: ClassVar[dict[str, str]] = {"streaming": "every pair is checked before the first step"}
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (*FineTuningSettings.alternatives, BATCH)
     sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
+    rows_per_pass: ClassVar[str] = "mini_batch_size"
 
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
     batch_size: v.EffectiveBatchSize = 128
     """Pairs of one optimizer step, over all devices."""
     mini_batch_size: v.BatchSize = 32
     """Pairs of one forward pass, per device."""
-    gradient_accumulation_steps: Annotated[int | None, Gt(0)] = None
+    gradient_accumulation_steps: Annotated[int | None, Gt(0), Resume.SPLIT] = None
     """Forward passes of one optimizer step; none follows from batch_size and mini_batch_size."""
     max_length: v.MaxLength = 4096
     """Longest prompt and completion together, in tokens; completions are truncated at the end, counted and

@@ -59,6 +59,7 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
     )
     sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
+    rows_per_pass: ClassVar[str] = "mini_batch_size"
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]

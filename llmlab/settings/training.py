@@ -29,6 +29,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
         "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
     }
     best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
+    rows_per_pass: ClassVar[str] = "batch_size"  # the setting that counts the rows of a forward pass on a device
 
     output_dir: v.OutputDir
     max_steps: v.MaxSteps = 10000
@@ -82,6 +83,14 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
             if chosen[1:] and names != BATCH:
                 raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
         return self
+
+    def accumulation(self, processes: int) -> int:
+        """Returns the forward passes of one optimizer step on each of so many processes."""
+        return self.gradient_accumulation_steps  # type: ignore[attr-defined]
+
+    def effective_batch(self, processes: int) -> int:
+        """Returns the rows of one optimizer step over all processes."""
+        return getattr(self, self.rows_per_pass) * self.accumulation(processes) * processes
 
 
 class FineTuningSettings(LoraSettings, TrainingSettings):

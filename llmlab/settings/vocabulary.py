@@ -26,8 +26,8 @@ WarmupSteps = Annotated[Warmup, Ge(0), Trl("warmup_steps"), Alias("warmup_ratio"
 
 MaxSteps = Annotated[int, Gt(0), Trl("max_steps"), Resume.FREE]
 Epochs = Annotated[float | None, Gt(0), Trl("num_train_epochs"), Alias("num_epochs"), Resume.FREE]
-BatchSize = Annotated[int, Gt(0), Trl("per_device_train_batch_size"), Alias("per_device_batch_size")]
-Accumulation = Annotated[int, Gt(0), Trl("gradient_accumulation_steps")]
+BatchSize = Annotated[int, Gt(0), Trl("per_device_train_batch_size"), Alias("per_device_batch_size"), Resume.SPLIT]
+Accumulation = Annotated[int, Gt(0), Trl("gradient_accumulation_steps"), Resume.SPLIT]
 EffectiveBatchSize = Annotated[int, Gt(0)]
 EvalEvery = Annotated[int, Gt(0), Alias("eval_interval", "eval_steps"), Resume.FREE]
 EvalBatches = Annotated[int, Gt(0), Resume.FREE, Help("Validation batches of one evaluation.")]

@@ -25,7 +25,7 @@ from llmlab.model import (
 )
 from llmlab.runs.callbacks import ProcessState, StageMetrics
 from llmlab.runs.failures import check_memory
-from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
@@ -34,7 +34,7 @@ from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
 
 
-class PretrainTrainer(StageTrainer, Trainer):
+class PretrainTrainer(TokenMeanEvaluation, StageTrainer, Trainer):
     """Transformers' Trainer with llmlab's optimizers and the chunked loss."""
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
             tokenizer,
             max_seq_len=sequence,
             rows_needed=settings.max_steps * rows_per_step * processes,
-            validation_rows=settings.eval_steps * settings.batch_size * processes,
+            validation_rows=run.batch.validation_rows,
             rank=run.process.process_index,
             world_size=processes,
         )

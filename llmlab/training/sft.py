@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs.callbacks import StageMetrics
-from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.settings.sft import SFTSettings
@@ -22,24 +22,8 @@ SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}
 
 
-class LLMLabSFTTrainer(StageTrainer, SFTTrainer):
+class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
     """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
-
-    eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tokens = (inputs["labels"][..., 1:] != -100).sum()
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            self.eval_sums += torch.stack([loss * tokens, tokens])
-        return loss
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.eval_sums = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
-        total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
-        output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
-        return output
 
 
 def collate_packed(
@@ -71,8 +55,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     settings = run.settings
     policy = run.load_policy()
     length = policy.cap_length(settings.max_seq_len)
-    rows_per_batch = settings.batch_size * run.process.num_processes
-    rows_per_step = rows_per_batch * settings.gradient_accumulation_steps
+    rows_per_step = run.batch.rows
     data = run.build_rows(
         InstructionEncoder(
             policy.tokenizer,
@@ -82,7 +65,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
             only_label=settings.only_label,
         ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
-        rows_per_batch=rows_per_batch,
     )
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
@@ -107,8 +89,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         trainer,
         policy,
         data,
-        rows_per_batch=rows_per_batch,
-        accumulation=settings.gradient_accumulation_steps,
         batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
         plan=[("trained on", TRAINED_ON[settings.loss_on])],
         callbacks=[StageMetrics()],

@@ -17,6 +17,13 @@ from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+TOKENS = list(range(5, 21))  # whose logits a run returns
 WRITTEN = set()  # what this process opens for writing
 
 
@@ -64,15 +71,57 @@ def sampling_by_prompt():
         GenerationMixin.generate = generate
 
 
-def train(stage, settings, resume=None, free=False):
-    """Runs a stage, sampling by prompt unless it is free to use its random states."""
+def train(stage, settings, resume=None, free=False, sharded=False):
+    """Runs a stage, sampling by prompt unless it is free to use its random states.
+
+    Returns what Accelerate made of the processes, for each step the rows of each forward pass of this one, and the
+    logits of some tokens at the end.
+    """
+    import torch
+
     from llmlab.stages import STAGES
 
-    with nullcontext() if free else sampling_by_prompt():
+    with nullcontext() if free else sampling_by_prompt(), sharding() if sharded else nullcontext(), watched() as seen:
         STAGES[stage].function(STAGES[stage].settings_class(**settings), resume=resume)
+        if "trainer" not in seen:  # only its final save was left
+            return None
+        trainer = seen.pop("trainer")
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=torch.tensor([TOKENS])).logits
+        state = trainer.accelerator.state
+        return {
+            "type": state.distributed_type.value,
+            "processes": state.num_processes,
+            **seen,
+            "logits": logits.tolist(),
+        }
 
 
-def resume(stage, settings, whole, step, free=False):
+@contextmanager
+def watched():
+    """Keeps the last trainer, and for each step the rows of each forward pass but for padding and repeated ones."""
+    from transformers import Trainer
+
+    original, seen = Trainer.training_step, {"rows": {}}
+
+    def step(self, model, inputs, *args, **kwargs):
+        seen["trainer"] = self
+        if "labels" in inputs:
+            rows, scored = inputs["input_ids"], inputs["labels"] != -100
+            rows = [
+                row[: last.nonzero().max() + 1].tolist() for row, last in zip(rows, scored, strict=True) if last.any()
+            ]
+            seen["rows"].setdefault(str(self.state.global_step + 1), []).append(rows)
+        return original(self, model, inputs, *args, **kwargs)
+
+    Trainer.training_step = step
+    try:
+        yield seen
+    finally:
+        Trainer.training_step = original
+
+
+def resume(stage, settings, whole, step, free=False, sharded=False):
     """Runs a stage again from a checkpoint of a whole run, in a copy of its folder."""
     from accelerate import PartialState
 
@@ -80,7 +129,7 @@ def resume(stage, settings, whole, step, free=False):
     with PartialState().main_process_first():
         if not copy.exists():
             shutil.copytree(whole, copy)
-    train(stage, settings, resume=copy / f"checkpoint-{step}", free=free)
+    return train(stage, settings, resume=copy / f"checkpoint-{step}", free=free, sharded=sharded)
 
 
 def refuse(stage, settings, resume=None):
@@ -142,19 +191,38 @@ def every_trainer(callback):
         Trainer.__init__ = original
 
 
-def shard(stage, settings, environment):
-    """Runs a stage under FSDP2, and fills each process' half of every trained tensor with its rank and 1."""
+@contextmanager
+def sharding():
+    """Lets runs be sharded by FSDP2, in this and no other context."""
     from accelerate import state
-    from torch.distributed.tensor import DTensor
-    from transformers import TrainerCallback
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-    original = state.AcceleratorState.__init__
+    original, before = AcceleratorState.__init__, PartialState().distributed_type
 
     def with_cpu(self, *args, fsdp_plugin=None, **kwargs):  # Accelerate leaves CPUs out of FSDP, which torch does not
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type = state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+
+    environment = dict(os.environ)
+    os.environ |= FSDP2
+    state.AcceleratorState.__init__ = with_cpu
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        state.AcceleratorState.__init__ = original
+        os.environ.clear()
+        os.environ |= environment
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = before
+
+
+def mark(stage, settings):
+    """Runs a stage under FSDP2, and fills each process' half of every trained tensor with its rank and 1."""
+    from torch.distributed.tensor import DTensor
+    from transformers import TrainerCallback
 
     class Mark(TrainerCallback):
         def on_train_end(self, args, state, control, model, **kwargs):
@@ -163,11 +231,18 @@ def shard(stage, settings, environment):
             for p in trained:
                 p.detach().to_local().fill_(args.process_index + 1.0)
 
-    os.environ |= environment
-    state.AcceleratorState.__init__ = with_cpu
-    state.AcceleratorState._reset_state()
-    with every_trainer(Mark):
+    with sharding(), every_trainer(Mark):
         train(stage, settings)
+
+
+def attempt(job):
+    """Does a job, and returns how it failed."""
+    import traceback
+
+    try:
+        return globals()[job.pop("do")](**job)
+    except BaseException:
+        return traceback.format_exc()
 
 
 def main(folder):

@@ -168,11 +168,16 @@ class ResumableRollouts:
     def rollout_state(self, step: int) -> dict[str, Any]:
         """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
         waiting = {name: list(values) for name, values in self._metrics["train"].items()}  # type: ignore[attr-defined]
-        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting}
+        return {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting, "split": self._split}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Restores `rollout_state`."""
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        """Restores `rollout_state`; where the batch is split otherwise now, a new rollout goes on at that step."""
+        passes = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        split = state.get("split", self._split)
+        self._step = state["step"] // split[1] * passes
+        if split != self._split:
+            return
+        self._buffered_inputs = state["rollout"]
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
 
@@ -196,6 +201,10 @@ class ResumableRollouts:
     def go_back(self, moment: tuple[Any, ...]) -> None:
         *common, self._buffered_inputs, self.prepared = moment
         super().go_back(tuple(common))  # type: ignore[misc]
+
+    @property
+    def _split(self) -> tuple[int, int]:
+        return self.args.world_size, self.args.gradient_accumulation_steps * self.parts  # type: ignore[attr-defined]
 
     def set_logged_advantages(self, advantages: Tensor) -> None:
         """Sets the advantages in TRL's logged table of completions."""

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmlab.runs.shards import gather, scatter
+
 FILE = "critic.safetensors"
 
 
@@ -23,11 +25,16 @@ class Critic(nn.Module):
 
     It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, but in no state dict of
     it: checkpoints store it separately. A `separate` critic has a copy of the policy's backbone, which shares frozen
-    tensors (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
+    tensors if it may (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
     """
 
     def __init__(
-        self, policy: PreTrainedModel | PeftModel, *, separate: bool, scorer: PreTrainedModel | PeftModel | None = None
+        self,
+        policy: PreTrainedModel | PeftModel,
+        *,
+        separate: bool,
+        scorer: PreTrainedModel | PeftModel | None = None,
+        shares_frozen: bool = True,
     ):
         super().__init__()
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
@@ -35,7 +42,7 @@ class Critic(nn.Module):
         if separate and scorer is not None:
             self.backbone = (scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer).base_model
         elif separate:
-            frozen = [p for p in base.base_model.parameters() if not p.requires_grad]
+            frozen = [p for p in base.base_model.parameters() if shares_frozen and not p.requires_grad]
             self.backbone = copy.deepcopy(base.base_model, {id(p): p for p in frozen})
         width = (base.config if self.backbone is None else self.backbone.config).get_text_config().hidden_size
         self.head = nn.Linear(width, 1)
@@ -83,9 +90,11 @@ class Critic(nn.Module):
         """Returns the trainable parameters by name; frozen ones are restored from their source."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def save(self, folder: Path) -> None:
-        """Saves the trainable parameters."""
-        save_file({name: tensor.contiguous() for name, tensor in self.trained().items()}, folder / FILE)
+    def save(self, folder: Path | None) -> None:
+        """Saves the trainable parameters, on the process that has a folder; all call it, as they may be sharded."""
+        whole = {name: tensor.contiguous() for name, tensor in gather(self.trained()).items()}
+        if folder is not None:
+            save_file(whole, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
@@ -95,7 +104,7 @@ class Critic(nn.Module):
                 f"{folder / FILE}: a critic with other parameters: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
             )
         for name, tensor in mine.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(scatter(saved[name], tensor))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Is empty, so that no export of the policy has a part of the critic in it."""

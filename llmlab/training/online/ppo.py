@@ -4,6 +4,7 @@ The algorithm is `ppo_trainer.py`'s; prompts, rewards and metrics are what `llml
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -36,6 +37,11 @@ class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
         with self.critic.collect_values() as values:
             logits = next_token_logits(model, batch)
         return logits + 0 * values[0].sum()  # DDP requires every parameter in the graph
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:  # then StageTrainer has loaded the policy's weights by itself
+            self.critic.load(Path(resume_from_checkpoint))
 
 
 @training_stage(OnlineRun, prepare=locate_rewards)

@@ -97,7 +97,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     def __init__(self, *, args: PPOConfig, scorer: PreTrainedModel | PeftModel | None = None, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         separate = args.value_model == "separate"
-        self.critic = Critic(self.model, separate=separate, scorer=scorer)
+        # FSDP2 refuses a tensor that two of its groups would shard
+        self.critic = Critic(self.model, separate=separate, scorer=scorer, shares_frozen=not self.is_fsdp_enabled)
         if separate and args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
@@ -197,8 +198,8 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:  # a checkpoint; the critic is no part of an export
-            self.critic.save(Path(output_dir))
+        if _internal_call:  # a checkpoint; the critic is no part of an export
+            self.critic.save(Path(output_dir) if self.args.should_save else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

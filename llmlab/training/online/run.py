@@ -61,7 +61,6 @@ class OnlineRun(Run[S]):
         rows = self.build_rows(
             PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
             rows_per_step=settings.batch_size / self.rollout.updates,
-            rows_per_batch=settings.mini_batch_size * processes,
         )
         if len(rows.train) < settings.batch_size:
             raise UserError(

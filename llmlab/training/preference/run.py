@@ -35,7 +35,7 @@ class PreferenceRun(Run[S]):
 
     def read_pairs(self, policy: Policy) -> Rows:
         """Returns the pairs of the stage's sources as token ids."""
-        settings, processes = self.settings, self.process.num_processes
+        settings = self.settings
         length, prompt_length = policy.cap_length(settings.max_length), settings.max_prompt_length
         if prompt_length is not None and prompt_length >= length:
             prompt_length = length // 2  # leave room for a completion in a short context
@@ -43,8 +43,7 @@ class PreferenceRun(Run[S]):
             PreferenceEncoder(
                 policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops
             ),
-            rows_per_step=settings.mini_batch_size * processes * settings.accumulation(processes),
-            rows_per_batch=settings.mini_batch_size * processes,
+            rows_per_step=self.batch.rows,
         )
 
     def train_pairs(
@@ -83,9 +82,7 @@ class PreferenceRun(Run[S]):
             made,
             policy,
             data,
-            rows_per_batch=size * processes,
-            accumulation=accumulation,
-            batch=f"{size * processes * accumulation} pairs ({size} x {accumulation} x {processes})",
+            batch=f"{self.batch.rows} pairs ({size} x {accumulation} x {processes})",
             plan=plan,
             callbacks=[PreferenceMetrics(self.progress, beta)],
         )

@@ -13,32 +13,26 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from llmlab.runs.batch import split_settings
 from llmlab.runs.failures import phase_of
-from llmlab.settings.base import Settings
 from llmlab.settings.errors import is_out_of_memory
+from llmlab.settings.training import TrainingSettings
 
 T = TypeVar("T")
 # what TRL's trainers and ours count while they take a step
 COUNTS = ("_metrics", "_stored_metrics", "_total_train_tokens", "_logs", "_step", "divergences")
 
 
-def micro_batch(settings: Settings) -> str:
-    """Returns the name of the setting for the rows of one forward pass."""
-    return "mini_batch_size" if "mini_batch_size" in type(settings).model_fields else "batch_size"
-
-
-def smaller_batch(settings: Settings) -> dict[str, Any] | None:
-    """Returns the settings of half the micro-batch or the next divisor below it, with the same rows in a step; None
-    where it is one row already."""
-    name = micro_batch(settings)
+def smaller_batch(settings: TrainingSettings) -> dict[str, int] | None:
+    """Returns the settings of half the rows of a forward pass, or the next divisor below, with as many rows in a step
+    and an evaluation as before; None where it is one row already."""
+    name, *counted = split_settings(settings)
     rows = getattr(settings, name)
     if rows == 1:
         return None
-    divisor = next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
-    # pairs count their accumulation themselves where it is None; an evaluation keeps its rows
-    counted = ("gradient_accumulation_steps", "eval_batches" if hasattr(settings, "eval_batches") else "eval_steps")
-    counts = {each: getattr(settings, each) for each in counted}
-    return {name: divisor, **{each: rows // divisor * count for each, count in counts.items() if count is not None}}
+    fewer = next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
+    counts = {each: getattr(settings, each) for each in counted}  # None follows from the others
+    return {name: fewer, **{each: rows // fewer * count for each, count in counts.items() if count is not None}}
 
 
 class DivisibleBatches:
@@ -52,6 +46,11 @@ class DivisibleBatches:
     rows_per_example = 1  # in a collated batch: of pairs all first rows, then all second ones
     on_division: Callable[[dict[str, Any], str], None] = staticmethod(lambda changes, phase: None)
     start: tuple[Any, ...] | None = None  # of this step, until it is over
+
+    @property
+    def micro_batch(self) -> int:
+        """The rows of a forward pass."""
+        return getattr(self.settings, self.settings.rows_per_pass)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         self.start, self.taken = None, []
@@ -97,7 +96,7 @@ class DivisibleBatches:
             self.model.zero_grad()
             clear_device_cache(garbage_collection=True)
             self.go_back(self.start)
-            self.divide(getattr(self.settings, micro_batch(self.settings)) // changes[micro_batch(self.settings)])
+            self.divide(self.micro_batch // changes[self.settings.rows_per_pass])
             self.settings = self.settings.model_copy(update=changes)
             self.start, self.divided = self.moment(), True
             self.on_division(changes, phase)
@@ -121,7 +120,7 @@ class DivisibleBatches:
         if self.parts == 1:
             return [batch]
         rows = len(next(value for name, value in batch.items() if name.endswith("input_ids"))) // self.rows_per_example
-        size = getattr(self.settings, micro_batch(self.settings))
+        size = self.micro_batch
 
         def part(value: Any, first: int) -> Any:
             if isinstance(value, torch.Tensor) and value.ndim:
