@@ -96,6 +96,7 @@ def training_stage(
         start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
+        start_run.function, start_run.run_class = function, run_class  # type: ignore[attr-defined]  # for its plan
         return takes_trust(start_run)
 
     return decorate
