@@ -14,11 +14,14 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -95,62 +98,113 @@ def make_run(options):
     return stage.function, settings, probe("cpu", options["dtype"]), Scene(config, None, length, prompt)
 
 
-def resident(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def measure_cell(options):
     """Prints what a cell took and what was planned, as JSON."""
     import torch
 
+    from llmlab.runs.plan import LIBRARIES, measure_step
     from llmlab.runs.rehearsal import rehearse
 
     torch.set_num_threads(1)
-    toy = {**options, "shape": "tiny", "rows": 2, "length": 16}
-    rehearse(*make_run(toy), follow=False)
-    for _ in range(3):
-        gc.collect()
+    rehearse(*make_run({**options, "shape": "tiny", "rows": 2, "length": 16}), follow=False)
+    gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
-    before = resident("VmRSS")
     began = time.perf_counter()
-    rehearse(*make_run(options), follow=False)
+    measured, _ = measure_step(*make_run(options))
     trained = time.perf_counter() - began
-    measured = resident("VmHWM") - before
+    if options.get("measured_only"):
+        print(json.dumps(measured))
+        return
     began = time.perf_counter()
-    ledger = rehearse(*make_run(options))
-    phase, parts = ledger.peak()
-    planned = {"seconds": time.perf_counter() - began, "trained": trained, "phase": phase, "parts": parts}
-    print(json.dumps({"measured": measured, "planned": sum(parts.values()), **planned}))
+    phase, parts = rehearse(*make_run(options)).ledger.peak()
+    parts["libraries"] = LIBRARIES["cpu"]
+    found = {"phase": phase, "parts": parts, "seconds": time.perf_counter() - began, "trained": trained}
+    print(json.dumps({"measured": measured, "planned": sum(parts.values()), **found}))
+
+
+def run_cell(values):
+    """Returns what a process of its own prints about a cell; `step` is another one's measurement, None mostly."""
+
+    def run(**more):
+        command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps({**values, **more})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
+        if done.returncode:
+            sys.exit(f"{values}: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    again = values["length"] % 512 == 0 and values["stage"] != "ppo"
+    return {**run(), "step": run(measured_only=True) if again else None}
+
+
+def describe(values):
+    words = {"use_lora": "LoRA", "gradient_checkpointing": "checkpointing"}
+    extras = [word for name, word in words.items() if values["settings"].get(name)]
+    return [
+        " ".join([values["stage"], *extras]),
+        values["shape"],
+        f"{values['rows']} x {values['length']}",
+        values["dtype"],
+    ]
+
+
+def summarize(found):
+    """Returns the lines below the table: how far predictions are off."""
+    errors = [cell["planned"] / cell["measured"] - 1 for cell in found]
+    steps = [cell["step"] / cell["measured"] - 1 for cell in found if cell["step"]] or [0.0]
+    return [
+        f"{len(errors)} cells: the plan is within 15 % in {sum(abs(e) <= 0.15 for e in errors)}, and at least "
+        f"95 % of the measured peak in {sum(e >= -0.05 for e in errors)}; from {min(errors):+.1%} to "
+        f"{max(errors):+.1%}, in the median {statistics.median(errors):+.1%}.",
+        f"`--measure` is within 5 % in {sum(abs(e) <= 0.05 for e in steps)} of {len(steps)} repeated; "
+        f"from {min(steps):+.1%} to {max(steps):+.1%}.",
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="stages or shapes, separated by commas")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="cells of these stages or sizes, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
+    parser.add_argument("--guide", action="store_true", help="the RL guide's training times beside the plan's")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         measure_cell(json.loads(options.cell))
         return
-    cells = [c for c in make_cells() if not options.only or set(options.only.split(",")) >= {c["stage"]} or c["shape"] in options.only.split(",")]
+    lines = compare_times() if options.guide else compare_memory(options)
+    if options.record:
+        record(lines)
 
-    def run(values):
-        command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps(values)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-        if done.returncode:
-            return {"error": done.stderr[-600:]}
-        return json.loads(done.stdout.splitlines()[-1])
 
+def compare_memory(options):
+    """Runs the cells, prints each as it ends, and returns all lines."""
+    chosen = set(filter(None, options.only.split(",")))
+    cells = [values for values in make_cells() if not chosen or chosen & {values["stage"], values["shape"]}]
+    lines = ["| run | model | rows x length | dtype | measured MB | `--measure` | plan | most |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(lines), flush=True)
+    found = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for values, found in zip(cells, pool.map(run, cells)):
-            name = f"{values['stage']:8} {values['shape']:4} {values['rows']} x {values['length']:4} {values['dtype']} {values['settings']}"
-            if "error" in found:
-                print(name, found["error"], flush=True)
-                continue
-            parts = {k: round(v / 1e6) for k, v in found["parts"].items()}
-            print(f"{name:70} measured {found['measured'] / 1e6:7.0f} planned {found['planned'] / 1e6:7.0f} ratio {found['planned'] / found['measured']:.3f} {found['phase']} {parts} {found['trained']:.1f} {found['seconds']:.1f}", flush=True)
+        for values, cell in zip(cells, pool.map(run_cell, cells), strict=True):
+            found.append(cell)
+            most = max(cell["parts"], key=cell["parts"].get)
+            ratios = [f"{cell[name] / cell['measured']:.3f}" if cell[name] else "" for name in ("step", "planned")]
+            row = [*describe(values), f"{cell['measured'] / 1e6:.0f}", *ratios, f"{most}, {cell['phase']}"]
+            lines.append(f"| {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    lines += ["", *summarize(found)]
+    print("\n".join(lines[-3:]))
+    return lines
+
+
+def record(lines):
+    """Appends lines to RESULTS.md."""
+    import torch
+
+    head = f"\n## plan_accuracy.py, {date.today()}\n\nPython {platform.python_version()}, torch {torch.__version__}, "
+    head += f"trl {version('trl')}, transformers {version('transformers')}, one thread.\n\n"
+    with Path(__file__).with_name("RESULTS.md").open("a") as file:
+        file.write(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

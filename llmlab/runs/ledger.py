@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from llmlab.model.blocks import attention_cost
+from llmlab.model.loss import loss_cost
+
 aten = torch.ops.aten
+OWN_OPERATORS = {  # name: FLOPs and bytes of scratch memory, given the operator's arguments
+    "linear_cross_entropy": loss_cost,
+    "block_attention": attention_cost,
+    "block_attention_backward": attention_cost,
+}
 ACTIVATIONS = "activations"
 
 
@@ -62,6 +70,11 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flops[self.phase] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        elif (name := func._schema.name.rpartition("::")[2]) in OWN_OPERATORS:
+            flops, scratch = OWN_OPERATORS[name](*args)
+            self.flops[self.phase] += flops
+            self.parts.append(ACTIVATIONS)
+            self.events += [(len(self.parts) - 1, size, self.phase) for size in (scratch, -scratch)]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor, args[0] if func is aten._to_copy.default else None)
@@ -90,6 +103,16 @@ class Ledger(TorchDispatchMode):
             if tensor is not None and (index := self.live.get(tensor.untyped_storage()._cdata)) is not None:
                 self.parts[index] = part
 
+    @property
+    def most(self) -> dict[str, int]:
+        """The most bytes of each part that were live at once."""
+        live, most = Counter[str](), Counter[str]()
+        for index, size, _ in self.events:
+            part = self.parts[index]
+            live[part] += size
+            most[part] = max(most[part], live[part])
+        return dict(most)
+
     def peak(self, shares: Mapping[str, float] | None = None) -> tuple[str, dict[str, int]]:
         """Returns the phase with the most live bytes, and these by part.
 
@@ -98,7 +121,9 @@ class Ledger(TorchDispatchMode):
         """
         live: Counter[str] = Counter()
         total, most, at = 0.0, -1.0, ("", {})
-        scaled = [(self.parts[index], size * (shares or {}).get(self.parts[index], 1), p) for index, size, p in self.events]
+        scaled = [
+            (self.parts[index], size * (shares or {}).get(self.parts[index], 1), p) for index, size, p in self.events
+        ]
         best = 0
         for number, (_, size, _) in enumerate(scaled):
             total += size

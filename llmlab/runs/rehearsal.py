@@ -7,8 +7,7 @@ weights and rows come from here.  With a `Ledger` nothing is computed, so that a
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from tokenizers import Tokenizer, models
-from torch import nn
 from transformers import DefaultFlowCallback, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.trainer_utils import SaveStrategy
@@ -28,7 +26,6 @@ from transformers.trainer_utils import SaveStrategy
 from llmlab.adapters import lora_config
 from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
-from llmlab.inference import context_length
 from llmlab.model import Adapter
 from llmlab.runs.ledger import Ledger
 from llmlab.runs.optimizers import restore_random_states
@@ -37,6 +34,11 @@ from llmlab.runs.progress import quiet_libraries
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import remote_code_allowed
 
+# bitsandbytes' kernels take addresses; the states of their kinds differ in size alone
+REHEARSED = {
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), "lion"),
+}
 PROMPT = '[{"role": "user", "content": ""}]'
 
 
@@ -173,8 +175,8 @@ class Rehearsal:
     @torch.no_grad()
     def _sample(self, prompt_ids: Any, *_: Any) -> Any:
         """Follows the prompts' forward pass and one token's, the last, of the whole rollout."""
-        trainer, new, model = self.trainer, self.settings.max_new_tokens, self.trainer.model
-        rows, prompt = self.rollout_rows, self.scene.prompt
+        new, model = self.settings.max_new_tokens, self.trainer.model
+        rows, prompt = self.sampled_rows, self.scene.prompt
         if not self.settings.use_vllm:
             training, model.training = model.training, False
             model.eval()
@@ -227,12 +229,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def shorten(settings: Any, folder: str) -> tuple[Any, int]:
-    """Returns settings of a run of one step, with few forward passes, and the completions of a whole rollout."""
-    changes: dict[str, Any] = {"output_dir": folder, "max_steps": 1, "warmup_steps": 1, "compile": False}
+def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
+    """Returns settings of so many steps, of few forward passes, and the completions of a whole rollout."""
+    changes: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "warmup_steps": 1, "compile": False}
     passes, rollout = 1, 0
     if hasattr(settings, "rollout"):
-        rollout, per_pass, _ = settings.rollout(1)
+        rollout = settings.rollout(1).completions
         passes = min(settings.gradient_accumulation_steps, 2)
         per_pass, group = settings.mini_batch_size * passes, settings.completions_per_prompt
         prompts = math.lcm(per_pass, group) // group
@@ -242,33 +244,45 @@ def shorten(settings: Any, folder: str) -> tuple[Any, int]:
         changes["batch_size"] = passes * settings.mini_batch_size
     else:
         passes = min(settings.gradient_accumulation_steps, 2)
-    changes |= {"gradient_accumulation_steps": passes}
+    changes |= {
+        "gradient_accumulation_steps": passes,
+        "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
+    }
     changes |= {name: None for name in ("epochs", "num_episodes", "value_checkpoint") if hasattr(settings, name)}
     return settings.model_copy(update=changes), rollout
 
 
 def rehearse(
-    stage: Any, settings: Any, hardware: Hardware, scene: Scene, *, follow: bool = True
-) -> Ledger | None:
-    """Runs a stage's function to its first step on rows of the scene's length, one process."""
+    stage: Any, settings: Any, hardware: Hardware, scene: Scene, *, processes: int = 1, follow: bool = True
+) -> Any:
+    """Runs a stage's function to its first step on rows of the scene's length; returns the run.
+
+    Args:
+        stage: the stage's function.
+        settings: its settings, of which the first step alone is done.
+        hardware: what is planned for; it need not be here.
+        scene: model and rows.
+        processes: how many share a rollout.
+        follow: whether to follow tensors without memory, in the run's `ledger`; else the step is a real one.
+    """
     ledger = None
     if follow:
-        config = scene.config.get_text_config()
-        ledger = Ledger({config.vocab_size})
+        ledger = Ledger({scene.config.get_text_config().vocab_size})
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
     with ExitStack() as stack:
         stack.enter_context(restore_random_states(torch.device("cpu")))
         stack.enter_context(quiet_libraries())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        settings, rollout = shorten(settings, folder)
+        # without a ledger a second step, which has the optimizer's states
+        settings, completions = shorten(settings, folder, 1 if follow else 2)
         if ledger is not None:
             stack.enter_context(ledger.follow())
         process = PartialState(cpu=hardware.device == "cpu")
         resolved = Resolved(settings, {}, ())
-        run = run_class(
+        run: Any = run_class(
             stage.__name__, True, resolved, hardware, process, Console(quiet=True), Path(folder), None, None, {}
         )
-        run.rollout_rows = rollout
+        run.sampled_rows = completions // processes
         stage.function(run)
-    return ledger
+    return run
