@@ -29,6 +29,20 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 4080": 97.5e12,
     "RTX 3090": 71e12,
+    "M1 Max": 10.4e12,  # its GPU, in fp32 and fp16 alike
+}
+BANDWIDTHS = {  # bytes/s of memory, from the same sheets; of a device that is not here, its kind's
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100": 3.35e12,
+    "A100-SXM4-40GB": 1.56e12,
+    "A100": 2.0e12,
+    "RTX 4090": 1.01e12,
+    "RTX 4080": 0.72e12,
+    "M1 Max": 0.4e12,
+    "cuda": 0.8e12,
+    "mps": 0.2e12,
+    "cpu": 0.04e12,
 }
 
 
@@ -47,6 +61,11 @@ class Hardware:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of the device's memory."""
+        return next(rate for part, rate in BANDWIDTHS.items() if part in f"{self.name} {self.device}")
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns the rows of a run's plan."""
@@ -68,7 +87,7 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
         )
     name, memory = _identify(device)
     dtype, reason = _choose_dtype(device, dtype)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device != "cpu" else None
     return Hardware(device, name, dtype, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
 
 

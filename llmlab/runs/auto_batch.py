@@ -13,26 +13,13 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from llmlab.runs.batch import split_settings
+from llmlab.runs.batch import smaller_batch
 from llmlab.runs.failures import phase_of
 from llmlab.settings.errors import is_out_of_memory
-from llmlab.settings.training import TrainingSettings
 
 T = TypeVar("T")
 # what TRL's trainers and ours count while they take a step
 COUNTS = ("_metrics", "_stored_metrics", "_total_train_tokens", "_logs", "_step", "divergences")
-
-
-def smaller_batch(settings: TrainingSettings) -> dict[str, int] | None:
-    """Returns the settings of half the rows of a forward pass, or the next divisor below, with as many rows in a step
-    and an evaluation as before; None where it is one row already."""
-    name, *counted = split_settings(settings)
-    rows = getattr(settings, name)
-    if rows == 1:
-        return None
-    fewer = next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
-    counts = {each: getattr(settings, each) for each in counted}  # None follows from the others
-    return {name: fewer, **{each: rows // fewer * count for each, count in counts.items() if count is not None}}
 
 
 class DivisibleBatches:

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
+from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
 from llmlab.runs.start import Start
-from llmlab.settings.base import Settings, fields_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 
 # torch.save hides the system's error behind these words
@@ -34,6 +34,7 @@ PHASES = (  # a phase, and the functions in whose frames it is, the first that f
     ("forward pass", {"training_step"}),
     ("reading the data", {"build_rows", "build_corpus"}),
 )
+ROOM = 0.7  # of a run's planned memory, for one that should have fitted
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -102,44 +103,54 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
 
 
 @contextmanager
-def explain_out_of_memory(run: Start[Any]) -> Iterator[None]:
-    """Says of memory that ran out in which phase, at which peak, what took most of it and what to change."""
+def explain_out_of_memory(run: Start[Any], function: Any) -> Iterator[None]:
+    """Says of memory that ran out in which phase of the stage's function, at which peak, what took most of it, and
+    what to change."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        raise OutOfMemory(describe_out_of_memory(error, run)) from error
+        raise OutOfMemory(describe_out_of_memory(error, run, function)) from error
 
 
-def describe_out_of_memory(error: Exception, run: Start[Any]) -> str:
+def describe_out_of_memory(error: Exception, run: Start[Any], function: Any) -> str:
     """Returns the sentence of `explain_out_of_memory`."""
-    hardware = run.hardware
-    peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
+    hardware, processes = run.hardware, run.process.num_processes
     what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
-    ways = how_to_save_memory(run.settings)
-    return f"out of memory ({phase_of(error)}){what}: {peak} were in use of {hardware.name}'s {memory}; {ways}"
+    where = f" on process {run.process.process_index} of {processes}" if processes > 1 else ""
+    peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
+    used = f"out of memory ({phase_of(error)}){what}: {peak} were in use{where} of {hardware.name}'s {memory}"
+    ways = plan_less_memory(run, function)
+    if not run.settings.auto_batch and smaller_batch(run.settings):
+        ways.append("or --auto-batch, which finds a batch that fits")
+    elif run.settings.auto_batch and processes > 1:
+        ways.append("auto_batch works in one process alone: start this run again with such values")
+    return "; ".join([used, *ways])
+
+
+def plan_less_memory(run: Start[Any], function: Any) -> list[str]:
+    """Returns what takes most of a run's memory by its plan, and three changes of its settings that fit by it."""
+    from llmlab.runs.plan import fitting_changes, largest_part, make_plan
+
+    settings, processes = run.settings, run.process.num_processes
+    try:
+        plan = make_plan(function, settings, run.hardware, processes=processes)
+        # where it fits by the plan, something else takes memory too
+        room = min(run.hardware.memory, round(ROOM * plan.total))
+        changes = fitting_changes(function, settings, run.hardware, room, processes=processes)
+    except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
+        smaller = smaller_batch(settings) or {}
+        return [f"set {' with '.join(f'{name} = {value}' for name, value in smaller.items())}"] if smaller else []
+    name, size = largest_part(plan)
+    most = f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}"
+    return [most, *([f"set {', or '.join(changes)}"] if changes else [])]
 
 
 def phase_of(error: BaseException) -> str:
     """Returns the phase of a run in which an error was raised, by the functions that it came through."""
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     return next((phase for phase, functions in PHASES if names & functions), "loading")
-
-
-def how_to_save_memory(settings: Settings) -> str:
-    """Returns which of a stage's settings to change so that a step needs less memory."""
-    values = {setting.name: setting.of(settings) for setting in fields_of(type(settings))}
-    rows = "mini_batch_size" if "mini_batch_size" in values else "batch_size"
-    accumulation = values["gradient_accumulation_steps"]  # None follows from the other sizes
-    doubled = "" if accumulation is None else f" and double gradient_accumulation_steps = {accumulation}"
-    # a prompt and its completion together, or the whole row
-    sampled = ("max_prompt_length", "max_new_tokens") if values.get("max_new_tokens") else ()
-    lengths = [name for name in sampled or ("max_seq_len", "max_length") if values.get(name)]
-    ways = [f"halve {rows} = {values[rows]}{doubled}"] if values[rows] > 1 else []
-    ways += [f"shorten {' or '.join(f'{name} = {values[name]}' for name in lengths)}"]
-    ways += [f"set {name}=true" for name in ("gradient_checkpointing", "use_lora") if values.get(name) is False]
-    return ", or ".join(ways)
 
 
 def _is_write_error(error: Exception, folder: Path) -> bool:

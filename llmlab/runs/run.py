@@ -87,7 +87,8 @@ def training_stage(
                 allow_changed_data=allow_changed_data,
                 console=console,
             )
-            with starting as run, explain_out_of_memory(run):
+            with starting as run, explain_out_of_memory(run, start_run):
+                run.stage_function = start_run
                 return function(run, **options)
 
         run, *own = inspect.signature(function).parameters.values()
@@ -98,6 +99,7 @@ def training_stage(
         start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
+        start_run.function, start_run.run_class = function, run_class  # type: ignore[attr-defined]  # for its plan
         return takes_trust(start_run)
 
     return decorate
@@ -243,7 +245,7 @@ class Run(Start[S]):
         with (
             quiet_libraries(),
             record_failures(self.stage, self.folder, record, self.progress),
-            explain_out_of_memory(self),
+            explain_out_of_memory(self, self.stage_function),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from transformers import Trainer
 
-from llmlab.runs.auto_batch import smaller_batch
+from llmlab.runs.batch import smaller_batch
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import OutOfMemory
 from llmlab.stages import STAGES

@@ -1,0 +1,211 @@
+"""Planned memory against measured memory: each cell trains in a process of its own, on rows of exactly its length.
+
+    python benchmarks/plan_accuracy.py [--record] [--cells 63] [--jobs 1] [--guide]
+
+The plan follows a step on tensors without memory; nothing in it was fitted to these cells.  What is measured is the
+kernel's highest resident size in one to three steps of the stage's own trainer, less the resident size after a tiny
+run of the same stage, so that libraries and their caches are not in it.  glibc's allocator gives each larger tensor
+pages of its own (MALLOC_* below), so that freed memory goes back at once, and figures repeat within a percent.
+`--guide` prints the RL guide's "Expected Training Time" beside the plan's instead.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+SHAPES = {  # vocabulary, width, inner width, layers, heads, key/value heads
+    "tiny": (259, 32, 64, 2, 2, 1),
+    "10M": (8192, 256, 768, 8, 8, 4),
+    "35M": (32000, 384, 1024, 12, 6, 2),
+    "135M": (49152, 576, 1536, 30, 9, 3),
+}
+
+
+def cell(stage, shape, rows, length, dtype="bf16", **settings):
+    return {"stage": stage, "shape": shape, "rows": rows, "length": length, "dtype": dtype, "settings": settings}
+
+
+def make_cells():
+    """Returns the cells: every stage and size, with batches from 1 to 8 and lengths from 64 to 2048."""
+    lora, saves = {"use_lora": True, "lora_preset": "all"}, {"gradient_checkpointing": True}
+    cells = []
+    for stage, changes in (("pretrain", {}), ("sft", {}), ("sft", lora), ("dpo", {}), ("reward", {})):
+        pairs = stage in ("dpo", "reward")
+        cells += [
+            cell(stage, "10M", 1, 256, **changes),
+            cell(stage, "10M", 4, 1024 if not pairs else 512, **changes),
+            cell(stage, "10M", 8, 256, "fp32", **changes),
+            cell(stage, "10M", 1, 2048, **changes, **saves),
+            cell(stage, "35M", 1, 256, **changes),
+            cell(stage, "35M", 4, 512 if not pairs else 256, **changes),
+            cell(stage, "35M", 2, 1024 if not pairs else 512, "fp32", **changes),
+            cell(stage, "135M", 1, 128, **changes),
+            cell(stage, "135M", 1, 512, **changes),
+            cell(stage, "135M", 2, 256, **changes, **saves),
+        ]
+    for stage in ("grpo", "ppo"):
+        cells += [
+            cell(stage, "10M", 4, 64, **(changes := {})),
+            cell(stage, "10M", 8, 256),
+            cell(stage, "10M", 4, 512, "fp32"),
+            cell(stage, "35M", 4, 128),
+            cell(stage, "35M", 2, 512, **lora),
+            cell(stage, "135M", 2, 64, **lora),
+            cell(stage, "135M", 2, 256, **lora, **saves),
+        ]
+    return cells
+
+
+def make_run(options):
+    """Returns the stage, its settings and the scene of a cell."""
+    from llmlab.hardware import probe
+    from llmlab.model import build_config
+    from llmlab.runs.rehearsal import Scene
+    from llmlab.settings.model import ModelSettings
+    from llmlab.stages import STAGES
+
+    vocab, width, inner, layers, heads, kv_heads = SHAPES[options["shape"]]
+    stage, rows, length = STAGES[options["stage"]], options["rows"], options["length"]
+    shape = {"vocab_size": vocab, "d_model": width, "d_ff": inner, "n_layers": layers, "n_heads": heads}
+    shape |= {"n_kv_heads": kv_heads, "max_seq_len": max(length, 64)}
+    values = {"dtype": options["dtype"], "device": "cpu", **options["settings"]}
+    prompt = 0
+    if stage.name == "pretrain":
+        values |= {"model": shape, "batch_size": rows, "gradient_accumulation_steps": 2}
+    elif stage.name == "sft":
+        values |= {"max_seq_len": length, "batch_size": rows, "gradient_accumulation_steps": 1}
+    elif stage.name in ("dpo", "reward"):
+        values |= {"max_length": length, "max_prompt_length": length // 2, "mini_batch_size": rows}
+        values |= {"batch_size": rows}
+    else:
+        prompt = length // 2
+        values |= {"max_new_tokens": length - prompt, "max_prompt_length": prompt, "mini_batch_size": rows}
+        values |= {"batch_size": rows, "ppo_epochs": 1, "rewards": "length_penalty"}
+    settings = stage.settings_class(output_dir="unused", **values)
+    config = build_config(ModelSettings(**shape))
+    return stage.function, settings, probe("cpu", options["dtype"]), Scene(config, None, length, prompt)
+
+
+def measure_cell(options):
+    """Prints what a cell took and what was planned, as JSON."""
+    import torch
+
+    from llmlab.runs.plan import LIBRARIES, measure_step
+    from llmlab.runs.rehearsal import rehearse
+
+    torch.set_num_threads(1)
+    rehearse(*make_run({**options, "shape": "tiny", "rows": 2, "length": 16}), follow=False)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    began = time.perf_counter()
+    measured, _ = measure_step(*make_run(options))
+    trained = time.perf_counter() - began
+    if options.get("measured_only"):
+        print(json.dumps(measured))
+        return
+    began = time.perf_counter()
+    phase, parts = rehearse(*make_run(options)).ledger.peak()
+    parts["libraries"] = LIBRARIES["cpu"]
+    found = {"phase": phase, "parts": parts, "seconds": time.perf_counter() - began, "trained": trained}
+    print(json.dumps({"measured": measured, "planned": sum(parts.values()), **found}))
+
+
+def run_cell(values):
+    """Returns what a process of its own prints about a cell; `step` is another one's measurement, None mostly."""
+
+    def run(**more):
+        command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps({**values, **more})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
+        if done.returncode:
+            sys.exit(f"{values}: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    again = values["length"] % 512 == 0 and values["stage"] != "ppo"
+    return {**run(), "step": run(measured_only=True) if again else None}
+
+
+def describe(values):
+    words = {"use_lora": "LoRA", "gradient_checkpointing": "checkpointing"}
+    extras = [word for name, word in words.items() if values["settings"].get(name)]
+    return [
+        " ".join([values["stage"], *extras]),
+        values["shape"],
+        f"{values['rows']} x {values['length']}",
+        values["dtype"],
+    ]
+
+
+def summarize(found):
+    """Returns the lines below the table: how far predictions are off."""
+    errors = [cell["planned"] / cell["measured"] - 1 for cell in found]
+    steps = [cell["step"] / cell["measured"] - 1 for cell in found if cell["step"]] or [0.0]
+    return [
+        f"{len(errors)} cells: the plan is within 15 % in {sum(abs(e) <= 0.15 for e in errors)}, and at least "
+        f"95 % of the measured peak in {sum(e >= -0.05 for e in errors)}; from {min(errors):+.1%} to "
+        f"{max(errors):+.1%}, in the median {statistics.median(errors):+.1%}.",
+        f"`--measure` is within 5 % in {sum(abs(e) <= 0.05 for e in steps)} of {len(steps)} repeated; "
+        f"from {min(steps):+.1%} to {max(steps):+.1%}.",
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cells of these stages or sizes, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
+    parser.add_argument("--guide", action="store_true", help="the RL guide's training times beside the plan's")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        measure_cell(json.loads(options.cell))
+        return
+    lines = compare_times() if options.guide else compare_memory(options)
+    if options.record:
+        record(lines)
+
+
+def compare_memory(options):
+    """Runs the cells, prints each as it ends, and returns all lines."""
+    chosen = set(filter(None, options.only.split(",")))
+    cells = [values for values in make_cells() if not chosen or chosen & {values["stage"], values["shape"]}]
+    lines = ["| run | model | rows x length | dtype | measured MB | `--measure` | plan | most |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(lines), flush=True)
+    found = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for values, cell in zip(cells, pool.map(run_cell, cells), strict=True):
+            found.append(cell)
+            most = max(cell["parts"], key=cell["parts"].get)
+            ratios = [f"{cell[name] / cell['measured']:.3f}" if cell[name] else "" for name in ("step", "planned")]
+            row = [*describe(values), f"{cell['measured'] / 1e6:.0f}", *ratios, f"{most}, {cell['phase']}"]
+            lines.append(f"| {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    lines += ["", *summarize(found)]
+    print("\n".join(lines[-3:]))
+    return lines
+
+
+def record(lines):
+    """Appends lines to RESULTS.md."""
+    import torch
+
+    head = f"\n## plan_accuracy.py, {date.today()}\n\nPython {platform.python_version()}, torch {torch.__version__}, "
+    head += f"trl {version('trl')}, transformers {version('transformers')}, one thread.\n\n"
+    with Path(__file__).with_name("RESULTS.md").open("a") as file:
+        file.write(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
