@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
-from llmlab.hardware import Hardware, probe
+from llmlab.hardware import Hardware, check_packages, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
@@ -72,6 +72,7 @@ def begin(
     """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
     settings = resolved.settings
     hardware = probe(settings.device, settings.dtype)
+    check_packages(settings, hardware)
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)
