@@ -82,13 +82,13 @@ def examine(say: Callable[[str], None] = lambda text: None) -> Checkup:
     if imports.status == "broken":
         problem = f"{imports.name}: {imports.detail}"
     else:
-        from llmlab import hardware
+        from llmlab.hardware import probe, recommend_preset
 
         devices = [check for device in find_devices() for check in check_device(device, say)]
         if all(check.status == "broken" for check in devices if check.name.endswith(" training")):
             problem = problem or "no device can train"
         checks += devices
-        preset = getattr(hardware, "recommend_preset", lambda found: None)(hardware.probe())
+        preset = recommend_preset(probe())
     say("looking at folders and the hub")
     return Checkup([*checks, *check_folders(), check_hub(), *check_packages()], preset, problem)
 

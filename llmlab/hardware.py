@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from llmlab.settings.errors import UserError
 
+NO_TF32 = "asked for, but CUDA GPUs since Ampere alone have it: no effect here"
+GPU_EXTRA = "'llmlab[gpu]'"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # dense bf16 peaks in FLOP/s, from the vendors' data sheets; matched in this order
@@ -44,6 +47,22 @@ BANDWIDTHS = {  # bytes/s of memory, from the same sheets; of a device that is n
     "mps": 0.2e12,
     "cpu": 0.04e12,
 }
+# bytes that a GPU has at least, of which some is never free: the presets of recipes/hardware, the largest first
+PRESET_MEMORY = {"h200_141gb": 138e9, "a100_80gb": 78e9, "a100_40gb": 38e9, "rtx_4090": 23e9}
+
+
+GIB = 2**30
+MACHINES = {  # of the hardware presets, for plans made elsewhere: device, name, what torch says of its memory
+    "m1_max_64gb": ("mps", "Apple M1 Max", 48 * GIB),
+    "rtx_4080": ("cuda", "NVIDIA RTX 4080", 15.7 * GIB),
+    "rtx_4090": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+    "a100_40gb": ("cuda", "NVIDIA A100-SXM4-40GB", 39.4 * GIB),
+    "a100_80gb": ("cuda", "NVIDIA A100-SXM4-80GB", 79.1 * GIB),
+    "h100_80gb": ("cuda", "NVIDIA H100", 79.1 * GIB),
+    "h200_141gb": ("cuda", "NVIDIA H200", 139.8 * GIB),
+    "multi_gpu_ddp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+    "multi_gpu_fsdp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +86,14 @@ class Hardware:
         """Bytes/s of the device's memory."""
         return next(rate for part, rate in BANDWIDTHS.items() if part in f"{self.name} {self.device}")
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Returns the rows of a run's plan."""
-        return [("device", f"{self.name} ({self.device})"), ("dtype", f"{self.dtype}: {self.reason}")]
+    @property
+    def has_tf32(self) -> bool:
+        return self.device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+
+    def rows(self, tf32: bool | None = None) -> list[tuple[str, str]]:
+        """Returns the rows of a run's plan; `tf32` is whether the settings ask for it."""
+        rows = [("device", f"{self.name} ({self.device})"), ("dtype", f"{self.dtype}: {self.reason}")]
+        return [*rows, ("tf32", NO_TF32)] if tf32 and not self.has_tf32 else rows
 
     def record(self) -> dict[str, Any]:
         """Returns plain values for a run's record."""
@@ -87,8 +111,46 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
         )
     name, memory = _identify(device)
     dtype, reason = _choose_dtype(device, dtype)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device != "cpu" else None
-    return Hardware(device, name, dtype, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
+    return Hardware(device, name, dtype, reason, memory, _peak_flops(name), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def recommend_preset(hardware: Hardware, gpus: int | None = None) -> str:
+    """Returns the name of the hardware preset for a machine with so many GPUs (None counts them): of an unknown GPU,
+    the one with the next smaller memory."""
+    if hardware.device != "cuda":
+        return {"cpu": "cpu", "mps": "m1_max_64gb"}[hardware.device]
+    if (torch.cuda.device_count() if gpus is None else gpus) > 1:
+        return "multi_gpu_ddp"
+    name = next((name for name, memory in PRESET_MEMORY.items() if hardware.memory >= memory), "rtx_4080")
+    return "h100_80gb" if name == "a100_80gb" and "H100" in hardware.name else name
+
+
+def check_packages(settings: Any, hardware: Hardware) -> None:
+    """Refuses settings of a training stage that need a package, device or dtype which is not here."""
+    optimizer, attention = f"optimizer = {settings.optimizer}", f"attn_implementation = {settings.attn_implementation}"
+    for wish, wanted, package, install, devices in (
+        ("use_qlora = true", getattr(settings, "use_qlora", False), "bitsandbytes", GPU_EXTRA, ("cuda", "cpu")),
+        (optimizer, optimizer.endswith("bit"), "bitsandbytes", GPU_EXTRA, ("cuda", "cpu")),
+        ("use_liger_kernel = true", settings.use_liger_kernel, "liger_kernel", GPU_EXTRA, ("cuda",)),
+        (attention, "flex" in attention, "torch", "torch", ("cuda",)),  # elsewhere it has no gradients
+        (attention, "flash" in attention, "flash_attn", "flash-attn --no-build-isolation", ("cuda",)),
+    ):
+        where = "" if hardware.device in devices else f"; it runs on {' or '.join(devices)}, not on {hardware.device}"
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{wish}: it needs {package}, which is not installed: pip install {install}{where}")
+        if wanted and where:
+            raise UserError(f"{wish}: not supported by {package} on this device{where}")
+    if "flash" in attention and hardware.dtype == "fp32":
+        raise UserError(f"{attention}: it computes in bf16 or fp16 alone, and dtype is fp32")
+
+
+def describe_machine(preset: str, dtype: str = "auto") -> Hardware:
+    """Returns the device of a hardware preset, which need not be here; `auto` and `cpu` are this machine's."""
+    if preset not in MACHINES:
+        return probe("cpu" if preset == "cpu" else "auto", dtype)
+    device, name, memory = MACHINES[preset]
+    chosen = {"mps": "fp16", "cuda": "bf16"}[device] if dtype == "auto" else dtype
+    return Hardware(device, name, chosen, "as planned", int(memory), _peak_flops(name))
 
 
 def free_disk(folder: Path) -> int:
@@ -96,6 +158,10 @@ def free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _peak_flops(name: str) -> float | None:
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _identify(device: str) -> tuple[str, int]:

@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from llmlab.settings import settings_class
+from llmlab.settings.files import Layer
+from llmlab.settings.presets import hardware_layer
+from llmlab.settings.sources import resolve
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,21 @@ class Stage:
     def function(self) -> Callable[..., Any]:
         module, _, name = self.path.partition(":")
         return getattr(import_module(f"llmlab.training.{module}"), name)
+
+    def resolve(
+        self, layers: list[Layer], *, below: list[Layer], hardware: str | None = None, planned: bool = False
+    ) -> Any:
+        """Returns the settings of layers over those `below` them, such as a preset, and between them what a machine
+        sets: a name, or `auto` for the one at hand; `planned` as in `hardware_layer`."""
+        if hardware is None:
+            return resolve(self.settings_class, *below, *layers)
+        if hardware == "auto":
+            from llmlab.hardware import probe, recommend_preset
+
+            hardware = recommend_preset(probe())
+        machine, notes = hardware_layer(self.name, hardware, below, layers, planned=planned)
+        resolved = resolve(self.settings_class, *below, machine, *layers)
+        return replace(resolved, warnings=(*resolved.warnings, *notes))
 
     def check(self, resolved: Any, *, resumed: bool = False) -> None:
         """Raises SettingsError for inputs that are missing and folders that are taken, before heavy imports."""

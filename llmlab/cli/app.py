@@ -28,6 +28,11 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
+    "plan": (
+        TRAIN,
+        "Plan a stage's run: memory, steps, time, disk, and what to change where it does not fit.",
+        "plan:plan",
+    ),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
@@ -59,7 +64,8 @@ def build_app(requested: str | None) -> typer.Typer:
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
             text = line if target is _placeholder else target.__doc__
-            app.command(name, help=text, rich_help_panel=panel)(target)
+            words = {"context_settings": getattr(target, "context_settings", None)}
+            app.command(name, help=text, rich_help_panel=panel, **words)(target)
     return app
 
 

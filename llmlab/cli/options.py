@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
+from llmlab.settings.sources import Resolved
 from llmlab.settings.training import TrainingSettings
 from llmlab.settings.trust import allow_remote_code
 from llmlab.stages import STAGES
@@ -33,13 +34,15 @@ TrustRemoteCode = Annotated[
 POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
 
 
-def stage_command(name: str) -> Callable[..., None]:
-    """Returns the typer command of a stage: its settings as options, and what every stage can do."""
+def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do; with `use` the
+    settings go there, and nothing runs."""
     stage = STAGES[name]
     kind = stage.settings_class
     positional = POSITIONAL.get(name)
     usage = (f"[{positional.upper()}]... " if positional else "") + "[KEY=VALUE]..."
     named = f"Named values: {', '.join(presets(name))}."
+    machines = f"A machine's values for what nothing else sets: {', '.join(['auto', *hardware_presets()])}."
 
     def command(
         *,
@@ -51,6 +54,7 @@ def stage_command(name: str) -> Callable[..., None]:
             typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py; of several the later wins."),
         ] = None,
         preset: Annotated[str | None, typer.Option(help=named)] = None,
+        hardware: Annotated[str | None, typer.Option(help=machines)] = None,
         show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and its source.")] = False,
         save_config: Annotated[
             Path | None, typer.Option(help="Write the resolved settings to a file instead of running.")
@@ -68,20 +72,26 @@ def stage_command(name: str) -> Callable[..., None]:
         trust_remote_code: TrustRemoteCode = False,
         **options: Any,
     ) -> None:
-        layers = [read_layer(path) for path in config or ()]
-        if preset is not None:
-            layers.insert(0, _preset_layer(name, preset))
+        below = [] if preset is None else [read_preset(name, preset)]
+        layers = [for_stage(read_layer(path), name) for path in config or ()]
         layers.append(_command_line_layer(kind, overrides or [], options, positional))
         started = None
+        if resume is not None and hardware is not None:
+            raise UserError(
+                f"--hardware {hardware}: a resumed run keeps its settings; leave it out, or set single ones"
+            )
         if resume is not None:
             recorded, started = _read_run(resume, name)
-            layers.insert(0, recorded)
-        resolved = resolve(kind, *layers)
+            below.insert(0, recorded)
+        planned = show_config or save_config is not None or use is not None
+        resolved = stage.resolve(layers, below=below, hardware=hardware, planned=planned)
         print_warnings(resolved.warnings)
         if save_config is not None:
             dump({"stage": name, **resolved.settings.recorded()}, save_config)
         elif show_config:
             print_config(resolved)
+        elif use is not None:
+            use(resolved)
         else:
             if resume is not None and started not in (None, Path.cwd()):
                 resume = Path(os.path.abspath(resume))
@@ -93,6 +103,7 @@ def stage_command(name: str) -> Callable[..., None]:
 
     absent = {"options", *(() if stage.resumes else ("resume", "load_optimizer", "allow_changed_data"))}
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
+    absent |= set() if name in SECTIONS else {"preset", "hardware"}
     fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
     parameters = fixed + [
         inspect.Parameter(
@@ -112,18 +123,6 @@ def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -
     setting = spellings_of(settings)[name]
     title = setting.owner.panel if panel else None
     return Annotated[setting.type, typer.Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
-
-
-def presets(stage: str) -> list[str]:
-    """Returns the names of the presets shipped for a stage."""
-    return sorted(path.stem for path in (recipe_folder() / stage).glob("*.yaml"))
-
-
-def recipe_folder() -> Path:
-    """Returns the folder of shipped recipes: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
@@ -161,14 +160,6 @@ def print_config(resolved: Resolved[Any]) -> None:
         value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
         table.add_row(setting.key, safe(value), safe(source), style="dim" if source == "default" else "bold")
     Terminal(whole_rows=True).print(table)
-
-
-def _preset_layer(stage: str, preset: str) -> Layer:
-    if preset not in presets(stage):
-        known = presets(stage)
-        raise UserError(f"--preset {preset}: expected one of {', '.join(known)}{did_you_mean(preset, known)}")
-    layer = read_layer(recipe_folder() / stage / f"{preset}.yaml")
-    return Layer(f"preset {preset}", layer.values, path=layer.path)
 
 
 def _command_line_layer(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column
 
-from llmlab.cli.options import TrustRemoteCode, print_warnings, recipe_folder
+from llmlab.cli.options import TrustRemoteCode, print_warnings
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.presets import recipe_folder
 from llmlab.terminal import Terminal, make_table, safe
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def run(
         str | None,
         typer.Option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished."),
     ] = None,
+    hardware: Annotated[str | None, typer.Option(help="A machine's values for what the file leaves unset.")] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
     ] = False,
@@ -42,7 +44,7 @@ def run(
     from llmlab.pipeline import execute, plan, read_pipeline
 
     path = _find(pipeline)
-    parsed = read_pipeline(path, overrides, allow_code=allow_code)
+    parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)

@@ -99,11 +99,8 @@ def _from_bitsandbytes(
     model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerSettings, learning_rate: float
 ) -> Optimizer:
     """Returns an optimizer with 8-bit states, or with states that are paged between GPU and CPU memory."""
-    try:
-        from bitsandbytes import optim  # an extra; and a second or two, for those who use it
-    except ImportError:
-        needs = "it needs bitsandbytes: pip install 'llmlab[gpu]'"
-        raise UserError(f"optimizer = {settings.optimizer}: {needs}") from None
+    from bitsandbytes import optim  # an extra; and a second or two, for those who use it
+
     options = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
     # on a CPU there is nothing to page to, and bitsandbytes warns for each weight
     options["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"

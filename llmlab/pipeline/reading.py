@@ -6,7 +6,8 @@ stages:
   tokenizer: {datasets: [demo/stories], vocab_size: 2048}
   pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}
 ```
-A stage's name is its kind, unless `stage: kind` says otherwise.
+A stage's name is its kind, unless `stage: kind` says otherwise. A stage may have a `preset: NAME` and a `hardware: NAME`,
+and the file a `hardware` for all of them: those of the command line.
 """
 
 import re
@@ -17,13 +18,14 @@ from typing import Any
 from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, parse_scalar, read_layer
-from llmlab.settings.sources import Resolved, resolve
+from llmlab.settings.presets import SECTIONS, read_preset
+from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import REMOTE_CODE, refusals
 from llmlab.stages import STAGES, Stage
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 NAME = re.compile(r"\w[\w-]{0,99}")  # of a stage: a folder in output_dir, beside files that have a dot in their names
-KEYS = ("output_dir", "stages")
+KEYS = ("output_dir", "hardware", "stages")
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,18 @@ class Pipeline:
     stages: tuple[PipelineStage, ...]
 
 
-def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False) -> Pipeline:
+def read_pipeline(
+    path: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False, hardware: str | None = None
+) -> Pipeline:
     """Reads a pipeline file, and raises SettingsError with every problem of every stage.
 
     `overrides` are `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load
-    reward functions from Python files.
+    reward functions from Python files; `hardware` replaces that of the file.
     """
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
     problems += [
-        f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {' and '.join(KEYS)}"
+        f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {', '.join(KEYS)}"
         for key in layer.values
         if key not in (*KEYS, REMOTE_CODE)
     ]
@@ -100,9 +104,13 @@ def read_pipeline(path: str | Path, overrides: list[str] | None = None, *, allow
                 f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
             )
         try:
-            resolved = STAGES[kind].prepare(resolve(STAGES[kind].settings_class, section, command_line))
-        except SettingsError as error:
-            problems += [f"{problem} (stage '{name}')" for problem in error.problems]
+            preset, machine = (given.pop(key, section.values.pop(key, None)) for key in ("preset", "hardware"))
+            machine = (machine or hardware or layer.values.get("hardware")) if kind in SECTIONS else None
+            below = [read_preset(kind, preset)] if preset else []
+            resolved = STAGES[kind].resolve([section, command_line], below=below, hardware=machine)
+            resolved = STAGES[kind].prepare(resolved)
+        except UserError as error:
+            problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]
             continue
         found.append(PipelineStage(name, STAGES[kind], resolved, output_dir / name, tuple(dict.fromkeys(needs))))
     if problems:

@@ -25,7 +25,6 @@ SCHEDULERS = {
 }
 
 REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger_kernel"}  # argument: the package it needs
 
 # fields of the trainer's configuration that follow from a setting of another name
 COVERED = {
@@ -53,7 +52,7 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
         "lr_scheduler_kwargs": scheduler_kwargs,
         "bf16": hardware.dtype == "bf16",
         "fp16": hardware.dtype == "fp16",
-        "tf32": settings.tf32 if hardware.device == "cuda" else None,
+        "tf32": settings.tf32 if hardware.has_tf32 else None,
         "use_cpu": hardware.device == "cpu",
         "dataloader_pin_memory": hardware.device == "cuda",
         "save_total_limit": None,  # it would remove whatever is called checkpoint-*
@@ -93,9 +92,9 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
         raise SettingsError(problems)
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
     reporters = settings.trainer_args.get("report_to") or []
-    needed = [(name, package) for name, package in PACKAGES.items() if settings.trainer_args.get(name)]
+    needed = [("deepspeed", "deepspeed")] if settings.trainer_args.get("deepspeed") else []
     needed += [("report_to", each) for each in ([reporters] if isinstance(reporters, str) else reporters)]
     for name, package in needed:  # here, since the libraries' own errors break what is loaded after them
-        if package in (*PACKAGES.values(), *REPORTERS) and find_spec(package) is None:
+        if package in ("deepspeed", *REPORTERS) and find_spec(package) is None:
             raise UserError(f"trainer_args.{name}: it needs {package}, which is not installed")
     return settings.trainer_args

@@ -155,6 +155,13 @@ class CheckpointRotation(TrainerCallback):
             checkpoints.rotate(Path(args.output_dir), self.keep, scores, best=state.best_model_checkpoint)
 
 
+class EmptyCache(TrainerCallback):
+    """Returns to the system, between epochs, what MPS keeps of the memory that they share (RL guide, section 5)."""
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        torch.mps.empty_cache()
+
+
 @dataclass(eq=False)
 class ProcessState(TrainerCallback):
     """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it from

@@ -119,20 +119,15 @@ class Ledger(TorchDispatchMode):
         Args:
             shares: of a part, the factor of its bytes; 1 where it is not named.
         """
-        live: Counter[str] = Counter()
-        total, most, at = 0.0, -1.0, ("", {})
-        scaled = [
-            (self.parts[index], size * (shares or {}).get(self.parts[index], 1), p) for index, size, p in self.events
-        ]
-        best = 0
-        for number, (_, size, _) in enumerate(scaled):
+        live, total, most, last = Counter[str](), 0.0, -1.0, 0
+        sizes = [size * (shares or {}).get(self.parts[index], 1) for index, size, _ in self.events]
+        for number, size in enumerate(sizes):
             total += size
             if total > most:
-                most, best = total, number
-        for part, size, phase in scaled[: best + 1]:
-            live[part] += size
-            at = phase, live
-        return at[0], {part: round(size) for part, size in at[1].items() if size >= 1}
+                most, last = total, number
+        for (index, _, _), size in zip(self.events[: last + 1], sizes, strict=False):
+            live[self.parts[index]] += size
+        return self.events[last][2], {part: round(size) for part, size in live.items() if size >= 1}
 
 
 def _convert(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

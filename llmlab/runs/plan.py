@@ -6,14 +6,14 @@ The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmlab.hardware import Hardware
+from llmlab.hardware import Hardware, probe
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
 from llmlab.runs.rehearsal import Scene, rehearse
@@ -60,6 +60,15 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.total <= self.memory or not self.memory
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Returns the rows about model, steps, tokens and disk."""
+        share = f", {human(self.trained)} trained ({self.trained / self.parameters:.2%})"
+        rows = [("model", f"{human(self.parameters)} parameters{share}")]
+        rows += [("steps", f"{self.steps:,}")] if self.steps else []
+        rows += [("tokens", f"{human(self.tokens)}, {human(self.flops)} FLOPs a device")] if self.tokens else []
+        rows += [("disk", f"about {human(self.disk, 'B')}"), self.rows()[0]]
+        return [*rows, ("fits", "yes")] if self.fits else rows
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns the rows about memory and time that open a run."""
@@ -221,25 +230,12 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
     if not settings.gradient_checkpointing:
         yield [{"gradient_checkpointing": True}]
     if hasattr(settings, "model"):
-        yield [
-            {"model": settings.model.model_copy(update={"max_seq_len": settings.model.max_seq_len // part})}
-            for part in (2, 4)
-        ]
-    elif hasattr(settings, "max_new_tokens"):
-        yield [
-            {
-                "max_new_tokens": max(settings.max_new_tokens // part, 1),
-                "max_prompt_length": (settings.prompt_limit or 1024) // part,
-            }
-            for part in (2, 4)
-        ]
+        shape, length = settings.model, settings.model.max_seq_len
+        yield [{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)]
     else:
-        longest = "max_length" if hasattr(settings, "max_length") else "max_seq_len"
-        prompt = getattr(settings, "max_prompt_length", None)
-        yield [
-            {longest: getattr(settings, longest) // part, **({"max_prompt_length": prompt // part} if prompt else {})}
-            for part in (2, 4)
-        ]
+        longest = next(name for name in ("max_new_tokens", "max_length", "max_seq_len") if hasattr(settings, name))
+        lengths = {name: getattr(settings, name, None) for name in (longest, "max_prompt_length")}
+        yield [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
     if getattr(settings, "use_lora", None) is False:
         yield [{"use_lora": True}]
     if settings.optimizer == "adamw":
@@ -304,11 +300,8 @@ def _other_parts(run: Any, settings: Any, trained: int, processes: int, sharding
     elif processes > 1 and sharding in ("zero3", "fsdp2"):
         weights = sum(p.nbytes for p in run.trainer.model.parameters())
         parts["communication"] = 2 * weights // (run.scene.config.get_text_config().num_hidden_layers + 1)
-    names = (
-        {str(reward.parameters.get("model")) for reward in settings.all_rewards() if "model" in reward.parameters}
-        if hasattr(settings, "all_rewards")
-        else ()
-    )
+    rewards = settings.all_rewards() if hasattr(settings, "all_rewards") else ()
+    names = {str(reward.parameters["model"]) for reward in rewards if "model" in reward.parameters}
     for name in names:
         parts["reward model"] = parts.get("reward model", 0) + 4 * measure(load_config(name)).total
     return parts
@@ -329,6 +322,22 @@ def measure_step(function: Any, settings: Any, hardware: Hardware, scene: Scene)
         return _resident("VmHWM") - before, seconds
     peak = memory.max_memory_reserved() if hardware.device == "cuda" else memory.driver_allocated_memory()
     return peak, seconds
+
+
+def measure_plan(plan: Plan, function: Any, settings: Any, hardware: Hardware) -> Plan:
+    """Returns a plan with the memory and the time of real steps on this machine; the shares of its parts stay."""
+    if probe(settings.device, settings.dtype).name != hardware.name:
+        raise UserError("--measure: it measures this machine; leave --hardware out")
+    scene = read_scene(settings)
+    step = rehearse(function, settings, hardware, scene).ledger.flops.total()
+    peak, seconds = measure_step(function, settings, hardware, scene)
+    scale = peak / plan.total
+    return replace(
+        plan,
+        parts={name: round(size * scale) for name, size in plan.parts.items()},
+        seconds=plan.flops and plan.flops * seconds / step,
+        notes=(*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s"),
+    )
 
 
 def _resident(key: str) -> int:

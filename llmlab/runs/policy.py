@@ -18,10 +18,11 @@ from llmlab.data.chat.rendering import add_chat_template
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
+from llmlab.model.attention import BIAS_IMPLEMENTATIONS
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.lora import LoraSettings
 
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
@@ -185,21 +186,33 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns the bitsandbytes config for QLoRA where this device can load 4-bit weights, or None without QLoRA."""
+    """Returns the bitsandbytes config for QLoRA, or None without QLoRA."""
     if not settings.use_qlora:
         return None
-    try:
-        import bitsandbytes  # noqa: F401  an extra; and a second or two, for those who use it
-    except ImportError:
-        raise UserError("use_qlora = true: 4-bit weights need bitsandbytes: pip install 'llmlab[gpu]'") from None
-    if hardware.device == "mps":
-        raise UserError("use_qlora = true: bitsandbytes has no 4-bit weights on mps; expected device cuda or cpu")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.torch_dtype,
     )
+
+
+def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:
+    """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
+    model, name = model.get_base_model() if isinstance(model, PeftModel) else model, settings.attn_implementation
+    where = f"model_type = {model.config.model_type}"
+    if settings.use_liger_kernel:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise UserError(f"use_liger_kernel = true: liger-kernel has no layers for {where}; leave it out")
+    if name == "auto":
+        return
+    if getattr(model.config, "positional_encoding", "") != "alibi" or name in BIAS_IMPLEMENTATIONS:
+        with reading(f"attn_implementation = {name}", f"kernels of {where}"):
+            model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # Transformers only logs it
+        raise UserError(f"attn_implementation = {name}: not supported by this model ({where}); expected auto or sdpa")
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import DefaultFlowCallback, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.trainer_utils import SaveStrategy
@@ -57,7 +58,7 @@ class Scene:
 
 
 class Rehearsal:
-    """Mixin of a stage's run: its model has the scene's shape and random or no weights, its rows the scene's length."""
+    """Mixin of a stage's run: its model has the scene's shape, and its rows the scene's length."""
 
     scene: Scene
     ledger: Ledger | None
@@ -68,7 +69,7 @@ class Rehearsal:
         frozen = adapter is not None or settings.use_lora
         model = self._make_model(task, self.hardware.torch_dtype if frozen else torch.float32)  # type: ignore[attr-defined]
         if settings.use_qlora:
-            quantize(model, self.hardware.torch_dtype)  # type: ignore[attr-defined]
+            pack_linear_layers(model)
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if adapter is not None:
             adapter.config.inference_mode = False
@@ -199,6 +200,37 @@ class Rehearsal:
             model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
             model.train(training)
         return [[3] * new] * len(prompt_ids), None
+
+
+class FourBitProduct(torch.autograd.Function):
+    """A product with 4-bit weights, which both passes unpack to the dtype of the product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        ctx.shape = shape
+        return x @ x.new_empty(shape).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad @ grad.new_empty(ctx.shape), None, None
+
+
+class FourBitLinear(nn.Linear):
+    """Stands in for bitsandbytes' layer: the same memory, and no values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return FourBitProduct.apply(x.to(dtype), self.weight, (self.out_features, self.in_features))
+
+
+def pack_linear_layers(model: Any) -> None:
+    """Gives the decoder's linear layers weights of 4.13 bits, with bitsandbytes' double quantization."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings() and name != "score":
+            module.__class__ = FourBitLinear
+            size = math.ceil(module.weight.numel() * 4.13 / 8)
+            module.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+    model.is_loaded_in_4bit = True
 
 
 class CorpusOf:

@@ -32,10 +32,10 @@ from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.batch import split_settings
-from llmlab.runs.callbacks import CheckpointRotation, MetricsLog, ResumedSchedule, SaveSchedule
+from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
-from llmlab.runs.policy import Policy, load_policy
+from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
 from llmlab.runs.resume import check_steps_left
@@ -172,6 +172,9 @@ class Run(Start[S]):
         )
         self.progress = ProgressLine(self.console, **(progress or {}))
         with quiet_libraries():
+            for each in (model, *options.values()):
+                if isinstance(each, (PreTrainedModel, PeftModel)):  # the reference too
+                    choose_kernels(each, settings)
             made = trainer(
                 settings=settings,
                 load_optimizer=self.load_optimizer,
@@ -238,6 +241,8 @@ class Run(Start[S]):
             trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
+        if self.hardware.device == "mps":
+            trainer.add_callback(EmptyCache())
         if isinstance(trainer.model, PeftModel):
             trainer.add_callback(BestAdapters(trainer, self.folder))
         rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
@@ -252,7 +257,7 @@ class Run(Start[S]):
             batches = None
             if trainer.eval_dataset is not None:
                 batches = getattr(self.settings, split_settings(self.settings)[2])
-            rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows()]
+            rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
-from llmlab.hardware import Hardware, probe
+from llmlab.hardware import Hardware, check_packages, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.batch import Batch, batch_of, split_again
@@ -78,6 +78,7 @@ def begin(
     hardware = probe(settings.device, settings.dtype)
     if hardware.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so
+    check_packages(settings, hardware)
     process = PartialState(cpu=hardware.device == "cpu")
     console = console or Terminal(quiet=not process.is_main_process)
     check_supported(settings.optimizer, process.distributed_type)

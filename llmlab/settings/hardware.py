@@ -34,6 +34,11 @@ class HardwareSettings(DeviceSettings):
     """TF32 matrix products on CUDA devices that have them; none keeps torch's default."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile; auto enables it where the run is long enough to regain the compile time."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention kernels; auto is the model's own choice, sdpa for most. flash_attention_2 needs flash-attn, a CUDA GPU
+    and bf16 or fp16."""
+    use_liger_kernel: Annotated[bool, Trl("use_liger_kernel")] = False
+    """Liger's fused layers, on CUDA, for architectures that liger-kernel knows."""
     gradient_checkpointing: Annotated[bool, Trl("gradient_checkpointing")] = False
     """Recompute activations in the backward pass: about a third slower, with much less memory."""
     dataloader_num_workers: Annotated[int, Ge(0), Le(256), Trl("dataloader_num_workers")] = 0

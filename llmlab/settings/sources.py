@@ -6,7 +6,7 @@ All problems are collected and reported at once.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -70,19 +70,25 @@ def load(stage: type[S], path: str | Path, **overrides: Any) -> S:
     return resolve(stage, read_layer(path), Layer("arguments", overrides)).settings
 
 
+def merge(kind: type[Settings], layers: Iterable[Layer], problems: list[str], warnings: list[str]) -> dict[str, Entry]:
+    """Returns what layers set, by key, later ones winning; no value is validated yet."""
+    entries: dict[str, Entry] = {}
+    for rank, layer in enumerate(layers, start=1):
+        problems += refusals(layer)
+        found = _read(kind, layer, rank, problems, warnings)
+        for names in kind.alternatives:
+            if any(name in found and found[name].value is not None for name in names):
+                entries = {key: entry for key, entry in entries.items() if key not in names}
+        for key, entry in found.items():
+            _add(entries, spellings_of(kind)[key], entry)
+    return entries
+
+
 def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
     """Validates the merged layers, later ones winning, and raises a SettingsError with all of their problems."""
     problems: list[str] = []
     warnings: list[str] = []
-    entries: dict[str, Entry] = {}
-    for rank, layer in enumerate(layers, start=1):
-        problems += refusals(layer)
-        found = _read(stage, layer, rank, problems, warnings)
-        for names in stage.alternatives:
-            if any(name in found and found[name].value is not None for name in names):
-                entries = {key: entry for key, entry in entries.items() if key not in names}
-        for key, entry in found.items():
-            _add(entries, spellings_of(stage)[key], entry)
+    entries = merge(stage, layers, problems, warnings)
     settings, wrong = _validate(stage, entries)
     problems += wrong
     if settings is not None:
