@@ -134,14 +134,16 @@ def plan_less_memory(run: Start[Any], function: Any) -> list[str]:
     from llmlab.runs.plan import fitting_changes, largest_part, make_plan
 
     settings, processes = run.settings, run.process.num_processes
+    run.console.print("out of memory: planning what would fit ...")
     try:
         plan = make_plan(function, settings, run.hardware, processes=processes)
         # where it fits by the plan, something else takes memory too
         room = min(run.hardware.memory, round(ROOM * plan.total))
         changes = fitting_changes(function, settings, run.hardware, room, processes=processes)
     except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
-        smaller = smaller_batch(settings) or {}
-        return [f"set {' with '.join(f'{name} = {value}' for name, value in smaller.items())}"] if smaller else []
+        smaller = (smaller_batch(settings) or {}).items()
+        values = [f"{name} = {value}" for name, value in smaller if not name.startswith("eval")]
+        return [f"set {' with '.join(values)}"] if values else []
     name, size = largest_part(plan)
     most = f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}"
     return [most, *([f"set {', or '.join(changes)}"] if changes else [])]

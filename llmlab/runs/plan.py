@@ -251,9 +251,8 @@ def _count_work(settings: Any, rows: int | None, processes: int) -> tuple[int | 
         rollout, passes = settings.rollout(processes), settings.gradient_accumulation_steps
         steps = settings.max_steps if epochs is None else rows and settings.steps_for(rows, processes)
         return steps, rollout.completions / rollout.updates / processes, passes
-    is_pairs = hasattr(settings, "accumulation")
-    size = settings.mini_batch_size if is_pairs else settings.batch_size
-    passes = settings.accumulation(processes) if is_pairs else settings.gradient_accumulation_steps
+    is_pairs = settings.rows_per_pass == "mini_batch_size"
+    size, passes = getattr(settings, settings.rows_per_pass), settings.accumulation(processes)
     steps = settings.max_steps
     if epochs is not None:
         steps = rows and count_steps(rows, rows_per_batch=size * processes, accumulation=passes, epochs=epochs)

@@ -1,5 +1,8 @@
 """Running out of memory: which phase it was, and runs that go on with smaller batches."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from transformers import Trainer
 from llmlab.runs.batch import smaller_batch
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import OutOfMemory
+from llmlab.settings.files import dump
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
@@ -21,7 +25,7 @@ def limit(monkeypatch):
     """Returns a function after which forward passes on more rows run out of memory: those with gradients, from the
     second of a step on."""
 
-    def set_limit(rows, *, step=1, when=torch.is_grad_enabled):
+    def set_limit(rows, *, step=1, when=torch.is_grad_enabled, times=1000):
         counts = {"steps": 0, "passes": 0, "refused": 0}
 
         def get_batch_samples(self, *args, **kwargs):
@@ -31,7 +35,7 @@ def limit(monkeypatch):
         def forward(self, ids):
             counts["passes"] += when()
             late = counts["steps"] > step or (counts["steps"] == step and counts["passes"] > 1)
-            if when() and late and len(ids) > rows:
+            if when() and late and len(ids) > rows and counts["refused"] < times:
                 counts["refused"] += 1
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return FORWARD(self, ids)
@@ -87,17 +91,22 @@ def test_the_rest_is_as_with_half_the_batch_from_the_start(stage, tiny_settings,
         assert (record["sources"][name] == "auto-batch") == (before != after)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "dpo", "grpo"])
-def test_without_auto_batch_the_sentence_says_what_to_do(stage, tiny_settings, tmp_path, limit):
-    limit(1)
-    with pytest.raises(OutOfMemory, match="out of memory .forward pass.*mini_batch_size = 4|.*batch_size = 4"):
-        run(stage, tiny_settings(stage, tmp_path / "run"))
+def test_the_message_has_changes_that_fit_by_the_plan(tiny_settings, tmp_path, limit):
+    limit(1, step=0, times=1)
+    with pytest.raises(OutOfMemory) as caught:
+        run("sft", tiny_settings("sft", tmp_path / "run", batch_size=32, max_seq_len=128, max_steps=1))
+    message = str(caught.value)
+    assert re.search(r"by the plan most of it is [a-z ]+, [0-9.]+ [MG]B of [0-9.]+ [MG]B; set ", message), message
+    assert re.search(r"batch_size = [1248] with gradient_accumulation_steps = [0-9]+", message), message
+    assert message.count(", or ") == 2 and "or --auto-batch" in message
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())  # it can be started again
 
 
-def test_at_one_row_the_run_ends(tiny_settings, tmp_path, limit):
-    limit(0)
-    with pytest.raises(OutOfMemory, match="shorten max_seq_len"):
+def test_at_one_row_the_run_ends(tiny_settings, tmp_path, limit, no_plan):
+    counts = limit(0)
+    with pytest.raises(OutOfMemory, match="^out of memory .forward pass.*GB$"):
         run("sft", tiny_settings("sft", tmp_path / "run", auto_batch=True))
+    assert counts["refused"] == 3  # 4, 2 and 1 rows
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,12 @@ def test_every_batch_has_the_same_rows_in_a_step(rows, sizes, tiny_settings, tmp
         assert settings.batch_size * settings.gradient_accumulation_steps == 2 * rows
         assert settings.batch_size * settings.eval_steps == 4 * rows
     assert found == sizes
+
+
+@pytest.fixture
+def no_plan(monkeypatch):
+    """Leaves the plan, which takes seconds, out of messages."""
+    monkeypatch.setattr("llmlab.runs.failures.plan_less_memory", lambda run, function: [])
 
 
 def refuse(*args, **kwargs):
@@ -133,10 +148,12 @@ def refuse(*args, **kwargs):
         ("sft", "transformers.PreTrainedModel.save_pretrained", "saving"),
     ],
 )
-def test_the_phase_is_named(stage, place, phase, tiny_settings, tmp_path, monkeypatch):
+def test_the_phase_is_named(stage, place, phase, tiny_settings, tmp_path, monkeypatch, no_plan):
     monkeypatch.setattr(place, refuse)
     changes = {"ppo_epochs": 2} if stage == "ppo" else {}
-    with pytest.raises(OutOfMemory, match=rf"^out of memory \({phase}\): .*[0-9] [MG]B were in use of .*'s .* [MG]B;"):
+    with pytest.raises(
+        OutOfMemory, match=rf"^out of memory \({phase}\): .*[0-9] [MG]B were in use of .*'s .* [MG]B; or --auto-batch"
+    ):
         run(stage, tiny_settings(stage, tmp_path / "run", max_steps=1, **changes))
 
 
@@ -178,3 +195,28 @@ def test_sophia_estimates_in_smaller_parts_too(tiny_settings, tmp_path, limit):
     assert counts["refused"] == 1
     for one, other in zip(found, expected, strict=True):
         assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+
+
+CHILD = """
+import resource, sys
+import llmlab.training.pretrain as stage
+from llmlab.cli.app import main
+import trl
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), used + int(sys.argv[1])))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+def test_memory_that_really_runs_out(tiny_settings, tmp_path, settings):
+    """With 400 MB left, the activations of 1024 rows do not fit and those of a smaller batch do."""
+    values = settings(max_steps=2, batch_size=1024, model={"d_model": 128})
+    dump({"stage": "pretrain", **values.recorded()}, tmp_path / "x.yaml")
+    command = [sys.executable, "-c", CHILD, str(400 * 2**20), "pretrain", "--config", str(tmp_path / "x.yaml")]
+    result = subprocess.run([*command, "--auto-batch"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "out of memory (forward pass): taken again with batch_size = 512" in result.stdout, result.stdout
+    record = read_record(tmp_path / "run")
+    rows, passes = (record["settings"][name] for name in ("batch_size", "gradient_accumulation_steps"))
+    assert rows * passes == 1024 and record["step"] == 2 and 1 <= rows < 1024
