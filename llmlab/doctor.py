@@ -140,8 +140,7 @@ def check_imports() -> Check:
         import torch  # noqa: F401
 
         name = "trainers"
-        import llmlab.training.pretrain
-        import llmlab.training.sft  # noqa: F401
+        from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: F401  # with Transformers, PEFT and Accelerate
     except (Exception, SystemExit) as error:
         return Check("versions", name, "broken", f"cannot be imported: {reason_of(error)}")
     return Check("versions", name, "ok", "torch, Transformers and TRL can be imported together")

@@ -29,7 +29,7 @@ def doctor(
     if as_json:
         say_json(asdict(checkup), indent=2)
     else:
-        console = Terminal()
+        console = Terminal(whole_rows=True)
         for section, checks in groupby(checkup.checks, key=lambda check: check.section):
             table = make_table("", "", "", show_header=False)
             for check in checks:

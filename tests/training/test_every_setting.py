@@ -31,7 +31,7 @@ from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
-NOT_HERE = ("tf32",)  # CUDA alone has it: see the last test
+NOT_HERE = ("tf32", "auto_batch")  # CUDA alone has it: see the last test; tests/runs/test_auto_batch.py
 ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
     "grpo": ("baseline_mode", "kl_penalty"),
     "ppo": ("lora_dropout",),
