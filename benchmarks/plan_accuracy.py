@@ -1,6 +1,6 @@
 """Planned memory against measured memory: each cell trains in a process of its own, on rows of exactly its length.
 
-    python benchmarks/plan_accuracy.py [--record] [--cells 63] [--jobs 1] [--guide]
+    python benchmarks/plan_accuracy.py [--record] [--only sft,10M] [--guide]
 
 The plan follows a step on tensors without memory; nothing in it was fitted to these cells.  What is measured is the
 kernel's highest resident size in one to three steps of the stage's own trainer, less the resident size after a tiny
@@ -18,10 +18,9 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -38,32 +37,31 @@ def cell(stage, shape, rows, length, dtype="bf16", **settings):
 
 
 def make_cells():
-    """Returns the cells: every stage and size, with batches from 1 to 8 and lengths from 64 to 2048."""
+    """Returns the cells: every stage and size, batches from 1 to 8 and lengths from 64 to 1024."""
     lora, saves = {"use_lora": True, "lora_preset": "all"}, {"gradient_checkpointing": True}
     cells = []
     for stage, changes in (("pretrain", {}), ("sft", {}), ("sft", lora), ("dpo", {}), ("reward", {})):
-        pairs = stage in ("dpo", "reward")
         cells += [
             cell(stage, "10M", 1, 256, **changes),
-            cell(stage, "10M", 4, 1024 if not pairs else 512, **changes),
-            cell(stage, "10M", 8, 256, "fp32", **changes),
-            cell(stage, "10M", 1, 2048, **changes, **saves),
-            cell(stage, "35M", 1, 256, **changes),
-            cell(stage, "35M", 4, 512 if not pairs else 256, **changes),
-            cell(stage, "35M", 2, 1024 if not pairs else 512, "fp32", **changes),
-            cell(stage, "135M", 1, 128, **changes),
-            cell(stage, "135M", 1, 512, **changes),
-            cell(stage, "135M", 2, 256, **changes, **saves),
+            cell(stage, "10M", 4, 256, "fp32", **changes),
+            cell(stage, "10M", 1, 1024, **changes),
+            cell(stage, "10M", 2, 1024, **changes, **saves),
+            cell(stage, "35M", 1, 128, **changes),
+            cell(stage, "35M", 2, 256, **changes),
+            cell(stage, "35M", 1, 512, "fp32", **changes),
+            cell(stage, "135M", 1, 64, **changes),
+            cell(stage, "135M", 1, 256, **changes),
+            cell(stage, "135M", 1, 256, **changes, **saves),
         ]
     for stage in ("grpo", "ppo"):
         cells += [
-            cell(stage, "10M", 4, 64, **(changes := {})),
-            cell(stage, "10M", 8, 256),
-            cell(stage, "10M", 4, 512, "fp32"),
-            cell(stage, "35M", 4, 128),
-            cell(stage, "35M", 2, 512, **lora),
+            cell(stage, "10M", 4, 64),
+            cell(stage, "10M", 8, 128),
+            cell(stage, "10M", 4, 256, "fp32"),
+            cell(stage, "35M", 2, 128),
+            cell(stage, "35M", 2, 256, **lora),
             cell(stage, "135M", 2, 64, **lora),
-            cell(stage, "135M", 2, 256, **lora, **saves),
+            cell(stage, "135M", 2, 128, **lora, **saves),
         ]
     return cells
 
@@ -98,42 +96,54 @@ def make_run(options):
     return stage.function, settings, probe("cpu", options["dtype"]), Scene(config, None, length, prompt)
 
 
-def measure_cell(options):
-    """Prints what a cell took and what was planned, as JSON."""
+def measure_cells(cells):
+    """Prints what cells of one stage took and what was planned, a line of JSON each, from a process each."""
     import torch
 
-    from llmlab.runs.plan import LIBRARIES, measure_step
     from llmlab.runs.rehearsal import rehearse
 
     torch.set_num_threads(1)
-    rehearse(*make_run({**options, "shape": "tiny", "rows": 2, "length": 16}), follow=False)
+    rehearse(*make_run({**cells[0], "shape": "tiny", "rows": 2, "length": 16}), follow=False)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    began = time.perf_counter()
-    measured, _ = measure_step(*make_run(options))
-    trained = time.perf_counter() - began
-    if options.get("measured_only"):
-        print(json.dumps(measured))
-        return
-    began = time.perf_counter()
-    phase, parts = rehearse(*make_run(options)).ledger.peak()
+    for values in cells:
+        again = values["length"] % 256 == 0
+        for action in (measure_cell, repeat_cell) if again else (measure_cell,):
+            child = os.fork()
+            if child == 0:
+                print(json.dumps(action(values)), flush=True)
+                os._exit(0)
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"{values}: its process failed")
+        if not again:
+            print("null", flush=True)
+
+
+def measure_cell(values):
+    """Returns what a cell took and what was planned."""
+    from llmlab.runs.plan import LIBRARIES, measure_step
+    from llmlab.runs.rehearsal import rehearse
+
+    measured, _ = measure_step(*make_run(values))
+    phase, parts = rehearse(*make_run(values)).ledger.peak()
     parts["libraries"] = LIBRARIES["cpu"]
-    found = {"phase": phase, "parts": parts, "seconds": time.perf_counter() - began, "trained": trained}
-    print(json.dumps({"measured": measured, "planned": sum(parts.values()), **found}))
+    return {"measured": measured, "planned": sum(parts.values()), "phase": phase, "parts": parts}
 
 
-def run_cell(values):
-    """Returns what a process of its own prints about a cell; `step` is another one's measurement, None mostly."""
+def repeat_cell(values):
+    """Returns what another process measures."""
+    from llmlab.runs.plan import measure_step
 
-    def run(**more):
-        command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps({**values, **more})]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-        if done.returncode:
-            sys.exit(f"{values}: {done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+    return measure_step(*make_run(values))[0]
 
-    again = values["length"] % 512 == 0 and values["stage"] != "ppo"
-    return {**run(), "step": run(measured_only=True) if again else None}
+
+def run_cells(cells):
+    """Yields what a process that forks for each cell prints about it; `step` is another one's measurement or None."""
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", json.dumps(cells)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **MALLOC}) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield {**json.loads(line), "step": json.loads(next(process.stdout))}
 
 
 def describe(values):
@@ -163,13 +173,12 @@ def summarize(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells of these stages or sizes, separated by commas")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     parser.add_argument("--guide", action="store_true", help="the RL guide's training times beside the plan's")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        measure_cell(json.loads(options.cell))
+    if options.measure:
+        measure_cells(json.loads(options.measure))
         return
     lines = compare_times() if options.guide else compare_memory(options)
     if options.record:
@@ -184,8 +193,9 @@ def compare_memory(options):
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines), flush=True)
     found = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for values, cell in zip(cells, pool.map(run_cell, cells), strict=True):
+    for _, part in groupby(cells, lambda values: (values["stage"], "use_lora" in values["settings"])):
+        part = list(part)
+        for values, cell in zip(part, run_cells(part), strict=True):
             found.append(cell)
             most = max(cell["parts"], key=cell["parts"].get)
             ratios = [f"{cell[name] / cell['measured']:.3f}" if cell[name] else "" for name in ("step", "planned")]

@@ -34,6 +34,7 @@ from llmlab.runs.arguments import build_arguments
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, record_failures
+from llmlab.runs.plan import count_steps, describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -86,6 +87,7 @@ def training_stage(
                 allow_changed_data=allow_changed_data,
                 console=console,
             ) as run:
+                run.function = start_run
                 return function(run, **options)
 
         run, *own = inspect.signature(function).parameters.values()
@@ -255,6 +257,7 @@ class Run(Start[S]):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
             batches = None if trainer.eval_dataset is None else self.eval_batches
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
+            rows += describe_cost(self, trainer, steps - self.done)
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
@@ -283,9 +286,8 @@ class Run(Start[S]):
     ) -> RunResult:
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
         rows, steps = len(trainer.train_dataset), self.settings.max_steps
-        if self.settings.epochs is not None:  # counted as Trainer does
-            updates = math.ceil(math.ceil(rows / rows_per_batch) / accumulation)
-            steps = math.ceil(self.settings.epochs * max(updates, 1))
+        if (wanted := self.settings.epochs) is not None:
+            steps = count_steps(rows, rows_per_batch=rows_per_batch, accumulation=accumulation, epochs=wanted)
         epochs = steps * rows_per_batch * accumulation / rows
         data.set_epochs(epochs)
         return self.train(
