@@ -18,12 +18,58 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
+# the RL guide's tables: stage, settings, amounts, and for each machine batch, passes and hours from and to
+GUIDE = (
+    (
+        "orpo",
+        {"epochs": 3, "max_length": 4096, "max_prompt_length": 2048},
+        (500, 1500),
+        (
+            ("m1_max_64gb", (1, 16), ((3, 4), (8, 10))),
+            ("rtx_4090", (2, 8), ((1.5, 2), (4, 5))),
+            ("a100_40gb", (4, 4), ((1, 1), (2.5, 3))),
+            ("a100_80gb", (8, 2), ((0.75, 0.75), (1.5, 2))),
+        ),
+    ),
+    (
+        "sft",
+        {"epochs": 2, "max_seq_len": 1024},
+        (5000, 20000),
+        (
+            ("m1_max_64gb", (2, 8), ((4, 6), (12, 16))),
+            ("rtx_4090", (4, 4), ((2, 3), (6, 8))),
+            ("a100_40gb", (8, 2), ((1, 1.5), (3, 4))),
+        ),
+    ),
+    (
+        "grpo",
+        {"batch_size": 16, "max_new_tokens": 256, "max_prompt_length": 1024, "rewards": "length_penalty"},
+        (10000, 50000),
+        (
+            ("m1_max_64gb", (1, 16), ((36, 48), (120, 168))),
+            ("rtx_4090", (2, 8), ((12, 18), (60, 84))),
+            ("a100_40gb", (4, 4), ((6, 10), (36, 48))),
+            ("a100_80gb", (8, 2), ((4, 6), (24, 36))),
+        ),
+    ),
+)
 SHAPES = {  # vocabulary, width, inner width, layers, heads, key/value heads
     "tiny": (259, 32, 64, 2, 2, 1),
     "10M": (8192, 256, 768, 8, 8, 4),
@@ -205,6 +251,47 @@ def compare_memory(options):
     lines += ["", *summarize(found)]
     print("\n".join(lines[-3:]))
     return lines
+
+
+def compare_times():
+    """Returns the guide's times beside the plan's for a 7B model with LoRA, as ratios to the nearer end of its range.
+
+    The guide names neither model nor lengths: assumed are Llama's 7B, LoRA on queries and values with rank 16, rows of
+    half the longest in the mean, pairs of 2 x 2048 tokens, 20 turns an episode of 128 tokens.
+    """
+    from llmlab.hardware import describe_machine
+    from llmlab.runs.plan import UTILIZATION, make_plan
+    from llmlab.stages import STAGES
+
+    lines = ["| stage | machine | batch | amount | guide, hours | plan, hours | utilization | ratio |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_7B))
+        for stage, values, counts, table in GUIDE:
+            for machine, (rows, passes), hours in table:
+                hardware = describe_machine(machine)
+                settings = guide_settings(STAGES[stage].settings_class, stage, folder, values, rows, passes)
+                for amount, (low, high) in zip(counts, hours, strict=True):
+                    mean = settings.max_length / 2 if stage == "orpo" else None
+                    if stage == "grpo":
+                        settings = settings.model_copy(update={"num_episodes": amount})
+                    plan = make_plan(STAGES[stage].function, settings, hardware, rows=amount, mean=mean)
+                    took = plan.seconds / 3600
+                    ratio = took / low if took < low else took / high if took > high else 1.0
+                    used = UTILIZATION[hardware.device]
+                    row = [stage, machine, f"{rows} x {passes}", f"{amount:,}", f"{low:g} to {high:g}", f"{took:.2g}"]
+                    lines.append(f"| {' | '.join([*row, f'{used:.0%}', f'{ratio:.2f}'])} |")
+                    print(lines[-1], flush=True)
+    return lines
+
+
+def guide_settings(kind, stage, folder, values, rows, passes):
+    batch = {"mini_batch_size": rows, "gradient_accumulation_steps": passes}
+    if stage == "sft":
+        batch = {"batch_size": rows, "gradient_accumulation_steps": passes}
+    return kind(
+        policy_checkpoint=folder, output_dir="unused", lora_r=16, gradient_checkpointing=True, **batch, **values
+    )
 
 
 def record(lines):

@@ -191,15 +191,13 @@ class Rehearsal:
             for layer in cache.layers:
                 shape = (*layer.keys.shape[:2], prompt + new - 1, layer.keys.shape[3])
                 layer.keys, layer.values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
-            filled = [(layer.keys, layer.values) for layer in cache.layers]
-            for pair in filled:
-                self.ledger.assign("KV cache", *pair)
+                self.ledger.assign("KV cache", layer.keys, layer.values)
             logits = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
             for layer in cache.layers:
                 self.ledger.assign("KV cache", layer.keys, layer.values)
             scores = logits[:, -1].float().clone()
             scores.softmax(-1)
-            del cache, filled, logits, scores
+            del cache, layer, logits, scores
             model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
             model.train(training)
         return [[3] * new] * len(prompt_ids), None
