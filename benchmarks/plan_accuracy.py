@@ -1,6 +1,6 @@
 """Planned memory against measured memory: each cell trains in a process of its own, on rows of exactly its length.
 
-    python benchmarks/plan_accuracy.py [--record] [--cells 63] [--jobs 1] [--guide]
+    python benchmarks/plan_accuracy.py [--record] [--only sft,10M] [--guide]
 
 The plan follows a step on tensors without memory; nothing in it was fitted to these cells.  What is measured is the
 kernel's highest resident size in one to three steps of the stage's own trainer, less the resident size after a tiny
@@ -18,13 +18,58 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from datetime import date
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
+# the RL guide's tables: stage, settings, amounts, and for each machine batch, passes and hours from and to
+GUIDE = (
+    (
+        "orpo",
+        {"epochs": 3, "max_length": 4096, "max_prompt_length": 2048},
+        (500, 1500),
+        (
+            ("m1_max_64gb", (1, 16), ((3, 4), (8, 10))),
+            ("rtx_4090", (2, 8), ((1.5, 2), (4, 5))),
+            ("a100_40gb", (4, 4), ((1, 1), (2.5, 3))),
+            ("a100_80gb", (8, 2), ((0.75, 0.75), (1.5, 2))),
+        ),
+    ),
+    (
+        "sft",
+        {"epochs": 2, "max_seq_len": 1024},
+        (5000, 20000),
+        (
+            ("m1_max_64gb", (2, 8), ((4, 6), (12, 16))),
+            ("rtx_4090", (4, 4), ((2, 3), (6, 8))),
+            ("a100_40gb", (8, 2), ((1, 1.5), (3, 4))),
+        ),
+    ),
+    (
+        "grpo",
+        {"batch_size": 16, "max_new_tokens": 256, "max_prompt_length": 1024, "rewards": "length_penalty"},
+        (10000, 50000),
+        (
+            ("m1_max_64gb", (1, 16), ((36, 48), (120, 168))),
+            ("rtx_4090", (2, 8), ((12, 18), (60, 84))),
+            ("a100_40gb", (4, 4), ((6, 10), (36, 48))),
+            ("a100_80gb", (8, 2), ((4, 6), (24, 36))),
+        ),
+    ),
+)
 SHAPES = {  # vocabulary, width, inner width, layers, heads, key/value heads
     "tiny": (259, 32, 64, 2, 2, 1),
     "10M": (8192, 256, 768, 8, 8, 4),
@@ -38,32 +83,31 @@ def cell(stage, shape, rows, length, dtype="bf16", **settings):
 
 
 def make_cells():
-    """Returns the cells: every stage and size, with batches from 1 to 8 and lengths from 64 to 2048."""
+    """Returns the cells: every stage and size, batches from 1 to 8 and lengths from 64 to 1024."""
     lora, saves = {"use_lora": True, "lora_preset": "all"}, {"gradient_checkpointing": True}
     cells = []
     for stage, changes in (("pretrain", {}), ("sft", {}), ("sft", lora), ("dpo", {}), ("reward", {})):
-        pairs = stage in ("dpo", "reward")
         cells += [
             cell(stage, "10M", 1, 256, **changes),
-            cell(stage, "10M", 4, 1024 if not pairs else 512, **changes),
-            cell(stage, "10M", 8, 256, "fp32", **changes),
-            cell(stage, "10M", 1, 2048, **changes, **saves),
-            cell(stage, "35M", 1, 256, **changes),
-            cell(stage, "35M", 4, 512 if not pairs else 256, **changes),
-            cell(stage, "35M", 2, 1024 if not pairs else 512, "fp32", **changes),
-            cell(stage, "135M", 1, 128, **changes),
-            cell(stage, "135M", 1, 512, **changes),
-            cell(stage, "135M", 2, 256, **changes, **saves),
+            cell(stage, "10M", 4, 256, "fp32", **changes),
+            cell(stage, "10M", 1, 1024, **changes),
+            cell(stage, "10M", 2, 1024, **changes, **saves),
+            cell(stage, "35M", 1, 128, **changes),
+            cell(stage, "35M", 2, 256, **changes),
+            cell(stage, "35M", 1, 512, "fp32", **changes),
+            cell(stage, "135M", 1, 64, **changes),
+            cell(stage, "135M", 1, 256, **changes),
+            cell(stage, "135M", 1, 256, **changes, **saves),
         ]
     for stage in ("grpo", "ppo"):
         cells += [
-            cell(stage, "10M", 4, 64, **(changes := {})),
-            cell(stage, "10M", 8, 256),
-            cell(stage, "10M", 4, 512, "fp32"),
-            cell(stage, "35M", 4, 128),
-            cell(stage, "35M", 2, 512, **lora),
+            cell(stage, "10M", 4, 64),
+            cell(stage, "10M", 8, 128),
+            cell(stage, "10M", 4, 256, "fp32"),
+            cell(stage, "35M", 2, 128),
+            cell(stage, "35M", 2, 256, **lora),
             cell(stage, "135M", 2, 64, **lora),
-            cell(stage, "135M", 2, 256, **lora, **saves),
+            cell(stage, "135M", 2, 128, **lora, **saves),
         ]
     return cells
 
@@ -98,42 +142,54 @@ def make_run(options):
     return stage.function, settings, probe("cpu", options["dtype"]), Scene(config, None, length, prompt)
 
 
-def measure_cell(options):
-    """Prints what a cell took and what was planned, as JSON."""
+def measure_cells(cells):
+    """Prints what cells of one stage took and what was planned, a line of JSON each, from a process each."""
     import torch
 
-    from llmlab.runs.plan import LIBRARIES, measure_step
     from llmlab.runs.rehearsal import rehearse
 
     torch.set_num_threads(1)
-    rehearse(*make_run({**options, "shape": "tiny", "rows": 2, "length": 16}), follow=False)
+    rehearse(*make_run({**cells[0], "shape": "tiny", "rows": 2, "length": 16}), follow=False)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    began = time.perf_counter()
-    measured, _ = measure_step(*make_run(options))
-    trained = time.perf_counter() - began
-    if options.get("measured_only"):
-        print(json.dumps(measured))
-        return
-    began = time.perf_counter()
-    phase, parts = rehearse(*make_run(options)).ledger.peak()
+    for values in cells:
+        again = values["length"] % 256 == 0
+        for action in (measure_cell, repeat_cell) if again else (measure_cell,):
+            child = os.fork()
+            if child == 0:
+                print(json.dumps(action(values)), flush=True)
+                os._exit(0)
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"{values}: its process failed")
+        if not again:
+            print("null", flush=True)
+
+
+def measure_cell(values):
+    """Returns what a cell took and what was planned."""
+    from llmlab.runs.plan import LIBRARIES, measure_step
+    from llmlab.runs.rehearsal import rehearse
+
+    measured, _ = measure_step(*make_run(values))
+    phase, parts = rehearse(*make_run(values)).ledger.peak()
     parts["libraries"] = LIBRARIES["cpu"]
-    found = {"phase": phase, "parts": parts, "seconds": time.perf_counter() - began, "trained": trained}
-    print(json.dumps({"measured": measured, "planned": sum(parts.values()), **found}))
+    return {"measured": measured, "planned": sum(parts.values()), "phase": phase, "parts": parts}
 
 
-def run_cell(values):
-    """Returns what a process of its own prints about a cell; `step` is another one's measurement, None mostly."""
+def repeat_cell(values):
+    """Returns what another process measures."""
+    from llmlab.runs.plan import measure_step
 
-    def run(**more):
-        command = [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps({**values, **more})]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-        if done.returncode:
-            sys.exit(f"{values}: {done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+    return measure_step(*make_run(values))[0]
 
-    again = values["length"] % 512 == 0 and values["stage"] != "ppo"
-    return {**run(), "step": run(measured_only=True) if again else None}
+
+def run_cells(cells):
+    """Yields what a process that forks for each cell prints about it; `step` is another one's measurement or None."""
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", json.dumps(cells)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **MALLOC}) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield {**json.loads(line), "step": json.loads(next(process.stdout))}
 
 
 def describe(values):
@@ -163,13 +219,12 @@ def summarize(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells of these stages or sizes, separated by commas")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     parser.add_argument("--guide", action="store_true", help="the RL guide's training times beside the plan's")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        measure_cell(json.loads(options.cell))
+    if options.measure:
+        measure_cells(json.loads(options.measure))
         return
     lines = compare_times() if options.guide else compare_memory(options)
     if options.record:
@@ -184,8 +239,9 @@ def compare_memory(options):
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines), flush=True)
     found = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for values, cell in zip(cells, pool.map(run_cell, cells), strict=True):
+    for _, part in groupby(cells, lambda values: (values["stage"], "use_lora" in values["settings"])):
+        part = list(part)
+        for values, cell in zip(part, run_cells(part), strict=True):
             found.append(cell)
             most = max(cell["parts"], key=cell["parts"].get)
             ratios = [f"{cell[name] / cell['measured']:.3f}" if cell[name] else "" for name in ("step", "planned")]
@@ -195,6 +251,47 @@ def compare_memory(options):
     lines += ["", *summarize(found)]
     print("\n".join(lines[-3:]))
     return lines
+
+
+def compare_times():
+    """Returns the guide's times beside the plan's for a 7B model with LoRA, as ratios to the nearer end of its range.
+
+    The guide names neither model nor lengths: assumed are Llama's 7B, LoRA on queries and values with rank 16, rows of
+    half the longest in the mean, pairs of 2 x 2048 tokens, 20 turns an episode of 128 tokens.
+    """
+    from llmlab.hardware import describe_machine
+    from llmlab.runs.plan import UTILIZATION, make_plan
+    from llmlab.stages import STAGES
+
+    lines = ["| stage | machine | batch | amount | guide, hours | plan, hours | utilization | ratio |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_7B))
+        for stage, values, counts, table in GUIDE:
+            for machine, (rows, passes), hours in table:
+                hardware = describe_machine(machine)
+                settings = guide_settings(STAGES[stage].settings_class, stage, folder, values, rows, passes)
+                for amount, (low, high) in zip(counts, hours, strict=True):
+                    mean = settings.max_length / 2 if stage == "orpo" else None
+                    if stage == "grpo":
+                        settings = settings.model_copy(update={"num_episodes": amount})
+                    plan = make_plan(STAGES[stage].function, settings, hardware, rows=amount, mean=mean)
+                    took = plan.seconds / 3600
+                    ratio = took / low if took < low else took / high if took > high else 1.0
+                    used = UTILIZATION[hardware.device]
+                    row = [stage, machine, f"{rows} x {passes}", f"{amount:,}", f"{low:g} to {high:g}", f"{took:.2g}"]
+                    lines.append(f"| {' | '.join([*row, f'{used:.0%}', f'{ratio:.2f}'])} |")
+                    print(lines[-1], flush=True)
+    return lines
+
+
+def guide_settings(kind, stage, folder, values, rows, passes):
+    batch = {"mini_batch_size": rows, "gradient_accumulation_steps": passes}
+    if stage == "sft":
+        batch = {"batch_size": rows, "gradient_accumulation_steps": passes}
+    return kind(
+        policy_checkpoint=folder, output_dir="unused", lora_r=16, gradient_checkpointing=True, **batch, **values
+    )
 
 
 def record(lines):

@@ -6,8 +6,8 @@ stages:
   tokenizer: {datasets: [demo/stories], vocab_size: 2048}
   pretrain: {tokenizer_name: "${tokenizer}", datasets: [demo/stories]}
 ```
-A stage's name is its kind, unless `stage: kind` says otherwise. A stage may have a `preset: NAME` and a `hardware: NAME`,
-and the file a `hardware` for all of them: those of the command line.
+A stage's name is its kind, unless `stage: kind` says otherwise. A stage may have a `preset` and a `hardware`, and the
+file a `hardware` for all of them: names, as on the command line.
 """
 
 import re
@@ -49,12 +49,17 @@ class Pipeline:
 
 
 def read_pipeline(
-    path: str | Path, overrides: list[str] | None = None, *, allow_code: bool = False, hardware: str | None = None
+    path: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    allow_code: bool = False,
+    hardware: str | None = None,
+    processes: int | None = 1,
 ) -> Pipeline:
     """Reads a pipeline file, and raises SettingsError with every problem of every stage.
 
     `overrides` are `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load
-    reward functions from Python files; `hardware` replaces that of the file.
+    reward functions from Python files; `hardware` replaces that of the file, for so many `processes` of each stage.
     """
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
@@ -104,10 +109,13 @@ def read_pipeline(
                 f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
             )
         try:
-            preset, machine = (given.pop(key, section.values.pop(key, None)) for key in ("preset", "hardware"))
-            machine = (machine or hardware or layer.values.get("hardware")) if kind in SECTIONS else None
-            below = [read_preset(kind, preset)] if preset else []
-            resolved = STAGES[kind].resolve([section, command_line], below=below, hardware=machine)
+            own = ("preset", "hardware") if kind in SECTIONS else ()
+            names = {key: given.pop(key, section.values.pop(key, None)) for key in own}
+            below = [read_preset(kind, names["preset"])] if names.get("preset") else []
+            machine = names and (names["hardware"] or hardware or layer.values.get("hardware")) or None
+            resolved = STAGES[kind].resolve(
+                [section, command_line], below=below, hardware=machine, processes=processes
+            )
             resolved = STAGES[kind].prepare(resolved)
         except UserError as error:
             problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]

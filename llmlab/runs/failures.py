@@ -17,7 +17,6 @@ from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
-from llmlab.runs.start import Start
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 
 # torch.save hides the system's error behind these words
@@ -103,25 +102,25 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
 
 
 @contextmanager
-def explain_out_of_memory(run: Start[Any], function: Any) -> Iterator[None]:
-    """Says of memory that ran out in which phase of the stage's function, at which peak, what took most of it, and
-    what to change."""
+def explain_out_of_memory(run: Any) -> Iterator[None]:
+    """Says of memory that ran out in which phase of a `Run`, at which peak, what took most of it, and what to
+    change."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        raise OutOfMemory(describe_out_of_memory(error, run, function)) from error
+        raise OutOfMemory(describe_out_of_memory(error, run)) from error
 
 
-def describe_out_of_memory(error: Exception, run: Start[Any], function: Any) -> str:
+def describe_out_of_memory(error: Exception, run: Any) -> str:
     """Returns the sentence of `explain_out_of_memory`."""
     hardware, processes = run.hardware, run.process.num_processes
     what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
     where = f" on process {run.process.process_index} of {processes}" if processes > 1 else ""
     peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
     used = f"out of memory ({phase_of(error)}){what}: {peak} were in use{where} of {hardware.name}'s {memory}"
-    ways = plan_less_memory(run, function)
+    ways = plan_less_memory(run)
     if not run.settings.auto_batch and smaller_batch(run.settings):
         ways.append("or --auto-batch, which finds a batch that fits")
     elif run.settings.auto_batch and processes > 1:
@@ -129,17 +128,17 @@ def describe_out_of_memory(error: Exception, run: Start[Any], function: Any) -> 
     return "; ".join([used, *ways])
 
 
-def plan_less_memory(run: Start[Any], function: Any) -> list[str]:
+def plan_less_memory(run: Any) -> list[str]:
     """Returns what takes most of a run's memory by its plan, and three changes of its settings that fit by it."""
     from llmlab.runs.plan import fitting_changes, largest_part, make_plan
 
     settings, processes = run.settings, run.process.num_processes
     run.console.print("out of memory: planning what would fit ...")
     try:
-        plan = make_plan(function, settings, run.hardware, processes=processes)
+        plan = make_plan(run.function, settings, run.hardware, processes=processes)
         # where it fits by the plan, something else takes memory too
         room = min(run.hardware.memory, round(ROOM * plan.total))
-        changes = fitting_changes(function, settings, run.hardware, room, processes=processes)
+        changes = fitting_changes(run.function, settings, run.hardware, room, processes=processes)
     except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
         smaller = (smaller_batch(settings) or {}).items()
         values = [f"{name} = {value}" for name, value in smaller if not name.startswith("eval")]

@@ -11,15 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from rich.text import Text
 
 from llmlab.hardware import Hardware, probe
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
 from llmlab.runs.rehearsal import Scene, rehearse
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reason_of
 from llmlab.terminal import duration, human
 
+PLANNED_BYTES, PLANNED_FLOPS = 2e8, 1e13  # of weights and of a run, from which a run opens with its plan
 # share of the device's peak that training reaches: on GPUs what MFU is reported for fine-tuning of such sizes
 UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
 # bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
@@ -116,6 +120,47 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
     return Scene(config, adapter, int(min(limits)))
 
 
+def row_lengths(rows: Any) -> tuple[float, int] | None:
+    """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
+    names = getattr(rows, "column_names", None) or ()
+    if not {"input_ids", "chosen_ids"} & set(names):
+        return None
+    tokens = {
+        name: np.asarray(pc.list_value_length(rows.data.column(name))) for name in names if name.endswith("_ids")
+    }
+    if "input_ids" in tokens:
+        return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
+    prompts, answers = tokens.get("prompt_ids", 0), (tokens["chosen_ids"], tokens["rejected_ids"])
+    return float((prompts + sum(answers) / 2).mean()), int((prompts + np.maximum(*answers)).max())
+
+
+def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | Text]]:
+    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit.
+
+    What takes seconds, on small models, is not planned: the plan would take as long.
+    """
+    hardware, model = run.hardware, trainer.model
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    least = f"weights {human(sum(sizes), 'B')}, gradients {human(trained, 'B')} of {human(hardware.memory, 'B')}"
+    if run.process.num_processes > 1:
+        return [("memory", f"at least {least} on each device; llmlab plan --processes says more")]
+    mean, longest = row_lengths(trainer.train_dataset) or (None, None)
+    tokens = (mean or 512) * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    if sum(sizes) < PLANNED_BYTES and sum(sizes) / 4 * 6 * tokens * steps < PLANNED_FLOPS:
+        return [("memory", f"at least {least}; a run of seconds is not planned further")]
+    settings = run.settings.model_copy(update={"max_steps": steps, "epochs": None})
+    try:
+        plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
+    except UserError as error:
+        return [("memory", f"at least {least}; {error}")]
+    rows: list[tuple[str, str | Text]] = list(plan.rows())
+    if not plan.fits:
+        advice = f"more than this device has: expect it to run out; llmlab plan {run.stage} says what to change"
+        rows.append(("warning", Text(advice, style="yellow")))
+    return rows
+
+
 def make_plan(
     function: Any,
     settings: Any,
@@ -144,7 +189,14 @@ def make_plan(
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
     scene = read_scene(settings, longest=longest)
-    run = rehearse(function, settings, hardware, scene, processes=processes)
+    try:
+        run = rehearse(function, settings, hardware, scene, processes=processes)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # an architecture or argument with operators that need values
+        raise UserError(
+            f"not planned: this model's step cannot be followed without memory: {reason_of(error)}"
+        ) from error
     ledger, model = run.ledger, run.trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states, ratio = _states(run, settings.optimizer)
@@ -351,7 +403,7 @@ def _resident(key: str) -> int:
 def measured_peak(hardware: Hardware) -> float:
     """Returns the FLOP/s of a product of matrices on this machine's device, the best of a few."""
     size = 1024 if hardware.device == "cpu" else 4096
-    left, right = (torch.randn(size, size, dtype=hardware.torch_dtype, device=hardware.device) for _ in range(2))
+    left = right = torch.ones(size, size, dtype=hardware.torch_dtype, device=hardware.device)  # not random numbers
 
     def seconds() -> float:
         began = time.perf_counter()

@@ -5,9 +5,12 @@ weights and rows come from here.  With a `Ledger` nothing is computed, so that a
 """
 
 import copy
+import logging
 import math
 import tempfile
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
@@ -188,15 +192,13 @@ class Rehearsal:
             for layer in cache.layers:
                 shape = (*layer.keys.shape[:2], prompt + new - 1, layer.keys.shape[3])
                 layer.keys, layer.values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
-            filled = [(layer.keys, layer.values) for layer in cache.layers]
-            for pair in filled:
-                self.ledger.assign("KV cache", *pair)
+                self.ledger.assign("KV cache", layer.keys, layer.values)
             logits = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
             for layer in cache.layers:
                 self.ledger.assign("KV cache", layer.keys, layer.values)
             scores = logits[:, -1].float().clone()
             scores.softmax(-1)
-            del cache, filled, logits, scores
+            del cache, layer, logits, scores
             model(input_ids=ids, attention_mask=mask[:, :prompt], use_cache=True, logits_to_keep=1)
             model.train(training)
         return [[3] * new] * len(prompt_ids), None
@@ -279,10 +281,30 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
         passes = min(settings.gradient_accumulation_steps, 2)
     changes |= {
         "gradient_accumulation_steps": passes,
+        "dataloader_num_workers": 0,  # tensors without memory cannot be sent
         "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
     }
     changes |= {name: None for name in ("epochs", "num_episodes", "value_checkpoint") if hasattr(settings, name)}
     return settings.model_copy(update=changes), rollout
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Keeps what a trainer sets for the whole process from one that is about to train; and warnings off the screen."""
+    states = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    for state, _ in states:
+        state._shared_state.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        for state, before in states:
+            state._shared_state.clear()
+            state._shared_state.update(before)
 
 
 def rehearse(
@@ -298,13 +320,15 @@ def rehearse(
         processes: how many share a rollout.
         follow: whether to follow tensors without memory, in the run's `ledger`; else the step is a real one.
     """
-    ledger = None
+    real, ledger = hardware, None
     if follow:
         ledger = Ledger({scene.config.get_text_config().vocab_size})
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
+    here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
     with ExitStack() as stack:
-        stack.enter_context(restore_random_states(torch.device("cpu")))
+        stack.enter_context(restore_random_states(here))
+        stack.enter_context(apart())
         stack.enter_context(quiet_libraries())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         # without a ledger a second step, which has the optimizer's states

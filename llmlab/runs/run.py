@@ -35,6 +35,7 @@ from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
+from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -87,8 +88,8 @@ def training_stage(
                 allow_changed_data=allow_changed_data,
                 console=console,
             )
-            with starting as run, explain_out_of_memory(run, start_run):
-                run.stage_function = start_run
+            with starting as run, explain_out_of_memory(run):
+                run.function = start_run
                 return function(run, **options)
 
         run, *own = inspect.signature(function).parameters.values()
@@ -250,7 +251,7 @@ class Run(Start[S]):
         with (
             quiet_libraries(),
             record_failures(self.stage, self.folder, record, self.progress),
-            explain_out_of_memory(self, self.stage_function),
+            explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -258,6 +259,7 @@ class Run(Start[S]):
             if trainer.eval_dataset is not None:
                 batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
+            rows += describe_cost(self, trainer, steps - self.done)
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()

@@ -61,21 +61,19 @@ def _read(option: str, name: str, files: dict[str, Path], stage: str) -> Layer:
 
 def for_stage(layer: Layer, stage: str) -> Layer:
     """Returns a file's values for a stage: its own, over them those of the stage's section."""
-    name = SECTIONS.get(stage)
-    section = layer.section(name) if isinstance(layer.values.get(name), dict) else Layer("", {})
-    away = {key for key, value in section.values.items() if value is None}
-    values = {key: value for key, value in layer.values.items() if key not in SECTIONS.values()} | section.values
-    return Layer(
-        layer.label, {k: v for k, v in values.items() if k not in away}, layer.lines | section.lines, layer.path
-    )
+    sections = {name for name in SECTIONS.values() if isinstance(layer.values.get(name), dict)}
+    section = layer.section(SECTIONS[stage]) if SECTIONS.get(stage) in sections else Layer("", {})
+    values = {key: value for key, value in layer.values.items() if key not in sections | section.values.keys()}
+    values |= {key: value for key, value in section.values.items() if value is not None}
+    return replace(layer, values=values, lines=layer.lines | section.lines)
 
 
 def hardware_layer(
-    stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, planned: bool = False
+    stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, processes: int | None = 1
 ) -> tuple[Layer, list[str]]:
     """Returns what a machine sets between these layers, and notes: `above` is what the user set, `below` a preset.
 
-    The processes are those of this launch; without one, what is only `planned` counts the machine's own.
+    Outside a launch there are so many processes; None is the machine's own number, for what is only planned.
     """
     layer = _read("hardware", name, hardware_presets(), stage)
     own_processes, launch = layer.values.pop("num_processes", 1), layer.values.pop("accelerate", None)
@@ -84,12 +82,13 @@ def hardware_layer(
         {key: entry.value for key, entry in merge(settings_class(stage), part, [], []).items()}
         for part in ([layer], below, above)
     )
-    processes = int(os.environ.get("WORLD_SIZE", own_processes if planned else 1))
+    processes = int(os.environ.get("WORLD_SIZE", processes or own_processes))
     batch, notes = _fit_batch(stage, machine, preset, user, own_processes, processes)
-    if launch and os.environ.get("WORLD_SIZE", "1") == "1":
+    if launch and processes == 1:
         notes.append(f"it is for several processes, such as {own_processes}: start them with --accelerate {launch}")
-    rest = {key: value for key, value in machine.items() if key not in BATCH}
-    return replace(layer, values=rest | batch), [f"{layer.label}: {note}" for note in notes]
+    values = {key: value for key, value in machine.items() if key not in BATCH} | batch
+    label = layer.label + (f", {processes} processes" if processes > 1 else "")
+    return replace(layer, label=label, values=values), [f"{label}: {note}" for note in notes]
 
 
 def _fit_batch(
@@ -112,8 +111,9 @@ def _fit_batch(
     group = user.get("group_size", fields["group_size"].default) if "group_size" in fields else 1
     completions = user.get("batch_size", 0) * group if online else 0  # of a rollout, where the user set it
 
-    def counts(unit: int) -> range:  # of so many rows, for about the effective batch; fewer may fit a rollout
-        return range(1 if online else max(effective // unit, 1), max(-(-effective // unit), 1) + 1)
+    def counts(unit: int) -> range:  # of so many rows, for about the effective batch, or what fits a rollout
+        most = max(-(-effective // unit), 1)
+        return range(1, 2 * most + 1) if online else range(max(effective // unit, 1), most + 1)
 
     sizes = [user[rows]] if rows in user else range(1, most + 1)
     if PASSES in user and rows not in user:

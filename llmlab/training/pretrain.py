@@ -187,16 +187,9 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) 
 
 def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> list[tuple[str, Any]]:
     """Returns the lines of the plan."""
-    settings, hardware, processes = run.settings, run.hardware, run.process.num_processes
+    settings, processes = run.settings, run.process.num_processes
     sequence = settings.model.max_seq_len
     batch = settings.batch_size * settings.gradient_accumulation_steps * processes
-    memory = size.training_memory(
-        settings.optimizer,
-        rows=settings.batch_size,
-        sequence=sequence,
-        dtype=hardware.dtype,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
         ("data", corpus.report.summary()),
@@ -207,5 +200,4 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
-        ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
     ]

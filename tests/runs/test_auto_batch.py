@@ -126,7 +126,7 @@ def test_every_batch_has_the_same_rows_in_a_step(rows, sizes, tiny_settings, tmp
 @pytest.fixture
 def no_plan(monkeypatch):
     """Leaves the plan, which takes seconds, out of messages."""
-    monkeypatch.setattr("llmlab.runs.failures.plan_less_memory", lambda run, function: [])
+    monkeypatch.setattr("llmlab.runs.failures.plan_less_memory", lambda run: [])
 
 
 def refuse(*args, **kwargs):
