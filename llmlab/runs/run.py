@@ -309,7 +309,7 @@ class Run(Start[S]):
         """Records and prints the smaller batch that a run goes on with."""
         self.settings = self.settings.model_copy(update=changes)
         record.change(changes, "auto-batch")
-        values = " and ".join(f"{name} = {value}" for name, value in changes.items())
+        values = " and ".join(f"{name} = {value}" for name, value in changes.items() if not name.startswith("eval"))
         step = trainer.state.global_step + 1
         self.progress.say(f"step {step}  out of memory ({phase}): taken again with {values}")
 
