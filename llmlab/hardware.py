@@ -33,9 +33,37 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 4080": 97.5e12,
     "RTX 3090": 71e12,
+    "M1 Max": 10.4e12,  # its GPU, in fp32 and fp16 alike
+}
+BANDWIDTHS = {  # bytes/s of memory, from the same sheets; of a device that is not here, its kind's
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100": 3.35e12,
+    "A100-SXM4-40GB": 1.56e12,
+    "A100": 2.0e12,
+    "RTX 4090": 1.01e12,
+    "RTX 4080": 0.72e12,
+    "M1 Max": 0.4e12,
+    "cuda": 0.8e12,
+    "mps": 0.2e12,
+    "cpu": 0.04e12,
 }
 # bytes that a GPU has at least, of which some is never free: the presets of recipes/hardware, the largest first
 PRESET_MEMORY = {"h200_141gb": 138e9, "a100_80gb": 78e9, "a100_40gb": 38e9, "rtx_4090": 23e9}
+
+
+GIB = 2**30
+MACHINES = {  # of the hardware presets, for plans made elsewhere: device, name, what torch says of its memory
+    "m1_max_64gb": ("mps", "Apple M1 Max", 48 * GIB),
+    "rtx_4080": ("cuda", "NVIDIA RTX 4080", 15.7 * GIB),
+    "rtx_4090": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+    "a100_40gb": ("cuda", "NVIDIA A100-SXM4-40GB", 39.4 * GIB),
+    "a100_80gb": ("cuda", "NVIDIA A100-SXM4-80GB", 79.1 * GIB),
+    "h100_80gb": ("cuda", "NVIDIA H100", 79.1 * GIB),
+    "h200_141gb": ("cuda", "NVIDIA H200", 139.8 * GIB),
+    "multi_gpu_ddp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+    "multi_gpu_fsdp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,11 @@ class Hardware:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of the device's memory."""
+        return next(rate for part, rate in BANDWIDTHS.items() if part in f"{self.name} {self.device}")
 
     @property
     def has_tf32(self) -> bool:
@@ -80,8 +113,7 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
         )
     name, memory = _identify(device)
     dtype, reason = _choose_dtype(device, dtype)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device == "cuda" else None
-    return Hardware(device, name, dtype, reason, memory, peak, int(os.environ.get("WORLD_SIZE", "1")))
+    return Hardware(device, name, dtype, reason, memory, _peak_flops(name), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def recommend_preset(hardware: Hardware, gpus: int | None = None) -> str:
@@ -114,11 +146,24 @@ def check_packages(settings: Any, hardware: Hardware) -> None:
         raise UserError(f"{attention}: it computes in bf16 or fp16 alone, and dtype is fp32")
 
 
+def describe_machine(preset: str, dtype: str = "auto") -> Hardware:
+    """Returns the device of a hardware preset, which need not be here; `auto` and `cpu` are this machine's."""
+    if preset not in MACHINES:
+        return probe("cpu" if preset == "cpu" else "auto", dtype)
+    device, name, memory = MACHINES[preset]
+    chosen = {"mps": "fp16", "cuda": "bf16"}[device] if dtype == "auto" else dtype
+    return Hardware(device, name, chosen, "as planned", int(memory), _peak_flops(name))
+
+
 def free_disk(folder: Path) -> int:
     """Returns the free bytes of the disk that holds a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _peak_flops(name: str) -> float | None:
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _identify(device: str) -> tuple[str, int]:
@@ -138,6 +183,19 @@ def system_memory() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0
+
+
+def peak_memory(device: str) -> int:
+    """Returns the bytes that this process had in use at most, on a GPU those of its tensors; 0 if nothing says."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()  # at present: there is no peak
+    if platform.system() == "Windows":
+        return 0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def _cpu_info(key: str) -> str:

@@ -13,7 +13,7 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"stages"},
     {"training"},
     {"runs"},
-    {"inference", "rewards"},
+    {"inference", "rewards", "doctor"},
     {"data", "optim", "adapters", "hardware", "terminal"},
     {"model"},
     {"settings"},

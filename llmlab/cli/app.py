@@ -19,19 +19,31 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import OfMainProcess, UserError, is_first_process, is_unicode, printable, reason_of
+from llmlab.settings.errors import (
+    OfMainProcess,
+    UserError,
+    is_first_process,
+    is_out_of_memory,
+    is_unicode,
+    printable,
+    reason_of,
+)
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
 JOB = "run-job"
 LONGEST_ERROR = 400  # characters of one line
 TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one that failed
-OUT_OF_MEMORY = ("you tried to allocate", "out of memory")  # torch's words
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
+    "plan": (
+        TRAIN,
+        "Plan a stage's run: memory, steps, time, disk, and what to change where it does not fit.",
+        "plan:plan",
+    ),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
@@ -40,6 +52,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
     "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),
     "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
+    "doctor": (PREPARE, "Try what this machine can do: devices, versions, folders.", "doctor:doctor"),
     "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
 }
 COMMANDS = {name: (panel, line or STAGES[name].help, path) for name, (panel, line, path) in COMMANDS.items()}
@@ -62,7 +75,8 @@ def build_app(requested: str | None) -> typer.Typer:
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
             text = line if target is _placeholder else target.__doc__
-            app.command(name, help=text, rich_help_panel=panel)(target)
+            words = {"context_settings": getattr(target, "context_settings", None)}
+            app.command(name, help=text, rich_help_panel=panel, **words)(target)
     if requested == JOB:  # of a process that llmlab itself starts
         app.command(JOB, hidden=True)(_load(JOB, "launch:run_job"))
     return app
@@ -158,7 +172,7 @@ def _system_limit(error: Exception) -> str:
     """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
-    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {reason_of(error)}"
     return ""
 

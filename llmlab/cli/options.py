@@ -36,8 +36,9 @@ TrustRemoteCode = Annotated[
 POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
 
 
-def stage_command(name: str) -> Callable[..., None]:
-    """Returns the typer command of a stage: its settings as options, and what every stage can do."""
+def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do; with `use` the
+    settings go there, and nothing runs."""
     stage = STAGES[name]
     kind = stage.settings_class
     positional = POSITIONAL.get(name)
@@ -90,7 +91,7 @@ def stage_command(name: str) -> Callable[..., None]:
         if resume is not None:
             recorded, started = _read_run(resume, name)
             below.insert(0, recorded)
-        planned = None if show_config or save_config is not None else 1
+        planned = None if show_config or save_config is not None or use is not None else 1
         processes = launch.num_processes if launch else planned
         resolved = stage.resolve(layers, below=below, hardware=hardware, processes=processes)
         print_warnings(resolved.warnings)
@@ -98,6 +99,8 @@ def stage_command(name: str) -> Callable[..., None]:
             dump({"stage": name, **resolved.settings.recorded()}, save_config)
         elif show_config:
             print_config(resolved)
+        elif use is not None:
+            use(resolved)
         elif launch is not None and print_launch:
             words, _ = launch.command(without_launch_options(context.obj), resolved.settings.device, here=False)
             typer.echo(shlex.join(["accelerate", "launch", *words]))

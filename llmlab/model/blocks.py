@@ -82,6 +82,17 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, groups: int) -> torch.Te
     return torch.softmax(scores, -1)
 
 
+def attention_cost(*args: Any) -> tuple[int, int]:
+    """Returns the FLOPs of an operator with these arguments (all keys, as if not causal), and its scratch bytes."""
+    *_, key, _, _ = args
+    query = args[-4]
+    batch, heads, time, dim = query.shape
+    backward = len(args) == 5
+    block = batch * heads * min(BLOCK, time) * time * query.element_size()
+    scratch = 3 * block + 8 * key.numel() if backward else 2 * block
+    return (10 if backward else 4) * batch * heads * time * time * dim, scratch
+
+
 # operators, so that torch.compile keeps each as one node instead of unrolling the blocks
 _forward_operator = torch.library.custom_op(f"{NAMESPACE}::block_attention", _forward, mutates_args=())
 _backward_operator = torch.library.custom_op(f"{NAMESPACE}::block_attention_backward", _backward, mutates_args=())

@@ -111,6 +111,20 @@ def _replace_by_gradient(logits: torch.Tensor, targets: torch.Tensor, wide: torc
     return loss
 
 
+def loss_cost(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *needs_grad: bool
+) -> tuple[int, int]:
+    """Returns the FLOPs of the operator with these arguments, and the bytes that it takes beside its outputs."""
+    (tokens, width), vocabulary = hidden.shape, len(weight)
+    on_cpu = hidden.device.type == "cpu"
+    longest = max(CPU_CHUNK_TOKENS if on_cpu else CHUNK_TOKENS, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    chunk = -(-tokens // max(1, -(-tokens // longest)))
+    elements = max(vocabulary, min(chunk * vocabulary, CPU_SOFTMAX_ELEMENTS if on_cpu else SOFTMAX_ELEMENTS))
+    head = 0 if dtype == weight.dtype else 2 * vocabulary * width  # a cast copy, and a product before it is added
+    scratch = dtype.itemsize * (2 * tokens * width + chunk * vocabulary + head) + 8 * elements
+    return 2 * tokens * width * vocabulary * (1 + sum(needs_grad)), scratch
+
+
 # an operator, so that torch.compile keeps it as one node instead of unrolling the chunks
 _operator = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", loss_and_gradients, mutates_args=())
 

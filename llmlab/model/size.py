@@ -71,7 +71,7 @@ class ModelSize:
 
     def optimizer_bytes(self, optimizer: str) -> int:
         """Returns the bytes of an optimizer's states."""
-        return 4 * sum(_state_values(optimizer, part, shape) for part, shape in self.shapes)
+        return 4 * sum(state_values(optimizer, part, shape) for part, shape in self.shapes)
 
     def activation_bytes_per_token(self, dtype: str = "fp32") -> int:
         """Estimates what the layers save for the backward pass; norms and residuals stay in fp32 under autocast."""
@@ -129,7 +129,7 @@ class ModelSize:
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * BYTES[dtype]
 
 
-def _state_values(optimizer: str, part: str, shape: tuple[int, ...]) -> int:
+def state_values(optimizer: str, part: str, shape: tuple[int, ...]) -> int:
     """Returns how many values of 4 bytes an optimizer keeps of a parameter of this part and shape."""
     count = math.prod(shape)
     if optimizer == "adafactor":

@@ -86,5 +86,17 @@ def split_again(
     return batch, {name: value for name, value in values.items() if value != getattr(settings, name)}
 
 
+def smaller_batch(settings: TrainingSettings) -> dict[str, int] | None:
+    """Returns the settings of half the rows of a forward pass, or the next divisor below, with as many rows in a step
+    and an evaluation as before; None where it is one row already."""
+    name, *counted = split_settings(settings)
+    rows = getattr(settings, name)
+    if rows == 1:
+        return None
+    fewer = next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
+    counts = {each: getattr(settings, each) for each in counted}  # None follows from the others
+    return {name: fewer, **{each: rows // fewer * count for each, count in counts.items() if count is not None}}
+
+
 def _nearest_divisor(number: int, to: int) -> int:
     return min((part for part in range(1, number + 1) if number % part == 0), key=lambda part: abs(part - to))

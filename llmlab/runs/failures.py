@@ -2,25 +2,38 @@
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from llmlab.hardware import free_disk, system_memory
+from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
+from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
-from llmlab.settings.base import Settings, fields_of
-from llmlab.settings.errors import Diverged, UserError, reason_of
+from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
-NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # torch's words, for CPUs and Apple's GPUs
+PHASES = (  # a phase, and the functions in whose frames it is, the first that fits
+    ("loading", {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model"}),
+    ("saving", {"save_model", "_save_checkpoint"}),
+    ("evaluation", {"evaluate"}),
+    ("sampling", {"_generate"}),
+    ("scoring", {"_generate_and_score_completions"}),
+    ("Hessian estimate", {"estimate_hessian_if_due"}),
+    ("optimizer step", {"step", "_clip_grad_norm"}),
+    ("backward pass", {"backward"}),
+    ("forward pass", {"training_step"}),
+    ("reading the data", {"build_rows", "build_corpus"}),
+)
+ROOM = 0.7  # of a run's planned memory, for one that should have fitted
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -45,9 +58,7 @@ def check_disk(folder: Path, *, needed: int) -> None:
 
 
 @contextmanager
-def record_failures(
-    stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine, settings: Settings
-) -> Iterator[None]:
+def record_failures(stage: str, folder: Path, record: RunRecord | None, progress: ProgressLine) -> Iterator[None]:
     """Records how a run ended that did not finish, and raises system errors as UserError; bugs keep their type."""
 
     def end(status: str, **results: str) -> None:
@@ -83,8 +94,6 @@ def record_failures(
         end("failed")
         reason = reason_of(error)
         words = str(error) if isinstance(error, RuntimeError) else ""
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in words for part in NO_MEMORY):
-            raise UserError(f"out of memory: {how_to_save_memory(settings)}") from error
         if _is_write_error(error, folder) or any(part in words for part in TORCH_CANNOT_WRITE):
             raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({reason})") from error
         if isinstance(error, (OSError, SafetensorError)):
@@ -92,19 +101,57 @@ def record_failures(
         raise
 
 
-def how_to_save_memory(settings: Settings) -> str:
-    """Returns which of a stage's settings to change so that a step needs less memory."""
-    values = {setting.name: setting.of(settings) for setting in fields_of(type(settings))}
-    rows = "mini_batch_size" if "mini_batch_size" in values else "batch_size"
-    accumulation = values["gradient_accumulation_steps"]  # None follows from the other sizes
-    doubled = "" if accumulation is None else f" and double gradient_accumulation_steps = {accumulation}"
-    # a prompt and its completion together, or the whole row
-    sampled = ("max_prompt_length", "max_new_tokens") if values.get("max_new_tokens") else ()
-    lengths = [name for name in sampled or ("max_seq_len", "max_length") if values.get(name)]
-    ways = [f"halve {rows} = {values[rows]}{doubled}"] if values[rows] > 1 else []
-    ways += [f"shorten {' or '.join(f'{name} = {values[name]}' for name in lengths)}"]
-    ways += [f"set {name}=true" for name in ("gradient_checkpointing", "use_lora") if values.get(name) is False]
-    return ", or ".join(ways)
+@contextmanager
+def explain_out_of_memory(run: Any) -> Iterator[None]:
+    """Says of memory that ran out in which phase of a `Run`, at which peak, what took most of it, and what to
+    change."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(describe_out_of_memory(error, run)) from error
+
+
+def describe_out_of_memory(error: Exception, run: Any) -> str:
+    """Returns the sentence of `explain_out_of_memory`."""
+    hardware, processes = run.hardware, run.process.num_processes
+    what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
+    where = f" on process {run.process.process_index} of {processes}" if processes > 1 else ""
+    peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
+    used = f"out of memory ({phase_of(error)}){what}: {peak} were in use{where} of {hardware.name}'s {memory}"
+    ways = plan_less_memory(run)
+    if not run.settings.auto_batch and smaller_batch(run.settings):
+        ways.append("or --auto-batch, which finds a batch that fits")
+    elif run.settings.auto_batch and processes > 1:
+        ways.append("auto_batch works in one process alone: start this run again with such values")
+    return "; ".join([used, *ways])
+
+
+def plan_less_memory(run: Any) -> list[str]:
+    """Returns what takes most of a run's memory by its plan, and three changes of its settings that fit by it."""
+    from llmlab.runs.plan import fitting_changes, largest_part, make_plan
+
+    settings, processes = run.settings, run.process.num_processes
+    run.console.print("out of memory: planning what would fit ...")
+    try:
+        plan = make_plan(run.function, settings, run.hardware, processes=processes)
+        # where it fits by the plan, something else takes memory too
+        room = min(run.hardware.memory, round(ROOM * plan.total))
+        changes = fitting_changes(run.function, settings, run.hardware, room, processes=processes)
+    except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
+        smaller = (smaller_batch(settings) or {}).items()
+        values = [f"{name} = {value}" for name, value in smaller if not name.startswith("eval")]
+        return [f"set {' with '.join(values)}"] if values else []
+    name, size = largest_part(plan)
+    most = f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}"
+    return [most, *([f"set {', or '.join(changes)}"] if changes else [])]
+
+
+def phase_of(error: BaseException) -> str:
+    """Returns the phase of a run in which an error was raised, by the functions that it came through."""
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return next((phase for phase, functions in PHASES if names & functions), "loading")
 
 
 def _is_write_error(error: Exception, folder: Path) -> bool:

@@ -3,14 +3,12 @@ evaluation that leaves the random states alone, and checkpoints marked as incomp
 """
 
 import math
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -21,6 +19,7 @@ from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_t
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
+from llmlab.runs.auto_batch import DivisibleBatches, random_states, set_random_states
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -28,7 +27,7 @@ from llmlab.settings.optimizer import OptimizerSettings
 LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
 
 
-class StageTrainer(GradientNorms, ResumableCheckpoint):
+class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
     finite.
 
@@ -76,9 +75,14 @@ class StageTrainer(GradientNorms, ResumableCheckpoint):
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with restore_random_states(self.args.device):
+        run = super().evaluate  # type: ignore[misc]
+
+        def evaluate() -> dict[str, float]:
             set_seed(self.args.seed + self.args.process_index)  # equal weights get equal scores at every step
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            return run(*args, **kwargs)
+
+        with restore_random_states(self.args.device):
+            return self.evaluate_in_parts(evaluate)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -180,8 +184,13 @@ class EstimateFirst(TrainerCallback):
         trainer, batch = self.trainer, self.trainer.estimate_from
         if batch is not None:
             trainer.estimate_from = None
-            inputs, seed = trainer.estimated_from(batch), trainer.args.seed
-            estimate_hessian_if_due(trainer.model_wrapped, inputs, trainer.optimizer, seed, trainer.predict)
+            trainer.in_parts(lambda: self.estimate(trainer.parts_of(batch)[0]))
+
+    def estimate(self, batch: Any) -> None:
+        """Estimates the Hessian from a batch of the data loader."""
+        trainer = self.trainer
+        inputs, seed = trainer.estimated_from(batch), trainer.args.seed
+        estimate_hessian_if_due(trainer.model_wrapped, inputs, trainer.optimizer, seed, trainer.predict)
 
 
 def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -192,14 +201,8 @@ def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
 @contextmanager
 def restore_random_states(device: torch.device) -> Iterator[None]:
     """Restores the random states of Python, NumPy, torch and the device afterwards."""
-    on_device = None if device.type == "cpu" else torch.get_device_module(device)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    device_state = on_device and on_device.get_rng_state()
+    states = random_states(device)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_device:
-            on_device.set_rng_state(device_state)
+        set_random_states(device, states)

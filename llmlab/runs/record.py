@@ -100,6 +100,12 @@ class RunRecord:
         with (self.folder / METRICS).open("a", encoding="utf-8") as handle:
             handle.write(_json(line) + "\n")
 
+    def change(self, settings: dict[str, Any], source: str) -> None:
+        """Writes settings that the run changed itself, and what did."""
+        self.values["settings"] |= settings
+        self.values["sources"] |= dict.fromkeys(settings, source)
+        self._write()
+
     def finish(self, status: str, **results: Any) -> None:
         """Writes how the run ended: `finished`, `interrupted`, `diverged` or `failed`, with its results."""
         self.values.update(status=status, ended=_now(), **results)

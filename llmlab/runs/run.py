@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +34,8 @@ from llmlab.runs.arguments import build_arguments
 from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.failures import check_disk, record_failures
+from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
+from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
@@ -78,7 +79,7 @@ def training_stage(
             **options: Any,
         ) -> RunResult:
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
-            with begin(
+            starting = begin(
                 run_class,
                 function.__name__,
                 prepare(as_resolved(settings)),
@@ -86,7 +87,9 @@ def training_stage(
                 load_optimizer=load_optimizer,
                 allow_changed_data=allow_changed_data,
                 console=console,
-            ) as run:
+            )
+            with starting as run, explain_out_of_memory(run):
+                run.function = start_run
                 return function(run, **options)
 
         run, *own = inspect.signature(function).parameters.values()
@@ -97,6 +100,7 @@ def training_stage(
         start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
+        start_run.function, start_run.run_class = function, run_class  # type: ignore[attr-defined]  # for its plan
         return takes_trust(start_run)
 
     return decorate
@@ -237,6 +241,7 @@ class Run(Start[S]):
             )
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
+            trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
         if self.hardware.device == "mps":
@@ -247,7 +252,8 @@ class Run(Start[S]):
         trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            record_failures(self.stage, self.folder, record, self.progress, self.settings),
+            record_failures(self.stage, self.folder, record, self.progress),
+            explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),
         ):
             published = destinations(self.settings.trainer_args, self.settings.output_dir)
@@ -255,6 +261,7 @@ class Run(Start[S]):
             if trainer.eval_dataset is not None:
                 batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
+            rows += describe_cost(self, trainer, steps - self.done)
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
@@ -299,6 +306,14 @@ class Run(Start[S]):
             data=data.record(),
             callbacks=callbacks,
         )
+
+    def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
+        """Records and prints the smaller batch that a run goes on with."""
+        self.settings = self.settings.model_copy(update=changes)
+        record.change(changes, "auto-batch")
+        values = " and ".join(f"{name} = {value}" for name, value in changes.items() if not name.startswith("eval"))
+        step = trainer.state.global_step + 1
+        self.progress.say(f"step {step}  out of memory ({phase}): taken again with {values}")
 
     def _tokens_per_step(self, trainer: Trainer, data: dict[str, Any]) -> float:
         """Estimates the tokens per optimizer step on this process."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 # C0 without tab and newline, DEL, C1, bidirectional overrides, line separators, lone surrogates
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# torch's words, for GPUs, CPUs and Apple's GPUs: their errors have no common type
+NO_MEMORY = ("out of memory", "you tried to allocate", "can't allocate memory", "not enough memory")
 LONGEST_REASON = 300  # characters of another library's message
 LAUNCHED = "LLMLAB_LAUNCHED"  # the number of machines, in processes that llmlab launched: it warned before
 
@@ -26,6 +28,10 @@ class Diverged(UserError):
     """A run whose loss, gradients or weights are no longer finite numbers; none of them was saved."""
 
     exit_code = 4
+
+
+class OutOfMemory(UserError):
+    """A run that needs more memory than there is: the message says where, and what to change."""
 
 
 class OfMainProcess(UserError):
@@ -86,6 +92,14 @@ def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
             raise
         read_as = f" as {expected}" if expected else ""
         raise UserError(f"{subject}: cannot be read{read_as}: {reason_of(error)}") from error
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it was made from, says that memory ran out."""
+    if isinstance(error, UserError):
+        return is_out_of_memory(error.__cause__)
+    words = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(part in words for part in NO_MEMORY)
 
 
 def reason_of(error: BaseException) -> str:

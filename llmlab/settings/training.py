@@ -38,6 +38,9 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
     """Decoupled weight decay; norms, biases and embeddings get none."""
     warmup_steps: v.WarmupSteps = 0.1
     """Optimizer steps of linear warmup; below 1, a share of all steps."""
+    auto_batch: Annotated[bool, Resume.LOCAL] = False
+    """Out of memory, halve the rows of a forward pass, double the accumulation and take the step again, until one row
+    is left."""
     log_every: Annotated[int, Gt(0), Trl("logging_steps"), Alias("log_interval"), Resume.FREE] = 10
     """Optimizer steps between logged lines."""
     eval_every: v.EvalEvery = 500

@@ -29,6 +29,7 @@ from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
+from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
@@ -81,8 +82,34 @@ def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[Pretr
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
-@training_stage(Run, prepare=resolve_architecture)
-def pretrain(run: Run[PretrainSettings]) -> RunResult:
+class PretrainRun(Run[S]):
+    """A run of pretraining: its tokenizer, model and corpus."""
+
+    def load_model(self) -> tuple[PreTrainedTokenizerBase, LLMLabForCausalLM]:
+        """Returns the tokenizer, and a new model of the settings' architecture or the one in `init_from`."""
+        tokenizer = load_tokenizer(self.settings.init_from or self.settings.model.tokenizer_name)
+        return tokenizer, build_model(self.settings, tokenizer)
+
+    def build_corpus(self, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Corpus:
+        """Returns this process's packed rows of the settings' sources."""
+        settings, process = self.settings, self.process
+        with process.main_process_first():
+            return build_corpus(
+                settings,
+                tokenizer,
+                max_seq_len=sequence,
+                rows_needed=settings.max_steps
+                * settings.batch_size
+                * settings.gradient_accumulation_steps
+                * process.num_processes,
+                validation_rows=self.batch.validation_rows,
+                rank=process.process_index,
+                world_size=process.num_processes,
+            )
+
+
+@training_stage(PretrainRun, prepare=resolve_architecture)
+def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
     """Trains a decoder on plain text and writes its run folder.
 
     Args:
@@ -94,21 +121,11 @@ def pretrain(run: Run[PretrainSettings]) -> RunResult:
     Source: seed, LLM-Lab document, "Base Training (Pretraining)" and "Checkpointing and Resuming".
     """
     settings, processes, sequence = run.settings, run.process.num_processes, run.settings.model.max_seq_len
-    tokenizer = load_tokenizer(settings.init_from or settings.model.tokenizer_name)
-    model = build_model(settings, tokenizer)
+    tokenizer, model = run.load_model()
     size = measure(model.config)
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
     tokens_per_step = rows_per_step * processes * sequence
-    with run.process.main_process_first():
-        corpus = build_corpus(
-            settings,
-            tokenizer,
-            max_seq_len=sequence,
-            rows_needed=settings.max_steps * rows_per_step * processes,
-            validation_rows=run.batch.validation_rows,
-            rank=run.process.process_index,
-            world_size=processes,
-        )
+    corpus = run.build_corpus(tokenizer, sequence)
     trainer = run.make_trainer(
         PretrainTrainer,
         TrainingArguments,
@@ -170,16 +187,9 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) 
 
 def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> list[tuple[str, Any]]:
     """Returns the lines of the plan."""
-    settings, hardware, processes = run.settings, run.hardware, run.process.num_processes
+    settings, processes = run.settings, run.process.num_processes
     sequence = settings.model.max_seq_len
     batch = settings.batch_size * settings.gradient_accumulation_steps * processes
-    memory = size.training_memory(
-        settings.optimizer,
-        rows=settings.batch_size,
-        sequence=sequence,
-        dtype=hardware.dtype,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
         ("data", corpus.report.summary()),
@@ -190,5 +200,4 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
             f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
         ),
         ("tokens", human(settings.max_steps * batch * sequence)),
-        ("memory", f"about {human(memory.total, 'B')} of {human(hardware.memory, 'B')}"),
     ]

@@ -16,6 +16,7 @@ from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
+from llmlab.settings.errors import UserError
 from llmlab.settings.sft import SFTSettings
 
 SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
@@ -80,7 +81,13 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         },
     )
     rows = len(trainer.train_dataset)
-    if settings.packing and "flash" not in policy.model.config._attn_implementation:
+    flattened = settings.packing and "flash" in policy.model.config._attn_implementation
+    if flattened and settings.auto_batch:
+        raise UserError(
+            "auto_batch = true: not supported with packing under flash attention, whose batches are one long row; "
+            "set packing=false or attn_implementation=sdpa"
+        )
+    if settings.packing and not flattened:
         collator = replace(trainer.data_collator, padding_free=False, return_position_ids=True)
         trainer.data_collator = partial(collate_packed, collator)
         # SFTTrainer counts tokens of flattened batches only

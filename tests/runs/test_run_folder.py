@@ -16,11 +16,8 @@ from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
 from llmlab.runs.resume import find_checkpoint
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.sft import SFTSettings
 from llmlab.terminal import human
 
 
@@ -181,7 +178,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
     checkpoint(tmp_path, 2)
     with (
         pytest.raises(UserError, match="No space left on device"),
-        record_failures("x", tmp_path, record, progress(), PretrainSettings()),
+        record_failures("x", tmp_path, record, progress()),
     ):
         checkpoints.begin(tmp_path / "checkpoint-4")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -192,54 +189,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
 def test_a_full_disk_under_torch_save_is_a_sentence_too(tmp_path):
     with (
         pytest.raises(UserError, match="the disk is full or gone"),
-        record_failures("x", tmp_path, None, progress(), PretrainSettings()),
+        record_failures("x", tmp_path, None, progress()),
     ):
         torch.save(torch.zeros(1_000_000), "/dev/full")
 
 
-@pytest.mark.parametrize(
-    ("settings", "advice"),
-    [
-        (
-            PretrainSettings(batch_size=4),
-            "halve batch_size = 4 and double gradient_accumulation_steps = 64, or shorten max_seq_len = 1024, or set "
-            "gradient_checkpointing=true",
-        ),
-        (
-            SFTSettings(use_lora=True, gradient_checkpointing=True),
-            "halve batch_size = 4 and double gradient_accumulation_steps = 16, or shorten max_seq_len = 1024",
-        ),
-        (
-            DPOSettings(),
-            "halve mini_batch_size = 32, or shorten max_length = 4096, or set gradient_checkpointing=true, or set "
-            "use_lora=true",
-        ),
-        (
-            GRPOSettings(use_lora=True),
-            "halve mini_batch_size = 32 and double gradient_accumulation_steps = 1, or shorten "
-            "max_prompt_length = 1024 or max_new_tokens = 128, or set gradient_checkpointing=true",
-        ),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_out_of_memory_names_the_stages_own_settings(settings, advice, error, tmp_path):
-    with pytest.raises(UserError) as caught, record_failures("x", tmp_path, None, progress(), settings):
-        raise error
-    assert str(caught.value) == f"out of memory: {advice}"
-
-
 def test_reading_that_fails_is_no_writing(tmp_path):
     def told(error):
-        with pytest.raises(UserError) as caught, record_failures("sft", tmp_path, None, progress(), SFTSettings()):
+        with pytest.raises(UserError) as caught, record_failures("sft", tmp_path, None, progress()):
             raise error
         return str(caught.value)
 
@@ -250,13 +207,13 @@ def test_reading_that_fails_is_no_writing(tmp_path):
     assert told(inside).startswith(f"output_dir = {tmp_path}: writing stopped")
     with (
         pytest.raises(UserError, match="writing stopped.*No such file"),
-        record_failures("sft", tmp_path, None, progress(), SFTSettings()),
+        record_failures("sft", tmp_path, None, progress()),
     ):
         save_file({"x": torch.zeros(3)}, tmp_path / "gone" / "model.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     with (
         pytest.raises(UserError, match="^sft: Error while deserializing"),
-        record_failures("sft", tmp_path, None, progress(), SFTSettings()),
+        record_failures("sft", tmp_path, None, progress()),
     ):
         load_file(tmp_path / "broken.safetensors")
 
@@ -264,7 +221,7 @@ def test_reading_that_fails_is_no_writing(tmp_path):
 def test_other_errors_keep_their_type_and_are_recorded(tmp_path):
     record = record_of(tmp_path)
     record.start()
-    with pytest.raises(ZeroDivisionError), record_failures("x", tmp_path, record, progress(), PretrainSettings()):
+    with pytest.raises(ZeroDivisionError), record_failures("x", tmp_path, record, progress()):
         raise ZeroDivisionError
     assert read_record(tmp_path)["status"] == "failed"
 
@@ -277,7 +234,7 @@ def test_a_closed_output_is_an_interruption(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     console = Console(file=os.fdopen(writer, "w"))
-    with pytest.raises(SystemExit), record_failures("x", tmp_path, record, progress(), PretrainSettings()):
+    with pytest.raises(SystemExit), record_failures("x", tmp_path, record, progress()):
         console.print("a line of progress")
     ended = read_record(tmp_path)
     assert ended["status"] == "interrupted" and ended["reason"] == "its output was closed"

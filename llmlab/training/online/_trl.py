@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from trl.trainer.utils import split_tensor_dict
 
 PRIVATE_NAMES = {  # where it is: its parameters
     # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion
@@ -179,9 +180,30 @@ class ResumableRollouts:
         for name, values in state["metrics"].items():
             self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
 
+    def parts_of(self, batch: Any) -> list[Any]:
+        """Returns the same prompts for each part: its rows are the next ones of the rollout."""
+        # the loop sets it anew at each step
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        return [batch] * self.parts  # type: ignore[attr-defined]
+
+    def divide(self, factor: int) -> None:
+        super().divide(factor)  # type: ignore[misc]
+        self._step *= factor
+        self.args.steps_per_generation *= factor  # type: ignore[attr-defined]
+        self.args.per_device_train_batch_size //= factor  # type: ignore[attr-defined]  # in scoring
+        rollout = self._buffered_inputs
+        self._buffered_inputs = rollout and [part for whole in rollout for part in split_tensor_dict(whole, factor)]
+
+    def moment(self) -> tuple[Any, ...]:
+        return *super().moment(), self._buffered_inputs, self.prepared  # type: ignore[misc]
+
+    def go_back(self, moment: tuple[Any, ...]) -> None:
+        *common, self._buffered_inputs, self.prepared = moment
+        super().go_back(tuple(common))  # type: ignore[misc]
+
     @property
     def _split(self) -> tuple[int, int]:
-        return self.args.world_size, self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        return self.args.world_size, self.args.gradient_accumulation_steps * self.parts  # type: ignore[attr-defined]
 
     def set_logged_advantages(self, advantages: Tensor) -> None:
         """Sets the advantages in TRL's logged table of completions."""

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
-from llmlab.rewards.compose import compose
+from llmlab.rewards.compose import ComposedReward, compose
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
@@ -36,13 +36,18 @@ class OnlineRun(Run[S]):
         if settings.use_vllm and find_spec("vllm") is None:
             raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
 
+    def compose_rewards(self, rewards: Sequence[RewardFunction]) -> ComposedReward:
+        """Returns the rewards of the settings and these."""
+        settings = self.settings
+        named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
+        return compose(
+            [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
+        )
+
     def load(self, rewards: Sequence[RewardFunction]) -> None:
         """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
-        named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
-        self.reward = compose(
-            [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
-        )
+        self.reward = self.compose_rewards(rewards)
         self.policy = self.load_policy(attach=False)
         self.reference, self.reference_name = None, "none, since init_kl_coef is 0"
         if settings.init_kl_coef > 0:

@@ -17,6 +17,8 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 class LLMLabDPOTrainer(StageTrainer, TokenizedPairs, StepMeanLoss, DPOTrainer):
     """TRL's DPOTrainer with llmlab's optimizers, on pairs of token ids."""
 
+    rows_per_example = 2
+
 
 @training_stage(PreferenceRun)
 def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:

@@ -21,6 +21,8 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 class LLMLabRewardTrainer(StageTrainer, StepMeanLoss, RewardTrainer):
     """TRL's RewardTrainer with llmlab's optimizers."""
 
+    rows_per_example = 2
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for name, parameter in self.model.named_parameters():

@@ -1,0 +1,157 @@
+"""What a training step would allocate and compute, followed on tensors without memory (torch's FakeTensorMode).
+
+Nothing here knows an architecture or a loss: whatever runs inside a `Ledger` is counted, operator by operator.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from llmlab.model.blocks import attention_cost
+from llmlab.model.loss import loss_cost
+
+aten = torch.ops.aten
+OWN_OPERATORS = {  # name: FLOPs and bytes of scratch memory, given the operator's arguments
+    "linear_cross_entropy": loss_cost,
+    "block_attention": attention_cost,
+    "block_attention_backward": attention_cost,
+}
+ACTIVATIONS = "activations"
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of live tensors by part and phase, and FLOPs by phase; tensors inside have no memory.
+
+    A new tensor's part is `logits` where its last dimension is a vocabulary's, else that of the tensor it is cast
+    from if that is a weight, else `activations`; `assign` names another. What depends on a tensor's values gets 1,
+    True, or all positions.
+
+    Args:
+        vocabulary: sizes of the models' vocabularies.
+    """
+
+    def __init__(self, vocabulary: Collection[int]):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.phase = "loading"
+        self.parts: list[str] = []  # of each storage
+        self.events: list[tuple[int, int, str]] = []  # storage, bytes more or less, phase
+        self.flops: Counter[str] = Counter()  # by phase
+        self.live: dict[int, int] = {}  # address of a storage object: its index in `parts`
+
+    @contextmanager
+    def follow(self) -> Iterator["Ledger"]:
+        """Runs what is inside on tensors without memory."""
+        original = nn.Module._apply
+        nn.Module._apply = _convert  # type: ignore[method-assign]
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), self:
+                yield self
+        finally:
+            nn.Module._apply = original  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is aten.nonzero.default:
+            return args[0].new_zeros(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        if func is aten.index.Tensor:  # by a mask: all positions
+            args = (args[0], [index for mask in args[1] for index in _positions(mask)])
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops[self.phase] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        elif (name := func._schema.name.rpartition("::")[2]) in OWN_OPERATORS:
+            flops, scratch = OWN_OPERATORS[name](*args)
+            self.flops[self.phase] += flops
+            self.parts.append(ACTIVATIONS)
+            self.events += [(len(self.parts) - 1, size, self.phase) for size in (scratch, -scratch)]
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, args[0] if func is aten._to_copy.default else None)
+        return out
+
+    def _add(self, tensor: Tensor, source: Tensor | None) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) in self.live:
+            return
+        part, size = ACTIVATIONS, storage.nbytes()
+        if tensor.ndim > 1 and tensor.shape[-1] in self.vocabulary:
+            part = "logits"
+        elif source is not None and (known := self.live.get(source.untyped_storage()._cdata)) is not None:
+            part = self.parts[known] if self.parts[known] in ("weights", "reference", "value model") else part
+        index = self.live[key] = len(self.parts)
+        self.parts.append(part)
+        self.events.append((index, size, self.phase))
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.events.append((self.live.pop(key), -size, self.phase))
+
+    def assign(self, part: str, *tensors: Tensor | None) -> None:
+        """Says what tensors are for."""
+        for tensor in tensors:
+            if tensor is not None and (index := self.live.get(tensor.untyped_storage()._cdata)) is not None:
+                self.parts[index] = part
+
+    @property
+    def most(self) -> dict[str, int]:
+        """The most bytes of each part that were live at once."""
+        live, most = Counter[str](), Counter[str]()
+        for index, size, _ in self.events:
+            part = self.parts[index]
+            live[part] += size
+            most[part] = max(most[part], live[part])
+        return dict(most)
+
+    def peak(self, shares: Mapping[str, float] | None = None) -> tuple[str, dict[str, int]]:
+        """Returns the phase with the most live bytes, and these by part.
+
+        Args:
+            shares: of a part, the factor of its bytes; 1 where it is not named.
+        """
+        live, total, most, last = Counter[str](), 0.0, -1.0, 0
+        sizes = [size * (shares or {}).get(self.parts[index], 1) for index, size, _ in self.events]
+        for number, size in enumerate(sizes):
+            total += size
+            if total > most:
+                most, last = total, number
+        for (index, _, _), size in zip(self.events[: last + 1], sizes, strict=False):
+            live[self.parts[index]] += size
+        return self.events[last][2], {part: round(size) for part, size in live.items() if size >= 1}
+
+
+def _convert(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+    """Applies a conversion as `nn.Module._apply`, which cannot replace parameters without memory."""
+    converted: dict[int, Any] = {}  # by the original: tied parameters stay tied
+    for owner in module.modules() if recurse else (module,):
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in converted:
+                    with torch.no_grad():
+                        new = function(tensor)
+                    same = new.dtype == tensor.dtype
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    converted[id(tensor)] = (
+                        tensor if same else nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                    )
+                tensors[name] = converted[id(tensor)]
+    return module
+
+
+def _positions(mask: Tensor | None) -> list[Tensor | None]:
+    """Returns the indices of all positions for a mask, one a dimension, and other indices as they are."""
+    if mask is None or mask.dtype is not torch.bool:
+        return [mask]
+    return [mask.new_zeros(mask.numel(), dtype=torch.int64) for _ in range(mask.ndim)]

@@ -1,0 +1,413 @@
+"""What a run will take before it begins: steps, tokens, memory by part, time and disk, and changes that make it fit.
+
+The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from rich.text import Text
+
+from llmlab.hardware import Hardware, probe
+from llmlab.model import build_config, load_config, measure, read_adapter
+from llmlab.model.size import BYTES, state_values
+from llmlab.runs.rehearsal import Scene, rehearse
+from llmlab.settings.errors import UserError, reason_of
+from llmlab.terminal import duration, human
+
+PLANNED_BYTES, PLANNED_FLOPS = 2e8, 1e13  # of weights and of a run, from which a run opens with its plan
+# share of the device's peak that training reaches: on GPUs what MFU is reported for fine-tuning of such sizes
+UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
+# bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
+LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
+SPARE = 0.05  # of a GPU's memory, which its allocator loses to fragmentation
+DECODE = 0.5  # share of memory bandwidth that sampling reaches
+SHARDINGS = {  # what each splits over the processes
+    "none": (),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "reference", "value model", "gradients", "optimizer"),
+    "fsdp2": ("weights", "reference", "value model", "gradients", "optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; bytes on one device, at the phase in which they are most; None is not known.
+
+    `seconds` is without evaluation and saving; `flops` are those of the whole run on one device.
+    """
+
+    parameters: int
+    trained: int
+    steps: int | None
+    tokens: float | None
+    phase: str
+    parts: dict[str, int]
+    memory: int
+    flops: float | None
+    seconds: float | None
+    disk: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.memory or not self.memory
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Returns the rows about model, steps, tokens and disk."""
+        share = f", {human(self.trained)} trained ({self.trained / self.parameters:.2%})"
+        rows = [("model", f"{human(self.parameters)} parameters{share}")]
+        rows += [("steps", f"{self.steps:,}")] if self.steps else []
+        rows += [("tokens", f"{human(self.tokens)}, {human(self.flops)} FLOPs a device")] if self.tokens else []
+        rows += [("disk", f"about {human(self.disk, 'B')}"), self.rows()[0]]
+        return [*rows, ("fits", "yes")] if self.fits else rows
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the rows about memory and time that open a run."""
+        parts = sorted(self.parts.items(), key=lambda part: -part[1])
+        shares = ", ".join(f"{name} {human(size, 'B')}" for name, size in parts if size > 0.005 * self.total)
+        memory = f"about {human(self.total, 'B')} of {human(self.memory, 'B')} ({self.phase}): {shares}"
+        return [("memory", memory), ("time", f"about {duration(self.seconds)}" if self.seconds else "not known")]
+
+    def record(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {**asdict(self), "total": self.total, "fits": self.fits}
+
+
+def largest_part(plan: Plan) -> tuple[str, int]:
+    """Returns the part that takes the most memory, and its bytes."""
+    return max(plan.parts.items(), key=lambda part: part[1])
+
+
+def count_steps(rows: int, *, rows_per_batch: int, accumulation: int, epochs: float) -> int:
+    """Returns the optimizer steps of so many epochs, counted as Transformers' Trainer does: an epoch's last, smaller
+    batch is a step of its own."""
+    return math.ceil(epochs * max(math.ceil(math.ceil(rows / rows_per_batch) / accumulation), 1))
+
+
+def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
+    """Returns what is known of the model and the longest row from its configuration; no weights are read.
+
+    Args:
+        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
+    """
+    if hasattr(settings, "model"):
+        config = load_config(settings.init_from) if settings.init_from else build_config(settings.model)
+        return Scene(config, None, min(settings.model.max_seq_len, config.max_position_embeddings))
+    source = settings.policy_checkpoint
+    adapter = read_adapter(source, lora_only=True)
+    config = load_config(source if adapter is None else adapter.base)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    new = getattr(settings, "max_new_tokens", 0)
+    limits = [context - new, longest or math.inf]
+    if new:
+        limits.append(settings.prompt_limit or math.inf)
+        prompt = int(max(min(limits), 1))
+        return Scene(config, adapter, prompt + new, prompt)
+    limits.append(settings.max_length if hasattr(settings, "max_length") else settings.max_seq_len)
+    return Scene(config, adapter, int(min(limits)))
+
+
+def row_lengths(rows: Any) -> tuple[float, int] | None:
+    """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
+    names = getattr(rows, "column_names", None) or ()
+    if not {"input_ids", "chosen_ids"} & set(names):
+        return None
+    tokens = {
+        name: np.asarray(pc.list_value_length(rows.data.column(name))) for name in names if name.endswith("_ids")
+    }
+    if "input_ids" in tokens:
+        return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
+    prompts, answers = tokens.get("prompt_ids", 0), (tokens["chosen_ids"], tokens["rejected_ids"])
+    return float((prompts + sum(answers) / 2).mean()), int((prompts + np.maximum(*answers)).max())
+
+
+def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | Text]]:
+    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit.
+
+    What takes seconds, on small models, is not planned: the plan would take as long.
+    """
+    hardware, model = run.hardware, trainer.model
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    least = f"weights {human(sum(sizes), 'B')}, gradients {human(trained, 'B')} of {human(hardware.memory, 'B')}"
+    if run.process.num_processes > 1:
+        return [("memory", f"at least {least} on each device; llmlab plan --processes says more")]
+    mean, longest = row_lengths(trainer.train_dataset) or (None, None)
+    tokens = (mean or 512) * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    if sum(sizes) < PLANNED_BYTES and sum(sizes) / 4 * 6 * tokens * steps < PLANNED_FLOPS:
+        return [("memory", f"at least {least}; a run of seconds is not planned further")]
+    settings = run.settings.model_copy(update={"max_steps": steps, "epochs": None})
+    try:
+        plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
+    except UserError as error:
+        return [("memory", f"at least {least}; {error}")]
+    rows: list[tuple[str, str | Text]] = list(plan.rows())
+    if not plan.fits:
+        advice = f"more than this device has: expect it to run out; llmlab plan {run.stage} says what to change"
+        rows.append(("warning", Text(advice, style="yellow")))
+    return rows
+
+
+def make_plan(
+    function: Any,
+    settings: Any,
+    hardware: Hardware,
+    *,
+    rows: int | None = None,
+    mean: float | None = None,
+    longest: int | None = None,
+    processes: int = 1,
+    sharding: str = "none",
+    utilization: float | None = None,
+) -> Plan:
+    """Returns the plan of a stage's run; no weights are read or made.
+
+    Args:
+        function: the stage's function in `llmlab.training`.
+        settings: of the stage.
+        hardware: the device of each process.
+        rows: training rows, where they are known.
+        mean: tokens of a row, for tokens and time; None is the longest.
+        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
+        processes: how many train together.
+        sharding: what they share: none (DDP), zero2, zero3, fsdp2.
+        utilization: share of the device's peak FLOP/s.
+    """
+    if hasattr(settings, "in_steps"):
+        settings = settings.in_steps(processes)
+    scene = read_scene(settings, longest=longest)
+    try:
+        run = rehearse(function, settings, hardware, scene, processes=processes)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # an architecture or argument with operators that need values
+        raise UserError(
+            f"not planned: this model's step cannot be followed without memory: {reason_of(error)}"
+        ) from error
+    ledger, model = run.ledger, run.trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states, ratio = _states(run, settings.optimizer)
+    shares = dict.fromkeys(SHARDINGS[sharding], 1 / processes)
+    phase, parts = ledger.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
+    spare = SPARE * sum(parts.values()) if hardware.device == "cuda" else 0
+    parts["libraries"] = round(LIBRARIES[hardware.device] + spare)
+    parts |= _other_parts(run, settings, trained, processes, sharding)
+    notes = []
+    steps, batch_rows, passes = _count_work(settings, rows, processes)
+    if steps is None:
+        notes.append("steps, tokens and time are not known without the number of rows: --rows N")
+    tokens = flops = seconds = None
+    if steps is not None:
+        share = (mean or scene.length) / scene.length
+        tokens = steps * batch_rows * processes * scene.length * share
+        fixed, sampling = _step_flops(run, settings, hardware, passes, processes)
+        flops = steps * fixed * share
+        peak = (hardware.peak_flops or measured_peak(hardware)) * (utilization or UTILIZATION[hardware.device])
+        seconds = flops / peak + sampling(peak) * steps
+    total = measure(scene.config).total
+    checkpoint = 4 * trained + states
+    kept = settings.save_total_limit or math.ceil((steps or 1) / getattr(settings, "save_every", settings.eval_every))
+    disk = 4 * trained + (kept + 1) * checkpoint  # one more while it is written
+    if "paged" in settings.optimizer:
+        notes.append("a paged optimizer's states may move to the host's memory")
+    whole = total + trained if trained < total else total
+    return Plan(whole, trained, steps, tokens, phase, parts, hardware.memory, flops, seconds, disk, tuple(notes))
+
+
+def fitting_changes(
+    function: Any, settings: Any, hardware: Hardware, memory: int | None = None, at_most: int = 3, **options: Any
+) -> list[str]:
+    """Returns changes of settings, the cheapest first, with each of which alone the run fits; where none alone is
+    enough, the shortest list of all together, and nothing where that is not either.
+
+    Args:
+        function, settings, hardware, options: as in `make_plan`.
+        memory: bytes to fit into; None is the device's.
+        at_most: how many changes.
+    """
+    limit = memory or hardware.memory
+
+    def fits(changes: dict[str, Any]) -> bool:
+        try:
+            changed = type(settings).model_validate({**_given(settings), **changes})
+            return make_plan(function, changed, hardware, **options).total <= limit
+        except (UserError, ValueError):
+            return False
+
+    alone, together = [], {}
+    for kind in _changes(settings):
+        found = next((change for change in kind if fits(change)), None)
+        if found is not None:
+            alone.append(_words(found))
+        if len(alone) == at_most:
+            break
+        together |= kind[-1] if kind else {}
+        if not alone and len(together) > len(kind[-1] if kind else {}) and fits(together):
+            return [_words(together)]
+    return alone
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    """Returns the values of settings that were set."""
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def _words(changes: dict[str, Any]) -> str:
+    words = [f"{name} = {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items()]
+    return " with ".join(words)
+
+
+def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yields kinds of changes, each from the smallest to the largest."""
+    name = "mini_batch_size" if hasattr(settings, "mini_batch_size") else "batch_size"
+    batch, passes = getattr(settings, name), settings.gradient_accumulation_steps
+    halves = [batch >> shift for shift in range(1, batch.bit_length()) if batch % (1 << shift) == 0]
+    yield [
+        {name: half, **({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})}
+        for half in halves
+    ]
+    if not settings.gradient_checkpointing:
+        yield [{"gradient_checkpointing": True}]
+    if hasattr(settings, "model"):
+        shape, length = settings.model, settings.model.max_seq_len
+        yield [{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)]
+    else:
+        longest = next(name for name in ("max_new_tokens", "max_length", "max_seq_len") if hasattr(settings, name))
+        lengths = {name: getattr(settings, name, None) for name in (longest, "max_prompt_length")}
+        yield [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
+    if getattr(settings, "use_lora", None) is False:
+        yield [{"use_lora": True}]
+    if settings.optimizer == "adamw":
+        yield [{"optimizer": "adamw_8bit"}]
+    if getattr(settings, "use_qlora", None) is False:
+        yield [{"use_lora": True, "use_qlora": True}]
+
+
+def _count_work(settings: Any, rows: int | None, processes: int) -> tuple[int | None, float, float]:
+    """Returns the optimizer steps, and of each, on one process, the rows and forward passes."""
+    epochs = getattr(settings, "epochs", None)
+    if hasattr(settings, "rollout"):
+        rollout, passes = settings.rollout(processes), settings.gradient_accumulation_steps
+        steps = settings.max_steps if epochs is None else rows and settings.steps_for(rows, processes)
+        return steps, rollout.completions / rollout.updates / processes, passes
+    is_pairs = settings.rows_per_pass == "mini_batch_size"
+    size, passes = getattr(settings, settings.rows_per_pass), settings.accumulation(processes)
+    steps = settings.max_steps
+    if epochs is not None:
+        steps = rows and count_steps(rows, rows_per_batch=size * processes, accumulation=passes, epochs=epochs)
+    return steps, size * passes * (1 + is_pairs), passes
+
+
+def _step_flops(
+    run: Any, settings: Any, hardware: Hardware, passes: float, processes: int
+) -> tuple[float, Callable[[float], float]]:
+    """Returns the FLOPs of an optimizer step on one process, and its seconds of sampling given FLOP/s."""
+    flops = run.ledger.flops
+    step = (flops["forward"] + flops["backward"]) * passes / run.settings.gradient_accumulation_steps
+    if not hasattr(settings, "rollout"):
+        return step, lambda peak: 0.0
+    rollout = settings.rollout(processes)
+    completions = rollout.completions / processes
+    step += (flops["scoring"] * completions / run.rollout.completions + flops["sampling"]) / rollout.updates
+    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    read = BYTES[hardware.dtype] * parameters + run.ledger.most.get("KV cache", 0) / 2
+
+    def sample(peak: float) -> float:
+        token = max(read / (DECODE * hardware.bandwidth), 2 * parameters * completions / peak)
+        return token * settings.max_new_tokens / rollout.updates
+
+    return step, sample
+
+
+def _states(run: Any, optimizer: str) -> tuple[int, float]:
+    """Returns the bytes of the optimizer's states, and their ratio to those that were rehearsed."""
+    rehearsed = [value for state in run.trainer.optimizer.state.values() for value in state.values()]
+    count = sum(value.nbytes for value in rehearsed if isinstance(value, torch.Tensor))
+    if run.settings.optimizer == optimizer:
+        return count, 1.0
+    shapes = [(name, tuple(p.shape)) for name, p in run.trainer.model.named_parameters() if p.requires_grad]
+    values = sum(state_values(optimizer, "embeddings" if "embed" in name else "mlp", shape) for name, shape in shapes)
+    return 4 * values, 4 * values / max(count, 1)
+
+
+def _other_parts(run: Any, settings: Any, trained: int, processes: int, sharding: str) -> dict[str, int]:
+    """Returns the bytes of what a rehearsal on one process does not have."""
+    parts = {}
+    if processes > 1 and sharding == "none":
+        parts["communication"] = 4 * trained  # DDP's buckets
+    elif processes > 1 and sharding in ("zero3", "fsdp2"):
+        weights = sum(p.nbytes for p in run.trainer.model.parameters())
+        parts["communication"] = 2 * weights // (run.scene.config.get_text_config().num_hidden_layers + 1)
+    rewards = settings.all_rewards() if hasattr(settings, "all_rewards") else ()
+    names = {str(reward.parameters["model"]) for reward in rewards if "model" in reward.parameters}
+    for name in names:
+        parts["reward model"] = parts.get("reward model", 0) + 4 * measure(load_config(name)).total
+    return parts
+
+
+def measure_step(function: Any, settings: Any, hardware: Hardware, scene: Scene) -> tuple[int, float]:
+    """Takes real optimizer steps with random weights on this machine; returns the highest memory of the device beyond
+    what was there, in bytes, and the seconds of a step of as many passes as were rehearsed."""
+    memory, before = getattr(torch, hardware.device), 0
+    if hardware.device == "cpu":
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest counts from here
+    elif hardware.device == "cuda":
+        memory.reset_peak_memory_stats()
+    run = rehearse(function, settings, hardware, scene, follow=False)
+    seconds = run.trainer.state.log_history[-1]["train_runtime"] / run.trainer.state.global_step
+    if hardware.device == "cpu":
+        return _resident("VmHWM") - before, seconds
+    peak = memory.max_memory_reserved() if hardware.device == "cuda" else memory.driver_allocated_memory()
+    return peak, seconds
+
+
+def measure_plan(plan: Plan, function: Any, settings: Any, hardware: Hardware) -> Plan:
+    """Returns a plan with the memory and the time of real steps on this machine; the shares of its parts stay."""
+    if probe(settings.device, settings.dtype).name != hardware.name:
+        raise UserError("--measure: it measures this machine; leave --hardware out")
+    scene = read_scene(settings)
+    step = rehearse(function, settings, hardware, scene).ledger.flops.total()
+    peak, seconds = measure_step(function, settings, hardware, scene)
+    scale = peak / plan.total
+    return replace(
+        plan,
+        parts={name: round(size * scale) for name, size in plan.parts.items()},
+        seconds=plan.flops and plan.flops * seconds / step,
+        notes=(*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s"),
+    )
+
+
+def _resident(key: str) -> int:
+    """Returns a size of this process in bytes."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        raise UserError("--measure: on a CPU it needs Linux, whose /proc says what a process takes")
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
+
+
+@cache
+def measured_peak(hardware: Hardware) -> float:
+    """Returns the FLOP/s of a product of matrices on this machine's device, the best of a few."""
+    size = 1024 if hardware.device == "cpu" else 4096
+    left = right = torch.ones(size, size, dtype=hardware.torch_dtype, device=hardware.device)  # not random numbers
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()
+        return time.perf_counter() - began
+
+    return 2 * size**3 / min(seconds() for _ in range(4))

@@ -1,0 +1,173 @@
+"""Plans: their parts are what the shapes say, real runs go on as without them, and suggested changes fit."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+import llmlab.runs.plan as planning
+from llmlab.cli.app import build_app
+from llmlab.hardware import describe_machine, probe
+from llmlab.model import measure
+from llmlab.runs.plan import count_steps, fitting_changes, largest_part, make_plan, read_scene
+from llmlab.runs.rehearsal import rehearse
+from llmlab.settings.errors import UserError
+from llmlab.stages import STAGES
+
+PLANNED = [name for name, stage in STAGES.items() if stage.resumes]
+
+
+@pytest.fixture
+def planned(tiny_settings, tmp_path):
+    """Returns a function that rehearses a stage's tiny run: the run and its settings."""
+
+    def run(stage, **changes):
+        settings = tiny_settings(stage, tmp_path / "run", **changes)
+        return rehearse(STAGES[stage].function, settings, probe("cpu", settings.dtype), read_scene(settings)), settings
+
+    return run
+
+
+def of_model(run):
+    model = run.trainer.model
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("stage", PLANNED)
+def test_states_are_exact(planned, stage):
+    run, _ = planned(stage, gradient_accumulation_steps=... if stage in ("dpo", "orpo", "reward") else 1)
+    most, (total, trained) = run.ledger.most, of_model(run)
+    own = sum(p.numel() for p in run.trainer.critic.parameters()) if stage == "ppo" else 0
+    assert 0 <= most["weights"] - 4 * (total - own) < 1000  # rotary frequencies
+    assert most["gradients"] == 4 * trained
+    assert 0 <= most["optimizer"] - 8 * trained < 5 * len(list(run.trainer.model.parameters()))  # and step counts
+    assert most.get("value model", 0) == 4 * own
+    assert ("reference" in most) == (stage in ("dpo", "grpo", "ppo"))
+
+
+def test_frozen_weights_have_the_dtype_of_the_run_and_adapters_fp32(planned):
+    run, settings = planned("sft", use_lora=True, lora_r=4, dtype="bf16")
+    total, trained = of_model(run)
+    width, kv = 32, 16  # of the model; of its keys and values
+    assert trained == 2 * 4 * ((width + width) + (width + kv))  # two layers' queries and values
+    head = 4 * 300 * width  # TRL's loss has a copy of it in fp32
+    assert 0 <= run.ledger.most["weights"] - 2 * (total - trained) - 4 * trained - head < 5000  # copies for autocast
+    assert run.ledger.most["optimizer"] >= 8 * trained
+
+
+def test_four_bit_weights(planned):
+    run, _ = planned("sft", use_lora=True, use_qlora=True, dtype="bf16")
+    matrices = [shape for part, shape in measure(run.scene.config).shapes if part in ("attention", "mlp")]
+    linear = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
+    packed = sum(p.nbytes for p in run.trainer.model.parameters() if p.dtype == torch.uint8)
+    assert packed == pytest.approx(4.13 / 8 * linear, rel=0.01)
+    assert run.ledger.most["weights"] >= packed and run.ledger.flops["backward"] > 0
+
+
+def test_logits_grow_with_rows_and_length(planned):
+    sizes = {}
+    for rows, length in ((2, 32), (2, 64), (4, 32)):
+        run, _ = planned("orpo", mini_batch_size=rows, batch_size=rows, max_length=length, max_prompt_length=8)
+        sizes[rows, length] = run.ledger.most["logits"]
+    assert sizes[2, 64] == pytest.approx(2 * sizes[2, 32], rel=0.1) == pytest.approx(sizes[4, 32] * 1.0, rel=0.1)
+
+
+def test_key_value_cache_of_a_rollout(planned):
+    run, settings = planned("grpo", batch_size=6, group_size=2, mini_batch_size=2, max_prompt_length=20)
+    rows, tokens = 6 * 2, 20 + settings.max_new_tokens
+    whole = rows * tokens * 2 * 2 * 16 * 4  # keys and values, two layers, one head of 16, fp32
+    assert whole <= run.ledger.most["KV cache"] <= whole * 1.6  # a layer's is copied when it grows by a token
+    assert run.ledger.flops["sampling"] > 0 < run.ledger.flops["scoring"]
+
+
+def test_checkpointing_saves_activations_and_costs_a_forward_pass(planned):
+    changes = {"max_length": 128, "max_prompt_length": 64, "mini_batch_size": 4}
+    plain, _ = planned("reward", **changes)
+    saving, _ = planned("reward", gradient_checkpointing=True, **changes)
+    assert saving.ledger.most["activations"] < 0.8 * plain.ledger.most["activations"]
+    forward = plain.ledger.flops["forward"]
+    assert plain.ledger.flops["backward"] == pytest.approx(2 * forward, rel=0.15)
+    assert saving.ledger.flops["backward"] > plain.ledger.flops["backward"] + 0.5 * forward
+
+
+def plan_of(tiny_settings, folder, stage, changes, **options):
+    settings = tiny_settings(stage, folder / "run", **changes)
+    return make_plan(STAGES[stage].function, settings, probe("cpu", "fp32"), **options)
+
+
+def test_sharding_and_8_bit_states(tiny_settings, tmp_path):
+    one = plan_of(tiny_settings, tmp_path, "sft", {})
+    zero = plan_of(tiny_settings, tmp_path, "sft", {}, processes=4, sharding="zero2")
+    full = plan_of(tiny_settings, tmp_path, "sft", {}, processes=4, sharding="fsdp2")
+    assert zero.parts["optimizer"] == pytest.approx(one.parts["optimizer"] / 4, rel=0.01)
+    assert zero.parts["weights"] == one.parts["weights"]
+    assert full.parts["weights"] == pytest.approx(one.parts["weights"] / 4, rel=0.01)
+    small = plan_of(tiny_settings, tmp_path, "sft", {"optimizer": "adamw_8bit"})
+    assert 0.2 < small.parts["optimizer"] / one.parts["optimizer"] < 1  # small tensors and embeddings stay in fp32
+
+
+def test_steps_tokens_and_time(tiny_settings, tmp_path):
+    assert count_steps(1000, rows_per_batch=1, accumulation=16, epochs=3) == 189  # 3 x ceil(1000 / 16)
+    assert count_steps(1000, rows_per_batch=4, accumulation=4, epochs=0.5) == 32  # ceil(0.5 x 63)
+    changes = {"epochs": 3, "batch_size": 1, "gradient_accumulation_steps": 16}
+    plan = plan_of(tiny_settings, tmp_path, "sft", changes, rows=1000, mean=40)
+    assert plan.steps == 189 and plan.tokens == 189 * 16 * 40
+    slow = plan_of(tiny_settings, tmp_path, "sft", changes, rows=1000, mean=40, utilization=0.01)
+    assert slow.seconds == pytest.approx(50 * plan.seconds, rel=0.05)
+    unknown = plan_of(tiny_settings, tmp_path, "sft", changes)
+    assert unknown.steps is None and unknown.seconds is None and "--rows" in unknown.notes[0]
+
+
+def test_suggested_changes_fit(tiny_settings, tmp_path):
+    settings = tiny_settings("sft", tmp_path / "run", batch_size=8, gradient_accumulation_steps=2)
+    function, machine = STAGES["sft"].function, probe("cpu", "fp32")
+    plan = make_plan(function, settings, machine)
+    assert largest_part(plan) == max(plan.parts.items(), key=lambda part: part[1])
+    memory = plan.total - 1
+    (change,) = fitting_changes(function, settings, machine, memory, at_most=1)
+    assert change == "batch_size = 4 with gradient_accumulation_steps = 4"
+    halved = settings.model_copy(update={"batch_size": 4, "gradient_accumulation_steps": 4})
+    assert make_plan(function, halved, machine).total <= memory
+
+
+def test_a_planned_run_trains_as_an_unplanned_one(tiny_settings, tmp_path, monkeypatch, capsys, quiet):
+    losses = []
+    for least in (0, 1e30):
+        monkeypatch.setattr(planning, "PLANNED_BYTES", least)
+        monkeypatch.setattr(planning, "PLANNED_FLOPS", least)
+        settings = tiny_settings("sft", tmp_path / f"run{least}", max_steps=3, lora_dropout=0.1, dtype="bf16")
+        losses.append(STAGES["sft"].function(settings).metrics["loss"])
+    printed = capsys.readouterr().out
+    assert losses[0] == losses[1]
+    assert "activations" in printed and "not planned further" in printed.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.fixture
+def large_model(tmp_path):
+    """A folder with the configuration of a 7B model, and no weights."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_command(large_model, monkeypatch):
+    monkeypatch.setattr("llmlab.runs.plan.fitting_changes", lambda *args, **options: ["a change"])
+    words = ["plan", "sft", "--policy-checkpoint", str(large_model), "--use-lora", "--hardware", "rtx_4080"]
+    words += ["--rows", "1000", "--json", "epochs=3", "max_seq_len=1024"]
+    result = CliRunner().invoke(build_app("plan"), words, catch_exceptions=False)
+    values = json.loads(result.output[result.output.index("{") :])
+    assert values["steps"] == 189 and values["changes"] == ["a change"] * (not values["fits"])
+    assert values["parameters"] - values["trained"] == 6_738_415_616
+    assert 13.4e9 < values["parts"]["weights"] < 13.8e9  # in bf16
+    assert values["memory"] == describe_machine("rtx_4080").memory
+
+
+def test_command_names_the_stages():
+    with pytest.raises(UserError, match="expected one of pretrain, sft"):
+        CliRunner().invoke(build_app("plan"), ["plan", "merge"], catch_exceptions=False)
