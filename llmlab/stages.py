@@ -34,17 +34,17 @@ class Stage:
         return getattr(import_module(f"llmlab.training.{module}"), name)
 
     def resolve(
-        self, layers: list[Layer], *, below: list[Layer], hardware: str | None = None, planned: bool = False
+        self, layers: list[Layer], *, below: list[Layer], hardware: str | None = None, processes: int | None = 1
     ) -> Any:
         """Returns the settings of layers over those `below` them, such as a preset, and between them what a machine
-        sets: a name, or `auto` for the one at hand; `planned` as in `hardware_layer`."""
+        sets: a name, or `auto` for the one at hand; `processes` as in `hardware_layer`."""
         if hardware is None:
             return resolve(self.settings_class, *below, *layers)
         if hardware == "auto":
             from llmlab.hardware import probe, recommend_preset
 
             hardware = recommend_preset(probe())
-        machine, notes = hardware_layer(self.name, hardware, below, layers, planned=planned)
+        machine, notes = hardware_layer(self.name, hardware, below, layers, processes=processes)
         resolved = resolve(self.settings_class, *below, machine, *layers)
         return replace(resolved, warnings=(*resolved.warnings, *notes))
 

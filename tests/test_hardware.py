@@ -1,10 +1,16 @@
 """Choosing device and arithmetic by what is there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmlab import hardware
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import Layer
+from llmlab.settings.presets import hardware_presets
+from llmlab.settings.sources import resolve
+from llmlab.stages import STAGES
 
 
 def pretend(monkeypatch, *, device="cpu", bf16=False, name="Some CPU"):
@@ -55,6 +61,91 @@ def test_wishes_that_the_machine_cannot_meet(monkeypatch, machine, wish, message
     pretend(monkeypatch, **machine)
     with pytest.raises(UserError, match=message):
         hardware.probe(**wish)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "gigabytes", "gpus", "expected"),
+    [
+        ("cpu", "AMD EPYC", 25, 0, "cpu"),
+        ("mps", "Apple M1 Max", 48, 0, "m1_max_64gb"),
+        ("cuda", "NVIDIA GeForce RTX 4080", 17.0, 1, "rtx_4080"),
+        ("cuda", "NVIDIA GeForce RTX 4090", 25.4, 1, "rtx_4090"),
+        ("cuda", "NVIDIA A100-SXM4-40GB", 42.3, 1, "a100_40gb"),
+        ("cuda", "NVIDIA A100-SXM4-80GB", 85.1, 1, "a100_80gb"),
+        ("cuda", "NVIDIA H100 80GB HBM3", 85.0, 1, "h100_80gb"),
+        ("cuda", "NVIDIA H200", 150.1, 1, "h200_141gb"),
+        ("cuda", "NVIDIA B200", 191.5, 1, "h200_141gb"),
+        ("cuda", "NVIDIA L40S", 47.7, 1, "a100_40gb"),  # unknown ones: the next smaller memory
+        ("cuda", "NVIDIA A10G", 23.8, 1, "rtx_4090"),
+        ("cuda", "Tesla T4", 15.8, 1, "rtx_4080"),
+        ("cuda", "NVIDIA H100 80GB HBM3", 85.0, 8, "multi_gpu_ddp"),
+    ],
+)
+def test_recommended_presets(device, name, gigabytes, gpus, expected):
+    found = hardware.Hardware(device, name, "bf16", "", int(gigabytes * 1e9), None)
+    assert hardware.recommend_preset(found, gpus) == expected and expected in hardware_presets()
+
+
+def test_the_preset_for_this_machine():
+    assert hardware.recommend_preset(hardware.probe()) in hardware_presets()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("package", "values", "message"),
+    [
+        ("bitsandbytes", {"optim": "paged_adamw_8bit"}, "optimizer = paged_adamw_8bit: it needs bitsandbytes, which"),
+        ("bitsandbytes", {"optimizer": "lion_8bit"}, r"is not installed: pip install 'llmlab\[gpu\]'$"),
+        ("bitsandbytes", {"use_qlora": True}, r"use_qlora = true: it needs .*: pip install 'llmlab\[gpu\]'$"),
+        ("liger_kernel", {"use_liger_kernel": True}, r"'llmlab\[gpu\]'; it runs on cuda, not on cpu"),
+        ("flash_attn", {"attn_implementation": "flash_attention_2"}, "pip install flash-attn --no-build-isolation;"),
+    ],
+)
+def test_packages_that_are_not_there_are_named_before_anything_is_loaded(
+    stage, package, values, message, tiny_settings, tmp_path, monkeypatch
+):
+    if stage == "pretrain" and "use_qlora" in values:
+        return
+    kind = STAGES[stage].settings_class
+    values = resolve(kind, Layer("x", values)).settings.model_dump(include={*values, "optimizer"} - {"optim"})
+    settings = tiny_settings(
+        stage, tmp_path / "run", **values, **({"policy_checkpoint": str(tmp_path)} if stage != "pretrain" else {})
+    )
+    find_spec = hardware.find_spec
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(UserError, match=message):
+        STAGES[stage].function(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_packages_that_are_there_on_a_device_that_they_do_not_run_on(sft_settings, monkeypatch):
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name)
+    on = {device: hardware.Hardware(device, "", "bf16", "", 0, None) for device in ("cpu", "cuda", "mps")}
+    flash, liger = sft_settings(attn_implementation="flash_attention_2"), sft_settings(use_liger_kernel=True)
+    flex, paged = sft_settings(attn_implementation="flex_attention"), sft_settings(optimizer="paged_lion_8bit")
+    for settings, refused in (
+        (flash, ("cpu", "mps")),
+        (liger, ("cpu", "mps")),
+        (flex, ("cpu", "mps")),
+        (paged, ("mps",)),
+    ):
+        for device, machine in on.items():
+            if device in refused:
+                with pytest.raises(UserError, match=f"not supported by .*, not on {device}"):
+                    hardware.check_packages(settings, machine)
+            else:
+                hardware.check_packages(settings, machine)
+    with pytest.raises(UserError, match="bf16 or fp16 alone, and dtype is fp32"):
+        hardware.check_packages(flash, replace(on["cuda"], dtype="fp32"))
+
+
+def test_tf32_is_said_where_it_has_no_effect(monkeypatch):
+    cpu, gpu = (hardware.Hardware(device, "", "bf16", "", 0, None) for device in ("cpu", "cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    for machine in (cpu, gpu):  # a T4 has none
+        assert dict(machine.rows(True))["tf32"] == hardware.NO_TF32 and "tf32" not in dict(machine.rows(False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "tf32" not in dict(gpu.rows(True))
 
 
 def test_bf16_is_probed_by_computing(monkeypatch):

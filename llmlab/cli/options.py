@@ -83,8 +83,8 @@ def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None)
         if resume is not None:
             recorded, started = _read_run(resume, name)
             below.insert(0, recorded)
-        planned = show_config or save_config is not None or use is not None
-        resolved = stage.resolve(layers, below=below, hardware=hardware, planned=planned)
+        processes = None if show_config or save_config is not None or use is not None else 1
+        resolved = stage.resolve(layers, below=below, hardware=hardware, processes=processes)
         print_warnings(resolved.warnings)
         if save_config is not None:
             dump({"stage": name, **resolved.settings.recorded()}, save_config)

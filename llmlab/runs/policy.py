@@ -199,20 +199,19 @@ def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBy
 
 def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:
     """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
-    model, name = model.get_base_model() if isinstance(model, PeftModel) else model, settings.attn_implementation
-    where = f"model_type = {model.config.model_type}"
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, kind = settings.attn_implementation, model.config.model_type
     if settings.use_liger_kernel:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-        if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            raise UserError(f"use_liger_kernel = true: liger-kernel has no layers for {where}; leave it out")
-    if name == "auto":
-        return
-    if getattr(model.config, "positional_encoding", "") != "alibi" or name in BIAS_IMPLEMENTATIONS:
-        with reading(f"attn_implementation = {name}", f"kernels of {where}"):
+        if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger only logs it, and Transformers the next one
+            raise UserError(f"use_liger_kernel = true: liger-kernel has no layers for model_type = {kind}")
+    if name != "auto":
+        wish, biased = f"attn_implementation = {name}", getattr(model.config, "positional_encoding", "") == "alibi"
+        with reading(wish, f"kernels of model_type = {kind}"):
             model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:  # Transformers only logs it
-        raise UserError(f"attn_implementation = {name}: not supported by this model ({where}); expected auto or sdpa")
+        if model.config._attn_implementation != name or biased and name not in BIAS_IMPLEMENTATIONS:
+            raise UserError(f"{wish}: not supported by this model (model_type = {kind}); expected auto or sdpa")
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:

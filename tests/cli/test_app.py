@@ -74,6 +74,12 @@ def test_show_config_names_each_source(capsys, tmp_path):
     assert "command line" in rows["lr"] and "0.25" in rows["lr"]
     assert "preset small" in rows["batch_size"] and " 8 " in rows["batch_size"]
     assert "default" in rows["grad_clip"]
+    _, output, errors = cli(capsys, "pretrain", "--hardware", "m1_max_64gb", "--preset", "small", "--show-config")
+    rows = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert "hardware m1_max_64gb" in rows["batch_size"] and " 128 " in rows["gradient_accumulation_steps"]
+    assert "preset small" in rows["model.d_model"] and not errors
+    _, output, _ = cli(capsys, "sft", "--hardware", "auto", "--show-config")
+    assert "hardware " in output
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,9 @@ def test_show_config_names_each_source(capsys, tmp_path):
         (["pretrain", "lr=1", "lr=2"], "'lr' is given twice, as 1 and 2; keep one"),
         (["pretrain", "--lr", "1", "--lr", "2"], "'lr' is given twice, as 1 and 2; keep one"),
         (["pretrain", "--preset", "smal"], "did you mean 'small'?"),
+        (["sft", "--hardware", "rtx_409"], "hardware rtx_409: expected one of auto, a100_40gb"),
+        (["sft", "--hardware", "cpu", "--resume", "x"], "--hardware cpu: a resumed run keeps its settings"),
+        (["merge", "--hardware", "cpu"], "No such option"),
         (["pretrain", "--config", "nowhere.yaml"], "there is no such file"),
         (["pretrain", "--resume", "nowhere"], "there is no such run folder"),
         (["schema", "pretran"], "did you mean 'pretrain'?"),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llmlab.cli.options import recipe_folder
 from llmlab.pipeline import execute, plan, read_pipeline
 from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import read_layer
+from llmlab.settings.presets import SECTIONS, read_preset, recipe_folder
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
 
@@ -152,7 +152,7 @@ RECIPES = sorted(recipe_folder().rglob("*.yaml"))
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) >= 4
+    assert len(RECIPES) >= 20
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(recipe_folder())))
@@ -160,6 +160,10 @@ def test_every_shipped_recipe_is_read(path, tmp_path):
     layer = read_layer(path)
     if "stages" in layer.values:
         assert read_pipeline(path, [f"output_dir={tmp_path}"]).stages
+    elif path.parent.name == "hardware":
+        assert all(STAGES[stage].resolve([], below=[], hardware=path.stem).settings for stage in SECTIONS)
+    elif "stage" not in layer.values:
+        assert all(STAGES[stage].resolve([], below=[read_preset(stage, path.stem)]).settings for stage in SECTIONS)
     else:
         stage = STAGES[layer.values["stage"]]
         resolved = resolve(stage.settings_class, layer)
@@ -211,3 +215,28 @@ def test_rewards_are_checked_before_the_first_stage(reward, message, tmp_path):
     path.write_text(REWARDED.format(output=tmp_path / "out", text=path, reward=reward))
     with pytest.raises(SettingsError, match=message):
         read_pipeline(path, allow_code=True)
+
+
+def test_machines_and_presets_of_stages(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "hardware: rtx_4090\nstages:\n  tokenizer: {datasets: [x.txt]}\n"
+        "  sft: {preset: small, datasets: [x.txt]}\n  dpo: {hardware: cpu, batch_size: 32}\n"
+    )
+
+    def batches(*words, **options):
+        stages = {stage.name: stage.resolved for stage in read_pipeline(path, list(words), **options).stages}
+        sft, dpo = stages["sft"], stages["dpo"]
+        size, accumulation = sft.settings.batch_size, sft.settings.gradient_accumulation_steps
+        assert size * accumulation == 64 and sft.sources["learning_rate"] == "preset small"
+        return size, sft.sources["tf32"], dpo.settings.mini_batch_size, dpo.sources["mini_batch_size"]
+
+    assert batches() == (4, "hardware rtx_4090", 2, "hardware cpu")
+    assert batches(hardware="m1_max_64gb") == (1, "default", 2, "hardware cpu")
+    assert batches("dpo.hardware=h100_80gb")[2:] == (8, "hardware h100_80gb")
+    path.write_text(
+        path.read_text().replace("[x.txt]}\n  sft", "[x.txt], hardware: cpu}\n  sft").replace("small", "smal")
+    )
+    with pytest.raises(SettingsError) as caught:
+        read_pipeline(path)
+    assert "unknown key 'hardware'" in str(caught.value) and "did you mean 'small'? (stage 'sft')" in str(caught.value)

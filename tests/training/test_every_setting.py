@@ -23,15 +23,16 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from llmlab.hardware import probe
-from llmlab.model import load_classifier
+from llmlab.model import load_classifier, load_model
 from llmlab.runs.arguments import build_arguments
+from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
-NOT_HERE = ("tf32",)  # CUDA alone has it: see the last test
+NOT_HERE = ("tf32", "use_liger_kernel")  # CUDA alone has them: see the last tests
 ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
     "grpo": ("baseline_mode", "kl_penalty"),
     "ppo": ("lora_dropout",),
@@ -93,6 +94,7 @@ def handed_over(trainer):
         "tokenizer": [trainer.processing_class.name_or_path, trainer.processing_class.chat_template],
         "train": rows_of(trainer.train_dataset),
         "validation": rows_of(trainer.eval_dataset),
+        "attention": model.config._attn_implementation,
         "optimizer": type(optimizer).__name__,
         "groups": [{name: plain(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups],
         "callbacks": [plain(callback) for callback in trainer.callback_handler.callbacks],
@@ -165,7 +167,7 @@ SIZES = {  # values that fit together
     "grpo": {"mini_batch_size": 2, "gradient_accumulation_steps": 4, "group_size": 2},
     "ppo": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "value_model": "shared"},
 }
-ONE_BY_ONE = ("num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
+ONE_BY_ONE = ("use_liger_kernel", "num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
 
 
 def named(stage):
@@ -273,6 +275,7 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "optimizer": "lion",
         "scheduler": "linear",
         "dtype": "bf16",
+        "attn_implementation": "eager",
         "device": "cuda",
         "compile": True,
         "epochs": 2.0,
@@ -389,10 +392,28 @@ def pretend_vllm(monkeypatch):
 
 def test_tf32_reaches_the_trainer_on_cuda_alone(sft_settings, monkeypatch):
     monkeypatch.setattr("llmlab.runs.arguments.checked_trainer_args", lambda config, settings: {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     seen = []
-    hardware = probe("cpu", "fp32")
+    hardware, settings = probe("cpu", "fp32"), sft_settings(tf32=True, use_liger_kernel=True)
     for device in ("cpu", "cuda"):
         build_arguments(
-            lambda **values: seen.append(values["tf32"]), sft_settings(tf32=True), replace(hardware, device=device)
+            lambda **values: seen.append((values["tf32"], values["use_liger_kernel"])),
+            settings,
+            replace(hardware, device=device),
         )
-    assert seen == [None, True]
+    assert seen == [(None, True), (True, True)]
+
+
+def test_kernels_that_an_architecture_does_not_have(sft_settings, base_folder, monkeypatch):
+    package = ModuleType("liger_kernel.transformers.monkey_patch")
+    package.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    model = load_model(base_folder)
+    with pytest.raises(UserError, match="liger-kernel has no layers for model_type = llmlab"):
+        choose_kernels(model, sft_settings(use_liger_kernel=True))
+    choose_kernels(model, sft_settings(attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+    model.config.positional_encoding = "alibi"
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(UserError, match="attn_implementation = flash_attention_2: not supported by this model"):
+        choose_kernels(model, sft_settings(attn_implementation="flash_attention_2"))
