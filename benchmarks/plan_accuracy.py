@@ -149,14 +149,16 @@ def measure_cells(cells):
     from llmlab.runs.rehearsal import rehearse
 
     torch.set_num_threads(1)
-    rehearse(*make_run({**cells[0], "shape": "tiny", "rows": 2, "length": 16}), follow=False)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    toy = make_run({**cells[0], "shape": "tiny", "rows": 2, "length": 16})
+    rehearse(*toy, follow=False)
     for values in cells:
         again = values["length"] % 256 == 0
         for action in (measure_cell, repeat_cell) if again else (measure_cell,):
             child = os.fork()
             if child == 0:
+                rehearse(*toy, follow=False)  # a new process has none of the libraries' code in memory
+                gc.collect()
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
                 print(json.dumps(action(values)), flush=True)
                 os._exit(0)
             if os.waitpid(child, 0)[1]:
@@ -167,12 +169,13 @@ def measure_cells(cells):
 
 def measure_cell(values):
     """Returns what a cell took and what was planned."""
-    from llmlab.runs.plan import LIBRARIES, measure_step
+    from llmlab.runs.plan import library_bytes, measure_step
     from llmlab.runs.rehearsal import rehearse
 
     measured, _ = measure_step(*make_run(values))
-    phase, parts = rehearse(*make_run(values)).ledger.peak()
-    parts["libraries"] = LIBRARIES["cpu"]
+    ledger = rehearse(*make_run(values)).ledger
+    phase, parts = ledger.peak()
+    parts["libraries"] = library_bytes(make_run(values)[2], ledger, sum(parts.values()))
     return {"measured": measured, "planned": sum(parts.values()), "phase": phase, "parts": parts}
 
 

@@ -137,3 +137,17 @@ def test_preferences(benchmark, chat_model, tmp_path, stage):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = benchmark("preferences", chat_model, pairs, stage, "--rows", 40, "--steps", 3, "--max-length", 64)
     assert re.search(r"\d\.\d{3} \+- \d\.\d{3} of the held-out pairs", printed)
+
+
+def test_plan_accuracy(benchmark):
+    def cells():
+        return [sys.modules["plan_accuracy"].cell("sft", "tiny", 2, 16, "fp32")]
+
+    def here(cells):
+        cell = sys.modules["plan_accuracy"].measure_cell(cells[0])
+        yield {**cell, "measured": cell["measured"] or 1, "step": None}  # of a process that has been larger before
+
+    printed = benchmark("plan_accuracy", make_cells=cells, run_cells=here)
+    row = rows_of(printed)[1]
+    assert row[:4] == ["sft", "tiny", "2 x 16", "fp32"] and float(row[6]) > 0
+    assert "1 cells: the plan is within 15 %" in printed

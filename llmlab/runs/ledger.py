@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from llmlab.model.blocks import attention_cost
+from llmlab.model.blocks import BLOCK, attention_cost
 from llmlab.model.loss import loss_cost
 
 aten = torch.ops.aten
@@ -46,6 +46,7 @@ class Ledger(TorchDispatchMode):
         self.parts: list[str] = []  # of each storage
         self.events: list[tuple[int, int, str]] = []  # storage, bytes more or less, phase
         self.flops: Counter[str] = Counter()  # by phase
+        self.blocks = 0  # of the longest attention in bf16: each has its own compiled kernels on a CPU
         self.live: dict[int, int] = {}  # address of a storage object: its index in `parts`
 
     @contextmanager
@@ -73,6 +74,8 @@ class Ledger(TorchDispatchMode):
         elif (name := func._schema.name.rpartition("::")[2]) in OWN_OPERATORS:
             flops, scratch = OWN_OPERATORS[name](*args)
             self.flops[self.phase] += flops
+            if name == "block_attention" and args[0].dtype == torch.bfloat16:
+                self.blocks = max(self.blocks, -(-args[0].shape[2] // BLOCK))
             self.parts.append(ACTIVATIONS)
             self.events += [(len(self.parts) - 1, size, self.phase) for size in (scratch, -scratch)]
         for tensor in tree_leaves(out):

@@ -19,6 +19,7 @@ from rich.text import Text
 from llmlab.hardware import Hardware, probe
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
+from llmlab.runs.ledger import Ledger
 from llmlab.runs.rehearsal import Scene, rehearse
 from llmlab.settings.errors import UserError, reason_of
 from llmlab.terminal import duration, human
@@ -28,6 +29,7 @@ PLANNED_BYTES, PLANNED_FLOPS = 2e8, 1e13  # of weights and of a run, from which 
 UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
 # bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
 LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
+BLOCK_KERNELS = 2.1e6  # bytes of oneDNN's kernels for each block of attention in bf16, measured
 SPARE = 0.05  # of a GPU's memory, which its allocator loses to fragmentation
 DECODE = 0.5  # share of memory bandwidth that sampling reaches
 SHARDINGS = {  # what each splits over the processes
@@ -202,8 +204,7 @@ def make_plan(
     states, ratio = _states(run, settings.optimizer)
     shares = dict.fromkeys(SHARDINGS[sharding], 1 / processes)
     phase, parts = ledger.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
-    spare = SPARE * sum(parts.values()) if hardware.device == "cuda" else 0
-    parts["libraries"] = round(LIBRARIES[hardware.device] + spare)
+    parts["libraries"] = library_bytes(hardware, ledger, sum(parts.values()))
     parts |= _other_parts(run, settings, trained, processes, sharding)
     notes = []
     steps, batch_rows, passes = _count_work(settings, rows, processes)
@@ -330,6 +331,12 @@ def _step_flops(
         return token * settings.max_new_tokens / rollout.updates
 
     return step, sample
+
+
+def library_bytes(hardware: Hardware, ledger: Ledger, tensors: int) -> int:
+    """Returns the bytes beside so many of tensors."""
+    more = {"cpu": BLOCK_KERNELS * ledger.blocks, "cuda": SPARE * tensors}
+    return round(LIBRARIES[hardware.device] + more.get(hardware.device, 0))
 
 
 def _states(run: Any, optimizer: str) -> tuple[int, float]:
