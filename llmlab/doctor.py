@@ -119,7 +119,7 @@ def check_version(requirement: Requirement, use: str = "") -> Check:
 
 
 def check_imports() -> Check:
-    """Imports what every stage imports, which a package that is half installed or of another build fails."""
+    """Imports what every stage imports."""
     for name in ("torch", "trl.trainer.grpo_trainer"):  # with Transformers, PEFT and Accelerate
         try:
             import_module(name)
@@ -173,10 +173,11 @@ def describe_memory(device: str) -> str:
         found = probe(device.partition(":")[0])
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
     free = min(free, found.memory or free)
-    words = f"{found.name}: {human(free, 'B')} of {human(found.memory, 'B')} free; dtype auto is {found.dtype}"
+    room = f"{found.name}: {human(free, 'B')} of {human(found.memory, 'B')} free"
+    words = f"{room}; dtype auto is {found.dtype} ({found.reason})"
     if free < found.memory / 4:
-        raise UserError(f"{words} ({found.reason})")
-    return f"{words} ({found.reason})"
+        raise UserError(words)
+    return words
 
 
 def train_layer(device: str, *, fused: bool = False, compiled: bool = False) -> str:

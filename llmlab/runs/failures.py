@@ -38,7 +38,7 @@ PHASES = (  # a phase, and the functions in whose frames it is, the first that f
     ("reading the data", {"build_rows", "build_corpus"}),
 )
 ROOM = 0.7  # of a run's planned memory, for one that should have fitted
-PLANS = 8  # of changes, each of which takes seconds
+PLANS = 6  # of changes, each of which takes seconds
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
