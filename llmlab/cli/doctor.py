@@ -9,13 +9,6 @@ import typer
 from llmlab.terminal import Terminal, make_table, safe, say_json
 
 STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red", "absent": "dim"}
-TITLES = {
-    "versions": "Versions",
-    "device": "Devices",
-    "folders": "Folders",
-    "hub": "Hugging Face hub",
-    "packages": "Optional packages",
-}
 
 
 def doctor(
@@ -25,22 +18,21 @@ def doctor(
     from llmlab.doctor import examine
 
     with Terminal(stderr=True).status("starting") as status:
-        checkup = examine(lambda text: status.update(safe(text)))
+        checks, preset, problem = examine(lambda text: status.update(safe(text)))
     if as_json:
-        say_json(asdict(checkup), indent=2)
+        say_json({"checks": [asdict(check) for check in checks], "preset": preset, "problem": problem}, indent=2)
+        raise typer.Exit(1 if problem else 0)
+    console = Terminal(whole_rows=True)
+    for section, rows in groupby(checks, key=lambda check: check.section):
+        table = make_table("", "", "", show_header=False)
+        for check in rows:
+            table.add_row("  " + safe(check.name), f"[{STYLES[check.status]}]{check.status}[/]", safe(check.detail))
+        console.print(f"[bold]{section.capitalize()}[/bold]")
+        console.print(table)
+    if preset:
+        console.print(f"[bold]Preset[/bold] for this machine: --hardware {safe(preset)}")
+    if problem:
+        console.print(f"[bold red]nothing can be trained here[/]: {safe(problem)}")
     else:
-        console = Terminal(whole_rows=True)
-        for section, checks in groupby(checkup.checks, key=lambda check: check.section):
-            table = make_table("", "", "", show_header=False)
-            for check in checks:
-                mark = f"[{STYLES[check.status]}]{check.status}[/]"
-                table.add_row("  " + safe(check.name), mark, safe(check.detail))
-            console.print(f"[bold]{TITLES[section]}[/bold]")
-            console.print(table)
-        if checkup.preset:
-            console.print(f"[bold]Preset[/bold] for this machine: --hardware {safe(checkup.preset)}")
-        if checkup.problem:
-            console.print(f"[bold red]nothing can be trained here[/]: {safe(checkup.problem)}")
-        else:
-            console.print("[green]this machine can train[/]")
-    raise typer.Exit(1 if checkup.problem else 0)
+        console.print("[green]this machine can train[/]")
+    raise typer.Exit(1 if problem else 0)

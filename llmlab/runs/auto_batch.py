@@ -18,8 +18,9 @@ from llmlab.runs.failures import phase_of
 from llmlab.settings.errors import is_out_of_memory
 
 T = TypeVar("T")
-# what TRL's trainers and ours count while they take a step
-COUNTS = ("_metrics", "_stored_metrics", "_total_train_tokens", "_logs", "_step", "divergences")
+# what TRL's trainers and ours count while they take a step, and the rollout that they take it on
+COUNTS = {"_metrics", "_stored_metrics", "_total_train_tokens", "_logs", "_step", "divergences"}
+ROLLOUT = {"_buffered_inputs", "prepared"}
 
 
 class DivisibleBatches:
@@ -34,11 +35,6 @@ class DivisibleBatches:
     on_division: Callable[[dict[str, Any], str], None] = staticmethod(lambda changes, phase: None)
     start: tuple[Any, ...] | None = None  # of this step, until it is over
 
-    @property
-    def micro_batch(self) -> int:
-        """The rows of a forward pass."""
-        return getattr(self.settings, self.settings.rows_per_pass)
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         self.start, self.taken = None, []
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -48,22 +44,21 @@ class DivisibleBatches:
         if not self.settings.auto_batch:
             return take(model, batch, num_items_in_batch)
         self.taken.append(batch)
-        first, is_last = len(self.taken) - 1, self.accelerator.sync_gradients
-        accumulation = self.args.gradient_accumulation_steps
+        is_last, accumulation = self.accelerator.sync_gradients, self.args.gradient_accumulation_steps
 
         def take_parts() -> torch.Tensor:
             self.args.gradient_accumulation_steps = accumulation * self.parts
             try:
                 # after a division the whole step, whose gradients are gone
-                for earlier in self.taken[0 if self.divided else first :]:
-                    parts = self.parts_of(earlier)
+                for each in self.taken if self.divided else [batch]:
+                    parts = self.parts_of(each)
                     total = torch.zeros((), device=self.args.device)
                     for number, part in enumerate(parts, start=1):
-                        self.accelerator.sync_gradients = is_last and earlier is batch and number == len(parts)
+                        self.accelerator.sync_gradients = is_last and each is batch and number == len(parts)
                         total += take(model, part, num_items_in_batch)
             finally:
                 self.args.gradient_accumulation_steps = accumulation
-            return total
+            return total  # of this batch
 
         return self.in_parts(take_parts)
 
@@ -76,38 +71,39 @@ class DivisibleBatches:
                 return action()
             except (RuntimeError, MemoryError) as error:
                 phase, changes = phase_of(error), smaller_batch(self.settings)
-                again = self.settings.auto_batch and is_out_of_memory(error) and self.accelerator.num_processes == 1
-                if not again or changes is None or phase == "sampling":
+                if changes is None or phase == "sampling" or not self.may_divide(error):
                     raise
             # here the exception is gone, and with it the step's tensors
             self.model.zero_grad()
-            clear_device_cache(garbage_collection=True)
             self.go_back(self.start)
-            self.divide(self.micro_batch // changes[self.settings.rows_per_pass])
+            rows = self.settings.rows_per_pass
+            self.divide(getattr(self.settings, rows) // changes[rows])
             self.settings = self.settings.model_copy(update=changes)
             self.start, self.divided = self.moment(), True
             self.on_division(changes, phase)
 
     def evaluate_in_parts(self, evaluate: Callable[[], T]) -> T:
         """Returns what an evaluation returns, with smaller batches where memory runs out; rows and losses stay."""
-        while self.settings.auto_batch and self.accelerator.num_processes == 1:
+        while True:
             start, rows = self.moment(), self.args.per_device_eval_batch_size
             try:
                 return evaluate()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or rows == 1:
+                if rows == 1 or not self.may_divide(error):
                     raise
-            clear_device_cache(garbage_collection=True)
             self.go_back(start)
             self.args.per_device_eval_batch_size = rows // 2
-        return evaluate()
+
+    def may_divide(self, error: BaseException) -> bool:
+        """Whether memory ran out where smaller batches are allowed and possible."""
+        return self.settings.auto_batch and self.accelerator.num_processes == 1 and is_out_of_memory(error)
 
     def parts_of(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns a collated batch as batches of fewer rows of the data."""
         if self.parts == 1:
             return [batch]
         rows = len(next(value for name, value in batch.items() if name.endswith("input_ids"))) // self.rows_per_example
-        size = self.micro_batch
+        size = getattr(self.settings, self.settings.rows_per_pass)
 
         def part(value: Any, first: int) -> Any:
             if isinstance(value, torch.Tensor) and value.ndim:
@@ -122,27 +118,30 @@ class DivisibleBatches:
         self.args.per_device_eval_batch_size = max(self.args.per_device_eval_batch_size // factor, 1)
 
     def moment(self) -> tuple[Any, ...]:
-        """Returns what a step changes before its weights."""
-        counts = {name: deepcopy(vars(self)[name]) for name in COUNTS if name in vars(self)}
-        return random_states(self.args.device), counts, self.state.num_input_tokens_seen
+        """Returns what a step changes before its weights; `go_back` takes it once."""
+        mine = vars(self)
+        counts = {name: deepcopy(mine[name]) for name in COUNTS & mine.keys()}
+        rollout = {name: mine[name] for name in ROLLOUT & mine.keys()}
+        return random_states(self.args.device), counts | rollout, self.state.num_input_tokens_seen
 
     def go_back(self, moment: tuple[Any, ...]) -> None:
-        """Restores what `moment` returned, which may be restored again."""
-        states, counts, self.state.num_input_tokens_seen = moment
-        set_random_states(self.args.device, states)
-        vars(self).update(deepcopy(counts))
+        """Frees what a step left, and restores what `moment` returned."""
+        clear_device_cache(garbage_collection=True)
+        restore, values, self.state.num_input_tokens_seen = moment
+        restore()
+        vars(self).update(values)
 
 
-def random_states(device: torch.device) -> tuple[Any, ...]:
-    """Returns the random states of Python, NumPy, torch and the device."""
-    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device
+def random_states(device: torch.device) -> Callable[[], None]:
+    """Returns a function that restores the present random states of Python, NumPy, torch and the device."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    on_device = module.get_rng_state()
 
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        module.set_rng_state(on_device)
 
-def set_random_states(device: torch.device, states: tuple[Any, ...]) -> None:
-    """Sets what `random_states` returned."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if states[3] is not None:
-        torch.get_device_module(device).set_rng_state(states[3])
+    return restore

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
+from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
+from llmlab.settings.files import read_layer
+from llmlab.settings.presets import hardware_presets
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
@@ -34,6 +38,7 @@ PHASES = (  # a phase, and the functions in whose frames it is, the first that f
     ("reading the data", {"build_rows", "build_corpus"}),
 )
 ROOM = 0.7  # of a run's planned memory, for one that should have fitted
+PLANS = 6  # of changes, each of which takes seconds
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -103,29 +108,23 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
 
 @contextmanager
 def explain_out_of_memory(run: Any) -> Iterator[None]:
-    """Says of memory that ran out in which phase of a `Run`, at which peak, what took most of it, and what to
-    change."""
+    """Says of memory that ran out in which phase of a `Run`, its peak and largest part, and what to change."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        raise OutOfMemory(describe_out_of_memory(error, run)) from error
-
-
-def describe_out_of_memory(error: Exception, run: Any) -> str:
-    """Returns the sentence of `explain_out_of_memory`."""
-    hardware, processes = run.hardware, run.process.num_processes
-    what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
-    where = f" on process {run.process.process_index} of {processes}" if processes > 1 else ""
-    peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
-    used = f"out of memory ({phase_of(error)}){what}: {peak} were in use{where} of {hardware.name}'s {memory}"
-    ways = plan_less_memory(run)
-    if not run.settings.auto_batch and smaller_batch(run.settings):
-        ways.append("or --auto-batch, which finds a batch that fits")
-    elif run.settings.auto_batch and processes > 1:
-        ways.append("auto_batch works in one process alone: start this run again with such values")
-    return "; ".join([used, *ways])
+        hardware, processes, divides = run.hardware, run.process.num_processes, run.settings.auto_batch
+        what = f": {error}" if isinstance(error, UserError) else ""  # which file it was
+        where = f" on process {run.process.process_index} of {processes}" if processes > 1 else ""
+        peak, memory = human(peak_memory(hardware.device), "B"), human(hardware.memory, "B")
+        used = f"out of memory ({phase_of(error)}){what}: {peak} were in use{where} of {hardware.name}'s {memory}"
+        ways = plan_less_memory(run)
+        if not divides and smaller_batch(run.settings):
+            ways.append("or --auto-batch, which finds a batch that fits")
+        elif divides and processes > 1:
+            ways.append("auto_batch works in one process alone: start this run again with such values")
+        raise OutOfMemory("; ".join([used, *ways])) from error
 
 
 def plan_less_memory(run: Any) -> list[str]:
@@ -134,18 +133,32 @@ def plan_less_memory(run: Any) -> list[str]:
 
     settings, processes = run.settings, run.process.num_processes
     run.console.print("out of memory: planning what would fit ...")
+    words = []
     try:
         plan = make_plan(run.function, settings, run.hardware, processes=processes)
         # where it fits by the plan, something else takes memory too
         room = min(run.hardware.memory, round(ROOM * plan.total))
-        changes = fitting_changes(run.function, settings, run.hardware, room, processes=processes)
+        changes = fitting_changes(run.function, settings, run.hardware, room, at_most_plans=PLANS, processes=processes)
+        name, size = largest_part(plan)
+        words.append(f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}")
     except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
         smaller = (smaller_batch(settings) or {}).items()
         values = [f"{name} = {value}" for name, value in smaller if not name.startswith("eval")]
-        return [f"set {' with '.join(values)}"] if values else []
-    name, size = largest_part(plan)
-    most = f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}"
-    return [most, *([f"set {', or '.join(changes)}"] if changes else [])]
+        changes = [" with ".join(values)] if values else []
+    changes = [*preset_changes(run), *changes][:3]
+    return [*words, f"set {', or '.join(changes)}"] if changes else words
+
+
+def preset_changes(run: Any) -> list[str]:
+    """Returns what the hardware preset of a run's settings says to set where memory runs out."""
+    names = {match[1] for source in run.resolved.sources.values() if (match := re.match(r"hardware (\w+)", source))}
+    spellings, changes = spellings_of(type(run.settings)), []
+    for name in names & hardware_presets().keys():
+        for key, value in read_layer(hardware_presets()[name]).values.get("out_of_memory", {}).items():
+            setting = spellings.get(key)
+            if setting and (setting.of(run.settings) or 0) > value:
+                changes.append(f"{setting.key} = {value} (hardware {name})")
+    return changes
 
 
 def phase_of(error: BaseException) -> str:

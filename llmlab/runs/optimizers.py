@@ -3,8 +3,7 @@ evaluation that leaves the random states alone, and checkpoints marked as incomp
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_t
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
-from llmlab.runs.auto_batch import DivisibleBatches, random_states, set_random_states
+from llmlab.runs.auto_batch import DivisibleBatches, random_states
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -81,7 +80,8 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
             set_seed(self.args.seed + self.args.process_index)  # equal weights get equal scores at every step
             return run(*args, **kwargs)
 
-        with restore_random_states(self.args.device):
+        with ExitStack() as stack:
+            stack.callback(random_states(self.args.device))
             return self.evaluate_in_parts(evaluate)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -182,27 +182,16 @@ class EstimateFirst(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer, batch = self.trainer, self.trainer.estimate_from
+
+        def estimate() -> None:
+            inputs, seed = trainer.estimated_from(trainer.parts_of(batch)[0]), trainer.args.seed
+            estimate_hessian_if_due(trainer.model_wrapped, inputs, trainer.optimizer, seed, trainer.predict)
+
         if batch is not None:
             trainer.estimate_from = None
-            trainer.in_parts(lambda: self.estimate(trainer.parts_of(batch)[0]))
-
-    def estimate(self, batch: Any) -> None:
-        """Estimates the Hessian from a batch of the data loader."""
-        trainer = self.trainer
-        inputs, seed = trainer.estimated_from(batch), trainer.args.seed
-        estimate_hessian_if_due(trainer.model_wrapped, inputs, trainer.optimizer, seed, trainer.predict)
+            trainer.in_parts(estimate)
 
 
 def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
     return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
-
-
-@contextmanager
-def restore_random_states(device: torch.device) -> Iterator[None]:
-    """Restores the random states of Python, NumPy, torch and the device afterwards."""
-    states = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(device, states)

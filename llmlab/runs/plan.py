@@ -229,7 +229,13 @@ def make_plan(
 
 
 def fitting_changes(
-    function: Any, settings: Any, hardware: Hardware, memory: int | None = None, at_most: int = 3, **options: Any
+    function: Any,
+    settings: Any,
+    hardware: Hardware,
+    memory: int | None = None,
+    at_most: int = 3,
+    at_most_plans: int = 100,
+    **options: Any,
 ) -> list[str]:
     """Returns changes of settings, the cheapest first, with each of which alone the run fits; where none alone is
     enough, the shortest list of all together, and nothing where that is not either.
@@ -238,10 +244,13 @@ def fitting_changes(
         function, settings, hardware, options: as in `make_plan`.
         memory: bytes to fit into; None is the device's.
         at_most: how many changes.
+        at_most_plans: how many may be made, each in seconds.
     """
-    limit = memory or hardware.memory
+    limit, tries = memory or hardware.memory, iter(range(at_most_plans))
 
     def fits(changes: dict[str, Any]) -> bool:
+        if next(tries, None) is None:
+            return False
         try:
             changed = type(settings).model_validate({**_given(settings), **changes})
             return make_plan(function, changed, hardware, **options).total <= limit

@@ -32,9 +32,9 @@ from llmlab.adapters import lora_config
 from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
 from llmlab.model import Adapter
+from llmlab.runs.auto_batch import random_states
 from llmlab.runs.batch import batch_of
 from llmlab.runs.ledger import Ledger
-from llmlab.runs.optimizers import restore_random_states
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import quiet_libraries
 from llmlab.settings.sources import Resolved
@@ -327,7 +327,7 @@ def rehearse(
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
     with ExitStack() as stack:
-        stack.enter_context(restore_random_states(here))
+        stack.callback(random_states(here))
         stack.enter_context(apart())
         stack.enter_context(quiet_libraries())
         folder = stack.enter_context(tempfile.TemporaryDirectory())

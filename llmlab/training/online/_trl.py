@@ -194,13 +194,6 @@ class ResumableRollouts:
         rollout = self._buffered_inputs
         self._buffered_inputs = rollout and [part for whole in rollout for part in split_tensor_dict(whole, factor)]
 
-    def moment(self) -> tuple[Any, ...]:
-        return *super().moment(), self._buffered_inputs, self.prepared  # type: ignore[misc]
-
-    def go_back(self, moment: tuple[Any, ...]) -> None:
-        *common, self._buffered_inputs, self.prepared = moment
-        super().go_back(tuple(common))  # type: ignore[misc]
-
     @property
     def _split(self) -> tuple[int, int]:
         return self.args.world_size, self.args.gradient_accumulation_steps * self.parts  # type: ignore[attr-defined]
