@@ -52,7 +52,7 @@ def run(
         raise UserError("run: a pipeline launches its stages itself: --accelerate NAME, not accelerate launch")
     launch = read_launch(accelerate, num_processes, launch_args)
     path = _find(pipeline)
-    processes = launch.command((), "auto", here=False)[1].num_processes if launch else 1
+    processes = launch.processes if launch else 1
     parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware, processes=processes)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
