@@ -62,12 +62,9 @@ class Step:
 
 
 def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
-    """Plans each stage, in order: skip, resume or run.
+    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow.
 
-    A finished stage is skipped while its inputs are those recorded and no stage that it needs was run since; an
-    interrupted or diverged one whose inputs are unchanged resumes from its last checkpoint if its stage supports
-    resuming. `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage
-    alone.
+    `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage alone.
     """
     names = [stage.name for stage in pipeline.stages]
     for option, name in (("--from", first), ("--only", only)):

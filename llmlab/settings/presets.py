@@ -100,8 +100,7 @@ def hardware_layer(
 def _fit_batch(
     stage: str, machine: Values, preset: Values, user: Values, own_processes: int, processes: int
 ) -> tuple[Values, list[str]]:
-    """Returns what the user left open of the batch, so that the effective one of the layers below is kept, and notes
-    where only something near to it is possible."""
+    """Returns what the user left open of the batch, so that it keeps its effective size, and notes where it cannot."""
     section, fields = SECTIONS[stage], settings_class(stage).model_fields
     pairs, online = section == "pairs", section == "online"
     rows = "mini_batch_size" if pairs or online else "batch_size"  # of a forward pass, per device
