@@ -148,12 +148,10 @@ class Launch:
     def run_stage(self, stage: Stage, resolved: Resolved[Any], options: dict[str, Any]) -> None:
         """Runs a stage of a pipeline; what happens in one process alone (merging, sampling) happens in this one."""
         if not stage.resumes:
-            stage.function(resolved, **options)
-            return
-        settings = resolved.settings
+            return stage.function(resolved, **options)
         job = {
             "stage": stage.name,
-            "settings": settings.model_dump(mode="json", exclude_unset=True),
+            "settings": resolved.settings.model_dump(mode="json", exclude_unset=True),
             "sources": resolved.sources,
             "options": {name: str(value) for name, value in options.items()},
             REMOTE_CODE: remote_code_allowed(),
@@ -161,7 +159,7 @@ class Launch:
         with tempfile.TemporaryDirectory(prefix="llmlab-") as folder:
             path = Path(folder) / f"{stage.name}.json"
             path.write_text(json.dumps(job), encoding="utf-8")
-            self.run(["run-job", str(path)], settings.device)
+            self.run(["run-job", str(path)], resolved.settings.device)
 
 
 def run_job(path: Path) -> None:
@@ -182,9 +180,8 @@ def read_launch(
             raise UserError(f"{alone}: it needs --accelerate NAME|FILE beside it")
         return None
     if inside := next((variable for variable in INSIDE if variable in os.environ), None):
-        raise UserError(
-            f"--accelerate {name}: this is a process of a launch already ({inside} is set); leave --accelerate out"
-        )
+        already = f"this is a process of a launch already ({inside} is set); leave --accelerate out"
+        raise UserError(f"--accelerate {name}: {already}")
     path = Path(name)
     if name in NAMES:
         path = CONFIGS / f"{name}.yaml"

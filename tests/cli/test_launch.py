@@ -360,6 +360,8 @@ def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gp
     gpus(0)
     code, _, errors = cli("run", "p.yaml", "--accelerate", "ddp")
     assert code == 2 and "this machine has no CUDA GPU" in errors and not (tmp_path / "out").exists()
+    monkeypatch.setattr("llmlab.pipeline.execute", lambda pipeline, steps, run: steps)
+    assert cli("run", "p.yaml", "--accelerate", "ddp", "--only", "tokenizer")[0] == 0  # which is not launched
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, errors = cli("run", "p.yaml")
     assert code == 2 and errors.endswith("--accelerate NAME, not accelerate launch\n")
