@@ -31,7 +31,6 @@ Words = Annotated[
 def info(
     words: Words = None,
     sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 1,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token.
@@ -52,7 +51,7 @@ def info(
     ours = isinstance(config, LLMLabConfig)
     if not ours and sequence:
         kind = config.model_type
-        raise UserError(f"--sequence: activations are estimated for llmlab's own decoder, and this is {kind}")
+        raise UserError(f"--sequence: FLOPs are counted for llmlab's own decoder, and this is {kind}")
     length = sequence or (config.max_position_embeddings if ours else 1)
     console = Terminal()
     if source:
@@ -60,7 +59,7 @@ def info(
     _print_parameters(console, size)
     if adapter:
         console.print(f"{'':11}{safe(adapter)}", soft_wrap=True)
-    _print_memory(console, size, length if ours else None, batch_size)
+    _print_memory(console, size)
     if ours:
         console.print(
             f"\nFLOPs per token at {length}: {size.forward_flops_per_token(length):.3g} forward, "
@@ -103,29 +102,17 @@ def _print_parameters(console: Terminal, size: "ModelSize") -> None:
     console.print(shape)
 
 
-def _print_memory(console: Terminal, size: "ModelSize", length: int | None, batch_size: int) -> None:
-    """Prints what training takes; activations are estimated where a length is known."""
+def _print_memory(console: Terminal, size: "ModelSize") -> None:
     from rich.table import Column
 
     from llmlab.model.size import OPTIMIZERS
 
-    what = "weights in fp32" if length is None else f"{batch_size} x {length} tokens, weights in fp32"
-    columns = ["weights", "gradients", "states"]
-    columns += ["without activations"] if length is None else ["activations fp32", "bf16", "total fp32", "bf16"]
-    memory = make_table(
-        Column("optimizer", no_wrap=True), title=f"\nTraining memory in GB, {what}", title_justify="left"
-    )
-    for name in columns:
-        memory.add_column(name, justify="right")
+    columns = map(numeric, ("weights", "gradients", "states", "together"))
+    title = "\nTraining memory in GB in fp32, without activations (those: llmlab plan)"
+    memory = make_table(Column("optimizer", no_wrap=True), *columns, title=title, title_justify="left")
     for name in OPTIMIZERS:
         values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
-        if length is None:
-            values.append(sum(values))
-        else:
-            precisions = ("fp32", "bf16")
-            costs = [size.training_memory(name, rows=batch_size, sequence=length, dtype=each) for each in precisions]
-            values += [*(cost.activations for cost in costs), *(cost.total for cost in costs)]
-        memory.add_row(name, *(f"{value / 1e9:.2f}" for value in values))
+        memory.add_row(name, *(f"{value / 1e9:.2f}" for value in (*values, sum(values))))
     console.print(memory)
 
 

@@ -1,7 +1,5 @@
-"""What a model costs, from its configuration alone: parameters, training memory, FLOPs and KV cache.
-
-Parameters and optimizer states are exact, of any architecture; the rest is for llmlab's decoder.  Activations are an
-estimate without compilation; torch's allocator, batches and other programs come on top.
+"""What a model costs, from its configuration alone: parameters and optimizer states of any architecture, FLOPs and KV
+cache of llmlab's decoder.  What a training step takes besides is `llmlab/runs/plan.py`'s.
 """
 
 import math
@@ -14,7 +12,6 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 import llmlab.model.modeling  # noqa: F401  registers its classes
-from llmlab.model.loss import CHUNK_TOKENS
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.trust import remote_code_allowed
 
@@ -25,20 +22,6 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerSettings.model_fields["optimizer"].annotation)
 PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
 PART_OF_WORD = {"attn": "attention", "attention": "attention", **dict.fromkeys(("mlp", "moe", "expert", "ffn"), "mlp")}
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes that training takes, by what they are for."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
@@ -72,43 +55,6 @@ class ModelSize:
     def optimizer_bytes(self, optimizer: str) -> int:
         """Returns the bytes of an optimizer's states."""
         return 4 * sum(state_values(optimizer, part, shape) for part, shape in self.shapes)
-
-    def activation_bytes_per_token(self, dtype: str = "fp32") -> int:
-        """Estimates what the layers save for the backward pass; norms and residuals stay in fp32 under autocast."""
-        c, narrow = self.config, BYTES[dtype]
-        heads, key_values = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        # the input, its normalized copy (rmsnorm only), and the scaled copy that the projections read
-        norm = c.hidden_size * ((8 if c.norm_type == "rmsnorm" else 4) + narrow)
-        # query, key, value, output, and the output again in the layout that the output projection reads
-        attention = narrow * (3 * heads + 2 * key_values) + 4 * c.num_attention_heads
-        inner = {"swiglu": 4, "relu": 1}.get(c.hidden_act, 2)  # inputs and outputs of each product and activation
-        layer = 2 * norm + attention + narrow * inner * c.intermediate_size
-        return c.num_hidden_layers * layer + norm
-
-    def training_memory(
-        self,
-        optimizer: str,
-        *,
-        rows: int = 1,
-        sequence: int | None = None,
-        dtype: str = "fp32",
-        gradient_checkpointing: bool = False,
-    ) -> TrainingMemory:
-        """Returns the memory of training on one device with weights in fp32; sequence None is the longest."""
-        c = self.config
-        tokens = rows * (sequence or c.max_position_embeddings)
-        per_token = self.activation_bytes_per_token(dtype)
-        if gradient_checkpointing:
-            per_token = c.num_hidden_layers * 4 * c.hidden_size + per_token // c.num_hidden_layers
-        copies = 0 if dtype == "fp32" else BYTES[dtype] * self.matrix_parameters
-        # the chunked loss computes the head's gradient at once, and holds one chunk of logits
-        loss = c.vocab_size * (4 * c.hidden_size + BYTES[dtype] * min(tokens, CHUNK_TOKENS))
-        return TrainingMemory(
-            weights=4 * self.total + copies,
-            gradients=4 * self.total,
-            optimizer=self.optimizer_bytes(optimizer),
-            activations=tokens * per_token + loss,
-        )
 
     def forward_flops_per_token(self, sequence: int) -> int:
         """Returns the FLOPs of a forward pass for one token of a sequence; the causal mask saves none.

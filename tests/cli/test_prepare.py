@@ -125,7 +125,7 @@ def test_info_of_any_models_folder(cli, tmp_path, kind):
     if kind == "mixtral":  # eight experts of three matrices, and what chooses among them
         assert int(rows["mlp"]) == 8 * 3 * 16 * 16 + 8 * 16
     code, _, errors = cli("model", "info", tmp_path / kind, "--sequence", 8)
-    assert code == 2 and "--sequence: activations are estimated for llmlab's own decoder" in errors
+    assert code == 2 and "--sequence: FLOPs are counted for llmlab's own decoder" in errors
 
 
 def test_info_of_adapters_and_of_folders_without_a_model(cli, tmp_path):
