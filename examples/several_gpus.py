@@ -15,7 +15,7 @@ OUTPUT = sys.argv[1] if __name__ == "__main__" and len(sys.argv) > 1 else "runs/
 PROCESSES = int(os.environ.get("PROCESSES", "1"))  # one per GPU
 VALUES = {
     "output_dir": OUTPUT,
-    "datasets": ["demo/arithmetic"],
+    "datasets": ["demo/arithmetic | 200kB"],
     "model": {
         "tokenizer_name": f"{OUTPUT}-tokenizer",
         "d_model": 64,
@@ -25,6 +25,7 @@ VALUES = {
         "max_seq_len": 64,
     },
     "max_steps": 20,
+    "warmup_steps": 2,
     "batch_size": 8,  # of each process
     "gradient_accumulation_steps": 1,
     "eval_every": 20,

@@ -18,40 +18,27 @@ NO_TF32 = "asked for, but CUDA GPUs since Ampere alone have it: no effect here"
 GPU_EXTRA = "'llmlab[gpu]'"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# dense bf16 peaks in FLOP/s, from the vendors' data sheets; matched in this order
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 4080": 97.5e12,
-    "RTX 3090": 71e12,
-    "M1 Max": 10.4e12,  # its GPU, in fp32 and fp16 alike
+# dense bf16 peak in FLOP/s and bytes/s of memory, from the vendors' data sheets; matched in this order
+RATES = {
+    "GB200": (2500e12, 8.0e12),
+    "B200": (2250e12, 8.0e12),
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-40GB": (312e12, 1.56e12),
+    "A100-PCIE-40GB": (312e12, 1.56e12),
+    "A100": (312e12, 2.0e12),
+    "A10G": (70e12, 0.6e12),
+    "L40S": (362e12, 0.86e12),
+    "L40": (181e12, 0.86e12),
+    "L4": (121e12, 0.3e12),
+    "RTX 5090": (209.5e12, 1.79e12),
+    "RTX 4090": (165.2e12, 1.01e12),
+    "RTX 4080": (97.5e12, 0.72e12),
+    "RTX 3090": (71e12, 0.94e12),
+    "M1 Max": (10.4e12, 0.4e12),  # its GPU, in fp32 and fp16 alike
 }
-BANDWIDTHS = {  # bytes/s of memory, from the same sheets; of a device that is not here, its kind's
-    "H200": 4.8e12,
-    "H100 PCIe": 2.0e12,
-    "H100": 3.35e12,
-    "A100-SXM4-40GB": 1.56e12,
-    "A100": 2.0e12,
-    "RTX 4090": 1.01e12,
-    "RTX 4080": 0.72e12,
-    "M1 Max": 0.4e12,
-    "cuda": 0.8e12,
-    "mps": 0.2e12,
-    "cpu": 0.04e12,
-}
-# bytes that a GPU has at least, of which some is never free: the presets of recipes/hardware, the largest first
-PRESET_MEMORY = {"h200_141gb": 138e9, "a100_80gb": 78e9, "a100_40gb": 38e9, "rtx_4090": 23e9}
-
-
+BANDWIDTHS = {"cuda": 0.8e12, "mps": 0.2e12, "cpu": 0.04e12}  # bytes/s of devices that are not there
 GIB = 2**30
 MACHINES = {  # of the hardware presets, for plans made elsewhere: device, name, what torch says of its memory
     "m1_max_64gb": ("mps", "Apple M1 Max", 48 * GIB),
@@ -61,9 +48,8 @@ MACHINES = {  # of the hardware presets, for plans made elsewhere: device, name,
     "a100_80gb": ("cuda", "NVIDIA A100-SXM4-80GB", 79.1 * GIB),
     "h100_80gb": ("cuda", "NVIDIA H100", 79.1 * GIB),
     "h200_141gb": ("cuda", "NVIDIA H200", 139.8 * GIB),
-    "multi_gpu_ddp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
-    "multi_gpu_fsdp": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
 }
+MACHINES |= dict.fromkeys(("multi_gpu_ddp", "multi_gpu_fsdp"), MACHINES["rtx_4090"])
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ class Hardware:
     @property
     def bandwidth(self) -> float:
         """Bytes/s of the device's memory."""
-        return next(rate for part, rate in BANDWIDTHS.items() if part in f"{self.name} {self.device}")
+        return _rates(self.name)[1] or BANDWIDTHS[self.device]
 
     @property
     def has_tf32(self) -> bool:
@@ -113,17 +99,18 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
         )
     name, memory = _identify(device)
     dtype, reason = _choose_dtype(device, dtype)
-    return Hardware(device, name, dtype, reason, memory, _peak_flops(name), int(os.environ.get("WORLD_SIZE", "1")))
+    return Hardware(device, name, dtype, reason, memory, _rates(name)[0], int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def recommend_preset(hardware: Hardware, gpus: int | None = None) -> str:
-    """Returns the name of the hardware preset for a machine with so many GPUs (None counts them): of an unknown GPU,
-    the one with the next smaller memory."""
+    """Returns the hardware preset for so many GPUs (None counts them), by the memory where a GPU is unknown."""
     if hardware.device != "cuda":
         return {"cpu": "cpu", "mps": "m1_max_64gb"}[hardware.device]
     if (torch.cuda.device_count() if gpus is None else gpus) > 1:
         return "multi_gpu_ddp"
-    name = next((name for name, memory in PRESET_MEMORY.items() if hardware.memory >= memory), "rtx_4080")
+    known = ("h200_141gb", "a100_80gb", "a100_40gb", "rtx_4090")
+    fits = (name for name in known if hardware.memory >= 0.92 * MACHINES[name][2])  # of which some is never free
+    name = next(fits, "rtx_4080")
     return "h100_80gb" if name == "a100_80gb" and "H100" in hardware.name else name
 
 
@@ -152,7 +139,7 @@ def describe_machine(preset: str, dtype: str = "auto") -> Hardware:
         return probe("cpu" if preset == "cpu" else "auto", dtype)
     device, name, memory = MACHINES[preset]
     chosen = {"mps": "fp16", "cuda": "bf16"}[device] if dtype == "auto" else dtype
-    return Hardware(device, name, chosen, "as planned", int(memory), _peak_flops(name))
+    return Hardware(device, name, chosen, "as planned", int(memory), _rates(name)[0])
 
 
 def free_disk(folder: Path) -> int:
@@ -162,8 +149,8 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _peak_flops(name: str) -> float | None:
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+def _rates(name: str) -> tuple[float | None, float | None]:
+    return next((rates for part, rates in RATES.items() if part in name), (None, None))
 
 
 def _identify(device: str) -> tuple[str, int]:

@@ -42,7 +42,7 @@ def test_auto(monkeypatch, machine, expected):
 
 
 def test_peaks_are_known_for_the_right_card(monkeypatch):
-    for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("Odd", None)):
+    for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA L40", 181e12), ("Odd", None)):
         pretend(monkeypatch, device="cuda", bf16=True, name=name)
         assert hardware.probe().peak_flops == peak
 

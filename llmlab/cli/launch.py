@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -26,7 +27,6 @@ from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import REMOTE_CODE, remote_code_allowed
 from llmlab.stages import STAGES, Stage
 
-PANEL = "Launch"
 CONFIGS = shipped_folder("accelerate_configs")
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SINGLE = {"single_gpu": "cuda", "mps": "mps"}  # the device of a shipped configuration for one process
@@ -35,24 +35,12 @@ TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 VALUED = ("--accelerate", "--num-processes", "--launch-args")
 TIME_TO_SAVE = 3600  # seconds that an interrupted run has for its checkpoint; torch's own limit is 30
 
-Accelerate = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help=f"Launch by this Accelerate configuration: {', '.join(NAMES)}.",
-        rich_help_panel=PANEL,
-    ),
-]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(min=1, help="Processes, of all machines; by default one per visible GPU.", rich_help_panel=PANEL),
-]
-LaunchArgs = Annotated[
-    str, typer.Option(help="Further options of accelerate launch: '--machine_rank 1'.", rich_help_panel=PANEL)
-]
-PrintLaunch = Annotated[
-    bool, typer.Option("--print-launch", help="Print the accelerate command and exit.", rich_help_panel=PANEL)
-]
+option = partial(typer.Option, rich_help_panel="Launch")
+by_name = f"Launch by this Accelerate configuration: {', '.join(NAMES)}."
+Accelerate = Annotated[str | None, option(metavar="NAME|FILE", help=by_name)]
+NumProcesses = Annotated[int | None, option(min=1, help="Processes, of all machines; by default one per visible GPU.")]
+LaunchArgs = Annotated[str, option(help="Further options of accelerate launch: '--machine_rank 1'.")]
+PrintLaunch = Annotated[bool, option("--print-launch", help="Print the accelerate command and exit.")]
 
 
 @dataclass(frozen=True)
@@ -73,51 +61,57 @@ class Launch:
         from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
         from accelerate.commands.launch import launch_command_parser
 
-        option = f"--accelerate {self.name}"
+        def refuse(problem: str) -> NoReturn:
+            raise UserError(f"--accelerate {self.name}: {problem}")
+
         with reading(self.path, "an Accelerate configuration"):
             config = load_config_from_file(str(self.path))
         kind, several = config.distributed_type.value, config.distributed_type.value != "NO"
         if not isinstance(config, ClusterConfig) or kind not in TYPES:
-            raise UserError(f"{option}: distributed_type = {kind}: expected one of {', '.join(TYPES)}")
+            refuse(f"distributed_type = {kind}: expected one of {', '.join(TYPES)}")
         if config.use_cpu and device not in ("auto", "cpu"):
-            raise UserError(f"{option}: use_cpu = true there contradicts device = {device}; keep one")
+            refuse(f"use_cpu = true there contradicts device = {device}; keep one")
         on_cpu = config.use_cpu or kind == "MULTI_CPU" or device == "cpu"
         if on_cpu and kind in ("FSDP", "DEEPSPEED"):
-            unsharded = "on a CPU, Accelerate shards nothing and says nothing"
-            raise UserError(f"{option}: {kind} needs GPUs ({unsharded}); expected --accelerate cpu there")
+            refuse(f"{kind} needs GPUs (Accelerate shards nothing on a CPU); expected --accelerate cpu there")
         if here and kind == "DEEPSPEED" and find_spec("deepspeed") is None:
-            raise UserError(f"{option}: DeepSpeed is not installed; pip install 'llmlab[deepspeed]', or use fsdp2")
+            refuse("DeepSpeed is not installed; pip install 'llmlab[deepspeed]', or use fsdp2")
         gpus, needed = torch.cuda.device_count(), "cuda" if several else SINGLE.get(self.name)
         if here and not on_cpu and needed and not getattr(torch, needed).is_available():
             gpu = "CUDA GPU" if needed == "cuda" else "Apple GPU"
-            raise UserError(f"{option}: this machine has no {gpu} that torch can use; expected --accelerate cpu here")
+            refuse(f"this machine has no {gpu} that torch can use; expected --accelerate cpu here")
         parser = launch_command_parser()
         parser.error = _refuse  # type: ignore[method-assign]
-        asked = parser.parse_args([*self.words, "llmlab"])
-        machines, count = asked.num_machines or config.num_machines, self.num_processes or asked.num_processes
-        if machines > 1 and not (asked.main_process_ip or config.main_process_ip):
+        options = parser.parse_args([*self.words, "llmlab"])
+        if options.training_script != "llmlab" or options.config_file:
+            _refuse("expected options of accelerate launch alone, without a script or --config_file")
+        machines, count = options.num_machines or config.num_machines, self.num_processes or options.num_processes
+        if machines > 1 and not (options.main_process_ip or config.main_process_ip):
             each = '--launch-args "--machine_rank 0 --main_process_ip 10.0.0.1"'
-            raise UserError(f"{option}: {machines} machines need the first one's address, and each its number: {each}")
+            refuse(f"{machines} machines need the first one's address, and each its number: {each}")
         if count is None and several and gpus and not on_cpu and (self.name in NAMES or config.num_processes < 1):
             count = gpus * machines
         words = ["--config_file", str(self.path), *self.words]
-        words += [] if count in (None, asked.num_processes) else ["--num_processes", str(count)]
+        words += [] if count in (None, options.num_processes) else ["--num_processes", str(count)]
         count = count or config.num_processes
-        problem = ""
+        wrong = f"num_processes = {count}"
         if count < 1 or count % machines:
-            problem = f"expected --num-processes with a multiple of its {machines} machines"
-        elif count > 1 and not several and not on_cpu:
-            problem = "it starts one process; expected ddp or fsdp2 for several"
-        elif here and not on_cpu and count > max(gpus, 1) * machines:
-            problem = f"this machine has {gpus} visible GPUs, one for each process"
-        if problem:
-            raise UserError(f"{option}: num_processes = {count}: {problem}")
+            refuse(f"{wrong}: expected --num-processes with a multiple of its {machines} machines")
+        if count > 1 and not several and not on_cpu:
+            refuse(f"{wrong}: it starts one process; expected ddp or fsdp2 for several")
+        if here and not on_cpu and count > max(gpus, 1) * machines:
+            refuse(f"{wrong}: this machine has {gpus} visible GPUs, one for each process")
         if count > 1 and kind in ("NO", "MULTI_CPU"):
             words += ["--multi_gpu"]  # without it Accelerate starts one process on a CPU, whatever is asked for
         words += ["-m", "llmlab", *arguments]
         parsed = parser.parse_args(words)
         parsed.num_processes, parsed.num_machines, parsed.use_cpu = count, machines, on_cpu
         return words, parsed
+
+    @property
+    def processes(self) -> int:
+        """The number of processes, as far as no stage's settings decide it."""
+        return self.command((), "auto", here=False)[1].num_processes
 
     def run(self, arguments: Sequence[str], device: str = "auto") -> None:
         """Runs `llmlab ARGUMENTS` in every process; raises SystemExit with the exit code where it is not 0."""
@@ -154,12 +148,10 @@ class Launch:
     def run_stage(self, stage: Stage, resolved: Resolved[Any], options: dict[str, Any]) -> None:
         """Runs a stage of a pipeline; what happens in one process alone (merging, sampling) happens in this one."""
         if not stage.resumes:
-            stage.function(resolved, **options)
-            return
-        settings = resolved.settings
+            return stage.function(resolved, **options)
         job = {
             "stage": stage.name,
-            "settings": settings.model_dump(mode="json", exclude_unset=True),
+            "settings": resolved.settings.model_dump(mode="json", exclude_unset=True),
             "sources": resolved.sources,
             "options": {name: str(value) for name, value in options.items()},
             REMOTE_CODE: remote_code_allowed(),
@@ -167,7 +159,7 @@ class Launch:
         with tempfile.TemporaryDirectory(prefix="llmlab-") as folder:
             path = Path(folder) / f"{stage.name}.json"
             path.write_text(json.dumps(job), encoding="utf-8")
-            self.run(["run-job", str(path)], settings.device)
+            self.run(["run-job", str(path)], resolved.settings.device)
 
 
 def run_job(path: Path) -> None:
@@ -188,16 +180,16 @@ def read_launch(
             raise UserError(f"{alone}: it needs --accelerate NAME|FILE beside it")
         return None
     if inside := next((variable for variable in INSIDE if variable in os.environ), None):
-        raise UserError(
-            f"--accelerate {name}: this is a process of a launch already ({inside} is set); leave --accelerate out"
-        )
+        already = f"this is a process of a launch already ({inside} is set); leave --accelerate out"
+        raise UserError(f"--accelerate {name}: {already}")
     path = Path(name)
     if name in NAMES:
         path = CONFIGS / f"{name}.yaml"
     elif not path.is_file():
         known = ", ".join(NAMES)
         raise UserError(f"--accelerate {name}: expected a file or one of {known}{did_you_mean(name, NAMES)}")
-    return Launch(name, path, num_processes, tuple(shlex.split(launch_args)))
+    with reading("--launch-args", "words of a shell"):
+        return Launch(name, path, num_processes, tuple(shlex.split(launch_args)))
 
 
 def without_launch_options(arguments: Sequence[str]) -> list[str]:
@@ -244,5 +236,5 @@ def await_children(number: int) -> None:
     raise SystemExit(128 + number)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise UserError(f"--launch-args: {message}")

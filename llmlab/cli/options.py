@@ -36,9 +36,13 @@ TrustRemoteCode = Annotated[
 POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
 
 
-def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None) -> Callable[..., None]:
-    """Returns the typer command of a stage: its settings as options, and what every stage can do; with `use` the
-    settings go there, and nothing runs."""
+def stage_command(
+    name: str, use: Callable[[Resolved[Any]], None] | None = None, processes: int | None = None
+) -> Callable[..., None]:
+    """Returns the typer command of a stage: its settings as options, and what every stage can do.
+
+    With `use`, its settings for so many `processes` (None: as many as the hardware preset has) go there, and nothing
+    runs."""
     stage = STAGES[name]
     kind = stage.settings_class
     positional = POSITIONAL.get(name)
@@ -84,16 +88,19 @@ def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None)
         layers = [for_stage(read_layer(path), name) for path in config or ()]
         layers.append(_command_line_layer(kind, overrides or [], options, positional))
         started = None
-        if resume is not None and hardware is not None:
-            raise UserError(
-                f"--hardware {hardware}: a resumed run keeps its settings; leave it out, or set single ones"
-            )
         if resume is not None:
+            if hardware is not None:
+                keeps = "a resumed run keeps its settings; leave it out, or set single ones"
+                raise UserError(f"--hardware {hardware}: {keeps}")
             recorded, started = _read_run(resume, name)
             below.insert(0, recorded)
-        planned = None if show_config or save_config is not None or use is not None else 1
-        processes = launch.num_processes if launch else planned
-        resolved = stage.resolve(layers, below=below, hardware=hardware, processes=processes)
+        if hardware is None or use is not None:
+            count = processes
+        elif launch is not None:
+            count = launch.processes
+        else:
+            count = None if show_config or save_config is not None else 1
+        resolved = stage.resolve(layers, below=below, hardware=hardware, processes=count)
         print_warnings(resolved.warnings)
         if save_config is not None:
             dump({"stage": name, **resolved.settings.recorded()}, save_config)
@@ -117,8 +124,10 @@ def stage_command(name: str, use: Callable[[Resolved[Any]], None] | None = None)
             resuming = {"load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data, "resume": resume}
             stage.function(resolved, **(resuming if stage.resumes else {}))
 
-    absent = {"options", *(() if stage.resumes else ("resume", "load_optimizer", "allow_changed_data"))}
-    absent |= set() if stage.resumes else {"accelerate", "num_processes", "launch_args", "print_launch"}
+    absent = {"options"}
+    if not stage.resumes:
+        absent |= {"resume", "load_optimizer", "allow_changed_data"}
+        absent |= {"accelerate", "num_processes", "launch_args", "print_launch"}
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
     absent |= set() if name in SECTIONS else {"preset", "hardware"}
     fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]

@@ -24,10 +24,13 @@ def plan(
     mean: Annotated[
         float | None, typer.Option(help="Tokens of a row in the mean; none is the longest.", min=1)
     ] = None,
-    processes: Annotated[int, typer.Option(help="Processes that train together, a device each.", min=1)] = 1,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that train together, a device each; by default the preset's.", min=1)
+    ] = None,
     sharding: Annotated[
-        Literal["none", "zero2", "zero3", "fsdp2"], typer.Option(help="What the processes share; none is DDP.")
-    ] = "none",
+        Literal["none", "zero2", "zero3", "fsdp2"] | None,
+        typer.Option(help="What the processes share; none is DDP; by default the preset's."),
+    ] = None,
     utilization: Annotated[
         float | None, typer.Option(help="Share of the device's peak FLOP/s; none is a usual one.", min=0.001, max=1)
     ] = None,
@@ -44,19 +47,18 @@ def plan(
     """
     if stage not in PLANNED:
         raise UserError(f"plan {stage}: expected one of {', '.join(PLANNED)}{did_you_mean(stage, PLANNED)}")
-    from llmlab.hardware import describe_machine, probe
+    from llmlab.hardware import describe_machine, probe, recommend_preset
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
-    from llmlab.settings.presets import hardware_presets
+    from llmlab.settings.presets import hardware_presets, launch_of
 
-    options = {"rows": rows, "mean": mean, "processes": processes, "sharding": sharding, "utilization": utilization}
+    options = {"rows": rows, "mean": mean, "utilization": utilization}
     plans: dict[str, Any] = {}
     for name in hardware_presets() if hardware == "all" else [hardware]:
-        settings = _resolve(stage, context.args, name)
+        settings = _resolve(stage, context.args, name, processes)
         machine = describe_machine(name, settings.dtype) if name else probe(settings.device, settings.dtype)
-        several = (
-            {"processes": 4, "sharding": "fsdp2" if "fsdp" in name else "none"} if "multi" in (name or "") else {}
-        )
-        chosen = {**options, **(several if processes == 1 else {})}
+        own, config = launch_of(recommend_preset(probe()) if name == "auto" else name) if name else (1, None)
+        shared = sharding or ("fsdp2" if config == "fsdp2" else "none")
+        chosen = {**options, "processes": processes or own, "sharding": shared}
         function = STAGES[stage].function
         made = make_plan(function, settings, machine, **chosen)
         if measure:
@@ -76,13 +78,13 @@ def plan(
 plan.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}  # type: ignore[attr-defined]
 
 
-def _resolve(stage: str, words: list[str], hardware: str | None) -> Any:
+def _resolve(stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
     """Returns the settings that a stage's command has with these words."""
     from llmlab.cli.options import stage_command
 
     found: list[Any] = []
     app = typer.Typer(pretty_exceptions_enable=False)
-    app.command(stage)(stage_command(stage, use=found.append))
+    app.command(stage)(stage_command(stage, use=found.append, processes=processes))
     words = [*words, *(["--hardware", hardware] if hardware else [])]
     typer.main.get_command(app)(words, prog_name=f"llmlab plan {stage}", standalone_mode=False)
     return found[0].settings if found else _stop()

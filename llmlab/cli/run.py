@@ -52,7 +52,7 @@ def run(
         raise UserError("run: a pipeline launches its stages itself: --accelerate NAME, not accelerate launch")
     launch = read_launch(accelerate, num_processes, launch_args)
     path = _find(pipeline)
-    processes = launch.command((), "auto", here=False)[1].num_processes if launch else 1
+    processes = launch.processes if launch else 1
     parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware, processes=processes)
     for stage in parsed.stages:
         print_warnings(stage.resolved.warnings)
@@ -62,8 +62,9 @@ def run(
     if dry_run:
         return
     # what cannot be launched is found before the first stage starts
-    launched = [stage.resolved.settings.device for stage in parsed.stages if launch and stage.stage.resumes]
-    if any(launch.command((), device, here=True)[1].num_machines > 1 for device in launched):
+    launched = [step.stage for step in steps if launch and step.stage.stage.resumes and step.action != "skip"]
+    devices = [stage.resolved.settings.device for stage in launched]
+    if any(launch.command((), device, here=True)[1].num_machines > 1 for device in devices):
         raise UserError(f"--accelerate {accelerate}: a pipeline runs on one machine; launch its stages one by one")
     for number, step in enumerate(execute(parsed, steps, launch.run_stage if launch else run_stage), start=1):
         if step.action != "skip":

@@ -46,6 +46,7 @@ class Pipeline:
     path: Path
     output_dir: Path
     stages: tuple[PipelineStage, ...]
+    processes: int = 1  # of each stage that trains
 
 
 def read_pipeline(
@@ -54,7 +55,7 @@ def read_pipeline(
     *,
     allow_code: bool = False,
     hardware: str | None = None,
-    processes: int | None = 1,
+    processes: int = 1,
 ) -> Pipeline:
     """Reads a pipeline file, and raises SettingsError with every problem of every stage.
 
@@ -123,7 +124,7 @@ def read_pipeline(
         found.append(PipelineStage(name, STAGES[kind], resolved, output_dir / name, tuple(dict.fromkeys(needs))))
     if problems:
         raise SettingsError(problems)
-    return Pipeline(Path(path), output_dir, tuple(found))
+    return Pipeline(Path(path), output_dir, tuple(found), processes)
 
 
 def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.runs.history import flatten
 from llmlab.runs.lock import locked
 from llmlab.runs.record import RECORD, library_versions, read_record
-from llmlab.settings.base import local_names, show
+from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
@@ -62,12 +62,9 @@ class Step:
 
 
 def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
-    """Plans each stage, in order: skip, resume or run.
+    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow.
 
-    A finished stage is skipped while its inputs are those recorded and no stage that it needs was run since; an
-    interrupted or diverged one whose inputs are unchanged resumes from its last checkpoint if its stage supports
-    resuming. `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage
-    alone.
+    `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage alone.
     """
     names = [stage.name for stage in pipeline.stages]
     for option, name in (("--from", first), ("--only", only)):
@@ -78,7 +75,7 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
     state = _read_state(pipeline)
     steps: dict[str, Step] = {}
     for number, stage in enumerate(pipeline.stages):
-        inputs = _inputs(stage)
+        inputs = _inputs(stage, pipeline.processes)
         changed, changes = _compare(state[stage.name]["inputs"], inputs) if stage.name in state else ([], ())
         if first is not None and number >= names.index(first):
             action: Action = "run"
@@ -236,9 +233,15 @@ def _previous(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.previous")
 
 
-def _inputs(stage: PipelineStage) -> Inputs:
-    """Returns everything that determines what a stage writes, the runs of the stages that it needs aside."""
-    settings = stage.resolved.settings.model_dump(mode="json", exclude=local_names(stage.stage.name))
+def _inputs(stage: PipelineStage, processes: int) -> Inputs:
+    """Returns everything that determines what a stage writes, the runs of the stages that it needs aside: of a batch
+    that a hardware preset split for so many processes, its rows together."""
+    resolved = stage.resolved
+    split = [setting.key for setting in fields_of(type(resolved.settings)) if setting.resume is Resume.SPLIT]
+    fitted = {key for key in split if resolved.sources[key].startswith("hardware ")}
+    settings = resolved.settings.model_dump(mode="json", exclude=local_names(stage.stage.name) | fitted)
+    if fitted:
+        settings["effective batch"] = resolved.settings.effective_batch(processes)
     made_here = [stage.folder.parent / name for name in stage.needs]
     versions = library_versions()
     return {

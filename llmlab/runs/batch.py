@@ -14,8 +14,7 @@ from llmlab.settings.training import TrainingSettings
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimizer step and, at most, of one evaluation, over all processes; `settings` are the values
-    that split them as the user set them, on however many processes."""
+    """The rows of one optimizer step and, at most, of one evaluation, over all processes; `settings` split them."""
 
     rows: int
     validation_rows: int
@@ -30,8 +29,7 @@ def batch_of(settings: TrainingSettings, processes: int) -> Batch:
 
 
 def split_settings(settings: Any) -> tuple[str, str, str]:
-    """Returns the settings that count the rows of a forward pass, the passes of a step, the batches of an
-    evaluation."""
+    """Returns the settings that count rows of a forward pass, passes of a step, and batches of an evaluation."""
     evaluation = "eval_batches" if "eval_batches" in type(settings).model_fields else "eval_steps"
     return settings.rows_per_pass, "gradient_accumulation_steps", evaluation
 
@@ -87,8 +85,7 @@ def split_again(
 
 
 def smaller_batch(settings: TrainingSettings) -> dict[str, int] | None:
-    """Returns the settings of half the rows of a forward pass, or the next divisor below, with as many rows in a step
-    and an evaluation as before; None where it is one row already."""
+    """Returns the settings of half the rows of a forward pass, or the next divisor below; None where it is one."""
     name, *counted = split_settings(settings)
     rows = getattr(settings, name)
     if rows == 1:

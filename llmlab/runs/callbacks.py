@@ -89,8 +89,7 @@ def is_better(value: float, best: float | None, name: str) -> bool:
 
 
 class StageMetrics(TrainerCallback):
-    """Gives a trainer's metrics (keys of `names`) llmlab's names, and adds the perplexity of losses in nats per
-    token."""
+    """Gives a trainer's metrics (keys of `names`) llmlab's names, and adds the perplexity of mean token losses."""
 
     names: ClassVar[dict[str, str]] = {}
 
@@ -130,8 +129,7 @@ class ResumedSchedule(TrainerCallback):
 
 @dataclass(eq=False)
 class CheckpointRotation(TrainerCallback):
-    """Marks checkpoints as complete when every process and callback wrote its part; removes all but the last and
-    best."""
+    """Marks checkpoints as complete when every process and callback wrote its part, and rotates them."""
 
     trainer: Trainer
     keep: int | None
@@ -164,8 +162,7 @@ class EmptyCache(TrainerCallback):
 
 @dataclass(eq=False)
 class ProcessState(TrainerCallback):
-    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it from
-    `checkpoint`.
+    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it.
 
     Without `required`, a process that has no file there (there were fewer) reads the first one's.
     """

@@ -68,8 +68,7 @@ def complete(checkpoint: Path) -> None:
 
 
 def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None = None) -> None:
-    """Removes all checkpoints but the last, `best`, and the `keep` highest by `scores`; those without one rank
-    lowest."""
+    """Removes all checkpoints but the last, `best`, and the `keep` highest by `scores` (none is the lowest)."""
 
     def rank(path: Path) -> tuple[bool, float]:
         step = step_of(path) or 0

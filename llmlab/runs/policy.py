@@ -52,8 +52,7 @@ class Policy:
         return isinstance(self.model, PeftModel) and len(self.parents) > 1
 
     def new_adapters(self, settings: LoraSettings) -> LoraConfig | None:
-        """Returns the LoraConfig for the trainer to attach; None without LoRA or when the adapters are already
-        attached."""
+        """Returns the LoraConfig for the trainer to attach; None without LoRA or with adapters attached already."""
         if not settings.use_lora or isinstance(self.model, PeftModel):
             return None
         return lora_config(self.model, settings, self.tokenizer.convert_tokens_to_ids(self.new_tokens))
@@ -87,8 +86,7 @@ def load_policy(
     attach: bool = True,
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Policy:
-    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, which are then trained
-    further.
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, to train these further.
 
     Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
     `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head.
@@ -101,12 +99,12 @@ def load_policy(
                 f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
             )
         _check_same_adapter(source, adapter.config, settings)
-    quantization = quantization_config(settings, hardware)
+    quantization = None
+    if settings.use_qlora:
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=hardware.torch_dtype, **kind)
     frozen = adapter is not None or settings.use_lora
-    options = {
-        "dtype": hardware.torch_dtype if frozen else torch.float32,
-        "quantization_config": quantization,
-    }
+    options = {"dtype": hardware.torch_dtype if frozen else torch.float32, "quantization_config": quantization}
     load = load_classifier if classifies else load_model
     model = load(source, **options) if adapter is None else adapter.load_base(load, **options)
     tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
@@ -143,8 +141,7 @@ def load_policy(
 
 
 def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | None, str]:
-    """Returns the frozen reference model and its description; None when the policy with its adapters disabled is the
-    reference."""
+    """Returns the frozen reference model and its description; None where it is the policy without its adapters."""
     named = settings.reference_checkpoint
     same = [named is not None and os.path.abspath(named) == os.path.abspath(parent) for parent in policy.parents]
     if named is None or same[0]:
@@ -183,18 +180,6 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     config.eos_token_id = list(stops)
     config.pad_token_id = tokenizer.pad_token_id
     return stops
-
-
-def quantization_config(settings: LoraSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
-    """Returns the bitsandbytes config for QLoRA, or None without QLoRA."""
-    if not settings.use_qlora:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=hardware.torch_dtype,
-    )
 
 
 def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:

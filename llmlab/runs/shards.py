@@ -38,18 +38,16 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
 def scatter_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns an optimizer's whole state dict with this process's shards of what has its parameter's shape."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(value: Any, parameter: Tensor) -> Any:
+        has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+        return scatter(value, parameter) if has_shape else value
+
     shards = {
-        index: {
-            name: scatter(value, parameters[index]) if _has_shape(value, parameters[index]) else value
-            for name, value in values.items()
-        }
+        index: {name: part(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": shards}
-
-
-def _has_shape(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @torch.no_grad()

@@ -46,10 +46,7 @@ T = TypeVar("T")
 
 @dataclass
 class Start(Generic[S]):
-    """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run; without a
-    checkpoint it begins at the first step; `data_files` identifies each local data file; `batch` is what a resumed run
-    keeps on other processes.
-    """
+    """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run."""
 
     stage: str
     load_optimizer: bool
@@ -102,10 +99,10 @@ def begin(
         def claim() -> dict[str, Any]:
             sharding = sharding_of(settings)
             check_supported(settings.optimizer, sharding or process.distributed_type)
-            output = Path(settings.output_dir)
+            output, processes = Path(settings.output_dir), process.num_processes
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
-                new = {"resumed": None, "checkpoint": None, "batch": batch_of(settings, process.num_processes)}
+                new = {"resumed": None, "checkpoint": None, "batch": batch_of(settings, processes)}
                 return {"folder": folder, "data_files": data_files(settings), "changes": {}, **new}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
@@ -118,19 +115,17 @@ def begin(
             checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
                 check_undamaged(checkpoint)
-                uses, processes = sharding == "DEEPSPEED", process.num_processes
-                check_deepspeed(checkpoint, used=uses, processes=processes, load_optimizer=load_optimizer)
+                used = sharding == "DEEPSPEED"
+                check_deepspeed(checkpoint, used=used, processes=processes, load_optimizer=load_optimizer)
             before, record = recorded_settings(folder, settings), read_record(folder)
-            batch, changes = split_again(settings, before, record, process.num_processes)
+            batch, changes = split_again(settings, before, record, processes)
             if changes:
                 values = ", ".join(f"{name} = {value}" for name, value in changes.items())
                 notes.append(f"an optimizer step keeps its {batch.rows} rows, with {values}")
             checkpoints.remove_partial(folder)
             if checkpoint is not None and chosen is not None:
-                names = ", ".join(
-                    path.name for path in checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
-                )
-                target = folder / checkpoints.SUPERSEDED
+                later = checkpoints.supersede(folder, checkpoints.saved_step(checkpoint))
+                target, names = folder / checkpoints.SUPERSEDED, ", ".join(path.name for path in later)
                 notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
             for note in notes:
                 console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)

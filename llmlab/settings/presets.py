@@ -26,6 +26,7 @@ SECTIONS = {
 }
 PASSES = "gradient_accumulation_steps"
 BATCH = ("batch_size", "mini_batch_size", PASSES)
+NOT_SETTINGS = ("num_processes", "accelerate", "out_of_memory")  # of a machine: how to start, what to try then
 Values = dict[str, Any]
 
 
@@ -50,7 +51,7 @@ def read_preset(stage: str, name: str) -> Layer:
     return _read("preset", name, presets(stage), stage)
 
 
-def _read(option: str, name: str, files: dict[str, Path], stage: str) -> Layer:
+def _read(option: str, name: str, files: dict[str, Path], stage: str = "") -> Layer:
     if not isinstance(name, str) or name not in files:
         known = [*(["auto"] if option == "hardware" else []), *files]
         raise UserError(f"{option} {name}: expected one of {', '.join(known)}{did_you_mean(str(name), known)}")
@@ -67,6 +68,12 @@ def for_stage(layer: Layer, stage: str) -> Layer:
     return replace(layer, values=values, lines=layer.lines | section.lines)
 
 
+def launch_of(hardware: str) -> tuple[int, str | None]:
+    """Returns how many processes a machine is for, and the name of the configuration that launches them."""
+    values = _read("hardware", hardware, hardware_presets()).values
+    return values.get("num_processes", 1), values.get("accelerate")
+
+
 def hardware_layer(
     stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, processes: int | None = 1
 ) -> tuple[Layer, list[str]]:
@@ -75,11 +82,11 @@ def hardware_layer(
     Outside a launch there are so many processes; None is the machine's own number, for what is only planned.
     """
     layer = _read("hardware", name, hardware_presets(), stage)
-    own_processes, launch = layer.values.pop("num_processes", 1), layer.values.pop("accelerate", None)
-    layer.values.pop("out_of_memory", None)  # advice for then
+    own_processes, launch = launch_of(name)
+    values = {key: value for key, value in layer.values.items() if key not in NOT_SETTINGS}
     machine, preset, user = (
         {key: entry.value for key, entry in merge(settings_class(stage), part, [], []).items()}
-        for part in ([layer], below, above)
+        for part in ([replace(layer, values=values)], below, above)
     )
     processes = int(os.environ.get("WORLD_SIZE", processes or own_processes))
     batch, notes = _fit_batch(stage, machine, preset, user, own_processes, processes)
@@ -93,8 +100,7 @@ def hardware_layer(
 def _fit_batch(
     stage: str, machine: Values, preset: Values, user: Values, own_processes: int, processes: int
 ) -> tuple[Values, list[str]]:
-    """Returns what the user left open of the batch, so that the effective one of the layers below is kept, and notes
-    where only something near to it is possible."""
+    """Returns what the user left open of the batch, so that it keeps its effective size, and notes where it cannot."""
     section, fields = SECTIONS[stage], settings_class(stage).model_fields
     pairs, online = section == "pairs", section == "online"
     rows = "mini_batch_size" if pairs or online else "batch_size"  # of a forward pass, per device

@@ -23,7 +23,7 @@ ACCELERATE=multi_node_fsdp2       # CHANGE: multi_node_ddp where the model fits 
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-0}   # CHANGE to 1 where compute nodes have no network
 # export NCCL_SOCKET_IFNAME=ib0              # CHANGE where NCCL finds the wrong network interface
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # another one for each job
 
 # a job that was requeued goes on from its last checkpoint

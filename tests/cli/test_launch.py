@@ -134,6 +134,18 @@ def test_only_the_launch_is_left_out():
     assert without_launch_options([*words, "--print-launch"]) == ["sft", "-c", "x.yaml", "lr=1"]
 
 
+def test_a_machines_batch_is_split_for_the_processes_of_the_launch(cli, two, gpus):
+    """Where nothing is launched yet, and without --num-processes too."""
+    gpus(0)
+    for launch, processes in (([], 1), (["--accelerate", two], 2), (["--accelerate", two, "--num-processes", 4], 4)):
+        code, output, _ = cli(*SFT, "--hardware", "rtx_4090", *launch, "--show-config")
+        splits = re.findall(r"\n *(?:batch_size|gradient_accumulation_steps) +(\d+) +hardware rtx_4090(.*)", output)
+        of = f", {processes} processes" if processes > 1 else ""
+        assert code == 0 and [(rows, label.strip()) for rows, label in splits] == [
+            ("4", of), (str(4 // processes), of)
+        ]  # fmt: skip
+
+
 def command_of(name, words=(), *, processes=None, device="auto", here=True):
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
     return Launch(name, path, processes, tuple(words)).command(["sft"], device, here=here)
@@ -186,6 +198,9 @@ def test_deepspeed_that_is_missing_is_named(gpus, monkeypatch):
         (["--accelerate", "cpu", "device=cuda"], "use_cpu = true there contradicts device = cuda"),
         (["--accelerate", "fsdp2", "device=cpu"], "FSDP needs GPUs"),
         (["--accelerate", "cpu", "--launch-args", "--wat 1"], "--launch-args: unrecognized arguments: --wat"),
+        (["--accelerate", "cpu", "--launch-args", "--debug 'a"], "--launch-args: cannot be read as words of a shell"),
+        (["--accelerate", "cpu", "--launch-args", "--debug a.py"], "--launch-args: expected options of accelerate"),
+        (["--accelerate", "cpu", "--launch-args", "--config_file a"], "--launch-args: expected options of accelerate"),
         (["--accelerate", "list.yaml"], "list.yaml: cannot be read as an Accelerate configuration"),
         (["--accelerate", "tpu.yaml"], "distributed_type = XLA: expected one of NO"),
     ],
@@ -215,42 +230,11 @@ def start(folder, *words):
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, preexec_fn=restore, **pipes)
 
 
-@pytest.fixture
-def pretraining(settings, tmp_path):
-    """The words of a run of two processes that takes minutes, saved every few steps."""
-
-    def words(folder, two):
-        made = settings(output_dir=str(tmp_path / folder), max_steps=50_000, eval_every=10_000)
-        (tmp_path / "settings.json").write_text(made.model_dump_json(exclude_unset=True))
-        return ["pretrain", "--config", "settings.json", "--accelerate", two]
-
-    return words
-
-
 def wait_for_steps(folder, process):
     until = time.monotonic() + 120
     while not (folder / "metrics.jsonl").is_file() or len(read_metrics(folder)) < 3:
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.1)
-
-
-@pytest.mark.xdist_group("processes")
-def test_ctrl_c_saves_and_a_killed_process_is_named(pretraining, two, tmp_path):
-    runs = {name: start(tmp_path, *pretraining(name, two), f"output_dir={name}") for name in ("stopped", "killed")}
-    for name, process in runs.items():
-        wait_for_steps(tmp_path / name, process)
-    runs["stopped"].send_signal(signal.SIGINT)
-    ranks = subprocess.run(["pgrep", "-P", str(runs["killed"].pid)], capture_output=True, text=True).stdout.split()
-    os.kill(max(map(int, ranks)), signal.SIGKILL)
-    outputs = {name: process.communicate(timeout=60) for name, process in runs.items()}
-    assert runs["stopped"].returncode == 130, outputs["stopped"]
-    assert read_record(tmp_path / "stopped")["status"] == "interrupted"
-    assert read_record(tmp_path / "stopped")["hardware"]["processes"] == 2
-    assert list((tmp_path / "stopped").glob("checkpoint-*"))
-    assert outputs["stopped"][0].count("stopped; continue with") == 1 and "Traceback" not in outputs["stopped"][1]
-    assert runs["killed"].returncode == 128 + signal.SIGKILL
-    lines = [line for line in outputs["killed"][1].splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: process 1 of 2 was killed by SIGKILL"), lines
 
 
 PIPELINE = """
@@ -270,19 +254,34 @@ stages:
 
 
 @pytest.mark.xdist_group("processes")
-def test_a_pipeline_launches_its_training_stages(corpus_file, two, tmp_path):
+def test_ctrl_c_saves_and_a_killed_process_is_named(settings, corpus_file, two, cli, tmp_path):
+    """Of a pipeline that launches its training stage, and of a stage that is launched by itself."""
+    steps = {"max_steps": 50_000, "eval_every": 10_000}  # take minutes
     (tmp_path / "p.yaml").write_text(PIPELINE.replace("CORPUS", str(corpus_file)))
-    words = ["run", "p.yaml", "--accelerate", two, "pretrain.max_steps=4"]
-    process = start(tmp_path, *words)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    record = read_record(tmp_path / "out" / "pretrain")
-    assert record["hardware"]["processes"] == 2 and record["settings"]["max_steps"] == 4
+    pipeline = ["run", "p.yaml", "--accelerate", two, *(f"pretrain.{name}={value}" for name, value in steps.items())]
+    made = settings(output_dir=str(tmp_path / "killed"), **steps)
+    (tmp_path / "settings.json").write_text(made.model_dump_json(exclude_unset=True))
+    stopped = start(tmp_path, *pipeline)
+    killed = start(tmp_path, "pretrain", "--config", "settings.json", "--accelerate", two)
+    folder = tmp_path / "out" / "pretrain"
+    wait_for_steps(tmp_path / "killed", killed)
+    ranks = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(max(map(int, ranks)), signal.SIGKILL)
+    wait_for_steps(folder, stopped)
+    stopped.send_signal(signal.SIGINT)
+    output, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "Traceback" not in errors, (output, errors)
+    record = read_record(folder)
+    assert record["status"] == "interrupted" and list(folder.glob("checkpoint-*"))
+    assert output.count("stopped; continue with") == 1
+    assert record["hardware"]["processes"] == 2 and record["settings"]["max_steps"] == 50_000
     assert record["sources"]["max_steps"] == "command line" and record["sources"]["batch_size"] == "p.yaml:9"
-    assert len([line for line in read_metrics(tmp_path / "out" / "pretrain") if "loss" in line]) >= 1
     assert "processes" not in read_record(tmp_path / "out" / "tokenizer").get("hardware", {})
-    process = start(tmp_path, *words, "--dry-run")
-    assert [line.split()[1] for line in process.communicate()[0].splitlines()[-2:]] == ["skip", "skip"]
+    assert [line.split()[1] for line in cli(*pipeline, "--dry-run")[1].splitlines()[-2:]] == ["skip", "resume"]
+    _, errors = killed.communicate(timeout=60)
+    assert killed.returncode == 128 + signal.SIGKILL
+    lines = [line for line in errors.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: process 1 of 2 was killed by SIGKILL"), lines
 
 
 def test_a_stage_that_diverged_in_its_own_process_is_known(corpus_file, tmp_path, monkeypatch):
@@ -361,6 +360,8 @@ def test_a_pipeline_that_cannot_be_launched_starts_no_stage(cli, corpus_file, gp
     gpus(0)
     code, _, errors = cli("run", "p.yaml", "--accelerate", "ddp")
     assert code == 2 and "this machine has no CUDA GPU" in errors and not (tmp_path / "out").exists()
+    monkeypatch.setattr("llmlab.pipeline.execute", lambda pipeline, steps, run: steps)
+    assert cli("run", "p.yaml", "--accelerate", "ddp", "--only", "tokenizer")[0] == 0  # which is not launched
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, errors = cli("run", "p.yaml")
     assert code == 2 and errors.endswith("--accelerate NAME, not accelerate launch\n")

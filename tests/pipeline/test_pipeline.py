@@ -240,3 +240,23 @@ def test_machines_and_presets_of_stages(tmp_path):
     with pytest.raises(SettingsError) as caught:
         read_pipeline(path)
     assert "unknown key 'hardware'" in str(caught.value) and "did you mean 'small'? (stage 'sft')" in str(caught.value)
+
+
+def test_a_machine_keeps_a_stage_on_other_processes(pipeline, ran):
+    """Its batch is split for them, which changes nothing of what a finished or interrupted stage computes."""
+    done, fails = ran
+    fails.add("more")
+
+    def read(processes):
+        return read_pipeline(pipeline, hardware="rtx_4090", processes=processes)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(execute(read(1), plan(read(1))))
+    splits = [read(n).stages[1].resolved.settings for n in (1, 2)]
+    assert [(each.batch_size, each.gradient_accumulation_steps) for each in splits] == [(4, 4), (4, 2)]
+    for processes, pretrain in ((1, "skip"), (2, "skip"), (16, "skip"), (3, "run")):  # 3 cannot share 16 rows
+        steps = {step.stage.name: step for step in plan(read(processes))}
+        assert steps["pretrain"].action == pretrain, processes
+        assert steps["more"].action == ("resume" if pretrain == "skip" else "run")
+    assert steps["pretrain"].changes == ("effective batch 16 → 15",)
+    assert actions(pipeline)["pretrain"] == "run"  # without the machine: 8 x 4

@@ -15,6 +15,7 @@ from llmlab.model import measure
 from llmlab.runs.plan import count_steps, fitting_changes, largest_part, make_plan, read_scene
 from llmlab.runs.rehearsal import rehearse
 from llmlab.settings.errors import UserError
+from llmlab.settings.presets import PASSES
 from llmlab.stages import STAGES
 
 PLANNED = [name for name, stage in STAGES.items() if stage.resumes]
@@ -174,3 +175,23 @@ def test_command(large_model, monkeypatch):
 def test_command_names_the_stages():
     with pytest.raises(UserError, match="expected one of pretrain, sft"):
         CliRunner().invoke(build_app("plan"), ["plan", "merge"], catch_exceptions=False)
+
+
+def test_the_command_splits_the_batch_of_a_machine_for_its_processes(tiny_settings, tmp_path):
+    """Whatever their number, a step has as many rows, and what the user says of sharding holds."""
+    path = tmp_path / "settings.json"
+    path.write_text(tiny_settings("pretrain", tmp_path / "run", max_steps=10).model_dump_json(exclude_unset=True))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in ("batch_size", PASSES, "device")}))
+
+    def states(hardware, *words):
+        words = ["plan", "pretrain", "-c", str(path), "--hardware", hardware, "--rows", "1000", *words, "--json"]
+        output = CliRunner().invoke(build_app("plan"), words, catch_exceptions=False).output
+        plan = json.loads(output[output.index("{") :])
+        assert plan["tokens"] == 10 * 16 * values["model"]["max_seq_len"]
+        return plan["parts"]["optimizer"]
+
+    whole = states("rtx_4090", "--processes", "2")
+    assert states("multi_gpu_ddp") == states("multi_gpu_fsdp", "--sharding", "none") == whole
+    assert states("multi_gpu_fsdp") < states("multi_gpu_fsdp", "--processes", "2") < whole
+    assert states("multi_gpu_ddp", "--sharding", "zero2") < whole
