@@ -39,11 +39,7 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
-    "plan": (
-        TRAIN,
-        "Plan a stage's run: memory, steps, time, disk, and what to change where it does not fit.",
-        "plan:plan",
-    ),
+    "plan": (TRAIN, "Plan a run: memory, steps, time, disk; what would make it fit.", "plan:plan"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),

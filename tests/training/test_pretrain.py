@@ -268,15 +268,6 @@ def test_the_plan_tells_warmup_in_steps_and_that_it_never_ends(settings, tmp_pat
     )
 
 
-def test_gradient_checkpointing_counts_in_the_plans_memory(settings, tmp_path):
-    def memory(**changes):
-        told = plan_of(settings(max_steps=1, warmup_steps=0, batch_size=64, model={"n_layers": 8}, **changes))
-        return float(re.search(r"memory +about ([0-9.]+) MB", told)[1])
-
-    whole = memory()
-    assert memory(gradient_checkpointing=True, output_dir=str(tmp_path / "other")) < 0.6 * whole
-
-
 def test_perplexity_stands_beside_every_validation_loss(settings):
     chosen = settings(max_steps=4, eval_every=2)
     told = plan_of(chosen)
