@@ -6,8 +6,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
+
+from llmlab.settings.errors import UserError
 
 SERIAL_BATCHES = 2  # mapped before other processes are worth starting
 
@@ -33,6 +36,9 @@ def map_batches(function: Callable[[Any], Any], batches: Iterator[Any], num_proc
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_call, batch) for batch in islice(batches, 1))
+    except BrokenProcessPool:
+        why = "a worker process was killed, most often for its memory; expected fewer"
+        raise UserError(f"num_proc = {processes}: {why}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

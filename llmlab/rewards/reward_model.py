@@ -118,14 +118,25 @@ class RewardModel:
             inputs = self.tokenizer(*pair, truncation="longest_first", max_length=self.max_length)
         return {name: values[0] for name, values in inputs.items()}, truncated
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns tensors (batch, time), padded on the right: decoders read the score at the last unpadded token."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
         pad = self._pad_token_id
         if pad is None:  # a token that does not occur, so that an end-of-text token at the end counts
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
-        self._model.config.pad_token_id = self.tokenizer.pad_token_id = pad
-        return self.tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self._model.device)
+        self._model.config.pad_token_id = (
+            pad  # which need not be a token of the tokenizer, so its own `pad` cannot serve
+        )
+        columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+        columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        padding = {"input_ids": pad}
+        return {
+            name: pad_sequence(column, batch_first=True, padding_value=padding.get(name, 0)).to(self._model.device)
+            for name, column in columns.items()
+        }
 
     def _load(self) -> Any:
         import torch

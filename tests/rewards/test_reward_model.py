@@ -71,6 +71,16 @@ def test_messages_go_through_the_models_own_template(llama):
     assert as_messages == pytest.approx(scores, abs=1e-6)
 
 
+def test_padding_may_be_an_id_that_is_no_token(llama, tmp_path):
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(llama), RewardModel(model=str(llama)).tokenizer
+    model.resize_token_embeddings(len(tokenizer) + 8)  # a vocabulary rounded up, with padding in the part that is new
+    model.config.pad_token_id = len(tokenizer) + 5
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one, many = (RewardModel(model=str(tmp_path), batch_size=size)(COMPLETIONS, PROMPTS) for size in (1, 4))
+    assert one == pytest.approx(many, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["deberta", "llama"])
 def test_batches_do_not_matter(kind, request):
     path = str(request.getfixturevalue(kind))
