@@ -20,7 +20,9 @@ def plan(
     hardware: Annotated[
         str | None, typer.Option(help="Plan for this hardware preset, with its values; all compares them.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Training rows; none counts small local data.", min=1)] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows, for steps, tokens and time where epochs are set.", min=1)
+    ] = None,
     mean: Annotated[
         float | None, typer.Option(help="Tokens of a row in the mean; none is the longest.", min=1)
     ] = None,
@@ -38,9 +40,8 @@ def plan(
 ) -> None:
     """Plan a stage's run before anything is downloaded or made: memory by part, steps, tokens, time and disk.
 
-    Rows are as long as the settings allow, unless small local data shows that they are shorter. An epoch's last batch
-    is a step of its own, as Transformers counts: 1000 rows, 16 a step, 3 epochs are 189 steps (3000 / 16 rounded
-    down, as the RL guide counts, are 187).
+    Rows are as long as the settings allow. An epoch's last batch is a step of its own, as Transformers counts: 1000
+    rows, 16 a step, 3 epochs are 189 steps (3000 / 16 rounded down, as the RL guide counts, are 187).
     """
     if stage not in PLANNED:
         raise UserError(f"plan {stage}: expected one of {', '.join(PLANNED)}{did_you_mean(stage, PLANNED)}")
@@ -100,7 +101,13 @@ def _print_plan(stage: str, plan: "Plan", machine: Any, changes: list[str]) -> N
         rows.append((f"  {name}", f"{size / 1e9:8.2f} GB"))
     rows += plan.rows()[1:] + [("note", note) for note in plan.notes]
     if not plan.fits:
-        rows.append(("does not fit", "; or ".join(changes) or "no single change that was tried is enough"))
+        rows.append(
+            (
+                "does not fit",
+                "; or ".join(changes)
+                or "no change that was tried is enough, nor 16 such GPUs with --accelerate fsdp2",
+            )
+        )
     print_plan(Terminal(), f"{stage}: planned", rows)
 
 

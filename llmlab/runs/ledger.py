@@ -7,6 +7,8 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -116,21 +118,27 @@ class Ledger(TorchDispatchMode):
             most[part] = max(most[part], live[part])
         return dict(most)
 
-    def peak(self, shares: Mapping[str, float] | None = None) -> tuple[str, dict[str, int]]:
-        """Returns the phase with the most live bytes, and these by part.
+    def peaks(self, shares: Mapping[str, float] | None = None) -> list[tuple[str, dict[str, float]]]:
+        """Returns the most live bytes, by part, of each half of each phase in turn: within a half they lie at its ends
+        or grow all along, so that each is linear in the number of layers where these are alike.
 
         Args:
             shares: of a part, the factor of its bytes; 1 where it is not named.
         """
-        live, total, most, last = Counter[str](), 0.0, -1.0, 0
-        sizes = [size * (shares or {}).get(self.parts[index], 1) for index, size, _ in self.events]
-        for number, size in enumerate(sizes):
-            total += size
-            if total > most:
-                most, last = total, number
-        for (index, _, _), size in zip(self.events[: last + 1], sizes, strict=False):
-            live[self.parts[index]] += size
-        return self.events[last][2], {part: round(size) for part, size in live.items() if size >= 1}
+        live, found = Counter[str](), []
+        for phase, group in groupby(self.events, itemgetter(2)):
+            events = [(self.parts[index], size) for index, size, _ in group]
+            events = [(part, size * (shares or {}).get(part, 1)) for part, size in events]
+            for half in (events[: len(events) // 2], events[len(events) // 2 :]):
+                total = [0.0, *accumulate(size for _, size in half)]
+                last = total.index(max(total))
+                most = live.copy()
+                for number, (part, size) in enumerate(half):
+                    live[part] += size  # type: ignore[assignment]
+                    if number < last:
+                        most[part] += size  # type: ignore[assignment]
+                found.append((phase, dict(most)))
+        return found
 
 
 def _convert(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
