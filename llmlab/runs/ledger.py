@@ -28,6 +28,7 @@ OWN_OPERATORS = {  # name: FLOPs and bytes of scratch memory, given the operator
     "block_attention_backward": attention_cost,
 }
 ACTIVATIONS = "activations"
+LOGPROB_CHUNK = 32768  # logits of a token in the buffer of TRL's chunked losses, however small the vocabulary
 
 
 class Ledger(TorchDispatchMode):
@@ -39,11 +40,13 @@ class Ledger(TorchDispatchMode):
 
     Args:
         vocabulary: sizes of the models' vocabularies.
+        lazy: whether memory that is never written takes nothing, as on a CPU.
     """
 
-    def __init__(self, vocabulary: Collection[int]):
+    def __init__(self, vocabulary: Collection[int], lazy: bool = False):
         super().__init__()
         self.vocabulary = vocabulary
+        self.lazy = lazy
         self.phase = "loading"
         self.parts: list[str] = []  # of each storage
         self.events: list[tuple[int, int, str]] = []  # storage, bytes more or less, phase
@@ -82,18 +85,21 @@ class Ledger(TorchDispatchMode):
             self.events += [(len(self.parts) - 1, size, self.phase) for size in (scratch, -scratch)]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._add(tensor, args[0] if func is aten._to_copy.default else None)
+                self._add(tensor, func, args)
         return out
 
-    def _add(self, tensor: Tensor, source: Tensor | None) -> None:
+    def _add(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) in self.live:
             return
         part, size = ACTIVATIONS, storage.nbytes()
         if tensor.ndim > 1 and tensor.shape[-1] in self.vocabulary:
             part = "logits"
-        elif source is not None and (known := self.live.get(source.untyped_storage()._cdata)) is not None:
+        elif func is aten._to_copy.default and (known := self.live.get(args[0].untyped_storage()._cdata)) is not None:
             part = self.parts[known] if self.parts[known] in ("weights", "reference", "value model") else part
+        elif func is aten.empty.memory_format and tensor.ndim == 2 and tensor.shape[1] == LOGPROB_CHUNK:
+            part, written = "logits", min(max(self.vocabulary), LOGPROB_CHUNK)
+            size = size * written // LOGPROB_CHUNK if self.lazy else size
         index = self.live[key] = len(self.parts)
         self.parts.append(part)
         self.events.append((index, size, self.phase))

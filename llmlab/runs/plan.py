@@ -30,7 +30,8 @@ UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
 # bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
 LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
 BLOCK_KERNELS = 2.1e6  # bytes of oneDNN's kernels for each block of attention in bf16, measured
-SPARE = 0.05  # of a GPU's memory, which its allocator loses to fragmentation
+# of tensors' memory: what a GPU's allocator loses to fragmentation; operators' scratch memory that is not followed
+SPARE = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}
 DECODE = 0.5  # share of memory bandwidth that sampling reaches
 SHARDINGS = {  # what each splits over the processes
     "none": (),
@@ -356,8 +357,8 @@ def plan_memory(
     rehearsed = total(lambda run: _state_bytes(run, run.settings.optimizer))
     ratio = total(lambda run: _state_bytes(run, settings.optimizer)) / max(rehearsed, 1)
     phase, parts = rehearsals.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
-    beside = {"cpu": BLOCK_KERNELS * rehearsals.runs[0].ledger.blocks, "cuda": SPARE * sum(parts.values())}
-    parts["libraries"] = round(LIBRARIES[hardware.device] + beside.get(hardware.device, 0))
+    kernels = BLOCK_KERNELS * rehearsals.runs[0].ledger.blocks if hardware.device == "cpu" else 0
+    parts["libraries"] = round(LIBRARIES[hardware.device] + SPARE[hardware.device] * sum(parts.values()) + kernels)
     if processes > 1 and sharding == "none":  # DDP's buckets
         parts["communication"] = round(total(lambda run: 4 * sum(p.numel() for p in _trained(run))))
     elif processes > 1 and sharding in ("zero3", "fsdp2"):  # a layer's weights, and the next one's

@@ -303,7 +303,7 @@ def rehearse(
     """
     real, ledger = hardware, None
     if follow:
-        ledger = Ledger({scene.config.get_text_config().vocab_size})
+        ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
@@ -355,7 +355,7 @@ def rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene,
     """Follows a stage's first step as `rehearse`, with few layers where the model's are alike."""
     shared = processes if hasattr(settings, "rollout") else 1
     short = shorten(settings, "", 1)
-    key = f"{stage.__name__} {short} {hardware.dtype} {scene} {shared}"
+    key = f"{stage.__name__} {short} {hardware.device} {hardware.dtype} {scene} {shared}"
     if key not in _rehearsals:
         if len(_rehearsals) > 8:
             _rehearsals.clear()
