@@ -49,6 +49,8 @@ def plan(
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
     from llmlab.settings.presets import hardware_presets
 
+    if sharding != "none" and processes == 1:
+        raise UserError(f"--sharding {sharding}: one process has nothing to share; set --processes")
     options = {"rows": rows, "mean": mean, "processes": processes, "sharding": sharding, "utilization": utilization}
     plans: dict[str, Any] = {}
     for name in hardware_presets() if hardware == "all" else [hardware]:
@@ -97,17 +99,10 @@ def _print_plan(stage: str, plan: "Plan", machine: Any, changes: list[str]) -> N
     from llmlab.runs.progress import print_plan
 
     rows = [("device", f"{machine.name} ({machine.device}), {machine.dtype}"), *plan.summary()]
-    for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):
-        rows.append((f"  {name}", f"{size / 1e9:8.2f} GB"))
-    rows += plan.rows()[1:] + [("note", note) for note in plan.notes]
+    rows += [("note", note) for note in plan.notes]
     if not plan.fits:
-        rows.append(
-            (
-                "does not fit",
-                "; or ".join(changes)
-                or "no change that was tried is enough, nor 16 such GPUs with --accelerate fsdp2",
-            )
-        )
+        gpus = ", nor are 16 such GPUs with --accelerate fsdp2" if machine.device == "cuda" else ""
+        rows.append(("does not fit", "; or ".join(changes) or f"no change that was tried is enough{gpus}"))
     print_plan(Terminal(), f"{stage}: planned", rows)
 
 

@@ -76,7 +76,7 @@ class Plan:
         rows = [("model", f"{human(self.parameters)} parameters{share}")]
         rows += [("steps", f"{self.steps:,}")] if self.steps else []
         rows += [("tokens", f"{human(self.tokens)}, {human(self.flops)} FLOPs a device")] if self.tokens else []
-        rows += [("disk", f"about {human(self.disk, 'B')}"), self.rows()[0]]
+        rows += [("disk", f"about {human(self.disk, 'B')}"), *self.rows()]
         return [*rows, ("fits", "yes")] if self.fits else rows
 
     def rows(self) -> list[tuple[str, str]]:

@@ -344,6 +344,8 @@ class Rehearsals:
             for (_, parts), (_, others) in zip(first, each, strict=True):
                 for part in {*parts, *others}:
                     parts[part] = parts.get(part, 0) + self.steps * (others.get(part, 0) - parts.get(part, 0))
+        if "weights" in shares:  # sharded weights are loaded on the host
+            first = [found for found in first if found[0] != "loading"]
         phase, parts = max(first, key=lambda found: sum(found[1].values()))
         return phase, {part: round(size) for part, size in parts.items() if size >= 1}
 
