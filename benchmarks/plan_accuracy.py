@@ -257,8 +257,8 @@ def compare_memory(options):
 
 
 def compare_times():
-    """Returns the guide's times beside the plan's for a 7B model with LoRA; the ratio is 1 inside the guide's range, and
-    outside it the plan's time to the nearer end.
+    """Returns the guide's times beside the plan's for a 7B model with LoRA; the ratio is 1 inside the guide's range,
+    and outside it the plan's time to the nearer end.
 
     The guide names neither model nor lengths: assumed are Llama's 7B, LoRA on queries and values with rank 16, rows of
     half the longest in the mean, pairs of 2 x 2048 tokens, 20 turns an episode of 128 tokens.

@@ -125,7 +125,7 @@ class Ledger(TorchDispatchMode):
         return dict(most)
 
     def peaks(self, shares: Mapping[str, float] | None = None) -> list[tuple[str, dict[str, float]]]:
-        """Returns the most live bytes, by part, of each half of each phase in turn: within a half they lie at its ends
+        """Returns the most live bytes, by part, of each phase in turn, of backward each half: they lie at its ends
         or grow all along, so that each is linear in the number of layers where these are alike.
 
         Args:
@@ -135,7 +135,8 @@ class Ledger(TorchDispatchMode):
         for phase, group in groupby(self.events, itemgetter(2)):
             events = [(self.parts[index], size) for index, size, _ in group]
             events = [(part, size * (shares or {}).get(part, 1)) for part, size in events]
-            for half in (events[: len(events) // 2], events[len(events) // 2 :]):
+            middle = len(events) // 2 if phase == "backward" else 0  # others grow, or repeat what layers do not change
+            for half in (events[:middle], events[middle:]):
                 total = [0.0, *accumulate(size for _, size in half)]
                 last = total.index(max(total))
                 most = live.copy()
