@@ -74,7 +74,7 @@ SHAPES = {  # vocabulary, width, inner width, layers, heads, key/value heads
     "tiny": (259, 32, 64, 2, 2, 1),
     "10M": (8192, 256, 768, 8, 8, 4),
     "35M": (32000, 384, 1024, 12, 6, 2),
-    "135M": (49152, 576, 1536, 30, 9, 3),
+    "60M": (49152, 512, 1536, 12, 8, 4),
 }
 
 
@@ -95,9 +95,9 @@ def make_cells():
             cell(stage, "35M", 1, 128, **changes),
             cell(stage, "35M", 2, 256, **changes),
             cell(stage, "35M", 1, 512, "fp32", **changes),
-            cell(stage, "135M", 1, 64, **changes),
-            cell(stage, "135M", 1, 256, **changes),
-            cell(stage, "135M", 1, 256, **changes, **saves),
+            cell(stage, "60M", 1, 64, **changes),
+            cell(stage, "60M", 1, 256, **changes),
+            cell(stage, "60M", 1, 256, **changes, **saves),
         ]
     for stage in ("grpo", "ppo"):
         cells += [
@@ -106,8 +106,8 @@ def make_cells():
             cell(stage, "10M", 4, 256, "fp32"),
             cell(stage, "35M", 2, 128),
             cell(stage, "35M", 2, 256, **lora),
-            cell(stage, "135M", 2, 64, **lora),
-            cell(stage, "135M", 2, 128, **lora, **saves),
+            cell(stage, "60M", 2, 64, **lora),
+            cell(stage, "60M", 2, 128, **lora, **saves),
         ]
     return cells
 
@@ -152,7 +152,7 @@ def measure_cells(cells):
     toy = make_run({**cells[0], "shape": "tiny", "rows": 2, "length": 16})
     rehearse(*toy, follow=False)
     for values in cells:
-        again = values["length"] % 256 == 0
+        again = values["length"] == 256
         for action in (measure_cell, repeat_cell) if again else (measure_cell,):
             child = os.fork()
             if child == 0:
@@ -169,13 +169,13 @@ def measure_cells(cells):
 
 def measure_cell(values):
     """Returns what a cell took and what was planned."""
-    from llmlab.runs.plan import library_bytes, measure_step
-    from llmlab.runs.rehearsal import rehearse
+    from llmlab.runs.plan import measure_step, plan_memory
+    from llmlab.runs.rehearsal import rehearse_layers
 
     measured, _ = measure_step(*make_run(values))
-    ledger = rehearse(*make_run(values)).ledger
-    phase, parts = ledger.peak()
-    parts["libraries"] = library_bytes(make_run(values)[2], ledger, sum(parts.values()))
+    function, settings, hardware, scene = make_run(values)
+    rehearsals = rehearse_layers(function, settings, hardware, scene)
+    phase, parts = plan_memory(rehearsals, settings, hardware, scene.config)
     return {"measured": measured, "planned": sum(parts.values()), "phase": phase, "parts": parts}
 
 
@@ -257,7 +257,8 @@ def compare_memory(options):
 
 
 def compare_times():
-    """Returns the guide's times beside the plan's for a 7B model with LoRA, as ratios to the nearer end of its range.
+    """Returns the guide's times beside the plan's for a 7B model with LoRA; the ratio is 1 inside the guide's range,
+    and outside it the plan's time to the nearer end.
 
     The guide names neither model nor lengths: assumed are Llama's 7B, LoRA on queries and values with rank 16, rows of
     half the longest in the mean, pairs of 2 x 2048 tokens, 20 turns an episode of 128 tokens.

@@ -87,7 +87,7 @@ def track(items: Iterable[Any], total: int | None, description: str) -> Iterator
 
 def human(number: float, unit: str = "") -> str:
     """Returns a number with a decimal prefix, such as `134.5 M` or `1.2 G`."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, prefix in zip((1e21, 1e18, 1e15, 1e12, 1e9, 1e6, 1e3), "ZEPTGMk", strict=True):
         if abs(number) >= size:
             return f"{number / size:.1f} {prefix}{unit}"
     return f"{number:.0f} {unit}".rstrip()

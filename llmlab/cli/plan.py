@@ -20,7 +20,9 @@ def plan(
     hardware: Annotated[
         str | None, typer.Option(help="Plan for this hardware preset, with its values; all compares them.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Training rows; none counts small local data.", min=1)] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows, for steps, tokens and time where epochs are set.", min=1)
+    ] = None,
     mean: Annotated[
         float | None, typer.Option(help="Tokens of a row in the mean; none is the longest.", min=1)
     ] = None,
@@ -41,9 +43,8 @@ def plan(
 ) -> None:
     """Plan a stage's run before anything is downloaded or made: memory by part, steps, tokens, time and disk.
 
-    Rows are as long as the settings allow, unless small local data shows that they are shorter. An epoch's last batch
-    is a step of its own, as Transformers counts: 1000 rows, 16 a step, 3 epochs are 189 steps (3000 / 16 rounded
-    down, as the RL guide counts, are 187).
+    Rows are as long as the settings allow. An epoch's last batch is a step of its own, as Transformers counts: 1000
+    rows, 16 a step, 3 epochs are 189 steps (3000 / 16 rounded down, as the RL guide counts, are 187).
     """
     if stage not in PLANNED:
         raise UserError(f"plan {stage}: expected one of {', '.join(PLANNED)}{did_you_mean(stage, PLANNED)}")
@@ -51,6 +52,8 @@ def plan(
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
     from llmlab.settings.presets import hardware_presets, launch_of
 
+    if sharding not in (None, "none") and processes == 1:
+        raise UserError(f"--sharding {sharding}: one process has nothing to share; set --processes")
     options = {"rows": rows, "mean": mean, "utilization": utilization}
     plans: dict[str, Any] = {}
     for name in hardware_presets() if hardware == "all" else [hardware]:
@@ -98,11 +101,10 @@ def _print_plan(stage: str, plan: "Plan", machine: Any, changes: list[str]) -> N
     from llmlab.runs.progress import print_plan
 
     rows = [("device", f"{machine.name} ({machine.device}), {machine.dtype}"), *plan.summary()]
-    for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):
-        rows.append((f"  {name}", f"{size / 1e9:8.2f} GB"))
-    rows += plan.rows()[1:] + [("note", note) for note in plan.notes]
+    rows += [("note", note) for note in plan.notes]
     if not plan.fits:
-        rows.append(("does not fit", "; or ".join(changes) or "no single change that was tried is enough"))
+        gpus = ", nor are 16 such GPUs with --accelerate fsdp2" if machine.device == "cuda" else ""
+        rows.append(("does not fit", "; or ".join(changes) or f"no change that was tried is enough{gpus}"))
     print_plan(Terminal(), f"{stage}: planned", rows)
 
 

@@ -149,7 +149,7 @@ class LanguageModelHead(nn.Linear):
     ) -> torch.Tensor:
         """Returns logits, (batch, time, vocabulary), or with labels, (batch, time), the loss of the next tokens."""
         if labels is None:
-            return super().forward(hidden_states)
+            return super().forward(hidden_states.contiguous())  # a slice has a CPU copy a frozen head for each row
         return linear_cross_entropy(hidden_states, self.weight, labels, num_items_in_batch=num_items_in_batch)
 
 

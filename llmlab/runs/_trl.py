@@ -38,6 +38,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    # parameters without memory cannot be replaced in place
+    "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
 
 

@@ -7,6 +7,8 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ OWN_OPERATORS = {  # name: FLOPs and bytes of scratch memory, given the operator
     "block_attention_backward": attention_cost,
 }
 ACTIVATIONS = "activations"
+LOGPROB_CHUNK = 32768  # logits of a token in the buffer of TRL's chunked losses, however small the vocabulary
 
 
 class Ledger(TorchDispatchMode):
@@ -37,11 +40,13 @@ class Ledger(TorchDispatchMode):
 
     Args:
         vocabulary: sizes of the models' vocabularies.
+        lazy: whether memory that is never written takes nothing, as on a CPU.
     """
 
-    def __init__(self, vocabulary: Collection[int]):
+    def __init__(self, vocabulary: Collection[int], lazy: bool = False):
         super().__init__()
         self.vocabulary = vocabulary
+        self.lazy = lazy
         self.phase = "loading"
         self.parts: list[str] = []  # of each storage
         self.events: list[tuple[int, int, str]] = []  # storage, bytes more or less, phase
@@ -80,18 +85,21 @@ class Ledger(TorchDispatchMode):
             self.events += [(len(self.parts) - 1, size, self.phase) for size in (scratch, -scratch)]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._add(tensor, args[0] if func is aten._to_copy.default else None)
+                self._add(tensor, func, args)
         return out
 
-    def _add(self, tensor: Tensor, source: Tensor | None) -> None:
+    def _add(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) in self.live:
             return
         part, size = ACTIVATIONS, storage.nbytes()
         if tensor.ndim > 1 and tensor.shape[-1] in self.vocabulary:
             part = "logits"
-        elif source is not None and (known := self.live.get(source.untyped_storage()._cdata)) is not None:
+        elif func is aten._to_copy.default and (known := self.live.get(args[0].untyped_storage()._cdata)) is not None:
             part = self.parts[known] if self.parts[known] in ("weights", "reference", "value model") else part
+        elif func is aten.empty.memory_format and tensor.ndim == 2 and tensor.shape[1] == LOGPROB_CHUNK:
+            part, written = "logits", min(max(self.vocabulary), LOGPROB_CHUNK)
+            size = size * written // LOGPROB_CHUNK if self.lazy else size
         index = self.live[key] = len(self.parts)
         self.parts.append(part)
         self.events.append((index, size, self.phase))
@@ -116,21 +124,28 @@ class Ledger(TorchDispatchMode):
             most[part] = max(most[part], live[part])
         return dict(most)
 
-    def peak(self, shares: Mapping[str, float] | None = None) -> tuple[str, dict[str, int]]:
-        """Returns the phase with the most live bytes, and these by part.
+    def peaks(self, shares: Mapping[str, float] | None = None) -> list[tuple[str, dict[str, float]]]:
+        """Returns the most live bytes, by part, of each phase in turn, of backward each half: they lie at its ends
+        or grow all along, so that each is linear in the number of layers where these are alike.
 
         Args:
             shares: of a part, the factor of its bytes; 1 where it is not named.
         """
-        live, total, most, last = Counter[str](), 0.0, -1.0, 0
-        sizes = [size * (shares or {}).get(self.parts[index], 1) for index, size, _ in self.events]
-        for number, size in enumerate(sizes):
-            total += size
-            if total > most:
-                most, last = total, number
-        for (index, _, _), size in zip(self.events[: last + 1], sizes, strict=False):
-            live[self.parts[index]] += size
-        return self.events[last][2], {part: round(size) for part, size in live.items() if size >= 1}
+        live, found = Counter[str](), []
+        for phase, group in groupby(self.events, itemgetter(2)):
+            events = [(self.parts[index], size) for index, size, _ in group]
+            events = [(part, size * (shares or {}).get(part, 1)) for part, size in events]
+            middle = len(events) // 2 if phase == "backward" else 0  # others grow, or repeat what layers do not change
+            for half in (events[:middle], events[middle:]):
+                total = [0.0, *accumulate(size for _, size in half)]
+                last = total.index(max(total))
+                most = live.copy()
+                for number, (part, size) in enumerate(half):
+                    live[part] += size  # type: ignore[assignment]
+                    if number < last:
+                        most[part] += size  # type: ignore[assignment]
+                found.append((phase, dict(most)))
+        return found
 
 
 def _convert(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

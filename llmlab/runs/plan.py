@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import torch
 from rich.text import Text
 
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import Hardware, probe
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
-from llmlab.runs.ledger import Ledger
-from llmlab.runs.rehearsal import Scene, rehearse
+from llmlab.runs.rehearsal import Rehearsals, Scene, rehearse, rehearse_layers
 from llmlab.settings.errors import UserError, reason_of
 from llmlab.terminal import duration, human
 
@@ -30,7 +30,8 @@ UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
 # bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
 LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
 BLOCK_KERNELS = 2.1e6  # bytes of oneDNN's kernels for each block of attention in bf16, measured
-SPARE = 0.05  # of a GPU's memory, which its allocator loses to fragmentation
+# of tensors' memory: what a GPU's allocator loses to fragmentation; operators' scratch memory that is not followed
+SPARE = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}
 DECODE = 0.5  # share of memory bandwidth that sampling reaches
 SHARDINGS = {  # what each splits over the processes
     "none": (),
@@ -38,6 +39,8 @@ SHARDINGS = {  # what each splits over the processes
     "zero3": ("weights", "reference", "value model", "gradients", "optimizer"),
     "fsdp2": ("weights", "reference", "value model", "gradients", "optimizer"),
 }
+STATES = {"use_lora", "use_qlora", "optimizer"}  # settings on which these parts depend
+LENGTHS = ("model", "max_new_tokens", "max_length", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Plan:
         rows = [("model", f"{human(self.parameters)} parameters{share}")]
         rows += [("steps", f"{self.steps:,}")] if self.steps else []
         rows += [("tokens", f"{human(self.tokens)}, {human(self.flops)} FLOPs a device")] if self.tokens else []
-        rows += [("disk", f"about {human(self.disk, 'B')}"), self.rows()[0]]
+        rows += [("disk", f"about {human(self.disk, 'B')}"), *self.rows()]
         return [*rows, ("fits", "yes")] if self.fits else rows
 
     def rows(self) -> list[tuple[str, str]]:
@@ -106,7 +109,14 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
         longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
     """
     if hasattr(settings, "model"):
-        config = load_config(settings.init_from) if settings.init_from else build_config(settings.model)
+        shape, chosen = settings.model, settings.model.model_fields_set
+        if (
+            "tokenizer_name" in chosen
+            and "vocab_size" not in chosen
+            and Path(shape.tokenizer_name).expanduser().is_dir()
+        ):
+            shape = shape.model_copy(update={"vocab_size": len(load_tokenizer(shape.tokenizer_name))})
+        config = load_config(settings.init_from) if settings.init_from else build_config(shape)
         return Scene(config, None, min(settings.model.max_seq_len, config.max_position_embeddings))
     source = settings.policy_checkpoint
     adapter = read_adapter(source, lora_only=True)
@@ -192,20 +202,16 @@ def make_plan(
         settings = settings.in_steps(processes)
     scene = read_scene(settings, longest=longest)
     try:
-        run = rehearse(function, settings, hardware, scene, processes=processes)
+        rehearsals = rehearse_layers(function, settings, hardware, scene, processes)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # an architecture or argument with operators that need values
         raise UserError(
             f"not planned: this model's step cannot be followed without memory: {reason_of(error)}"
         ) from error
-    ledger, model = run.ledger, run.trainer.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states, ratio = _states(run, settings.optimizer)
-    shares = dict.fromkeys(SHARDINGS[sharding], 1 / processes)
-    phase, parts = ledger.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
-    parts["libraries"] = library_bytes(hardware, ledger, sum(parts.values()))
-    parts |= _other_parts(run, settings, trained, processes, sharding)
+    trained = round(rehearsals.total(lambda run: sum(p.numel() for p in _trained(run))))
+    states = round(rehearsals.total(lambda run: _state_bytes(run, settings.optimizer)))
+    phase, parts = plan_memory(rehearsals, settings, hardware, scene.config, processes, sharding)
     notes = []
     steps, batch_rows, passes = _count_work(settings, rows, processes)
     if steps is None:
@@ -214,7 +220,7 @@ def make_plan(
     if steps is not None:
         share = (mean or scene.length) / scene.length
         tokens = steps * batch_rows * processes * scene.length * share
-        fixed, sampling = _step_flops(run, settings, hardware, passes, processes)
+        fixed, sampling = _step_flops(rehearsals, settings, hardware, passes, processes)
         flops = steps * fixed * share
         peak = (hardware.peak_flops or measured_peak(hardware)) * (utilization or UTILIZATION[hardware.device])
         seconds = flops / peak + sampling(peak) * steps
@@ -238,7 +244,7 @@ def fitting_changes(
     **options: Any,
 ) -> list[str]:
     """Returns changes of settings, the cheapest first, with each of which alone the run fits; where none alone is
-    enough, the shortest list of all together, and nothing where that is not either.
+    enough, the shortest list of all together, the fewest GPUs that shard it, or nothing.
 
     Args:
         function, settings, hardware, options: as in `make_plan`.
@@ -248,31 +254,37 @@ def fitting_changes(
     """
     limit, tries = memory or hardware.memory, iter(range(at_most_plans))
 
-    def fits(changes: dict[str, Any]) -> bool:
+    def fits(changes: dict[str, Any], **others: Any) -> bool:
         if next(tries, None) is None:
             return False
         try:
-            changed = type(settings).model_validate({**_given(settings), **changes})
-            return make_plan(function, changed, hardware, **options).total <= limit
+            given = {name: getattr(settings, name) for name in settings.model_fields_set}
+            changed = type(settings).model_validate({**given, **changes})
+            return make_plan(function, changed, hardware, **{**options, **others}).total <= limit
         except (UserError, ValueError):
             return False
 
+    now = make_plan(function, settings, hardware, **options)
+    states = sum(size for part, size in now.parts.items() if part in SHARDINGS["zero3"])
     alone, together = [], {}
     for kind in _changes(settings):
-        found = next((change for change in kind if fits(change)), None)
-        if found is not None:
-            alone.append(_words(found))
-        if len(alone) == at_most:
-            break
-        together |= kind[-1] if kind else {}
-        if not alone and len(together) > len(kind[-1] if kind else {}) and fits(together):
+        before, together = together, {**together, **kind[-1]}
+        if states > limit and not STATES & {*together}:
+            continue  # they change activations alone
+        if fits(kind[-1]):
+            alone.append(_words(next((change for change in kind[:-1] if fits(change)), kind[-1])))
+            if len(alone) == at_most:
+                return alone
+        elif not alone and before and fits(together):
             return [_words(together)]
-    return alone
-
-
-def _given(settings: Any) -> dict[str, Any]:
-    """Returns the values of settings that were set."""
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
+    if alone or hardware.device != "cuda" or getattr(settings, "use_qlora", False):
+        return alone
+    kinds = [kind[-1] for kind in _changes(settings) if not {*kind[-1]} & {*STATES, *LENGTHS}]
+    for count in (2, 4, 8, 16):
+        for changes in ({}, *kinds, {name: value for kind in kinds for name, value in kind.items()}):
+            if count >= options.get("processes", 1) and fits(changes, processes=count, sharding="fsdp2"):
+                return [" and ".join(filter(None, (f"{count} such GPUs with --accelerate fsdp2", _words(changes))))]
+    return []
 
 
 def _words(changes: dict[str, Any]) -> str:
@@ -285,25 +297,26 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
     name = "mini_batch_size" if hasattr(settings, "mini_batch_size") else "batch_size"
     batch, passes = getattr(settings, name), settings.gradient_accumulation_steps
     halves = [batch >> shift for shift in range(1, batch.bit_length()) if batch % (1 << shift) == 0]
-    yield [
-        {name: half, **({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})}
-        for half in halves
+    kinds = [
+        [
+            {name: half} | ({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})
+            for half in halves
+        ],
+        [] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}],
     ]
-    if not settings.gradient_checkpointing:
-        yield [{"gradient_checkpointing": True}]
     if hasattr(settings, "model"):
         shape, length = settings.model, settings.model.max_seq_len
-        yield [{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)]
+        kinds.append([{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)])
     else:
-        longest = next(name for name in ("max_new_tokens", "max_length", "max_seq_len") if hasattr(settings, name))
+        longest = next(name for name in LENGTHS[1:] if hasattr(settings, name))
         lengths = {name: getattr(settings, name, None) for name in (longest, "max_prompt_length")}
-        yield [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
-    if getattr(settings, "use_lora", None) is False:
-        yield [{"use_lora": True}]
-    if settings.optimizer == "adamw":
-        yield [{"optimizer": "adamw_8bit"}]
-    if getattr(settings, "use_qlora", None) is False:
-        yield [{"use_lora": True, "use_qlora": True}]
+        kinds.append(
+            [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
+        )
+    kinds.append([{"use_lora": True}] if getattr(settings, "use_lora", None) is False else [])
+    kinds.append([{"optimizer": "adamw_8bit"}] if settings.optimizer == "adamw" else [])
+    kinds.append([{"use_lora": True, "use_qlora": True}] if getattr(settings, "use_qlora", None) is False else [])
+    yield from filter(None, kinds)
 
 
 def _count_work(settings: Any, rows: int | None, processes: int) -> tuple[int | None, float, float]:
@@ -322,18 +335,20 @@ def _count_work(settings: Any, rows: int | None, processes: int) -> tuple[int | 
 
 
 def _step_flops(
-    run: Any, settings: Any, hardware: Hardware, passes: float, processes: int
+    rehearsals: Rehearsals, settings: Any, hardware: Hardware, passes: float, processes: int
 ) -> tuple[float, Callable[[float], float]]:
     """Returns the FLOPs of an optimizer step on one process, and its seconds of sampling given FLOP/s."""
-    flops = run.ledger.flops
+    run, total = rehearsals.runs[0], rehearsals.total
+    flops = {name: total(lambda run: run.ledger.flops[name]) for name in run.ledger.flops}  # noqa: B023
     step = (flops["forward"] + flops["backward"]) * passes / run.settings.gradient_accumulation_steps
     if not hasattr(settings, "rollout"):
         return step, lambda peak: 0.0
     rollout = settings.rollout(processes)
     completions = rollout.completions / processes
-    step += (flops["scoring"] * completions / run.rollout.completions + flops["sampling"]) / rollout.updates
-    parameters = sum(p.numel() for p in run.policy.model.parameters())
-    read = BYTES[hardware.dtype] * parameters + run.ledger.most.get("KV cache", 0) / 2
+    scoring = flops.get("scoring", 0) * completions / run.rollout.completions
+    step += (scoring + flops.get("sampling", 0)) / rollout.updates
+    parameters = total(lambda run: sum(p.numel() for p in run.policy.model.parameters()))
+    read = BYTES[hardware.dtype] * parameters + total(lambda run: run.ledger.most.get("KV cache", 0)) / 2
 
     def sample(peak: float) -> float:
         token = max(read / (DECODE * hardware.bandwidth), 2 * parameters * completions / peak)
@@ -342,36 +357,42 @@ def _step_flops(
     return step, sample
 
 
-def library_bytes(hardware: Hardware, ledger: Ledger, tensors: int) -> int:
-    """Returns the bytes beside so many of tensors."""
-    more = {"cpu": BLOCK_KERNELS * ledger.blocks, "cuda": SPARE * tensors}
-    return round(LIBRARIES[hardware.device] + more.get(hardware.device, 0))
-
-
-def _states(run: Any, optimizer: str) -> tuple[int, float]:
-    """Returns the bytes of the optimizer's states, and their ratio to those that were rehearsed."""
-    rehearsed = [value for state in run.trainer.optimizer.state.values() for value in state.values()]
-    count = sum(value.nbytes for value in rehearsed if isinstance(value, torch.Tensor))
-    if run.settings.optimizer == optimizer:
-        return count, 1.0
-    shapes = [(name, tuple(p.shape)) for name, p in run.trainer.model.named_parameters() if p.requires_grad]
-    values = sum(state_values(optimizer, "embeddings" if "embed" in name else "mlp", shape) for name, shape in shapes)
-    return 4 * values, 4 * values / max(count, 1)
-
-
-def _other_parts(run: Any, settings: Any, trained: int, processes: int, sharding: str) -> dict[str, int]:
-    """Returns the bytes of what a rehearsal on one process does not have."""
-    parts = {}
-    if processes > 1 and sharding == "none":
-        parts["communication"] = 4 * trained  # DDP's buckets
-    elif processes > 1 and sharding in ("zero3", "fsdp2"):
-        weights = sum(p.nbytes for p in run.trainer.model.parameters())
-        parts["communication"] = 2 * weights // (run.scene.config.get_text_config().num_hidden_layers + 1)
+def plan_memory(
+    rehearsals: Rehearsals, settings: Any, hardware: Hardware, config: Any, processes: int = 1, sharding: str = "none"
+) -> tuple[str, dict[str, int]]:
+    """Returns the phase that takes the most memory of each process's device, and the bytes of each part in it."""
+    total = rehearsals.total
+    shares = dict.fromkeys(SHARDINGS[sharding], 1 / processes)
+    rehearsed = total(lambda run: _state_bytes(run, run.settings.optimizer))
+    ratio = total(lambda run: _state_bytes(run, settings.optimizer)) / max(rehearsed, 1)
+    phase, parts = rehearsals.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
+    kernels = BLOCK_KERNELS * rehearsals.runs[0].ledger.blocks if hardware.device == "cpu" else 0
+    parts["libraries"] = round(LIBRARIES[hardware.device] + SPARE[hardware.device] * sum(parts.values()) + kernels)
+    if processes > 1 and sharding == "none":  # DDP's buckets
+        parts["communication"] = round(total(lambda run: 4 * sum(p.numel() for p in _trained(run))))
+    elif processes > 1 and sharding in ("zero3", "fsdp2"):  # a layer's weights, and the next one's
+        weights = total(lambda run: sum(p.nbytes for p in run.trainer.model.parameters()))
+        parts["communication"] = round(2 * weights / (config.get_text_config().num_hidden_layers + 1))
     rewards = settings.all_rewards() if hasattr(settings, "all_rewards") else ()
-    names = {str(reward.parameters["model"]) for reward in rewards if "model" in reward.parameters}
-    for name in names:
-        parts["reward model"] = parts.get("reward model", 0) + 4 * measure(load_config(name)).total
-    return parts
+    models = {str(reward.parameters["model"]) for reward in rewards if "model" in reward.parameters}
+    if models:
+        parts["reward model"] = sum(4 * measure(load_config(name)).total for name in models)
+    return phase, parts
+
+
+def _trained(run: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in run.trainer.model.parameters() if parameter.requires_grad]
+
+
+def _state_bytes(run: Any, optimizer: str) -> float:
+    """Returns the bytes of the states of an optimizer, which need not be the rehearsed one."""
+    if run.settings.optimizer == optimizer:
+        states = (value for state in run.trainer.optimizer.state.values() for value in state.values())
+        return sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    shapes = [(name, tuple(p.shape)) for name, p in run.trainer.model.named_parameters() if p.requires_grad]
+    return 4 * sum(
+        state_values(optimizer, "embeddings" if "embed" in name else "mlp", shape) for name, shape in shapes
+    )
 
 
 def measure_step(function: Any, settings: Any, hardware: Hardware, scene: Scene) -> tuple[int, float]:

@@ -9,10 +9,11 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from transformers.trainer_utils import SaveStrategy
 from llmlab.adapters import lora_config
 from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
-from llmlab.model import Adapter
+from llmlab.model import Adapter, measure
 from llmlab.runs.auto_batch import random_states
 from llmlab.runs.batch import batch_of
 from llmlab.runs.ledger import Ledger
@@ -45,6 +46,7 @@ REHEARSED = {
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), "adamw"),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), "lion"),
 }
+FEW_LAYERS = (2, 4)  # even: the halves of `Ledger.peaks` then end at the same place of a layer
 PROMPT = '[{"role": "user", "content": ""}]'
 
 
@@ -117,7 +119,8 @@ class Rehearsal:
     def build_corpus(self, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Any:
         count = 4 * self.settings.batch_size * self.settings.gradient_accumulation_steps  # type: ignore[has-type]
         rows = Dataset.from_dict({name: [[3] * sequence] * count for name in ("input_ids", "labels")})
-        return CorpusOf(rows)
+        report = SimpleNamespace(unigram_entropy=None, record=dict, summary=str)
+        return SimpleNamespace(train=rows, validation=None, report=report)
 
     def compose_rewards(self, rewards: Any) -> Any:
         from llmlab.rewards.compose import compose
@@ -235,33 +238,11 @@ def pack_linear_layers(model: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
-class CorpusOf:
-    """Packed rows for pretraining."""
-
-    validation = None
-
-    def __init__(self, rows: Dataset):
-        self.train = rows
-        self.report = self
-
-    unigram_entropy = None
-
-    def record(self) -> dict[str, Any]:
-        return {}
-
-    def summary(self) -> str:
-        return ""
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Returns a tokenizer of three words, which encodes nothing."""
-    words = {"<unk>": 0, "<eos>": 1, "<pad>": 2}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-    )
+    words = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    model = models.WordLevel({word: number for number, word in enumerate(words.values())}, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **words)
 
 
 def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
@@ -322,7 +303,7 @@ def rehearse(
     """
     real, ledger = hardware, None
     if follow:
-        ledger = Ledger({scene.config.get_text_config().vocab_size})
+        ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
@@ -342,3 +323,90 @@ def rehearse(
         run.sampled_rows = completions // processes
         stage.function(run)
     return run
+
+
+@dataclass(frozen=True)
+class Rehearsals:
+    """Followed runs of a model with all its layers, or with two and with four, from which the whole follows."""
+
+    runs: tuple[Any, ...]
+    steps: float = 0.0  # from the first run's number of layers to the model's, in differences of the two runs
+
+    def total(self, count: Callable[[Any], float]) -> float:
+        """Returns for the whole model what a function counts of a run."""
+        first, *more = map(count, self.runs)
+        return first + self.steps * (more[0] - first) if more else first
+
+    def peak(self, shares: dict[str, float]) -> tuple[str, dict[str, int]]:
+        """Returns the phase with the most live bytes, and these by part; see `Ledger.peaks`."""
+        first, *more = (run.ledger.peaks(shares) for run in self.runs)
+        for each in more:
+            for (_, parts), (_, others) in zip(first, each, strict=True):
+                for part in {*parts, *others}:
+                    parts[part] = parts.get(part, 0) + self.steps * (others.get(part, 0) - parts.get(part, 0))
+        if "weights" in shares:  # sharded weights are loaded on the host
+            first = [found for found in first if found[0] != "loading"]
+        phase, parts = max(first, key=lambda found: sum(found[1].values()))
+        return phase, {part: round(size) for part, size in parts.items() if size >= 1}
+
+
+_rehearsals: dict[str, Rehearsals] = {}  # the last ones: plans of other machines or numbers of processes need them too
+
+
+def rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene, processes: int = 1) -> Rehearsals:
+    """Follows a stage's first step as `rehearse`, with few layers where the model's are alike."""
+    shared = processes if hasattr(settings, "rollout") else 1
+    short = shorten(settings, "", 1)
+    key = f"{stage.__name__} {short} {hardware.device} {hardware.dtype} {scene} {shared}"
+    if key not in _rehearsals:
+        if len(_rehearsals) > 8:
+            _rehearsals.clear()
+        _rehearsals[key] = _rehearse_layers(stage, settings, hardware, scene, processes)
+    return _rehearsals[key]
+
+
+def _rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene, processes: int) -> Rehearsals:
+    layers = getattr(scene.config.get_text_config(), "num_hidden_layers", 0)
+    if layers > FEW_LAYERS[1]:
+        few = [replace(scene, config=cut_layers(scene.config, count)) for count in FEW_LAYERS]
+        steps = (layers - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
+        if are_alike(scene, settings, [each.config for each in few], steps):
+            runs = [rehearse(stage, settings, hardware, each, processes=processes) for each in few]
+            if len({len(run.ledger.peaks()) for run in runs}) == 1:
+                return Rehearsals(tuple(runs), steps)
+    return Rehearsals((rehearse(stage, settings, hardware, scene, processes=processes),))
+
+
+def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """Returns the values of a configuration that have one for each layer."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+    }
+
+
+def cut_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """Returns the configuration of a model's first layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in _of_layers(text).items():
+        setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return config
+
+
+def are_alike(scene: Scene, settings: Any, few: list[PreTrainedConfig], steps: float) -> bool:
+    """Returns whether a model's layers are alike: kinds, parameters and what an adapter changes of them."""
+    if any(len(set(map(str, value))) > 1 for value in _of_layers(scene.config.get_text_config()).values()):
+        return False
+    adapter = scene.adapter and scene.adapter.config
+    targets = getattr(settings, "lora_target_modules", None) or ()
+    if adapter is not None:
+        if adapter.layers_to_transform or adapter.rank_pattern or isinstance(adapter.target_modules, str):
+            return False
+        targets = [*targets, *(adapter.target_modules or ())]
+    if any(char.isdigit() for char in "".join(targets).replace("_", "")):  # of one layer, it may be
+        return False
+    first, second = (measure(config).total for config in few)
+    return measure(scene.config).total == round(first + steps * (second - first))

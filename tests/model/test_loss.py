@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmlab.model import loss as loss_module
 from llmlab.model.loss import linear_cross_entropy, loss_and_gradients
+from llmlab.model.modeling import LanguageModelHead
 
 IGNORED = -100
 
@@ -232,3 +234,13 @@ def test_a_copy_of_the_file_works_beside_the_original():
     ]
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
+
+
+def test_a_frozen_head_is_multiplied_once_for_all_rows():
+    """Of a slice of hidden states, torch would expand the weights to each row, and a CPU copy them."""
+    head = LanguageModelHead(4, 16, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 5, 4)[:, -1:]
+    with FlopCounterMode(display=False) as counter:
+        logits = head(hidden)
+    assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]
+    assert torch.allclose(logits[:, 0], hidden[:, 0] @ head.weight.t())

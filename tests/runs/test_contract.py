@@ -5,10 +5,13 @@ from importlib import import_module
 
 import pytest
 import trl
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer
 from trl.experimental.orpo import ORPOTrainer
 
 from llmlab.runs import _trl
+from llmlab.runs.ledger import LOGPROB_CHUNK
 from llmlab.training.online import _trl as online
 from llmlab.training.online import ppo_trainer
 
@@ -34,6 +37,15 @@ def test_every_override_is_listed():
         private = {name for mixin in mixins for name in vars(mixin) if name[0] == "_" and name[:2] != "__"}
         overrides = {name for name in private if any(hasattr(trainer, name) for trainer in trainers)}
         assert overrides and overrides <= {place.rpartition(".")[2] for place in module.PRIVATE_NAMES}
+
+
+def test_processes_states_are_shared_dictionaries():
+    """Plans put these aside and back."""
+    assert all(isinstance(state._shared_state, dict) for state in (PartialState, AcceleratorState, GradientState))
+
+
+def test_chunked_losses_have_a_buffer_of_this_width():
+    assert trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE == LOGPROB_CHUNK
 
 
 def test_epochs_come_first_of_the_initial_values():

@@ -2,18 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 from typer.testing import CliRunner
 
 import llmlab.runs.plan as planning
 from llmlab.cli.app import build_app
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import describe_machine, probe
 from llmlab.model import measure
 from llmlab.runs.plan import count_steps, fitting_changes, largest_part, make_plan, read_scene
-from llmlab.runs.rehearsal import rehearse
+from llmlab.runs.rehearsal import Scene, _rehearsals, are_alike, cut_layers, rehearse
 from llmlab.settings.errors import UserError
 from llmlab.settings.presets import PASSES
 from llmlab.stages import STAGES
@@ -132,6 +134,69 @@ def test_suggested_changes_fit(tiny_settings, tmp_path):
     assert change == "batch_size = 4 with gradient_accumulation_steps = 4"
     halved = settings.model_copy(update={"batch_size": 4, "gradient_accumulation_steps": 4})
     assert make_plan(function, halved, machine).total <= memory
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("pretrain", {"batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+        ("sft", {"use_lora": True, "lora_preset": "all", "dtype": "bf16"}),
+        ("sft", {"optimizer": "adamw_8bit", "gradient_accumulation_steps": 1}),
+        ("ppo", {}),
+    ],
+)
+def test_few_layers_tell_of_all(tiny_settings, tmp_path, monkeypatch, stage, changes):
+    """Two and four layers give the very plan of all eight."""
+    settings = tiny_settings(stage, tmp_path / "run", **changes)
+    if stage == "pretrain":
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"n_layers": 8})})
+    else:
+        config = json.loads((Path(settings.policy_checkpoint) / "config.json").read_text())
+        deep = {**config, "num_hidden_layers": 8, "layer_types": config["layer_types"][:1] * 8}
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep" / "config.json").write_text(json.dumps(deep))
+        settings = settings.model_copy(update={"policy_checkpoint": str(tmp_path / "deep")})
+    plans, machine = [], probe("cpu", settings.dtype)
+    for few in ((2, 4), (90, 91)):
+        monkeypatch.setattr("llmlab.runs.rehearsal.FEW_LAYERS", few)
+        _rehearsals.clear()
+        plans.append(make_plan(STAGES[stage].function, settings, machine, rows=1000, utilization=0.5))
+        assert {len(found.runs) for found in _rehearsals.values()} == {2 if few == (2, 4) else 1}
+    assert plans[0].parts == plans[1].parts and plans[0].phase == plans[1].phase
+    assert plans[0].flops == pytest.approx(plans[1].flops, rel=1e-9)
+
+
+def test_layers_that_differ_are_all_followed():
+    config = Gemma3TextConfig(num_hidden_layers=12, hidden_size=32, vocab_size=64)
+    few = [cut_layers(config, count) for count in (2, 4)]
+    assert few[0].num_hidden_layers == len(few[0].layer_types) == 2
+    assert not are_alike(Scene(config, None, 16), None, few, 5.0)
+
+
+def test_several_devices_are_suggested_where_one_cannot_hold_the_model(tmp_path):
+    settings = STAGES["pretrain"].settings_class(
+        output_dir=str(tmp_path / "run"),
+        model={"vocab_size": 32000, "d_model": 4096, "n_layers": 8, "n_heads": 32, "n_kv_heads": 32, "d_ff": 11008},
+        optimizer="adamw_8bit",
+        batch_size=1,
+    )
+    function, machine = STAGES["pretrain"].function, describe_machine("a100_40gb")
+    one, two, four = (
+        make_plan(function, settings, machine, processes=n, sharding="fsdp2" if n > 1 else "none") for n in (1, 2, 4)
+    )
+    for part in ("weights", "optimizer"):
+        assert four.parts[part] == pytest.approx(one.parts[part] / 4, abs=2)
+    room = (two.total + four.total) // 2
+    settings = settings.model_copy(update={"gradient_checkpointing": True})
+    room = min(room, make_plan(function, settings, machine, processes=2, sharding="fsdp2").total - 1)
+    assert fitting_changes(function, settings, machine, room) == ["4 such GPUs with --accelerate fsdp2"]
+
+
+def test_a_local_tokenizer_gives_the_vocabulary(tiny_settings, tmp_path):
+    settings = tiny_settings("pretrain", tmp_path / "run")
+    shape = type(settings.model)(tokenizer_name=settings.model.tokenizer_name, d_model=32, n_heads=2, n_kv_heads=1)
+    scene = read_scene(settings.model_copy(update={"model": shape}))
+    assert scene.config.vocab_size == len(load_tokenizer(shape.tokenizer_name))
 
 
 def test_a_planned_run_trains_as_an_unplanned_one(tiny_settings, tmp_path, monkeypatch, capsys, quiet):

@@ -19,6 +19,8 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "trl.GRPOTrainer._generate": ("self", "prompts"),
     # a dataset's tools differ from prompt to prompt
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
+    # plans follow the last token of a rollout instead of sampling it
+    "trl.GRPOTrainer._generate_single_turn": ("self", "prompt_ids", "..."),
     "trl.GRPOTrainer._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "trl.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
     "trl.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
