@@ -2,8 +2,9 @@
 
     python benchmarks/plan_accuracy.py [--record] [--only sft,10M] [--guide]
 
-The plan follows a step on tensors without memory; nothing in it was fitted to these cells.  What is measured is the
-kernel's highest resident size in one to three steps of the stage's own trainer, less the resident size after a tiny
+The plan follows a step on tensors without memory; its margin of 3 % on a CPU was chosen by these
+cells.  What is measured is the kernel's highest resident size in one to three steps of the stage's own trainer, less
+the resident size after a tiny
 run of the same stage, so that libraries and their caches are not in it.  glibc's allocator gives each larger tensor
 pages of its own (MALLOC_* below), so that freed memory goes back at once, and figures repeat within a percent.
 `--guide` prints the RL guide's "Expected Training Time" beside the plan's instead.
