@@ -108,7 +108,8 @@ def check_version(requirement: Requirement, use: str = "") -> Check:
     """Compares an installed package with its tested range; one with a `use` is optional."""
     section, missing, wrong = ("packages", "absent", "limited") if use else ("versions", "broken", "broken")
     tested = ",".join(sorted(map(str, requirement.specifier), reverse=True))  # the lower bound first
-    command = f"pip install '{requirement.name}{tested}'"
+    unisolated = " --no-build-isolation" if requirement.name == "flash-attn" else ""  # it builds with the torch here
+    command = f"pip install '{requirement.name}{tested}'{unisolated}"
     try:
         found = version(requirement.name)
     except PackageNotFoundError:

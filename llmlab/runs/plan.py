@@ -11,11 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from rich.text import Text
 
+from llmlab.data.chat.rows import row_lengths
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import Hardware, probe
 from llmlab.model import build_config, load_config, measure, read_adapter
@@ -132,20 +131,6 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
     return Scene(config, adapter, int(min(limits)))
 
 
-def row_lengths(rows: Any) -> tuple[float, int] | None:
-    """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
-    names = getattr(rows, "column_names", None) or ()
-    if not {"input_ids", "chosen_ids"} & set(names):
-        return None
-    tokens = {
-        name: np.asarray(pc.list_value_length(rows.data.column(name))) for name in names if name.endswith("_ids")
-    }
-    if "input_ids" in tokens:
-        return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
-    prompts, answers = tokens.get("prompt_ids", 0), (tokens["chosen_ids"], tokens["rejected_ids"])
-    return float((prompts + sum(answers) / 2).mean()), int((prompts + np.maximum(*answers)).max())
-
-
 def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | Text]]:
     """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit.
 
@@ -161,7 +146,8 @@ def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | T
     tokens = (mean or 512) * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     if sum(sizes) < PLANNED_BYTES and sum(sizes) / 4 * 6 * tokens * steps < PLANNED_FLOPS:
         return [("memory", f"at least {least}; a run of seconds is not planned further")]
-    settings = run.settings.model_copy(update={"max_steps": steps, "epochs": None})
+    units = {name: None for name in ("epochs", "num_episodes") if hasattr(run.settings, name)}
+    settings = run.settings.model_copy(update={**units, "max_steps": steps})
     try:
         plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
     except UserError as error:
@@ -203,7 +189,8 @@ def make_plan(
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)
-    except (UserError, KeyboardInterrupt):
+        phase, parts = plan_memory(rehearsals, settings, hardware, scene.config, processes, sharding)
+    except UserError:
         raise
     except Exception as error:  # an architecture or argument with operators that need values
         raise UserError(
@@ -211,12 +198,13 @@ def make_plan(
         ) from error
     trained = round(rehearsals.total(lambda run: sum(p.numel() for p in _trained(run))))
     states = round(rehearsals.total(lambda run: _state_bytes(run, settings.optimizer)))
-    phase, parts = plan_memory(rehearsals, settings, hardware, scene.config, processes, sharding)
     notes = []
     steps, batch_rows, passes = _count_work(settings, rows, processes)
     if steps is None:
         notes.append("steps, tokens and time are not known without the number of rows: --rows N")
     tokens = flops = seconds = None
+    if mean is not None and mean > scene.length:
+        raise UserError(f"--mean {mean:g}: expected at most the longest row, {scene.length} tokens")
     if steps is not None:
         share = (mean or scene.length) / scene.length
         tokens = steps * batch_rows * processes * scene.length * share
@@ -228,6 +216,8 @@ def make_plan(
     checkpoint = 4 * trained + states
     kept = settings.save_total_limit or math.ceil((steps or 1) / getattr(settings, "save_every", settings.eval_every))
     disk = 4 * trained + (kept + 1) * checkpoint  # one more while it is written
+    if processes > 1:
+        notes.append(f"{processes} processes, each on such a device; sharding: {sharding}")
     if "paged" in settings.optimizer:
         notes.append("a paged optimizer's states may move to the host's memory")
     whole = total + trained if trained < total else total
@@ -258,8 +248,7 @@ def fitting_changes(
         if next(tries, None) is None:
             return False
         try:
-            given = {name: getattr(settings, name) for name in settings.model_fields_set}
-            changed = type(settings).model_validate({**given, **changes})
+            changed = type(settings).model_validate({**_given(settings), **changes})
             return make_plan(function, changed, hardware, **{**options, **others}).total <= limit
         except (UserError, ValueError):
             return False
@@ -285,6 +274,14 @@ def fitting_changes(
             if count >= options.get("processes", 1) and fits(changes, processes=count, sharding="fsdp2"):
                 return [" and ".join(filter(None, (f"{count} such GPUs with --accelerate fsdp2", _words(changes))))]
     return []
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    """Returns the values of settings that were set; of one quantity in several units, the one that a run counts in."""
+    values = {name: getattr(settings, name) for name in settings.model_fields_set}
+    for first, *others in type(settings).alternatives:
+        values = {name: value for name, value in values.items() if first not in values or name not in others}
+    return values
 
 
 def _words(changes: dict[str, Any]) -> str:

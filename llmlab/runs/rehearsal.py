@@ -22,7 +22,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import get_peft_model, prepare_model_for_kbit_training
-from rich.console import Console
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import DefaultFlowCallback, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -39,7 +38,8 @@ from llmlab.runs.ledger import Ledger
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import quiet_libraries
 from llmlab.settings.sources import Resolved
-from llmlab.settings.trust import remote_code_allowed
+from llmlab.settings.trust import leaves_machine, remote_code_allowed
+from llmlab.terminal import Terminal
 
 # bitsandbytes' kernels take addresses; the states of their kinds differ in size alone
 REHEARSED = {
@@ -47,6 +47,8 @@ REHEARSED = {
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), "lion"),
 }
 FEW_LAYERS = (2, 4)  # even: the halves of `Ledger.peaks` then end at the same place of a layer
+# of trainer_args: what opens connections, files or processes, besides what leaves this machine
+APART = ("report_to", "log_completions", "deepspeed", "fsdp", "fsdp_config", "vllm_server_base_url", "hub_model_id")
 PROMPT = '[{"role": "user", "content": ""}]'
 
 
@@ -68,6 +70,7 @@ class Rehearsal:
 
     scene: Scene
     ledger: Ledger | None
+    samples_elsewhere: bool  # by vLLM
     trainer: Any
 
     def load_policy(self, *, attach: bool = True, task: str = "CAUSAL_LM") -> Policy:
@@ -186,7 +189,7 @@ class Rehearsal:
         """Follows the prompts' forward pass and one token's, the last, of the whole rollout."""
         new, model = self.settings.max_new_tokens, self.trainer.model
         rows, prompt = self.sampled_rows, self.scene.prompt
-        if not self.settings.use_vllm:
+        if not self.samples_elsewhere:
             training, model.training = model.training, False
             model.eval()
             mask = torch.ones(rows, prompt + new, dtype=torch.int64)
@@ -265,7 +268,12 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
         "dataloader_num_workers": 0,  # tensors without memory cannot be sent
         "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
     }
-    changes |= {name: None for name in ("epochs", "num_episodes", "value_checkpoint") if hasattr(settings, name)}
+    sends = {name for name, value in settings.trainer_args.items() if name in APART or leaves_machine(name, value)}
+    changes["trainer_args"] = {name: value for name, value in settings.trainer_args.items() if name not in sends}
+    # a copy of the policy stands in for a named reference or critic
+    unset = ("epochs", "num_episodes", "value_checkpoint", "reference_checkpoint")
+    changes |= {name: None for name in unset if hasattr(settings, name)}
+    changes |= {"use_vllm": False} if hasattr(settings, "use_vllm") else {}
     return settings.model_copy(update=changes), rollout
 
 
@@ -305,7 +313,8 @@ def rehearse(
     if follow:
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
-    run_class = type("Rehearsal", (Rehearsal, stage.run_class), {"scene": scene, "ledger": ledger})
+    own = {"scene": scene, "ledger": ledger, "samples_elsewhere": getattr(settings, "use_vllm", False)}
+    run_class = type("Rehearsal", (Rehearsal, stage.run_class), own)
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
     with ExitStack() as stack:
         stack.callback(random_states(here))
@@ -318,7 +327,7 @@ def rehearse(
             stack.enter_context(ledger.follow())
         process = PartialState(cpu=hardware.device == "cpu")
         resolved = Resolved(settings, {}, ())
-        start = (stage.__name__, True, resolved, hardware, process, Console(quiet=True), Path(folder), None, None, {})
+        start = (stage.__name__, True, resolved, hardware, process, Terminal(quiet=True), Path(folder), None, None, {})
         run: Any = run_class(*start, batch_of(settings, 1))
         run.sampled_rows = completions // processes
         stage.function(run)

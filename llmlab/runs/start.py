@@ -83,7 +83,12 @@ def begin(
 ) -> Iterator[R]:
     """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
     settings = resolved.settings
-    hardware = probe(settings.device, settings.dtype)
+    try:
+        hardware = probe(settings.device, settings.dtype)
+    except UserError as error:
+        source = resolved.sources.get("device", "")
+        named = source if source.startswith("hardware") else None  # nobody typed the device then
+        raise UserError(f"{named}: {error}" if named else str(error)) from None
     check_packages(settings, hardware)
     if hardware.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, looks for a GPU and says so

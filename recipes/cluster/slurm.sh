@@ -1,7 +1,8 @@
 #!/bin/bash
 # One training stage on several machines under SLURM: sbatch recipes/cluster/slurm.sh
 # What to change is marked CHANGE. Every machine runs one launcher, and each launcher one process per GPU.
-# SLURM sends SIGTERM before the time limit: the run saves a checkpoint and ends; submit again with --resume to go on.
+# SLURM sends SIGTERM before the time limit: the run saves a checkpoint and ends; submit it again
+# unchanged, and it goes on.
 
 #SBATCH --job-name=llmlab
 #SBATCH --nodes=2                 # CHANGE: machines

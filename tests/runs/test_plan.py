@@ -15,7 +15,7 @@ from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import describe_machine, probe
 from llmlab.model import measure
 from llmlab.runs.plan import count_steps, fitting_changes, largest_part, make_plan, read_scene
-from llmlab.runs.rehearsal import Scene, _rehearsals, are_alike, cut_layers, rehearse
+from llmlab.runs.rehearsal import Scene, _rehearsals, are_alike, cut_layers, rehearse, shorten
 from llmlab.settings.errors import UserError
 from llmlab.settings.presets import PASSES
 from llmlab.stages import STAGES
@@ -260,3 +260,35 @@ def test_the_command_splits_the_batch_of_a_machine_for_its_processes(tiny_settin
     assert states("multi_gpu_ddp") == states("multi_gpu_fsdp", "--sharding", "none") == whole
     assert states("multi_gpu_fsdp") < states("multi_gpu_fsdp", "--processes", "2") < whole
     assert states("multi_gpu_ddp", "--sharding", "zero2") < whole
+
+
+def test_a_plan_publishes_nothing_and_starts_no_engine(tiny_settings, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan left this machine")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", refuse)
+    settings = tiny_settings("sft", tmp_path / "run", trainer_args={"push_to_hub": True})
+    assert make_plan(STAGES["sft"].function, settings, probe("cpu", "fp32")).total > 0
+    online = tiny_settings("grpo", tmp_path / "online", trainer_args={"log_completions": True})
+    shortened, _ = shorten(online.model_copy(update={"use_vllm": True}), str(tmp_path), 1)
+    assert not shortened.use_vllm and not shortened.trainer_args
+
+
+def test_a_named_reference_is_planned_as_one(tiny_settings, tmp_path):
+    settings = tiny_settings("dpo", tmp_path / "run")
+    named = settings.model_copy(update={"reference_checkpoint": settings.policy_checkpoint})
+    plans = [make_plan(STAGES["dpo"].function, each, probe("cpu", "fp32")) for each in (settings, named)]
+    assert plans[0].parts["reference"] == plans[1].parts["reference"] > 0
+
+
+def test_changes_are_suggested_for_a_run_that_counts_in_episodes(tiny_settings, tmp_path):
+    settings = tiny_settings("grpo", tmp_path / "run", num_episodes=16, mini_batch_size=4, batch_size=4)
+    settings, machine = settings.in_steps(1), probe("cpu", "fp32")
+    total = make_plan(STAGES["grpo"].function, settings, machine).total
+    assert fitting_changes(STAGES["grpo"].function, settings, machine, total - 1, at_most=1)
+
+
+def test_the_mean_is_at_most_the_longest_row(tiny_settings, tmp_path):
+    settings = tiny_settings("sft", tmp_path / "run")
+    with pytest.raises(UserError, match="--mean 5000: expected at most the longest row"):
+        make_plan(STAGES["sft"].function, settings, probe("cpu", "fp32"), mean=5000)

@@ -30,6 +30,8 @@ from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable, reading
 from llmlab.settings.files import read_json, write_atomically
 
+COUNTED_ROWS = 20_000  # at most, evenly drawn, for the lengths of rows
+LENGTHS_OF = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
 BATCH = 512  # rows that are rendered together
 ROWS, RECORD = "rows.arrow", "llmlab.json"
 VERSION = 4  # of the rendered rows: raise it with every change that alters them
@@ -306,3 +308,24 @@ class _MakeRows:
             return row | {"left_out": True}
         except UnusableRow as reason:
             return row | {"dropped": str(reason)}
+
+
+def row_lengths(rows: Any) -> tuple[float, int] | None:
+    """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    names = [name for name in getattr(rows, "column_names", None) or () if name in LENGTHS_OF]
+    if not names:
+        return None
+    some = rows.select(range(0, len(rows), len(rows) // COUNTED_ROWS + 1)).select_columns(names).with_format("arrow")
+    batches = [
+        {name: np.asarray(pc.list_value_length(table[name])) for name in names} for table in some.iter(batch_size=1000)
+    ]
+    tokens = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    if "input_ids" in tokens:
+        return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
+    if "chosen_ids" not in tokens:
+        return None
+    prompts, answers = tokens.get("prompt_ids", 0), (tokens["chosen_ids"], tokens["rejected_ids"])
+    return float((prompts + sum(answers) / 2).mean()), int((prompts + np.maximum(*answers)).max())
