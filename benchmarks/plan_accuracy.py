@@ -261,8 +261,9 @@ def compare_times():
     """Returns the guide's times beside the plan's for a 7B model with LoRA; the ratio is 1 inside the guide's range,
     and outside it the plan's time to the nearer end.
 
-    The guide names neither model nor lengths: assumed are Llama's 7B, LoRA on queries and values with rank 16, rows of
-    half the longest in the mean, pairs of 2 x 2048 tokens, 20 turns an episode of 128 tokens.
+    The guide names 7B models, LoRA of rank 16 on all projections and limits of length, no mean lengths: assumed are
+    Llama's 7B, pairs of half their limit of 4096 tokens in the mean, rows of 1024 tokens for SFT, and episodes of a
+    prompt of 1024 tokens and 256 sampled ones.
     """
     from llmlab.hardware import describe_machine
     from llmlab.runs.plan import UTILIZATION, make_plan
@@ -295,7 +296,13 @@ def guide_settings(kind, stage, folder, values, rows, passes):
     if stage == "sft":
         batch = {"batch_size": rows, "gradient_accumulation_steps": passes}
     return kind(
-        policy_checkpoint=folder, output_dir="unused", lora_r=16, gradient_checkpointing=True, **batch, **values
+        policy_checkpoint=folder,
+        output_dir="unused",
+        lora_r=16,
+        lora_preset="all",
+        gradient_checkpointing=True,
+        **batch,
+        **values,
     )
 
 
