@@ -145,7 +145,7 @@ def test_plan_accuracy(benchmark):
 
     def here(cells):
         cell = sys.modules["plan_accuracy"].measure_cell(cells[0])
-        yield {**cell, "measured": cell["measured"] or 1, "step": None}  # of a process that has been larger before
+        yield {**cell, "measured": max(cell["measured"], 1), "step": None}  # of a process that has been larger before
 
     printed = benchmark("plan_accuracy", make_cells=cells, run_cells=here)
     row = rows_of(printed)[1]

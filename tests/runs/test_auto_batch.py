@@ -130,16 +130,15 @@ def test_few_plans_are_made(tiny_settings, tmp_path, monkeypatch):
 
     def fake(function, settings, hardware):
         made.append(settings.batch_size)
-        return SimpleNamespace(total=settings.batch_size)
+        return SimpleNamespace(total=settings.batch_size, parts={})
 
     monkeypatch.setattr(plan, "make_plan", fake)
-    settings = tiny_settings("sft", tmp_path, batch_size=64)
-    assert plan.fitting_changes(None, settings, None, 8, at_most=1) == [
-        "batch_size = 8 with gradient_accumulation_steps = 8"
-    ]
-    assert made == [32, 16, 8]
+    settings, cpu = tiny_settings("sft", tmp_path, batch_size=64), SimpleNamespace(device="cpu")
+    words = ["batch_size = 8 with gradient_accumulation_steps = 8"]
+    assert plan.fitting_changes(None, settings, cpu, 8, at_most=1) == words
+    assert made == [64, 1, 32, 16, 8]  # as it is, whether the smallest is enough at all, then the smallest change
     made.clear()
-    assert plan.fitting_changes(None, settings, None, 0.5, at_most_plans=5) == [] and len(made) == 5
+    assert plan.fitting_changes(None, settings, cpu, 0.5, at_most_plans=5) == [] and len(made) == 1 + 5
 
 
 def test_at_one_row_the_run_ends(tiny_settings, tmp_path, limit, no_plan):

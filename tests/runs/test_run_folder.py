@@ -242,7 +242,7 @@ def test_a_closed_output_is_an_interruption(tmp_path, monkeypatch):
 
 def test_check_disk(tmp_path):
     check_disk(tmp_path / "not" / "yet", needed=1)
-    with pytest.raises(UserError, match=r"writes about 1000\.0 PB"):
+    with pytest.raises(UserError, match=r"writes about 1\.0 EB"):
         check_disk(tmp_path, needed=10**18)
 
 

@@ -52,9 +52,9 @@ RESUMED_ALONE = {  # what two processes read or sample by other random numbers t
     "ppo sampling freely": ("ppo", {"ppo_epochs": 1, "batch_size": 16}),
 }
 SHARDED = {  # families that FSDP2 and DeepSpeed shard
-    "FSDP": ["pretrain", "sft", "sft with LoRA, packed", "dpo", "grpo", "ppo", "ppo with LoRA"],
-    "ZeRO-2": ["pretrain", "sft", "sft with LoRA, packed", "dpo", "grpo", "ppo"],
-    "ZeRO-3": ["pretrain", "dpo", "grpo"],
+    "FSDP": ["pretrain", "sft", "sft with LoRA, packed", "dpo", "grpo", "ppo"],
+    "ZeRO-2": ["sft with LoRA, packed", "dpo", "grpo"],
+    "ZeRO-3": ["dpo", "grpo"],
 }
 if find_spec("deepspeed") is None or shutil.which("g++") is None:  # it compiles how CPU processes share memory
     del SHARDED["ZeRO-2"], SHARDED["ZeRO-3"]
