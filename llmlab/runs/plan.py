@@ -248,7 +248,7 @@ def fitting_changes(
         if next(tries, None) is None:
             return False
         try:
-            changed = type(settings).model_validate({**_given(settings), **changes})
+            changed = type(settings).model_validate({**_values_set(settings), **changes})
             return make_plan(function, changed, hardware, **{**options, **others}).total <= limit
         except (UserError, ValueError):
             return False
@@ -276,7 +276,7 @@ def fitting_changes(
     return []
 
 
-def _given(settings: Any) -> dict[str, Any]:
+def _values_set(settings: Any) -> dict[str, Any]:
     """Returns the values of settings that were set; of one quantity in several units, the one that a run counts in."""
     values = {name: getattr(settings, name) for name in settings.model_fields_set}
     for first, *others in type(settings).alternatives:
