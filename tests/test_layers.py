@@ -13,8 +13,10 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"stages"},
     {"training"},
     {"runs"},
+    {"episodes", "evaluation"},
     {"inference", "rewards", "doctor"},
     {"data", "optim", "adapters", "hardware", "terminal"},
+    {"simulator"},
     {"model"},
     {"settings"},
 ]

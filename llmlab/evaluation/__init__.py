@@ -1,0 +1,1 @@
+"""How good a model is: gates on generated answers, with intervals, and perplexity."""
