@@ -26,9 +26,9 @@ class EpisodeRollouts:
     factories: Factories = {}
     curriculum: Curriculum | None = None
 
-    def play_in(self, factories: Factories, curriculum: Curriculum | None, max_length: int | None) -> None:
-        """Makes rollouts of episodes of at most `max_length` tokens in these environments."""
-        self.factories, self.curriculum, self.max_length = factories, curriculum, max_length
+    def play_in(self, factories: Factories, curriculum: Curriculum | None, **options: Any) -> None:
+        """Makes rollouts of episodes in these environments; `options` are those of `play`."""
+        self.factories, self.curriculum, self.play_options = factories, curriculum, options
         self._pool: dict[str | None, list[Any]] = defaultdict(list)
         self.rollout_func = self._play  # set here, since the constructor warns that it is experimental
 
@@ -38,7 +38,7 @@ class EpisodeRollouts:
 
     def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Plays one episode of each row; TRL's `rollout_func`."""
-        settings, known = self.settings, {}  # type: ignore[attr-defined]
+        known: dict[tuple[int, ...], list[float]] = {}
         training = self.model.training  # type: ignore[attr-defined]
         level = {"difficulty": self.curriculum.level} if self.curriculum is not None and training else {}
         names = [None if None in self.factories else row.get("environment") for row in self._rows]
@@ -52,15 +52,7 @@ class EpisodeRollouts:
                 known[(*row, *ids)] = values  # equal rows have equal ones
             return sampled
 
-        self._episodes = play(
-            tasks,
-            sample,
-            self.processing_class,  # type: ignore[attr-defined]
-            max_episode_length=settings.max_episode_length,
-            max_new_tokens=settings.max_new_tokens,
-            max_length=self.max_length,
-            tool_timeout=settings.tool_timeout,
-        )
+        self._episodes = play(tasks, sample, self.processing_class, **self.play_options)  # type: ignore[attr-defined]
         for name, episode in zip(names, self._episodes, strict=True):
             if not episode.abandoned:
                 self._pool[name].append(episode.environment)

@@ -120,8 +120,14 @@ class OnlineRun(Run[S]):
                 )
             total = steps * self.rollout.completions // self.rollout.updates
             curriculum = None if settings.curriculum == "none" else Curriculum(settings.curriculum, total)
-            length = self.policy.cap_length(settings.max_seq_len or sys.maxsize)
-            made.play_in(self.environments, curriculum, length)
+            made.play_in(
+                self.environments,
+                curriculum,
+                max_episode_length=settings.max_episode_length,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=self.policy.cap_length(settings.max_seq_len or sys.maxsize),
+                tool_timeout=settings.tool_timeout,
+            )
         return made
 
     def train_online(

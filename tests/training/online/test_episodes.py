@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llmlab.episodes import Episode
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
@@ -87,7 +88,7 @@ def levers(tmp_path_factory, tokenizer_folder):
 
 def run(stage, levers, folder, quiet, **changes):
     kind = {grpo: GRPOSettings, ppo: PPOSettings}[stage]
-    own = {"group_size": 4, "learning_rate": 4e-4} if stage is grpo else {"batch_size": 32, "cliprange_value": None}
+    own = {"group_size": 4, "learning_rate": 6e-4} if stage is grpo else {"batch_size": 32, "cliprange_value": None}
     return stage(kind(**{**levers[1], **own, "output_dir": str(folder), **changes}), console=quiet)
 
 
@@ -95,8 +96,9 @@ def run(stage, levers, folder, quiet, **changes):
 def test_the_rewarded_lever_is_learned(stage, levers, tmp_path, quiet):
     result = run(stage, levers, tmp_path / "run", quiet)
     lines = [line for line in read_metrics(result.folder) if "success_rate" in line]
-    assert lines[0]["success_rate"] < 0.8 and lines[-1]["success_rate"] > 0.95
-    assert lines[-1]["reward/prize"] > 0.95 and 1 <= lines[-1]["episode_length"] <= 1.2
+    right = [line["reward/prize"] / (2 * line["reward/pulls"]) for line in lines]  # of the pulls that are well-formed
+    assert right[0] < 0.6 and sum(right[-3:]) / 3 > 0.8, right
+    assert lines[-1]["success_rate"] > lines[0]["success_rate"] + 0.2
     # a reward of 0.5 a pull and 1 for the prize, of at most 2, is normalized
     for line in lines:
         assert line["reward"] == pytest.approx((line["reward/pulls"] + line["reward/prize"]) / 2, abs=1e-6)
@@ -121,7 +123,7 @@ def test_tokens_of_tools_are_masked_and_turns_are_not(levers, tmp_path, quiet, m
     )
     run(grpo, levers, tmp_path / "run", quiet, max_steps=1)
     (episodes,), (batch,) = seen, masks
-    assert any(episode.calls == 2 for episode in episodes)
+    assert any(0 in episode.mask for episode in episodes)
     for row, episode in enumerate(episodes):
         length = len(episode.completion_ids)
         assert batch["completion_ids"][row, :length].tolist() == episode.completion_ids
@@ -153,6 +155,12 @@ def test_several_environments_by_column(levers, tmp_path, quiet):
     run(grpo, levers, tmp_path / "run", quiet, **data, environment={"a": spec, "b": spec})
     with pytest.raises(UserError, match="environment = b: a row of the data names none of a, c"):
         run(grpo, levers, tmp_path / "other", quiet, **data, environment={"a": spec, "c": spec})
+
+
+def test_log_probabilities_lie_at_the_sampled_tokens():
+    episode = Episode(None, [], [1, 2], [3, 4, 5, 6, 7], [1, 1, 0, 0, 1])
+    known = {(1, 2, 3, 4): [-0.1, -0.2], (1, 2, 3, 4, 5, 6, 7): [-0.3]}
+    assert rollouts._log_probs(episode, known) == [-0.1, -0.2, 0.0, 0.0, -0.3]
 
 
 def test_settings_of_episodes():
