@@ -188,7 +188,10 @@ def make_plan(
         utilization: share of the device's peak FLOP/s.
     """
     if hasattr(settings, "in_steps"):
-        settings = settings.in_steps(processes).in_completions()
+        settings = settings.in_steps(processes)
+        if settings.environment is not None:
+            config = read_scene(settings).config.get_text_config()
+            settings = settings.in_completions(getattr(config, "max_position_embeddings", None))
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)

@@ -170,17 +170,14 @@ class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
 
-    def in_completions(self) -> "OnlineSettings":
-        """Returns these settings with completions as long as the longest episode instead of episodes, for plans."""
-        if self.environment is None:
-            return self
+    def in_completions(self, context: int | None) -> "OnlineSettings":
+        """Returns these settings with completions as long as the longest episode in this context, for plans."""
         prompt = self.prompt_limit or self.max_new_tokens
-        longest = self.max_seq_len or prompt + 2 * self.max_episode_length * self.max_new_tokens
-        changes = {
-            "max_prompt_length": min(prompt, longest // 2),
-            "max_new_tokens": longest - min(prompt, longest // 2),
-        }
-        return self.model_copy(update={**changes, "max_seq_len": None, "environment": None, "curriculum": "none"})
+        most = prompt + 2 * self.max_episode_length * self.max_new_tokens  # results as long as what is sampled
+        longest = min(self.max_seq_len or most, context or most)
+        prompt = min(prompt, longest // 2)
+        changes = {"max_prompt_length": prompt, "max_new_tokens": longest - prompt, "max_seq_len": None}
+        return self.model_copy(update=changes)
 
     @property
     def prompt_limit(self) -> int | None:
