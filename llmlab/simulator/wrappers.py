@@ -1,0 +1,235 @@
+"""Environments of gymnasium (discrete or text actions) and OpenEnv as environments of llmlab with one tool, `act`.
+
+The tool's arguments come from the action space, or from the fields of the action. Both packages are optional extras.
+Continuous actions and OpenEnv's listing of MCP tools are not supported.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal, Union, get_args, get_type_hints
+from urllib.request import urlopen
+
+from pydantic import TypeAdapter
+
+from llmlab.settings.errors import UserError, reading, shorten
+from llmlab.simulator.environment import Environment
+
+LONGEST_OBSERVATION = 8_000  # characters
+MOST_CHOICES = 64  # actions that the tool's schema lists one by one
+COLORED = re.compile(r"\x1b\[[\d;]+m(.*?)\x1b\[0m", re.DOTALL)
+JSON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "null": type(None)}
+ANSWER_TIME = 10  # seconds for a server's schema
+
+Step = tuple[str, float, bool, bool]  # observation, reward, whether it was the last, and if so whether it succeeded
+
+
+class _Wrapper(Environment):
+    """An episode of an inner environment, whose steps have rewards that are summed."""
+
+    _make: Callable[[], Any]
+    _begin: Callable[[Any, dict[str, Any]], str]
+    _step: Callable[[Any, dict[str, Any]], Step]
+
+    def __init__(self) -> None:
+        self._inner, self._total = self._make(), 0.0
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # Python may be shutting down
+            self._inner.close()
+
+    def reset(self, **row: Any) -> str:
+        self._total, self.done, self.success = 0.0, False, None
+        return self._begin(self._inner, row)
+
+    def get_reward(self) -> float:
+        return self._total
+
+
+def from_gymnasium(source: Any, *, action_names: Sequence[str] = (), **options: Any) -> type[Environment]:
+    """Returns a class of environments that play one of gymnasium's, with a tool `act(action)`.
+
+    An episode ends when terminated or truncated; it was a success where the `info` says `is_success`, or where it was
+    terminated with a positive reward. Rewards are summed. `reset` takes `seed` and `options` from the row. Those that
+    draw in characters show the drawing too, what is colored in it in brackets.
+
+    Args:
+        source: an id such as `FrozenLake-v1`, a function that makes an environment, or one that `gymnasium.make` made.
+        action_names: of discrete actions, in order; by default those in the environment's documentation, if any.
+        options: for `gymnasium.make`, with an id.
+    """
+    _require("gymnasium", "gymnasium")
+    import gymnasium
+
+    where = f"environment 'gymnasium:{getattr(source, '__name__', source)}'"
+    if isinstance(source, gymnasium.Env):
+        if source.spec is None:
+            raise UserError(f"{where}: each episode needs its own; expected an id, or a function that makes one")
+        source = source.spec
+    with reading(where, "an environment"):
+        make = source if callable(source) else partial(gymnasium.make, source, **options)
+        inner = make()
+        if make is not source and "ansi" in inner.metadata.get("render_modes", ()) and inner.render_mode is None:
+            make = partial(make, render_mode="ansi")
+    space, kind = inner.action_space, str
+    if isinstance(space, gymnasium.spaces.Discrete):
+        values = range(int(space.start), int(space.start + space.n))
+        kind = Literal[tuple(values)] if len(values) <= MOST_CHOICES else int  # type: ignore[assignment]
+        names = action_names or _documented_actions(inner.unwrapped, values)
+        listing = "; ".join(f"{value}: {name}" for value, name in zip(values, names, strict=False))
+        description = listing or f"a number from {values[0]} to {values[-1]}"
+    elif isinstance(space, gymnasium.spaces.Text):
+        description = f"a text of {space.min_length} to {space.max_length} characters"
+    else:
+        raise UserError(f"{where}: not supported: its actions are {space}; expected Discrete or Text")
+    name = inner.spec.id if inner.spec else type(inner.unwrapped).__name__
+    tool = _make_tool("Act in the environment.", {"action": (kind, description)}, ["action"])
+    return _make_class(name, make, _begin_gymnasium, _step_gymnasium, tool)
+
+
+def _begin_gymnasium(inner: Any, row: dict[str, Any]) -> str:
+    observation, _ = inner.reset(seed=row.get("seed"), options=row.get("options"))
+    return _draw(inner) + _as_text(observation)
+
+
+def _step_gymnasium(inner: Any, arguments: dict[str, Any]) -> Step:
+    action = arguments["action"]
+    if not inner.action_space.contains(action):
+        raise ValueError(f"action = {action!r:.40}: expected one of {shorten(str(inner.action_space))}")
+    observation, reward, terminated, truncated, info = inner.step(action)
+    success = bool(info.get("is_success", terminated and reward > 0))
+    return _draw(inner) + _as_text(observation), float(reward), bool(terminated or truncated), success
+
+
+def _draw(inner: Any) -> str:
+    return COLORED.sub(r"[\1]", inner.render()) if inner.render_mode == "ansi" else ""
+
+
+def _documented_actions(inner: Any, values: range) -> list[str]:
+    """Returns the names of discrete actions from the list under "Action Space" in gymnasium's docstrings, if any."""
+    _, _, section = (type(inner).__doc__ or "").partition("## Action Space")
+    names = dict(re.findall(r"^\s*- (\d+): (.+?)\s*$", section.partition("##")[0], re.MULTILINE))
+    return [names[str(value)] for value in values] if set(names) == set(map(str, values)) else []
+
+
+def from_openenv(source: Any, *, action: type | None = None) -> type[Environment]:
+    """Returns a class of environments that play one of OpenEnv's, with a tool `act` that takes the action's fields.
+
+    Rewards are summed, and an episode that is done was a success where its last reward is positive. `reset` passes on
+    the columns of the row that the environment's own `reset` takes.
+
+    Args:
+        source: the address of a server; or an environment class, or a function that makes an environment or a client.
+        action: the class of actions, where it does not follow from the source's types; for a server its schema says.
+    """
+    _require("openenv", "openenv-core")
+    name, to_action = getattr(source, "__name__", "OpenEnv"), dict
+    where = f"environment 'openenv:{source if isinstance(source, str) else name}'"
+    if isinstance(source, str):
+        from openenv.core import GenericEnvClient
+
+        address = re.sub(r"^ws", "http", source if "://" in source else f"http://{source}").rstrip("/")
+        with reading(where, "an OpenEnv server"), urlopen(f"{address}/schema", timeout=ANSWER_TIME) as answer:
+            schema = json.load(answer)["action"]
+        source = partial(GenericEnvClient, base_url=address)
+    else:
+        action = action or _action_class(source)
+        if action is None:
+            raise UserError(f"{where}: its class of actions is unknown; expected a type for `action` in its `step`")
+        schema, to_action = TypeAdapter(action).json_schema(), TypeAdapter(action).validate_python
+    fields = {key: field for key, field in schema.get("properties", {}).items() if key != "metadata"}
+    if not fields:
+        raise UserError(f"{where}: not supported: its actions have no fields that could be arguments of a tool")
+    arguments = {
+        key: (_python_type(field, schema.get("$defs", {})), field.get("description", f"the action's {key}"))
+        for key, field in fields.items()
+    }
+    tool = _make_tool(schema.get("description", "Act in the environment."), arguments, schema.get("required", ()))
+    return _make_class(name, source, _begin_openenv, partial(_step_openenv, to_action), tool)
+
+
+def _begin_openenv(inner: Any, row: dict[str, Any]) -> str:
+    accepted = inspect.signature(inner.reset).parameters
+    everything = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
+    columns = {
+        key: row[key] for key in row.keys() - {"prompt"} if (everything or key in accepted) and row[key] is not None
+    }
+    return _show_fields(inner.reset(**columns))
+
+
+def _step_openenv(to_action: Callable[[dict[str, Any]], Any], inner: Any, arguments: dict[str, Any]) -> Step:
+    result = inner.step(to_action(arguments))
+    reward = float(result.reward or 0.0)
+    return _show_fields(result), reward, bool(result.done), reward > 0
+
+
+def _show_fields(result: Any) -> str:
+    """Returns as text what there is to see in a client's result, or in an observation with reward and end in it."""
+    seen = result.observation if type(result).__name__ == "StepResult" else result
+    fields = seen if isinstance(seen, Mapping) else TypeAdapter(type(seen)).dump_python(seen)
+    fields = {key: value for key, value in fields.items() if key not in ("done", "reward", "metadata")}
+    return _as_text(next(iter(fields.values())) if len(fields) == 1 else fields or "")
+
+
+def _action_class(source: Any) -> type | None:
+    """Returns the class of actions of an environment's or client's class, from its `step` or its generic base."""
+    kind = source.func if isinstance(source, partial) else source
+    if inspect.isclass(kind) and inspect.isclass(found := get_type_hints(kind.step).get("action")):
+        return found
+    bases = (get_args(base) for base in getattr(kind, "__orig_bases__", ()))
+    return next((each[0] for each in bases if each and inspect.isclass(each[0])), None)
+
+
+def _python_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
+    """Returns the type whose JSON schema this is, as far as types of a tool's arguments can say it."""
+    schema = definitions.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    if "enum" in schema or "const" in schema:
+        return Literal[tuple(schema.get("enum", [schema.get("const")]))]
+    if "anyOf" in schema:
+        return Union[tuple(_python_type(each, definitions) for each in schema["anyOf"])]  # noqa: UP007
+    if schema.get("type") == "array":
+        return list[_python_type(schema.get("items", {}), definitions)]  # type: ignore[misc]
+    return JSON_TYPES.get(schema.get("type", ""), Any)
+
+
+def _make_tool(text: str, arguments: Mapping[str, tuple[Any, str]], required: Sequence[str]) -> Callable[..., str]:
+    """Returns the method `act`, whose arguments have types and descriptions."""
+
+    def act(self: Any, **values: Any) -> str:
+        if self.done:
+            raise ValueError("the episode is over")
+        observation, reward, self.done, success = self._step(self._inner, values)
+        self._total += reward
+        self.success = success if self.done else None
+        return observation
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for name, (annotation, _) in arguments.items():
+        options = {"default": inspect.Parameter.empty if name in required else None, "annotation": annotation}
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **options))
+    lines = [f"    {name}: {' '.join(description.split())}" for name, (_, description) in arguments.items()]
+    act.__doc__ = "\n".join([" ".join(text.split()), "", "Args:", *lines])
+    act.__annotations__ = {name: annotation for name, (annotation, _) in arguments.items()}
+    act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return act
+
+
+def _make_class(name: str, make: Any, begin: Any, step: Any, tool: Any) -> type[Environment]:
+    functions = {"_make": staticmethod(make), "_begin": staticmethod(begin), "_step": staticmethod(step)}
+    return type(name, (_Wrapper,), {**functions, "act": tool})
+
+
+def _as_text(value: Any) -> str:
+    """Returns an observation as a text, or in one line of JSON with arrays as lists; a longer one is cut."""
+    as_json = lambda part: part.tolist() if hasattr(part, "tolist") else str(part)  # noqa: E731
+    text = value if isinstance(value, str) else json.dumps(value, default=as_json, ensure_ascii=False)
+    return shorten(text, LONGEST_OBSERVATION)
+
+
+def _require(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"{package} is not installed: pip install 'llmlab[environments]' or pip install {package}")
