@@ -7,11 +7,11 @@ Continuous actions and OpenEnv's listing of MCP tools are not supported.
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal, Union, get_args, get_type_hints
+from typing import Any, Literal, Union, get_type_hints
 from urllib.request import urlopen
 
 from pydantic import TypeAdapter
@@ -24,16 +24,11 @@ MOST_CHOICES = 64  # actions that the tool's schema lists one by one
 COLORED = re.compile(r"\x1b\[[\d;]+m(.*?)\x1b\[0m", re.DOTALL)
 JSON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "null": type(None)}
 ANSWER_TIME = 10  # seconds for a server's schema
-
 Step = tuple[str, float, bool, bool]  # observation, reward, whether it was the last, and if so whether it succeeded
 
 
 class _Wrapper(Environment):
     """An episode of an inner environment, whose steps have rewards that are summed."""
-
-    _make: Callable[[], Any]
-    _begin: Callable[[Any, dict[str, Any]], str]
-    _step: Callable[[Any, dict[str, Any]], Step]
 
     def __init__(self) -> None:
         self._inner, self._total = self._make(), 0.0
@@ -50,7 +45,7 @@ class _Wrapper(Environment):
         return self._total
 
 
-def from_gymnasium(source: Any, *, action_names: Sequence[str] = (), **options: Any) -> type[Environment]:
+def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
     """Returns a class of environments that play one of gymnasium's, with a tool `act(action)`.
 
     An episode ends when terminated or truncated; it was a success where the `info` says `is_success`, or where it was
@@ -59,7 +54,6 @@ def from_gymnasium(source: Any, *, action_names: Sequence[str] = (), **options: 
 
     Args:
         source: an id such as `FrozenLake-v1`, a function that makes an environment, or one that `gymnasium.make` made.
-        action_names: of discrete actions, in order; by default those in the environment's documentation, if any.
         options: for `gymnasium.make`, with an id.
     """
     _require("gymnasium", "gymnasium")
@@ -75,20 +69,18 @@ def from_gymnasium(source: Any, *, action_names: Sequence[str] = (), **options: 
         inner = make()
         if make is not source and "ansi" in inner.metadata.get("render_modes", ()) and inner.render_mode is None:
             make = partial(make, render_mode="ansi")
-    space, kind = inner.action_space, str
+    space = inner.action_space
     if isinstance(space, gymnasium.spaces.Discrete):
         values = range(int(space.start), int(space.start + space.n))
-        kind = Literal[tuple(values)] if len(values) <= MOST_CHOICES else int  # type: ignore[assignment]
-        names = action_names or _documented_actions(inner.unwrapped, values)
-        listing = "; ".join(f"{value}: {name}" for value, name in zip(values, names, strict=False))
-        description = listing or f"a number from {values[0]} to {values[-1]}"
+        action = {"type": "integer", "description": _name_actions(inner.unwrapped, values)}
+        action |= {"enum": [*values]} if len(values) <= MOST_CHOICES else {}
     elif isinstance(space, gymnasium.spaces.Text):
-        description = f"a text of {space.min_length} to {space.max_length} characters"
+        action = {"type": "string", "description": f"a text of {space.min_length} to {space.max_length} characters"}
     else:
         raise UserError(f"{where}: not supported: its actions are {space}; expected Discrete or Text")
     name = inner.spec.id if inner.spec else type(inner.unwrapped).__name__
-    tool = _make_tool("Act in the environment.", {"action": (kind, description)}, ["action"])
-    return _make_class(name, make, _begin_gymnasium, _step_gymnasium, tool)
+    schema = {"properties": {"action": action}, "required": ["action"]}
+    return _wrap(name, schema, make, _begin_gymnasium, _step_gymnasium)
 
 
 def _begin_gymnasium(inner: Any, row: dict[str, Any]) -> str:
@@ -109,11 +101,13 @@ def _draw(inner: Any) -> str:
     return COLORED.sub(r"[\1]", inner.render()) if inner.render_mode == "ansi" else ""
 
 
-def _documented_actions(inner: Any, values: range) -> list[str]:
-    """Returns the names of discrete actions from the list under "Action Space" in gymnasium's docstrings, if any."""
+def _name_actions(inner: Any, values: range) -> str:
+    """Returns the meanings of discrete actions from the list under "Action Space" in gymnasium's docstrings."""
     _, _, section = (type(inner).__doc__ or "").partition("## Action Space")
-    names = dict(re.findall(r"^\s*- (\d+): (.+?)\s*$", section.partition("##")[0], re.MULTILINE))
-    return [names[str(value)] for value in values] if set(names) == set(map(str, values)) else []
+    names = re.findall(r"^\s*- (\d+): (.+?)\s*$", section.partition("##")[0], re.MULTILINE)
+    if [number for number, _ in names] != [str(value) for value in values]:
+        return f"a number from {values[0]} to {values[-1]}"
+    return "; ".join(": ".join(pair) for pair in names)
 
 
 def from_openenv(source: Any, *, action: type | None = None) -> type[Environment]:
@@ -123,8 +117,8 @@ def from_openenv(source: Any, *, action: type | None = None) -> type[Environment
     the columns of the row that the environment's own `reset` takes.
 
     Args:
-        source: the address of a server; or an environment class, or a function that makes an environment or a client.
-        action: the class of actions, where it does not follow from the source's types; for a server its schema says.
+        source: the address of a server; an environment class; or a function that makes an environment or a client.
+        action: the class of actions; by default what a server's schema says, or the type of `action` in `step`.
     """
     _require("openenv", "openenv-core")
     name, to_action = getattr(source, "__name__", "OpenEnv"), dict
@@ -137,28 +131,21 @@ def from_openenv(source: Any, *, action: type | None = None) -> type[Environment
             schema = json.load(answer)["action"]
         source = partial(GenericEnvClient, base_url=address)
     else:
-        action = action or _action_class(source)
-        if action is None:
-            raise UserError(f"{where}: its class of actions is unknown; expected a type for `action` in its `step`")
+        if action is None and inspect.isclass(source):
+            action = get_type_hints(source.step).get("action")
+        if not inspect.isclass(action):
+            raise UserError(f"{where}: expected a class as the type of `action` in its `step`, or as action=")
         schema, to_action = TypeAdapter(action).json_schema(), TypeAdapter(action).validate_python
-    fields = {key: field for key, field in schema.get("properties", {}).items() if key != "metadata"}
-    if not fields:
+    schema.get("properties", {}).pop("metadata", None)
+    if not schema.get("properties"):
         raise UserError(f"{where}: not supported: its actions have no fields that could be arguments of a tool")
-    arguments = {
-        key: (_python_type(field, schema.get("$defs", {})), field.get("description", f"the action's {key}"))
-        for key, field in fields.items()
-    }
-    tool = _make_tool(schema.get("description", "Act in the environment."), arguments, schema.get("required", ()))
-    return _make_class(name, source, _begin_openenv, partial(_step_openenv, to_action), tool)
+    return _wrap(name, schema, source, _begin_openenv, partial(_step_openenv, to_action))
 
 
 def _begin_openenv(inner: Any, row: dict[str, Any]) -> str:
     accepted = inspect.signature(inner.reset).parameters
-    everything = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
-    columns = {
-        key: row[key] for key in row.keys() - {"prompt"} if (everything or key in accepted) and row[key] is not None
-    }
-    return _show_fields(inner.reset(**columns))
+    names = row if any(each.kind is each.VAR_KEYWORD for each in accepted.values()) else accepted
+    return _show_fields(inner.reset(**{name: row[name] for name in row if name in names and row[name] is not None}))
 
 
 def _step_openenv(to_action: Callable[[dict[str, Any]], Any], inner: Any, arguments: dict[str, Any]) -> Step:
@@ -175,13 +162,29 @@ def _show_fields(result: Any) -> str:
     return _as_text(next(iter(fields.values())) if len(fields) == 1 else fields or "")
 
 
-def _action_class(source: Any) -> type | None:
-    """Returns the class of actions of an environment's or client's class, from its `step` or its generic base."""
-    kind = source.func if isinstance(source, partial) else source
-    if inspect.isclass(kind) and inspect.isclass(found := get_type_hints(kind.step).get("action")):
-        return found
-    bases = (get_args(base) for base in getattr(kind, "__orig_bases__", ()))
-    return next((each[0] for each in bases if each and inspect.isclass(each[0])), None)
+def _wrap(name: str, schema: Mapping[str, Any], make: Any, begin: Any, step: Any) -> type[Environment]:
+    """Returns a class of environments whose tool `act` has the properties of a JSON schema as its arguments."""
+
+    def act(self: Any, **values: Any) -> str:
+        if self.done:
+            raise ValueError("the episode is over")
+        observation, reward, self.done, success = self._step(self._inner, values)
+        self._total += reward
+        self.success = success if self.done else None
+        return observation
+
+    lines = [" ".join(schema.get("description", "Act in the environment.").split()), "", "Args:"]
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for key, field in schema["properties"].items():
+        default = inspect.Parameter.empty if key in schema.get("required", ()) else None
+        options = {"default": default, "annotation": _python_type(field, schema.get("$defs", {}))}
+        parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, **options))
+        lines.append(f"    {key}: {' '.join(field.get('description', key).split())}")
+    act.__doc__ = "\n".join(lines)
+    act.__annotations__ = {each.name: each.annotation for each in parameters[1:]}
+    act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    functions = {"_make": staticmethod(make), "_begin": staticmethod(begin), "_step": staticmethod(step)}
+    return type(name, (_Wrapper,), {**functions, "act": act})
 
 
 def _python_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
@@ -194,33 +197,6 @@ def _python_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> A
     if schema.get("type") == "array":
         return list[_python_type(schema.get("items", {}), definitions)]  # type: ignore[misc]
     return JSON_TYPES.get(schema.get("type", ""), Any)
-
-
-def _make_tool(text: str, arguments: Mapping[str, tuple[Any, str]], required: Sequence[str]) -> Callable[..., str]:
-    """Returns the method `act`, whose arguments have types and descriptions."""
-
-    def act(self: Any, **values: Any) -> str:
-        if self.done:
-            raise ValueError("the episode is over")
-        observation, reward, self.done, success = self._step(self._inner, values)
-        self._total += reward
-        self.success = success if self.done else None
-        return observation
-
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
-    for name, (annotation, _) in arguments.items():
-        options = {"default": inspect.Parameter.empty if name in required else None, "annotation": annotation}
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **options))
-    lines = [f"    {name}: {' '.join(description.split())}" for name, (_, description) in arguments.items()]
-    act.__doc__ = "\n".join([" ".join(text.split()), "", "Args:", *lines])
-    act.__annotations__ = {name: annotation for name, (annotation, _) in arguments.items()}
-    act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return act
-
-
-def _make_class(name: str, make: Any, begin: Any, step: Any, tool: Any) -> type[Environment]:
-    functions = {"_make": staticmethod(make), "_begin": staticmethod(begin), "_step": staticmethod(step)}
-    return type(name, (_Wrapper,), {**functions, "act": tool})
 
 
 def _as_text(value: Any) -> str:

@@ -98,8 +98,8 @@ def test_an_environment_is_made_anew_for_each_episode():
     import gymnasium
 
     made = gymnasium.make("Blackjack-v1", natural=True)
-    kind = from_gymnasium(made, action_names=["stand", "take a card"])
-    assert action_schema(kind)["properties"]["action"]["description"] == "0: stand; 1: take a card"
+    kind = from_gymnasium(made)
+    assert action_schema(kind)["properties"]["action"]["description"] == "0: Stick; 1: Hit"
     first, second = kind(), kind()
     assert first._inner is not second._inner and first._inner.unwrapped.natural
     assert first.reset(seed=3) == second.reset(seed=3) != second.reset(seed=4)
@@ -217,7 +217,7 @@ def test_a_client_class_and_its_end(echo, address):
         def _step_payload(self, action):
             return {"message": action.message}
 
-    environment = from_openenv(partial(Client, base_url=address))()
+    environment = from_openenv(partial(Client, base_url=address), action=Action)()
     assert environment.reset() == "Echo environment ready!"
     assert environment.act(message="bye") == "bye"
     assert (environment.done, environment.success) == (True, True)
@@ -266,7 +266,7 @@ def test_fields_of_actions_keep_their_types(echo):
 @needs_openenv
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("http://127.0.0.1:9", "cannot be read as an OpenEnv server"), (lambda: None, "its class of actions is unknown")],
+    [("http://127.0.0.1:9", "cannot be read as an OpenEnv server"), (lambda: None, "expected a class as the type of `action`")],
 )
 def test_sources_that_are_no_environment_are_one_sentence(source, words):
     with pytest.raises(UserError, match=words):
