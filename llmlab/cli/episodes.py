@@ -73,18 +73,15 @@ def run_episodes(
     if run in SCRIPTED and environment != SIMULATOR:
         raise UserError(f"{run}: only the simulator has scripted policies; expected a model to play {environment}")
 
-    from llmlab.data.chat.conversations import load_conversations
-    from llmlab.data.sources import Tally
     from llmlab.episodes import Task
     from llmlab.simulator.loading import load_environment
+    from llmlab.training.preference.pairs import load_prompts
 
     make = load_environment(environment, allow_code=allow_code)
-    rows = list(load_conversations(source, "prompts or text", at_most=count).conversations(Tally(), count))
-    if not rows:
-        raise UserError(f"--tasks {tasks}: there is no prompt in the first {count:,} rows")
+    prompts, _ = load_prompts(source, limit=count)
     played = {}
     for name in dict.fromkeys([run, *(SCRIPTED if environment == SIMULATOR else ())]):
-        fresh = [Task(make(), row["prompt"], row["columns"]) for row in rows]
+        fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
         if name in SCRIPTED:
             random = Random(seed)
             played[name] = [

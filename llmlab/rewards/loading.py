@@ -16,11 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
-from llmlab.settings.code import find_code, run_file
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 from llmlab.settings.sources import Resolved, as_resolved
+from llmlab.settings.trust import load_code
 
 
 def load_rewards(
@@ -56,10 +56,9 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     name = settings.name
     from_file = ".py:" in name
     if from_file:
-        path, function_name = find_code(name, allow_code, folder)
-        if check_only:
+        target = load_code(name, "function", allowed=allow_code, folder=folder, check_only=check_only)
+        if target is None:
             return None
-        target = run_file(path, function_name, "function")
     elif name in REWARDS:
         target = REWARDS[name]
     else:
