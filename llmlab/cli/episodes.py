@@ -4,6 +4,7 @@ Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`.
 """
 
 import json
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from random import Random
@@ -32,7 +33,14 @@ app = typer.Typer(no_args_is_help=True)
 
 SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
 GROUPS = ("category", "difficulty")  # columns by which success is shown
+SHARES = ("success", "ended")  # figures in percent; the others are means
 BATCH = 16  # turns that are sampled at the same time
+ENDS = {
+    "done": "the environment",
+    "answer": "an answer",
+    "calls": "the limit of calls",
+    "length": "the limit of tokens",
+}
 LONGEST = 800  # characters of a text in a replay
 
 
@@ -44,19 +52,12 @@ class Outcome(NamedTuple):
     rewards: list[float]
 
 
-@app.callback()
-def episodes() -> None:
-    """Play episodes with tools."""
-
-
 @app.command("run")
 def run_episodes(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id; or expert, or random.")],
     tasks: Annotated[str, typer.Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
     count: Annotated[int, typer.Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
-    environment: Annotated[
-        str, typer.Option(help="simulator, gymnasium:ID, openenv:URL or file.py:Class.", metavar="NAME")
-    ] = SIMULATOR,
+    environment: Annotated[str, typer.Option(help="As in settings: simulator, gymnasium:ID, ...")] = SIMULATOR,
     allow_code: Annotated[bool, typer.Option(help="Run environments from files, or on other machines.")] = False,
     max_episode_length: setting_option(EnvironmentSettings, "max_episode_length") = 20,  # type: ignore[valid-type]
     temperature: Temperature = 0.7,
@@ -82,13 +83,8 @@ def run_episodes(
     played = {}
     for name in dict.fromkeys([run, *(SCRIPTED if environment == SIMULATOR else ())]):
         fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
-        if name in SCRIPTED:
-            random = Random(seed)
-            played[name] = [
-                _play_scripted(task, None if name == "expert" else random, max_episode_length) for task in fresh
-            ]
-        else:
-            played[name] = _play_model(name, fresh, sampling, max_episode_length, seed)
+        play = partial(_play_scripted, name) if name in SCRIPTED else partial(_play_model, name, sampling)
+        played[name] = play(fresh, max_episode_length, seed)
     results = {name: figures(outcomes) for name, outcomes in played.items()}
     if as_json:
         replays = [{"messages": e.prompt + e.completion, "end": e.end, "rewards": r} for e, _, r in played[run]]
@@ -98,13 +94,13 @@ def run_episodes(
         _print_replay(console, number, outcome)
     table = make_table(Column(overflow="fold"), *(numeric(safe(Path(name).name)) for name in results))
     for name in dict.fromkeys(name for each in results.values() for name in each):
-        values = [each.get(name, 0.0) for each in results.values()]
-        table.add_row(safe(name), *(percent(value) if "success" in name else f"{value:.2f}" for value in values))
+        values, share = [each.get(name, 0.0) for each in results.values()], name.startswith(SHARES)
+        table.add_row(safe(name), *(percent(value) if share else f"{value:.2f}" for value in values))
     console.print(table)
 
 
 def _play_model(
-    run: str, tasks: "list[Task]", sampling: SamplingSettings, max_episode_length: int, seed: int
+    run: str, sampling: SamplingSettings, tasks: "list[Task]", max_episode_length: int, seed: int
 ) -> list[Outcome]:
     """Plays a model; rewards after a turn are those before the next one is sampled, or those of the end."""
     from transformers import set_seed
@@ -113,74 +109,80 @@ def _play_model(
     from llmlab.inference import context_length, generate_tokens, load_for_inference
     from llmlab.runs.progress import quiet_libraries
 
-    before: list[list[float]] = []  # rewards of all episodes before each turn
+    rewards: list[list[float]] = []  # of all episodes, before each turn
 
     def sample(rows: list[list[int]]) -> list[list[int]]:
-        before.append([task.environment.get_reward() for task in tasks])
+        rewards.append([reward_of(task.environment) for task in tasks])
         batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
         return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
 
     with quiet_libraries(), Terminal(stderr=True).status("Playing"):
         model, tokenizer = load_for_inference(run)
         set_seed(seed)
-        limits = {"max_new_tokens": sampling.max_new_tokens, "max_length": context_length(model)}
-        played = play(tasks, sample, tokenizer, max_episode_length=max_episode_length, **limits)
-    after = [*before[1:], [task.environment.get_reward() for task in tasks]]
-    return [
-        Outcome(episode, task.columns, [turn[number] for turn in after])
-        for number, (task, episode) in enumerate(zip(tasks, played, strict=True))
-    ]
+        limits = {"max_episode_length": max_episode_length, "max_new_tokens": sampling.max_new_tokens}
+        played = play(tasks, sample, tokenizer, max_length=context_length(model), **limits)
+    rewards.append([reward_of(task.environment) for task in tasks])
+    after = zip(*rewards[1:], strict=True)  # (tasks, turns)
+    return [Outcome(episode, task.columns, [*own]) for task, episode, own in zip(tasks, played, after, strict=True)]
 
 
-def _play_scripted(task: "Task", random: Random | None, max_episode_length: int) -> Outcome:
-    """Plays the simulator's expert, or with `random` the random policy."""
+def _play_scripted(policy: str, tasks: "list[Task]", max_episode_length: int, seed: int) -> list[Outcome]:
+    """Plays the simulator's expert or its random policy."""
     from llmlab.episodes import Episode
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
-    from llmlab.simulator.tasks import read_task
 
-    environment, (*before, last), columns = task
-    last = {**last, "content": last["content"] + environment.reset(**columns)}
-    goal = read_task(columns["task"], columns.get("difficulty"))
-    outcome = Outcome(Episode(environment, [*before, last], [], end="calls"), columns, [])
-    calls = random_calls(goal, random) if random else expert_calls(goal)
-    for name, arguments in calls[:max_episode_length]:
-        results = play_scripted(environment, [(name, arguments)])
-        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        outcome.episode.completion += [{"role": "assistant", "content": "", "tool_calls": [call]}]
-        outcome.episode.completion += [{"role": "tool", "name": name, "content": result} for result in results]
-        outcome.rewards.append(environment.get_reward())
-        outcome.episode.calls += 1
-        if environment.done:
-            outcome.episode.end = "done"
-            break
-    return outcome
+    outcomes, random = [], Random(seed)
+    for environment, (*before, last), columns in tasks:
+        prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
+        episode, rewards = Episode(environment, prompt, []), []
+        calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)
+        for name, arguments in calls[:max_episode_length]:
+            if environment.done:
+                break
+            (result,) = play_scripted(environment, [(name, arguments)])
+            call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+            episode.completion.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            episode.completion.append({"role": "tool", "name": name, "content": result})
+            episode.calls += 1
+            rewards.append(environment.get_reward())
+        episode.end = "done" if environment.done else "calls"
+        outcomes.append(Outcome(episode, columns, rewards))
+    return outcomes
+
+
+def reward_of(environment: Any) -> float:
+    """Returns the reward so far of an environment that may leave rewards to others, as TRL's may."""
+    return float(environment.get_reward()) if hasattr(environment, "get_reward") else 0.0
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, float]:
     """Returns shares of success, with Wilson's interval of 95 % (1927) and by the rows' groups, and means."""
     environments = [each.episode.environment for each in outcomes]
-    success, count, z = [float(bool(each.success)) for each in environments], len(outcomes), 1.96
+    success, count, z = [float(bool(getattr(each, "success", None))) for each in environments], len(outcomes), 1.96
     share, scale = fmean(success), 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
-    spread = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
-    table = {"success": share, "success, lowest (95 %)": middle - spread, "success, highest (95 %)": middle + spread}
+    spread = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
+    table = {"success": share, "success, at least": max(middle - spread, 0.0), "success, at most": middle + spread}
     for column in GROUPS:
         values = [each.columns.get(column) for each in outcomes]
         for value in sorted({*values} - {None}):
             chosen = [each for each, own in zip(success, values, strict=True) if own == value]
             table[f"success, {column} {value}"] = fmean(chosen)
+    for end, name in ENDS.items():
+        table[f"ended by {name}"] = fmean(each.episode.end == end for each in outcomes)
     table["calls"] = fmean(each.episode.calls for each in outcomes)
-    table["reward"] = fmean(each.get_reward() for each in environments)
-    for name in environments[0].rewards:
-        table[f"reward, {name}"] = fmean(each.rewards[name] for each in environments)
+    table["reward"] = fmean(map(reward_of, environments))
+    parts = [getattr(each, "rewards", {}) for each in environments]
+    for name in dict.fromkeys(name for each in parts for name in each):
+        table[f"reward, {name}"] = fmean(each.get(name, 0.0) for each in parts)
     return table
 
 
 def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
     """Prints an episode turn by turn, with the reward after each."""
     episode, rewards = outcome.episode, iter(outcome.rewards)
-    ending = "[green]success[/]" if episode.environment.success else "[red]no success[/]"
-    title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, end: {episode.end}"
+    ending = "[green]success[/]" if getattr(episode.environment, "success", None) else "[red]no success[/]"
+    title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, ended by {ENDS[episode.end]}"
     console.print(Rule(title, align="left", style="dim"))
     table = make_table(Column(style="dim"), Column(overflow="fold", ratio=1), numeric(""), show_header=False)
     rows = [("prompt", episode.prompt[-1]["content"], "")]

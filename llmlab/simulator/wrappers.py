@@ -20,7 +20,6 @@ from llmlab.settings.errors import UserError, reading, shorten
 from llmlab.simulator.environment import Environment
 
 LONGEST_OBSERVATION = 8_000  # characters
-MOST_CHOICES = 64  # actions that the tool's schema lists one by one
 COLORED = re.compile(r"\x1b\[[\d;]+m(.*?)\x1b\[0m", re.DOTALL)
 JSON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "null": type(None)}
 ANSWER_TIME = 10  # seconds for a server's schema
@@ -60,10 +59,7 @@ def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
     import gymnasium
 
     where = f"environment 'gymnasium:{getattr(source, '__name__', source)}'"
-    if isinstance(source, gymnasium.Env):
-        if source.spec is None:
-            raise UserError(f"{where}: each episode needs its own; expected an id, or a function that makes one")
-        source = source.spec
+    source = source.spec if isinstance(source, gymnasium.Env) else source
     with reading(where, "an environment"):
         make = source if callable(source) else partial(gymnasium.make, source, **options)
         inner = make()
@@ -73,7 +69,6 @@ def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
     if isinstance(space, gymnasium.spaces.Discrete):
         values = range(int(space.start), int(space.start + space.n))
         action = {"type": "integer", "description": _name_actions(inner.unwrapped, values)}
-        action |= {"enum": [*values]} if len(values) <= MOST_CHOICES else {}
     elif isinstance(space, gymnasium.spaces.Text):
         action = {"type": "string", "description": f"a text of {space.min_length} to {space.max_length} characters"}
     else:
@@ -85,7 +80,7 @@ def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
 
 def _begin_gymnasium(inner: Any, row: dict[str, Any]) -> str:
     observation, _ = inner.reset(seed=row.get("seed"), options=row.get("options"))
-    return _draw(inner) + _as_text(observation)
+    return _draw(inner, observation)
 
 
 def _step_gymnasium(inner: Any, arguments: dict[str, Any]) -> Step:
@@ -94,11 +89,12 @@ def _step_gymnasium(inner: Any, arguments: dict[str, Any]) -> Step:
         raise ValueError(f"action = {action!r:.40}: expected one of {shorten(str(inner.action_space))}")
     observation, reward, terminated, truncated, info = inner.step(action)
     success = bool(info.get("is_success", terminated and reward > 0))
-    return _draw(inner) + _as_text(observation), float(reward), bool(terminated or truncated), success
+    return _draw(inner, observation), float(reward), bool(terminated or truncated), success
 
 
-def _draw(inner: Any) -> str:
-    return COLORED.sub(r"[\1]", inner.render()) if inner.render_mode == "ansi" else ""
+def _draw(inner: Any, observation: Any) -> str:
+    drawing = COLORED.sub(r"[\1]", inner.render()) if inner.render_mode == "ansi" else ""
+    return drawing + _as_text(observation)
 
 
 def _name_actions(inner: Any, values: range) -> str:

@@ -32,7 +32,7 @@ def test_frozen_lake_is_played_to_its_goal_and_into_a_hole():
     kind = from_gymnasium("FrozenLake-v1", is_slippery=False)
     action = action_schema(kind)["properties"]["action"]
     names = "0: Move left; 1: Move down; 2: Move right; 3: Move up"
-    assert action == {"type": "integer", "enum": [0, 1, 2, 3], "description": names}
+    assert action == {"type": "integer", "description": names}
     lake = kind()
     assert lake.reset(seed=1, prompt="not for gymnasium") == "\n[S]FFF\nFHFH\nFFFH\nHFFG\n0"
     for step in (1, 1, 2, 1, 2):
@@ -266,7 +266,10 @@ def test_fields_of_actions_keep_their_types(echo):
 @needs_openenv
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("http://127.0.0.1:9", "cannot be read as an OpenEnv server"), (lambda: None, "expected a class as the type of `action`")],
+    [
+        ("http://127.0.0.1:9", "cannot be read as an OpenEnv server"),
+        (lambda: None, "expected a class as the type of `action`"),
+    ],
 )
 def test_sources_that_are_no_environment_are_one_sentence(source, words):
     with pytest.raises(UserError, match=words):
