@@ -5,11 +5,12 @@ Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`.
 
 import json
 from functools import partial
+from itertools import compress
 from math import sqrt
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.rule import Rule
@@ -25,9 +26,6 @@ from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import Terminal, make_table, numeric, percent, safe, say_json
-
-if TYPE_CHECKING:
-    from llmlab.episodes import Episode, Task
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -47,7 +45,7 @@ LONGEST = 800  # characters of a text in a replay
 class Outcome(NamedTuple):
     """An episode, the columns of its row, and the reward after each turn."""
 
-    episode: "Episode"
+    episode: Any
     columns: dict[str, Any]
     rewards: list[float]
 
@@ -100,7 +98,7 @@ def run_episodes(
 
 
 def _play_model(
-    run: str, sampling: SamplingSettings, tasks: "list[Task]", max_episode_length: int, seed: int
+    run: str, sampling: SamplingSettings, tasks: list[Any], max_episode_length: int, seed: int
 ) -> list[Outcome]:
     """Plays a model; rewards after a turn are those before the next one is sampled, or those of the end."""
     from transformers import set_seed
@@ -122,11 +120,11 @@ def _play_model(
         limits = {"max_episode_length": max_episode_length, "max_new_tokens": sampling.max_new_tokens}
         played = play(tasks, sample, tokenizer, max_length=context_length(model), **limits)
     rewards.append([reward_of(task.environment) for task in tasks])
-    after = zip(*rewards[1:], strict=True)  # (tasks, turns)
-    return [Outcome(episode, task.columns, [*own]) for task, episode, own in zip(tasks, played, after, strict=True)]
+    after = rewards[1:]  # (turns, tasks)
+    return [Outcome(each, tasks[k].columns, [turn[k] for turn in after]) for k, each in enumerate(played)]
 
 
-def _play_scripted(policy: str, tasks: "list[Task]", max_episode_length: int, seed: int) -> list[Outcome]:
+def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Outcome]:
     """Plays the simulator's expert or its random policy."""
     from llmlab.episodes import Episode
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
@@ -157,8 +155,8 @@ def reward_of(environment: Any) -> float:
 
 def figures(outcomes: list[Outcome]) -> dict[str, float]:
     """Returns shares of success, with Wilson's interval of 95 % (1927) and by the rows' groups, and means."""
-    environments = [each.episode.environment for each in outcomes]
-    success, count, z = [float(bool(getattr(each, "success", None))) for each in environments], len(outcomes), 1.96
+    environments, count, z = [each.episode.environment for each in outcomes], len(outcomes), 1.96
+    success = [float(bool(getattr(each, "success", None))) for each in environments]
     share, scale = fmean(success), 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     spread = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
@@ -166,8 +164,7 @@ def figures(outcomes: list[Outcome]) -> dict[str, float]:
     for column in GROUPS:
         values = [each.columns.get(column) for each in outcomes]
         for value in sorted({*values} - {None}):
-            chosen = [each for each, own in zip(success, values, strict=True) if own == value]
-            table[f"success, {column} {value}"] = fmean(chosen)
+            table[f"success, {column} {value}"] = fmean(compress(success, [each == value for each in values]))
     for end, name in ENDS.items():
         table[f"ended by {name}"] = fmean(each.episode.end == end for each in outcomes)
     table["calls"] = fmean(each.episode.calls for each in outcomes)
@@ -185,16 +182,14 @@ def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
     title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, ended by {ENDS[episode.end]}"
     console.print(Rule(title, align="left", style="dim"))
     table = make_table(Column(style="dim"), Column(overflow="fold", ratio=1), numeric(""), show_header=False)
-    rows = [("prompt", episode.prompt[-1]["content"], "")]
+    table.add_row("prompt", Text(shorten(episode.prompt[-1]["content"].strip(), LONGEST)))
     for message in episode.completion:
-        if message["role"] == "tool":
-            rows.append(("result", message["content"], ""))
-            continue
-        rows += [("model", message["content"], "")] if message["content"] else []
         calls = [call["function"] for call in message.get("tool_calls", ())]
-        rows += [("call", f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}", "") for call in calls]
-        rows[-1] = (*rows[-1][:2], f"{next(rewards):.1f}")
-    for label, text, reward in rows:
-        table.add_row(label, Text(shorten(text.strip(), LONGEST)), reward)
+        lines = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
+        text = Text(shorten("\n".join([message["content"], *lines]).strip(), LONGEST))
+        if message["role"] == "tool":
+            table.add_row("result", text)
+        else:
+            table.add_row("[bold]model[/]", text, f"{next(rewards):.1f}")
     console.print(table)
     console.print()

@@ -87,7 +87,7 @@ def test_the_expert_solves_all_and_chance_next_to_nothing(cli):
 def test_replays_show_calls_results_and_the_reward_after_each_turn(cli):
     code, out, _ = cli("expert", "--tasks", "demo/tasks", "-n", 2, "--show", 1)
     assert code == 0 and "episode 1  success" in out and "episode 2" not in out
-    for word in ("prompt ", "call ", "result ", "100.0 %"):
+    for word in ("prompt ", "model ", "result ", "100.0 %"):
         assert word in out
     assert all(len(line) <= 80 for line in out.splitlines())
 
