@@ -1,0 +1,98 @@
+"""A virtual file system: texts by path, in memory, bounded in size. It never touches the disk.
+
+Paths are relative to its root, with or without a leading `/`; folders exist where files are in them.
+"""
+
+import re
+from collections.abc import Mapping
+from fnmatch import translate
+
+MAX_TEXT = 20_000  # characters of a file or an argument
+MAX_FILES = 200
+MAX_PATH = 200  # characters
+
+
+class ToolError(ValueError):
+    """What a tool answers instead of a result."""
+
+
+def normalize(path: str) -> str:
+    """Returns a path relative to the root, which itself is empty; refuses one that leads out of it."""
+    if len(path) > MAX_PATH or "\0" in path:
+        raise ToolError(f"{path[:40]!r}: not a path")
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == ".." and not parts:
+            raise ToolError(f"{path}: outside of the file system")
+        elif part == "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
+
+
+class FileSystem:
+    """Files of one world."""
+
+    def __init__(self, texts: Mapping[str, str] = {}):  # noqa: B006
+        self.texts: dict[str, str] = {}
+        for path, text in texts.items():
+            self.write(path, text)
+
+    def is_folder(self, path: str) -> bool:
+        return not path or any(name.startswith(f"{path}/") for name in self.texts)
+
+    def read(self, path: str) -> str:
+        """Returns the text of a file."""
+        name = normalize(path)
+        if name not in self.texts:
+            raise ToolError(f"{path}: is a folder" if self.is_folder(name) else f"{path}: no such file")
+        return self.texts[name]
+
+    def write(self, path: str, text: str) -> None:
+        """Makes a file, or replaces its text."""
+        name = normalize(path)
+        if self.is_folder(name):
+            raise ToolError(f"{path}: is a folder")
+        if any(name.startswith(f"{other}/") for other in self.texts):
+            raise ToolError(f"{path}: a part of it is a file")
+        if len(text) > MAX_TEXT or (name not in self.texts and len(self.texts) >= MAX_FILES):
+            raise ToolError(f"{path}: no space left: at most {MAX_FILES} files of {MAX_TEXT:,} characters")
+        self.texts[name] = text
+
+    def under(self, path: str) -> list[str]:
+        """Returns the sorted paths of the files in a folder and its folders, or the file itself."""
+        name = normalize(path)
+        if name in self.texts:
+            return [name]
+        if not self.is_folder(name):
+            raise ToolError(f"{path}: no such file or folder")
+        return sorted(other for other in self.texts if not name or other.startswith(f"{name}/"))
+
+    def entries(self, path: str) -> list[str]:
+        """Returns the sorted names in a folder, those of folders with a `/` at the end."""
+        name = normalize(path)
+        if name in self.texts:
+            raise ToolError(f"{path}: is a file")
+        rests = (other[len(name) :].lstrip("/") for other in self.under(path))
+        return sorted({first + slash for first, slash, _ in (rest.partition("/") for rest in rests)})
+
+    def glob(self, pattern: str) -> list[str]:
+        """Returns the sorted paths that a pattern matches: `*` and `?` within a name, `**` through folders."""
+        names = [part if part == "**" else re.compile(translate(part)) for part in normalize(pattern).split("/")]
+        return [path for path in sorted(self.texts) if _matches(path.split("/"), names)]
+
+
+def _matches(parts: list[str], names: list[str | re.Pattern[str]]) -> bool:
+    """Whether each part matches its name: of the states that `**` allows all are followed at once."""
+    states = {0}
+    for part in parts:
+        for state in range(len(names)):  # `**` may match no part at all
+            if state in states and names[state] == "**":
+                states.add(state + 1)
+        states = {
+            state if names[state] == "**" else state + 1
+            for state in states
+            if state < len(names) and (names[state] == "**" or names[state].match(part))  # type: ignore[union-attr]
+        }
+    return len(names) in states or (bool(names) and names[-1] == "**" and len(names) - 1 in states)
