@@ -41,10 +41,12 @@ def time_limit(pattern: str) -> Iterator[float]:
     try:
         yield TIMEOUT
     except TimeoutError:
-        raise SlowPattern(
-            f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: catastrophic backtracking; "
-            "avoid repeats inside repeats such as (a|aa)+"
-        ) from None
+        raise _slow(pattern) from None
+
+
+def _slow(pattern: str) -> SlowPattern:
+    advice = "catastrophic backtracking; avoid repeats inside repeats such as (a|aa)+"
+    return SlowPattern(f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: {advice}")
 
 
 Pattern = Annotated[str, AfterValidator(lambda text: compile_pattern(text, "pattern", FLAGS))]
@@ -56,6 +58,10 @@ class Deny(BaseModel, extra="forbid"):
     name: str
     pattern: Pattern
 
+    def breaks(self, text: str) -> bool:
+        """Whether it occurs in a text."""
+        return self.pattern.search(text, timeout=TIMEOUT) is not None
+
 
 class Allow(BaseModel, extra="forbid"):
     """A pattern; whatever it finds must be in the list, itself or as a subdomain through `*.domain`."""
@@ -63,6 +69,11 @@ class Allow(BaseModel, extra="forbid"):
     name: str
     find: Pattern
     only: tuple[str, ...]
+
+    def breaks(self, text: str) -> bool:
+        """Whether a text has something that is not in the list."""
+        found = (match[match.re.groups > 0] for match in self.find.finditer(text, timeout=TIMEOUT))
+        return any(word is not None and not self.has(word) for word in found)
 
     def has(self, word: str) -> bool:
         """Whether the list holds this word, whatever its case."""
@@ -79,13 +90,12 @@ class Guardrails(BaseModel, extra="forbid"):
     def broken_by(self, text: str) -> list[str]:
         """Returns the names of the guardrails that a text breaks."""
         names = []
-        for rule in self.deny:
-            with time_limit(rule.pattern.pattern) as timeout:
-                names += [rule.name] if rule.pattern.search(text, timeout=timeout) else []
-        for rule in self.allow:
-            with time_limit(rule.find.pattern) as timeout:
-                words = [match[match.re.groups > 0] for match in rule.find.finditer(text, timeout=timeout)]
-            names += [rule.name] if any(word is not None and not rule.has(word) for word in words) else []
+        for rule in (*self.deny, *self.allow):
+            try:
+                if rule.breaks(text):
+                    names.append(rule.name)
+            except TimeoutError:
+                raise _slow((rule.pattern if isinstance(rule, Deny) else rule.find).pattern) from None
         return names
 
 

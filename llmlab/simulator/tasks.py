@@ -158,9 +158,14 @@ def _templates(category: str, difficulty: int, split: str) -> list[tuple[dict[st
 def _slots(value: Any) -> list[str]:
     """Returns the names of the slots in the strings of nested values."""
     if isinstance(value, str):
-        return [re.split(r"[\[.]", field)[0] for _, field, _, _ in Formatter().parse(value) if field]
+        return _fields(value)
     parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return [slot for part in parts for slot in _slots(part)]
+
+
+@cache
+def _fields(pattern: str) -> list[str]:
+    return [re.split(r"[\[.]", field)[0] for _, field, _, _ in Formatter().parse(pattern) if field]
 
 
 def _fill(value: Any, values: Mapping[str, Any]) -> Any:
@@ -184,14 +189,14 @@ def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> An
             value = "".join(_compound(random, words["repeat"], split) for _ in range(count))
         else:
             value = _compound(random, words, split)
-            if _slots(words)[1:] and (crc32(value.encode()) % HELD_OUT_IN == 0) is (split == "train"):
+            if len(_fields(words)) > 1 and (crc32(value.encode()) % HELD_OUT_IN == 0) is (split == "train"):
                 continue
         if value not in taken.values() and value not in taken.get("", ()):
             return value
 
 
 def _compound(random: Random, pattern: str, split: str) -> str:
-    return pattern.format_map({slot: _draw(random, slot, split, {}) for slot in _slots(pattern)})
+    return pattern.format_map({slot: _draw(random, slot, split, {}) for slot in _fields(pattern)})
 
 
 def _pick(random: Random, choices: Any) -> Any:

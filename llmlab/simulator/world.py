@@ -65,7 +65,7 @@ class Simulator(Environment):
         self.reward_config = reward_config or RewardConfig()
         paths = [SHIPPED, SHIPPED_FOR_TOOLS, *([expand(str(guardrails))] if guardrails else [])]
         self._guardrails = [read_guardrails(path) for path in paths]
-        self._task: ToolTask | None = None
+        self.task: ToolTask | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -87,7 +87,7 @@ class Simulator(Environment):
 
     def _start(self, task: ToolTask) -> str:
         self._begin()
-        self._task = task
+        self.task = task
         self._files, self.done = FileSystem(task.files), False
         self._open = [_key(*call) for call in task.expected]
         return task.goal
@@ -99,7 +99,7 @@ class Simulator(Environment):
     @property
     def rewards(self) -> dict[str, float]:  # type: ignore[override]
         """The components of the reward so far, by name."""
-        failed = 0.0 if self.done and self._task is None or self.success else self.reward_config.task_failed
+        failed = 0.0 if self.done and self.task is None or self.success else self.reward_config.task_failed
         return {**self._rewards, "task_failed": failed}
 
     @property
@@ -107,9 +107,9 @@ class Simulator(Environment):
         """The reward of an episode that a guardrail ends, and that of the expert."""
         expert = Simulator(self.reward_config)
         expert._guardrails = self._guardrails
-        assert self._task is not None, "reset comes first"
-        expert._start(self._task)
-        for name, arguments in self._task.expected:
+        assert self.task is not None, "reset comes first"
+        expert._start(self.task)
+        for name, arguments in self.task.expected:
             getattr(expert, name)(**arguments)
         return self.reward_config.task_failed + self.reward_config.guardrail_violation, expert.get_reward()
 
@@ -216,7 +216,7 @@ class Simulator(Environment):
         """Accounts for a call, makes it unless it has a problem, and returns the observation."""
         if self.done:
             return "error: the episode is over"
-        assert self._task is not None
+        assert self.task is not None
         before, call = self.get_reward(), {"tool": name, "arguments": _shorten(arguments)}
         self.calls += 1
         self._add("step_penalty")
@@ -232,7 +232,7 @@ class Simulator(Environment):
                 observation = f"error: {problem}" if problem or act is None else act()
             except ToolError as error:
                 observation = f"error: {error}"
-            self.success = self._task.success.holds(self._files.texts, self._answer)
+            self.success = self.task.success.holds(self._files.texts, self._answer)
             self.done = self.success or self._answer is not None
             if self.success:
                 self._add("task_complete")
@@ -249,7 +249,7 @@ class Simulator(Environment):
         if key in self._open:
             self._open.remove(key)
             self._add("correct_tool")
-        elif problem or (self._task and self._task.expected):
+        elif problem or (self.task and self.task.expected):
             self._add("wrong_tool")
 
     def _broken_by(self, arguments: Any) -> list[str]:
