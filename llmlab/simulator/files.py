@@ -3,9 +3,9 @@
 Paths are relative to its root, with or without a leading `/`; folders exist where files are in them.
 """
 
-import re
 from collections.abc import Mapping
-from fnmatch import translate
+from fnmatch import fnmatchcase
+from functools import lru_cache
 
 MAX_TEXT = 20_000  # characters of a file or an argument
 MAX_FILES = 200
@@ -79,20 +79,15 @@ class FileSystem:
 
     def glob(self, pattern: str) -> list[str]:
         """Returns the sorted paths that a pattern matches: `*` and `?` within a name, `**` through folders."""
-        names = [part if part == "**" else re.compile(translate(part)) for part in normalize(pattern).split("/")]
-        return [path for path in sorted(self.texts) if _matches(path.split("/"), names)]
+        names = tuple(normalize(pattern).split("/"))
+        return [path for path in sorted(self.texts) if _matches(tuple(path.split("/")), names)]
 
 
-def _matches(parts: list[str], names: list[str | re.Pattern[str]]) -> bool:
-    """Whether each part matches its name: of the states that `**` allows all are followed at once."""
-    states = {0}
-    for part in parts:
-        for state in range(len(names)):  # `**` may match no part at all
-            if state in states and names[state] == "**":
-                states.add(state + 1)
-        states = {
-            state if names[state] == "**" else state + 1
-            for state in states
-            if state < len(names) and (names[state] == "**" or names[state].match(part))  # type: ignore[union-attr]
-        }
-    return len(names) in states or (bool(names) and names[-1] == "**" and len(names) - 1 in states)
+@lru_cache(maxsize=10_000)  # without it the time would be exponential in the number of `**`
+def _matches(parts: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern."""
+    if names and names[0] == "**":
+        return _matches(parts, names[1:]) or (bool(parts) and _matches(parts[1:], names))
+    if not names or not parts:
+        return not names and not parts
+    return fnmatchcase(parts[0], names[0]) and _matches(parts[1:], names[1:])

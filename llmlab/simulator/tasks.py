@@ -65,7 +65,7 @@ class Success(BaseModel, extra="forbid"):
 
 
 class ToolTask(BaseModel, extra="forbid"):
-    """A task; calls that are `expected` count as correct, in any order, once each."""
+    """A task; calls that are `expected` count as correct, in any order, once each, and all others as wrong."""
 
     goal: str
     success: Success

@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import is_unicode
 from llmlab.settings.paths import expand
-from llmlab.simulator.commands import run, searcher, split
+from llmlab.simulator.commands import lines_of, run, searcher
 from llmlab.simulator.environment import Environment
 from llmlab.simulator.files import MAX_TEXT, FileSystem, ToolError, normalize
 from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, read_guardrails
@@ -23,27 +23,23 @@ MAX_OBSERVATION = 4_000  # characters
 
 
 def tool(method: Callable[..., str]) -> Callable[..., str]:
-    """Makes a method a tool that accounts for each call and answers any call with text, never with an exception."""
+    """Makes a method, whose arguments are texts, a tool that accounts for each call and never raises an exception."""
     signature = inspect.signature(method)
-    types = {name: kind for name, kind in get_type_hints(method).items() if name != "return"}
 
     @wraps(method)
-    def call(self: "Simulator", *args: Any, **kwargs: Any) -> str:
+    def call(self: "Simulator", /, *args: Any, **kwargs: Any) -> str:
         try:
-            bound = signature.bind(self, *args, **kwargs)
+            arguments = dict([*signature.bind(self, *args, **kwargs).arguments.items()][1:])
         except TypeError as error:
             return self._act(method.__name__, kwargs, str(error))
-        bound.apply_defaults()
-        _, *named = bound.arguments.items()
         wrong = [
-            f"{name}: expected {types[name].__name__}" for name, value in named if not isinstance(value, types[name])
+            f"{name}: expected text of at most {MAX_TEXT:,} characters"
+            for name, value in arguments.items()
+            if not isinstance(value, str) or len(value) > MAX_TEXT or not is_unicode(value)
         ]
-        long = [f"{name}: over {MAX_TEXT:,} characters" for name, value in named if len(str(value)) > MAX_TEXT]
-        broken = [f"{name}: not valid Unicode" for name, value in named if not is_unicode(str(value))]
-        problem = "; ".join(wrong or long or broken)
-        return self._act(method.__name__, dict(named), problem, lambda: method(self, **dict(named)))
+        return self._act(method.__name__, arguments, "; ".join(wrong), lambda: method(self, **arguments))
 
-    call.__annotations__ = types  # a schema without "return" is shorter in every prompt
+    del call.__annotations__["return"]  # a schema without it is shorter in every prompt
     return call
 
 
@@ -99,7 +95,7 @@ class Simulator(Environment):
     @property
     def rewards(self) -> dict[str, float]:  # type: ignore[override]
         """The components of the reward so far, by name."""
-        failed = 0.0 if self.done and self.task is None or self.success else self.reward_config.task_failed
+        failed = self.reward_config.task_failed if self.task and not self.success else 0.0
         return {**self._rewards, "task_failed": failed}
 
     @property
@@ -175,7 +171,7 @@ class Simulator(Environment):
             path: A file or folder.
         """
         search = searcher(pattern)
-        texts = {name: split(self._files.texts[name]) for name in self._files.under(path)}
+        texts = {name: lines_of(self._files.texts[name]) for name in self._files.under(path)}
         return (
             "\n".join(f"{name}: {line}" for name, lines in texts.items() for line in lines if search(line)) or "none"
         )
@@ -212,12 +208,11 @@ class Simulator(Environment):
     def _add(self, component: str) -> None:
         self._rewards[component] += getattr(self.reward_config, component)
 
-    def _act(self, name: str | None, arguments: Any, problem: str, act: Callable[[], str] | None = None) -> str:
+    def _act(self, name: str | None, arguments: Any, problem: str, act: Callable[[], str] = str) -> str:
         """Accounts for a call, makes it unless it has a problem, and returns the observation."""
-        if self.done:
+        if self.done or self.task is None:
             return "error: the episode is over"
-        assert self.task is not None
-        before, call = self.get_reward(), {"tool": name, "arguments": _shorten(arguments)}
+        before, call = self.get_reward(), {"tool": name, "arguments": _record(arguments)}
         self.calls += 1
         self._add("step_penalty")
         self._add("schema_fail" if problem else "schema_pass")
@@ -225,35 +220,28 @@ class Simulator(Environment):
             self._add("guardrail_violation")
             self.done, observation = True, f"error: guardrails: {', '.join(broken)}"
         else:
-            self._judge(name, arguments, problem)
-            repeats = bool(self._trace) and call.items() <= self._trace[-1].items()
-            self._rewards["redundant_action"] += self.reward_config.redundant_action * repeats
+            key = None if problem else _key(str(name), arguments)
+            self._add("correct_tool" if key in self._open else "wrong_tool")
+            if key in self._open:
+                self._open.remove(key)
+            if self._trace and call.items() <= self._trace[-1].items():
+                self._add("redundant_action")
             try:
-                observation = f"error: {problem}" if problem or act is None else act()
+                observation = f"error: {problem}" if problem else act()
             except ToolError as error:
                 observation = f"error: {error}"
             self.success = self.task.success.holds(self._files.texts, self._answer)
             self.done = self.success or self._answer is not None
             if self.success:
                 self._add("task_complete")
-        if len(observation) > MAX_OBSERVATION:
-            observation = (
-                f"{observation[:MAX_OBSERVATION]}\n... {len(observation) - MAX_OBSERVATION:,} characters more"
-            )
+        observation = observation.encode(errors="replace").decode()  # a wrong name may be half a character
+        if (more := len(observation) - MAX_OBSERVATION) > 0:
+            observation = f"{observation[:MAX_OBSERVATION]}\n... {more:,} characters more"
         self._trace.append({**call, "observation": observation, "reward": self.get_reward() - before})
         return observation
 
-    def _judge(self, name: str | None, arguments: Any, problem: str) -> None:
-        """Rewards an expected call, once; tasks that expect no particular calls reward none."""
-        key = None if problem else _key(str(name), arguments)
-        if key in self._open:
-            self._open.remove(key)
-            self._add("correct_tool")
-        elif problem or (self.task and self.task.expected):
-            self._add("wrong_tool")
-
     def _broken_by(self, arguments: Any) -> list[str]:
-        """Returns the names of the guardrails that a call's arguments break, on lines that begin with their names."""
+        """Returns the names of the guardrails that arguments break, on lines that begin with their names."""
         items = arguments.items() if isinstance(arguments, dict) else [("arguments", arguments)]
         text = "\n".join(f"{name}={value}" for name, value in items)
         return [name for rules in self._guardrails for name in rules.broken_by(text)]
@@ -268,11 +256,15 @@ def _key(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
         return name, str(arguments["path"])
 
 
-def _shorten(arguments: Any) -> Any:
-    """Returns arguments for the record, megabytes cut off."""
-    items = arguments if isinstance(arguments, dict) else {"": arguments}
-    short = {
-        str(name)[:100]: value if isinstance(value, int | float | None) else str(value)[:MAX_TEXT]
-        for name, value in items.items()
-    }
-    return short if isinstance(arguments, dict) else short[""]
+def _record(arguments: Any) -> Any:
+    """Returns arguments as texts, megabytes cut off."""
+    if not isinstance(arguments, dict):
+        return _text(arguments)
+    return {_text(name)[:100]: _text(value) for name, value in arguments.items()}
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)[:MAX_TEXT]
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        return "..."
