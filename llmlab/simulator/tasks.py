@@ -186,17 +186,19 @@ def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> An
             value = _pick(random, words)
         elif isinstance(words, dict):  # lines
             count = words["from"] + int(random.random() * (words["to"] + 1 - words["from"]))
-            value = "".join(_compound(random, words["repeat"], split) for _ in range(count))
+            value = "".join(_compound(random, words["repeat"], split)[0] for _ in range(count))
         else:
-            value = _compound(random, words, split)
-            if len(_fields(words)) > 1 and (crc32(value.encode()) % HELD_OUT_IN == 0) is (split == "train"):
+            value, parts = _compound(random, words, split)
+            if (crc32(" ".join(parts).encode()) % HELD_OUT_IN == 0) is (split == "train"):
                 continue
         if value not in taken.values() and value not in taken.get("", ()):
             return value
 
 
-def _compound(random: Random, pattern: str, split: str) -> str:
-    return pattern.format_map({slot: _draw(random, slot, split, {}) for slot in _fields(pattern)})
+def _compound(random: Random, pattern: str, split: str) -> tuple[str, list[str]]:
+    """Returns a filled pattern and the words in it."""
+    words = {slot: _draw(random, slot, split, {}) for slot in _fields(pattern)}
+    return pattern.format_map(words), [*words.values()]
 
 
 def _pick(random: Random, choices: Any) -> Any:

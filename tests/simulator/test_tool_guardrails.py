@@ -1,4 +1,4 @@
-"""The guardrails of tools on attempts that no pattern was written for, on benign calls, and on text meant to be slow."""
+"""The guardrails of tools on attempts unknown to their patterns, on benign calls, and on slow text."""
 
 import time
 
