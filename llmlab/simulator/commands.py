@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from getopt import GetoptError, gnu_getopt
 from itertools import groupby
 from time import monotonic
 from typing import Any
@@ -102,10 +101,10 @@ def _run_stage(name: str, words: list[str], piped: str | None, files: FileSystem
     if name == "find":
         return _text(_find(words, files))
     function, letters = COMMANDS[name]
+    if name in ("head", "tail"):
+        words = [re.sub(r"^-(?=\d+$)", "-n", word) for word in words]
     try:
-        words = [re.sub(r"^-(?=\d+$)", "-n", word) if name in ("head", "tail") else word for word in words]
-        pairs, words = gnu_getopt(words, letters)
-        options = {option[1:]: value for option, value in pairs}
+        options, words = _split_options(name, words, letters)
         if name in ("ls", "echo", "pwd"):
             return function(options, words, files)
         pattern = [words.pop(0)] if name == "grep" else []
@@ -115,10 +114,26 @@ def _run_stage(name: str, words: list[str], piped: str | None, files: FileSystem
             raise ToolError(f"{name}: which file?")
         inputs = [("", piped or "")] if words in ([], ["-"]) else [(word, files.read(word)) for word in words]
         return function(options, inputs, *pattern)
-    except GetoptError as error:
-        raise ToolError(f"not supported: {name}: {error}") from None
     except (ValueError, IndexError) as error:  # of numbers, and of a pattern that is missing
         raise error if isinstance(error, ToolError) else ToolError(f"{name}: wrong options") from None
+
+
+def _split_options(name: str, words: list[str], letters: str) -> tuple[Options, list[str]]:
+    """Returns the options among words, and the other words; `getopt` would read translations of its errors."""
+    options, others, rest = {}, [], iter(words)
+    for word in rest:
+        if len(word) < 2 or word[0] != "-":
+            others.append(word)
+            continue
+        cluster = word[1:]
+        while cluster:
+            letter, cluster = cluster[0], cluster[1:]
+            if letter not in letters.replace(":", ""):
+                raise ToolError(f"not supported: {name} -{letter}")
+            options[letter] = ""
+            if f"{letter}:" in letters:
+                options[letter], cluster = cluster or next(rest, ""), ""
+    return options, others
 
 
 def _text(lines: list[str]) -> str:

@@ -6,6 +6,7 @@ Paths are relative to its root, with or without a leading `/`; folders exist whe
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from posixpath import normpath
 
 MAX_TEXT = 20_000  # characters of a file or an argument
 MAX_FILES = 200
@@ -20,21 +21,16 @@ def normalize(path: str) -> str:
     """Returns a path relative to the root, which itself is empty; refuses one that leads out of it."""
     if len(path) > MAX_PATH or "\0" in path:
         raise ToolError(f"{path[:40]!r}: not a path")
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == ".." and not parts:
-            raise ToolError(f"{path}: outside of the file system")
-        elif part == "..":
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
+    name = normpath(f"./{path}")
+    if f"{name}/".startswith("../"):
+        raise ToolError(f"{path}: outside of the file system")
+    return "" if name == "." else name
 
 
 class FileSystem:
     """Files of one world."""
 
-    def __init__(self, texts: Mapping[str, str] = {}):  # noqa: B006
+    def __init__(self, texts: Mapping[str, str]):
         self.texts: dict[str, str] = {}
         for path, text in texts.items():
             self.write(path, text)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 from llmlab.settings.environment import RewardConfig
@@ -14,7 +15,7 @@ from llmlab.settings.errors import is_unicode
 from llmlab.settings.paths import expand
 from llmlab.simulator.commands import lines_of, run, searcher
 from llmlab.simulator.environment import Environment
-from llmlab.simulator.files import MAX_TEXT, FileSystem, ToolError, normalize
+from llmlab.simulator.files import MAX_TEXT, FileSystem, ToolError
 from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, read_guardrails
 from llmlab.simulator.python import has_style
 from llmlab.simulator.tasks import ToolTask, read_task
@@ -61,15 +62,7 @@ class Simulator(Environment):
         self.reward_config = reward_config or RewardConfig()
         paths = [SHIPPED, SHIPPED_FOR_TOOLS, *([expand(str(guardrails))] if guardrails else [])]
         self._guardrails = [read_guardrails(path) for path in paths]
-        self.task: ToolTask | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self.done, self.success, self.calls = True, False, 0
-        self._files, self._answer = FileSystem(), None
-        self._rewards = dict.fromkeys(RewardConfig.model_fields, 0.0)
-        self._open: list[Any] = []
-        self._trace: list[dict[str, Any]] = []
+        self._start(None)
 
     def reset(self, task: str | Mapping[str, Any], difficulty: int | None = None, **row: Any) -> str:
         """Begins a task and returns its goal.
@@ -81,12 +74,13 @@ class Simulator(Environment):
         """
         return self._start(read_task(task, difficulty))
 
-    def _start(self, task: ToolTask) -> str:
-        self._begin()
-        self.task = task
-        self._files, self.done = FileSystem(task.files), False
-        self._open = [_key(*call) for call in task.expected]
-        return task.goal
+    def _start(self, task: ToolTask | None) -> str:
+        self.task, self.done, self.success, self.calls = task, task is None, False, 0
+        self._files, self._answer = FileSystem(task.files if task else {}), None
+        self._open = [_key(*call) for call in (task.expected if task else ())]
+        self._rewards = dict.fromkeys(RewardConfig.model_fields, 0.0)
+        self._trace: list[dict[str, Any]] = []
+        return task.goal if task else ""
 
     def get_reward(self) -> float:
         """Returns the sum of the rewards of all calls, and of the end: an episode that is not solved has failed."""
@@ -249,11 +243,8 @@ class Simulator(Environment):
 
 def _key(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what makes a call the expected one: its tool, and the path or the first word of a command."""
-    words = str(arguments.get("command", "")).split()
-    try:
-        return name, normalize(arguments["path"]) if "path" in arguments else "".join(words[:1])
-    except ToolError:
-        return name, str(arguments["path"])
+    command = str(arguments.get("command", "")).split()
+    return name, normpath(f"./{arguments['path']}") if "path" in arguments else "".join(command[:1])
 
 
 def _record(arguments: Any) -> Any:
