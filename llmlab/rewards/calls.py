@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llmlab.data.chat.messages import Message
 from llmlab.rewards.completions import Completion, decode_json, lenient_call, read_json, read_messages
-from llmlab.rewards.python import parse_python
+from llmlab.simulator.python import parse_python
 
 
 class ToolCall(NamedTuple):

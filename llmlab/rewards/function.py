@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat
 
 from llmlab.rewards.completions import Completion, RowError, model_text
 from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of, shorten
+from llmlab.simulator.guardrails import SlowPattern
 
 TRL_INPUTS = ("completions", "prompts", "completion_ids", "environments", "trainer_state", "log_metric", "log_extra")
 """What TRL's trainers pass to a reward beside the columns of the dataset."""
@@ -23,10 +24,10 @@ Score = float | None
 
 @contextmanager
 def row_errors(row: int) -> Iterator[None]:
-    """Adds the row's number to a `RowError`."""
+    """Adds the row's number to an error of one row alone."""
     try:
         yield
-    except RowError as error:
+    except (RowError, SlowPattern) as error:
         raise UserError(f"row {row}: {error}") from None
 
 

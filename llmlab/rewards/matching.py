@@ -5,8 +5,6 @@ limit, since model output can trigger catastrophic backtracking.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Context, Decimal
 from typing import Annotated, Any
 
@@ -14,9 +12,8 @@ from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer
 from llmlab.rewards.function import Row, RowError, Score, column_value, reward_function
-from llmlab.settings.errors import UserError
+from llmlab.simulator.guardrails import compile_pattern, time_limit
 
-TIMEOUT = 1.0  # seconds that one pattern may take on one completion
 MARK = "####"
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -75,28 +72,6 @@ def regex_match(
     with time_limit(pattern) as timeout:
         match = compiled.fullmatch if full else compiled.search
         return float(match(answer(completion), timeout=timeout) is not None)
-
-
-def compile_pattern(pattern: str, where: str, flags: int, error_type: type[UserError] = UserError) -> Any:
-    """Compiles a pattern of the `regex` module, which keeps compiled ones; `where` names it in the error."""
-    import regex
-
-    try:
-        return regex.compile(pattern, flags)
-    except regex.error as error:
-        raise error_type(f"{where} = {pattern}: this is not a regular expression: {error}") from None
-
-
-@contextmanager
-def time_limit(pattern: str) -> Iterator[float]:
-    """Yields the `timeout` of a search, and names the pattern that exceeds it."""
-    try:
-        yield TIMEOUT
-    except TimeoutError:
-        raise RowError(
-            f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: catastrophic backtracking; "
-            "avoid repeats inside repeats such as (a|aa)+"
-        ) from None
 
 
 @reward_function()

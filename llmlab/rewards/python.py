@@ -3,27 +3,23 @@
 Code is only parsed; none of it is ever imported or run.
 """
 
-import ast
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge
 
 from llmlab.rewards.completions import Completion, answer, code_blocks
 from llmlab.rewards.function import Row, RowError, Score, reward_function
 from llmlab.settings.errors import UserError
+from llmlab.simulator.python import structure_of
 
 LANGUAGES = ("python", "py", "python3")
-MAX_CHARACTERS = 100_000  # of code that is parsed
 RUFF_TIMEOUT = 20  # seconds for one block
-_WARNINGS = Lock()  # `catch_warnings` changes the process
 
 
 @reward_function(threads=min(8, os.cpu_count() or 1))
@@ -83,27 +79,6 @@ def ast_correct(completion: Completion, row: Row, *, fenced: bool = True) -> flo
     if wanted is None:
         raise RowError("expected: this is not a Python program")
     return float(structure == wanted)
-
-
-def parse_python(code: str, mode: str = "exec") -> Any:
-    """Returns the syntax tree of a model's code, or None where Python cannot parse it."""
-    if len(code) > MAX_CHARACTERS:
-        return None
-    try:
-        with _WARNINGS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the model's code
-            return ast.parse(code, mode=mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def structure_of(code: str) -> str | None:
-    """Returns `ast.dump` of a program, or None where it holds no statement or Python cannot parse it."""
-    try:
-        tree = parse_python(code)
-        return ast.dump(tree) if tree is not None and tree.body else None
-    except RecursionError:
-        return None
 
 
 def _ruff() -> str:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from llmlab.rewards import guardrail_pass
-from llmlab.rewards.guardrails import SHIPPED, read_guardrails
 from llmlab.settings.errors import UserError
+from llmlab.simulator.guardrails import SHIPPED, read_guardrails
 
 BROKEN = {
     "erase-everything": [
@@ -91,7 +91,7 @@ def test_nothing_to_watch_for_and_no_file():
 
 
 def test_a_pattern_without_end_stops_with_the_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmlab.rewards.matching.TIMEOUT", 0.2)
+    monkeypatch.setattr("llmlab.simulator.guardrails.TIMEOUT", 0.2)
     path = tmp_path / "slow.yaml"
     path.write_text(yaml.safe_dump({"deny": [{"name": "slow", "pattern": "(?:a|a)+(?:a|a)+b$"}]}))
     with pytest.raises(UserError, match="row 1: pattern = .*backtracking"):

@@ -113,6 +113,6 @@ def test_regex_match():
 
 
 def test_a_pattern_without_end_stops_with_the_row(monkeypatch):
-    monkeypatch.setattr("llmlab.rewards.matching.TIMEOUT", 0.2)
+    monkeypatch.setattr("llmlab.simulator.guardrails.TIMEOUT", 0.2)
     with pytest.raises(UserError, match="row 1: pattern = .*catastrophic backtracking"):
         regex_match(["b", "a" * 5000], pattern="(?:a|a)+(?:a|a)+b$")

@@ -22,7 +22,6 @@ from llmlab.inference import encode_prompt, is_chat_model, load_for_inference
 from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
-from llmlab.rewards.guardrails import SHIPPED, read_guardrails
 from llmlab.runs.history import curve_metric, details, find_runs
 from llmlab.runs.record import RunRecord
 from llmlab.runs.resume import check_undamaged
@@ -31,6 +30,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.simulator.guardrails import SHIPPED, read_guardrails
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -6,10 +6,11 @@ the training seed.  Its grammar is in the module of its name.
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
-from llmlab.data.demo import arithmetic, chat, preferences, stories
+from llmlab.data.demo import arithmetic, chat, preferences, stories, tools
 from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
@@ -32,6 +33,11 @@ CORPORA = {
     "chat": DemoCorpus(chat.write_row, 2_000_000),
     "preferences": DemoCorpus(preferences.write_row, 2_000_000),
     "arithmetic": DemoCorpus(arithmetic.write_row, 8_000_000),
+    **{
+        f"{name}/{level}" if level else name: DemoCorpus(partial(write, difficulty=level), size)
+        for name, write, size in (("tools", tools.write_row, 12_000_000), ("tasks", tools.write_task, 500_000))
+        for level in (None, 1, 2, 3, 4)
+    },
 }
 
 
@@ -73,7 +79,7 @@ def read_shard(shard: DemoShard) -> Iterator[dict[str, Any]]:
 def _text_length(value: Any) -> int:
     if isinstance(value, dict):
         value = list(value.values())
-    return len(value) if isinstance(value, str) else sum(map(_text_length, value))
+    return sum(map(_text_length, value)) if isinstance(value, list) else len(str(value))
 
 
 def _parse_size(name: str, size: str) -> int:

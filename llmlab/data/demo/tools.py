@@ -1,0 +1,58 @@
+"""Tasks of the simulator: the expert's episodes (`demo/tools`), and prompts for learning from rewards (`demo/tasks`).
+
+Tasks of the validation split are held-out ones: other wordings, names and layouts. A last part of the name is one
+difficulty, as in `demo/tasks/1`; without it the easier ones are more frequent.
+"""
+
+import json
+from functools import cache
+from random import Random
+from typing import Any
+
+from llmlab.data.demo.stories import pick
+from llmlab.simulator.environment import tools_of
+from llmlab.simulator.policies import expert_calls, play_scripted
+from llmlab.simulator.tasks import grammar
+from llmlab.simulator.world import Simulator
+
+PROMPT = "Task: "  # the environment appends the goal
+LAST = "Done."
+DIFFICULTIES = (1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
+
+
+def write_task(random: Random, *, validation: bool, difficulty: int | None = None) -> dict[str, Any]:
+    """Returns a prompt and the columns that the simulator and rewards read."""
+    category, level = pick(random, list(grammar()["categories"])), difficulty or pick(random, DIFFICULTIES)
+    task = f"{category}/{level}/{'held_out' if validation else 'train'}/{int(random.random() * 1e9)}"
+    simulator = Simulator()
+    simulator.reset(task)
+    return {
+        "prompt": [{"role": "user", "content": PROMPT}],
+        "task": task,
+        "category": category,
+        "difficulty": level,
+        "expected_steps": len(simulator.task.expected),
+    }
+
+
+def write_row(random: Random, *, validation: bool, difficulty: int | None = None) -> dict[str, Any]:
+    """Returns an episode of the expert as a conversation with tools."""
+    simulator = Simulator()
+    goal = simulator.reset(write_task(random, validation=validation, difficulty=difficulty)["task"])
+    calls = expert_calls(simulator.task)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": PROMPT + goal}]
+    for call, observation in zip(calls, play_scripted(simulator, calls), strict=True):
+        function = {"name": call.tool, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        )
+        messages.append({"role": "tool", "content": observation})
+    return {"messages": [*messages, {"role": "assistant", "content": LAST}], "tools": _schemas()}
+
+
+@cache
+def _schemas() -> str:
+    """Returns the JSON schemas of the simulator's tools, as trainers derive them."""
+    from transformers.utils import get_json_schema
+
+    return json.dumps([get_json_schema(tool) for tool in tools_of(Simulator()).values()])

@@ -1,0 +1,213 @@
+"""Tasks of the simulator: a goal, the files at the beginning, the expected calls, and a test of the final state.
+
+Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings,
+words and layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache, partial
+from importlib.resources import files as resources
+from random import Random
+from string import Formatter
+from typing import Annotated, Any, NamedTuple
+from zlib import crc32
+
+import yaml
+from annotated_types import Ge
+from pydantic import BaseModel, ValidationError
+
+from llmlab.settings.errors import UserError, did_you_mean, shorten
+from llmlab.simulator.commands import run
+from llmlab.simulator.files import FileSystem, normalize
+from llmlab.simulator.python import parse_python, structure_of
+
+SPLITS = ("train", "held_out")
+HELD_OUT_IN = 8  # one in so many compound words is for the held-out split only
+
+
+class Call(NamedTuple):
+    """A call of a tool."""
+
+    tool: str
+    arguments: dict[str, Any]
+
+
+class Success(BaseModel, extra="forbid"):
+    """Tests of the final state, all of which must hold; texts are compared without space at the ends of lines."""
+
+    file_equals: dict[str, str] = {}
+    file_contains: dict[str, str] = {}
+    file_lacks: dict[str, str] = {}
+    file_absent: tuple[str, ...] = ()
+    python_equals: dict[str, str] = {}  # in its structure: comments and blank space may differ
+    python_parses: tuple[str, ...] = ()
+    answer_equals: str | None = None  # what is submitted
+
+    def holds(self, texts: Mapping[str, str], answer: str | None) -> bool:
+        """Whether the tests hold for these files and the answer, None where there is none yet."""
+
+        def text(path: str) -> str | None:
+            return texts.get(normalize(path))
+
+        return (
+            (self.answer_equals is None or (answer is not None and _plain(answer) == _plain(self.answer_equals)))
+            and all(_plain(text(path) or "") == _plain(wanted) for path, wanted in self.file_equals.items())
+            and all(wanted in (text(path) or "") for path, wanted in self.file_contains.items())
+            and all(
+                text(path) is not None and word not in texts[normalize(path)] for path, word in self.file_lacks.items()
+            )
+            and all(text(path) is None for path in self.file_absent)
+            and all(structure_of(text(path) or "") == structure_of(code) for path, code in self.python_equals.items())
+            and all(text(path) is not None and parse_python(texts[normalize(path)]) for path in self.python_parses)
+        )
+
+
+class ToolTask(BaseModel, extra="forbid"):
+    """A task; calls that are `expected` count as correct, in any order, once each, and all others as wrong."""
+
+    goal: str
+    success: Success
+    files: dict[str, str] = {}
+    expected: tuple[Call, ...] = ()
+    category: str = "own"
+    difficulty: Annotated[int, Ge(1)] = 1
+
+
+def read_task(task: str | Mapping[str, Any], difficulty: int | None = None) -> ToolTask:
+    """Returns the task of an id, its difficulty perhaps another one, or of a mapping or JSON text."""
+    if isinstance(task, str) and not task.lstrip().startswith("{"):
+        return _generate_by_id(task, difficulty)
+    try:
+        values = json.loads(task) if isinstance(task, str) else task
+        read = ToolTask.model_validate(_without_nulls(values))
+        solved = read.success.holds(FileSystem(read.files).texts, None)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        near = did_you_mean(place, ToolTask.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"task: {place}: {first['msg']}{near}") from None
+    except ValueError as error:
+        raise UserError(f"task = {shorten(str(task))}: {error}") from None
+    if solved:
+        raise UserError(f"task = {shorten(read.goal)}: its success tests hold before the first call")
+    return read
+
+
+def generate_task(category: str, difficulty: int, split: str, seed: int) -> ToolTask:
+    """Returns a generated task: the same for the same arguments, everywhere."""
+    random = Random(f"{category}/{difficulty}/{split}/{seed}")
+    template, slots = _pick(random, _templates(category, difficulty, split))
+    values: dict[str, Any] = {}
+    for slot in slots:
+        values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
+    fill = partial(_fill, values=values)
+    files = fill(template.get("files", {}))
+    for _ in range(template.get("noise", 0)):
+        path = _draw(random, "noise_path", split, {"": [*files]})
+        files[path] = _draw(random, "lines", split, {})
+    for slot, command in template.get("let", {}).items():
+        values[slot] = run(fill(command), FileSystem(files)).removesuffix("\n")
+    return ToolTask(
+        goal=fill(template["goal"]),
+        files=files,
+        expected=tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"]),
+        success=Success(**fill(template["success"])),
+        category=category,
+        difficulty=difficulty,
+    )
+
+
+@cache
+def grammar() -> dict[str, Any]:
+    """Returns what `tasks.yaml` holds: `words`, and of each of `categories` and difficulty the templates."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(resources(__package__).joinpath("tasks.yaml").read_text(encoding="utf-8"), loader)
+
+
+def _generate_by_id(task: str, difficulty: int | None) -> ToolTask:
+    match = re.fullmatch(r"(\w+)/(\d+)/(\w+)/(\d+)", task[:100], re.ASCII)
+    if match is None:
+        raise UserError(f"task = {shorten(task)}: expected category/difficulty/split/seed such as tool_use/1/train/7")
+    category, level, split, seed = match[1], difficulty or int(match[2]), match[3], int(match[4])
+    categories = grammar()["categories"]
+    levels = [str(each) for each in categories["tool_use"]]
+    for word, known in ((category, [*categories]), (split, SPLITS), (str(level), levels)):
+        if word not in known:
+            expected = f"expected one of {', '.join(known)}{did_you_mean(word, known)}"
+            raise UserError(f"task = {shorten(task)}: {word}: {expected}")
+    return generate_task(category, level, split, seed)
+
+
+@cache
+def _templates(category: str, difficulty: int, split: str) -> list[tuple[dict[str, Any], list[str]]]:
+    """Returns the templates of a split, one for each wording of a goal, with the slots that are drawn for each."""
+    templates = []
+    for template in grammar()["categories"][category][difficulty]:
+        for goal in template[split]:
+            chosen = {**template, "goal": goal}
+            slots = _slots([chosen[key] for key in ("goal", "files", "calls", "success", "let") if key in chosen])
+            templates.append((chosen, [slot for slot in dict.fromkeys(slots) if slot not in template.get("let", {})]))
+    return templates
+
+
+def _slots(value: Any) -> list[str]:
+    """Returns the names of the slots in the strings of nested values."""
+    if isinstance(value, str):
+        return _fields(value)
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [slot for part in parts for slot in _slots(part)]
+
+
+@cache
+def _fields(pattern: str) -> list[str]:
+    return [re.split(r"[\[.]", field)[0] for _, field, _, _ in Formatter().parse(pattern) if field]
+
+
+def _fill(value: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        return value.format_map(values)
+    if isinstance(value, dict):
+        return {_fill(key, values): _fill(part, values) for key, part in value.items()}
+    return [_fill(part, values) for part in value] if isinstance(value, list) else value
+
+
+def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> Any:
+    """Returns a value of a kind of words, none of those that are taken."""
+    words = grammar()["words"][kind]
+    if isinstance(words, dict) and split in words:
+        words = words[split]
+    while True:
+        if isinstance(words, list):
+            value = _pick(random, words)
+        elif isinstance(words, dict):  # lines
+            count = words["from"] + int(random.random() * (words["to"] + 1 - words["from"]))
+            value = "".join(_compound(random, words["repeat"], split)[0] for _ in range(count))
+        else:
+            value, parts = _compound(random, words, split)
+            if (crc32(" ".join(parts).encode()) % HELD_OUT_IN == 0) is (split == "train"):
+                continue
+        if value not in taken.values() and value not in taken.get("", ()):
+            return value
+
+
+def _compound(random: Random, pattern: str, split: str) -> tuple[str, list[str]]:
+    """Returns a filled pattern and the words in it."""
+    words = {slot: _draw(random, slot, split, {}) for slot in _fields(pattern)}
+    return pattern.format_map(words), [*words.values()]
+
+
+def _pick(random: Random, choices: Any) -> Any:
+    return choices[int(random.random() * len(choices))]
+
+
+def _plain(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Returns nested values without those that are None: a column of records has all their keys in every row."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,77 @@
+"""Generated tasks: thousands in each category and difficulty, splits apart, solved by the expert and not by chance."""
+
+import re
+from random import Random
+
+import pytest
+
+from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
+from llmlab.simulator.tasks import generate_task, grammar
+from llmlab.simulator.world import Simulator
+
+LEVELS = [(category, level) for category, levels in grammar()["categories"].items() for level in levels]
+
+
+def test_categories_and_difficulties():
+    assert {category for category, _ in LEVELS} == {
+        "tool_use",
+        "multi_step",
+        "code_generation",
+        "search_and_edit",
+        "refactor",
+    }
+    assert {level for _, level in LEVELS} == {1, 2, 3, 4} and len(LEVELS) == 20
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_thousands_of_distinct_tasks(level):
+    tasks = (generate_task(*level, "train", seed) for seed in range(2_300))
+    assert len({(task.goal, str(task.files)) for task in tasks}) >= 2_000
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_splits_share_no_wording_and_no_name(level):
+    def compounds(split):
+        tasks = [generate_task(*level, split, seed) for seed in range(150)]
+        return {word for task in tasks for word in re.findall(r"[a-z]+_[a-z]+", f"{task.goal} {task.files}")}
+
+    templates = grammar()["categories"][level[0]][level[1]]
+    assert all(template["train"] and template["held_out"] for template in templates)
+    for template in templates:
+        assert not set(template["train"]) & {goal for other in templates for goal in other["held_out"]}
+    train, held_out = compounds("train"), compounds("held_out")
+    assert train and held_out and not train & held_out
+
+
+def test_the_expert_solves_all_and_chance_nearly_none():
+    simulator, successes, episodes = Simulator(), 0, 0
+    for category, level in LEVELS:
+        for split in ("train", "held_out"):
+            for seed in range(20):
+                task = f"{category}/{level}/{split}/{seed}"
+                simulator.reset(task)
+                observations = play_scripted(simulator, expert_calls(simulator.task))
+                assert simulator.success and simulator.calls == len(simulator.task.expected), task
+                assert not any(found.startswith("error") for found in observations), task
+                assert simulator.get_reward() == simulator.reward_range[1]
+                simulator.reset(task)
+                play_scripted(simulator, random_calls(simulator, Random(seed)))
+                assert simulator.get_reward() < simulator.reward_range[1]
+                successes, episodes = successes + simulator.success, episodes + 1
+    assert episodes == 800 and successes <= 0.02 * episodes
+
+
+def test_first_tasks_are_short_and_later_ones_longer():
+    def mean_calls(level):
+        return sum(
+            len(generate_task(c, level, "train", seed).expected)
+            for c, at in LEVELS
+            if at == level
+            for seed in range(40)
+        )
+
+    for seed in range(100):
+        for category in grammar()["categories"]:
+            task = generate_task(category, 1, "train", seed)
+            assert len(task.expected) <= 2 and len(task.goal) <= 90
+    assert mean_calls(1) < mean_calls(2) < mean_calls(4)
