@@ -56,7 +56,7 @@ def run_episodes(
     tasks: Annotated[str, typer.Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
     count: Annotated[int, typer.Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
     environment: Annotated[str, typer.Option(help="As in settings: simulator, gymnasium:ID, ...")] = SIMULATOR,
-    allow_code: Annotated[bool, typer.Option(help="Run environments from files, or on other machines.")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run files, and use other machines.")] = False,
     max_episode_length: setting_option(EnvironmentSettings, "max_episode_length") = 20,  # type: ignore[valid-type]
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
