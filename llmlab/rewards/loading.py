@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
+from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
@@ -144,12 +145,19 @@ def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
     Relative paths start at the folder of the settings file that names them, or at the working directory.
     """
     resolved = as_resolved(settings)
-    file = Path(resolved.sources.get("rewards", "").partition(":")[0])
-    folder = file.parent if file.suffix and file.is_file() else Path()
+    values = resolved.settings
 
-    def locate(reward: RewardSettings) -> RewardSettings:
-        path = str((folder / expand(reward.name)).resolve()) if ".py:" in reward.name else reward.name
-        return reward.model_copy(update={"name": path})
+    def locate(name: str, key: str) -> str:
+        file = Path(resolved.sources.get(key, "").partition(":")[0])
+        folder = file.parent if file.suffix and file.is_file() else Path()
+        return str((folder / expand(name)).resolve()) if ".py:" in name else name
 
-    rewards = resolved.settings.rewards and [locate(reward) for reward in resolved.settings.rewards]
-    return replace(resolved, settings=resolved.settings.model_copy(update={"rewards": rewards}))
+    changes: dict[str, Any] = {
+        "rewards": values.rewards
+        and [each.model_copy(update={"name": locate(each.name, "rewards")}) for each in values.rewards]
+    }
+    if isinstance(values, EnvironmentSettings):
+        names = values.environments.items()
+        located = {name: locate(spec, "environment") for name, spec in names}
+        changes["environment"] = located.get(None, located or None)
+    return replace(resolved, settings=values.model_copy(update=changes))

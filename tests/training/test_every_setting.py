@@ -27,6 +27,7 @@ from llmlab.model import load_classifier, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
+from llmlab.settings.environment import SIMULATOR
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
@@ -99,6 +100,9 @@ def handed_over(trainer):
         "groups": [{name: plain(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups],
         "callbacks": [plain(callback) for callback in trainer.callback_handler.callbacks],
         "rewards": [plain(reward) for reward in getattr(trainer, "reward_funcs", [])],
+        "episodes": str(getattr(trainer, "play_options", None)),
+        "curriculum": plain(getattr(trainer, "curriculum", None)),
+        "environments": [str(make().reward_config) for make in getattr(trainer, "factories", {}).values()],
         "streamed": [plain(reader) for reader in getattr(trainer.train_dataset, "readers", [])],
     }
 
@@ -148,7 +152,8 @@ def own(stage):
 
 
 def conditions(setting):
-    return {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+    marks = (mark for mark in setting.info.metadata if isinstance(mark, When))
+    return {mark.field: mark.values[-1] if mark.values else SIMULATOR for mark in marks}
 
 
 @pytest.mark.parametrize("stage", TRAINING)
@@ -300,6 +305,7 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "save_interval": 64,
         "eval_interval": 64,
         "stop_patience": 3,
+        "environment": SIMULATOR,
         "use_vllm": True,
         "model.tokenizer_name": str(others / "base"),
         "model.d_model": 64,
@@ -356,7 +362,10 @@ def test_each_other_setting_has_an_effect(
         now = before.get(setting.name, setting.default)
         choices = [choice for choice in setting.choices if choice != now]
         value = choices[-1] if choices else changed(setting, now)
-    if len(setting.path) > 1:
+    if setting.path[0] == "reward_config":
+        before |= {"environment": SIMULATOR}
+        after = {**before, "reward_config": {setting.name: value}}
+    elif len(setting.path) > 1:
         shape = {"n_kv_heads": 2, **before}
         before, after = {"model": shape}, {"model": {**shape, setting.name: value}}
     else:
