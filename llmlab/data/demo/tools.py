@@ -36,18 +36,18 @@ def write_task(random: Random, *, validation: bool, difficulty: int | None = Non
 
 
 def write_row(random: Random, *, validation: bool, difficulty: int | None = None) -> dict[str, Any]:
-    """Returns an episode of the expert as a conversation with tools."""
+    """Returns an episode of the expert as a conversation with tools, and as plain text without their schemas."""
     simulator = Simulator()
     goal = simulator.reset(write_task(random, validation=validation, difficulty=difficulty)["task"])
-    calls = expert_calls(simulator.task)
+    calls, lines = expert_calls(simulator.task), [PROMPT + goal]
     messages: list[dict[str, Any]] = [{"role": "user", "content": PROMPT + goal}]
     for call, observation in zip(calls, play_scripted(simulator, calls), strict=True):
         function = {"name": call.tool, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        messages.append(
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        )
-        messages.append({"role": "tool", "content": observation})
-    return {"messages": [*messages, {"role": "assistant", "content": LAST}], "tools": _schemas()}
+        made = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        messages += [made, {"role": "tool", "content": observation}]
+        lines += [json.dumps({"name": call.tool, "arguments": call.arguments}, ensure_ascii=False), observation]
+    messages.append({"role": "assistant", "content": LAST})
+    return {"messages": messages, "tools": _schemas(), "text": "\n".join([*lines, LAST])}
 
 
 @cache
