@@ -44,6 +44,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
+    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
     "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),

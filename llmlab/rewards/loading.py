@@ -3,9 +3,7 @@
 Parameters are checked against the function's own signature and types. A user's file runs only where that is allowed.
 """
 
-import importlib.util
 import inspect
-import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,10 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reason_of
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 from llmlab.settings.sources import Resolved, as_resolved
+from llmlab.settings.trust import load_code
 
 
 def load_rewards(
@@ -57,16 +56,9 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     name = settings.name
     from_file = ".py:" in name
     if from_file:
-        file, _, function_name = name.rpartition(":")
-        path = folder / expand(file)
-        if not path.is_file():
-            near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
-            raise UserError(f"{path}: there is no such file{near}")
-        if not allow_code:
-            raise UserError("this is Python code, which runs when loaded; --allow-code (allow_code=True) allows it")
-        if check_only:
+        target = load_code(name, "function", allowed=allow_code, folder=folder, check_only=check_only)
+        if target is None:
             return None
-        target = _run_file(path, function_name)
     elif name in REWARDS:
         target = REWARDS[name]
     else:
@@ -86,23 +78,6 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     low, high = (values[end].default if isinstance(end, str) else end for end in bounds)
     low, high = low if settings.min is None else settings.min, high if settings.max is None else settings.max
     return Reward(function, name=name.rpartition(":")[2], weight=weight, low=low, high=high, cap=settings.cap)
-
-
-def _run_file(path: Path, name: str) -> Callable[..., Any]:
-    """Returns the function of this name in a user's Python file."""
-    module_name = f"llmlab_user_rewards_{abs(hash(str(path.resolve())))}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (Exception, SystemExit) as error:  # a user's code can fail in any way
-        raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {reason_of(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{path}: there is no function '{name}' in it{did_you_mean(name, names)}")
-    return function
 
 
 def _check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:

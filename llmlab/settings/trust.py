@@ -3,13 +3,17 @@
 Only the command line or a call can allow these; files, pipelines and run records cannot.
 """
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmlab.settings.errors import UserError, did_you_mean, reason_of
 
 if TYPE_CHECKING:
     from llmlab.settings.files import Layer
@@ -20,6 +24,7 @@ REMOTE_CODE = "trust_remote_code"
 TRAINER_ARGS = "trainer_args"
 PUBLISHES = ("push_to_hub", "log_completions_hub_repo")
 SENDS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "vllm_server_base_url")
+NOT_ALLOWED = "this is Python code, which runs when loaded; --allow-code (allow_code=True) allows it"
 LOCAL_REPORTS = ("none", "tensorboard", "trackio")
 
 _allowed: ContextVar[bool] = ContextVar(REMOTE_CODE, default=False)
@@ -58,6 +63,35 @@ def takes_trust(function: F) -> F:
 
     trusting.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
     return trusting  # type: ignore[return-value]
+
+
+def load_code(spec: str, kind: str, *, allowed: bool, folder: str | Path = ".", check_only: bool = False) -> Any:
+    """Runs a user's Python file and returns what `path/to/file.py:name` names; None with `check_only`.
+
+    Relative paths start at `folder`; `kind` is the word for it in errors, such as `function`.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(folder) / Path(file).expanduser()
+    if not path.is_file():
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
+        raise UserError(f"{path}: there is no such file{near}")
+    if not allowed:
+        raise UserError(NOT_ALLOWED)
+    if check_only:
+        return None
+    module_name = f"llmlab_user_code_{abs(hash(str(path.resolve())))}"
+    found = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(found)  # type: ignore[arg-type]
+    sys.modules[module_name] = module
+    try:
+        found.loader.exec_module(module)  # type: ignore[union-attr]
+    except (Exception, SystemExit) as error:  # a user's code can fail in any way
+        raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {reason_of(error)}") from error
+    target = getattr(module, name, None)
+    if not callable(target):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{path}: there is no {kind} '{name}' in it{did_you_mean(name, names)}")
+    return target
 
 
 def refusals(layer: "Layer") -> list[str]:

@@ -17,6 +17,8 @@ from llmlab.simulator.world import Simulator
 
 PROMPT = "Task: "  # the environment appends the goal
 LAST = "Done."
+SCHEMAS_SHARE = 1 / 32
+"""Of the texts that begin with the schemas of all tools."""
 DIFFICULTIES = (1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 
 
@@ -36,18 +38,23 @@ def write_task(random: Random, *, validation: bool, difficulty: int | None = Non
 
 
 def write_row(random: Random, *, validation: bool, difficulty: int | None = None) -> dict[str, Any]:
-    """Returns an episode of the expert as a conversation with tools, and as plain text without their schemas."""
+    """Returns an episode of the expert as a conversation with tools, and as plain text."""
     simulator = Simulator()
     goal = simulator.reset(write_task(random, validation=validation, difficulty=difficulty)["task"])
-    calls, lines = expert_calls(simulator.task), [PROMPT + goal]
+    calls = expert_calls(simulator.task)
     messages: list[dict[str, Any]] = [{"role": "user", "content": PROMPT + goal}]
+    lines = [PROMPT + goal]
     for call, observation in zip(calls, play_scripted(simulator, calls), strict=True):
         function = {"name": call.tool, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        made = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        messages += [made, {"role": "tool", "content": observation}]
-        lines += [json.dumps({"name": call.tool, "arguments": call.arguments}, ensure_ascii=False), observation]
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        )
+        lines += [f'{{"name": "{call.tool}", "arguments": {function["arguments"]}}}', observation]
+        messages.append({"role": "tool", "content": observation})
+    if random.random() < SCHEMAS_SHARE:  # so that a tokenizer and a model that begin here know their words
+        lines.insert(0, _schemas())
     messages.append({"role": "assistant", "content": LAST})
-    return {"messages": messages, "tools": _schemas(), "text": "\n".join([*lines, LAST])}
+    return {"messages": messages, "tools": _schemas(), "text": "\n".join(lines)}
 
 
 @cache

@@ -1,0 +1,195 @@
+"""`llmlab episodes run`: a model, the scripted expert or a random policy acts by calling tools; figures and replays.
+
+Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`.
+"""
+
+import json
+from functools import partial
+from itertools import compress
+from math import sqrt
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.rule import Rule
+from rich.table import Column
+from rich.text import Text
+
+from llmlab.cli.options import TrustRemoteCode, setting_option
+from llmlab.cli.pairs import MaxNewTokens, Temperature, parse_source
+from llmlab.settings.environment import EnvironmentSettings
+from llmlab.settings.errors import UserError, shorten
+from llmlab.settings.files import Layer
+from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.sources import resolve
+from llmlab.settings.vocabulary import LARGEST_SEED
+from llmlab.terminal import Terminal, make_table, numeric, percent, safe, say_json
+
+app = typer.Typer(no_args_is_help=True)
+
+SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
+GROUPS = ("category", "difficulty")  # columns by which success is shown
+SHARES = ("success", "ended")  # figures in percent; the others are means
+BATCH = 16  # turns that are sampled at the same time
+ENDS = {
+    "done": "the environment",
+    "answer": "an answer",
+    "calls": "the limit of calls",
+    "length": "the limit of tokens",
+}
+LONGEST = 800  # characters of a text in a replay
+
+
+class Outcome(NamedTuple):
+    """An episode, the columns of its row, and the reward after each turn."""
+
+    episode: Any
+    columns: dict[str, Any]
+    rewards: list[float]
+
+
+@app.command("run")
+def run_episodes(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id; or expert, or random.")],
+    tasks: Annotated[str, typer.Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
+    environment: Annotated[str, typer.Option(help="As in settings: simulator, gymnasium:ID, ...")] = SIMULATOR,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run files, and use other machines.")] = False,
+    max_episode_length: setting_option(EnvironmentSettings, "max_episode_length") = 20,  # type: ignore[valid-type]
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    show: Annotated[int, typer.Option(help="Replays to print.", min=0, metavar="INT")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures and all replays as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Play a model: its success, reward and length, beside the expert's and a random policy's, and replays."""
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    sampling = resolve(SamplingSettings, Layer("command line", options)).settings
+    source = parse_source(tasks, "--tasks ")
+    if run in SCRIPTED and environment != SIMULATOR:
+        raise UserError(f"{run}: only the simulator has scripted policies; expected a model to play {environment}")
+
+    from llmlab.episodes import Task
+    from llmlab.simulator.loading import load_environment
+    from llmlab.training.preference.pairs import load_prompts
+
+    make = load_environment(environment, allow_code=allow_code)
+    prompts, _ = load_prompts(source, limit=count)
+    played = {}
+    for name in dict.fromkeys([run, *(SCRIPTED if environment == SIMULATOR else ())]):
+        fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
+        play = partial(_play_scripted, name) if name in SCRIPTED else partial(_play_model, name, sampling)
+        played[name] = play(fresh, max_episode_length, seed)
+    results = {name: figures(outcomes) for name, outcomes in played.items()}
+    if as_json:
+        replays = [{"messages": e.prompt + e.completion, "end": e.end, "rewards": r} for e, _, r in played[run]]
+        return say_json({"figures": results, "replays": replays}, indent=2)
+    console = Terminal()
+    for number, outcome in enumerate(played[run][:show], start=1):
+        _print_replay(console, number, outcome)
+    table = make_table(Column(overflow="fold"), *(numeric(safe(Path(name).name)) for name in results))
+    for name in dict.fromkeys(name for each in results.values() for name in each):
+        values, share = [each.get(name, 0.0) for each in results.values()], name.startswith(SHARES)
+        table.add_row(safe(name), *(percent(value) if share else f"{value:.2f}" for value in values))
+    console.print(table)
+
+
+def _play_model(
+    run: str, sampling: SamplingSettings, tasks: list[Any], max_episode_length: int, seed: int
+) -> list[Outcome]:
+    """Plays a model; rewards after a turn are those before the next one is sampled, or those of the end."""
+    from transformers import set_seed
+
+    from llmlab.episodes import play
+    from llmlab.inference import context_length, generate_tokens, load_for_inference
+    from llmlab.runs.progress import quiet_libraries
+
+    rewards: list[list[float]] = []  # of all episodes, before each turn
+
+    def sample(rows: list[list[int]]) -> list[list[int]]:
+        rewards.append([reward_of(task.environment) for task in tasks])
+        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+        return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
+
+    with quiet_libraries(), Terminal(stderr=True).status("Playing"):
+        model, tokenizer = load_for_inference(run)
+        set_seed(seed)
+        limits = {"max_episode_length": max_episode_length, "max_new_tokens": sampling.max_new_tokens}
+        played = play(tasks, sample, tokenizer, max_length=context_length(model), **limits)
+    rewards.append([reward_of(task.environment) for task in tasks])
+    after = rewards[1:]  # (turns, tasks)
+    return [Outcome(each, tasks[k].columns, [turn[k] for turn in after]) for k, each in enumerate(played)]
+
+
+def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Outcome]:
+    """Plays the simulator's expert or its random policy."""
+    from llmlab.episodes import Episode
+    from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
+
+    outcomes, random = [], Random(seed)
+    for environment, (*before, last), columns in tasks:
+        prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
+        episode, rewards = Episode(environment, prompt, []), []
+        calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)
+        for name, arguments in calls[:max_episode_length]:
+            if environment.done:
+                break
+            (result,) = play_scripted(environment, [(name, arguments)])
+            call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+            episode.completion.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            episode.completion.append({"role": "tool", "name": name, "content": result})
+            episode.calls += 1
+            rewards.append(environment.get_reward())
+        episode.end = "done" if environment.done else "calls"
+        outcomes.append(Outcome(episode, columns, rewards))
+    return outcomes
+
+
+def reward_of(environment: Any) -> float:
+    """Returns the reward so far of an environment that may leave rewards to others, as TRL's may."""
+    return float(environment.get_reward()) if hasattr(environment, "get_reward") else 0.0
+
+
+def figures(outcomes: list[Outcome]) -> dict[str, float]:
+    """Returns shares of success, with Wilson's interval of 95 % (1927) and by the rows' groups, and means."""
+    environments, count, z = [each.episode.environment for each in outcomes], len(outcomes), 1.96
+    success = [float(bool(getattr(each, "success", None))) for each in environments]
+    share, scale = fmean(success), 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    spread = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
+    table = {"success": share, "success, at least": max(middle - spread, 0.0), "success, at most": middle + spread}
+    for column in GROUPS:
+        values = [each.columns.get(column) for each in outcomes]
+        for value in sorted({*values} - {None}):
+            table[f"success, {column} {value}"] = fmean(compress(success, [each == value for each in values]))
+    for end, name in ENDS.items():
+        table[f"ended by {name}"] = fmean(each.episode.end == end for each in outcomes)
+    table["calls"] = fmean(each.episode.calls for each in outcomes)
+    table["reward"] = fmean(map(reward_of, environments))
+    parts = [getattr(each, "rewards", {}) for each in environments]
+    for name in dict.fromkeys(name for each in parts for name in each):
+        table[f"reward, {name}"] = fmean(each.get(name, 0.0) for each in parts)
+    return table
+
+
+def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
+    """Prints an episode turn by turn, with the reward after each."""
+    episode, rewards = outcome.episode, iter(outcome.rewards)
+    ending = "[green]success[/]" if getattr(episode.environment, "success", None) else "[red]no success[/]"
+    title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, ended by {ENDS[episode.end]}"
+    console.print(Rule(title, align="left", style="dim"))
+    table = make_table(Column(style="dim"), Column(overflow="fold", ratio=1), numeric(""), show_header=False)
+    table.add_row("prompt", Text(shorten(episode.prompt[-1]["content"].strip(), LONGEST)))
+    for message in episode.completion:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        lines = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
+        text = Text(shorten("\n".join([message["content"], *lines]).strip(), LONGEST))
+        if message["role"] == "tool":
+            table.add_row("result", text)
+        else:
+            table.add_row("[bold]model[/]", text, f"{next(rewards):.1f}")
+    console.print(table)
+    console.print()
