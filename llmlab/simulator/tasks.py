@@ -105,8 +105,8 @@ def generate_task(category: str, difficulty: int, split: str, seed: int) -> Tool
     fill = partial(_fill, values=values)
     files = fill(template.get("files", {}))
     for _ in range(template.get("noise", 0)):
-        path = _draw(random, "noise_path", split, {"": [*files]})
-        files[path] = _draw(random, "lines", split, {})
+        folder, name = (_draw(random, kind, split, {}) for kind in ("folder", "noise"))
+        files[f"{folder}/{name}.txt"] = _draw(random, "lines", split, {})
     for slot, command in template.get("let", {}).items():
         values[slot] = run(fill(command), FileSystem(files)).removesuffix("\n")
     return ToolTask(
@@ -188,7 +188,7 @@ def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> An
             value, parts = _compound(random, words, split)
             if (crc32(" ".join(parts).encode()) % HELD_OUT_IN == 0) is (split == "train"):
                 continue
-        if value not in taken.values() and value not in taken.get("", ()):
+        if value not in taken.values():
             return value
 
 

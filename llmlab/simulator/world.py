@@ -177,7 +177,7 @@ class Simulator(Environment):
         Args:
             command: The command.
         """
-        return run(command, self._files)
+        return run(command, self._files) or "no output"
 
     @tool
     def submit(self, answer: str) -> str:
