@@ -16,6 +16,8 @@ CLASSES = {  # by stage
     "reward": "reward:RewardModelSettings",
     "grpo": "grpo:GRPOSettings",
     "ppo": "ppo:PPOSettings",
+    "rs-sft": "rs_sft:RSSFTSettings",
+    "awr": "awr:AWRSettings",
     "sample": "generation:SampleSettings",
 }
 

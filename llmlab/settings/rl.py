@@ -7,14 +7,13 @@ import math
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge, Gt
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
+from llmlab.settings.completions import CompletionSettings
 from llmlab.settings.data import Datasets, DataSource
 from llmlab.settings.errors import UserError
-from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.rewards import SPELLINGS, RewardSettings, RewardsSettings, as_list
 from llmlab.settings.training import FineTuningSettings
 
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
@@ -24,7 +23,6 @@ SIMULATOR = (  # the RL guide's `reward_config`, but for its kl_weight
     *("task_complete", "task_failed", "correct_tool", "wrong_tool", "schema_pass", "schema_fail", "style_pass"),
     *("guardrail_violation", "step_penalty", "redundant_action"),
 )
-SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
 Interval = Annotated[int | None, Gt(0), Resume.FREE]
@@ -42,7 +40,7 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(RewardsSettings, FineTuningSettings):
+class OnlineSettings(CompletionSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
     panel: ClassVar[str] = "Training"
@@ -63,19 +61,6 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
-    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
-    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
-    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
-    """Longest prompt and completion together, in tokens: limits prompts to what max_new_tokens leaves."""
-
-    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
-    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model
-    alone."""
-    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
-    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
-    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
-    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
-    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
 
     batch_size: Annotated[int, Gt(0)] = 128
     """Prompts of one rollout, over all devices."""
@@ -101,9 +86,9 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
     kl_horizon: Annotated[int, Gt(0), Alias("horizon"), When("adaptive_kl", True)] = 10000
     """Completions over which the weight of the KL penalty changes by at most 20 %."""
 
-    max_new_tokens: v.MaxNewTokens = 128
-    top_k: v.TopK = 0
-    top_p: v.TopP = 1.0
+    max_new_tokens: Annotated[v.MaxNewTokens, Trl("max_completion_length")] = 128
+    top_k: Annotated[v.TopK, Trl("top_k")] = 0
+    top_p: Annotated[v.TopP, Trl("top_p")] = 1.0
     use_vllm: Annotated[bool, Trl("use_vllm")] = False
     """Sample with vLLM, which must be installed."""
     vllm_mode: Annotated[Literal["colocate", "server"], Trl("vllm_mode"), When("use_vllm", True)] = "colocate"
@@ -129,17 +114,10 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
 
     @model_validator(mode="after")
     def check_sizes(self) -> "OnlineSettings":
-        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
-                f"{self.max_seq_len}"
-            )
         if self.adaptive_kl and self.init_kl_coef == 0:
             raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
             raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
-        if self.rewards == [] and self.reward_model is None:
-            raise ValueError("rewards: expected at least one")
         self.rollout(1)
         return self
 
@@ -171,22 +149,8 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
 
-    @property
-    def prompt_limit(self) -> int | None:
-        """The longest prompt in tokens, by either of the limits; None where there is none."""
-        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
-        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
-
     def steps_for(self, prompts: int, processes: int) -> int:
         """Returns the optimizer steps of the run, given the number of training prompts."""
         if self.epochs is None:
             return self.max_steps
         return math.ceil(self.epochs * prompts / self.batch_size) * self.rollout(processes).updates
-
-    def all_rewards(self) -> list[RewardSettings]:
-        """Returns the rewards with the reward model among them."""
-        rewards = list(self.rewards or [])
-        model = self.reward_model or (None if rewards else SEED_REWARD_MODEL)
-        if model is not None:
-            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
-        return rewards

@@ -43,7 +43,12 @@ def judge(model, monkeypatch):
     """Returns a function that judges completions as if the model had written them."""
 
     def judge(*completions, prompts=None, reward=words_reward, max_new_tokens=40, **options):
-        monkeypatch.setattr(pairs_module, "generate_text", lambda *args, **kwargs: iter([list(completions)] * 9))
+        def fill(samples, generate, tokenizer, ends):
+            for sample, text in zip(samples, list(completions) * 9, strict=False):
+                sample.completion = [{"role": "assistant", "content": text}]
+                sample.ended = len(tokenizer(text, add_special_tokens=False)["input_ids"]) < max_new_tokens
+
+        monkeypatch.setattr(pairs_module, "complete", fill)
         sampling = SamplingSettings(max_new_tokens=max_new_tokens)
         options = {"num_samples": len(completions), **options}
         composed = compose([reward], normalize=False)
@@ -55,7 +60,7 @@ def judge(model, monkeypatch):
 def test_the_best_against_the_worst(judge):
     (judged,) = judge("a cat", "a", "a cat sat down", "a cat sat")
     answers = [[{"role": "assistant", "content": text}] for text in ("a cat sat down", "a")]
-    assert judged.scores == [2, 1, 4, 3] and judged.reason == ""
+    assert [sample.reward for sample in judged.samples] == [2, 1, 4, 3] and judged.reason == ""
     assert judged.pair == {"prompt": [ASKED], "chosen": answers[0], "rejected": answers[1], "scores": [4, 1]}
 
 
