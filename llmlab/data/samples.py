@@ -15,8 +15,6 @@ from llmlab.data.chat.messages import Message
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import write_atomically
 
-SAMPLES, DESCRIPTION = "samples.jsonl", "samples.json"
-
 
 class Prompt(NamedTuple):
     """A prompt, and the other columns of its row, which rewards and environments get."""
@@ -27,11 +25,7 @@ class Prompt(NamedTuple):
 
 
 class Sample(BaseModel):
-    """One completion or episode of a prompt.
-
-    `completion_ids` are all tokens after the prompt, (time,); of them the policy sampled those where `mask` is 1, or
-    all without a mask. `ended` is whether it ended before the limit of tokens.
-    """
+    """One completion or episode of a prompt; of its tokens the policy sampled those where `mask` is 1, None is all."""
 
     prompt_id: int
     sample: int
@@ -43,19 +37,16 @@ class Sample(BaseModel):
     prompt_ids: list[int]
     completion_ids: list[int] = []
     mask: list[int] | None = None
-    ended: bool = False
-    rewards: dict[str, float | None] = {}
+    ended: bool = False  # before a limit of tokens
+    rewards: dict[str, float | None] = {}  # by component
     reward: float | None = None
+    environment: dict[str, Any] | None = None  # its reward, the range and the parts of it
     success: bool | None = None
     calls: int = 0
 
     @property
-    def text(self) -> str:
-        """What the model answered last."""
-        return str(self.completion[-1].get("content") or "")
-
     def labels(self) -> list[int]:
-        """Returns the labels of prompt and completion, (time,): the sampled tokens, else -100."""
+        """The labels of prompt and completion, (time,): the sampled tokens, else -100."""
         mask = self.mask or [1] * len(self.completion_ids)
         sampled = [token if on else -100 for token, on in zip(self.completion_ids, mask, strict=True)]
         return [-100] * len(self.prompt_ids) + sampled
@@ -67,20 +58,43 @@ def read_samples(path: Path) -> list[Sample]:
     with reading(path, "samples"), path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                sample = Sample.model_validate_json(line)
+                samples.append(Sample.model_validate_json(line))
+                problem = "" if samples[-1].labels[1:] and samples[-1].completion else "without tokens or completion"
             except ValidationError as error:
-                (first, *_), where = error.errors(), f"{path}:{number}: this is no sample"
-                raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-            if (
-                sample.mask is not None
-                and len(sample.mask) != len(sample.completion_ids)
-                or not (sample.completion and sample.prompt_ids)
-            ):
-                raise UserError(f"{path}:{number}: this is no sample: expected a completion, and its mask as long")
-            samples.append(sample)
+                problem = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            except ValueError:
+                problem = "its mask is not as long as completion_ids"
+            if problem:
+                raise UserError(f"{path}:{number}: this is no sample: {problem}")
     if not samples:
         raise UserError(f"{path}: there is no sample in it")
     return samples
+
+
+def recover_samples(path: Path, count: int) -> list[Sample]:
+    """Returns the samples of the prompts that have so many, and takes what a kill cut off out of the file."""
+    if not path.is_file():
+        return []
+    with reading(path, "samples"):
+        lines = [Sample.model_validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    counts = Counter(sample.prompt_id for sample in lines)
+    samples = [sample for sample in lines if counts[sample.prompt_id] == count]
+    write_samples(path, samples)
+    return samples
+
+
+def append_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Appends samples, which are on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(sample.model_dump_json() + "\n" for sample in samples))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes all samples, ordered by prompt."""
+    ordered = sorted(samples, key=lambda sample: (sample.prompt_id, sample.sample))
+    write_atomically(path, "".join(sample.model_dump_json() + "\n" for sample in ordered))
 
 
 def group_samples(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -89,32 +103,3 @@ def group_samples(samples: Sequence[Sample]) -> list[list[Sample]]:
     for sample in samples:
         groups.setdefault(sample.prompt_id, []).append(sample)
     return list(groups.values())
-
-
-def recover_samples(path: Path, count: int) -> list[Sample]:
-    """Returns the samples of the prompts that have so many, and takes those that a kill cut off out of the file."""
-    if not path.is_file() or not (text := path.read_bytes()):
-        return []
-    with reading(path, "samples"):
-        lines = [Sample.model_validate_json(line) for line in text.rpartition(b"\n")[0].splitlines()]
-    counts = Counter(sample.prompt_id for sample in lines)
-    samples = [sample for sample in lines if counts[sample.prompt_id] == count]
-    write_atomically(path, _to_lines(samples))
-    return samples
-
-
-def append_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Appends the samples of a prompt, on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_to_lines(samples))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes all samples, ordered by prompt."""
-    write_atomically(path, _to_lines(sorted(samples, key=lambda sample: (sample.prompt_id, sample.sample))))
-
-
-def _to_lines(samples: Sequence[Sample]) -> str:
-    return "".join(sample.model_dump_json() + "\n" for sample in samples)

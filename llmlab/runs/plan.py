@@ -3,6 +3,7 @@
 The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -152,6 +153,8 @@ def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | T
         plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
     except UserError as error:
         return [("memory", f"at least {least}; {error}")]
+    finally:
+        gc.collect()  # tensors without memory in reference cycles, which slowed the first hundreds of steps by a sixth
     rows: list[tuple[str, str | Text]] = list(plan.rows())
     if not plan.fits:
         advice = f"more than this device has: expect it to run out; llmlab plan {run.stage} says what to change"
@@ -185,7 +188,7 @@ def make_plan(
         utilization: share of the device's peak FLOP/s.
     """
     if hasattr(settings, "in_steps"):
-        settings = settings.in_steps(processes)
+        settings = settings.in_steps(processes).in_completions()
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)

@@ -1,24 +1,24 @@
-"""What RS-SFT and AWR share: samples of the policy are drawn and scored once, and trained on as rows.
+"""Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
 
 Source: seed, RL guide, section 3, "AWR / RS-SFT".
 """
 
-from typing import Annotated, ClassVar
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt
 from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Resume
-from llmlab.settings.completions import CompletionSettings
 from llmlab.settings.data import Datasets, DataSource
-from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import PathName, Reads
+from llmlab.settings.rl import CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 
-class OfflineSettings(EnvironmentSettings, CompletionSettings, SamplingSettings, FineTuningSettings):
+class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings):
     """Learning from scored samples of the policy, drawn before training."""
 
     panel: ClassVar[str] = "Samples"
@@ -30,20 +30,20 @@ class OfflineSettings(EnvironmentSettings, CompletionSettings, SamplingSettings,
 
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
     max_prompts: Annotated[int | None, Gt(0)] = None
-    """Prompts to sample for at most, drawn as max_samples is elsewhere; none is all."""
+    """Prompts to sample for at most, drawn at random; none is all."""
     num_samples_per_prompt: Annotated[int, Gt(0)] = 4
     """Completions or episodes of each prompt."""
     temperature: Annotated[float, Ge(0)] = 0.8
     samples: Annotated[PathName | None, Reads("path")] = None
     """samples.jsonl of an earlier run to train on, instead of drawing samples."""
     rescore: bool = False
-    """Score the samples again with these rewards; an environment's own reward stays as recorded."""
+    """Score these samples again with this run's rewards; an environment's own reward stays as recorded."""
     sampling_batch_size: Annotated[int, Gt(0)] = 32
-    """Completions or episodes that are sampled at the same time."""
+    """Completions or episodes that are sampled at the same time, per device."""
     use_vllm: Annotated[bool, Resume.FREE] = False
     """Sample with vLLM, which must be installed."""
     max_samples: Annotated[int | None, Gt(0)] = None
-    """Samples to train on at most, drawn at random by the seed; none is all."""
+    """Samples to train on at most, drawn at random; none is all."""
 
     batch_size: v.BatchSize = 2
     """Samples of one forward pass, per device."""
@@ -63,6 +63,41 @@ class OfflineSettings(EnvironmentSettings, CompletionSettings, SamplingSettings,
             raise ValueError("temperature = 0: all samples of a prompt are the same; expected more than 0")
         if self.rescore and self.samples is None:
             raise ValueError("rescore: it scores earlier samples again, which `samples` names")
-        if self.curriculum != "none":
-            raise ValueError("curriculum: not supported here, since all samples are drawn before training")
         return self
+
+
+class RSSFTSettings(OfflineSettings):
+    """Rejection-sampled fine-tuning. Source: seed, RL guide, section 3; arXiv:2308.01825."""
+
+    panel: ClassVar[str] = "RS-SFT"
+
+    output_dir: v.OutputDir = "rs_sft_checkpoints"
+    top_p: v.TopP = 0.9
+    reward_threshold: float = 0.6
+    """Train on the best sample of each prompt, where its reward is above this and it ended by itself."""
+    max_samples: Annotated[int | None, Gt(0)] = 20000
+
+
+class AWRSettings(OfflineSettings):
+    """Advantage-weighted regression. Source: seed, RL guide, section 3; Peng et al. 2019 (arXiv:1910.00177)."""
+
+    panel: ClassVar[str] = "AWR"
+
+    output_dir: v.OutputDir = "awr_checkpoints"
+    num_samples_per_prompt: Annotated[int, Gt(0)] = 8
+    top_p: v.TopP = 1.0
+    advantage_beta: Annotated[float, Ge(0)] = 5.0
+    """Weights are exp(advantage_beta x advantage): 1 to 3 weak, 3 to 5 moderate, 5 to 10 strong; 0 is SFT."""
+    normalize_advantage: bool = True
+    """Divide the advantages by their standard deviation over all samples."""
+    clip_advantage: Annotated[float, Gt(0)] = 10.0
+    """Largest weight of a sample, before the weights of an optimizer step are scaled to mean 1."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Warns of a beta outside of the guide's table."""
+        beta = values.get("advantage_beta", 5)
+        if isinstance(beta, (int, float)) and not 1 <= beta <= 10:
+            effect = "risks overfitting to outliers" if beta > 10 else "hardly weighs the samples (0 is SFT on all)"
+            warn(f"advantage_beta = {beta:g}: outside of 1 to 10, it {effect}; start with 5")
+        super().translate(values, warn)

@@ -7,22 +7,21 @@ import math
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge, Gt
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
-from llmlab.settings.completions import CompletionSettings
 from llmlab.settings.data import Datasets, DataSource
+from llmlab.settings.environment import IN_EPISODES, SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
+from llmlab.settings.paths import PathName, Reads
+from llmlab.settings.rewards import SPELLINGS, RewardSettings, RewardsSettings, as_list
 from llmlab.settings.training import FineTuningSettings
 
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
 """The RL guide counts these in completions ("episodes"), the LLM-Lab document in optimizer steps."""
 
-SIMULATOR = (  # the RL guide's `reward_config`, but for its kl_weight
-    *("task_complete", "task_failed", "correct_tool", "wrong_tool", "schema_pass", "schema_fail", "style_pass"),
-    *("guardrail_violation", "step_penalty", "redundant_action"),
-)
+SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
 Interval = Annotated[int | None, Gt(0), Resume.FREE]
@@ -40,16 +39,60 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
+class CompletionSettings(EnvironmentSettings, RewardsSettings):
+    """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
+
+    panel: ClassVar[str] = "Training"
+
+    max_new_tokens: v.MaxNewTokens = 256
+    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
+    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
+    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
+    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
+
+    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
+    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
+    or the environment's."""
+    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
+    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
+    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
+    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
+    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
+
+    @model_validator(mode="after")
+    def check_completions(self) -> "CompletionSettings":
+        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
+                f"{self.max_seq_len}"
+            )
+        if self.rewards == [] and self.reward_model is None and self.environment is None:
+            raise ValueError("rewards: expected at least one")
+        return self
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """The longest prompt in tokens, by either of the limits; None where there is none."""
+        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
+        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
+
+    def all_rewards(self) -> list[RewardSettings]:
+        """Returns the rewards with the reward model among them."""
+        rewards = list(self.rewards or [])
+        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
+        if model is not None:
+            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
+        return rewards
+
+
 class OnlineSettings(CompletionSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
         "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
-        "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
     best_metrics: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -61,6 +104,8 @@ class OnlineSettings(CompletionSettings, FineTuningSettings):
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
+    curriculum: Annotated[Literal["none", "episodes", "success"], IN_EPISODES] = "none"
+    """Difficulty of the simulator's tasks: that of the data, or rising with episodes or with the success rate."""
 
     batch_size: Annotated[int, Gt(0)] = 128
     """Prompts of one rollout, over all devices."""
@@ -118,6 +163,8 @@ class OnlineSettings(CompletionSettings, FineTuningSettings):
             raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
             raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
+        if self.curriculum != "none" and set(self.environments.values()) != {SIMULATOR}:
+            raise ValueError(f"curriculum = {self.curriculum}: only the simulator has tasks of several difficulties")
         self.rollout(1)
         return self
 
@@ -148,6 +195,18 @@ class OnlineSettings(CompletionSettings, FineTuningSettings):
         if self.num_episodes is not None:
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
+
+    def in_completions(self) -> "OnlineSettings":
+        """Returns these settings with completions as long as the longest episode instead of episodes, for plans."""
+        if self.environment is None:
+            return self
+        prompt = self.prompt_limit or self.max_new_tokens
+        longest = self.max_seq_len or prompt + 2 * self.max_episode_length * self.max_new_tokens
+        changes = {
+            "max_prompt_length": min(prompt, longest // 2),
+            "max_new_tokens": longest - min(prompt, longest // 2),
+        }
+        return self.model_copy(update={**changes, "max_seq_len": None, "environment": None, "curriculum": "none"})
 
     def steps_for(self, prompts: int, processes: int) -> int:
         """Returns the optimizer steps of the run, given the number of training prompts."""

@@ -5,11 +5,10 @@ import re
 import pytest
 
 from llmlab.settings.base import spellings_of
-from llmlab.settings.completions import SEED_REWARD_MODEL
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
 from llmlab.settings.grpo import GRPOSettings
-from llmlab.settings.rl import Rollout
+from llmlab.settings.rl import SEED_REWARD_MODEL, Rollout
 from llmlab.settings.sources import resolve
 
 GUIDE = """

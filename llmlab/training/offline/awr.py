@@ -24,52 +24,46 @@ from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.awr import AWRSettings
 from llmlab.settings.errors import UserError
-from llmlab.training.offline.run import Chosen, OfflineRun, RewardFunction, SampleRows, mean_reward
+from llmlab.settings.offline import AWRSettings
+from llmlab.training.offline.run import OfflineRun, Weighted
 from llmlab.training.sft import LLMLabSFTTrainer
 
-FEW = 0.1  # share of a step's samples whose weights count, below which a few carry the whole step
-ADVICE = (
-    "few samples carry all the weight (effective_sample_size below 0.1): lower advantage_beta or clip_advantage, or "
-    "raise the effective batch"
-)
+FEW, PATIENCE = 0.1, 20  # share of a step's samples that carries it, logged lines
 
 
-def weigh(rewards: Sequence[Sequence[float]], beta: float, clip: float, normalize: bool) -> list[np.ndarray]:
-    """Returns AWR's weights of the samples of each prompt: min(exp(beta x A), clip).
+def weigh(rewards: Sequence[Sequence[float]], beta: float, clip: float, normalize: bool) -> np.ndarray:
+    """Returns the weights of all samples, one prompt after the other: min(exp(beta x A), clip).
 
     Args:
         rewards: of the samples of each prompt.
-        beta: inverse temperature of the advantages.
+        beta: inverse temperature.
         clip: largest weight.
-        normalize: divide the advantages, rewards less their mean over the prompt, by the standard deviation of all.
+        normalize: divide the advantages (rewards less their mean over the prompt) by their standard deviation.
 
     Source: Peng et al. 2019 (arXiv:1910.00177), equation 13; seed: RL guide, section 3.
     """
-    advantages = [np.subtract(group, np.mean(group)) for group in rewards]
-    deviation = float(np.sqrt(np.mean(np.square(np.concatenate(advantages))))) if advantages else 0.0
-    if normalize and deviation > 0:
-        advantages = [group / deviation for group in advantages]
-    return [np.exp(np.minimum(beta * group, math.log(clip))) for group in advantages]
+    advantages = np.concatenate([np.subtract(group, np.mean(group)) for group in rewards])
+    deviation = float(np.sqrt(np.mean(advantages**2)))
+    scale = beta / deviation if normalize and deviation > 0 else beta
+    return np.exp(np.minimum(scale * advantages, math.log(clip)))
 
 
-def choose_all(samples: list[Sample], settings: AWRSettings) -> Chosen:
-    """Returns all samples that have a reward, with their weights."""
-    groups = [[each for each in group if each.reward is not None] for group in group_samples(samples)]
-    groups = [group for group in groups if group]
+def weigh_all(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Counter[str]]:
+    """Returns all samples that have a reward, with weights of mean 1."""
+    groups = group_samples([each for each in samples if each.reward is not None])
     rewards = [[each.reward for each in group] for group in groups]
-    if groups and all(max(group) - min(group) == 0 for group in rewards) and not samples[0].validation:
+    rated = [each for group in groups for each in group]
+    left_out = +Counter({"without a reward": len(samples) - len(rated)})
+    if not rated:
+        return [], left_out
+    if all(min(group) == max(group) for group in rewards) and not samples[0].validation:
         raise UserError(
-            f"the samples of each of the {len(groups):,} prompts have equal rewards, so none has an advantage: draw "
-            "more a prompt (num_samples_per_prompt), at a higher temperature, or score them with other rewards"
+            f"each of the {len(groups):,} prompts has samples of equal rewards, so none has an advantage: draw more of "
+            "them (num_samples_per_prompt), at a higher temperature, or score them by other rewards"
         )
     weights = weigh(rewards, settings.advantage_beta, settings.clip_advantage, settings.normalize_advantage)
-    flat = [each for group in groups for each in group]
-    scaled = np.concatenate(weights) / np.mean(np.concatenate(weights)) if flat else np.empty(0)  # for validation
-    rows = list(zip(flat, scaled.tolist(), strict=True))
-    left_out = Counter({"without a reward": len(samples) - len(flat)})
-    return Chosen(rows, +left_out, {"sample_reward": mean_reward(flat)} if flat else {})
+    return list(zip(rated, (weights / weights.mean()).tolist(), strict=True)), left_out
 
 
 class LLMLabAWRTrainer(LLMLabSFTTrainer):
@@ -82,21 +76,19 @@ class LLMLabAWRTrainer(LLMLabSFTTrainer):
         super().__init__(**kwargs)
         self.data_collator = partial(collate_weighted, self.data_collator)
         self.shares: list[float] = []
-        self.mean_weight: Tensor | float = 1.0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if batches:
-            # rows that fill up an epoch's last batch have no label
-            weights = torch.cat([each["weight"][(each["labels"] != -100).any(1)] for each in batches]).double()
+        if batches:  # rows that fill up an epoch's last batch have no label
+            weights = torch.cat([each["weight"][(each["labels"] != -100).any(1)] for each in batches])
             sums = torch.stack([torch.ones_like(weights).sum(), weights.sum(), weights.square().sum()])
-            rows, total, squares = self.accelerator.reduce(sums.float().to(self.args.device), reduction="sum")
+            rows, total, squares = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
             self.mean_weight = total / rows
             self.shares.append((total**2 / squares / rows).item())
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        weights = inputs["weight"] / (self.mean_weight if model.training else 1.0)  # (rows,)
+        weights = inputs["weight"] / self.mean_weight if model.training else inputs["weight"]  # (rows,)
 
         def weighted(**options: Any) -> Any:
             output = model(**options)
@@ -110,7 +102,6 @@ class LLMLabAWRTrainer(LLMLabSFTTrainer):
 
 
 def without_weight(batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns the model's inputs of a batch."""
     return {name: value for name, value in batch.items() if name != "weight"}
 
 
@@ -121,39 +112,37 @@ def collate_weighted(collator: Any, examples: list[dict[str, Any]]) -> dict[str,
 
 @dataclass(eq=False)
 class WeightMetrics(StageMetrics):
-    """Logs `effective_sample_size`, (sum w)^2 / sum w^2 as a share of a step's rows, and warns once where it stays
-    small for `patience` lines."""
+    """Logs `effective_sample_size`, (sum w)^2 / sum w^2 as a share of the rows; warns once where it stays small."""
 
     progress: ProgressLine
     shares: list[float]
-    patience: int = 20
     few: int = 0
 
     def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         super().add_metrics(logs, prefix, state)
-        if prefix or not self.shares or "loss" not in logs:
+        if prefix or not self.shares:
             return
         logs["effective_sample_size"] = share = sum(self.shares) / len(self.shares)
         self.shares.clear()
         self.few = self.few + 1 if share < FEW else 0
-        if self.few == self.patience:
-            self.progress.say(f"[yellow]warning[/yellow] {ADVICE}")
+        if self.few == PATIENCE:
+            advice = "lower advantage_beta or clip_advantage, or raise the effective batch"
+            self.progress.say(f"[yellow]warning[/yellow] few samples carry all the weight ({share:.0%}): {advice}")
 
 
 @training_stage(OfflineRun, prepare=locate_rewards)
-def awr(run: OfflineRun[AWRSettings], *, rewards: Sequence[RewardFunction] = ()) -> RunResult:
+def awr(run: OfflineRun[AWRSettings]) -> RunResult:
     """Samples completions or episodes, fine-tunes on all of them weighted by advantage, and writes the run folder.
 
     Args:
         settings: `AWRSettings`: which model, what prompts, what is rewarded, how samples are weighted.
-        rewards: custom reward functions in addition to the settings', as in `llmlab.grpo`.
 
     Returns:
-        The run folder and its last metrics: `sample_reward`, the mean over the samples, `effective_sample_size` as a
+        The run folder and its last metrics: `kept_reward`, the mean over the samples, `effective_sample_size` as a
         share of an optimizer step's samples, the weighted `loss` in nats per trained token, `eval_loss`, ...
 
     Source: seed, RL guide, section 3; Peng et al. 2019 (arXiv:1910.00177).
     """
-    maker = SampleRows(run.load_policy(), partial(choose_all, settings=run.settings), rewards, weight=Value("float32"))
-    trainer = run.make_sample_trainer(LLMLabAWRTrainer, maker)
-    return run.train_samples(trainer, callbacks=[WeightMetrics(run.progress, trainer.shares)])
+    choose = partial(weigh_all, settings=run.settings)
+    trainer = run.make_sample_trainer(LLMLabAWRTrainer, choose, weight=Value("float32"))
+    return run.train_samples(trainer, [WeightMetrics(run.progress, trainer.shares)])

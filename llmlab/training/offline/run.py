@@ -4,345 +4,250 @@ Which samples are trained on, and with which weights, is each stage's own busine
 """
 
 import hashlib
-import json
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, Features
-from rich.markup import escape
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig
 
+from llmlab.data import samples as store
 from llmlab.data.chat.makers import IDS, PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows, RowsReport, build_rows
-from llmlab.data.samples import (
-    DESCRIPTION,
-    SAMPLES,
-    Prompt,
-    Sample,
-    append_samples,
-    group_samples,
-    read_samples,
-    recover_samples,
-    write_samples,
-)
-from llmlab.inference import context_length, end_tokens
-from llmlab.rewards.compose import compose
-from llmlab.rewards.function import Reward
-from llmlab.rewards.loading import may_run_code
-from llmlab.runs.policy import Policy
-from llmlab.runs.progress import quiet_libraries
-from llmlab.runs.record import RECORD, RunResult
-from llmlab.runs.run import Run
-from llmlab.runs.signals import Interrupted
+from llmlab.data.samples import Prompt, Sample, group_samples
+from llmlab.inference import context_length, end_tokens, generate_tokens
+from llmlab.runs.failures import record_failures
+from llmlab.runs.progress import ProgressLine, quiet_libraries
+from llmlab.runs.record import RunResult
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json
 from llmlab.settings.paths import expand
-from llmlab.terminal import draw_bars, track
+from llmlab.terminal import draw_bars, safe, track
 from llmlab.training.offline.sampling import (
-    Fill,
     complete,
-    draw_samples,
-    generate_with,
-    generate_with_vllm,
+    make_batches,
     play_episodes,
     score_samples,
+    seed_batch,
+    vllm_sampler,
 )
+from llmlab.training.online.run import RewardedRun
 
 DRAWN = (  # settings that samples depend on
     *("policy_checkpoint", "datasets", "environment", "max_episode_length", "seed", "num_samples_per_prompt"),
     *("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "sampling_batch_size"),
 )
 SCORED = ("rewards", "reward_model", "normalize_rewards")
-BINS, QUANTILES = 40, (0.5, 0.75, 0.9, 0.99)
+QUANTILES, BINS = (0.5, 0.75, 0.9, 0.99), 40
 
-RewardFunction = Reward | Callable[..., Any]
-
-
-class Chosen(NamedTuple):
-    """The samples to train on with their weights, how many are left out by reason, and the run's results."""
-
-    rows: list[tuple[Sample, float]]
-    left_out: Counter[str]
-    results: dict[str, float] = {}
+Weighted = list[tuple[Sample, float]]
+Choose = Callable[[list[Sample]], tuple[Weighted, Counter[str]]]
+"""Returns the samples to train on with their weights, and counts of the others by reason."""
 
 
-class SampleRows:
-    """What a stage makes of samples: the rows' columns, and which samples it trains on."""
+class RowShape(NamedTuple):
+    """Columns and counts of the rows, for `Run.build_rows`."""
 
-    counts = ("tokens", "trained_tokens")
-    results: dict[str, float] = {}
-
-    def __init__(
-        self,
-        policy: Policy,
-        choose: Callable[[list[Sample]], Chosen],
-        rewards: Sequence[RewardFunction],
-        **columns: Any,
-    ):
-        self.policy, self.choose, self.rewards = policy, choose, rewards
-        self.columns = Features({"input_ids": IDS, "labels": IDS, **columns})
-
-    def make(self, rows: Sequence[tuple[Sample, float]]) -> Dataset:
-        """Returns the rows of samples: prompt and completion, of which the sampled tokens are trained."""
-        values = (
-            {"input_ids": each.prompt_ids + each.completion_ids, "labels": each.labels(), "weight": weight}
-            for each, weight in rows
-        )
-        return Dataset.from_list([{name: row[name] for name in self.columns} for row in values], self.columns)
+    columns: Features
+    counts: tuple[str, ...] = ("tokens", "trained_tokens")
 
 
-class OfflineRun(Run[S]):
+class OfflineRun(RewardedRun[S]):
     """A run of RS-SFT or AWR."""
 
-    def build_rows(self, maker: SampleRows, *, rows_per_step: float) -> Rows:
+    choose: Choose
+    results: dict[str, float] = {}
+
+    def build_rows(self, shape: RowShape, *, rows_per_step: float) -> Rows:
         """Returns the rows of the chosen samples, which are drawn and scored first where there are none yet."""
-        path, settings = self.folder / SAMPLES, self.settings
-        record = self.make_record(maker.policy.parents, {"sources": []}) if self.process.is_main_process else None
-        if record is not None and self.resumed is None:
+        self.path, description, record = self.folder / "samples.jsonl", self.folder / "samples.json", None
+        if self.process.is_main_process and self.resumed is None:
+            record = self.make_record(self.policy.parents, {"sources": []})
             record.start()
-        try:
-            if not (self.folder / DESCRIPTION).is_file():
-                with quiet_libraries():
-                    self._reuse(maker) if settings.samples else self._draw(maker)
+        with record_failures(self.stage, self.folder, record, ProgressLine(self.console)), quiet_libraries():
+            if not description.is_file():
+                samples, described = self._reuse() if self.settings.samples else self._draw()
                 self.process.wait_for_everyone()
-            set_seed(settings.seed)  # what follows does not depend on how much was drawn in this part of the run
-            return self._choose(maker, read_samples(path))
-        except (Exception, KeyboardInterrupt, Interrupted) as error:
-            if record is not None and self.checkpoint is None:
-                stopped = not isinstance(error, Exception)
-                record.finish("interrupted" if stopped else "failed", reason=str(error))
-                if not path.is_file():  # there is nothing to go on with
-                    (self.folder / RECORD).unlink()
-                elif stopped:
-                    self.console.print(
-                        f"stopped; continue with: llmlab {self.stage} --resume {escape(str(self.folder))}"
-                    )
-            raise
+                if self.process.is_main_process:
+                    store.write_samples(self.path, samples)
+                    dump({**described, "vocabulary": self._vocabulary()}, description)
+                self.process.wait_for_everyone()
+            set_seed(self.settings.seed)  # what follows does not depend on how much was drawn in this part of the run
+            return self._choose_rows(store.read_samples(self.path), shape)
 
-    def _draw(self, maker: SampleRows) -> None:
-        """Draws and scores the samples of all prompts that have none yet; processes share the prompts."""
-        settings, process, count = self.settings, self.process, self.settings.num_samples_per_prompt
-        reward, fill = self._compose(maker), self._fill(maker.policy)
-        prompts, train = self._read_prompts(maker.policy)
-        own, main = self.folder / f"{process.process_index}-{SAMPLES}", self.folder / SAMPLES
-        if process.is_main_process:
-            self._merge(count)
-        process.wait_for_everyone()
-        done = {sample.prompt_id for sample in recover_samples(main, count)} if main.is_file() else set()
-        path = main if process.is_main_process else own
-        process.wait_for_everyone()
-        model, mode = maker.policy.model.eval(), maker.policy.model.training
-        groups = draw_samples(
-            prompts,
-            maker.policy.tokenizer,
-            fill,
-            num_samples=count,
-            seed=settings.seed,
-            batch_size=settings.sampling_batch_size,
-            done=done,
-            share=(process.process_index, process.num_processes),
+    def _draw(self) -> tuple[list[Sample], dict[str, Any]]:
+        """Draws and scores the samples of all prompts that have none yet; processes share the batches."""
+        settings, policy, process, count = (
+            self.settings,
+            self.policy,
+            self.process,
+            self.settings.num_samples_per_prompt,
         )
-        if process.is_main_process:
-            left = len(prompts) - len(done)
-            self.console.print(f"sampling: {left * count:,} samples of {left:,} prompts into {escape(str(main))}")
-            groups = track(groups, -(-left // process.num_processes), "Sampling")
-        for group in groups:
-            score_samples(group, reward)
-            for sample in group:
-                sample.validation = sample.prompt_id >= train
-            append_samples(path, group)
-        model.train(mode)
+        reward, fill, (prompts, training) = self.compose_rewards(()), self._make_fill(), self._read_prompts()
+        with process.main_process_first():
+            done = {each.prompt_id for each in store.recover_samples(self.path, count)}
+        batches = make_batches(policy.tokenizer, prompts, count, settings.sampling_batch_size)
+        batches = [batch for batch in batches if any(each.prompt_id not in done for each in batch)]
+        left = len(prompts) - len(done)
+        self.console.print(
+            f"sampling {left * count:,} samples of {left:,} prompts into {safe(self.path)}", soft_wrap=True
+        )
+        mode, rank, processes = policy.model.training, process.process_index, process.num_processes
+        policy.model.eval()
+        rounds = range(0, len(batches), processes)
+        for first in track(rounds, len(rounds), "Sampling") if process.is_main_process else rounds:
+            samples: list[Sample] = []
+            for batch in batches[first + rank : first + rank + 1]:
+                seed_batch(batch, settings.seed)
+                fill(batch)
+                for group in group_samples(batch):
+                    score_samples(group, reward)
+                    samples += group
+            for group in group_samples(gather_object(samples)):
+                if process.is_main_process and group[0].prompt_id not in done:
+                    for each in group:
+                        each.validation = each.prompt_id >= training
+                    store.append_samples(self.path, group)
+        policy.model.train(mode)
         process.wait_for_everyone()
-        if process.is_main_process:
-            self._merge(count)
-            self._describe(maker, settings.model_dump(mode="json", include={*DRAWN, *SCORED}))
+        return store.read_samples(self.path), settings.model_dump(mode="json", include={*DRAWN, *SCORED})
 
-    def _merge(self, count: int) -> None:
-        """Gathers the whole groups of all processes in one file, ordered by prompt."""
-        parts = sorted(self.folder.glob(f"*-{SAMPLES}"))
-        found = {}
-        for path in (self.folder / SAMPLES, *parts):
-            found |= {(each.prompt_id, each.sample): each for each in recover_samples(path, count)}
-        if found:
-            write_samples(self.folder / SAMPLES, list(found.values()))
-        for path in parts:
-            path.unlink()
-
-    def _fill(self, policy: Policy) -> Fill:
-        """Returns what samples completions or plays episodes."""
-        settings, tokenizer, model = self.settings, policy.tokenizer, policy.model
+    def _make_fill(self) -> Callable[[list[Sample]], None]:
+        """Returns what adds completions or episodes to samples."""
+        settings, tokenizer, model = self.settings, self.policy.tokenizer, self.policy.model
         if not settings.use_qlora:
             model.to(self.hardware.device)
-        if not settings.use_vllm:
-            generate = generate_with(model, tokenizer, settings, self.hardware.torch_dtype)
-        elif policy.continues_adapter or self.process.num_processes > 1:
-            raise UserError("use_vllm = true: not supported with adapters or several processes; merge, or use one")
-        else:
-            generate = generate_with_vllm(settings.policy_checkpoint, model, tokenizer, settings)
+        if settings.use_vllm and (self.policy.continues_adapter or self.process.num_processes > 1):
+            raise UserError("use_vllm = true: not supported with adapters (merge them first) or several processes")
+        sample = vllm_sampler(model, tokenizer, settings) if settings.use_vllm else self._sample
         if settings.environment is None:
-            return partial(complete, generate=generate, tokenizer=tokenizer, ends=end_tokens(model, tokenizer))
-        from llmlab.simulator.loading import load_environment
-
-        specs, named = settings.environment, isinstance(settings.environment, dict)
-        options = {"allow_code": may_run_code(self.resolved), "reward_config": settings.reward_config}
-        made = {name: load_environment(spec, **options) for name, spec in (specs if named else {"": specs}).items()}
-
-        def make_environment(columns: dict[str, Any]) -> Any:
-            name = columns.get("environment") if named else ""
-            if name not in made:
-                raise UserError(f"environment: a row's column has {name!r}; expected one of {', '.join(made)}")
-            return made[name]()
-
-        limits = (context_length(model), settings.max_seq_len)
+            return partial(complete, sample=sample, tokenizer=tokenizer, ends=end_tokens(model, tokenizer))
         return partial(
             play_episodes,
-            generate=generate,
+            sample=sample,
             tokenizer=tokenizer,
-            make_environment=make_environment,
-            settings=settings,
-            max_length=min((limit for limit in limits if limit is not None), default=None),
+            factories=self.load_environments(),
+            max_episode_length=settings.max_episode_length,
+            max_new_tokens=settings.max_new_tokens,
+            max_length=self.policy.cap_length(settings.max_seq_len or sys.maxsize),
+            tool_timeout=settings.tool_timeout,
         )
 
-    def _read_prompts(self, policy: Policy) -> tuple[dict[int, Prompt], int]:
+    def _sample(self, rows: list[list[int]]) -> list[list[int]]:
+        dtype, model = self.hardware.torch_dtype, self.policy.model
+        with torch.autocast(self.hardware.device, dtype, enabled=dtype != torch.float32):
+            return generate_tokens(model, self.policy.tokenizer, rows, self.settings)
+
+    def _read_prompts(self) -> tuple[dict[int, Prompt], int]:
         """Returns the prompts by number, those for training first, and how many these are."""
-        settings, context = self.settings, context_length(policy.model)
-        limits = (settings.prompt_limit, context and context - 1)
-        limit = min((limit for limit in limits if limit is not None), default=None)
-        quiet = nullcontext() if self.console.is_terminal else quiet_libraries()
-        with self.process.main_process_first(), quiet:
-            rows = build_rows(
-                settings,
-                PromptEncoder(policy.tokenizer, max_prompt_length=limit),
-                seed=settings.seed,
-                validation_rows=self.batch.validation_rows,
-                max_samples=settings.max_prompts,
-            )
+        settings, context = self.settings, context_length(self.policy.model) or sys.maxsize
+        maker = PromptEncoder(
+            self.policy.tokenizer, max_prompt_length=min(settings.prompt_limit or sys.maxsize, context - 1)
+        )
+        options = {"validation_rows": self.batch.validation_rows, "max_samples": settings.max_prompts}
+        with self.process.main_process_first():
+            rows = build_rows(settings, maker, seed=settings.seed, **options)
         self.console.print(rows.summary(), markup=False, highlight=False)
-        prompts = []
-        for part in (rows.train, rows.validation or ()):
-            for row in decode_prompts(part) if part else ():
-                tools = row.get("tools")
-                prompts.append(Prompt(row.pop("prompt"), row, tools))
+        decoded = [row for part in (rows.train, rows.validation) if part for row in decode_prompts(part)]
+        prompts = [Prompt(row.pop("prompt"), row, row.get("tools")) for row in decoded]
         return dict(enumerate(prompts)), len(rows.train)
 
-    def _compose(self, maker: SampleRows) -> Any:
-        """Returns the rewards of the settings and the stage's caller; None where the environment's is the only one."""
-        settings = self.settings
-        named = settings.all_rewards() if settings.rewards or settings.reward_model or not maker.rewards else []
-        rewards = [*named, *maker.rewards]
-        options = {"normalize": settings.normalize_rewards, "allow_code": may_run_code(self.resolved)}
-        return compose(rewards, **options) if rewards else None
+    def _vocabulary(self) -> str:
+        words = sorted(self.policy.tokenizer.get_vocab().items())
+        return hashlib.blake2b(str(words).encode(), digest_size=8).hexdigest()
 
-    def _describe(self, maker: SampleRows, values: dict[str, Any]) -> None:
-        """Writes beside the samples what they are, which says that they are complete."""
-        dump({**values, "vocabulary": _vocabulary(maker.policy)}, self.folder / DESCRIPTION)
-
-    def _reuse(self, maker: SampleRows) -> None:
-        """Takes the samples of an earlier run, scored again if asked, after checking that they suit this one."""
+    def _reuse(self) -> tuple[list[Sample], dict[str, Any]]:
+        """Returns the samples of an earlier run, scored again if asked, after checking that they suit this one."""
         settings, path = self.settings, expand(self.settings.samples)
-        path = path / SAMPLES if path.is_dir() else path
-        samples = read_samples(path)
-        before = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
+        path = path / "samples.jsonl" if path.is_dir() else path
+        samples, side = store.read_samples(path), path.with_suffix(".json")
+        before = read_json(side) if side.is_file() else {}
         largest = max(max(each.prompt_ids + each.completion_ids) for each in samples)
-        vocabulary = _vocabulary(maker.policy)
-        if before.get("vocabulary", vocabulary) != vocabulary or largest >= len(maker.policy.tokenizer):
-            raise UserError(
-                f"samples = {path}: its tokens are of another vocabulary than {settings.policy_checkpoint}'s"
-            )
+        if before.get("vocabulary", self._vocabulary()) != self._vocabulary() or largest >= len(self.policy.tokenizer):
+            whose = f"its tokens are of another vocabulary than that of {settings.policy_checkpoint}"
+            raise UserError(f"samples = {path}: {whose}; expected samples of a model with the same tokenizer")
         now = settings.model_dump(mode="json", include={*DRAWN, *SCORED})
-        chosen = [name for name in sorted(now) if name in settings.model_fields_set]
-        changed = [name for name in chosen if before.get(name, now[name]) != now[name]]
-        rewards = [name for name in changed if name in SCORED]
-        if rewards and not settings.rescore:
-            raise UserError(f"{rewards[0]}: the samples in {path} have other rewards; expected rescore=true beside it")
-        for name in (name for name in changed if name not in SCORED):
-            note = f"samples were drawn with {name} = {before[name]}, and {name} = {now[name]} has no effect on them"
-            self.console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+        changed = [
+            name for name in now if name in settings.model_fields_set and before.get(name, now[name]) != now[name]
+        ]
+        for name in changed:
+            if name in SCORED and not settings.rescore:
+                raise UserError(
+                    f"{name}: the samples in {path} were scored by others; expected rescore=true beside it"
+                )
+            if name in DRAWN:
+                note = f"{name} = {now[name]} has no effect: the samples were drawn with {before[name]}"
+                self.console.print(f"[yellow]note[/yellow] {safe(note)}", soft_wrap=True)
         if settings.rescore:
-            reward = self._compose(maker)
+            reward, before = self.compose_rewards(()), {**before, **{name: now[name] for name in SCORED}}
             for group in group_samples(samples):
                 score_samples(group, reward)
-            before |= {name: now[name] for name in SCORED}
-        if self.process.is_main_process:
-            write_samples(self.folder / SAMPLES, samples)
-            self._describe(maker, before)
+        return samples, before
 
-    def _choose(self, maker: SampleRows, samples: list[Sample]) -> Rows:
-        settings = self.settings
-        train = maker.choose([each for each in samples if not each.validation])
-        validation = maker.choose([each for each in samples if each.validation]).rows
-        rows = train.rows
-        if settings.max_samples is not None and len(rows) > settings.max_samples:
-            drawn = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.max_samples]
-            rows, train.left_out["more than max_samples"] = [rows[k] for k in sorted(drawn)], len(rows) - len(drawn)
+    def _choose_rows(self, samples: list[Sample], shape: RowShape) -> Rows:
+        rows, left_out = self.choose([each for each in samples if not each.validation])
+        most = self.settings.max_samples or len(rows)
+        if len(rows) > most:
+            left_out["more than max_samples"] = len(rows) - most
+            rows = [rows[k] for k in np.random.default_rng(self.settings.seed).permutation(len(rows))[:most]]
         if not rows:
-            raise UserError(self._explain(samples, train.left_out))
-        maker.results = train.results
-        data = maker.make(rows)
-        tokens, trained = (sum(len(ids) - ids.count(-100) for ids in data[name]) for name in ("input_ids", "labels"))
-        report = RowsReport(SAMPLES, "samples", 1.0, len(samples), len(rows), dropped=train.left_out)
-        report.counts = {"tokens": tokens, "trained_tokens": trained}
-        return Rows(data, maker.make(validation) if validation else None, [report])
+            raise UserError(self._explain(samples, left_out))
+        mean = statistics.fmean(each.reward for each, _ in rows)  # type: ignore[misc]
+        self.results = {"kept_share": len(rows) / len(samples), "kept_reward": mean}
+        validation, _ = self.choose([each for each in samples if each.validation])
+        report = RowsReport(self.path.name, "samples", 1.0, len(samples), len(rows), dropped=left_out)
+        labels = [each.labels for each, _ in rows]
+        trained = sum(len(row) - row.count(-100) for row in labels)
+        report.counts = {"tokens": sum(map(len, labels)), "trained_tokens": trained}
+        return Rows(_dataset(rows, shape), _dataset(validation, shape) if validation else None, [report])
 
     def _explain(self, samples: list[Sample], reasons: Counter[str]) -> str:
         """Returns why no sample is trained on, with a histogram of the rewards and the thresholds that keep some."""
         counted = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
-        rewards = [each.reward for each in samples if each.reward is not None]
-        if not rewards:
-            return f"none of the {len(samples):,} samples has a reward: no reward applies to them"
-        counts, edges = np.histogram(rewards, bins=BINS)
-        quantiles = ", ".join(f"{share:.0%} {np.quantile(rewards, share):.3g}" for share in QUANTILES)
-        return "\n".join(
-            [
-                f"none of the {len(samples):,} samples is left to train on: {counted}",
-                *draw_bars(counts.tolist(), 3),
-                f"{edges[0]:<{BINS // 2}.3g}{edges[-1]:>{BINS // 2}.3g}  rewards of the samples",
-                f"quantiles of the rewards: {quantiles}; try a threshold below one of them, on the same samples: "
-                f"samples={self.folder / SAMPLES}, in another output_dir",
-            ]
-        )
+        lines = [f"none of the {len(samples):,} samples is left to train on: {counted}"]
+        if rewards := [each.reward for each in samples if each.reward is not None]:
+            counts, edges = np.histogram(rewards, bins=BINS)
+            quantiles = ", ".join(f"{share:.0%} {np.quantile(rewards, share):.3g}" for share in QUANTILES)
+            lines += [*draw_bars(counts.tolist(), 3), f"{edges[0]:<{BINS // 2}.3g}{edges[-1]:>{BINS // 2}.3g}"]
+            lines += [f"quantiles of the rewards: {quantiles}; a reward_threshold below one of them keeps some of the"]
+            lines += [f"same samples: samples={self.path}, in another output_dir"]
+        return "\n".join(lines)
 
-    def make_sample_trainer(self, trainer: type, maker: SampleRows) -> Any:
-        """Returns the trainer of the policy on the samples that the maker chooses."""
-        settings, self.maker = self.settings, maker
-        self.data = data = self.build_rows(maker, rows_per_step=self.batch.rows)
-        made = self.make_trainer(
-            trainer,
-            SFTConfig,
-            maker.policy.model,
-            maker.policy.tokenizer,
-            data,
-            arguments={
-                "per_device_eval_batch_size": settings.batch_size,
-                "prediction_loss_only": True,
-                "max_length": None,
-                "remove_unused_columns": False,
-                **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-            },
-        )
-        self.progress.tokens_per_step = round(data.reports[0].counts["tokens"] / len(data.train) * self.batch.rows)
+    def make_sample_trainer(self, trainer: type, choose: Choose, **columns: Any) -> Any:
+        """Returns the trainer of the policy on the samples that `choose` returns, with further `columns`."""
+        settings, self.choose, self.policy = self.settings, choose, self.load_policy()
+        shape = RowShape(Features({"input_ids": IDS, "labels": IDS, **columns}))
+        self.data = self.build_rows(shape, rows_per_step=self.batch.rows)
+        arguments = {
+            "per_device_eval_batch_size": settings.batch_size,
+            "prediction_loss_only": True,
+            "max_length": None,
+            "remove_unused_columns": False,
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+        }
+        policy = self.policy
+        made = self.make_trainer(trainer, SFTConfig, policy.model, policy.tokenizer, self.data, arguments=arguments)
+        counted = self.data.reports[0].counts["tokens"] / len(self.data.train)
+        self.progress.tokens_per_step = round(counted * self.batch.rows)
         return made
 
     def train_samples(self, trainer: Any, callbacks: Sequence[TrainerCallback]) -> RunResult:
         """Trains the policy on the samples."""
-        maker, batch = self.maker, f"{self.batch.rows} samples"
-        return self.train_rows(
-            trainer, maker.policy, self.data, batch=batch, results=maker.results, callbacks=callbacks
-        )
+        options = {"batch": f"{self.batch.rows} samples", "results": self.results, "callbacks": callbacks}
+        return self.train_rows(trainer, self.policy, self.data, **options)
 
 
-def mean_reward(samples: Collection[Sample]) -> float:
-    """Returns the mean reward of the samples that have one."""
-    return statistics.fmean(each.reward for each in samples if each.reward is not None)
-
-
-def _vocabulary(policy: Policy) -> str:
-    words = json.dumps(policy.tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+def _dataset(rows: Weighted, shape: RowShape) -> Dataset:
+    values = (
+        {"input_ids": each.prompt_ids + each.completion_ids, "labels": each.labels, "weight": weight}
+        for each, weight in rows
+    )
+    return Dataset.from_list([{name: row[name] for name in shape.columns} for row in values], shape.columns)

@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.messages import Row
-from llmlab.data.samples import Prompt, Sample
+from llmlab.data.samples import Prompt, Sample, group_samples
 from llmlab.data.sources import Tally
-from llmlab.inference import Model, context_length, encode_prompt, end_tokens
+from llmlab.inference import Model, context_length, encode_prompt, end_tokens, generate_tokens
 from llmlab.rewards.compose import ComposedReward
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
-from llmlab.training.offline.sampling import complete, draw_samples, generate_with, score_samples
+from llmlab.training.offline.sampling import complete, make_batches, score_samples, seed_batch
 
 
 class Comparison(NamedTuple):
@@ -84,11 +84,13 @@ def sample_pairs(
             fitting[number] = prompt
         else:
             yield Comparison(number, [], None, f"longer than the model's context of {context:,} tokens")
-    generate, ends = generate_with(model, tokenizer, sampling), end_tokens(model, tokenizer)
-    fill = partial(complete, generate=generate, tokenizer=tokenizer, ends=ends)
-    for samples in draw_samples(fitting, tokenizer, fill, num_samples=num_samples, seed=seed):
-        score_samples(samples, reward)
-        yield compare(samples, min_difference)
+    sample = partial(generate_tokens, model, tokenizer, sampling=sampling)
+    for batch in make_batches(tokenizer, fitting, num_samples):
+        seed_batch(batch, seed)
+        complete(batch, sample, tokenizer, end_tokens(model, tokenizer))
+        for samples in group_samples(batch):
+            score_samples(samples, reward)
+            yield compare(samples, min_difference)
 
 
 def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
@@ -131,7 +133,7 @@ def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Compariso
         return no_pair("no reward applies to it")
     if any(each.calls for each in scored):
         return no_pair("an episode with tool calls is no answer to its prompt alone")
-    scored = [each for each in scored if each.text.strip()]
+    scored = [each for each in scored if _text(each)]
     ended = [each for each in scored if each.ended]
     if len(scored) < 2:
         return no_pair("fewer than two non-empty completions")
@@ -140,10 +142,14 @@ def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Compariso
     best, worst = max(ended, key=lambda each: each.reward), min(scored, key=lambda each: each.reward)
     if best.reward - worst.reward < min_difference:
         return no_pair(f"scores differ by less than {min_difference:g}")
-    if best.text.strip() == worst.text.strip():
+    if _text(best) == _text(worst):
         return no_pair("chosen and rejected are the same")
     pair = {"prompt": best.prompt, "chosen": best.completion, "rejected": worst.completion}
     return Comparison(best.prompt_id, list(samples), {**pair, "scores": [best.reward, worst.reward]})
+
+
+def _text(sample: Sample) -> str:
+    return str(sample.completion[-1].get("content") or "").strip()
 
 
 def _reasons(counts: Counter[str]) -> str:

@@ -43,10 +43,10 @@ def judge(model, monkeypatch):
     """Returns a function that judges completions as if the model had written them."""
 
     def judge(*completions, prompts=None, reward=words_reward, max_new_tokens=40, **options):
-        def fill(samples, generate, tokenizer, ends):
-            for sample, text in zip(samples, list(completions) * 9, strict=False):
-                sample.completion = [{"role": "assistant", "content": text}]
-                sample.ended = len(tokenizer(text, add_special_tokens=False)["input_ids"]) < max_new_tokens
+        def fill(samples, sample, tokenizer, ends):
+            for each, text in zip(samples, list(completions) * 9, strict=False):
+                each.completion = [{"role": "assistant", "content": text}]
+                each.ended = len(tokenizer(text, add_special_tokens=False)["input_ids"]) < max_new_tokens
 
         monkeypatch.setattr(pairs_module, "complete", fill)
         sampling = SamplingSettings(max_new_tokens=max_new_tokens)
