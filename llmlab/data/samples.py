@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from llmlab.data.chat.messages import Message
 from llmlab.settings.errors import UserError, reading
@@ -52,35 +52,21 @@ class Sample(BaseModel):
         return [-100] * len(self.prompt_ids) + sampled
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Returns the samples of a file, in its order."""
-    samples = []
-    with reading(path, "samples"), path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                samples.append(Sample.model_validate_json(line))
-                problem = "" if samples[-1].labels[1:] and samples[-1].completion else "without tokens or completion"
-            except ValidationError as error:
-                problem = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-            except ValueError:
-                problem = "its mask is not as long as completion_ids"
-            if problem:
-                raise UserError(f"{path}:{number}: this is no sample: {problem}")
-    if not samples:
-        raise UserError(f"{path}: there is no sample in it")
-    return samples
-
-
-def recover_samples(path: Path, count: int) -> list[Sample]:
-    """Returns the samples of the prompts that have so many, and takes what a kill cut off out of the file."""
-    if not path.is_file():
-        return []
+def read_samples(path: Path, *, count: int | None = None) -> list[Sample]:
+    """Returns the samples of a file; with a `count`, those of the prompts that have so many after a kill."""
     with reading(path, "samples"):
-        lines = [Sample.model_validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    counts = Counter(sample.prompt_id for sample in lines)
-    samples = [sample for sample in lines if counts[sample.prompt_id] == count]
-    write_samples(path, samples)
-    return samples
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    samples = []
+    for number, line in enumerate(lines if count or not rest else [*lines, rest], start=1):
+        with reading(f"{path}:{number}", "a sample"):
+            sample = Sample.model_validate_json(line)
+        if not sample.completion or len(sample.mask or sample.completion_ids) != len(sample.completion_ids):
+            raise UserError(f"{path}:{number}: this is no sample: expected a completion, and a mask of its tokens")
+        samples.append(sample)
+    if count is None and not samples:
+        raise UserError(f"{path}: there is no sample in it")
+    counts = Counter(sample.prompt_id for sample in samples)
+    return [sample for sample in samples if count in (None, counts[sample.prompt_id])]
 
 
 def append_samples(path: Path, samples: Sequence[Sample]) -> None:

@@ -31,7 +31,7 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
-TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
+TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"]
 NOT_HERE = ("tf32", "use_liger_kernel", "auto_batch")  # the last tests; tests/runs/test_auto_batch.py
 ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
     "grpo": ("baseline_mode", "kl_penalty"),

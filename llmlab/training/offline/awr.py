@@ -7,7 +7,6 @@ Source: Peng et al. 2019 (arXiv:1910.00177), with temperature 1/advantage_beta; 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,6 @@ from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.errors import UserError
 from llmlab.settings.offline import AWRSettings
 from llmlab.training.offline.run import OfflineRun, Weighted
 from llmlab.training.sft import LLMLabSFTTrainer
@@ -32,37 +30,22 @@ from llmlab.training.sft import LLMLabSFTTrainer
 FEW, PATIENCE = 0.1, 20  # share of a step's samples that carries it, logged lines
 
 
-def weigh(rewards: Sequence[Sequence[float]], beta: float, clip: float, normalize: bool) -> np.ndarray:
-    """Returns the weights of all samples, one prompt after the other: min(exp(beta x A), clip).
+def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Counter[str]]:
+    """Returns the samples that have a reward with their weights, min(exp(beta x A), clip), scaled to mean 1.
 
-    Args:
-        rewards: of the samples of each prompt.
-        beta: inverse temperature.
-        clip: largest weight.
-        normalize: divide the advantages (rewards less their mean over the prompt) by their standard deviation.
+    A is the reward less the mean of its prompt, divided by the standard deviation of all where normalize_advantage.
 
     Source: Peng et al. 2019 (arXiv:1910.00177), equation 13; seed: RL guide, section 3.
     """
-    advantages = np.concatenate([np.subtract(group, np.mean(group)) for group in rewards])
-    deviation = float(np.sqrt(np.mean(advantages**2)))
-    scale = beta / deviation if normalize and deviation > 0 else beta
-    return np.exp(np.minimum(scale * advantages, math.log(clip)))
-
-
-def weigh_all(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Counter[str]]:
-    """Returns all samples that have a reward, with weights of mean 1."""
     groups = group_samples([each for each in samples if each.reward is not None])
-    rewards = [[each.reward for each in group] for group in groups]
     rated = [each for group in groups for each in group]
     left_out = +Counter({"without a reward": len(samples) - len(rated)})
-    if not rated:
-        return [], left_out
-    if all(min(group) == max(group) for group in rewards) and not samples[0].validation:
-        raise UserError(
-            f"each of the {len(groups):,} prompts has samples of equal rewards, so none has an advantage: draw more of "
-            "them (num_samples_per_prompt), at a higher temperature, or score them by other rewards"
-        )
-    weights = weigh(rewards, settings.advantage_beta, settings.clip_advantage, settings.normalize_advantage)
+    rewards = [[each.reward for each in group] for group in groups]
+    advantages = np.concatenate([[], *(np.subtract(group, np.mean(group)) for group in rewards)])
+    if not advantages.any():
+        return [], left_out + Counter({"with the reward of all samples of its prompt": len(rated)})
+    scale = settings.advantage_beta / (advantages.std() if settings.normalize_advantage else 1.0)
+    weights = np.exp(np.minimum(scale * advantages, math.log(settings.clip_advantage)))
     return list(zip(rated, (weights / weights.mean()).tolist(), strict=True)), left_out
 
 
@@ -88,21 +71,19 @@ class LLMLabAWRTrainer(LLMLabSFTTrainer):
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        weights = inputs["weight"] / self.mean_weight if model.training else inputs["weight"]  # (rows,)
+        inputs = {**inputs}
+        weights = inputs.pop("weight") / (self.mean_weight if model.training else 1.0)  # (rows,)
 
         def weighted(**options: Any) -> Any:
             output = model(**options)
             output.log_probs = output.log_probs * weights.unsqueeze(1)  # (rows, time - 1)
             return output
 
-        return super().compute_loss(weighted, without_weight(inputs), *args, **kwargs)
+        return super().compute_loss(weighted, inputs, *args, **kwargs)
 
     def estimated_from(self, batch: Any) -> dict[str, Tensor]:
-        return without_weight(super().estimated_from(batch))
-
-
-def without_weight(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "weight"}
+        inputs = super().estimated_from(batch)
+        return {name: value for name, value in inputs.items() if name != "weight"}
 
 
 def collate_weighted(collator: Any, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -114,20 +95,19 @@ def collate_weighted(collator: Any, examples: list[dict[str, Any]]) -> dict[str,
 class WeightMetrics(StageMetrics):
     """Logs `effective_sample_size`, (sum w)^2 / sum w^2 as a share of the rows; warns once where it stays small."""
 
+    trainer: LLMLabAWRTrainer
     progress: ProgressLine
-    shares: list[float]
     few: int = 0
 
     def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         super().add_metrics(logs, prefix, state)
-        if prefix or not self.shares:
-            return
-        logs["effective_sample_size"] = share = sum(self.shares) / len(self.shares)
-        self.shares.clear()
-        self.few = self.few + 1 if share < FEW else 0
-        if self.few == PATIENCE:
-            advice = "lower advantage_beta or clip_advantage, or raise the effective batch"
-            self.progress.say(f"[yellow]warning[/yellow] few samples carry all the weight ({share:.0%}): {advice}")
+        if shares := [] if prefix else self.trainer.shares:
+            logs["effective_sample_size"] = share = sum(shares) / len(shares)
+            self.trainer.shares = []
+            self.few = self.few + 1 if share < FEW else 0
+            if self.few == PATIENCE:
+                advice = "lower advantage_beta or clip_advantage, or raise the effective batch"
+                self.progress.say(f"[yellow]warning[/yellow] few samples carry all the weight ({share:.0%}): {advice}")
 
 
 @training_stage(OfflineRun, prepare=locate_rewards)
@@ -143,6 +123,5 @@ def awr(run: OfflineRun[AWRSettings]) -> RunResult:
 
     Source: seed, RL guide, section 3; Peng et al. 2019 (arXiv:1910.00177).
     """
-    choose = partial(weigh_all, settings=run.settings)
-    trainer = run.make_sample_trainer(LLMLabAWRTrainer, choose, weight=Value("float32"))
-    return run.train_samples(trainer, [WeightMetrics(run.progress, trainer.shares)])
+    choose = partial(weigh, settings=run.settings)
+    return run.train_samples(LLMLabAWRTrainer, choose, WeightMetrics, weight=Value("float32"))

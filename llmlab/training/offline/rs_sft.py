@@ -45,5 +45,5 @@ def rs_sft(run: OfflineRun[RSSFTSettings]) -> RunResult:
 
     Source: seed, RL guide, section 3; Yuan et al. 2023 (arXiv:2308.01825).
     """
-    trainer = run.make_sample_trainer(LLMLabSFTTrainer, partial(keep_best, threshold=run.settings.reward_threshold))
-    return run.train_samples(trainer, [StageMetrics()])
+    choose = partial(keep_best, threshold=run.settings.reward_threshold)
+    return run.train_samples(LLMLabSFTTrainer, choose, lambda *_: StageMetrics())

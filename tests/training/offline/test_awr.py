@@ -1,6 +1,7 @@
 """AWR: the weights, the weighted loss whatever the batch is split into, unit weights as SFT, and learning."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from llmlab.data.samples import Sample, read_samples
 from llmlab.runs.record import read_metrics
-from llmlab.settings.errors import UserError
 from llmlab.settings.offline import AWRSettings
 from llmlab.settings.sources import Layer, resolve
 from llmlab.training.offline import awr as module
-from llmlab.training.offline.awr import WeightMetrics, awr, weigh, weigh_all
+from llmlab.training.offline.awr import WeightMetrics, awr, weigh
 from llmlab.training.offline.rs_sft import keep_best, rs_sft
 from llmlab.training.sft import LLMLabSFTTrainer
 
@@ -48,25 +48,38 @@ def sample(prompt_id, k, reward, ended=True, **more):
     )  # fmt: skip
 
 
-def test_weights_are_those_of_the_formula():
+def weights_of(tiny_settings, rewards, **changes):
+    """The weights of the samples of prompts with these rewards."""
+    samples = [sample(number, k, reward) for number, group in enumerate(rewards) for k, reward in enumerate(group)]
+    rows, _ = weigh(samples, tiny_settings("awr", "run", **changes))
+    assert [each for each, _ in rows] == samples
+    return [weight for _, weight in rows]
+
+
+def scaled(weights):
+    return pytest.approx([weight * len(weights) / sum(weights) for weight in weights], rel=1e-12)
+
+
+def test_weights_are_those_of_the_formula(tiny_settings):
     rewards = [[0.0, 1.0], [0.5, 0.5, 0.8]]
     advantages = [-0.5, 0.5, -0.1, -0.1, 0.2]  # less 0.5 and 0.6, the means
     raw = [min(math.exp(2 * a), 1.6) for a in advantages]
-    assert weigh(rewards, 2, 1.6, False).tolist() == pytest.approx(raw, rel=1e-12)
+    plain = {"advantage_beta": 2, "normalize_advantage": False}
+    assert weights_of(tiny_settings, rewards, clip_advantage=1.6, **plain) == scaled(raw)
     deviation = math.sqrt(sum(a * a for a in advantages) / 5)
-    scaled = [min(math.exp(2 * a / deviation), 4) for a in advantages]
-    assert weigh(rewards, 2, 4, True).tolist() == pytest.approx(scaled, rel=1e-12)
-    assert weigh([[0.0, 1e9]], 10, 10, False).tolist() == [0, pytest.approx(10)]  # no overflow
+    raw = [min(math.exp(2 * a / deviation), 4) for a in advantages]
+    assert weights_of(tiny_settings, rewards, advantage_beta=2, clip_advantage=4) == scaled(raw)
+    assert weights_of(tiny_settings, [[0.0, 1e9]], **plain) == [0, 2]  # no overflow
+    assert weights_of(tiny_settings, rewards, advantage_beta=0) == [1] * 5
 
 
-def test_all_samples_with_a_reward_are_weighed(tiny_settings, tmp_path):
-    settings = tiny_settings("awr", tmp_path / "run", advantage_beta=1, normalize_advantage=False)
-    rows, left_out = weigh_all([sample(0, 0, 1.0), sample(0, 1, None), sample(0, 2, 0.0, ended=False)], settings)
+def test_samples_without_reward_or_advantage_are_left_out(tiny_settings):
+    settings = tiny_settings("awr", "run")
+    rows, left_out = weigh([sample(0, 0, 1.0), sample(0, 1, None), sample(0, 2, 0.0, ended=False)], settings)
     assert [each.sample for each, _ in rows] == [0, 2] and left_out == {"without a reward": 1}
-    high, low = math.exp(0.5), math.exp(-0.5)
-    assert [weight for _, weight in rows] == pytest.approx([2 * high / (high + low), 2 * low / (high + low)])
-    with pytest.raises(UserError, match="each of the 2 prompts has samples of equal rewards"):
-        weigh_all([sample(0, 0, 1.0), sample(0, 1, 1.0), sample(1, 0, 0.0)], settings)
+    rows, left_out = weigh([sample(0, 0, 1.0), sample(0, 1, 1.0), sample(1, 0, 0.0)], settings)
+    assert (rows, left_out) == ([], {"with the reward of all samples of its prompt": 3})
+    assert weigh([], settings) == ([], {})
 
 
 def test_the_best_above_the_threshold_is_kept():
@@ -84,7 +97,7 @@ def test_the_best_above_the_threshold_is_kept():
 def test_the_loss_is_that_of_a_float64_loop(train, drawn, base_folder, tiny_settings, tmp_path, monkeypatch):
     """One step on all 32 samples: loss, gradient norm and effective sample size."""
     folder = train("run", batch_size=4, gradient_accumulation_steps=8, max_steps=1, warmup_steps=1, max_grad_norm=1e9)
-    rows, _ = weigh_all(read_samples(drawn / "samples.jsonl"), tiny_settings("awr", tmp_path / "x"))
+    rows, _ = weigh(read_samples(drawn / "samples.jsonl"), tiny_settings("awr", tmp_path / "x"))
     assert len(rows) == 32
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float64)
     tokens, total, mean = sum(len(each.completion_ids) for each, _ in rows), 0.0, sum(w for _, w in rows) / 32
@@ -110,14 +123,15 @@ def test_how_a_step_is_split_changes_nothing(train):
     for other in others:
         assert max((first[name] - other[name]).abs().max().item() for name in first) < 2e-6
     sizes = [[line["effective_sample_size"] for line in read_metrics(folder)] for folder in runs]
-    assert sizes[1] == pytest.approx(sizes[0], rel=1e-5) == sizes[2]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-5)
+    assert sizes[2] == pytest.approx(sizes[0], rel=1e-5)
 
 
 def test_unit_weights_are_sft_exactly(train, monkeypatch):
     weighted = train("awr", advantage_beta=0, max_steps=5)
 
     class Plain(LLMLabSFTTrainer):
-        shares = [1.0]
+        shares = ()
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "LLMLabAWRTrainer", Plain)
@@ -137,9 +151,9 @@ def test_few_samples_that_carry_the_weight_are_warned_of(quiet):
     class Progress:
         say = staticmethod(said.append)
 
-    metrics, shares = WeightMetrics(Progress, shares := []), shares
+    metrics = WeightMetrics(trainer := SimpleNamespace(), Progress)
     for _ in range(module.PATIENCE + 5):
-        shares += [0.05, 0.07]
+        trainer.shares = [0.05, 0.07]
         metrics.add_metrics(logs := {"loss": 1.0}, "", None)
         assert logs["effective_sample_size"] == pytest.approx(0.06)
     (warning,) = said
@@ -162,11 +176,7 @@ def test_fresh_samples_have_higher_rewards(tiny_settings, share_file, tmp_path, 
     first = train(tiny_settings(stage, tmp_path / "first", **data, **own), console=quiet).folder
     again = {**data, "policy_checkpoint": str(first), "seed": 9, "max_steps": 1, "warmup_steps": 1}
     second = awr(tiny_settings("awr", tmp_path / "second", **again), console=quiet).folder
-    before, after = (
-        [each.reward for each in read_samples(folder / "samples.jsonl")] for folder in (first, second)
-    )
+    before, after = ([each.reward for each in read_samples(folder / "samples.jsonl")] for folder in (first, second))
     means = [sum(rewards) / len(rewards) for rewards in (before, after)]
     print(stage, means)
     assert means[1] > means[0] + 0.1
-
-

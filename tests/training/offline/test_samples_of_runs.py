@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import time
 
 import pytest
@@ -14,7 +15,8 @@ from rich.console import Console
 from llmlab.data import samples as store
 from llmlab.data.samples import read_samples
 from llmlab.settings.errors import UserError
-from llmlab.training.offline import run as offline
+from llmlab.settings.paths import expand
+from llmlab.training.offline import sampling
 from llmlab.training.offline.awr import awr
 from llmlab.training.offline.rs_sft import rs_sft
 from tests.conftest import Killed
@@ -38,7 +40,7 @@ def whole(tiny_settings, tmp_path_factory):
 
 def go_on(settings, quiet):
     """Starts a run, or goes on with it."""
-    folder = offline.expand(settings.output_dir)
+    folder = expand(settings.output_dir)
     return awr(settings, resume=folder if (folder / "llmlab.json").exists() else None, console=quiet)
 
 
@@ -68,19 +70,19 @@ def test_fifty_kills_lose_no_sample_and_repeat_none(settings, whole, quiet, monk
 
 
 def sample_slowly(settings, pause):
-    fill = offline.complete
+    fill = sampling.complete
 
     def slow(*args, **kwargs):
         time.sleep(pause)
         fill(*args, **kwargs)
 
-    offline.complete = slow
+    sampling.complete = slow
     go_on(settings, Console(quiet=True))
 
 
 def test_real_kills(settings, whole):
     mine, context = settings(), multiprocessing.get_context("fork")
-    path = offline.expand(mine.output_dir) / "samples.jsonl"
+    path = expand(mine.output_dir) / "samples.jsonl"
     for lines in (3, 11, 30):
         child = context.Process(target=sample_slowly, args=(mine, 0.05))
         child.start()
@@ -104,7 +106,7 @@ def test_ctrl_c_can_be_resumed(settings, whole, quiet, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(store, "append_samples", interrupt)
         go_on(mine, quiet)
-    record = json.loads((offline.expand(mine.output_dir) / "llmlab.json").read_text())
+    record = json.loads((expand(mine.output_dir) / "llmlab.json").read_text())
     assert (record["stage"], record["status"]) == ("awr", "interrupted")
     assert (go_on(mine, quiet).folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
@@ -122,7 +124,7 @@ def test_what_a_sample_holds(whole):
 
 
 def test_samples_of_another_run_are_not_drawn_again(settings, whole, quiet, monkeypatch, capsys):
-    monkeypatch.setattr(offline, "complete", None)
+    monkeypatch.setattr(sampling, "complete", None)
     run = awr(settings(samples=str(whole), temperature=1.3), console=Console(width=200))
     assert "temperature = 1.3 has no effect: the samples were drawn with 1" in capsys.readouterr().out
     for name in ("samples.jsonl", "model.safetensors"):
@@ -132,7 +134,7 @@ def test_samples_of_another_run_are_not_drawn_again(settings, whole, quiet, monk
 
 
 def test_scoring_again_samples_nothing(settings, whole, quiet, monkeypatch):
-    monkeypatch.setattr(offline, "complete", None)
+    monkeypatch.setattr(sampling, "complete", None)
     changes = {"samples": str(whole / "samples.jsonl"), "rescore": True, "rewards": [{"name": "length", "target": 1}]}
     run = awr(settings(**changes), console=quiet)
     before, after = read_samples(whole / "samples.jsonl"), read_samples(run.folder / "samples.jsonl")
@@ -144,10 +146,9 @@ def test_scoring_again_samples_nothing(settings, whole, quiet, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row | {"prompt_id": "x"}, "samples.jsonl:1: this is no sample: prompt_id"),
-        (lambda row: row | {"mask": [1]}, "samples.jsonl:1: this is no sample: its mask is not as long"),
-        (lambda row: row | {"completion": []}, "samples.jsonl:1: this is no sample: without tokens or completion"),
-        (lambda row: row | {"completion_ids": [5000] * 3}, "its tokens are of another vocabulary"),
+        (lambda row: row | {"prompt_id": "x"}, "samples.jsonl:1: cannot be read as a sample: "),
+        (lambda row: row | {"mask": [1]}, "samples.jsonl:1: this is no sample: expected a completion, and a mask"),
+        (lambda row: row | {"completion": []}, "samples.jsonl:1: this is no sample"),
         (None, "there is no sample in it"),
     ],
 )
@@ -159,14 +160,21 @@ def test_wrong_samples_are_one_sentence(settings, whole, quiet, tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
+def test_another_vocabulary_is_refused(settings, whole, quiet, tmp_path):
+    shutil.copy(whole / "samples.jsonl", tmp_path / "samples.jsonl")
+    (tmp_path / "samples.json").write_text('{"vocabulary": 1}')
+    with pytest.raises(UserError, match="its tokens are of another vocabulary than that of .*expected the same token"):
+        awr(settings(samples=str(tmp_path)), console=quiet)
+
+
 def test_nothing_kept_shows_the_rewards(settings, whole, quiet, tmp_path):
     with pytest.raises(UserError) as error:
         rs_sft(settings("rs-sft", samples=str(whole), reward_threshold=2), console=quiet)
     lines, rewards = str(error.value).split("\n"), [each.reward for each in read_samples(whole / "samples.jsonl")]
     assert lines[0].startswith("none of the 40 samples is left to train on: ")
-    assert len(lines) == 7 and "▁" in lines[3] or "█" in lines[3]
-    assert f"{min(rewards):.3g}" in lines[4] and f"{max(rewards):.3g}" in lines[4]
-    assert "quantiles of the rewards: 50 % " in lines[5].replace("%", " %") and "samples=" in lines[6]
+    assert len(lines) == 6 and "█" in lines[3]
+    assert lines[4].split() == [f"{min(rewards):.3g}", f"{max(rewards):.3g}"]
+    assert f"quantiles of the rewards: 50% {statistics.median(rewards):.3g}, " in lines[5] and "samples=" in lines[5]
 
 
 def test_a_failing_reward_leaves_no_record(settings, quiet, tmp_path):
