@@ -64,7 +64,8 @@ def training_stage(
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
     """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
 
-    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's.
+    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's, with `_`
+    for a hyphen.
     """
 
     def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
@@ -81,7 +82,7 @@ def training_stage(
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
             starting = begin(
                 run_class,
-                function.__name__,
+                function.__name__.replace("_", "-"),
                 prepare(as_resolved(settings)),
                 resume=resume,
                 load_optimizer=load_optimizer,
@@ -228,17 +229,7 @@ class Run(Start[S]):
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=3 * 4 * trained + 2 * (optimizer_bytes or 8 * trained))
-            record = RunRecord(
-                self.folder,
-                stage=self.stage,
-                settings=self.settings.recorded(),
-                sources=self.resolved.sources,
-                parents=parents,
-                hardware=self.hardware.record(),
-                data=data,
-                data_files=self.data_files,
-                batch=asdict(self.batch),
-            )
+            record = self.make_record(parents, data)
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             trainer.on_division = partial(self.note_division, record, trainer)
@@ -276,6 +267,20 @@ class Run(Start[S]):
         print_result(self.console, self.folder, metrics, before=next(first, {}))
         return RunResult(self.folder, metrics)
 
+    def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
+        """Returns the record of this run, not yet written."""
+        return RunRecord(
+            self.folder,
+            stage=self.stage,
+            settings=self.settings.recorded(),
+            sources=self.resolved.sources,
+            parents=parents,
+            hardware=self.hardware.record(),
+            data=data,
+            data_files=self.data_files,
+            batch=asdict(self.batch),
+        )
+
     def train_rows(
         self,
         trainer: Trainer,
@@ -284,7 +289,7 @@ class Run(Start[S]):
         *,
         batch: str,
         plan: Sequence[tuple[str, str]] = (),
-        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
     ) -> RunResult:
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
         rows, steps = len(trainer.train_dataset), self.settings.max_steps
@@ -304,7 +309,7 @@ class Run(Start[S]):
             ],
             parents=policy.parents,
             data=data.record(),
-            callbacks=callbacks,
+            **options,
         )
 
     def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
