@@ -142,19 +142,38 @@ def generate_text(
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(f"num_samples = {num_samples}: with temperature 0 all samples are the same")
     encoded = _encode_all(model, tokenizer, prompts)
-    if seed is not None:
-        torch.manual_seed(seed)
     rows = [ids for ids in encoded for _ in range(num_samples)]
     done: list[str] = []
+    for ids in generate_tokens(model, tokenizer, rows, sampling, seed=seed, batch_size=batch_size):
+        done.append(tokenizer.decode(ids, skip_special_tokens=True))
+        if len(done) == num_samples:
+            yield done
+            done = []
+
+
+def generate_tokens(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    sampling: SamplingSettings,
+    *,
+    seed: int | None = None,
+    batch_size: int = 16,
+) -> Iterator[list[int]]:
+    """Yields the tokens that follow each row, up to and with the one that ends the completion, as batches are done."""
+    if seed is not None:
+        torch.manual_seed(seed)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, batch))
-        new = output[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
-        done += tokenizer.batch_decode(new, skip_special_tokens=True)
-        while len(done) >= num_samples:
-            yield done[:num_samples]
-            del done[:num_samples]
+        options = _generate_options(model, tokenizer, sampling, batch)
+        ends = {*(options["generation_config"].eos_token_id or ()), tokenizer.pad_token_id}
+        with torch.no_grad():
+            output = model.generate(**inputs, **options)
+        for ids in output[:, inputs["input_ids"].shape[1] :].tolist():  # (new tokens,)
+            length = next((k for k, token in enumerate(ids) if token in ends), len(ids))
+            is_end = length < len(ids) and ids[length] in (options["generation_config"].eos_token_id or ())
+            yield ids[: length + is_end]
 
 
 def stream_reply(

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+from pydantic import model_validator
+
 from llmlab.settings import vocabulary as v
 from llmlab.settings.preference import PreferenceSettings
 
@@ -13,3 +15,9 @@ class RewardModelSettings(PreferenceSettings):
 
     output_dir: v.OutputDir = "reward_checkpoints"
     max_steps: v.MaxSteps = 3000
+
+    @model_validator(mode="after")
+    def refuse_gates(self) -> "RewardModelSettings":
+        if self.gates:
+            raise ValueError("gates are not supported here: a reward model scores answers and writes none")
+        return self

@@ -42,18 +42,7 @@ class RewardSettings(Settings):
             if not name or "|" in weight:
                 raise ValueError("expected 'name | weight (optional)'")
             return {"name": name, **({"weight": weight} if weight else {})}
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError("expected 'name | weight' or a mapping with a name")
-        fields = {key: part for key, part in value.items() if key in cls.model_fields}
-        inline = {key: part for key, part in value.items() if key not in cls.model_fields}
-        parameters = fields.get("parameters", {})
-        if not inline or not isinstance(parameters, dict):
-            return value
-        if twice := sorted(inline.keys() & parameters.keys()):
-            raise ValueError(f"'{twice[0]}' is set both beside and inside of `parameters`; keep one")
-        return {**fields, "parameters": {**parameters, **inline}}
+        return with_parameters(cls, value)
 
     @model_validator(mode="after")
     def check(self) -> "RewardSettings":
@@ -68,6 +57,22 @@ class RewardSettings(Settings):
 
     def __str__(self) -> str:
         return self.name if self.weight is None else f"{self.name} | {self.weight:g}"
+
+
+def with_parameters(kind: type[Settings], value: Any) -> Any:
+    """Returns a mapping with the keys that are no fields of the class among its `parameters`."""
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"expected '{kind.type_name}' or a mapping with a name")
+    fields = {key: part for key, part in value.items() if key in kind.model_fields}
+    inline = {key: part for key, part in value.items() if key not in kind.model_fields}
+    parameters = fields.get("parameters", {})
+    if not inline or not isinstance(parameters, dict):
+        return value
+    if twice := sorted(inline.keys() & parameters.keys()):
+        raise ValueError(f"'{twice[0]}' is set both beside and inside of `parameters`; keep one")
+    return {**fields, "parameters": {**parameters, **inline}}
 
 
 def as_list(value: Any) -> Any:

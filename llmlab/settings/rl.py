@@ -50,10 +50,9 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
         **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
-        "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
         "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
-    best_metrics: ClassVar[tuple[str, ...]] = ()
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
