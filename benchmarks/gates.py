@@ -50,7 +50,7 @@ def text_pair(draw, count, loss):
 def word_pair(draw, count, loss):
     """The distinct bigrams of random texts from one vocabulary."""
     def texts():
-        return [[" ".join(map(str, draw.zipf(1.5, 30)))] for _ in range(count)]
+        return [" ".join(map(str, draw.zipf(1.5, 30))) for _ in range(count)]
 
     return tuple(Scores(distinct_n(texts()), np.ones(count)) for _ in range(2))
 

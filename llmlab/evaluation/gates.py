@@ -7,7 +7,6 @@ are those of `llmlab.rewards`; what a difference means is `statistics.py`.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.rendering import check_tools, encode_prompt
-from llmlab.data.sources import Tally, load_rows, load_text
+from llmlab.data.sources import Tally, load_text
 from llmlab.evaluation.perplexity import text_losses
 from llmlab.evaluation.statistics import Array, compare, distinct_n, self_similarity
 from llmlab.inference import Model, context_length, generate_tokens
@@ -42,7 +41,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate that can be measured: its settings, the reward that it is (None for other scores), and its examples."""
+    """A gate that can be measured: the reward that it is, or the parameters of another score, and its examples."""
 
     label: str
     settings: GateSettings
@@ -51,9 +50,10 @@ class Gate:
     examples: list[Any]  # texts for perplexity
 
     @property
-    def higher_is_better(self) -> bool:
+    def sign(self) -> int:
+        """1 where higher scores are better, else -1."""
         lower = self.reward.weight < 0 if self.reward else self.settings.name in ("perplexity", "self_similarity")
-        return not lower
+        return -1 if lower else 1
 
     def score(self, mean: float) -> float:
         """Returns the score of a mean over prompts: the exponential for perplexity."""
@@ -72,10 +72,9 @@ class Scores(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A gate's score, what became of it against the baseline, and why the gate fails, if it does.
+    """A gate's score, its change against a baseline as a share of that one's score, and why the gate fails, if it does.
 
-    `change` and its interval, `low` to `high`, are shares of the baseline's score; without one they are of the score.
-    `needed` are the prompts at which a regression is found.
+    The interval from `low` to `high` is the change's, or without a baseline the score's.
     """
 
     gate: str
@@ -94,28 +93,27 @@ def play_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sample: Callable[[list[list[int]]], list[list[int]]],
-    settings: GateSettings,
+    max_new_tokens: int,
     *,
     environment: str = "simulator",
     max_episode_length: int = 20,
     tool_timeout: float = 30.0,
-) -> Scores:
-    """Returns the share of episodes of each task that solve it."""
+) -> Array:
+    """Returns 1 for each task that an episode solves, else 0, (tasks,)."""
     from llmlab.episodes import Task, play
     from llmlab.simulator.loading import load_environment
 
-    make, count = load_environment(environment), settings.num_samples
+    make = load_environment(environment)
     episodes = play(
-        [Task(make(), example.prompt, example.columns) for example in examples for _ in range(count)],
+        [Task(make(), example.prompt, example.columns) for example in examples],
         sample,
         tokenizer,
         max_episode_length=max_episode_length,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         max_length=context_length(model),
         tool_timeout=tool_timeout,
     )
-    solved = np.array([float(episode.environment.success is True) for episode in episodes])
-    return Scores(solved.reshape(-1, count).mean(1), np.ones(len(examples)))
+    return np.array([float(episode.environment.success is True) for episode in episodes])
 
 
 SCORES: dict[str, Callable[..., Any]] = {  # those that are no rewards
@@ -135,16 +133,8 @@ def load_gates(
     default: DataSource | None = None,
     allow_code: bool = False,
 ) -> list[Gate]:
-    """Returns gates with their prompts read.
-
-    Args:
-        settings: the gates.
-        tokenizer: of the model that will be measured.
-        chats: whether it answers messages; else it continues texts.
-        context: its longest sequence, in tokens; longer prompts are left out.
-        default: the source of prompts of gates that name none.
-        allow_code: load rewards from Python files, which runs these files.
-    """
+    """Returns gates with their prompts read, of the `default` source where they name none; `chats` says that the model
+    answers messages, `context` is its longest sequence."""
     read: dict[str, list[Any]] = {}
     gates: list[Gate] = []
     for entry in settings:
@@ -158,7 +148,8 @@ def load_gates(
             raise UserError(f"gate '{name}': it has no prompts; expected a source of held-out ones (prompts: ...)")
         key = str((name == "perplexity", source, entry.n))
         if key not in read:
-            found = read_texts(source) if name == "perplexity" else read_prompts(source, tokenizer, chats, context)
+            texts = name == "perplexity"
+            found = read_texts(source) if texts else read_prompts(source, tokenizer, chats=chats, context=context)
             read[key] = list(islice(found, entry.n))
         count = sum(gate.settings.name == name for gate in gates)
         gates.append(Gate(f"{name}_{count + 1}" if count else name, entry, reward, parameters, read[key]))
@@ -166,42 +157,35 @@ def load_gates(
 
 
 def read_texts(source: DataSource) -> Iterator[str]:
-    """Yields the texts of a source, which has some."""
+    """Yields the texts of a source, of which there must be one."""
     tally = Tally()
     yield from load_text(source).texts(tally)
     tally.check(source.name, 1.0)
 
 
 def read_prompts(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, chats: bool, context: int | None
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, *, chats: bool, context: int | None
 ) -> Iterator[Example]:
-    """Yields the prompts of a source that fit: of conversations, or for a model that does not chat its column `prompt`
-    or the beginnings of its texts."""
+    """Yields the prompts of a source that fit into the context, or for a model that does not chat the beginnings of its
+    texts."""
+    if not chats:
+        for text in read_texts(source):
+            ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
+            yield Example(ids, tokenizer.decode(ids), {})
+        return
     tally = Tally()
-    if chats:
-        found = load_conversations(source, "prompts or text").conversations(tally)
-    elif "prompt" in (rows := load_rows(source, "text")).first()[0]:
-        found = ({"prompt": str(row["prompt"]), "columns": row} for row in rows.rows)
-    else:
-        starts = (tokenizer(text)["input_ids"][:PROMPT_TOKENS] for text in read_texts(source))
-        found = ({"prompt": tokenizer.decode(ids), "columns": {}} for ids in starts)
-    usable = 0
-    for row in found:
-        prompt, columns, tools = row["prompt"], row["columns"], row.get("tools")
+    for row in load_conversations(source, "prompts or text").conversations(tally):
+        tools = row["tools"]
         try:
-            if chats:
-                ids, prompt = encode_prompt(tokenizer, prompt, tools)
-                check_tools(tokenizer.decode(ids), prompt, tools)
-            else:
-                ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+            ids, prompt = encode_prompt(tokenizer, row["prompt"], tools)
+            check_tools(tokenizer.decode(ids), prompt, tools)
             if context is not None and len(ids) >= context:
                 raise UnusableRow(f"longer than the model's context of {context:,} tokens")
         except UnusableRow as reason:
+            tally.documents -= 1
             tally.dropped[str(reason)] += 1
         else:
-            usable += 1
-            yield Example(ids, prompt, columns | ({"tools": tools} if tools else {}))
-    tally.documents = usable
+            yield Example(ids, prompt, row["columns"] | ({"tools": tools} if tools else {}))
     tally.check(source.name, 1.0)
 
 
@@ -219,76 +203,72 @@ def measure(
     Gates that ask the same share their completions. Draws from the global random state.
     """
     scores: dict[str, Scores] = {}
-    sampled: dict[str, list[list[str]]] = {}
+    sampled: dict[str, list[str]] = {}
     for gate in gates:
         entry, examples = gate.settings, gate.examples[:most]
+        if entry.name == "perplexity":
+            scores[gate.label] = Scores(*text_losses(model, tokenizer, examples))
+            continue
 
         def sample(rows: list[list[int]], entry: GateSettings = entry) -> list[list[int]]:
             return list(generate_tokens(model, tokenizer, rows, entry.sampling, seed=seed, batch_size=batch_size))
 
-        if entry.name == "perplexity":
-            scores[gate.label] = Scores(*text_losses(model, tokenizer, examples))
-        elif entry.name == "episode_success":
-            scores[gate.label] = play_tasks(examples, model, tokenizer, sample, entry, **gate.parameters)
+        repeated = [example for example in examples for _ in range(entry.num_samples)]
+        if entry.name == "episode_success":
+            found = play_tasks(repeated, model, tokenizer, sample, entry.max_new_tokens, **gate.parameters)
         else:
-            count = entry.num_samples
-            key = str((id(gate.examples), count, entry.sampling))
+            key = str((id(gate.examples), entry.num_samples, entry.sampling))
             if key not in sampled:
-                rows = [example.ids for example in examples for _ in range(count)]
-                texts = iter(tokenizer.batch_decode(sample(rows), skip_special_tokens=True))
-                sampled[key] = [list(islice(texts, count)) for _ in examples]
-            scores[gate.label] = _score(gate, examples, sampled[key])
+                ids = sample([example.ids for example in repeated])
+                sampled[key] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found = score_texts(gate, repeated, sampled[key])
+        values = np.array(found, float).reshape(-1, entry.num_samples)  # NaN where the score does not apply
+        counts = np.isfinite(values).sum(1)
+        scores[gate.label] = Scores(np.nansum(values, 1) / np.maximum(counts, 1), (counts > 0).astype(float))
     return scores
 
 
-def _score(gate: Gate, examples: list[Example], completions: list[list[str]]) -> Scores:
-    """Returns a gate's scores of the completions of each prompt."""
+def score_texts(gate: Gate, examples: Sequence[Example], texts: list[str]) -> Any:
+    """Returns a number, or None, for each completion."""
     if gate.reward is None:
-        values = SCORES[gate.settings.name](completions, **gate.parameters)
-        return Scores(values, np.ones(len(values)))
-    pairs = [(example, text) for example, samples in zip(examples, completions, strict=True) for text in samples]
+        return SCORES[gate.settings.name](texts, **gate.parameters)
     names = dict.fromkeys(name for example in examples for name in example.columns)
-    columns = {name: [example.columns.get(name) for example, _ in pairs] for name in names}
-    answers = [[{"role": "assistant", "content": text}] if isinstance(e.prompt, list) else text for e, text in pairs]
-    found = iter(gate.reward(answers, **{**columns, "prompts": [example.prompt for example, _ in pairs]}))
-    rows = [[value for value in islice(found, len(samples)) if value is not None] for samples in completions]
-    return Scores(
-        np.array([sum(row) / max(len(row), 1) for row in rows]), np.array([float(bool(row)) for row in rows])
-    )
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    chats = bool(examples) and isinstance(examples[0].prompt, list)
+    completions = [[{"role": "assistant", "content": text}] if chats else text for text in texts]
+    return gate.reward(completions, **{**columns, "prompts": [example.prompt for example in examples]})
 
 
 def judge(
     gate: Gate, scores: Scores, baseline: Scores | None = None, *, tests: int = 1, seed: int = 0, **options: Any
 ) -> Verdict:
-    """Returns what scores say of a gate's thresholds, and of the baseline's scores of the same prompts.
-
-    `tests` counts the gates that are judged together; `options` are those of `compare`.
-    """
-    entry, pair = gate.settings, [scores] if baseline is None else [scores, baseline]
-    is_perplexity, sign = entry.name == "perplexity", 1 if gate.higher_is_better else -1
-    used = np.all([each.weights > 0 for each in pair], axis=0)
+    """Returns what scores say of a gate's thresholds, and of the baseline's scores of the same prompts; `tests` counts
+    the gates that are judged together."""
+    entry, pair = gate.settings, [scores, scores if baseline is None else baseline]
+    used = (pair[0].weights > 0) & (pair[1].weights > 0)
     if not used.any():
         return Verdict(gate.label, 0, math.nan, None, None, math.nan, math.nan, None, ["it applies to no prompt"])
-    if is_perplexity and not np.array_equal(scores.weights, pair[-1].weights):
+    is_perplexity, score = entry.name == "perplexity", gate.score(scores.mean)
+    if is_perplexity and not np.array_equal(pair[0].weights, pair[1].weights):
         raise UserError("perplexity: the baseline has another tokenizer, so that losses per token cannot be compared")
-    score = gate.score(scores.mean)
     failures = [f"below min = {entry.min:g}"] if entry.min is not None and score < entry.min else []
     failures += [f"above max = {entry.max:g}"] if entry.max is not None and score > entry.max else []
     weights = scores.weights[used]
-    means = np.concatenate([(each.values[used] / each.weights[used]) for each in pair])
-    bounds = (gate.reward.low, gate.reward.high) if gate.reward else (None, None)
-    spread = float(np.ptp(means)) if None in bounds else bounds[1] - bounds[0]
-    scale = max(abs(pair[-1].mean), NEAR_ZERO * spread) or 1.0
-    tolerance = math.log1p(entry.regression) if is_perplexity else entry.regression * scale
-    judged = partial(compare, tolerance=tolerance, tests=tests, seed=seed, **options)
-    if baseline is None:  # as many prompts as two models take whose scores are independent
-        found = judged(scores.values[used], weights, largest=0.0)
-        low, high = gate.score(found.low), gate.score(found.high)
-        return Verdict(gate.label, int(used.sum()), score, None, None, low, high, 2 * found.needed, failures)
-    differences = sign * (scores.values - baseline.values)[used]
-    found = judged(differences, weights, largest=np.abs(differences).max() or spread * weights.mean())
-    change, low, high = (math.expm1(-d) if is_perplexity else sign * d / scale for d in found[:3])
+    each = np.concatenate([one.values[used] / one.weights[used] for one in pair])
+    known = gate.reward is not None and None not in (gate.reward.low, gate.reward.high)
+    spread = gate.reward.high - gate.reward.low if known else float(np.ptp(each))  # type: ignore[union-attr,operator]
+    scale = max(abs(pair[1].mean), NEAR_ZERO * spread) or 1.0
+    options |= {"tests": tests, "seed": seed}
+    options["tolerance"] = math.log1p(entry.regression) if is_perplexity else entry.regression * scale
+    if baseline is None:  # needed are as many prompts as it takes where both models' scores are independent
+        found = compare(scores.values[used], weights, largest=0.0, **options)
+        ends = gate.score(found.low), gate.score(found.high)
+        return Verdict(gate.label, int(used.sum()), score, None, None, *ends, 2 * found.needed, failures)
+    differences = gate.sign * (scores.values - baseline.values)[used]
+    largest = np.abs(differences).max() or spread * weights.mean()
+    found = compare(differences, weights, largest=largest, **options)
+    change, *ends = (math.expm1(-d) if is_perplexity else gate.sign * d / scale for d in found[:3])
     if found.regressed:
         failures.append(f"regressed by {abs(change):.1%}")
-    before, ends = gate.score(baseline.mean), sorted((low, high))
-    return Verdict(gate.label, int(used.sum()), score, before, change, *ends, found.needed, failures)
+    before = gate.score(baseline.mean)
+    return Verdict(gate.label, int(used.sum()), score, before, change, *sorted(ends), found.needed, failures)

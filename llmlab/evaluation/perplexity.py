@@ -14,19 +14,17 @@ LONGEST = 1024  # tokens of a text that are scored
 
 
 @torch.no_grad()
-def text_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Array, Array]:
-    """Returns the sum of token losses in nats and the number of tokens of each text, both (texts,).
-
-    Each text starts a document, and only its first 1,024 tokens count, or as many as the model's context has.
-    """
-    losses, counts = [], []
-    longest = min(context_length(model) or LONGEST, LONGEST)
+def text_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> tuple[Array, Array]:
+    """Returns the sum of token losses in nats, and the number of tokens, of each text's beginning, both (texts,)."""
+    losses, longest = [], min(context_length(model) or LONGEST, LONGEST)
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         if ids[:1] != [tokenizer.bos_token_id]:
             ids = [tokenizer.eos_token_id, *ids]  # a document starts where the one before it ended
         row = torch.tensor([ids[:longest]], device=model.device)  # (1, time)
         logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()  # (time - 1, vocabulary)
-        losses.append(cross_entropy(logits, row[0, 1:], reduction="sum").item())
-        counts.append(row.shape[1] - 1)
-    return np.array(losses), np.array(counts, float)
+        losses.append((cross_entropy(logits, row[0, 1:], reduction="sum").item(), len(logits)))
+    sums, tokens = np.array(losses, float).reshape(-1, 2).T
+    return sums, tokens

@@ -10,7 +10,7 @@ Bootstrap; Koehn 2004 (W04-3250); Fisher 1935 (sign flips are exact for any numb
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -40,20 +40,14 @@ def compare(
     *,
     tolerance: float,
     largest: float,
-    tests: int = 1,
-    seed: int = 0,
+    tests: int,
+    seed: int,
     resamples: int = 10_000,
 ) -> Comparison:
-    """Returns what paired differences, (prompts,), say; higher is better.
+    """Returns what paired differences, weight x (score - baseline's score), (prompts,), say; higher is better.
 
-    Args:
-        differences: weight x (score - baseline's score) of each prompt.
-        weights: of each prompt in the mean, (prompts,).
-        tolerance: the loss that is to be found with a power of 90 %, above 0.
-        largest: the largest difference of a prompt; one more is counted, since few prompts may show none.
-        tests: gates that are judged together.
-        seed: of the resampling.
-        resamples: of the bootstrap and of the test.
+    `tolerance` is the loss to be found with a power of 90 %, `largest` the largest difference of a prompt, which is
+    counted once more, since few prompts may show none; `tests` gates are judged together.
     """
     count, total, level = len(differences), weights.sum(), ALARM / tests
     delta = float(differences.sum() / total)
@@ -69,68 +63,40 @@ def compare(
     variance = (np.square(differences - delta * weights).sum() + largest**2) / count / weights.mean() ** 2
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(POWER)
     fewest = math.ceil(math.log2(2 / level)) + 2  # with fewer, equal signs everywhere are no evidence either
-    return Comparison(
-        delta,
-        float(low),
-        float(high),
-        regressed=bool(high < 0 and p <= level / 2 and delta <= -tolerance / 2),
-        needed=max(math.ceil(z**2 * variance / tolerance**2), fewest),
-    )
+    regressed = bool(high < 0 and p <= level / 2 and delta <= -tolerance / 2)
+    needed = max(math.ceil(z**2 * variance / tolerance**2), fewest)
+    return Comparison(delta, float(low), float(high), regressed, needed)
 
 
-def distinct_n(completions: Sequence[Sequence[str]], *, n_gram: int = 2) -> Array:
-    """Returns the share of distinct n-grams among all, as values of the prompts, (prompts,), whose mean it is.
+def distinct_n(texts: Sequence[str], *, n_gram: int = 2) -> Array:
+    """Returns the share of distinct n-grams of words among all n-grams, as values of the texts, whose mean it is.
 
-    Args:
-        completions: texts of each prompt.
-        n_gram: words of an n-gram.
-
-    Source: Li et al. 2016 (arXiv:1510.03055); the values are jackknife pseudo-values.
+    Source: Li et al. 2016 (arXiv:1510.03055).
     """
-    own: list[Counter[Any]] = []
-    for samples in completions:
-        texts = map(_words, samples)
-        own.append(Counter(gram for words in texts for gram in zip(*(words[k:] for k in range(n_gram)), strict=False)))
-    whole = _add(own)
-    distinct, total = len(whole), whole.total()
-    lost = [sum(count == whole[gram] for gram, count in each.items()) for each in own]
-    shares = [(distinct - less) / max(total - each.total(), 1) for less, each in zip(lost, own, strict=True)]
-    return _pseudo_values(distinct / max(total, 1), np.array(shares))
+    own = [Counter(zip(*(words[k:] for k in range(n_gram)), strict=False)) for words in map(_words, texts)]
+    everywhere = _add(own)
+    shares = np.array([sum(count / everywhere[gram] for gram, count in each.items()) for each in own])
+    return shares * len(texts) / max(everywhere.total(), 1)
 
 
-def self_similarity(completions: Sequence[Sequence[str]]) -> Array:
-    """Returns the mean cosine similarity of two completions' word counts, as values of the prompts, (prompts,).
-
-    1 says that all completions, (prompts, samples), have the same words. The values are jackknife pseudo-values.
-    """
-    own, counts = [], np.array([sum(any(_words(text)) for text in samples) for samples in completions])
-    for samples in completions:
-        vectors = [Counter(_words(text)) for text in samples]
-        norms = [math.sqrt(sum(count**2 for count in vector.values())) for vector in vectors]
-        pairs = zip(vectors, norms, strict=True)
-        own.append(_add(Counter({word: c / norm for word, c in vector.items()}) for vector, norm in pairs))
-    whole = _add(own)
-    less = np.array([2 * _dot(unit, whole) - _dot(unit, unit) for unit in own])  # of the square, without the prompt
-    n = np.append(counts.sum() - counts, counts.sum())  # the last one is of all prompts
-    means = (_dot(whole, whole) - np.append(less, 0) - n) / np.maximum(n * (n - 1), 1)
-    return _pseudo_values(means[-1], means[:-1])
+def self_similarity(texts: Sequence[str]) -> Array:
+    """Returns the mean cosine similarity of the word counts of two texts, as values of the texts, whose mean it is."""
+    units = []
+    for vector in map(Counter, map(_words, texts)):
+        norm = math.sqrt(sum(count**2 for count in vector.values()))
+        units.append({word: count / norm for word, count in vector.items()})
+    whole = _add(units)
+    near = np.array([sum(share * whole[word] for word, share in unit.items()) - bool(unit) for unit in units])
+    near /= max(len(texts) - 1, 1)
+    return 2 * near - near.mean()  # each text is in its own pairs and in the others' (Hoeffding 1948, U-statistics)
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def _add(counters: Any) -> Counter[Any]:
+def _add(counters: Iterable[Mapping[Any, float]]) -> Counter[Any]:
     whole: Counter[Any] = Counter()
     for each in counters:
-        whole.update(each)
+        whole.update(each)  # type: ignore[arg-type]
     return whole
-
-
-def _dot(one: Counter[Any], other: Counter[Any]) -> float:
-    return sum(value * other[word] for word, value in one.items())
-
-
-def _pseudo_values(whole: float, without: Array) -> Array:
-    """Returns values with the mean `whole` that vary as it does when a prompt is left out."""
-    return whole + (len(without) - 1) * (without.mean() - without)

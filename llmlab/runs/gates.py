@@ -89,18 +89,18 @@ class GateCallback(TrainerCallback):
 
     def measure(self) -> dict[str, float]:
         """Returns the gates' scores, on as many prompts as there is time for; none where there is time for too few."""
-        means = {}
-        if self.cost is None:  # the first prompts say what one costs
-            means = self.measure_on(min(FEWEST, self.count))
+        fewest = min(FEWEST, self.count)
+        means = self.measure_on(fewest) if self.cost is None else {}  # the first ones say what a prompt costs
         elapsed = time.monotonic() - self.began
         affordable = (SHARE * elapsed - self.spent) / (1 - SHARE) / self.cost
-        if affordable < self.count:
-            lower = max(int(SLACK * affordable), min(FEWEST, self.count))
-            if lower < self.count:
-                limit = f"to take no more than {SHARE:.0%} of the run's time"
-                self.say(f"gates    {lower} prompts instead of {self.count}, or none for now, {limit}")
+        if affordable < self.count > fewest:
+            lower = max(int(SLACK * affordable), fewest)
+            why = f"to take no more than {SHARE:.0%} of the run's time"
+            self.say(
+                f"gates    {lower} prompts instead of {self.count}, and none where there is no time for them: {why}"
+            )
             self.count = lower
-        if means and (self.count <= FEWEST or affordable < self.count):
+        if means and affordable < self.count:
             return means
         return self.measure_on(self.count) if affordable >= self.count or self.best is not None else {}
 

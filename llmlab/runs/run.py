@@ -173,7 +173,7 @@ class Run(Start[S]):
                 "eval_strategy": "steps",
                 "eval_steps": settings.eval_every,
                 "metric_for_best_model": f"eval_{best_metric}",
-                "greater_is_better": best.higher_is_better if best else best_metric == "reward",
+                "greater_is_better": best.sign > 0 if best else best_metric == "reward",
                 "load_best_model_at_end": settings.save_best_only,
             }
         self.rhythm = SaveSchedule(
