@@ -40,9 +40,7 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 256,
     lm_eval: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File (.json) or folder of the report.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File (.json) or folder to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     allow_code: AllowCode = False,
     device: Device = DEFAULT.device,
@@ -126,9 +124,7 @@ def _print(verdicts: list[Any], settings: list[GateSettings], tasks: dict[str, A
         verdict = f"[red]fails: {safe('; '.join(v.failures))}[/red]" if v.failures else "[green]passes[/green]"
         table.add_row(safe(v.gate), f"{v.prompts:,}", short_number(v.score), *cells, " to ".join(ends), verdict)
         if v.needed is not None and v.needed > v.prompts:
-            notes.append(
-                f"{v.gate} needs {v.needed:,} prompts to find a loss of {entry.regression:.0%}; has {v.prompts:,}"
-            )
+            notes.append(f"{v.gate} needs {v.needed:,} prompts to detect {entry.regression:.0%}; it has {v.prompts:,}")
     for task, metrics in tasks.items():
         for name, value in metrics.items():
             other = [short_number(before[task][name]), ""] if before else [""] * len(middle)

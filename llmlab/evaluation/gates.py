@@ -72,7 +72,7 @@ class Scores(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A gate's score, its change against a baseline as a share of that one's score, and why the gate fails, if it does.
+    """A gate's score, its change as a share of the baseline's score, and why the gate fails, if it does.
 
     The interval from `low` to `high` is the change's, or without a baseline the score's.
     """
@@ -166,8 +166,7 @@ def read_texts(source: DataSource) -> Iterator[str]:
 def read_prompts(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, *, chats: bool, context: int | None
 ) -> Iterator[Example]:
-    """Yields the prompts of a source that fit into the context, or for a model that does not chat the beginnings of its
-    texts."""
+    """Yields the prompts of a source that fit the context; a model that does not chat gets beginnings of texts."""
     if not chats:
         for text in read_texts(source):
             ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
@@ -267,7 +266,7 @@ def judge(
     differences = gate.sign * (scores.values - baseline.values)[used]
     largest = np.abs(differences).max() or spread * weights.mean()
     found = compare(differences, weights, largest=largest, **options)
-    change, *ends = (math.expm1(-d) if is_perplexity else gate.sign * d / scale for d in found[:3])
+    change, *ends = (math.expm1(-d) if is_perplexity else gate.sign * d / scale + 0.0 for d in found[:3])
     if found.regressed:
         failures.append(f"regressed by {abs(change):.1%}")
     before = gate.score(baseline.mean)

@@ -80,7 +80,7 @@ class GatesSettings(Settings):
     gate without prompts takes validation_datasets, or the validation split of the first source."""
     gate_every: Annotated[int | None, Gt(0)] = None
     """Optimizer steps between measurements of the gates, which take at most a tenth of the run's time."""
-    metric_for_best_model: str | None = None
+    metric_for_best_model: Annotated[str | None, Resume.FIXED] = None
     """`gate NAME`: the best checkpoint is the one with the best score of this gate; none is the one with the best
     validation loss or reward."""
 

@@ -38,6 +38,8 @@ def test_gates_are_logged_and_change_nothing(stage, tiny_settings, prompts, tmp_
     of_text = entry("perplexity", prompts) | {"prompts": {"name": str(prompts), "column": "answer"}}
     sampled = entry("length", prompts, temperature=1.0, target=5)
     gates = [sampled, entry("distinct_n", prompts), of_text]
+    if stage == "pretrain":  # which continues texts
+        gates = [{**gate, "prompts": of_text["prompts"]} for gate in gates]
     dropout = {} if stage in ("pretrain", "ppo") else {"use_lora": True, "lora_dropout": 0.3}
     plain = {"max_steps": 5, "log_every": 2, **dropout}
     function = STAGES[stage].function
