@@ -4,13 +4,25 @@ Tokens that the model sampled are kept as they were sampled and never encoded ag
 GRPO and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episodes` that of `inference.py`.
 """
 
+import asyncio
+import inspect
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cache, partial
+from threading import Thread
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
-from llmlab.data.chat.messages import Message
+from llmlab.data.chat.messages import Message, UnusableRow, result_text
+from llmlab.data.chat.rendering import encode_prompt
+from llmlab.data.tokenizer import stop_token_ids
+from llmlab.rewards.calls import ToolCall, read_turn
+from llmlab.settings.errors import UserError, reading, reason_of
+from llmlab.simulator.environment import tools_of
 
 Sampler = Callable[[list[list[int]]], list[list[int]]]
 """Returns the tokens that follow each prompt, up to and with the token that ends the turn."""
@@ -41,6 +53,12 @@ class Episode:
     calls: int = 0
     end: Literal["done", "answer", "calls", "length"] = "answer"
     """The environment's or a stop tool's, a turn without a call, `max_episode_length`, or the room for tokens."""
+    abandoned: bool = False
+    """Whether a call ran into its time limit and may still change the environment, which is not to be used again."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt_ids + self.completion_ids
 
 
 def play(
@@ -55,6 +73,8 @@ def play(
 ) -> list[Episode]:
     """Plays one episode of each task, all at the same time, turn by turn.
 
+    Resets and calls of all episodes run side by side, in threads, or on one event loop where they are async.
+
     Args:
         tasks: environments must be distinct objects.
         sample: returns at most `max_new_tokens` tokens for each row of token ids.
@@ -64,4 +84,218 @@ def play(
         max_length: longest prompt and completion together in tokens; an episode ends where a turn might not fit.
         tool_timeout: seconds after which a call of a tool is abandoned.
     """
-    raise NotImplementedError
+    check_template(tokenizer)
+    resets = [partial(task.environment.reset, **task.columns) for task in tasks]
+    texts = run_side_by_side(resets, [tool_timeout] * len(tasks))
+    stops = {*stop_token_ids(tokenizer), tokenizer.eos_token_id}
+    episodes, tools = [], []
+    for task, text in zip(tasks, texts, strict=True):
+        if isinstance(text, Exception):
+            name = type(task.environment).__name__
+            raise UserError(f"environment {name}: reset failed: {type(text).__name__}: {reason_of(text)}") from text
+        tools.append(tools_of(task.environment))
+        prompt = _append_text(task.prompt, text)
+        try:
+            ids, prompt = encode_prompt(tokenizer, prompt, schemas_of(task.environment))
+        except UnusableRow as reason:
+            raise UserError(f"environment {type(task.environment).__name__}: {reason}") from None
+        episodes.append(Episode(task.environment, prompt, ids))
+    playing = list(range(len(tasks)))
+    while playing := [k for k in playing if _has_room(episodes[k], max_new_tokens, max_length)]:
+        turns = sample([episodes[k].tokens for k in playing])
+        calls: dict[int, list[ToolCall]] = {}
+        for k, ids in zip(playing, turns, strict=True):
+            found = _add_turn(episodes[k], ids, tokenizer, stops)
+            if found:
+                calls[k] = found
+        results = _run_calls(episodes, tools, calls, max_episode_length, tool_timeout)
+        playing = [k for k in results if episodes[k].end == "answer"]  # no other end yet
+        for k in playing:
+            suffix = suffix_ids(tokenizer, results[k], episodes[k].completion_ids[-1])
+            episodes[k].completion_ids += suffix
+            episodes[k].mask += [0] * len(suffix)
+    for episode in episodes:
+        if episode.mask and not episode.mask[-1]:  # results after which no turn had room are no part of it
+            sampled = len(episode.mask) - episode.mask[::-1].index(1)
+            del episode.completion_ids[sampled:], episode.mask[sampled:]
+    return episodes
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a tokenizer whose chat template does not show the results of tools."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "this model's tokenizer has no chat template; episodes need one that shows the results of tools"
+        )
+    ids = suffix_ids(tokenizer, [{"role": "tool", "name": "look", "content": "seen"}], tokenizer.eos_token_id)
+    if "seen" not in tokenizer.decode(ids):
+        raise UserError("the chat template does not show the results of tools; set chat_template=chatml")
+
+
+def schemas_of(environment: Any) -> list[dict[str, Any]]:
+    """Returns the JSON schemas of an environment's tools, from their types and docstrings."""
+    return list(_schemas(type(environment)))
+
+
+@cache
+def _schemas(kind: type) -> tuple[dict[str, Any], ...]:
+    schemas = []
+    for name in tools_of(kind):
+        with reading(f"environment {kind.__name__}: tool {name}", "typed arguments and a Google-style docstring"):
+            schemas.append(get_json_schema(getattr(kind, name)))
+    return tuple(schemas)
+
+
+def _append_text(prompt: list[Message], text: str | None) -> list[Message]:
+    """Returns the prompt with the text of `reset` at the end of its last message."""
+    if not text:
+        return prompt
+    *before, last = prompt
+    return [*before, {**last, "content": last["content"] + text}]
+
+
+def _has_room(episode: Episode, max_new_tokens: int, max_length: int | None) -> bool:
+    """Whether a whole turn fits; what is sampled is never cut."""
+    if max_length is None or len(episode.tokens) + max_new_tokens <= max_length:
+        return True
+    episode.end = "length"
+    return False
+
+
+def _add_turn(
+    episode: Episode, ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int | None]
+) -> list[ToolCall]:
+    """Adds sampled tokens, and returns the calls in them; a turn that was cut off ends the episode."""
+    episode.completion_ids += ids
+    episode.mask += [1] * len(ids)
+    ended = bool(ids) and ids[-1] in stops
+    message = read_turn(tokenizer.decode(ids[:-1] if ended else ids))
+    episode.completion.append(message)
+    if not ended:
+        episode.end = "length"
+        return []
+    return [ToolCall(**call["function"]) for call in message.get("tool_calls", ())]
+
+
+def _run_calls(
+    episodes: list[Episode],
+    tools: list[dict[str, Callable[..., Any]]],
+    calls: dict[int, list[ToolCall]],
+    max_episode_length: int,
+    tool_timeout: float,
+) -> dict[int, list[Message]]:
+    """Runs the calls of a turn and returns the messages with their results, by episode; calls of one run in order."""
+    results: dict[int, list[Message]] = {k: [] for k in calls}
+    for number in range(max(map(len, calls.values()), default=0)):
+        now = {k: each[number] for k, each in calls.items() if number < len(each) and episodes[k].end == "answer"}
+        jobs = [_prepare_call(episodes[k].environment, tools[k], call) for k, call in now.items()]
+        limits = [
+            getattr(episodes[k].environment, "time_limits", {}).get(c.name, tool_timeout) for k, c in now.items()
+        ]
+        for (k, call), limit, value in zip(now.items(), limits, run_side_by_side(jobs, limits), strict=True):
+            episode, environment = episodes[k], episodes[k].environment
+            if isinstance(value, Abandoned):
+                episode.abandoned = True
+                value = {"error": f"{call.name} took over {limit:g} s and was abandoned"}
+            elif isinstance(value, Exception):
+                value = {"error": f"{type(value).__name__}: {reason_of(value)}"}
+            message = {"role": "tool", "name": call.name or "unknown", "content": _as_text(value)}
+            results[k].append(message)
+            episode.completion.append(message)
+            episode.calls += 1
+            if getattr(environment, "done", False) or call.name in getattr(environment, "stop_tools", ()):
+                episode.end = "done"
+            elif episode.calls >= max_episode_length:
+                episode.end = "calls"
+    return results
+
+
+def _prepare_call(environment: Any, tools: dict[str, Callable[..., Any]], call: ToolCall) -> Callable[[], Any]:
+    """Returns the call of a tool, or that of the environment's answer to a call that cannot be made."""
+    problem = ""
+    if call.name is None:
+        problem = 'this is no call; expected {"name": ..., "arguments": {...}}'
+    elif call.name not in tools:
+        problem = f"there is no tool {call.name!r:.80}; there are {', '.join(tools)}"
+    elif not isinstance(call.arguments, dict):
+        problem = f"{call.name}: expected arguments as an object"
+    else:
+        try:
+            inspect.signature(tools[call.name]).bind(**call.arguments)
+        except TypeError as error:
+            problem = f"{call.name}: {reason_of(error)}"
+    if not problem:
+        return partial(tools[call.name], **call.arguments)  # type: ignore[index]
+    reject = getattr(environment, "_reject", lambda name, arguments, problem: {"error": problem})
+    return partial(reject, call.name, call.arguments, problem)
+
+
+def _as_text(value: Any) -> str:
+    try:
+        return result_text(value)
+    except (UnusableRow, TypeError, ValueError, RecursionError):  # not JSON
+        return str(value).encode(errors="replace").decode()
+
+
+class Abandoned(Exception):
+    """A call that took longer than its time limit."""
+
+
+def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]) -> list[Any]:
+    """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds.
+
+    Python cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit.
+    """
+    futures: list[Future[Any]] = [Future() for _ in calls]
+    for call, future in zip(calls, futures, strict=True):
+        Thread(target=_fulfil, args=(call, future), daemon=True).start()
+    start, results = time.monotonic(), []
+    for future, limit in zip(futures, limits, strict=True):
+        try:
+            error = future.exception(timeout=max(start + limit - time.monotonic(), 0))
+        except TimeoutError:
+            results.append(Abandoned())
+        else:
+            results.append(error or future.result())
+    return results
+
+
+def _fulfil(call: Callable[[], Any], future: "Future[Any]") -> None:
+    try:
+        value = call()
+        if inspect.isawaitable(value):
+            value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
+        future.set_result(value)
+    except Exception as error:
+        future.set_exception(error)
+    except BaseException as error:  # `sys.exit()` in a tool ends no run
+        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+async def _wait_for(value: Any) -> Any:
+    return await value
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Returns the loop on which all async tools run, since their clients belong to one loop."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def suffix_ids(tokenizer: PreTrainedTokenizerBase, results: list[Message], last: int) -> list[int]:
+    """Returns the tokens of tool results and of the beginning of the next turn, which follow the token `last`.
+
+    The template renders them after a stand-in for the conversation, whose own text is left away.
+    """
+    calls = [{"type": "function", "function": {"name": result["name"], "arguments": {}}} for result in results]
+    start = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    with reading("the chat template (set chat_template=chatml)", "one with tool results"):
+        before = tokenizer.apply_chat_template(start, tokenize=False)
+        text = tokenizer.apply_chat_template(start + results, tokenize=False, add_generation_prompt=True)
+    if not text.startswith(before):
+        raise UserError("the chat template changes earlier turns when results follow them; set chat_template=chatml")
+    ends = (tokenizer.decode([token]) for token in (last, *stop_token_ids(tokenizer)))
+    begin = next((before.rindex(end) + len(end) for end in ends if end in before), len(before))
+    return tokenizer(text[begin:], add_special_tokens=False)["input_ids"]

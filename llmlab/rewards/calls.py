@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from llmlab.data.chat.messages import Message
 from llmlab.rewards.completions import Completion, decode_json, lenient_call, read_json, read_messages
 from llmlab.rewards.python import parse_python
 
@@ -49,6 +50,16 @@ def tool_calls(completion: Completion) -> list[ToolCall]:
             own = [ToolCall(**call["function"]) for call in message.get("tool_calls", ())]
             calls += own or calls_in_text(message["content"])
     return calls
+
+
+def read_turn(text: str) -> Message:
+    """Returns what a model wrote in one turn as a message: the text before its first call, and the calls."""
+    calls = calls_in_text(text)
+    if not calls:
+        return {"role": "assistant", "content": _strip_stop_tokens(text)}
+    first = next((mark.start() for mark in _MARK.finditer(text) if mark[0] != "<think>"), 0)
+    functions = [{"type": "function", "function": call._asdict()} for call in calls]
+    return {"role": "assistant", "content": text[:first].strip(), "tool_calls": functions}
 
 
 def calls_in_text(text: str) -> list[ToolCall]:

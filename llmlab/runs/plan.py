@@ -3,6 +3,7 @@
 The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -152,6 +153,8 @@ def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | T
         plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
     except UserError as error:
         return [("memory", f"at least {least}; {error}")]
+    finally:
+        gc.collect()  # tensors without memory in reference cycles, which slowed the first hundreds of steps by a sixth
     rows: list[tuple[str, str | Text]] = list(plan.rows())
     if not plan.fits:
         advice = f"more than this device has: expect it to run out; llmlab plan {run.stage} says what to change"
@@ -186,6 +189,9 @@ def make_plan(
     """
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
+        if settings.environment is not None:
+            config = read_scene(settings).config.get_text_config()
+            settings = settings.in_completions(getattr(config, "max_position_embeddings", None))
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)

@@ -130,6 +130,9 @@ class Rehearsal:
 
         return compose([lambda completions, **columns: [0.0] * len(completions)], normalize=False, allow_code=True)
 
+    def load_environments(self) -> dict[str | None, Any]:
+        return {}  # a rollout of completions as long as episodes stands in for episodes
+
     def train(self, trainer: Any, **plan: Any) -> Any:
         """Takes one optimizer step, with the optimizer's states already there."""
         self.trainer = trainer

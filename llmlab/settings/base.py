@@ -34,13 +34,16 @@ class Alias:
 
 
 class When:
-    """The setting is valid only when another field has one of these values."""
+    """The setting is valid only when another field has one of these values, or any value where there are none."""
 
     def __init__(self, field: str, *values: Any):
         self.field, self.values = field, values
 
+    def holds(self, value: Any) -> bool:
+        return value in self.values if self.values else value is not None
+
     def __str__(self) -> str:
-        return f"{self.field} is {' or '.join(map(show, self.values))}"
+        return f"{self.field} is {' or '.join(map(show, self.values)) or 'set'}"
 
 
 class Resume(Enum):

@@ -4,12 +4,15 @@ Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Sim
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
 from pydantic import model_validator
 
-from llmlab.settings.base import Alias, Resume, Settings
+from llmlab.settings.base import Alias, Resume, Settings, When
+
+IN_EPISODES = When("environment")
+SIMULATOR = "simulator"
 
 
 class RewardConfig(Settings):
@@ -45,12 +48,32 @@ class EnvironmentSettings(Settings):
     panel: ClassVar[str] = "Episodes"
 
     environment: str | dict[str, str] | None = None
-    """Play episodes with tools in it: simulator, gymnasium:ID, openenv:URL, path/to/file.py:Class, or a mapping of names
-    to these for data with a column `environment`; none samples one completion a prompt."""
-    max_episode_length: Annotated[int, Gt(0), Alias("max_tool_calling_iterations")] = 20
+    """Play episodes with tools in it: simulator, gymnasium:ID, openenv:URL, path/to/file.py:Class, or a mapping of
+    names to these for data with a column `environment`; none samples one completion a prompt."""
+    max_episode_length: Annotated[int, Gt(0), Alias("max_tool_calling_iterations"), IN_EPISODES] = 20
     """Tool calls after which an episode ends."""
-    tool_timeout: Annotated[float, Gt(0), Resume.FREE] = 30.0
+    tool_timeout: Annotated[float, Gt(0), Resume.FREE, IN_EPISODES] = 30.0
     """Seconds after which a tool call is abandoned, and the policy reads an error."""
-    curriculum: Literal["none", "episodes", "success"] = "none"
-    """Difficulty of the simulator's tasks: as in the data, or rising with the episodes seen or with the success rate."""
     reward_config: RewardConfig = RewardConfig()
+
+    @property
+    def environments(self) -> dict[str | None, str]:
+        """The environments by the name in a row's column `environment`; the one of all rows has the name None."""
+        return {None: self.environment} if isinstance(self.environment, str) else dict(self.environment or {})
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Reads the guide's `kl_weight` among the simulator's rewards as the KL coefficient."""
+        points = values.get("reward_config")
+        if isinstance(points, dict) and "kl_weight" in points:
+            values["reward_config"] = {name: value for name, value in points.items() if name != "kl_weight"}
+            values.setdefault("kl_weight", points["kl_weight"])
+        super().translate(values, warn)
+
+    @model_validator(mode="after")
+    def check_environment(self) -> "EnvironmentSettings":
+        if self.environment == {}:
+            raise ValueError("environment: expected at least one")
+        if self.reward_config != RewardConfig() and SIMULATOR not in self.environments.values():
+            raise ValueError("reward_config applies only when environment is simulator")
+        return self

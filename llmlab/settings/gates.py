@@ -6,21 +6,21 @@ What the scores are is `llmlab.rewards` and `llmlab.evaluation`.
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, JsonValue, model_validator
 
 from llmlab.settings.base import Resume, Settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.files import read_layer
 from llmlab.settings.generation import SamplingSettings
-from llmlab.settings.rewards import ScoreSettings
 
 GATE = "gate "  # before the name of a gate in metric_for_best_model
 
 
-class GateSettings(ScoreSettings):
-    """One gate, such as `json_valid` or `{name: json_valid, prompts: eval.jsonl, n: 200, min: 0.9}`: a reward,
-    perplexity (of texts), distinct_n, self_similarity or episode_success (of tasks)."""
+class GateSettings(Settings):
+    """One gate, such as `json_valid` or `{name: json_valid, prompts: eval.jsonl, n: 200, min: 0.9}`."""
 
+    name: Annotated[str, MinLen(1)]
+    """A reward, perplexity (of texts), distinct_n, self_similarity or episode_success (of tasks)."""
     prompts: DataSource | None = None
     """Held-out prompts."""
     n: Annotated[int, Gt(0)] = 100
@@ -37,9 +37,16 @@ class GateSettings(ScoreSettings):
     """The gate fails above this score."""
     regression: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Loss that is to be found, as a share of the baseline's score."""
+    parameters: dict[str, JsonValue] = {}
+    """Parameters of the score."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def check_samples(self) -> "GateSettings":
+    def check(self) -> "GateSettings":
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"num_samples = {self.num_samples}: with temperature 0 all samples are the same")
         return self
@@ -74,6 +81,7 @@ class GatesSettings(Settings):
 
     panel: ClassVar[str] = "Gates"
     resume: ClassVar[Resume] = Resume.FREE
+    writes_answers: ClassVar[bool] = True
 
     gates: Gates = []
     """Scores of answers to held-out prompts while training, one an entry (name, or a mapping), or a file of them. A
@@ -86,6 +94,8 @@ class GatesSettings(Settings):
 
     @model_validator(mode="after")
     def check_gates(self) -> "GatesSettings":
+        if self.gates and not self.writes_answers:
+            raise ValueError("gates are not supported here: a reward model scores answers and writes none")
         if bool(self.gates) != (self.gate_every is not None):
             raise ValueError("gates and gate_every need each other: what is measured, and how often")
         best, names = self.metric_for_best_model, [GATE + gate.name for gate in self.gates]

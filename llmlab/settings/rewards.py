@@ -11,31 +11,41 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_val
 from llmlab.settings.base import Alias, Settings
 
 
-class ScoreSettings(Settings):
-    """A score by its name; every key of a mapping that is no field is a parameter of the score."""
+class RewardSettings(Settings):
+    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
 
-    type_name: ClassVar[str] = "name"
+    Every key that is none of these fields is a parameter of the reward.
+
+    Source: seed, RL guide, section 3, "Reward Function Weights".
+    """
+
+    type_name: ClassVar[str] = "name | weight"
 
     name: Annotated[str, MinLen(1)]
     """A reward of llmlab, or a function of your own: path/to/file.py:name."""
+    weight: float | None = None
+    """Factor of the value; none is the guide's weight of that reward, or 1."""
     min: float | None = None
+    """Lower clip of the value."""
     max: float | None = None
+    """Upper clip of the value."""
+    cap: Annotated[float, Gt(0)] | None = None
+    """Largest magnitude of weight x value."""
     parameters: dict[str, JsonValue] = {}
-    """The score's own parameters."""
-
-    @classmethod
-    def parse_text(cls, text: str) -> dict[str, str]:
-        return {"name": text}
+    """The reward's own parameters."""
 
     @model_validator(mode="before")
     @classmethod
     def parse(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return cls.parse_text(value)
+            name, _, weight = (part.strip() for part in value.partition("|"))
+            if not name or "|" in weight:
+                raise ValueError("expected 'name | weight (optional)'")
+            return {"name": name, **({"weight": weight} if weight else {})}
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
-            raise ValueError(f"expected '{cls.type_name}' or a mapping with a name")
+            raise ValueError("expected 'name | weight' or a mapping with a name")
         fields = {key: part for key, part in value.items() if key in cls.model_fields}
         inline = {key: part for key, part in value.items() if key not in cls.model_fields}
         parameters = fields.get("parameters", {})
@@ -46,7 +56,7 @@ class ScoreSettings(Settings):
         return {**fields, "parameters": {**parameters, **inline}}
 
     @model_validator(mode="after")
-    def check(self) -> "ScoreSettings":
+    def check(self) -> "RewardSettings":
         if self.min is not None and self.max is not None and self.min >= self.max:
             raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
         return self
@@ -55,31 +65,6 @@ class ScoreSettings(Settings):
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         mapping = {**handler(core_schema), "additionalProperties": True}  # the parameters
         return {"anyOf": [{"type": "string", "description": cls.type_name}, mapping]}
-
-
-class RewardSettings(ScoreSettings):
-    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
-
-    Source: seed, RL guide, section 3, "Reward Function Weights".
-    """
-
-    type_name: ClassVar[str] = "name | weight"
-
-    weight: float | None = None
-    """Factor of the value; none is the guide's weight of that reward, or 1."""
-    min: float | None = None
-    """Lower clip of the value."""
-    max: float | None = None
-    """Upper clip of the value."""
-    cap: Annotated[float, Gt(0)] | None = None
-    """Largest magnitude of weight x value."""
-
-    @classmethod
-    def parse_text(cls, text: str) -> dict[str, str]:
-        name, _, weight = (part.strip() for part in text.partition("|"))
-        if not name or "|" in weight:
-            raise ValueError("expected 'name | weight (optional)'")
-        return {"name": name, **({"weight": weight} if weight else {})}
 
     def __str__(self) -> str:
         return self.name if self.weight is None else f"{self.name} | {self.weight:g}"

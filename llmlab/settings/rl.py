@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
 from llmlab.settings.data import Datasets, DataSource
+from llmlab.settings.environment import IN_EPISODES, SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.rewards import SPELLINGS, RewardSettings, RewardsSettings, as_list
@@ -20,10 +21,6 @@ from llmlab.settings.training import FineTuningSettings
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
 """The RL guide counts these in completions ("episodes"), the LLM-Lab document in optimizer steps."""
 
-SIMULATOR = (  # the RL guide's `reward_config`, but for its kl_weight
-    *("task_complete", "task_failed", "correct_tool", "wrong_tool", "schema_pass", "schema_fail", "style_pass"),
-    *("guardrail_violation", "step_penalty", "redundant_action"),
-)
 SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
@@ -42,15 +39,13 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(RewardsSettings, FineTuningSettings):
+class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(SIMULATOR, "rewards of the steps of an episode with tools, which this stage does not have"),
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
-        "max_episode_length": "this stage has no episodes with tools yet: an episode is one completion",
     }
     best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -65,11 +60,13 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
     max_prompt_length: Annotated[int | None, Gt(0)] = 1024
     """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
     max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
-    """Longest prompt and completion together, in tokens: limits prompts to what max_new_tokens leaves."""
+    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
 
     rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
-    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model
-    alone."""
+    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
+    or the environment's."""
+    curriculum: Annotated[Literal["none", "episodes", "success"], IN_EPISODES] = "none"
+    """Difficulty of the simulator's tasks: that of the data, or rising with episodes or with the success rate."""
     reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
     """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
     rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
@@ -137,8 +134,10 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
             raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
             raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
-        if self.rewards == [] and self.reward_model is None:
+        if self.rewards == [] and self.reward_model is None and self.environment is None:
             raise ValueError("rewards: expected at least one")
+        if self.curriculum != "none" and set(self.environments.values()) != {SIMULATOR}:
+            raise ValueError(f"curriculum = {self.curriculum}: only the simulator has tasks of several difficulties")
         self.rollout(1)
         return self
 
@@ -170,6 +169,15 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
 
+    def in_completions(self, context: int | None) -> "OnlineSettings":
+        """Returns these settings with completions as long as the longest episode in this context, for plans."""
+        prompt = self.prompt_limit or self.max_new_tokens
+        most = prompt + 2 * self.max_episode_length * self.max_new_tokens  # results as long as what is sampled
+        longest = min(self.max_seq_len or most, context or most)
+        prompt = min(prompt, longest // 2)
+        changes = {"max_prompt_length": prompt, "max_new_tokens": longest - prompt, "max_seq_len": None}
+        return self.model_copy(update=changes)
+
     @property
     def prompt_limit(self) -> int | None:
         """The longest prompt in tokens, by either of the limits; None where there is none."""
@@ -185,7 +193,7 @@ class OnlineSettings(RewardsSettings, FineTuningSettings):
     def all_rewards(self) -> list[RewardSettings]:
         """Returns the rewards with the reward model among them."""
         rewards = list(self.rewards or [])
-        model = self.reward_model or (None if rewards else SEED_REWARD_MODEL)
+        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
         if model is not None:
             rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
         return rewards

@@ -259,7 +259,7 @@ def _misplaced(settings: Settings, entries: dict[str, Entry]) -> dict[str, tuple
             continue
         other = next(s for s in fields_of(type(settings)) if s.path == (*setting.path[:-1], condition.field))
         actual, decider = other.of(settings), entries.get(other.key)
-        if actual not in condition.values:
+        if not condition.holds(actual):
             overridden = decider is not None and decider.rank > entry.rank
             sentence = f"{entry.where}: {setting.key} applies only when {condition}, and {other.key} is {show(actual)}"
             misplaced[setting.key] = (sentence + ("; ignored" if overridden else ""), not overridden)

@@ -51,6 +51,7 @@ class Environment:
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
-    """Returns the tools of an environment by name: its public methods, as TRL finds them."""
-    names = (name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction))
+    """Returns the tools of an environment, or of a class of them, by name: its public methods, as TRL finds them."""
+    kind = environment if isinstance(environment, type) else type(environment)
+    names = (name for name, _ in inspect.getmembers(kind, predicate=inspect.isfunction))
     return {name: getattr(environment, name) for name in names if name not in NOT_TOOLS and name[0] != "_"}

@@ -292,3 +292,11 @@ def test_the_mean_is_at_most_the_longest_row(tiny_settings, tmp_path):
     settings = tiny_settings("sft", tmp_path / "run")
     with pytest.raises(UserError, match="--mean 5000: expected at most the longest row"):
         make_plan(STAGES["sft"].function, settings, probe("cpu", "fp32"), mean=5000)
+
+
+def test_episodes_are_planned_as_completions_of_their_length(tiny_settings, tmp_path):
+    options = {"environment": "simulator", "max_seq_len": 96, "max_prompt_length": 32, "normalize_rewards": False}
+    episodes = tiny_settings("grpo", tmp_path, rewards=None, **options)
+    completions = tiny_settings("grpo", tmp_path, max_new_tokens=64, max_prompt_length=32)
+    plans = [make_plan(STAGES["grpo"].function, settings, probe("cpu", "fp32")) for settings in (episodes, completions)]
+    assert plans[0].parts == plans[1].parts and plans[0].flops == plans[1].flops

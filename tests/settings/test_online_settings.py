@@ -57,7 +57,7 @@ def test_the_guides_block_loads_as_printed(tmp_path):
     resolved = resolve(GRPOSettings, read_layer(path))
     given = resolved.settings
     (warning,) = resolved.warnings
-    assert re.findall(r"'(\w+)'", warning) == ["vf_coef", "lam", "max_episode_length", "gamma"]
+    assert re.findall(r"'(\w+)'", warning) == ["vf_coef", "lam", "gamma"]
     # 16 prompts x 4 completions, in steps of 4 x 4 completions, four times
     assert given.rollout(1) == Rollout(completions=64, per_update=16, updates=16)
     steps = given.in_steps(1)

@@ -63,10 +63,8 @@ def test_a_block_loads_as_printed_in_each_stage_that_it_is_for(name, stage, tmp_
     without_effect = {
         "lora_config": {"task_type"},
         "multi_gpu_config": {"distributed_strategy", "num_processes"},
-        "ppo_config": {"max_episode_length"},
-        "grpo_config": {"max_episode_length", "vf_coef", "gamma", "lam"},
+        "grpo_config": {"vf_coef", "gamma", "lam"},
         "reward_weights": {"max_possible", "min_possible"},
-        "reward_config": keys_of("reward_config") - {"kl_weight"},
         "quick_config": {"num_train_epochs", "save_steps", "max_samples"} if stage == "pretrain" else set(),
         "prod_config": {"pretrain": {"num_train_epochs", "save_steps"}}.get(
             stage, {"metric_for_best_model"} if stage in ONLINE else set()

@@ -19,10 +19,11 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, policy_mask
+from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 
-class LLMLabGRPOTrainer(ResumableRollouts, StageTrainer, RolloutSteps, GRPOTrainer):
+class LLMLabGRPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, RolloutSteps, GRPOTrainer):
     """TRL's GRPOTrainer with llmlab's optimizers, a choice of baselines and penalties, and metrics of groups."""
 
     penalty = staticmethod(torch.abs)

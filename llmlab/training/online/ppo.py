@@ -23,6 +23,7 @@ from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.training.online._trl import ResumableRollouts
+from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
@@ -30,7 +31,7 @@ STOP_KL_FACTOR = 1.5
 """Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class LLMLabPPOTrainer(ResumableRollouts, StageTrainer, PPOTrainer):
+class LLMLabPPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 How rewards become advantages and a loss is each trainer's own business.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +13,9 @@ from transformers import TrainerCallback
 
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
+from llmlab.episodes import check_template
 from llmlab.rewards.compose import ComposedReward, compose
+from llmlab.rewards.environment import environment_reward
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
@@ -21,6 +24,8 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
+from llmlab.simulator.curriculum import Curriculum
+from llmlab.simulator.loading import load_environment
 from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]
@@ -40,15 +45,27 @@ class OnlineRun(Run[S]):
         """Returns the rewards of the settings and these."""
         settings = self.settings
         named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
+        if settings.environment is not None:
+            rewards = [*rewards, environment_reward(normalize=settings.normalize_rewards)]
         return compose(
             [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
         )
 
+    def load_environments(self) -> dict[str | None, Callable[[], Any]]:
+        """Returns the environments' factories by name."""
+        settings, allowed = self.settings, may_run_code(self.resolved)
+        return {
+            name: load_environment(spec, allow_code=allowed, reward_config=settings.reward_config)
+            for name, spec in settings.environments.items()
+        }
+
     def load(self, rewards: Sequence[RewardFunction]) -> None:
         """Loads rewards (from the settings and passed functions), policy and reference model."""
         settings = self.settings
-        self.reward = self.compose_rewards(rewards)
+        self.reward, self.environments = self.compose_rewards(rewards), self.load_environments()
         self.policy = self.load_policy(attach=False)
+        if self.environments:
+            check_template(self.policy.tokenizer)
         self.reference, self.reference_name = None, "none, since init_kl_coef is 0"
         if settings.init_kl_coef > 0:
             self.reference, self.reference_name = load_reference(settings, self.policy)
@@ -76,7 +93,7 @@ class OnlineRun(Run[S]):
         self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
         steps = settings.steps_for(len(rows.train), processes)
         self.settings = settings.model_copy(update={"max_steps": steps})
-        return self.make_trainer(
+        made = self.make_trainer(
             trainer,
             config,
             self.policy.model,
@@ -95,6 +112,23 @@ class OnlineRun(Run[S]):
             peft_config=self.policy.new_adapters(settings),
             **options,
         )
+        if self.environments:
+            if made.is_fsdp_enabled or made.is_deepspeed_enabled:
+                raise UserError(
+                    "environment: not supported under FSDP2 or DeepSpeed, whose processes sample in step while "
+                    "episodes end at different times; use --accelerate ddp"
+                )
+            total = steps * self.rollout.completions // self.rollout.updates
+            curriculum = None if settings.curriculum == "none" else Curriculum(settings.curriculum, total)
+            made.play_in(
+                self.environments,
+                curriculum,
+                max_episode_length=settings.max_episode_length,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=self.policy.cap_length(settings.max_seq_len or sys.maxsize),
+                tool_timeout=settings.tool_timeout,
+            )
+        return made
 
     def train_online(
         self, trainer: Any, *, temperature: float, plan: Sequence[tuple[str, str]] = (), parents: Sequence[str] = ()
@@ -133,8 +167,7 @@ class OnlineRun(Run[S]):
                 ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
                 (
                     "rollout",
-                    f"{settings.batch_size} prompts, {rollout.completions} completions of up to "
-                    f"{settings.max_new_tokens} tokens; {sampling}",
+                    f"{settings.batch_size} prompts, {rollout.completions} {self._describe_rollout()}; {sampling}",
                 ),
                 (
                     "steps",
@@ -146,3 +179,10 @@ class OnlineRun(Run[S]):
             data={**prompts.record(), "rewards": weights},
             callbacks=[*callbacks, OnlineMetrics()],
         )
+
+    def _describe_rollout(self) -> str:
+        """Returns what a rollout consists of, for the plan."""
+        settings = self.settings
+        if not self.environments:
+            return f"completions of up to {settings.max_new_tokens} tokens"
+        return f"episodes of up to {settings.max_episode_length} calls and {settings.max_new_tokens} tokens a turn"

@@ -1,0 +1,124 @@
+"""Rollouts of episodes for GRPO and PPO: which environments, at which difficulty, and what TRL's trainer gets of them.
+
+How an episode is played is `llmlab/episodes.py`; TRL's own loop is not used: it runs tools one after the other, and
+no tool can end an episode.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmlab.episodes import Episode, Task, play
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.simulator.curriculum import Curriculum
+
+Factories = Mapping[str | None, Callable[[], Any]]
+"""Makes environments, by the name in a row's column `environment`; None is the one of all rows."""
+
+
+class EpisodeRollouts:
+    """Mixin for a GRPOTrainer: after `play_in`, a rollout is one of episodes."""
+
+    factories: Factories = {}
+    curriculum: Curriculum | None = None
+
+    def play_in(self, factories: Factories, curriculum: Curriculum | None, **options: Any) -> None:
+        """Makes rollouts of episodes in these environments; `options` are those of `play`."""
+        self.factories, self.curriculum, self.play_options = factories, curriculum, options
+        self._pool: dict[str | None, list[Any]] = defaultdict(list)
+        self.rollout_func = self._play  # set here, since the constructor warns that it is experimental
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+
+    def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """Plays one episode of each row; TRL's `rollout_func`."""
+        known: dict[tuple[int, ...], list[float]] = {}
+        training = self.model.training  # type: ignore[attr-defined]
+        level = {"difficulty": self.curriculum.level} if self.curriculum is not None and training else {}
+        names = [None if None in self.factories else row.get("environment") for row in self._rows]
+        tasks = [
+            Task(self._take(name), row["prompt"], row | level) for name, row in zip(names, self._rows, strict=True)
+        ]
+
+        def sample(rows: list[list[int]]) -> list[list[int]]:
+            sampled, log_probs = self._generate_single_turn(rows, None, {}, 1)  # type: ignore[attr-defined]
+            for row, ids, values in zip(rows, sampled, log_probs or (), strict=False):
+                known[(*row, *ids)] = values  # equal rows have equal ones
+            return sampled
+
+        self._episodes = play(tasks, sample, self.processing_class, **self.play_options)  # type: ignore[attr-defined]
+        for name, episode in zip(names, self._episodes, strict=True):
+            if not episode.abandoned:
+                self._pool[name].append(episode.environment)
+        self._note_episodes()
+        end = self.processing_class.eos_token_id  # type: ignore[attr-defined]
+        return {
+            "prompt_ids": [episode.prompt_ids for episode in self._episodes],
+            # a prompt that leaves no room for a turn has one token, which is not trained
+            "completion_ids": [episode.completion_ids or [end] for episode in self._episodes],
+            "logprobs": [_log_probs(episode, known) for episode in self._episodes] if known else None,
+            "env_mask": [episode.mask or [0] for episode in self._episodes],
+        }
+
+    def _take(self, name: str | None) -> Any:
+        if name not in self.factories:
+            names = [str(other) for other in self.factories]
+            raise UserError(
+                f"environment = {name}: a row of the data names none of {', '.join(names)}"
+                f"{did_you_mean(str(name), names)}"
+            )
+        return self._pool[name].pop() if self._pool[name] else self.factories[name]()
+
+    def _note_episodes(self) -> None:
+        """Notes lengths and successes, and lets the curriculum know."""
+        successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
+        device = self.accelerator.device  # type: ignore[attr-defined]
+        table = torch.tensor(
+            [
+                [episode.calls, -1 if success is None else success]
+                for episode, success in zip(self._episodes, successes, strict=True)
+            ],
+            device=device,
+            dtype=torch.float32,
+        )
+        table = self.accelerator.gather(table)  # type: ignore[attr-defined]
+        calls, success = table.unbind(1)  # (episodes of all processes,)
+        self.note("episode_length", calls.mean().item())  # type: ignore[attr-defined]
+        solved = success[success >= 0]
+        if len(solved):
+            self.note("success_rate", solved.mean().item())  # type: ignore[attr-defined]
+        if self.curriculum is not None and self.model.training:  # type: ignore[attr-defined]
+            self.note("difficulty", self.curriculum.level)  # type: ignore[attr-defined]
+            self.curriculum.update([bool(value) for value in success.tolist()])
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.factories:  # TRL has only text of them
+            self.environments = [episode.environment for episode in self._episodes]
+            prompts = [episode.prompt for episode in self._episodes]
+            completions = [episode.completion for episode in self._episodes]
+        return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # type: ignore[misc]
+
+    def rollout_state(self, step: int) -> dict[str, Any]:
+        state = super().rollout_state(step)  # type: ignore[misc]
+        return state if self.curriculum is None else {**state, "curriculum": self.curriculum.state()}
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        super().load_rollout_state(state)  # type: ignore[misc]
+        if self.curriculum is not None and "curriculum" in state:
+            self.curriculum.load_state(state["curriculum"])
+
+
+def _log_probs(episode: Episode, known: dict[tuple[int, ...], list[float]]) -> list[float]:
+    """Returns the log-probabilities of an episode's sampled tokens, 0 for those of tools, (time,)."""
+    values, tokens, position = [], tuple(episode.tokens), len(episode.prompt_ids)
+    for sampled, run in groupby(episode.mask):
+        length = len(list(run))
+        position += length
+        values += known[tokens[:position]] if sampled else [0.0] * length
+    return values or [0.0]
