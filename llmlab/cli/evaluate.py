@@ -15,9 +15,8 @@ from llmlab.cli.options import TrustRemoteCode, setting_option
 from llmlab.cli.pairs import parse_source
 from llmlab.cli.rewards import AllowCode
 from llmlab.settings.errors import UserError, reading
-from llmlab.settings.files import Layer, dump, finite, read_json
+from llmlab.settings.files import Layer, dump, finite
 from llmlab.settings.gates import EvaluateSettings, GateSettings, read_gates
-from llmlab.settings.paths import expand
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import Terminal, make_table, numeric, safe, say, say_json, short_number
@@ -25,7 +24,7 @@ from llmlab.terminal import Terminal, make_table, numeric, safe, say, say_json, 
 FAILED = 3  # exit code
 OPTIONS = {"n": 100, "num_samples": 1, "temperature": 0.0, "max_new_tokens": 256}  # for gates that leave them open
 N, NumSamples, Temperature, MaxNewTokens = (setting_option(GateSettings, name) for name in OPTIONS)
-Gates = typer.Option(metavar="FILE|NAMES", help="List of gates (YAML), or names; none: those in the run's record.")
+Gates = typer.Option(metavar="FILE|NAMES", help="List of gates (YAML), or their names.")
 Prompts = typer.Option("--prompts", "-p", metavar="SOURCE", help="Held-out prompts of gates that name none.")
 
 
@@ -50,10 +49,14 @@ def evaluate(
     """Score a model's answers to held-out prompts; exit code 3 where a gate fails or lost 5 % to the baseline."""
     if lm_eval is not None and find_spec("lm_eval") is None:
         raise UserError("--lm-eval: lm-evaluation-harness is not installed: pip install 'llmlab[eval]'")
-    arguments = locals()
+    arguments, entries = locals(), read_gates(gates) if gates else []
+    if not entries and lm_eval is None:
+        raise UserError("--gates is missing: expected a file of gates, or names such as --gates json_valid,distinct_n")
     options = {name: arguments[name] for name, default in OPTIONS.items() if arguments[name] != default}
     options |= {"prompts": parse_source(prompts, "--prompts ")} if prompts else {}
-    settings = [] if lm_eval and not gates else _read_gates(run, gates, options)
+    named = ({"name": entry} if isinstance(entry, str) else entry for entry in entries)
+    complete = [options | entry if isinstance(entry, dict) else entry for entry in named]
+    settings = resolve(EvaluateSettings, Layer(gates or "command line", {"gates": complete})).settings.gates
 
     from llmlab.evaluation.gates import judge, load_gates, measure
     from llmlab.inference import context_length, is_chat_model, load_for_inference
@@ -70,16 +73,15 @@ def evaluate(
     loaded, scores, tasks = measure_run(run)
     same, before, tasks_before = (loaded, {}, {}) if baseline is None else measure_run(baseline)
     for gate, other in zip(loaded, same, strict=True):
-        if [getattr(e, "prompt", e) for e in gate.examples] != [getattr(e, "prompt", e) for e in other.examples]:
+        if [example.prompt for example in gate.examples] != [example.prompt for example in other.examples]:
             why = "another context length, chat template or tokenizer"
             raise UserError(f"--baseline {baseline}: it reads other prompts of gate '{gate.label}' ({why})")
-    labels = [gate.label for gate in loaded]
-    pairs = zip(loaded, labels, strict=True)
-    verdicts = [judge(gate, scores[k], before.get(k), tests=len(loaded), seed=seed) for gate, k in pairs]
+    once = {"tests": len(loaded), "seed": seed}
+    verdicts = [judge(gate, scores[gate.label], before.get(gate.label), **once) for gate in loaded]
     passed = not any(verdict.failures for verdict in verdicts)
-    report = finite({"run": run, "baseline": baseline, "seed": seed, "passed": passed})
-    report["gates"] = [finite(v._asdict()) | s.recorded() for v, s in zip(verdicts, settings, strict=True)]
-    report |= {"lm_eval": tasks, "lm_eval_baseline": tasks_before} if lm_eval else {}
+    report = {"run": run, "baseline": baseline, "seed": seed, "passed": passed}
+    report["gates"] = [v._asdict() | {"settings": s.recorded()} for v, s in zip(verdicts, settings, strict=True)]
+    report = finite(report | ({"lm_eval": tasks, "lm_eval_baseline": tasks_before} if lm_eval else {}))
     if output is not None:
         dump(report, output / "evaluation.json" if output.is_dir() else output)
     if as_json:
@@ -88,18 +90,6 @@ def evaluate(
         _print(verdicts, settings, tasks, tasks_before)
     if not passed:
         raise typer.Exit(FAILED)
-
-
-def _read_gates(run: str, gates: str | None, options: dict[str, Any]) -> list[GateSettings]:
-    """Returns the gates of an option or of a run's record, with the options for what they leave open."""
-    label, entries, record = gates or "", read_gates(gates) if gates else None, expand(run) / "llmlab.json"
-    if gates is None and record.is_file():
-        label, entries = str(record), read_json(record).get("settings", {}).get("gates")
-    if not entries:
-        raise UserError("--gates is missing: expected a file of gates, or names such as --gates json_valid,distinct_n")
-    named = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-    layer = Layer(label, {"gates": [options | entry if isinstance(entry, dict) else entry for entry in named]})
-    return resolve(EvaluateSettings, layer).settings.gates
 
 
 def _benchmark(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, float]]:
@@ -113,22 +103,22 @@ def _benchmark(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, fl
 
 
 def _print(verdicts: list[Any], settings: list[GateSettings], tasks: dict[str, Any], before: dict[str, Any]) -> None:
-    compared = any(verdict.baseline is not None for verdict in verdicts)
-    middle = [numeric("baseline"), numeric("change")] if compared else []
-    columns = (numeric("prompts"), numeric("score"), *middle, Column("95 % interval", no_wrap=True, style="dim"))
-    table = make_table(Column("gate", overflow="fold"), *columns, "verdict")
+    compared = bool(before) or any(verdict.baseline is not None for verdict in verdicts)
+    columns = [numeric(name) for name in ("n", "score", *(("baseline", "change") if compared else ()))]
+    table = make_table(Column("gate", overflow="fold"), *columns, Column("95 % interval", no_wrap=True), "verdict")
     notes = []
     for v, entry in zip(verdicts, settings, strict=True):
-        ends = [f"{end:+.1%}" if compared else short_number(end) for end in (v.low, v.high)]
-        cells = [short_number(v.baseline), f"{v.change:+.1%}"] if v.baseline is not None else [""] * len(middle)
-        verdict = f"[red]fails: {safe('; '.join(v.failures))}[/red]" if v.failures else "[green]passes[/green]"
-        table.add_row(safe(v.gate), f"{v.prompts:,}", short_number(v.score), *cells, " to ".join(ends), verdict)
-        if v.needed is not None and v.needed > v.prompts:
+        cells = [short_number(v.baseline), f"{v.change:+.3g}"] if v.baseline is not None else [""] * (len(columns) - 2)
+        verdict = "[red]fails[/red]" if v.failures else "[green]passes[/green]"
+        interval = f"{v.low:.3g} to {v.high:.3g}"
+        table.add_row(safe(v.gate), f"{v.prompts:,}", short_number(v.score), *cells, interval, verdict)
+        notes += [f"{v.gate} fails: {failure}" for failure in v.failures]
+        if not v.failures and v.needed is not None and v.needed > v.prompts:
             notes.append(f"{v.gate} needs {v.needed:,} prompts to detect {entry.regression:.0%}; it has {v.prompts:,}")
     for task, metrics in tasks.items():
         for name, value in metrics.items():
-            other = [short_number(before[task][name]), ""] if before else [""] * len(middle)
-            table.add_row(safe(f"{task} {name}"), "", short_number(value), *other, "", "")
+            cells = [short_number(before[task][name]), ""] if before else [""] * (len(columns) - 2)
+            table.add_row(safe(f"{task} {name}"), "", short_number(value), *cells)
     Terminal().print(table)
     for note in notes:
         say(note, fg="yellow")

@@ -35,14 +35,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    differences: Array,
-    weights: Array,
-    *,
-    tolerance: float,
-    largest: float,
-    tests: int,
-    seed: int,
-    resamples: int = 10_000,
+    differences: Array, weights: Array, *, tolerance: float, largest: float, tests: int, seed: int, draws: int = 10_000
 ) -> Comparison:
     """Returns what paired differences, weight x (score - baseline's score), (prompts,), say; higher is better.
 
@@ -51,15 +44,15 @@ def compare(
     """
     count, total, level = len(differences), weights.sum(), ALARM / tests
     delta = float(differences.sum() / total)
-    draw, means, flips = np.random.default_rng(seed), np.empty(resamples), np.empty(resamples)
+    draw, means, flips = np.random.default_rng(seed), np.empty(draws), np.empty(draws)
     rows = max(AT_ONCE // count, 1)
-    for start in range(0, resamples, rows):
-        part = slice(start, min(start + rows, resamples))
+    for start in range(0, draws, rows):
+        part = slice(start, min(start + rows, draws))
         chosen = draw.integers(count, size=(part.stop - start, count))
         means[part] = differences[chosen].sum(1) / weights[chosen].sum(1)
         flips[part] = (1.0 - 2.0 * draw.integers(2, size=chosen.shape)) @ differences / total
     low, high = np.quantile(means, [level / 2, 1 - level / 2])
-    p = (1 + (flips <= delta + 1e-9 * abs(delta)).sum()) / (1 + resamples)
+    p = (1 + (flips <= delta + 1e-9 * abs(delta)).sum()) / (1 + draws)
     variance = (np.square(differences - delta * weights).sum() + largest**2) / count / weights.mean() ** 2
     z = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(POWER)
     fewest = math.ceil(math.log2(2 / level)) + 2  # with fewer, equal signs everywhere are no evidence either

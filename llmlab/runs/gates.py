@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from llmlab.evaluation.gates import Gate, load_gates, measure
 from llmlab.inference import context_length
@@ -20,45 +20,38 @@ from llmlab.settings.errors import UserError
 from llmlab.terminal import safe, short_number
 
 SHARE = 0.1  # of the run's time, at most
-FEWEST = 8  # prompts: where even these take too long, a measurement is skipped
-SLACK = 0.8  # of the prompts that there is time for, so that the number stays once it was lowered
+FEWEST = 8  # prompts: where there is no time for these, a measurement is skipped
+SLACK = 0.8  # of the prompts that there is time for, so that their number stays once it was lowered
 
 
-def held_out_gates(
-    settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chats: bool
-) -> list[Gate]:
+def held_out_gates(settings: Any, model: Any, tokenizer: PreTrainedTokenizerBase, chats: bool) -> list[Gate]:
     """Returns the gates of a stage, whose prompts are none of its training data."""
-    if not settings.gates:
-        return []
     trained = [(source.name, source.subset, source.split) for source in settings.datasets]
     for gate in settings.gates:
         if gate.prompts and (gate.prompts.name, gate.prompts.subset, gate.prompts.split) in trained:
             raise UserError(f"gates: {gate.name}: prompts = {gate.prompts}: the run trains on it; name held-out ones")
-    own = settings.datasets[0].model_copy(update={"split": "validation"})
+    own = [settings.datasets[0].model_copy(update={"split": "validation"})]
     try:
         return load_gates(
             settings.gates,
             tokenizer,
             chats=chats and tokenizer.chat_template is not None,
             context=context_length(model),
-            default=settings.validation_datasets[0] if settings.validation_datasets else own,
+            default=(settings.validation_datasets or own)[0],
             allow_code=getattr(settings, "allow_code", False),
         )
     except UserError as error:
-        raise UserError(f"gates: {error} (a gate's `prompts`, or validation_datasets, name held-out ones)") from error
+        raise UserError(f"gates: {error} (prompts of a gate, or validation_datasets, are held-out data)") from error
 
 
 @dataclass(eq=False)
 class GateCallback(TrainerCallback):
-    """Measures gates every so many steps and at the end of training.
-
-    `best` is the label of the gate that decides about the best checkpoint, which is never skipped, or None.
-    """
+    """Measures gates every so many steps and at the last one, always where `best` decides about the checkpoints."""
 
     trainer: Trainer
     gates: list[Gate]
     every: int
-    best: str | None
+    best: Gate | None
     say: Callable[[str], None]
     spent: float = 0.0  # seconds
     cost: float | None = None  # seconds a prompt
@@ -77,15 +70,15 @@ class GateCallback(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         means = on_main(PartialState(), self.measure)
+        if self.best is not None:
+            self.trainer.gate_metrics = {f"eval_gate/{self.best.label}": means[self.best.label]}
         if means:
             values = ", ".join(f"{safe(name)} [bold]{short_number(value)}[/bold]" for name, value in means.items())
             self.say(f"step {state.global_step}  gates {values}")
-            # not TRL's method, which would add the training metrics since the last log, and begin them again
             logs_too = control.should_log  # which a log event resets
+            # not TRL's method, which would add the training metrics since the last log, and begin them again
             Trainer.log(self.trainer, {f"gate/{name}": value for name, value in means.items()})
             control.should_log = logs_too
-        if self.best is not None:
-            self.trainer.gate_metrics = {f"eval_gate/{self.best}": means[self.best]}
 
     def measure(self) -> dict[str, float]:
         """Returns the gates' scores, on as many prompts as there is time for; none where there is time for too few."""
@@ -95,25 +88,23 @@ class GateCallback(TrainerCallback):
         affordable = (SHARE * elapsed - self.spent) / (1 - SHARE) / self.cost
         if affordable < self.count > fewest:
             lower = max(int(SLACK * affordable), fewest)
-            why = f"to take no more than {SHARE:.0%} of the run's time"
-            self.say(
-                f"gates    {lower} prompts instead of {self.count}, and none where there is no time for them: {why}"
-            )
+            why = f"or none where there is no time for them: at most {SHARE:.0%} of the run's"
+            self.say(f"gates    {lower} prompts from now on instead of {self.count}, {why}")
             self.count = lower
-        if means and affordable < self.count:
-            return means
-        return self.measure_on(self.count) if affordable >= self.count or self.best is not None else {}
+        if affordable >= self.count or (self.best is not None and not means):
+            means = self.measure_on(self.count)
+        return means
 
     def measure_on(self, count: int) -> dict[str, float]:
         """Returns the scores on so many prompts; random states and the model's mode stay as they are."""
         model, began = self.trainer.accelerator.unwrap_model(self.trainer.model), time.monotonic()
         training, restore = model.training, random_states(self.trainer.args.device)
-        options = {"seed": self.trainer.args.seed, "most": count}
         model.eval()
         try:
             # compiled layers would be compiled anew for each length
             with torch.compiler.set_stance("force_eager"), self.trainer.accelerator.autocast():
-                scores = measure(self.gates, model, self.trainer.processing_class, **options)
+                seed = self.trainer.args.seed
+                scores = measure(self.gates, model, self.trainer.processing_class, seed=seed, most=count)
         finally:
             model.train(training)
             restore()

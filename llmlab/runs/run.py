@@ -159,7 +159,7 @@ class Run(Start[S]):
         that the settings name.
         """
         settings, evaluates = self.settings, data.validation is not None
-        gates = held_out_gates(settings, model, tokenizer, chats=self.stage != "pretrain")
+        gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
         if best is not None:
             settings.check_gates()  # eval_every may have been converted from completions
@@ -203,8 +203,7 @@ class Run(Start[S]):
         if isinstance(made.model, PeftModel):
             expose_head_bias(made.model)
         if gates:
-            label = None if best is None else best.label
-            made.add_callback(GateCallback(made, gates, settings.gate_every, label, self.progress.say))
+            made.add_callback(GateCallback(made, gates, settings.gate_every, best, self.progress.say))
         return made
 
     def train(

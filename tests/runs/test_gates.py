@@ -1,17 +1,11 @@
 """Gates during training: they change nothing of it, choose the best checkpoint where asked, and take a tenth of it."""
 
 import json
-import time
-from types import SimpleNamespace
 
 import pytest
-from transformers import Trainer
 
-from llmlab.evaluation.gates import Scores
 from llmlab.runs import gates as gates_module
-from llmlab.runs.gates import GateCallback
 from llmlab.runs.record import read_metrics
-from llmlab.settings.errors import UserError
 from llmlab.stages import STAGES
 
 
@@ -29,7 +23,9 @@ def entry(name, prompts, **more):
 
 def losses(folder):
     names = ("loss", "eval_loss", "grad_norm", "reward", "kl")
-    return [{k: v for k, v in line.items() if k in (*names, "step")} for line in read_metrics(folder) if "loss" in line]
+    return [
+        {k: v for k, v in line.items() if k in (*names, "step")} for line in read_metrics(folder) if "loss" in line
+    ]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "orpo", "grpo", "ppo"])
