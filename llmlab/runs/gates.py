@@ -91,9 +91,9 @@ class GateCallback(TrainerCallback):
             why = f"or none where there is no time for them: at most {SHARE:.0%} of the run's"
             self.say(f"gates    {lower} prompts from now on instead of {self.count}, {why}")
             self.count = lower
-        if affordable >= self.count or (self.best is not None and not means):
-            means = self.measure_on(self.count)
-        return means
+        if means and (affordable < self.count or self.count == fewest):
+            return means
+        return self.measure_on(self.count) if affordable >= self.count or self.best is not None else {}
 
     def measure_on(self, count: int) -> dict[str, float]:
         """Returns the scores on so many prompts; random states and the model's mode stay as they are."""

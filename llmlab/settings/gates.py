@@ -47,6 +47,8 @@ class GateSettings(Settings):
 
     @model_validator(mode="after")
     def check(self) -> "GateSettings":
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"num_samples = {self.num_samples}: with temperature 0 all samples are the same")
         return self
@@ -73,7 +75,7 @@ Gates = Annotated[list[GateSettings], BeforeValidator(read_gates)]
 class EvaluateSettings(Settings):
     """What `llmlab evaluate` measures."""
 
-    gates: Annotated[Gates, MinLen(1)]
+    gates: Gates
 
 
 class GatesSettings(Settings):

@@ -1,4 +1,4 @@
-"""The rule by which gates fail: no false alarms, power at the size that it asks for, and statistics of sets of texts."""
+"""The rule by which gates fail: no false alarms, power at the size that it asks for; statistics of sets of texts."""
 
 import math
 
