@@ -156,9 +156,21 @@ def generate_text(
 
 
 def generate_tokens(
-    model: Model, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], sampling: SamplingSettings
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    sampling: SamplingSettings,
+    *,
+    batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Returns the tokens that follow each row of token ids, up to and with the end token where there is one."""
+    """Returns the tokens that follow each row of token ids, up to and with the end token where there is one.
+
+    Args:
+        batch_size: rows generated at the same time; None is all.
+    """
+    if batch_size is not None and len(rows) > batch_size:
+        batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, rows))
     new = output[:, inputs["input_ids"].shape[1] :].tolist()  # (rows, new tokens), with padding after the end

@@ -67,7 +67,7 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         near = did_you_mean(name, REWARDS) or file
         raise UserError(f"there is no such reward{near} (llmlab reward-check --list shows them)")
     custom = from_file and not hasattr(target, "bounds")  # not made with `reward_function`: its types are unknown
-    parameters = _check_parameters(target, settings.parameters, custom)
+    parameters = check_parameters(target, settings.parameters, custom)
     weight = getattr(target, "weight", 1.0) if settings.weight is None else settings.weight
     if name in REWARDS and name.endswith("_penalty") and weight > 0:
         raise UserError(f"weight = {weight:g}: a penalty has a negative weight, such as {target.weight:g}")
@@ -81,7 +81,7 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     return Reward(function, name=name.rpartition(":")[2], weight=weight, low=low, high=high, cap=settings.cap)
 
 
-def _check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:
+def check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:
     """Returns the values of a reward's keyword-only arguments as their types have them, or of a user's, as given."""
     known = {
         name: parameter

@@ -35,6 +35,7 @@ from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
+from llmlab.runs.gates import GateCallback, held_out_gates
 from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
@@ -42,6 +43,8 @@ from llmlab.runs.record import RunRecord, RunResult, read_record
 from llmlab.runs.resume import check_steps_left
 from llmlab.runs.start import S, Start, begin
 from llmlab.settings.base import spellings_of
+from llmlab.settings.errors import UserError
+from llmlab.settings.gates import GATE
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import destinations, takes_trust
 
@@ -153,9 +156,17 @@ class Run(Start[S]):
         """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
 
         `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
-        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`.
+        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
+        that the settings name.
         """
         settings, evaluates = self.settings, data.validation is not None
+        gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
+        best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
+        if best is not None:
+            settings.check_gates()  # eval_every may have been converted from completions
+            best_metric = f"gate/{best.label}"
+            if not evaluates:
+                raise UserError(f"metric_for_best_model = {GATE}{best.label}: there is no validation data")
         # SaveSchedule decides when to save; load_best_model_at_end requires a multiple of eval_steps all the same
         rhythm = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6, "eval_strategy": "no"}
         if evaluates:
@@ -163,7 +174,7 @@ class Run(Start[S]):
                 "eval_strategy": "steps",
                 "eval_steps": settings.eval_every,
                 "metric_for_best_model": f"eval_{best_metric}",
-                "greater_is_better": best_metric == "reward",
+                "greater_is_better": best.sign > 0 if best else best_metric == "reward",
                 "load_best_model_at_end": settings.save_best_only,
             }
         self.rhythm = SaveSchedule(
@@ -192,6 +203,8 @@ class Run(Start[S]):
             )
         if isinstance(made.model, PeftModel):
             expose_head_bias(made.model)
+        if gates:
+            made.add_callback(GateCallback(made, gates, settings.gate_every, best, self.progress.say))
         return made
 
     def train(
@@ -386,8 +399,8 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_metric = trainer.state, trainer.args.metric_for_best_model
+    state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
-        metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
+        for line in (line for line in state.log_history if line["step"] == state.best_global_step):
+            metrics.update({name: value for name, value in line.items() if name.startswith(("eval_", "gate/"))})
     return metrics

@@ -92,9 +92,8 @@ class OnlineSettings(CompletionSettings, FineTuningSettings):
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
-        "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
     }
-    best_metrics: ClassVar[tuple[str, ...]] = ()
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
