@@ -39,7 +39,7 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
-    "plan": (TRAIN, "Plan a run: memory, steps, time, disk; what would make it fit.", "plan:plan"),
+    "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
@@ -108,11 +108,9 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    typer.echo("llmlab: from an architecture to a model you can chat with (llmlab COMMAND -h)")
     for panel, commands in groupby(COMMANDS.items(), key=lambda command: command[1][0]):  # one screen of 80 x 24
-        typer.echo(f"{panel}:")
-        for name, (_, line, _) in commands:
-            typer.echo(f" {name:13}{line}")
+        for number, (name, (_, line, _)) in enumerate(commands):
+            typer.echo(f"{'' if number else panel:8}{name:13}{line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
