@@ -1,1 +1,6 @@
 """Environments in which a policy acts by calling tools: the contract, llmlab's own tool world, wrappers of others."""
+
+from llmlab.simulator.environment import Environment
+from llmlab.simulator.world import Simulator
+
+__all__ = ["Environment", "Simulator"]
