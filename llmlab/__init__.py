@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AWRSettings": "llmlab.settings.offline",
     "DPOSettings": "llmlab.settings.dpo",
     "GRPOSettings": "llmlab.settings.grpo",
     "MergeSettings": "llmlab.settings.merge",
@@ -16,9 +17,11 @@ _HOMES = {
     "ORPOSettings": "llmlab.settings.orpo",
     "PPOSettings": "llmlab.settings.ppo",
     "PretrainSettings": "llmlab.settings.pretrain",
+    "RSSFTSettings": "llmlab.settings.offline",
     "RewardModelSettings": "llmlab.settings.reward",
     "SFTSettings": "llmlab.settings.sft",
     "TokenizerSettings": "llmlab.settings.tokenizer",
+    "awr": "llmlab.training.offline.awr",
     "dpo": "llmlab.training.preference.dpo",
     "generate_text": "llmlab.inference",
     "grpo": "llmlab.training.online.grpo",
@@ -29,6 +32,7 @@ _HOMES = {
     "ppo": "llmlab.training.online.ppo",
     "pretrain": "llmlab.training.pretrain",
     "reward": "llmlab.training.preference.reward",
+    "rs_sft": "llmlab.training.offline.rs_sft",
     "sft": "llmlab.training.sft",
     "train_tokenizer": "llmlab.training.tokenizer",
 }

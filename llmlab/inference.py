@@ -3,6 +3,7 @@
 The interactive chat is `cli/chat.py`; serving many users is the work of other engines, which load the same folders.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -77,7 +78,7 @@ def context_length(model: Model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: list[Any] | None = None) -> list[int]:
     """Returns the token ids of a text, or of a conversation up to where the assistant answers."""
     if isinstance(prompt, str):
         # With nothing to continue, a document starts where the one before it ended.
@@ -85,12 +86,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if tokenizer.chat_template is None:
         raise UserError("this model's tokenizer has no chat template: it can complete text only")
     try:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        output = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)
     except (TemplateError, *TEMPLATE_FAILURES) as error:
         raise UserError(f"the model's chat template refuses this conversation: {reason_of(error)}") from None
-    if not ids:
+    if not output["input_ids"]:
         raise UserError("the model's chat template makes nothing of this conversation")
-    return ids
+    return output["input_ids"]
 
 
 def drop_oldest_turns(
@@ -147,14 +148,42 @@ def generate_text(
     rows = [ids for ids in encoded for _ in range(num_samples)]
     done: list[str] = []
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, batch))
-        new = output[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens)
+        new = generate_tokens(model, tokenizer, rows[start : start + batch_size], sampling)
         done += tokenizer.batch_decode(new, skip_special_tokens=True)
         while len(done) >= num_samples:
             yield done[:num_samples]
             del done[:num_samples]
+
+
+def generate_tokens(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    sampling: SamplingSettings,
+    *,
+    batch_size: int | None = None,
+) -> list[list[int]]:
+    """Returns the tokens that follow each row of token ids, up to and with the end token where there is one.
+
+    Args:
+        batch_size: rows generated at the same time; None is all.
+    """
+    if batch_size is not None and len(rows) > batch_size:
+        batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, rows))
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()  # (rows, new tokens), with padding after the end
+    ends, context = end_tokens(model, tokenizer), context_length(model) or math.inf
+    lengths = [min(len(ids), context - len(row)) for ids, row in zip(new, rows, strict=True)]
+    stops = [next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids)) for ids in new]
+    return [ids[: min(pair)] for ids, *pair in zip(new, lengths, stops, strict=True)]
+
+
+def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids of the tokens that end a completion."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), *stop_token_ids(tokenizer)} - {None}
 
 
 def stream_reply(
@@ -206,15 +235,13 @@ def _generate_options(
     model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, rows: list[list[int]]
 ) -> dict[str, Any]:
     """Returns the options of `generate` for these rows of token ids, padded on the left."""
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), *stop_token_ids(tokenizer)} - {None}
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         do_sample=sampling.temperature > 0,
         **(sampled if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     context, criteria = context_length(model), []

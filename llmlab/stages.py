@@ -79,6 +79,8 @@ STAGES = {
         Stage("reward", "Train a reward model on preference pairs.", "preference.reward:reward"),
         Stage("grpo", "Train on rewards, compared within groups of sampled completions.", "online.grpo:grpo"),
         Stage("ppo", "Train on rewards with a value function and a KL penalty.", "online.ppo:ppo"),
+        Stage("rs-sft", "Fine-tune on the best of sampled completions or episodes.", "offline.rs_sft:rs_sft"),
+        Stage("awr", "Fine-tune on samples, weighted by their advantage.", "offline.awr:awr"),
         Stage("sample", "Write completions of prompts into a run folder.", "sample:write_samples", resumes=False),
     )
 }

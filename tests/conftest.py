@@ -222,8 +222,17 @@ def tiny_settings(corpus_file, tokenizer_folder, base_folder, chat_file, pairs_f
         "max_new_tokens": 8,
         "stop_patience": None,
     }
+    offline = {
+        **{name: online[name] for name in online.keys() - {"mini_batch_size", "ppo_epochs", "stop_patience"}},
+        "max_prompts": 12,
+        "num_samples_per_prompt": 4,
+        "temperature": 1.0,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     own = {"pretrain": pretrain, "sft": sft, **dict.fromkeys(("dpo", "orpo", "reward"), preference)}
     own |= dict.fromkeys(("grpo", "ppo"), online)
+    own |= {"rs-sft": {**offline, "reward_threshold": 0.0}, "awr": offline}
 
     def make(stage, output_dir, **changes):
         values = {**everywhere, **own[stage], "output_dir": str(output_dir), **changes}

@@ -37,11 +37,12 @@ TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one tha
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
-    **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"), (TRAIN, "", "")),
+    **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk; what would make it fit.", "plan:plan"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
+    "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
     "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),

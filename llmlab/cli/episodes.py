@@ -111,8 +111,7 @@ def _play_model(
 
     def sample(rows: list[list[int]]) -> list[list[int]]:
         rewards.append([reward_of(task.environment) for task in tasks])
-        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-        return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
+        return generate_tokens(model, tokenizer, rows, sampling, batch_size=BATCH)
 
     with quiet_libraries(), Terminal(stderr=True).status("Playing"):
         model, tokenizer = load_for_inference(run)

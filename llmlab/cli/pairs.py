@@ -5,6 +5,7 @@ Sampling, scoring and choosing are in `training/preference/pairs.py`; here are o
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,9 +38,11 @@ MaxNewTokens = setting_option(SamplingSettings, "max_new_tokens")
 
 
 def pairs(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id of a model that chats.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id of a model that chats.")
+    ] = None,
     prompts: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--prompts",
             "-p",
@@ -47,7 +50,11 @@ def pairs(
             "of the user is the prompt. Rewards are given the other columns.",
             metavar="FILE",
         ),
-    ],
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Compare the samples.jsonl of rs-sft or awr instead; rewards score them again."),
+    ] = None,
     rewards: Named = None,
     config: FromFile = None,
     normalize: Normalize = None,
@@ -66,26 +73,41 @@ def pairs(
 ) -> None:
     """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
     dpo."""
+    if (run is None) != (prompts is None) or (run is None) == (samples is None):
+        raise UserError("expected RUN and --prompts FILE, or --samples FILE alone")
     options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sampling = resolve(SamplingSettings, Layer("command line", options)).settings
-    settings, folder = reward_settings(rewards, config, normalize)
-    source = parse_source(prompts, "--prompts ")
+    source = DataSource(name=str(samples)) if prompts is None else parse_source(prompts, "--prompts ")
+    scores = samples is None or rewards is not None or config is not None
+    settings, folder = reward_settings(rewards, config, normalize) if scores else (None, Path())
     _check_output(output, source)
 
+    from llmlab.data.samples import group_samples, read_samples
     from llmlab.inference import is_chat_model, load_for_inference
     from llmlab.rewards.compose import compose
     from llmlab.runs.progress import quiet_libraries
-    from llmlab.training.preference.pairs import load_prompts, sample_pairs, summarize, write_pairs
+    from llmlab.training.offline.sampling import score_samples
+    from llmlab.training.preference.pairs import compare, load_prompts, sample_pairs, summarize, write_pairs
 
-    reward = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
-    examples, unusable = load_prompts(source, limit=limit)
-    with quiet_libraries():
-        model, tokenizer = load_for_inference(run)
-        if not is_chat_model(run, tokenizer):
-            raise UserError(f"{run}: this model continues text and answers no prompts; expected one from llmlab sft")
-        options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
-        comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
-        report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
+    if settings is not None:
+        options = {"normalize": settings.normalize_rewards, "allow_code": allow_code, "folder": folder}
+        reward = compose(settings.rewards, **options)
+    if samples is not None:
+        groups = group_samples([each for each in read_samples(samples) if not each.validation])[:limit]
+        for group in track(groups if scores else [], len(groups), "Scoring"):
+            score_samples(group, reward)
+        report = summarize([compare(group, min_difference) for group in groups], Counter())
+    else:
+        examples, unusable = load_prompts(source, limit=limit)
+        with quiet_libraries():
+            model, tokenizer = load_for_inference(run)
+            if not is_chat_model(run, tokenizer):
+                raise UserError(
+                    f"{run}: this model continues text and answers no prompts; expected one from llmlab sft"
+                )
+            options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
+            comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
+            report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
     write_pairs(report, output)
     _print(report, output)
 

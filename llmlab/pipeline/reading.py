@@ -92,9 +92,10 @@ def read_pipeline(
         if not isinstance(values, dict):
             problems.append(f"{body.where(name)}: stage '{name}': expected a mapping of settings")
             continue
-        kind = values.get("stage", name)
-        if not isinstance(kind, str) or kind not in STAGES:
-            hint = did_you_mean(str(kind), STAGES)
+        kind = str(values.get("stage", name))
+        kind = "rs-sft" if kind == "rs_sft" else kind
+        if kind not in STAGES:
+            hint = did_you_mean(kind, STAGES)
             problems.append(f"{body.where(name)}: unknown stage '{kind}': expected one of {', '.join(STAGES)}{hint}")
             continue
         folders = {str(earlier): str(output_dir / str(earlier)) for earlier in list(stages)[:number]}

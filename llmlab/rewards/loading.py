@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
+from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
@@ -66,7 +67,7 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
         near = did_you_mean(name, REWARDS) or file
         raise UserError(f"there is no such reward{near} (llmlab reward-check --list shows them)")
     custom = from_file and not hasattr(target, "bounds")  # not made with `reward_function`: its types are unknown
-    parameters = _check_parameters(target, settings.parameters, custom)
+    parameters = check_parameters(target, settings.parameters, custom)
     weight = getattr(target, "weight", 1.0) if settings.weight is None else settings.weight
     if name in REWARDS and name.endswith("_penalty") and weight > 0:
         raise UserError(f"weight = {weight:g}: a penalty has a negative weight, such as {target.weight:g}")
@@ -80,7 +81,7 @@ def _load(settings: RewardSettings, allow_code: bool, folder: Path, check_only: 
     return Reward(function, name=name.rpartition(":")[2], weight=weight, low=low, high=high, cap=settings.cap)
 
 
-def _check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:
+def check_parameters(target: Callable[..., Any], values: dict[str, Any], custom: bool) -> dict[str, Any]:
     """Returns the values of a reward's keyword-only arguments as their types have them, or of a user's, as given."""
     known = {
         name: parameter
@@ -144,12 +145,19 @@ def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
     Relative paths start at the folder of the settings file that names them, or at the working directory.
     """
     resolved = as_resolved(settings)
-    file = Path(resolved.sources.get("rewards", "").partition(":")[0])
-    folder = file.parent if file.suffix and file.is_file() else Path()
+    values = resolved.settings
 
-    def locate(reward: RewardSettings) -> RewardSettings:
-        path = str((folder / expand(reward.name)).resolve()) if ".py:" in reward.name else reward.name
-        return reward.model_copy(update={"name": path})
+    def locate(name: str, key: str) -> str:
+        file = Path(resolved.sources.get(key, "").partition(":")[0])
+        folder = file.parent if file.suffix and file.is_file() else Path()
+        return str((folder / expand(name)).resolve()) if ".py:" in name else name
 
-    rewards = resolved.settings.rewards and [locate(reward) for reward in resolved.settings.rewards]
-    return replace(resolved, settings=resolved.settings.model_copy(update={"rewards": rewards}))
+    changes: dict[str, Any] = {
+        "rewards": values.rewards
+        and [each.model_copy(update={"name": locate(each.name, "rewards")}) for each in values.rewards]
+    }
+    if isinstance(values, EnvironmentSettings):
+        names = values.environments.items()
+        located = {name: locate(spec, "environment") for name, spec in names}
+        changes["environment"] = located.get(None, located or None)
+    return replace(resolved, settings=values.model_copy(update=changes))

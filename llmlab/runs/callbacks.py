@@ -50,7 +50,7 @@ class SaveSchedule(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:  # the baseline before training
             return
-        better = is_better(kwargs["metrics"][f"eval_{self.best_metric}"], state.best_metric, self.best_metric)
+        better = is_better(kwargs["metrics"][f"eval_{self.best_metric}"], state.best_metric, args.greater_is_better)
         if better or not (self.best_only or self.save_every):
             control.should_save = True
 
@@ -83,9 +83,9 @@ def largest_of_all(number: int, device: torch.device) -> int:
     return int(numbers)
 
 
-def is_better(value: float, best: float | None, name: str) -> bool:
-    """Returns whether a validation reward (higher is better) or loss (lower is better) is finite and a new best."""
-    return math.isfinite(value) and (best is None or (value > best if name == "reward" else value < best))
+def is_better(value: float, best: float | None, greater: bool) -> bool:
+    """Returns whether a validation metric is finite and a new best."""
+    return math.isfinite(value) and (best is None or (value > best if greater else value < best))
 
 
 class StageMetrics(TrainerCallback):

@@ -34,6 +34,7 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
     """
 
     has_all_steps = False
+    gate_metrics: dict[str, float] = {}  # the gate that decides about the best checkpoint, at this step
 
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):
         self.settings = settings
@@ -124,6 +125,8 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         raise self.diverged("gradient norm", norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_runtime" in logs:
+            logs.update(self.gate_metrics)
         super().log(logs, start_time)  # type: ignore[misc]  # first, so that the record has the line
         for name, words in LOSSES.items():
             if not math.isfinite(logs.get(name, 0.0)):

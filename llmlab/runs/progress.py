@@ -146,9 +146,11 @@ class ProgressLine(TrainerCallback):
             self.say(f"step {state.global_step}/{state.max_steps}  {text}  {times}")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
-        name = "reward" if "eval_reward" in metrics else "loss"
+        name = args.metric_for_best_model.removeprefix("eval_")
+        if f"eval_{name}" not in metrics:  # a gate before the first step
+            name = "reward" if "eval_reward" in metrics else "loss"
         value, best = metrics[f"eval_{name}"], self._best
-        better = is_better(value, best, name)
+        better = is_better(value, best, args.greater_is_better)
         self._best = value if better else best
         note = "  [green]best so far[/green]" if better else f"  (best {best:.4f})" if best is not None else ""
         note = note if state.global_step else "  before the first step"

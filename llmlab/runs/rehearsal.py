@@ -109,6 +109,7 @@ class Rehearsal:
         row = {
             "input_ids": [3] * length,
             "labels": [3] * length,
+            "weight": 1.0,
             "prompt_ids": [3] * prompt,
             "chosen_ids": [3] * half,
             "rejected_ids": [4] * half,

@@ -35,6 +35,7 @@ from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
+from llmlab.runs.gates import GateCallback, held_out_gates
 from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
@@ -42,6 +43,8 @@ from llmlab.runs.record import RunRecord, RunResult, read_record
 from llmlab.runs.resume import check_steps_left
 from llmlab.runs.start import S, Start, begin
 from llmlab.settings.base import spellings_of
+from llmlab.settings.errors import UserError
+from llmlab.settings.gates import GATE
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import destinations, takes_trust
 
@@ -64,7 +67,8 @@ def training_stage(
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
     """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
 
-    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's.
+    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's, with `_`
+    for a hyphen.
     """
 
     def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
@@ -81,7 +85,7 @@ def training_stage(
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
             starting = begin(
                 run_class,
-                function.__name__,
+                function.__name__.replace("_", "-"),
                 prepare(as_resolved(settings)),
                 resume=resume,
                 load_optimizer=load_optimizer,
@@ -152,9 +156,17 @@ class Run(Start[S]):
         """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
 
         `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
-        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`.
+        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
+        that the settings name.
         """
         settings, evaluates = self.settings, data.validation is not None
+        gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
+        best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
+        if best is not None:
+            settings.check_gates()  # eval_every may have been converted from completions
+            best_metric = f"gate/{best.label}"
+            if not evaluates:
+                raise UserError(f"metric_for_best_model = {GATE}{best.label}: there is no validation data")
         # SaveSchedule decides when to save; load_best_model_at_end requires a multiple of eval_steps all the same
         rhythm = {"save_strategy": "steps", "save_steps": settings.eval_every * 10**6, "eval_strategy": "no"}
         if evaluates:
@@ -162,7 +174,7 @@ class Run(Start[S]):
                 "eval_strategy": "steps",
                 "eval_steps": settings.eval_every,
                 "metric_for_best_model": f"eval_{best_metric}",
-                "greater_is_better": best_metric == "reward",
+                "greater_is_better": best.sign > 0 if best else best_metric == "reward",
                 "load_best_model_at_end": settings.save_best_only,
             }
         self.rhythm = SaveSchedule(
@@ -191,6 +203,8 @@ class Run(Start[S]):
             )
         if isinstance(made.model, PeftModel):
             expose_head_bias(made.model)
+        if gates:
+            made.add_callback(GateCallback(made, gates, settings.gate_every, best, self.progress.say))
         return made
 
     def train(
@@ -228,17 +242,7 @@ class Run(Start[S]):
         if self.process.is_main_process:
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=3 * 4 * trained + 2 * (optimizer_bytes or 8 * trained))
-            record = RunRecord(
-                self.folder,
-                stage=self.stage,
-                settings=self.settings.recorded(),
-                sources=self.resolved.sources,
-                parents=parents,
-                hardware=self.hardware.record(),
-                data=data,
-                data_files=self.data_files,
-                batch=asdict(self.batch),
-            )
+            record = self.make_record(parents, data)
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             trainer.on_division = partial(self.note_division, record, trainer)
@@ -276,6 +280,20 @@ class Run(Start[S]):
         print_result(self.console, self.folder, metrics, before=next(first, {}))
         return RunResult(self.folder, metrics)
 
+    def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
+        """Returns the record of this run, not yet written."""
+        return RunRecord(
+            self.folder,
+            stage=self.stage,
+            settings=self.settings.recorded(),
+            sources=self.resolved.sources,
+            parents=parents,
+            hardware=self.hardware.record(),
+            data=data,
+            data_files=self.data_files,
+            batch=asdict(self.batch),
+        )
+
     def train_rows(
         self,
         trainer: Trainer,
@@ -284,7 +302,7 @@ class Run(Start[S]):
         *,
         batch: str,
         plan: Sequence[tuple[str, str]] = (),
-        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
     ) -> RunResult:
         """Trains a policy on rows for as many steps or epochs as the settings say; the rest as in `train`."""
         rows, steps = len(trainer.train_dataset), self.settings.max_steps
@@ -304,7 +322,7 @@ class Run(Start[S]):
             ],
             parents=policy.parents,
             data=data.record(),
-            callbacks=callbacks,
+            **options,
         )
 
     def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
@@ -381,8 +399,8 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state, best_metric = trainer.state, trainer.args.metric_for_best_model
+    state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_global_step:
-        kept = (line for line in state.log_history if line["step"] == state.best_global_step and best_metric in line)
-        metrics.update({name: value for name, value in next(kept).items() if name.startswith("eval_")})
+        for line in (line for line in state.log_history if line["step"] == state.best_global_step):
+            metrics.update({name: value for name, value in line.items() if name.startswith(("eval_", "gate/"))})
     return metrics

@@ -16,6 +16,8 @@ CLASSES = {  # by stage
     "reward": "reward:RewardModelSettings",
     "grpo": "grpo:GRPOSettings",
     "ppo": "ppo:PPOSettings",
+    "rs-sft": "offline:RSSFTSettings",
+    "awr": "offline:AWRSettings",
     "sample": "generation:SampleSettings",
 }
 

@@ -66,8 +66,9 @@ class Layer:
         return Layer(self.label, self.values[key] or {}, lines, self.path)
 
 
-def read_layer(path: str | Path) -> Layer:
-    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without duplicate keys."""
+def read_layer(path: str | Path, listed: str | None = None) -> Layer:
+    """Reads a `.yaml`, `.yml`, `.json` or `.py` file that holds one mapping, without duplicate keys, or a list, which
+    becomes the value of the key `listed`."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path}: not a regular file (a device or a pipe)")
@@ -93,6 +94,8 @@ def read_layer(path: str | Path) -> Layer:
         lines.setdefault(key, line)
     if twice:
         raise SettingsError(twice)
+    if isinstance(values, list) and listed:
+        values, lines = {listed: values}, {f"{listed}.{key}": line for key, line in lines.items()}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
     return Layer(str(path), values, lines, path)

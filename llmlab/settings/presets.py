@@ -20,7 +20,7 @@ from llmlab.settings.sources import merge
 
 SECTIONS = {
     "pretrain": "text",
-    "sft": "rows",
+    **dict.fromkeys(("sft", "rs-sft", "awr"), "rows"),
     **dict.fromkeys(("dpo", "orpo", "reward"), "pairs"),
     **dict.fromkeys(("grpo", "ppo"), "online"),
 }

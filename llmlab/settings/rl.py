@@ -39,16 +39,61 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
+class CompletionSettings(EnvironmentSettings, RewardsSettings):
+    """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
+
+    panel: ClassVar[str] = "Training"
+
+    max_new_tokens: v.MaxNewTokens = 256
+    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
+    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
+    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
+    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
+
+    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
+    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
+    or the environment's."""
+    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
+    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
+    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
+    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
+    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
+
+    @model_validator(mode="after")
+    def check_completions(self) -> "CompletionSettings":
+        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
+                f"{self.max_seq_len}"
+            )
+        if self.rewards == [] and self.reward_model is None and self.environment is None:
+            raise ValueError("rewards: expected at least one")
+        return self
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """The longest prompt in tokens, by either of the limits; None where there is none."""
+        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
+        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
+
+    def all_rewards(self) -> list[RewardSettings]:
+        """Returns the rewards with the reward model among them."""
+        rewards = list(self.rewards or [])
+        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
+        if model is not None:
+            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
+        return rewards
+
+
+class OnlineSettings(CompletionSettings, FineTuningSettings):
     """Learning from rewards of the policy's own completions."""
 
     panel: ClassVar[str] = "Training"
     inapplicable: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
-        "metric_for_best_model": "the best checkpoint is the one with the highest reward on the validation prompts",
     }
-    best_metrics: ClassVar[tuple[str, ...]] = ()
+    best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
@@ -58,21 +103,8 @@ class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
-    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
-    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
-    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
-    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
-
-    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
-    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
-    or the environment's."""
     curriculum: Annotated[Literal["none", "episodes", "success"], IN_EPISODES] = "none"
     """Difficulty of the simulator's tasks: that of the data, or rising with episodes or with the success rate."""
-    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
-    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
-    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
-    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
-    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
 
     batch_size: Annotated[int, Gt(0)] = 128
     """Prompts of one rollout, over all devices."""
@@ -98,9 +130,9 @@ class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
     kl_horizon: Annotated[int, Gt(0), Alias("horizon"), When("adaptive_kl", True)] = 10000
     """Completions over which the weight of the KL penalty changes by at most 20 %."""
 
-    max_new_tokens: v.MaxNewTokens = 128
-    top_k: v.TopK = 0
-    top_p: v.TopP = 1.0
+    max_new_tokens: Annotated[v.MaxNewTokens, Trl("max_completion_length")] = 128
+    top_k: Annotated[v.TopK, Trl("top_k")] = 0
+    top_p: Annotated[v.TopP, Trl("top_p")] = 1.0
     use_vllm: Annotated[bool, Trl("use_vllm")] = False
     """Sample with vLLM, which must be installed."""
     vllm_mode: Annotated[Literal["colocate", "server"], Trl("vllm_mode"), When("use_vllm", True)] = "colocate"
@@ -126,17 +158,10 @@ class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
 
     @model_validator(mode="after")
     def check_sizes(self) -> "OnlineSettings":
-        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
-                f"{self.max_seq_len}"
-            )
         if self.adaptive_kl and self.init_kl_coef == 0:
             raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
             raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
-        if self.rewards == [] and self.reward_model is None and self.environment is None:
-            raise ValueError("rewards: expected at least one")
         if self.curriculum != "none" and set(self.environments.values()) != {SIMULATOR}:
             raise ValueError(f"curriculum = {self.curriculum}: only the simulator has tasks of several difficulties")
         self.rollout(1)
@@ -179,22 +204,8 @@ class OnlineSettings(EnvironmentSettings, RewardsSettings, FineTuningSettings):
         changes = {"max_prompt_length": prompt, "max_new_tokens": longest - prompt, "max_seq_len": None}
         return self.model_copy(update=changes)
 
-    @property
-    def prompt_limit(self) -> int | None:
-        """The longest prompt in tokens, by either of the limits; None where there is none."""
-        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
-        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
-
     def steps_for(self, prompts: int, processes: int) -> int:
         """Returns the optimizer steps of the run, given the number of training prompts."""
         if self.epochs is None:
             return self.max_steps
         return math.ceil(self.epochs * prompts / self.batch_size) * self.rollout(processes).updates
-
-    def all_rewards(self) -> list[RewardSettings]:
-        """Returns the rewards with the reward model among them."""
-        rewards = list(self.rewards or [])
-        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
-        if model is not None:
-            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
-        return rewards

@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, model_validator
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Resume, Trl, spellings_of
 from llmlab.settings.data import DataSettings
+from llmlab.settings.gates import GATE, GatesSettings
 from llmlab.settings.hardware import HardwareSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
@@ -21,13 +22,10 @@ BESIDE_TRANSFORMERS_EVAL_STEPS = (
 BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
 
 
-class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
+class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings):
     """What every training stage has. Source: seed, LLM-Lab document, "Base Training"."""
 
     panel: ClassVar[str] = "Training"
-    inapplicable: ClassVar[dict[str, str]] = {
-        "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss"
-    }
     best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
     rows_per_pass: ClassVar[str] = "batch_size"  # the setting that counts the rows of a forward pass on a device
 
@@ -61,8 +59,12 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings):
 
         The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
         """
-        if values.get("metric_for_best_model") in cls.best_metrics:
+        best = values.get("metric_for_best_model")
+        if isinstance(best, str) and not best.startswith(GATE):
             del values["metric_for_best_model"]
+            if best not in cls.best_metrics:
+                kind = cls.best_metrics[0].replace("eval_", "validation ")
+                warn(f"no effect here: 'metric_for_best_model' ({best} decides nothing: the {kind} does, or a gate)")
         batches = "eval_steps" if "eval_steps" in cls.model_fields else "eval_batches"
         own = spellings_of(cls)["eval_steps"].name
         beside = next((name for name in BESIDE_TRANSFORMERS_EVAL_STEPS if name in values), None)

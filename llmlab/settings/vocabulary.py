@@ -36,11 +36,9 @@ SaveBestOnly = Annotated[bool, Alias("load_best_model_at_end"), Resume.FREE]
 SaveTotalLimit = Annotated[int | None, Gt(0), Trl("save_total_limit"), Resume.FREE]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED), Trl("seed")]
 OutputDir = Annotated[PathName, Trl("output_dir"), Resume.LOCAL, Help("Run folder to write.")]
-MaxNewTokens = Annotated[int, Gt(0), Trl("max_completion_length"), Help("Longest completion in tokens.")]
-TopK = Annotated[int, Ge(0), Trl("top_k"), Help("Sample among the k most likely tokens; 0 is all.")]
-TopP = Annotated[
-    float, Gt(0), Le(1), Trl("top_p"), Help("Nucleus sampling: the smallest set of tokens with this probability.")
-]
+MaxNewTokens = Annotated[int, Gt(0), Alias("max_completion_length"), Help("Longest completion in tokens.")]
+TopK = Annotated[int, Ge(0), Help("Sample among the k most likely tokens; 0 is all.")]
+TopP = Annotated[float, Gt(0), Le(1), Help("Nucleus sampling: the smallest set of tokens with this probability.")]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 ValidationFraction = Annotated[float, Ge(0), Lt(1)]

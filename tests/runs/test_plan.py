@@ -298,5 +298,6 @@ def test_episodes_are_planned_as_completions_of_their_length(tiny_settings, tmp_
     options = {"environment": "simulator", "max_seq_len": 96, "max_prompt_length": 32, "normalize_rewards": False}
     episodes = tiny_settings("grpo", tmp_path, rewards=None, **options)
     completions = tiny_settings("grpo", tmp_path, max_new_tokens=64, max_prompt_length=32)
-    plans = [make_plan(STAGES["grpo"].function, settings, probe("cpu", "fp32")) for settings in (episodes, completions)]
+    cpu, stage = probe("cpu", "fp32"), STAGES["grpo"].function
+    plans = [make_plan(stage, settings, cpu) for settings in (episodes, completions)]
     assert plans[0].parts == plans[1].parts and plans[0].flops == plans[1].flops

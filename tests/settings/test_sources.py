@@ -350,7 +350,7 @@ def test_python_files_of_blocks(tmp_path):
                 *("device", "dtype", "tf32", "compile", "gradient_checkpointing", "dataloader_num_workers"),
                 *("attn_implementation", "use_liger_kernel"),
                 *("max_steps", "epochs", "log_every", "eval_every", "eval_steps", "save_every", "save_best_only"),
-                *("save_total_limit", "trainer_args", "allow_dropped", "allow_truncated"),
+                *("save_total_limit", "trainer_args", "allow_dropped", "allow_truncated", "gates", "gate_every"),
             },
         ),
         (Resume.SPLIT, {"batch_size", "gradient_accumulation_steps"}),

@@ -27,15 +27,18 @@ from llmlab.model import load_classifier, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
+from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
-TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"]
+TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "awr"]  # rs-sft has what awr has
 NOT_HERE = ("tf32", "use_liger_kernel", "auto_batch")  # the last tests; tests/runs/test_auto_batch.py
 ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
     "grpo": ("baseline_mode", "kl_penalty"),
     "ppo": ("lora_dropout",),
+    # `offline/` shows what these do
+    "awr": ("samples", "rescore", "use_vllm", *(setting.key for setting in fields_of(EnvironmentSettings))),
 }
 MAY_REFUSE = ("device", "allow_dropped", "allow_truncated", "allow_code")  # a refusal is their effect
 DATA = {
@@ -46,6 +49,7 @@ DATA = {
     "reward": "pairs",
     "grpo": "chat",
     "ppo": "chat",
+    "awr": "chat",
 }
 
 
@@ -99,6 +103,9 @@ def handed_over(trainer):
         "groups": [{name: plain(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups],
         "callbacks": [plain(callback) for callback in trainer.callback_handler.callbacks],
         "rewards": [plain(reward) for reward in getattr(trainer, "reward_funcs", [])],
+        "episodes": str(getattr(trainer, "play_options", None)),
+        "curriculum": plain(getattr(trainer, "curriculum", None)),
+        "environments": [str(make().reward_config) for make in getattr(trainer, "factories", {}).values()],
         "streamed": [plain(reader) for reader in getattr(trainer.train_dataset, "readers", [])],
     }
 
@@ -148,7 +155,8 @@ def own(stage):
 
 
 def conditions(setting):
-    return {mark.field: mark.values[-1] for mark in setting.info.metadata if isinstance(mark, When)}
+    marks = (mark for mark in setting.info.metadata if isinstance(mark, When))
+    return {mark.field: mark.values[-1] if mark.values else SIMULATOR for mark in marks}
 
 
 @pytest.mark.parametrize("stage", TRAINING)
@@ -166,6 +174,7 @@ SIZES = {  # values that fit together
     "reward": {"mini_batch_size": 2, "max_length": 90},
     "grpo": {"mini_batch_size": 2, "gradient_accumulation_steps": 4, "group_size": 2},
     "ppo": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "value_model": "shared"},
+    "awr": {"batch_size": 3, "gradient_accumulation_steps": 3},
 }
 ONE_BY_ONE = ("use_liger_kernel", "num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
 
@@ -257,7 +266,7 @@ def others(base_folder, wide_base_folder, corpus_file, chat_file, pairs_file, tm
 def other_values(stage, others, wide_base_folder, base_folder, place):
     """Values that no tiny run has, by key; other settings get the next number, choice or truth."""
     data = [str(others / f"{DATA[stage]}.jsonl")]
-    online = stage in ("grpo", "ppo")
+    online = stage in ("grpo", "ppo", "awr")
     return {
         "datasets": data,
         "validation_datasets": data,
@@ -296,10 +305,14 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "value_checkpoint": str(others / "scorer"),
         "allow_code": False,
         "num_episodes": 640,
+        "max_prompts": 5,
+        "top_k": 9,
+        "sampling_batch_size": 4,
         "log_interval": 64,
         "save_interval": 64,
         "eval_interval": 64,
         "stop_patience": 3,
+        "environment": SIMULATOR,
         "use_vllm": True,
         "model.tokenizer_name": str(others / "base"),
         "model.d_model": 64,
@@ -314,8 +327,9 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
 
 def start_for(stage, key, others, place):
     """What a run needs beside the tiny settings for one of them to mean something."""
-    uneven = {"datasets": [str(others / "uneven.jsonl")]} if stage in ("grpo", "ppo") else {}
+    uneven = {"datasets": [str(others / "uneven.jsonl")]} if stage in ("grpo", "ppo", "awr") else {}
     long = {"max_seq_len": 40} if stage == "sft" else {"max_length": 40, "max_prompt_length": 39}
+    scale = {"normalize_advantage": False} if stage == "awr" else {}
     return {
         "only_label": {"datasets": [str(others / "labelled.jsonl")], "only_label": True},
         "loss_on": {"datasets": [str(others / "turns.jsonl")]},
@@ -329,7 +343,7 @@ def start_for(stage, key, others, place):
         "log_interval": {"log_every": ...},
         "eval_interval": {"eval_every": ...},
         "reward_model": {"rewards": ["length"]},
-        "normalize_rewards": {"rewards": [{"name": "length", "weight": 0.5}]},
+        "normalize_rewards": {"rewards": [{"name": "length", "weight": 0.5}], **scale},
         "num_proc": {"cache_dir": str(place / "cache")},
     }.get(key, {})
 
@@ -347,7 +361,7 @@ def test_each_other_setting_has_an_effect(
     elif key in ("use_vllm", "vllm_mode"):
         pretend_vllm(monkeypatch)
     before = {**conditions(setting), **start_for(stage, key, others, place)}
-    if stage in ("grpo", "ppo"):
+    if stage in ("grpo", "ppo", "awr"):
         before = {"validation_fraction": 0.1, **before}
     values = other_values(stage, others, wide_base_folder, base_folder, place)
     if key in values:
@@ -356,7 +370,10 @@ def test_each_other_setting_has_an_effect(
         now = before.get(setting.name, setting.default)
         choices = [choice for choice in setting.choices if choice != now]
         value = choices[-1] if choices else changed(setting, now)
-    if len(setting.path) > 1:
+    if setting.path[0] == "reward_config":
+        before |= {"environment": SIMULATOR}
+        after = {**before, "reward_config": {setting.name: value}}
+    elif len(setting.path) > 1:
         shape = {"n_kv_heads": 2, **before}
         before, after = {"model": shape}, {"model": {**shape, setting.name: value}}
     else:

@@ -45,6 +45,7 @@ FAMILIES = {  # name: stage, what is not as in `values_for`
     "ppo": ("ppo", {"batch_size": 16}),
     "ppo with LoRA": ("ppo", {"batch_size": 16, **LORA}),
     "ppo with a shared critic": ("ppo", {"batch_size": 16, "value_model": "shared", "early_stop": False}),
+    "awr": ("awr", {"sampling_batch_size": 8}),
 }
 RESUMED_ALONE = {  # what two processes read or sample by other random numbers than one
     "pretrain streaming": ("pretrain", {"streaming": True}),
@@ -75,6 +76,7 @@ COMPARED = {  # metrics that are means over rows or tokens, not over forward pas
     "reward": ("eval_loss", "win_rate", "margin", "eval_win_rate", "eval_margin"),
     "grpo": ("reward", "reward_std", "kl", "kl_coef", "entropy", "group_variance", "best_of_group", "eval_reward"),
     "ppo": ("reward", "kl", "kl_coef", "entropy", "value_loss", "policy_kl", "explained_variance", "eval_reward"),
+    "awr": ("eval_loss", "effective_sample_size"),
 }
 
 
@@ -85,6 +87,8 @@ def values_for(stage, changes, processes):
     values |= {"save_best_only": False, "eval_every": 3} if stage == "pretrain" else {"save_every": 3}
     if stage in ("pretrain", "sft"):
         values |= {"batch_size": 2, "gradient_accumulation_steps": 4 // processes, "eval_steps": 4 // processes}
+    elif stage == "awr":
+        values |= {"batch_size": 2, "gradient_accumulation_steps": 4 // processes, "eval_batches": 4 // processes}
     elif stage in ("grpo", "ppo"):
         values |= {"mini_batch_size": 4, "gradient_accumulation_steps": 4 // processes, "eval_batches": 2 // processes}
         values |= {"ppo_epochs": 2, "ent_coef": 0.1, "adaptive_kl": True, "target_kl": 0.01, "kl_horizon": 50}

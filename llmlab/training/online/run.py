@@ -31,15 +31,8 @@ from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMet
 RewardFunction = Reward | Callable[..., Any]
 
 
-class OnlineRun(Run[S]):
-    """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.settings = settings = self.settings.in_steps(self.process.num_processes)
-        self.rollout = settings.rollout(self.process.num_processes)
-        if settings.use_vllm and find_spec("vllm") is None:
-            raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
+class RewardedRun(Run[S]):
+    """A run with rewards of completions or episodes."""
 
     def compose_rewards(self, rewards: Sequence[RewardFunction]) -> ComposedReward:
         """Returns the rewards of the settings and these."""
@@ -58,6 +51,17 @@ class OnlineRun(Run[S]):
             name: load_environment(spec, allow_code=allowed, reward_config=settings.reward_config)
             for name, spec in settings.environments.items()
         }
+
+
+class OnlineRun(RewardedRun[S]):
+    """A run of GRPO or PPO: settings converted to optimizer steps, rewards, policy and reference model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings = settings = self.settings.in_steps(self.process.num_processes)
+        self.rollout = settings.rollout(self.process.num_processes)
+        if settings.use_vllm and find_spec("vllm") is None:
+            raise UserError("use_vllm = true: vLLM is not installed: pip install vllm (it needs a GPU)")
 
     def load(self, rewards: Sequence[RewardFunction]) -> None:
         """Loads rewards (from the settings and passed functions), policy and reference model."""

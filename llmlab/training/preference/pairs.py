@@ -8,34 +8,30 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.messages import Message, Row
+from llmlab.data.chat.messages import Row
+from llmlab.data.samples import Prompt, Sample, group_samples
 from llmlab.data.sources import Tally
-from llmlab.inference import Model, context_length, encode_prompt, generate_text
+from llmlab.inference import Model, context_length, encode_prompt, end_tokens, generate_tokens
 from llmlab.rewards.compose import ComposedReward
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
-
-
-class Prompt(NamedTuple):
-    """A prompt, and the other columns of its row, which rewards get."""
-
-    messages: list[Message]
-    columns: dict[str, Any]
+from llmlab.training.offline.sampling import complete, make_batches, score_samples, seed_batch
 
 
 class Comparison(NamedTuple):
-    """The completions of a prompt, their scores, and the best against the worst, or why there is no pair."""
+    """The samples of a prompt, and the best against the worst, or why there is no pair."""
 
-    completions: list[str]
-    scores: list[float | None]
+    prompt_id: int
+    samples: list[Sample]
     pair: Row | None
     reason: str = ""
 
@@ -75,52 +71,38 @@ def sample_pairs(
     *,
     num_samples: int = 4,
     min_difference: float = 0.1,
-    seed: int | None = None,
+    seed: int = 0,
 ) -> Iterator[Comparison]:
-    """Samples completions of each prompt; the best and the worst are a pair where scores differ by `min_difference`.
-
-    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
-    """
+    """Samples completions of each prompt, shorter prompts first, scores and compares them."""
     if num_samples < 2:
         raise UserError(f"num_samples = {num_samples}: a pair takes at least 2 completions of a prompt")
-    if not min_difference > 0:
-        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
-    context = context_length(model)
-    lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
-    fits = [context is None or length < context for length in lengths]
-    texts = generate_text(
-        model,
-        tokenizer,
-        [prompt.messages for prompt, fit in zip(prompts, fits, strict=True) if fit],
-        sampling,
-        num_samples=num_samples,
-        seed=seed,
-    )
-    for prompt, length, fit in zip(prompts, lengths, fits, strict=True):
-        if not fit:
-            yield Comparison([], [], None, f"longer than the model's context of {context:,} tokens")
-            continue
-        completions = next(texts)
-        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
-        # the text of a completion that ended has fewer tokens than there was room for
-        whole = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) < room for text in completions]
-        columns = {name: [value] * num_samples for name, value in prompt.columns.items()}
-        answers = [[{"role": "assistant", "content": text}] for text in completions]
-        scores = reward.score(answers, prompts=[prompt.messages] * num_samples, **columns).totals
-        pair, reason = _choose(prompt.messages, completions, scores, whole, min_difference)
-        yield Comparison(completions, scores, pair, reason)
+    if sampling.temperature == 0:
+        raise UserError(f"num_samples = {num_samples}: with temperature 0 all samples are the same")
+    context, fitting = context_length(model), {}
+    for number, prompt in enumerate(prompts):
+        if context is None or len(encode_prompt(tokenizer, prompt.messages)) < context:
+            fitting[number] = prompt
+        else:
+            yield Comparison(number, [], None, f"longer than the model's context of {context:,} tokens")
+    sample = partial(generate_tokens, model, tokenizer, sampling=sampling)
+    for batch in make_batches(tokenizer, fitting, num_samples):
+        seed_batch(batch, seed)
+        complete(batch, sample, tokenizer, end_tokens(model, tokenizer))
+        for samples in group_samples(batch):
+            score_samples(samples, reward)
+            yield compare(samples, min_difference)
 
 
 def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
     """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
-    judged = list(judged)
-    scores = [[score for score in each.scores if score is not None] for each in judged]
+    judged = sorted(judged, key=lambda each: each.prompt_id)
+    scores = [[sample.reward for sample in each.samples if sample.reward is not None] for each in judged]
     scored = [each for each in scores if each]
     without = unusable + Counter(each.reason for each in judged if each.pair is None)
     return PairsReport(
         pairs=[each.pair for each in judged if each.pair is not None],
         prompts=len(judged) + unusable.total(),
-        completions=sum(len(each.completions) for each in judged),
+        completions=sum(len(each.samples) for each in judged),
         mean=statistics.fmean(score for each in scored for score in each) if scored else None,
         best=statistics.fmean(map(max, scored)) if scored else None,
         worst=statistics.fmean(map(min, scored)) if scored else None,
@@ -138,30 +120,36 @@ def write_pairs(report: PairsReport, path: Path) -> None:
     write_atomically(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in report.pairs))
 
 
-def _choose(
-    prompt: list[Message],
-    completions: Sequence[str],
-    scores: Sequence[float | None],
-    whole: Sequence[bool],
-    min_difference: float,
-) -> tuple[Row | None, str]:
-    """Returns a pair, or why there is none."""
-    scored = [(score, k) for k, score in enumerate(scores) if score is not None]
+def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Comparison:
+    """Returns the best and the worst sample of a prompt as a pair, where rewards differ by `min_difference`.
+
+    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
+    """
+    if not min_difference > 0:
+        raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
+    no_pair = partial(Comparison, samples[0].prompt_id, list(samples), None)
+    scored = [each for each in samples if each.reward is not None]
     if not scored:
-        return None, "no reward applies to it"
-    scored = [(score, k) for score, k in scored if completions[k].strip()]
-    ended = [(score, k) for score, k in scored if whole[k]]
+        return no_pair("no reward applies to it")
+    if any(each.calls for each in scored):
+        return no_pair("an episode with tool calls is no answer to its prompt alone")
+    scored = [each for each in scored if _text(each)]
+    ended = [each for each in scored if each.ended]
     if len(scored) < 2:
-        return None, "fewer than two non-empty completions"
+        return no_pair("fewer than two non-empty completions")
     if not ended:
-        return None, "no completion ended before max_new_tokens or the model's context"
-    (high, best), (low, worst) = max(ended, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
-    if high - low < min_difference:
-        return None, f"scores differ by less than {min_difference:g}"
-    if completions[best].strip() == completions[worst].strip():
-        return None, "chosen and rejected are the same"
-    chosen, rejected = ([{"role": "assistant", "content": completions[k]}] for k in (best, worst))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "scores": [high, low]}, ""
+        return no_pair("no completion ended before max_new_tokens or the model's context")
+    best, worst = max(ended, key=lambda each: each.reward), min(scored, key=lambda each: each.reward)
+    if best.reward - worst.reward < min_difference:
+        return no_pair(f"scores differ by less than {min_difference:g}")
+    if _text(best) == _text(worst):
+        return no_pair("chosen and rejected are the same")
+    pair = {"prompt": best.prompt, "chosen": best.completion, "rejected": worst.completion}
+    return Comparison(best.prompt_id, list(samples), {**pair, "scores": [best.reward, worst.reward]})
+
+
+def _text(sample: Sample) -> str:
+    return str(sample.completion[-1].get("content") or "").strip()
 
 
 def _reasons(counts: Counter[str]) -> str:

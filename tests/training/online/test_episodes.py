@@ -5,9 +5,10 @@ import json
 import pytest
 
 from llmlab.episodes import Episode
+from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.settings.files import Layer
+from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sft import SFTSettings
@@ -199,3 +200,12 @@ def test_the_curriculum_by_hand():
     again.load_state(by_rate.state())
     again.update([False] * 52 + [True] * 12)
     assert again.level == 1 and by_rate.level == 2
+
+
+def test_paths_of_environments_start_at_the_file_that_names_them(levers, tmp_path):
+    folder, _ = levers
+    for environment in ("levers.py:Levers", {"a": "levers.py:Levers", "b": "simulator"}):
+        file = folder / "settings.yaml"
+        file.write_text(json.dumps({"environment": environment}))
+        located = locate_rewards(resolve(GRPOSettings, read_layer(file))).settings.environments
+        assert set(located.values()) - {"simulator"} == {f"{(folder / 'levers.py').resolve()}:Levers"}

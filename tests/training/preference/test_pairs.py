@@ -43,7 +43,12 @@ def judge(model, monkeypatch):
     """Returns a function that judges completions as if the model had written them."""
 
     def judge(*completions, prompts=None, reward=words_reward, max_new_tokens=40, **options):
-        monkeypatch.setattr(pairs_module, "generate_text", lambda *args, **kwargs: iter([list(completions)] * 9))
+        def fill(samples, sample, tokenizer, ends):
+            for each, text in zip(samples, list(completions) * 9, strict=False):
+                each.completion = [{"role": "assistant", "content": text}]
+                each.ended = len(tokenizer(text, add_special_tokens=False)["input_ids"]) < max_new_tokens
+
+        monkeypatch.setattr(pairs_module, "complete", fill)
         sampling = SamplingSettings(max_new_tokens=max_new_tokens)
         options = {"num_samples": len(completions), **options}
         composed = compose([reward], normalize=False)
@@ -55,7 +60,7 @@ def judge(model, monkeypatch):
 def test_the_best_against_the_worst(judge):
     (judged,) = judge("a cat", "a", "a cat sat down", "a cat sat")
     answers = [[{"role": "assistant", "content": text}] for text in ("a cat sat down", "a")]
-    assert judged.scores == [2, 1, 4, 3] and judged.reason == ""
+    assert [sample.reward for sample in judged.samples] == [2, 1, 4, 3] and judged.reason == ""
     assert judged.pair == {"prompt": [ASKED], "chosen": answers[0], "rejected": answers[1], "scores": [4, 1]}
 
 
@@ -317,3 +322,27 @@ def test_a_model_that_only_continues_text_is_refused(cli, base_folder, prompts, 
     (folder / "llmlab.json").write_text('{"stage": "pretrain"}')
     code, _, errors = cli("pairs", folder, "-p", prompts, "-r", "length", "-o", tmp_path / "pairs.jsonl")
     assert code == 2 and "this model continues text and answers no prompts" in errors
+
+
+def test_pairs_of_samples_that_a_run_drew(cli, tiny_settings, tmp_path, quiet):
+    from llmlab.data.samples import group_samples, read_samples
+    from llmlab.training.offline.awr import awr
+
+    settings = tiny_settings("awr", tmp_path / "run", max_steps=1, max_new_tokens=40, validation_fraction=0.1)
+    samples = awr(settings, console=quiet).folder / "samples.jsonl"
+    code, output, errors = cli("pairs", "--samples", samples, "--min-difference", 0.01, "-o", tmp_path / "pairs.jsonl")
+    assert code == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    trained = [each for each in read_samples(samples) if not each.validation]
+    groups = {group[0].prompt[0]["content"]: group for group in group_samples(trained)}
+    assert rows and f"completions {len(trained)}" in [" ".join(line.split()) for line in output.splitlines()]
+    for row in rows:
+        group = groups[row["prompt"][0]["content"]]
+        best, worst = max(each.reward for each in group if each.ended), min(each.reward for each in group)
+        assert row["scores"] == [best, worst]
+    words = ["--samples", samples, "--reward", "length | 1", "--min-difference", 0.001, "-o", tmp_path / "again.jsonl"]
+    code, _, errors = cli("pairs", *words)
+    assert code == 0, errors
+    assert (tmp_path / "again.jsonl").read_text() != (tmp_path / "pairs.jsonl").read_text()
+    code, _, errors = cli("pairs", "x", "--samples", samples)
+    assert code == 2 and "expected RUN and --prompts FILE, or --samples FILE alone" in errors

@@ -1,0 +1,244 @@
+"""Gates: scores of a model's completions of held-out prompts, compared with thresholds and with another model's.
+
+The same functions run after training (`llmlab evaluate`) and during it (`runs/gates.py`). Scores of single completions
+are those of `llmlab.rewards`; what a difference means is `statistics.py`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmlab.data.chat.conversations import load_conversations
+from llmlab.data.chat.messages import UnusableRow
+from llmlab.data.chat.rendering import check_tools, encode_prompt
+from llmlab.data.sources import Tally, load_text
+from llmlab.episodes import Sampler, Task, play
+from llmlab.evaluation.perplexity import text_losses
+from llmlab.evaluation.statistics import Array, compare, distinct_n, self_similarity
+from llmlab.inference import Model, context_length, generate_tokens
+from llmlab.rewards import REWARDS
+from llmlab.rewards.function import Reward
+from llmlab.rewards.loading import check_parameters, load_rewards
+from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.gates import GateSettings
+from llmlab.simulator.loading import load_environment
+
+BATCH = 16  # completions that are generated at the same time
+PROMPT_TOKENS = 32  # of a text that a model which does not chat continues
+NEAR_ZERO = 0.1  # of the range of a score: nearer to 0, losses are shares of this instead of the baseline's score
+
+
+class Example(NamedTuple):
+    """What is asked: token ids, the text (for perplexity the whole one) or messages, and the row's other columns."""
+
+    ids: list[int]
+    prompt: Any
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate that can be measured: the reward that it is, or the parameters of another score, and its examples."""
+
+    label: str
+    settings: GateSettings
+    reward: Reward | None
+    parameters: dict[str, Any]
+    examples: list[Example]
+
+    @property
+    def sign(self) -> int:
+        """1 where higher scores are better, else -1."""
+        lower = self.reward.weight < 0 if self.reward else self.settings.name in ("perplexity", "self_similarity")
+        return -1 if lower else 1
+
+    def score(self, mean: float) -> float:
+        """Returns the score of a mean over prompts: the exponential for perplexity."""
+        return math.exp(min(mean, 700.0)) if self.settings.name == "perplexity" else mean
+
+
+class Scores(NamedTuple):
+    """Weight x score, and weight, of each prompt, both (prompts,); the weight is 0 where the score does not apply."""
+
+    values: Array
+    weights: Array
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.sum() / self.weights.sum()) if self.weights.any() else math.nan
+
+
+class Verdict(NamedTuple):
+    """A score, its change against a baseline, the interval (of the change where there is one), and why it fails."""
+
+    gate: str
+    prompts: int
+    score: float
+    low: float = math.nan
+    high: float = math.nan
+    needed: int | None = None
+    failures: tuple[str, ...] = ()
+    baseline: float | None = None
+    change: float | None = None
+
+
+def play_tasks(
+    tasks: Sequence[Example],
+    sample: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: dict[str, Any],
+    *,
+    environment: str = "simulator",
+    max_episode_length: int = 20,
+    tool_timeout: float = 30.0,
+) -> list[float]:
+    """Returns for each task 1 where an episode solves it, else 0."""
+    make = load_environment(environment)
+    limits = limits | {"max_episode_length": max_episode_length, "tool_timeout": tool_timeout}
+    episodes = play([Task(make(), task.prompt, task.columns) for task in tasks], sample, tokenizer, **limits)
+    return [float(episode.environment.success is True) for episode in episodes]
+
+
+SCORES: dict[str, Callable[..., Any]] = {  # those that are no rewards
+    "perplexity": text_losses,
+    "distinct_n": distinct_n,
+    "self_similarity": self_similarity,
+    "episode_success": play_tasks,
+}
+
+
+def load_gates(
+    settings: Sequence[GateSettings],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chats: bool,
+    context: int | None,
+    default: DataSource | None = None,
+    allow_code: bool = False,
+) -> list[Gate]:
+    """Returns gates with their prompts read, of the `default` source where they name none; `chats` says that the model
+    answers messages, `context` is its longest sequence."""
+    gates: list[Gate] = []
+    for entry in settings:
+        name, source, own = entry.name, entry.prompts or default, SCORES.get(entry.name)
+        if not own and name not in REWARDS and ".py:" not in name:
+            raise UserError(f"gate '{name}': there is no such score{did_you_mean(name, [*SCORES, *REWARDS])}")
+        if source is None:
+            raise UserError(f"gate '{name}': it has no prompts; expected a source of held-out ones (prompts: ...)")
+        parameters = check_parameters(own, entry.parameters, custom=False) if own else {}
+        reward = None if own else load_rewards([{"name": name, "parameters": entry.parameters}], allow_code)[0]
+        continued = None if name == "perplexity" else PROMPT_TOKENS
+        texts = not chats or name == "perplexity"
+        found = read_texts(source, tokenizer, continued) if texts else read_prompts(source, tokenizer, context)
+        count = sum(gate.settings.name == name for gate in gates)
+        label = f"{name}_{count + 1}" if count else name
+        gates.append(Gate(label, entry, reward, parameters, list(islice(found, entry.n))))
+    return gates
+
+
+def read_texts(source: DataSource, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> Iterator[Example]:
+    """Yields the beginnings of a source's texts, so many tokens long; None: all of them."""
+    tally = Tally()
+    for text in load_text(source).texts(tally):
+        ids = tokenizer(text)["input_ids"][:tokens]
+        yield Example(ids, text if tokens is None else tokenizer.decode(ids), {})
+    tally.check(source.name, 1.0)
+
+
+def read_prompts(source: DataSource, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Example]:
+    """Yields the prompts of a source that the template takes and that fit into the context."""
+    tally, read = Tally(), Tally()
+    for row in load_conversations(source, "prompts or text").conversations(tally):
+        tools = row["tools"]
+        try:
+            ids, prompt = encode_prompt(tokenizer, row["prompt"], tools)
+            check_tools(tokenizer.decode(ids), prompt, tools)
+            if context is not None and len(ids) >= context:
+                raise UnusableRow(f"longer than the model's context of {context:,} tokens")
+        except UnusableRow as reason:
+            tally.dropped[str(reason)] += 1
+        else:
+            read.documents += 1
+            yield Example(ids, prompt, row["columns"] | ({"tools": tools} if tools else {}))
+    Tally(read.documents, tally.dropped).check(source.name, 1.0)
+
+
+def measure(
+    gates: Sequence[Gate], model: Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, most: int | None = None
+) -> dict[str, Scores]:
+    """Returns each gate's scores of a model in evaluation mode, on the first `most` prompts (None: all).
+
+    Gates that ask the same share their completions. The global random state is drawn from.
+    """
+    scores: dict[str, Scores] = {}
+    sampled: dict[str, list[str]] = {}
+    for gate in gates:
+        entry, examples = gate.settings, gate.examples[:most]
+        torch.manual_seed(seed)
+
+        def sample(rows: list[list[int]], entry: GateSettings = entry) -> list[list[int]]:
+            return generate_tokens(model, tokenizer, rows, entry.sampling, batch_size=BATCH)
+
+        asked = [example for example in examples for _ in range(entry.num_samples)]
+        if entry.name == "perplexity":
+            scores[gate.label] = Scores(*text_losses(model, tokenizer, [example.ids for example in examples]))
+            continue
+        if entry.name == "episode_success":
+            limits = {"max_new_tokens": entry.max_new_tokens, "max_length": context_length(model)}
+            found = play_tasks(asked, sample, tokenizer, limits, **gate.parameters)
+        else:
+            rows = [example.ids for example in asked]
+            key = str((rows, entry.sampling))
+            if key not in sampled:
+                sampled[key] = tokenizer.batch_decode(sample(rows), skip_special_tokens=True)
+            found = score_texts(gate, asked, sampled[key])
+        values = np.array(found, float).reshape(-1, entry.num_samples)  # NaN where the score does not apply
+        counts = np.isfinite(values).sum(1)
+        scores[gate.label] = Scores(np.nansum(values, 1) / np.maximum(counts, 1), (counts > 0).astype(float))
+    return scores
+
+
+def score_texts(gate: Gate, examples: Sequence[Example], texts: list[str]) -> Any:
+    """Returns a number, or None, for each completion."""
+    if gate.reward is None:
+        return SCORES[gate.settings.name](texts, **gate.parameters)
+    names = {name for example in examples for name in example.columns}
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    columns["prompts"] = [example.prompt for example in examples]
+    chats = isinstance(examples[0].prompt, list)
+    return gate.reward([[{"role": "assistant", "content": text}] if chats else text for text in texts], **columns)
+
+
+def judge(gate: Gate, scores: Scores, baseline: Scores | None = None, **options: Any) -> Verdict:
+    """Returns what scores say of a gate's thresholds, and of the baseline's scores of the same prompts; `options` are
+    those of `compare`."""
+    entry, other = gate.settings, baseline or scores
+    used = (scores.weights > 0) & (other.weights > 0)
+    if not used.any():
+        return Verdict(gate.label, 0, math.nan, failures=("it applies to no prompt",))
+    is_perplexity, score, weights = entry.name == "perplexity", gate.score(scores.mean), scores.weights[used]
+    if is_perplexity and not np.array_equal(scores.weights, other.weights):
+        raise UserError("perplexity: the baseline has another tokenizer, so that losses per token cannot be compared")
+    failures = [f"below min = {entry.min:g}"] if entry.min is not None and score < entry.min else []
+    failures += [f"above max = {entry.max:g}"] if entry.max is not None and score > entry.max else []
+    low, high = (gate.reward.low, gate.reward.high) if gate.reward else (None, None)
+    means = np.concatenate([one.values[used] / weights for one in (scores, other)])
+    spread = float(np.ptp(means)) if low is None or high is None else high - low
+    scale = max(abs(other.mean), NEAR_ZERO * spread) or 1.0
+    options["tolerance"] = math.log1p(entry.regression) if is_perplexity else entry.regression * scale
+    if baseline is None:  # it takes so many prompts where both models' scores are independent
+        found = compare(scores.values[used], weights, largest=0.0, **options)
+        ends = gate.score(found.low), gate.score(found.high)
+        return Verdict(gate.label, len(weights), score, *ends, 2 * found.needed, tuple(failures))
+    differences, before = gate.sign * (scores.values - other.values)[used], gate.score(other.mean)
+    found = compare(differences, weights, largest=np.abs(differences).max() or spread * weights.mean(), **options)
+    change, *ends = (before * math.expm1(-d) if is_perplexity else gate.sign * d + 0.0 for d in found[:3])
+    failures += [f"regressed by {abs(change):.3g}"] if found.regressed else []
+    return Verdict(gate.label, len(weights), score, *sorted(ends), found.needed, tuple(failures), before, change)

@@ -1,0 +1,1 @@
+"""Stages that learn from samples which are drawn and scored once."""
