@@ -151,3 +151,8 @@ def test_plan_accuracy(benchmark):
     row = rows_of(printed)[1]
     assert row[:4] == ["sft", "tiny", "2 x 16", "fp32"] and float(row[6]) > 0
     assert "1 cells: the plan is within 15 %" in printed
+
+
+def test_simulator(benchmark):
+    printed = benchmark("simulator", "--episodes", 20)
+    assert "100.0%" in printed and printed.count("expert") == printed.count("random") == 5
