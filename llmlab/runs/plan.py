@@ -123,7 +123,7 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
     config = load_config(source if adapter is None else adapter.base)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     new = getattr(settings, "max_new_tokens", 0)
-    limits = [context - new, longest or math.inf]
+    limits = [context - new, (longest or math.inf) - new * hasattr(settings, "samples")]  # rows of samples have both
     if new:
         limits.append(settings.prompt_limit or math.inf)
         prompt = int(max(min(limits), 1))

@@ -76,7 +76,7 @@ def test_episodes_are_samples(played, tiny_settings, tmp_path, quiet):
         "rewards": ["length"],
         "environment": played["environment"],
     }
-    both = awr(tiny_settings("awr", tmp_path / "both", **{**played, **again}), console=quiet)
+    both = rs_sft(tiny_settings("rs-sft", tmp_path / "both", **{**played, **again}), console=quiet)
     for each, before in zip(read_samples(both.folder / "samples.jsonl"), samples, strict=True):
         assert each.rewards["environment"] == before.reward and each.rewards.keys() == {"length", *before.rewards}
         assert each.reward == pytest.approx((each.rewards["length"] + before.reward) / 2)
