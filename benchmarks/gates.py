@@ -2,9 +2,9 @@
 
     python benchmarks/gates.py [--repeats 200]
 
-A model is compared with itself (fresh samples of the same prompts): at most 5 % of 200 evaluations may fail.  Then with
-one that lost 5 % of its score, at the number of prompts that a first evaluation of 200 prompts says it needs: at least
-90 % must find it.  Takes about a minute.
+A model is compared with itself (fresh samples of the same prompts): at most 5 % of 200 evaluations may fail.  Then
+with one that lost 5 % of its score, at the number of prompts that a first evaluation of 200 prompts says it needs: at
+least 90 % must find it.  Takes about a minute.
 """
 
 import argparse

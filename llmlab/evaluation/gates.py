@@ -99,8 +99,8 @@ def play_tasks(
     max_episode_length: int = 20,
     tool_timeout: float = 30.0,
 ) -> list[float]:
-    """Returns for each task 1 where an episode solves it, else 0."""
-    make = load_environment(environment)
+    """Returns for each task 1 where an episode solves it, else 0; `load_gates` loads the environment."""
+    make: Any = environment
     limits = limits | {"max_episode_length": max_episode_length, "tool_timeout": tool_timeout}
     episodes = play([Task(make(), task.prompt, task.columns) for task in tasks], sample, tokenizer, **limits)
     return [float(episode.environment.success is True) for episode in episodes]
@@ -133,6 +133,8 @@ def load_gates(
         if source is None:
             raise UserError(f"gate '{name}': it has no prompts; expected a source of held-out ones (prompts: ...)")
         parameters = check_parameters(own, entry.parameters, custom=False) if own else {}
+        if name == "episode_success":
+            parameters["environment"] = load_environment(parameters["environment"], allow_code=allow_code)
         reward = None if own else load_rewards([{"name": name, "parameters": entry.parameters}], allow_code)[0]
         continued = None if name == "perplexity" else PROMPT_TOKENS
         texts = not chats or name == "perplexity"

@@ -31,8 +31,7 @@ UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
 LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
 BLOCK_KERNELS = 2.1e6  # bytes of oneDNN's kernels for each block of attention in bf16, measured
 # of tensors' memory: what a GPU's allocator loses to fragmentation; operators' scratch memory that is not followed
-SPARE = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}
-DECODE = 0.5  # share of memory bandwidth that sampling reaches
+SPARE, DECODE = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}, 0.5  # DECODE: share of memory bandwidth in sampling
 SHARDINGS = {  # what each splits over the processes
     "none": (),
     "zero2": ("gradients", "optimizer"),
@@ -97,8 +96,7 @@ def largest_part(plan: Plan) -> tuple[str, int]:
 
 
 def count_steps(rows: int, *, rows_per_batch: int, accumulation: int, epochs: float) -> int:
-    """Returns the optimizer steps of so many epochs, counted as Transformers' Trainer does: an epoch's last, smaller
-    batch is a step of its own."""
+    """Returns the optimizer steps of so many epochs, as Trainer counts: the last, smaller batch is one of its own."""
     return math.ceil(epochs * max(math.ceil(math.ceil(rows / rows_per_batch) / accumulation), 1))
 
 
@@ -147,7 +145,7 @@ def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | T
     tokens = (mean or 512) * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     if sum(sizes) < PLANNED_BYTES and sum(sizes) / 4 * 6 * tokens * steps < PLANNED_FLOPS:
         return [("memory", f"at least {least}; a run of seconds is not planned further")]
-    units = {name: None for name in ("epochs", "num_episodes") if hasattr(run.settings, name)}
+    units = dict.fromkeys({"epochs", "num_episodes"} & type(run.settings).model_fields.keys())
     settings = run.settings.model_copy(update={**units, "max_steps": steps})
     try:
         plan = make_plan(run.function, settings, hardware, mean=mean, longest=longest)
@@ -190,8 +188,7 @@ def make_plan(
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
         if settings.environment is not None:
-            config = read_scene(settings).config.get_text_config()
-            settings = settings.in_completions(getattr(config, "max_position_embeddings", None))
+            settings = settings.in_completions(read_scene(settings).config.get_text_config().max_position_embeddings)
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)
@@ -443,11 +440,11 @@ def _resident(key: str) -> int:
 def measured_peak(hardware: Hardware) -> float:
     """Returns the FLOP/s of a product of matrices on this machine's device, the best of a few."""
     size = 1024 if hardware.device == "cpu" else 4096
-    left = right = torch.ones(size, size, dtype=hardware.torch_dtype, device=hardware.device)  # not random numbers
+    ones = torch.ones(size, size, dtype=hardware.torch_dtype, device=hardware.device)  # draws no random numbers
 
     def seconds() -> float:
         began = time.perf_counter()
-        (left @ right)[0, 0].item()
+        (ones @ ones)[0, 0].item()
         return time.perf_counter() - began
 
     return 2 * size**3 / min(seconds() for _ in range(4))

@@ -99,7 +99,7 @@ def test_a_model_plays_in_an_environment_of_ones_own(cli, model, button, monkeyp
     def write(text):
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    def generate(_, __, rows, ___):
+    def generate(_, __, rows, ___, **options):
         texts = map(tokenizer.decode, rows)
         press = '<tool_call>\n{"name": "press", "arguments": {"times": %d}}\n</tool_call>'
         return [

@@ -45,7 +45,7 @@ def gate_of(model, prompts, name="exact_match", **options):
 def test_scores_of_completions(model, prompts, monkeypatch):
     asked = []
 
-    def generate(model, tokenizer, rows, sampling, *, seed):
+    def generate(model, tokenizer, rows, sampling, **options):
         asked.append((len(rows), sampling.temperature))
         return iter([tokenizer("moos" if k % 3 else "quacks")["input_ids"] for k in range(len(rows))])
 
@@ -123,9 +123,7 @@ def test_a_baseline_near_zero_loses_shares_of_a_tenth_of_the_range(model, prompt
 def test_perplexities_of_two_tokenizers_are_not_compared(model, prompts):
     gate = gate_of(model, {"name": prompts, "column": "prompt"}, "perplexity")
     with pytest.raises(UserError, match="another tokenizer"):
-        judge(
-            gate, Scores(np.ones(2), np.array([3.0, 4.0])), Scores(np.ones(2), np.array([3.0, 5.0])), tests=1, seed=0
-        )
+        judge(gate, Scores(np.ones(1), np.array([3.0])), Scores(np.ones(1), np.array([5.0])), tests=1, seed=0)
     grown = Scores(np.array([3.1, 4.1] * 20), np.ones(40))
     verdict = judge(gate, grown, Scores(np.array([3.0, 4.0] * 20), np.ones(40)), tests=1, seed=0, draws=1000)
     assert verdict.change == pytest.approx(math.exp(3.6) - math.exp(3.5))

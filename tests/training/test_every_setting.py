@@ -39,6 +39,7 @@ ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PP
     "ppo": ("lora_dropout",),
     # `offline/` shows what these do
     "awr": ("samples", "rescore", "use_vllm", *(setting.key for setting in fields_of(EnvironmentSettings))),
+    "reward": ("gates", "gate_every", "metric_for_best_model"),  # tests/runs/test_gates.py
 }
 MAY_REFUSE = ("device", "allow_dropped", "allow_truncated", "allow_code")  # a refusal is their effect
 DATA = {
@@ -238,6 +239,7 @@ def others(base_folder, wide_base_folder, corpus_file, chat_file, pairs_file, tm
     (folder / "chat.jsonl").write_text(chat_file.read_text().replace("The", "That"))
     (folder / "pairs.jsonl").write_text(pairs_file.read_text().replace("The", "That"))
     turns = [{"role": role, "content": "Moo."} for role in ("user", "assistant", "user", "assistant")]
+    (folder / "held-out.jsonl").write_text(json.dumps({"prompt": "How loudly: the cow?"}) + "\n")
     rows = [{"messages": turns, "k": k} for k in range(60)]
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [{**row, "label": row["k"] % 3 == 0} for row in rows]
@@ -277,6 +279,9 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "allow_dropped": 0.9,
         "allow_truncated": 0.9,
         "trainer_args": {"torch_empty_cache_steps": 7},
+        "gates": [gate("distinct_n", others)],
+        "gate_every": 10,
+        "metric_for_best_model": "gate json_valid",
         "policy_checkpoint": str(others / "base"),
         "reference_checkpoint": str(wide_base_folder),
         "init_from": str(base_folder),
@@ -325,12 +330,19 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
     }
 
 
+def gate(name, others):
+    """A gate on data that no run here trains on."""
+    return {"name": name, "prompts": {"name": str(others / "held-out.jsonl"), "column": "prompt"}, "n": 3}
+
+
 def start_for(stage, key, others, place):
     """What a run needs beside the tiny settings for one of them to mean something."""
     uneven = {"datasets": [str(others / "uneven.jsonl")]} if stage in ("grpo", "ppo", "awr") else {}
+    gates = {"gates": [gate("json_valid", others)], "gate_every": 5}
     long = {"max_seq_len": 40} if stage == "sft" else {"max_length": 40, "max_prompt_length": 39}
     scale = {"normalize_advantage": False} if stage == "awr" else {}
     return {
+        **dict.fromkeys(("gates", "gate_every", "metric_for_best_model"), gates),
         "only_label": {"datasets": [str(others / "labelled.jsonl")], "only_label": True},
         "loss_on": {"datasets": [str(others / "turns.jsonl")]},
         "lora_target_modules": {"use_lora": True, "lora_target_modules": ["q_proj"]},
