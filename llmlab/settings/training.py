@@ -112,7 +112,8 @@ class FineTuningSettings(LoraSettings, TrainingSettings):
     max_samples: Annotated[int | None, Gt(0)] = None
     """Training rows at most, drawn at random from the beginning of each source (8,192 rows or more); none is all."""
     chat_template: PathName | None = None
-    """Chat template: chatml or a Jinja file; none keeps the tokenizer's, or uses chatml where it has none."""
+    """Chat template: chatml, chatml_compact (tools without their JSON schemas) or a Jinja file; none keeps the
+    tokenizer's, or uses chatml where it has none."""
     save_every: v.SaveEvery = 500
     """Optimizer steps between checkpoints to resume from; those of the best evaluations come in addition."""
     save_best_only: v.SaveBestOnly = False

@@ -24,6 +24,12 @@ from llmlab.settings.errors import UserError, reason_of
 LossOn = Literal["assistant", "completion", "all"]
 TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 """Python errors raised from within Jinja templates."""
+COMPACT = "chatml_compact"
+TOOL_LISTING = {  # of chatml: of its compact form
+    ", given as JSON schemas:": ":",
+    "(tool | tojson)": "(tool.function or tool).name + '('"
+    " + (((tool.function or tool).parameters or {}).properties or {}) | join(', ') + ')'",
+}
 GENERATION_MARK = "generation -%}", "generation %}"
 
 
@@ -197,19 +203,27 @@ def encode_prompt(
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
-    """Sets `chatml` (where None: unless there is a template) or a Jinja file, and returns the tokens added for it."""
+    """Sets a template of ours (where None: unless there is one) or a Jinja file, and returns the tokens added for it.
+
+    `chatml_compact` shows tools as `name(argument, ...)`: a tenth of the tokens of JSON schemas.
+    """
     if template is None and tokenizer.chat_template is not None:
         return []
-    if template not in (None, "chatml"):
+    if template not in (None, "chatml", COMPACT):
         try:
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "this is not UTF-8 text"
-            raise UserError(f"chat_template = {template}: {reason}; expected chatml or a Jinja file") from None
+            raise UserError(
+                f"chat_template = {template}: {reason}; expected chatml, {COMPACT} or a Jinja file"
+            ) from None
         return []
     missing = [token for token in (BOS, END_OF_TURN) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for full, short in TOOL_LISTING.items() if template == COMPACT else ():
+        text = text.replace(full, short)
+    tokenizer.chat_template = text
     return missing
 
 

@@ -1,5 +1,6 @@
 """Which tokens of a conversation are trained, under templates with and without marks, and what is found wrong."""
 
+import json
 import re
 
 import pytest
@@ -175,8 +176,23 @@ def test_chatml_is_given_where_there_is_no_template(tokenizer, tmp_path):
     other = tmp_path / "mine.jinja"
     other.write_text(UNMARKED)
     assert add_chat_template(tokenizer, str(other)) == [] and tokenizer.chat_template == UNMARKED
-    with pytest.raises(UserError, match=r"chat_template = nowhere.jinja: No such file.*expected chatml or"):
+    with pytest.raises(UserError, match=r"chat_template = nowhere.jinja: No such file.*expected chatml, chatml_compact or"):
         add_chat_template(tokenizer, "nowhere.jinja")
+
+
+def test_the_compact_template_shows_signatures_and_differs_in_nothing_else(tokenizer, renderer):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}, "b": {}}}}}]
+    tools += [{"type": "function", "function": {"name": "now"}}]
+    texts = {}
+    for name in ("chatml", "chatml_compact"):
+        tokenizer.chat_template = None
+        add_chat_template(tokenizer, name)
+        texts[name] = tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    head, _, listing = texts["chatml"].partition("<tools>\n")
+    listing, _, rest = listing.partition("</tools>")
+    assert [json.loads(line) for line in listing.splitlines()] == tools
+    head = head.replace(", given as JSON schemas:", ":")
+    assert texts["chatml_compact"] == f"{head}<tools>\nadd(a, b)\nnow()\n</tools>{rest}"
 
 
 STRICT = (  # as Gemma's and older Mistral's
