@@ -20,7 +20,6 @@ FIRST = 200  # prompts of the evaluation that says how many it takes
 CASES = {  # name: gate, mean score, how much prompts differ (0: not at all, 1: each always succeeds or always fails)
     "exact_match, mean 0.9": ("exact_match", 0.9, 0.3),
     "exact_match, mean 0.5, nearly greedy": ("exact_match", 0.5, 0.9),
-    "exact_match, mean 0.5": ("exact_match", 0.5, 0.3),
     "perplexity": ("perplexity", 20.0, 0.5),
     "distinct_n": ("distinct_n", 0.0, 0.0),
 }

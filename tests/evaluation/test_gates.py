@@ -93,7 +93,7 @@ def test_thresholds(model, prompts):
     assert judge(gate, scored([1, 1, 1, 1]), **options).failures == ("above max = 0.8",)
     verdict = judge(gate, scored([1, 1, 1, 0] * 50), **options)
     assert verdict.failures == () and verdict.score == 0.75 and verdict.low < 0.75 < verdict.high
-    assert verdict.needed == pytest.approx(2 * (1.96 + 1.645) ** 2 * 0.75 * 0.25 / (0.05 * 0.75) ** 2, rel=0.01)
+    assert verdict.needed == pytest.approx(2 * (1.96 + 1.881) ** 2 * 0.75 * 0.25 / (0.05 * 0.75) ** 2, rel=0.01)
     nothing = Scores(np.zeros(3), np.zeros(3))
     assert judge(gate, nothing, **options).failures == ("it applies to no prompt",)
 
@@ -116,7 +116,7 @@ def test_a_baseline_near_zero_loses_shares_of_a_tenth_of_the_range(model, prompt
     assert judge(gate, after, before, tests=1, seed=0, draws=200).failures == ()
     # 5 % of 0.002 are 1e-4, which no number of prompts would show; of a tenth of the range 0.005
     variance = (1 + 1) / 10_000  # the one difference that there is, and one more
-    needed = math.ceil((1.96 + 1.645) ** 2 * variance / 0.005**2)
+    needed = math.ceil((1.96 + 1.881) ** 2 * variance / 0.005**2)
     assert judge(gate, after, before, tests=1, seed=0, draws=200).needed == pytest.approx(needed, rel=0.01)
 
 

@@ -23,7 +23,7 @@ def test_interval_and_needed_prompts_follow_from_the_spread():
     assert found.delta == pytest.approx(differences.mean())
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.05)
     variance = differences.var() + 1 / 2000
-    assert found.needed == pytest.approx((1.96 + 1.645) ** 2 * variance / 0.05**2, rel=0.01)
+    assert found.needed == pytest.approx((1.96 + 1.881) ** 2 * variance / 0.05**2, rel=0.01)
     assert decide(differences, tests=10).needed > found.needed
 
 
