@@ -7,8 +7,9 @@ GRPO and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episo
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning  # Python 3.10 has two
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Thread
@@ -28,12 +29,20 @@ Sampler = Callable[[list[list[int]]], list[list[int]]]
 """Returns the tokens that follow each prompt, up to and with the token that ends the turn."""
 
 
+NO_TURN = {"role": "assistant", "content": ""}
+"""Stands for the completion of an episode whose prompt left no room for a turn."""
+
+
 class Task(NamedTuple):
-    """What an episode begins with: an environment, the prompt's messages, and the columns that `reset` gets."""
+    """What an episode begins with: an environment, the prompt's messages, and the columns that `reset` gets beside.
+
+    `seed` is that of environments that draw random numbers: equal for episodes that are compared with each other.
+    """
 
     environment: Any
     prompt: list[Message]
     columns: dict[str, Any]
+    seed: int = 0
 
 
 @dataclass
@@ -70,6 +79,7 @@ def play(
     max_new_tokens: int,
     max_length: int | None,
     tool_timeout: float = 30.0,
+    ends: Collection[int] = (),
 ) -> list[Episode]:
     """Plays one episode of each task, all at the same time, turn by turn.
 
@@ -83,16 +93,25 @@ def play(
         max_new_tokens: of one turn.
         max_length: longest prompt and completion together in tokens; an episode ends where a turn might not fit.
         tool_timeout: seconds after which a call of a tool is abandoned.
+        ends: tokens that end a turn, beside those of the tokenizer.
     """
     check_template(tokenizer)
-    resets = [partial(task.environment.reset, **task.columns) for task in tasks]
+    for task in tasks:
+        if hasattr(task.environment, "seed"):
+            task.environment.seed = task.seed
+    resets = [partial(task.environment.reset, **{**task.columns, "prompt": task.prompt}) for task in tasks]
     texts = run_side_by_side(resets, [tool_timeout] * len(tasks))
-    stops = {*stop_token_ids(tokenizer), tokenizer.eos_token_id}
+    stops = {*stop_token_ids(tokenizer), tokenizer.eos_token_id, *ends}
     episodes, tools = [], []
     for task, text in zip(tasks, texts, strict=True):
+        where = f"environment {type(task.environment).__name__}: reset"
+        if isinstance(text, Abandoned):
+            raise UserError(f"{where} took over tool_timeout = {tool_timeout:g} s")
         if isinstance(text, Exception):
-            name = type(task.environment).__name__
-            raise UserError(f"environment {name}: reset failed: {type(text).__name__}: {reason_of(text)}") from text
+            raise UserError(f"{where} failed: {type(text).__name__}: {reason_of(text)}") from text
+        if not isinstance(text, str | None) or not task.prompt:
+            found = f"returned {type(text).__name__}" if task.prompt else "has no message to add its text to"
+            raise UserError(f"{where} {found}; expected text or None, for the end of a prompt's last message")
         tools.append(tools_of(task.environment))
         prompt = _append_text(task.prompt, text)
         try:
@@ -170,7 +189,7 @@ def _add_turn(
     episode.mask += [1] * len(ids)
     ended = bool(ids) and ids[-1] in stops
     message = read_turn(tokenizer.decode(ids[:-1] if ended else ids))
-    episode.completion.append(message)
+    episode.completion.append(_valid_text(message))
     if not ended:
         episode.end = "length"
         return []
@@ -199,7 +218,7 @@ def _run_calls(
                 value = {"error": f"{call.name} took over {limit:g} s and was abandoned"}
             elif isinstance(value, Exception):
                 value = {"error": f"{type(value).__name__}: {reason_of(value)}"}
-            message = {"role": "tool", "name": call.name or "unknown", "content": _as_text(value)}
+            message = _valid_text({"role": "tool", "name": call.name or "unknown", "content": _as_text(value)})
             results[k].append(message)
             episode.completion.append(message)
             episode.calls += 1
@@ -234,7 +253,16 @@ def _as_text(value: Any) -> str:
     try:
         return result_text(value)
     except (UnusableRow, TypeError, ValueError, RecursionError):  # not JSON
-        return str(value).encode(errors="replace").decode()
+        return str(value)
+
+
+def _valid_text(value: Any) -> Any:
+    """Returns a message without the halves of characters that JSON can spell and no file can hold."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_valid_text(name): _valid_text(part) for name, part in value.items()}
+    return [_valid_text(part) for part in value] if isinstance(value, list) else value
 
 
 class Abandoned(Exception):
@@ -246,6 +274,7 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
 
     Python cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit.
     """
+    _event_loop()  # in this thread: made by several at once, it would be several
     futures: list[Future[Any]] = [Future() for _ in calls]
     for call, future in zip(calls, futures, strict=True):
         Thread(target=_fulfil, args=(call, future), daemon=True).start()
@@ -253,7 +282,7 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
     for future, limit in zip(futures, limits, strict=True):
         try:
             error = future.exception(timeout=max(start + limit - time.monotonic(), 0))
-        except TimeoutError:
+        except StillRunning:
             results.append(Abandoned())
         else:
             results.append(error or future.result())

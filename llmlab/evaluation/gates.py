@@ -21,7 +21,7 @@ from llmlab.data.sources import Tally, load_text
 from llmlab.episodes import Sampler, Task, play
 from llmlab.evaluation.perplexity import text_losses
 from llmlab.evaluation.statistics import Array, compare, distinct_n, self_similarity
-from llmlab.inference import Model, context_length, generate_tokens
+from llmlab.inference import Model, context_length, end_tokens, generate_tokens
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import check_parameters, load_rewards
@@ -102,7 +102,8 @@ def play_tasks(
     """Returns for each task 1 where an episode solves it, else 0; `load_gates` loads the environment."""
     make: Any = environment
     limits = limits | {"max_episode_length": max_episode_length, "tool_timeout": tool_timeout}
-    episodes = play([Task(make(), task.prompt, task.columns) for task in tasks], sample, tokenizer, **limits)
+    begun = [Task(make(), task.prompt, task.columns, number) for number, task in enumerate(tasks)]
+    episodes = play(begun, sample, tokenizer, **limits)
     return [float(episode.environment.success is True) for episode in episodes]
 
 
@@ -194,6 +195,7 @@ def measure(
             continue
         if entry.name == "episode_success":
             limits = {"max_new_tokens": entry.max_new_tokens, "max_length": context_length(model)}
+            limits["ends"] = end_tokens(model, tokenizer)
             found = play_tasks(asked, sample, tokenizer, limits, **gate.parameters)
         else:
             rows = [example.ids for example in asked]

@@ -93,6 +93,14 @@ class AWRSettings(OfflineSettings):
     clip_advantage: Annotated[float, Gt(0)] = 10.0
     """Largest weight of a sample, before the weights of an optimizer step are scaled to mean 1."""
 
+    @model_validator(mode="after")
+    def check_group(self) -> "AWRSettings":
+        if self.num_samples_per_prompt == 1 and self.samples is None:
+            raise ValueError(
+                "num_samples_per_prompt = 1: a sample is compared with others of its prompt; expected 2 or more"
+            )
+        return self
+
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
         """Warns of a beta outside of the guide's table."""

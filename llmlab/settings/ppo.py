@@ -27,7 +27,7 @@ class PPOSettings(OnlineSettings):
     cliprange_value: Annotated[float | None, Gt(0), Alias("clip_range_vf")] = 0.2
     """Clip range of the value function around its values at sampling; none does not clip."""
     gamma: Annotated[float, Ge(0), Le(1), Trl("gamma")] = 1.0
-    """Discount factor per token."""
+    """Discount factor per token; in episodes per turn, which is a tool call and its result."""
     gae_lambda: Annotated[float, Ge(0), Le(1), Trl("gae_lambda"), Alias("lam")] = 0.95
     """GAE lambda: 0 is one-step TD (low variance, biased by the critic), 1 is Monte Carlo returns."""
     whiten_advantages: Annotated[bool, Trl("whiten_advantages"), Alias("normalize_advantage")] = True

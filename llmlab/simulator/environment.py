@@ -25,9 +25,11 @@ class Environment:
         reward_range: the lowest and highest reward of this episode, to normalize it; None where they are unknown.
         stop_tools: names of tools whose call ends the episode.
         time_limits: seconds a call of a tool may take, by its name, instead of `tool_timeout`.
+        seed: set before `reset`, for whatever is random: equal for the episodes of a group.
     """
 
     done: bool = False
+    seed: int = 0
     success: bool | None = None
     rewards: Mapping[str, float] = {}
     reward_range: tuple[float, float] | None = None

@@ -38,7 +38,7 @@ class _Wrapper(Environment):
 
     def reset(self, **row: Any) -> str:
         self._total, self.done, self.success = 0.0, False, None
-        return self._begin(self._inner, row)
+        return self._begin(self._inner, {"seed": self.seed, **row})
 
     def get_reward(self) -> float:
         return self._total
@@ -79,7 +79,7 @@ def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
 
 
 def _begin_gymnasium(inner: Any, row: dict[str, Any]) -> str:
-    observation, _ = inner.reset(seed=row.get("seed"), options=row.get("options"))
+    observation, _ = inner.reset(seed=row["seed"], options=row.get("options"))
     return _draw(inner, observation)
 
 

@@ -27,6 +27,7 @@ from llmlab.settings.offline import AWRSettings
 from llmlab.training.offline.run import OfflineRun, Weighted
 from llmlab.training.sft import LLMLabSFTTrainer
 
+LEAST = -20.0  # exponent of a weight, so that a step of failures alone still has a sum
 FEW, PATIENCE = 0.1, 20  # share of a step's samples that carries it, logged lines
 
 
@@ -37,15 +38,20 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
 
     Source: Peng et al. 2019 (arXiv:1910.00177), equation 13; seed: RL guide, section 3.
     """
-    groups = group_samples([each for each in samples if each.reward is not None])
+    rated = [each for each in samples if each.reward is not None]
+    left_out = Counter({"without a reward": len(samples) - len(rated)})
+    sampled = [each for each in rated if any(label != -100 for label in each.labels)]
+    left_out = +(left_out + Counter({"without a sampled token": len(rated) - len(sampled)}))
+    groups = group_samples(sampled)
     rated = [each for group in groups for each in group]
-    left_out = +Counter({"without a reward": len(samples) - len(rated)})
     rewards = [[each.reward for each in group] for group in groups]
     advantages = np.concatenate([[], *(np.subtract(group, np.mean(group)) for group in rewards)])
+    advantages[np.abs(advantages) < 1e-9 * max(1.0, *(abs(each.reward) for each in rated))] = 0  # rounding
     if not advantages.any():
         return [], left_out + Counter({"with the reward of all samples of its prompt": len(rated)})
     scale = settings.advantage_beta / (advantages.std() if settings.normalize_advantage else 1.0)
-    weights = np.exp(np.minimum(scale * advantages, math.log(settings.clip_advantage)))
+    exponents = np.minimum(scale * advantages, math.log(settings.clip_advantage))
+    weights = np.exp(np.maximum(exponents, LEAST))
     return list(zip(rated, (weights / weights.mean()).tolist(), strict=True)), left_out
 
 
@@ -63,10 +69,10 @@ class LLMLabAWRTrainer(LLMLabSFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:  # rows that fill up an epoch's last batch have no label
-            weights = torch.cat([each["weight"][(each["labels"] != -100).any(1)] for each in batches])
+            weights = torch.cat([each["weight"][(each["labels"] != -100).any(1)] for each in batches]).double()
             sums = torch.stack([torch.ones_like(weights).sum(), weights.sum(), weights.square().sum()])
             rows, total, squares = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-            self.mean_weight = total / rows
+            self.mean_weight = (total / rows).float()
             self.shares.append((total**2 / squares / rows).item())
         return batches, items
 

@@ -17,16 +17,21 @@ from llmlab.training.sft import LLMLabSFTTrainer
 
 
 def keep_best(samples: list[Sample], threshold: float) -> tuple[Weighted, Counter[str]]:
-    """Returns the best sample of each prompt, of those that ended by themselves, with a reward above the threshold."""
+    """Returns the best sample of each prompt, of those that ended by themselves, with a reward above the threshold.
+
+    An episode that did not solve its task is none, however many of its calls were rewarded.
+    """
     left_out: Counter[str] = Counter()
     best: Weighted = []
     for group in group_samples(samples):
         scored = [each for each in group if each.reward is not None]
         ended = [each for each in scored if each.ended]
-        good = [each for each in ended if each.reward > threshold]
+        solved = [each for each in ended if each.success is not False]
+        good = [each for each in solved if each.reward > threshold]
         left_out["without a reward"] += len(group) - len(scored)
         left_out["cut off at the length limit"] += len(scored) - len(ended)
-        left_out[f"reward not above {threshold:g}"] += len(ended) - len(good)
+        left_out["episodes that failed"] += len(ended) - len(solved)
+        left_out[f"reward not above {threshold:g}"] += len(solved) - len(good)
         left_out["not the best of its prompt"] += len(good[1:])
         best += [(max(good, key=lambda each: each.reward), 1.0)] if good else []
     return best, +left_out

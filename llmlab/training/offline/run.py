@@ -29,6 +29,8 @@ from llmlab.runs.failures import record_failures
 from llmlab.runs.progress import ProgressLine, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.start import S
+from llmlab.settings.base import show
+from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json
 from llmlab.settings.generation import SamplingSettings
@@ -37,7 +39,10 @@ from llmlab.terminal import draw_bars, safe, track
 from llmlab.training.offline import sampling
 from llmlab.training.online.run import RewardedRun
 
-DRAWN = (*SamplingSettings.model_fields, "policy_checkpoint", "environment", "num_samples_per_prompt", "seed")
+DRAWN = (  # what has no effect on samples of an earlier run
+    *(*SamplingSettings.model_fields, *EnvironmentSettings.model_fields, "num_samples_per_prompt", "datasets"),
+    *("max_prompts", "max_prompt_length", "max_seq_len", "validation_fraction", "validation_datasets"),
+)
 SCORED = ("rewards", "reward_model", "normalize_rewards")
 
 Weighted = list[tuple[Sample, float]]
@@ -138,13 +143,14 @@ class OfflineRun(RewardedRun[S]):
             return partial(sampling.complete, sample=sample, tokenizer=tokenizer, ends=ends)
         limits = {name: getattr(settings, name) for name in ("max_episode_length", "max_new_tokens", "tool_timeout")}
         limits["max_length"] = self.policy.cap_length(settings.max_seq_len or sys.maxsize)
-        options = {"sample": sample, "tokenizer": tokenizer, "factories": self.load_environments()}
+        options = {"sample": sample, "tokenizer": tokenizer, "factories": self.load_environments(), "ends": ends}
         return partial(sampling.play_episodes, **options, **limits)
 
     def _sample(self, rows: list[list[int]]) -> list[list[int]]:
         dtype = self.hardware.torch_dtype
         with torch.autocast(self.hardware.device, dtype, enabled=dtype != torch.float32):
-            return generate_tokens(self.policy.model, self.policy.tokenizer, rows, self.settings)
+            size = self.settings.sampling_batch_size
+            return generate_tokens(self.policy.model, self.policy.tokenizer, rows, self.settings, batch_size=size)
 
     def _read_prompts(self) -> tuple[dict[int, Prompt], int]:
         """Returns the prompts by number, those for training first, and how many these are."""
@@ -179,7 +185,7 @@ class OfflineRun(RewardedRun[S]):
         elif rewards := sorted(changed & {*SCORED}):
             raise UserError(f"{rewards[0]}: the samples in {path} were scored by others; expected rescore=true beside")
         for name in sorted(changed & {*DRAWN}):
-            note = f"{name} = {now[name]} has no effect: the samples were drawn with {before[name]}"
+            note = f"{name} = {show(now[name])} has no effect: the samples were drawn with {show(before[name])}"
             self.console.print(f"[yellow]note[/yellow] {safe(note)}", soft_wrap=True)
         return samples, before
 
@@ -192,9 +198,10 @@ class OfflineRun(RewardedRun[S]):
             left_out["more than max_samples"] = len(rows) - most
             rows = [rows[k] for k in np.random.default_rng(self.settings.seed).permutation(len(rows))[:most]]
         if not rows:
-            raise UserError(self._explain(samples, left_out))
+            raise UserError(self._explain([each for each in samples if not each.validation], left_out))
         mean = statistics.fmean(each.reward for each, _ in rows)  # type: ignore[misc]
-        self.results = {"kept_share": len(rows) / len(samples), "kept_reward": mean}
+        training = sum(not each.validation for each in samples)
+        self.results = {"kept_share": len(rows) / training, "kept_reward": mean}
         data, held_out = (
             [
                 {"input_ids": each.prompt_ids + each.completion_ids, "labels": each.labels, "weight": weight}
@@ -202,7 +209,7 @@ class OfflineRun(RewardedRun[S]):
             ]
             for part in (rows, validation)
         )
-        report = RowsReport(self.path.name, "samples", 1.0, len(samples), len(rows), dropped=left_out)
+        report = RowsReport(self.path.name, "samples", 1.0, training, len(rows), dropped=left_out)
         report.counts = {"tokens": sum(len(row["input_ids"]) for row in data)}
         train, validates = (
             Dataset.from_list([{name: row[name] for name in columns} for row in part], columns) if part else None

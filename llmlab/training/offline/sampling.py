@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.samples import Prompt, Sample
-from llmlab.episodes import Sampler, Task, play
+from llmlab.episodes import NO_TURN, Sampler, Task, play, schemas_of
 from llmlab.inference import encode_prompt
 from llmlab.rewards.compose import ComposedReward
 from llmlab.rewards.function import TRL_INPUTS
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, reading
 
 PLAYED = ("prompt", "prompt_ids", "completion", "completion_ids", "mask", "calls")  # of samples and episodes
 
@@ -57,15 +57,21 @@ def play_episodes(
     names = [None if None in factories else each.columns.get("environment") for each in samples]
     if unknown := {*names} - factories.keys():
         raise UserError(f"environment: a row names {unknown.pop()}; expected one of {', '.join(map(str, factories))}")
-    tasks = [Task(factories[name](), each.prompt, each.columns) for name, each in zip(names, samples, strict=True)]
+    tasks = [
+        Task(factories[name](), each.prompt, each.columns, each.prompt_id)
+        for name, each in zip(names, samples, strict=True)
+    ]
     for each, episode in zip(samples, play(tasks, *options, **limits), strict=True):
         world = episode.environment
         values = {"ended": episode.end != "length", "success": getattr(world, "success", None)}
         for name, value in {**{name: getattr(episode, name) for name in PLAYED}, **values}.items():
             setattr(each, name, value)
-        each.completion = each.completion or [{"role": "assistant", "content": ""}]  # there was no room for a turn
-        parts, bounds = dict(getattr(world, "rewards", {})), getattr(world, "reward_range", None)
-        each.environment = {"reward": float(world.get_reward()), "reward_range": bounds, "rewards": parts}
+        each.completion, each.tools = each.completion or [NO_TURN], schemas_of(world)
+        with reading(f"environment {type(world).__name__}: its reward", "a number"):
+            parts = {name: float(value) for name, value in getattr(world, "rewards", {}).items()}
+            bounds = getattr(world, "reward_range", None)
+            bounds = bounds and tuple(map(float, bounds))
+            each.environment = {"reward": float(world.get_reward()), "reward_range": bounds, "rewards": parts}
 
 
 def score_samples(samples: Sequence[Sample], reward: ComposedReward) -> None:
@@ -75,7 +81,10 @@ def score_samples(samples: Sequence[Sample], reward: ComposedReward) -> None:
         [each.completion for each in samples],
         prompts=[each.prompt for each in samples],
         completion_ids=[each.completion_ids for each in samples],
-        environments=[SimpleNamespace(**world, get_reward=partial(world.get, "reward")) for world in worlds],
+        environments=[
+            SimpleNamespace(**world, done=True, success=each.success, get_reward=partial(world.get, "reward"))
+            for each, world in zip(samples, worlds, strict=True)
+        ],
         **{name: [each.columns.get(name) for each in samples] for name in {*samples[0].columns} - {*TRL_INPUTS}},
     )
     for k, (each, world) in enumerate(zip(samples, worlds, strict=True)):

@@ -8,11 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from llmlab.episodes import Episode, Task, play
+from llmlab.episodes import NO_TURN, Episode, Task, play
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.simulator.curriculum import Curriculum
 
@@ -43,7 +44,8 @@ class EpisodeRollouts:
         level = {"difficulty": self.curriculum.level} if self.curriculum is not None and training else {}
         names = [None if None in self.factories else row.get("environment") for row in self._rows]
         tasks = [
-            Task(self._take(name), row["prompt"], row | level) for name, row in zip(names, self._rows, strict=True)
+            Task(self._take(name), row["prompt"], row | level, seed)
+            for name, row, seed in zip(names, self._rows, map(self._seed, self._rows), strict=True)
         ]
 
         def sample(rows: list[list[int]]) -> list[list[int]]:
@@ -52,7 +54,8 @@ class EpisodeRollouts:
                 known[(*row, *ids)] = values  # equal rows have equal ones
             return sampled
 
-        self._episodes = play(tasks, sample, self.processing_class, **self.play_options)  # type: ignore[attr-defined]
+        options = {**self.play_options, "ends": self.eos_token_ids}  # type: ignore[attr-defined]
+        self._episodes = play(tasks, sample, self.processing_class, **options)  # type: ignore[attr-defined]
         for name, episode in zip(names, self._episodes, strict=True):
             if not episode.abandoned:
                 self._pool[name].append(episode.environment)
@@ -65,6 +68,11 @@ class EpisodeRollouts:
             "logprobs": [_log_probs(episode, known) for episode in self._episodes] if known else None,
             "env_mask": [episode.mask or [0] for episode in self._episodes],
         }
+
+    def _seed(self, row: dict[str, Any]) -> int:
+        """Returns the seed of a row's environments: that of the whole group, another one in the next rollout."""
+        rollout = self._step if self.model.training else 0  # type: ignore[attr-defined]
+        return crc32(f"{self.args.seed} {rollout} {row}".encode(errors="replace"))  # type: ignore[attr-defined]
 
     def _take(self, name: str | None) -> Any:
         if name not in self.factories:
@@ -87,6 +95,13 @@ class EpisodeRollouts:
             device=device,
             dtype=torch.float32,
         )
+        if not any(episode.mask for episode in self._episodes):
+            longest = max(len(episode.prompt_ids) for episode in self._episodes)
+            limits = f"max_new_tokens = {self.play_options['max_new_tokens']} in {self.play_options['max_length']}"
+            raise UserError(
+                f"environment: prompts of up to {longest} tokens, with the tools and the text of reset, leave no room "
+                f"for {limits} tokens (max_seq_len, or the model's context)"
+            )
         table = self.accelerator.gather(table)  # type: ignore[attr-defined]
         calls, success = table.unbind(1)  # (episodes of all processes,)
         self.note("episode_length", calls.mean().item())  # type: ignore[attr-defined]
@@ -101,7 +116,7 @@ class EpisodeRollouts:
         if self.factories:  # TRL has only text of them
             self.environments = [episode.environment for episode in self._episodes]
             prompts = [episode.prompt for episode in self._episodes]
-            completions = [episode.completion for episode in self._episodes]
+            completions = [episode.completion or [NO_TURN] for episode in self._episodes]
         return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # type: ignore[misc]
 
     def rollout_state(self, step: int) -> dict[str, Any]:

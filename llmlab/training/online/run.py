@@ -117,10 +117,11 @@ class OnlineRun(RewardedRun[S]):
             **options,
         )
         if self.environments:
-            if made.is_fsdp_enabled or made.is_deepspeed_enabled:
+            together = made.is_fsdp_enabled or made.is_deepspeed_enabled or settings.use_vllm
+            if together and processes > 1:
                 raise UserError(
-                    "environment: not supported under FSDP2 or DeepSpeed, whose processes sample in step while "
-                    "episodes end at different times; use --accelerate ddp"
+                    "environment: not supported with FSDP2, DeepSpeed or vLLM in several processes, which sample in "
+                    "step while episodes end at different times; use --accelerate ddp without vLLM"
                 )
             total = steps * self.rollout.completions // self.rollout.updates
             curriculum = None if settings.curriculum == "none" else Curriculum(settings.curriculum, total)

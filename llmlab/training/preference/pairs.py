@@ -145,6 +145,7 @@ def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Compariso
     if _text(best) == _text(worst):
         return no_pair("chosen and rejected are the same")
     pair = {"prompt": best.prompt, "chosen": best.completion, "rejected": worst.completion}
+    pair |= {"tools": best.tools} if best.tools else {}
     return Comparison(best.prompt_id, list(samples), {**pair, "scores": [best.reward, worst.reward]})
 
 
