@@ -153,6 +153,11 @@ def test_plan_accuracy(benchmark):
     assert "1 cells: the plan is within 15 %" in printed
 
 
+def test_gates(benchmark):
+    rows = rows_of(benchmark("gates", "--repeats", 2))[1:]
+    assert len(rows) == 8 and all(int(row[3].replace(",", "")) > 20 for row in rows)
+
+
 def test_simulator(benchmark):
     printed = benchmark("simulator", "--episodes", 20)
     assert "100.0%" in printed and printed.count("expert") == printed.count("random") == 5

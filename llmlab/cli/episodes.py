@@ -25,7 +25,7 @@ from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import Terminal, make_table, numeric, percent, safe, say_json
+from llmlab.terminal import Terminal, make_table, numeric, percent, safe, say, say_json
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
 
 @app.command("run")
 def run_episodes(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id; or expert, or random.")],
     tasks: Annotated[str, typer.Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
     count: Annotated[int, typer.Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
@@ -71,6 +72,8 @@ def run_episodes(
     source = parse_source(tasks, "--tasks ")
     if run in SCRIPTED and environment != SIMULATOR:
         raise UserError(f"{run}: only the simulator has scripted policies; expected a model to play {environment}")
+    if run in SCRIPTED and any(context.get_parameter_source(key).name == "COMMANDLINE" for key in options):
+        raise UserError(f"{run}: --temperature and --max-new-tokens have no effect on a scripted policy")
 
     from llmlab.episodes import Task
     from llmlab.simulator.loading import load_environment
@@ -128,11 +131,12 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
     from llmlab.episodes import Episode
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 
-    outcomes, random = [], Random(seed)
+    outcomes, random, unknown = [], Random(seed), 0
     for environment, (*before, last), columns in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode, rewards = Episode(environment, prompt, []), []
         calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)
+        unknown += not calls
         for name, arguments in calls[:max_episode_length]:
             if environment.done:
                 break
@@ -144,6 +148,8 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
             rewards.append(environment.get_reward())
         episode.end = "done" if environment.done else "calls"
         outcomes.append(Outcome(episode, columns, rewards))
+    if unknown:
+        say(f"{policy}: {unknown} of {len(tasks)} tasks name no expected calls, so that it makes none", error=True)
     return outcomes
 
 

@@ -3,6 +3,7 @@
 Measuring and judging are in `llmlab.evaluation`; here are only options and tables.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,18 +18,21 @@ from llmlab.cli.rewards import AllowCode
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, dump, finite
 from llmlab.settings.gates import EvaluateSettings, GateSettings, read_gates
+from llmlab.settings.paths import check_model
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.terminal import Terminal, make_table, numeric, safe, say, say_json, short_number
 
 FAILED = 3  # exit code
-OPTIONS = {"n": 100, "num_samples": 1, "temperature": 0.0, "max_new_tokens": 256}  # for gates that leave them open
-N, NumSamples, Temperature, MaxNewTokens = (setting_option(GateSettings, name) for name in OPTIONS)
+OPTIONS = ("n", "num_samples", "temperature", "max_new_tokens")  # of all gates
+NumSamples, Temperature, MaxNewTokens = (setting_option(GateSettings, name) for name in OPTIONS[1:])
+N = Annotated[int, typer.Option("--n", "-n", help="Prompts, the first ones of the source.", metavar="INT")]
 Gates = typer.Option(metavar="FILE|NAMES", help="List of gates (YAML), or their names.")
 Prompts = typer.Option("--prompts", "-p", metavar="SOURCE", help="Held-out prompts of gates that name none.")
 
 
 def evaluate(
+    context: typer.Context,
     run: Run,
     gates: Annotated[str | None, Gates] = None,
     baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Model that must not be better.")] = None,
@@ -46,27 +50,33 @@ def evaluate(
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score a model's answers to held-out prompts; exit code 3 where a gate fails or lost 5 % to the baseline."""
+    """Score a model's answers to held-out prompts; exit code 3 where a gate fails or surely lost 2.5 % to another."""
     if lm_eval is not None and find_spec("lm_eval") is None:
         raise UserError("--lm-eval: lm-evaluation-harness is not installed: pip install 'llmlab[eval]'")
     arguments, entries = locals(), read_gates(gates) if gates else []
     if not entries and lm_eval is None:
         raise UserError("--gates is missing: expected a file of gates, or names such as --gates json_valid,distinct_n")
-    options = {name: arguments[name] for name, default in OPTIONS.items() if arguments[name] != default}
-    options |= {"prompts": parse_source(prompts, "--prompts ")} if prompts else {}
+    options = {key: arguments[key] for key in OPTIONS if context.get_parameter_source(key).name == "COMMANDLINE"}
+    default = {"prompts": parse_source(prompts, "--prompts ")} if prompts else {}
     named = ({"name": entry} if isinstance(entry, str) else entry for entry in entries)
-    complete = [options | entry if isinstance(entry, dict) else entry for entry in named]
+    complete = [default | entry | options if isinstance(entry, dict) else entry for entry in named]
     settings = resolve(EvaluateSettings, Layer(gates or "command line", {"gates": complete})).settings.gates
+    output = output / "evaluation.json" if output and output.is_dir() else output
+    if output and (output.suffix != ".json" or not os.access(output.parent, os.W_OK)):
+        raise UserError(f"--output {output}: expected a file .json in a folder that exists and can be written to")
+    check_model(baseline or run)  # loading checks the run
 
-    from llmlab.evaluation.gates import judge, load_gates, measure
+    from llmlab.evaluation.gates import find_gates, judge, load_gates, measure
     from llmlab.inference import context_length, is_chat_model, load_for_inference
     from llmlab.runs.progress import quiet_libraries
+
+    gates_found = find_gates(settings, allow_code=allow_code)
 
     def measure_run(name: str) -> tuple[Any, Any, dict[str, Any]]:
         with quiet_libraries():
             model, tokenizer = load_for_inference(name, dtype=dtype, device=device)
             chats, context = is_chat_model(name, tokenizer), context_length(model)
-            loaded = load_gates(settings, tokenizer, chats=chats, context=context, allow_code=allow_code)
+            loaded = load_gates(gates_found, tokenizer, chats=chats, context=context)
             scores = measure(loaded, model, tokenizer, seed=seed)
         return loaded, scores, _benchmark(model, tokenizer, lm_eval) if lm_eval else {}
 
@@ -83,7 +93,7 @@ def evaluate(
     report["gates"] = [v._asdict() | {"settings": s.recorded()} for v, s in zip(verdicts, settings, strict=True)]
     report = finite(report | ({"lm_eval": tasks, "lm_eval_baseline": tasks_before} if lm_eval else {}))
     if output is not None:
-        dump(report, output / "evaluation.json" if output.is_dir() else output)
+        dump(report, output)
     if as_json:
         say_json(report, indent=2)
     else:

@@ -6,7 +6,7 @@ are those of `llmlab.rewards`; what a difference means is `statistics.py`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from llmlab.rewards.loading import check_parameters, load_rewards
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.gates import GateSettings
+from llmlab.settings.paths import check_inputs
 from llmlab.simulator.loading import load_environment
 
 BATCH = 16  # completions that are generated at the same time
@@ -51,7 +52,8 @@ class Gate:
     settings: GateSettings
     reward: Reward | None
     parameters: dict[str, Any]
-    examples: list[Example]
+    source: Any = None
+    examples: Sequence[Example] = ()
 
     @property
     def sign(self) -> int:
@@ -115,35 +117,37 @@ SCORES: dict[str, Callable[..., Any]] = {  # those that are no rewards
 }
 
 
-def load_gates(
-    settings: Sequence[GateSettings],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chats: bool,
-    context: int | None,
-    default: DataSource | None = None,
-    allow_code: bool = False,
+def find_gates(
+    settings: Sequence[GateSettings], default: DataSource | None = None, *, allow_code: bool = False
 ) -> list[Gate]:
-    """Returns gates with their prompts read, of the `default` source where they name none; `chats` says that the model
-    answers messages, `context` is its longest sequence."""
+    """Returns gates whose prompts are yet to be read, of the `default` source where they name none."""
     gates: list[Gate] = []
     for entry in settings:
-        name, source, own = entry.name, entry.prompts or default, SCORES.get(entry.name)
+        name, own = entry.name, SCORES.get(entry.name)
         if not own and name not in REWARDS and ".py:" not in name:
             raise UserError(f"gate '{name}': there is no such score{did_you_mean(name, [*SCORES, *REWARDS])}")
-        if source is None:
+        if not (entry.prompts or default):
             raise UserError(f"gate '{name}': it has no prompts; expected a source of held-out ones (prompts: ...)")
+        check_inputs(entry, {"prompts": f"gate '{name}'"})
         parameters = check_parameters(own, entry.parameters, custom=False) if own else {}
         if name == "episode_success":
             parameters["environment"] = load_environment(parameters["environment"], allow_code=allow_code)
         reward = None if own else load_rewards([{"name": name, "parameters": entry.parameters}], allow_code)[0]
-        continued = None if name == "perplexity" else PROMPT_TOKENS
-        texts = not chats or name == "perplexity"
-        found = read_texts(source, tokenizer, continued) if texts else read_prompts(source, tokenizer, context)
         count = sum(gate.settings.name == name for gate in gates)
         label = f"{name}_{count + 1}" if count else name
-        gates.append(Gate(label, entry, reward, parameters, list(islice(found, entry.n))))
+        gates.append(Gate(label, entry, reward, parameters, entry.prompts or default))
     return gates
+
+
+def load_gates(gates: list[Gate], tokenizer: PreTrainedTokenizerBase, chats: bool, context: int | None) -> list[Gate]:
+    """Returns gates with their prompts read, as messages where the model `chats`; `context` is its longest sequence."""
+    loaded = []
+    for gate in gates:
+        whole = gate.settings.name == "perplexity"
+        source, tokens, texts = gate.source, None if whole else PROMPT_TOKENS, whole or not chats
+        found = read_texts(source, tokenizer, tokens) if texts else read_prompts(source, tokenizer, context)
+        loaded.append(replace(gate, examples=list(islice(found, gate.settings.n))))
+    return loaded
 
 
 def read_texts(source: DataSource, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> Iterator[Example]:
@@ -221,28 +225,38 @@ def score_texts(gate: Gate, examples: Sequence[Example], texts: list[str]) -> An
 
 
 def judge(gate: Gate, scores: Scores, baseline: Scores | None = None, **options: Any) -> Verdict:
-    """Returns what scores say of a gate's thresholds, and of the baseline's scores of the same prompts; `options` are
-    those of `compare`."""
+    """Returns what scores say of a gate's thresholds, and of the baseline's scores of the same prompts, where both
+    apply; `options` are those of `compare`."""
     entry, other = gate.settings, baseline or scores
     used = (scores.weights > 0) & (other.weights > 0)
     if not used.any():
         return Verdict(gate.label, 0, math.nan, failures=("it applies to no prompt",))
+    if not math.isfinite(scores.mean + other.mean):
+        whose = "baseline's " if math.isfinite(scores.mean) else ""
+        return Verdict(gate.label, int(used.sum()), scores.mean, failures=(f"the {whose}score is not finite",))
     is_perplexity, score, weights = entry.name == "perplexity", gate.score(scores.mean), scores.weights[used]
     if is_perplexity and not np.array_equal(scores.weights, other.weights):
         raise UserError("perplexity: the baseline has another tokenizer, so that losses per token cannot be compared")
-    failures = [f"below min = {entry.min:g}"] if entry.min is not None and score < entry.min else []
-    failures += [f"above max = {entry.max:g}"] if entry.max is not None and score > entry.max else []
+    failures = [f"{score:.3g} is below min = {entry.min:g}"] if entry.min is not None and score < entry.min else []
+    failures += [f"{score:.3g} is above max = {entry.max:g}"] if entry.max is not None and score > entry.max else []
+    applies, applied = scores.weights > 0, other.weights > 0
+    if applies.sum() < applied.sum():  # else it would pass on the few prompts that are left
+        more = {"tests": 2 * options["tests"], "tolerance": 2 * entry.regression * applied.mean()}  # halved there
+        if compare(applies * 1.0 - applied, np.ones(len(applies)), largest=0.0, **options | more).regressed:
+            failures += [f"it applies to {applies.sum():,} prompts, and the baseline's to {applied.sum():,}"]
+    scores, other = (Scores(one.values[used], one.weights[used]) for one in (scores, other))
     low, high = (gate.reward.low, gate.reward.high) if gate.reward else (None, None)
-    means = np.concatenate([one.values[used] / weights for one in (scores, other)])
+    means = np.concatenate([one.values / weights for one in (scores, other)])
     spread = float(np.ptp(means)) if low is None or high is None else high - low
     scale = max(abs(other.mean), NEAR_ZERO * spread) or 1.0
     options["tolerance"] = math.log1p(entry.regression) if is_perplexity else entry.regression * scale
     if baseline is None:  # it takes so many prompts where both models' scores are independent
-        found = compare(scores.values[used], weights, largest=0.0, **options)
+        found = compare(scores.values, weights, largest=0.0, **options)
         ends = gate.score(found.low), gate.score(found.high)
         return Verdict(gate.label, len(weights), score, *ends, 2 * found.needed, tuple(failures))
-    differences, before = gate.sign * (scores.values - other.values)[used], gate.score(other.mean)
+    score, before = gate.score(scores.mean), gate.score(other.mean)
+    differences = gate.sign * (scores.values - other.values)
     found = compare(differences, weights, largest=np.abs(differences).max() or spread * weights.mean(), **options)
-    change, *ends = (before * math.expm1(-d) if is_perplexity else gate.sign * d + 0.0 for d in found[:3])
+    change, *ends = (before * math.expm1(min(-d, 700.0)) if is_perplexity else gate.sign * d + 0.0 for d in found[:3])
     failures += [f"regressed by {abs(change):.3g}"] if found.regressed else []
     return Verdict(gate.label, len(weights), score, *sorted(ends), found.needed, tuple(failures), before, change)

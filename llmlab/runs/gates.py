@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from llmlab.evaluation.gates import Gate, load_gates, measure
+from llmlab.evaluation.gates import Gate, find_gates, load_gates, measure
 from llmlab.inference import context_length
 from llmlab.runs.auto_batch import random_states
 from llmlab.runs.start import on_main
@@ -32,14 +32,10 @@ def held_out_gates(settings: Any, model: Any, tokenizer: PreTrainedTokenizerBase
             raise UserError(f"gates: {gate.name}: prompts = {gate.prompts}: the run trains on it; name held-out ones")
     own = [settings.datasets[0].model_copy(update={"split": "validation"})]
     try:
-        return load_gates(
-            settings.gates,
-            tokenizer,
-            chats=chats and tokenizer.chat_template is not None,
-            context=context_length(model),
-            default=(settings.validation_datasets or own)[0],
-            allow_code=getattr(settings, "allow_code", False),
-        )
+        default, allow_code = (settings.validation_datasets or own)[0], getattr(settings, "allow_code", False)
+        found = find_gates(settings.gates, default, allow_code=allow_code)
+        chats = chats and tokenizer.chat_template is not None
+        return load_gates(found, tokenizer, chats=chats, context=context_length(model))
     except UserError as error:
         raise UserError(f"gates: {error} (prompts of a gate, or validation_datasets, are held-out data)") from error
 
@@ -83,13 +79,19 @@ class GateCallback(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Returns the gates' scores, on as many prompts as there is time for; none where there is time for too few."""
         fewest = min(FEWEST, self.count)
-        means = self.measure_on(fewest) if self.cost is None else {}  # the first ones say what a prompt costs
+        first = self.cost is None
+        means = self.measure_on(fewest) if first else {}  # the first ones say what a prompt costs
         elapsed = time.monotonic() - self.began
         affordable = (SHARE * elapsed - self.spent) / (1 - SHARE) / self.cost
-        if affordable < self.count > fewest:
+        # where one decides about the checkpoint, all of its scores are of the same prompts
+        if affordable < self.count and (self.count > fewest if self.best is None else first):
             lower = max(int(SLACK * affordable), fewest)
             why = f"or none where there is no time for them: at most {SHARE:.0%} of the run's"
-            self.say(f"gates    {lower} prompts from now on instead of {self.count}, {why}")
+            if self.best is not None:
+                why = (
+                    f"or over {SHARE:.0%} of the time: this gate decides about the checkpoint, so it is never skipped"
+                )
+            self.say(f"gates    {lower} of {self.count} prompts from now on, {why}")
             self.count = lower
         if means and (affordable < self.count or self.count == fewest):
             return means

@@ -10,8 +10,10 @@ from pydantic import BeforeValidator, JsonValue, model_validator
 
 from llmlab.settings.base import Resume, Settings
 from llmlab.settings.data import DataSource
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.paths import Reads
 
 GATE = "gate "  # before the name of a gate in metric_for_best_model
 
@@ -21,7 +23,7 @@ class GateSettings(Settings):
 
     name: Annotated[str, MinLen(1)]
     """A reward, perplexity (of texts), distinct_n, self_similarity or episode_success (of tasks)."""
-    prompts: DataSource | None = None
+    prompts: Annotated[DataSource | None, Reads("path")] = None
     """Held-out prompts."""
     n: Annotated[int, Gt(0)] = 100
     """Prompts, the first ones of the source."""
@@ -36,7 +38,7 @@ class GateSettings(Settings):
     max: float | None = None
     """The gate fails above this score."""
     regression: Annotated[float, Gt(0), Lt(1)] = 0.05
-    """Loss that is to be found, as a share of the baseline's score."""
+    """Loss that is to be found, as a share of the baseline's score; a certain loss of half of it fails the gate."""
     parameters: dict[str, JsonValue] = {}
     """Parameters of the score."""
 
@@ -63,7 +65,12 @@ def read_gates(value: Any) -> list[Any]:
     gates: list[Any] = []
     for entry in value if isinstance(value, list) else [value]:
         if isinstance(entry, str) and entry.endswith((".yaml", ".yml", ".json")):
-            gates += read_gates(read_layer(entry, "gates").values.get("gates", []))
+            values = read_layer(entry, "gates").values
+            if others := sorted(values.keys() - {"gates"}):
+                raise UserError(f"{entry}: unknown key '{others[0]}'; expected a list of gates, or gates: [...]")
+            if not values.get("gates"):
+                raise UserError(f"{entry}: there are no gates in it")
+            gates += read_gates(values["gates"])
         else:
             gates += [name.strip() for name in entry.split(",")] if isinstance(entry, str) else [entry]
     return gates
@@ -89,10 +96,11 @@ class GatesSettings(Settings):
     """Scores of answers to held-out prompts while training, one an entry (name, or a mapping), or a file of them. A
     gate without prompts takes validation_datasets, or the validation split of the first source."""
     gate_every: Annotated[int | None, Gt(0)] = None
-    """Optimizer steps between measurements of the gates, which take at most a tenth of the run's time."""
+    """Optimizer steps between measurements of the gates, which take at most a tenth of the run's time after the first
+    eight prompts, unless metric_for_best_model is a gate."""
     metric_for_best_model: Annotated[str | None, Resume.FIXED] = None
     """`gate NAME`: the best checkpoint is the one with the best score of this gate; none is the one with the best
-    validation loss or reward."""
+    validation loss or reward. Gates are then never skipped, always on the same prompts, and may take more time."""
 
     @model_validator(mode="after")
     def check_gates(self) -> "GatesSettings":

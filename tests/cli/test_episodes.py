@@ -126,6 +126,14 @@ def test_a_model_plays_in_an_environment_of_ones_own(cli, model, button, monkeyp
     assert "[bold]pressed[/] 4 times" in out and 'press {"times": 2}' in out
 
 
+def test_tasks_that_name_no_expected_calls(cli, tmp_path):
+    task = {"goal": "Make a.txt.", "success": {"file_equals": {"a.txt": "x"}}}
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "Do: ", "task": json.dumps(task)}))
+    code, out, err = cli("expert", "--tasks", tmp_path / "own.jsonl", "--json")
+    assert code == 0 and json.loads(out)["figures"]["expert"]["calls"] == 0
+    assert "expert: 1 of 1 tasks name no expected calls" in err
+
+
 def test_an_untrained_model_ends_without_success(cli, model, button):
     code, out, _ = cli(model, *button, "-n", 2, "--max-new-tokens", 8, "--temperature", 0, "--json")
     assert code == 0 and next(iter(json.loads(out)["figures"].values()))["success"] == 0.0
@@ -142,6 +150,8 @@ def test_an_untrained_model_ends_without_success(cli, model, button):
         (["x", "--tasks", "demo/tasks", "--environment", "simulater"], "did you mean 'simulator'"),
         (["no/such/run", "--tasks", "demo/tasks", "-n", "1"], "no/such/run"),
         (["x", "--tasks", "demo/tasks", "--temperature", "-1"], "temperature"),
+        (["expert", "--tasks", "demo/tasks", "--temperature", "0.7"], "have no effect on a scripted policy"),
+        (["random", "--tasks", "demo/tasks", "--max-new-tokens", "8"], "have no effect on a scripted policy"),
     ],
 )
 def test_bad_input_is_one_sentence(cli, words, expected):

@@ -68,7 +68,59 @@ def test_thresholds_and_names(evaluate, texts, base_folder, tmp_path):
     strict = tmp_path / "strict.yaml"
     strict.write_text("gates:\n- {name: json_valid, min: 0.9}\n")
     code, text = evaluate(base_folder, "--gates", strict, *words[2:])
-    assert code == 3 and "json_valid fails: below min = 0.9" in text
+    assert code == 3 and "json_valid fails: 0 is below min = 0.9" in text
+
+
+def test_the_command_line_wins_over_the_file(evaluate, texts, base_folder, tmp_path):
+    path = tmp_path / "gates.yaml"
+    path.write_text(f"- {{name: perplexity, n: 3, prompts: {texts}}}\n")
+    for words, count in (((), 3), (("-n", 6), 6), (("--n", 100), 20)):
+        _, text = evaluate(base_folder, "--gates", path, "--json", *words)
+        assert json.loads(text)["gates"][0]["prompts"] == count
+
+
+def test_a_perplexity_that_is_not_finite_fails(evaluate, gates_file, base_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base_folder, damaged)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    next(model.parameters()).data[:] = float("nan")
+    model.save_pretrained(damaged)
+    code, text = evaluate(damaged, "--gates", "perplexity", "--prompts", gates_file.parent / "texts.jsonl")
+    assert code == 3 and "perplexity fails: the score is not finite" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "gates.yaml: there are no gates in it"),
+        ("gates: []", "gates.yaml: there are no gates in it"),
+        ("gate: [json_valid]", "gates.yaml: unknown key 'gate'"),
+        ("gates: [json_valid]\nn: 5", "gates.yaml: unknown key 'n'"),
+    ],
+)
+def test_files_without_gates(text, problem, evaluate, base_folder, tmp_path):
+    path = tmp_path / "gates.yaml"
+    path.write_text(text)
+    code, printed = evaluate(base_folder, "--gates", path)
+    assert code == 2 and problem in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--gates", "json_vald", "-p", "TEXTS"), "did you mean 'json_valid'"),
+        (("--gates", "json_valid", "-p", "nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
+        (("--gates", "json_valid", "-p", "TEXTS", "--baseline", "./no/run"), "./no/run: there is no such folder"),
+        (("--gates", "json_valid", "-p", "TEXTS", "-o", "no/folder/e.json"), "--output no/folder/e.json: expected"),
+        (("--gates", "json_valid", "-p", "TEXTS", "-o", "evaluation"), "--output evaluation: expected"),
+    ],
+)
+def test_mistakes_come_before_the_model_is_loaded(words, problem, evaluate, texts, base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmlab.inference.load_for_inference", None)
+    code, text = evaluate(base_folder, *(texts if word == "TEXTS" else word for word in words))
+    assert code == 2 and problem in text and len(text.splitlines()) == 1
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmlab.evaluation import gates as gates_module
-from llmlab.evaluation.gates import Example, Scores, judge, load_gates, measure
+from llmlab.evaluation.gates import Example, Scores, find_gates, judge, load_gates, measure
 from llmlab.inference import context_length, load_for_inference
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -31,7 +31,7 @@ def prompts(tmp_path):
 
 def load(model, *entries, chats=True):
     settings = EvaluateSettings(gates=list(entries)).gates
-    return load_gates(settings, model[1], chats=chats, context=context_length(model[0]))
+    return load_gates(find_gates(settings), model[1], chats=chats, context=context_length(model[0]))
 
 
 def scored(values):
@@ -47,7 +47,8 @@ def test_scores_of_completions(model, prompts, monkeypatch):
 
     def generate(model, tokenizer, rows, sampling, **options):
         asked.append((len(rows), sampling.temperature))
-        return iter([tokenizer("moos" if k % 3 else "quacks")["input_ids"] for k in range(len(rows))])
+        assert options == {"batch_size": gates_module.BATCH}
+        return [tokenizer("moos" if k % 3 else "quacks")["input_ids"] for k in range(len(rows))]
 
     monkeypatch.setattr(gates_module, "generate_tokens", generate)
     own = {"prompts": prompts, "num_samples": 3, "temperature": 0.7}
@@ -89,8 +90,8 @@ def test_models_of_text_continue_the_beginnings_of_texts(model, corpus_file):
 def test_thresholds(model, prompts):
     gate = gate_of(model, prompts, min=0.5, max=0.8)
     options = {"tests": 1, "seed": 0, "draws": 1000}
-    assert judge(gate, scored([1, 0, 0, 0]), **options).failures == ("below min = 0.5",)
-    assert judge(gate, scored([1, 1, 1, 1]), **options).failures == ("above max = 0.8",)
+    assert judge(gate, scored([1, 0, 0, 0]), **options).failures == ("0.25 is below min = 0.5",)
+    assert judge(gate, scored([1, 1, 1, 1]), **options).failures == ("1 is above max = 0.8",)
     verdict = judge(gate, scored([1, 1, 1, 0] * 50), **options)
     assert verdict.failures == () and verdict.score == 0.75 and verdict.low < 0.75 < verdict.high
     assert verdict.needed == pytest.approx(2 * (1.96 + 1.881) ** 2 * 0.75 * 0.25 / (0.05 * 0.75) ** 2, rel=0.01)
@@ -130,6 +131,43 @@ def test_perplexities_of_two_tokenizers_are_not_compared(model, prompts):
     assert len(verdict.failures) == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite_fail(value, model, prompts):
+    gate = gate_of(model, {"name": prompts, "column": "prompt"}, "perplexity")
+    broken, sound = (Scores(np.array([3.0, each]), np.ones(2)) for each in (value, 3.0))
+    options = {"tests": 1, "seed": 0, "draws": 100}
+    assert judge(gate, broken, **options).failures == ("the score is not finite",)
+    assert judge(gate, broken, sound, **options).failures == ("the score is not finite",)
+    assert judge(gate, sound, broken, **options).failures == ("the baseline's score is not finite",)
+    exploded = judge(gate, scored([900.0] * 9), scored([1.0] * 9), **options)  # exp(899) is no float
+    assert exploded.failures and exploded.change == pytest.approx(math.e * math.expm1(700))
+
+
+def applying(share, count, seed):
+    weights = (np.random.default_rng(seed).random(count) < share).astype(float)
+    return Scores(weights, weights)  # a score of 1 wherever it applies
+
+
+def test_a_score_that_applies_to_fewer_prompts_than_the_baselines(model, prompts):
+    gate, options = gate_of(model, prompts), {"tests": 1, "seed": 0, "draws": 500}
+    few, many = Scores(*[np.array([1.0] * 40 + [0.0] * 60)] * 2), Scores(*[np.array([1.0] * 90 + [0.0] * 10)] * 2)
+    assert judge(gate, few, many, **options).failures == ("it applies to 40 prompts, and the baseline's to 90",)
+    assert judge(gate, many, few, **options).failures == ()
+    nearly = Scores(*[np.array([1.0] * 980 + [0.0] * 20)] * 2)  # a certain loss of 2 %
+    assert judge(gate, nearly, scored([1] * 1000), **options).failures == ()
+    alarms = [judge(gate, applying(0.5, 50, k), applying(0.5, 50, -1 - k % 7 + 99), **options) for k in range(200)]
+    assert sum(bool(verdict.failures) for verdict in alarms) <= 10  # 5 % where it is a matter of chance
+
+
+def test_what_is_compared_is_of_the_same_prompts(model, prompts):
+    gate, options = gate_of(model, prompts, min=0.3), {"tests": 1, "seed": 0, "draws": 100}
+    after = Scores(np.array([1.0, 0, 0, 0]), np.array([1.0, 1, 1, 1]))
+    before = Scores(np.array([1.0, 1, 0, 0]), np.array([1.0, 1, 0, 0]))
+    verdict = judge(gate, after, before, **options)
+    assert (verdict.prompts, verdict.score, verdict.baseline, verdict.change) == (2, 0.5, 1.0, -0.5)
+    assert verdict.failures == ("0.25 is below min = 0.3",)  # of all prompts that it applies to
+
+
 def test_episodes(model, prompts, monkeypatch):
     class Counter:
         def reset(self, **row):
@@ -138,12 +176,13 @@ def test_episodes(model, prompts, monkeypatch):
     def play(tasks, sample, tokenizer, **limits):
         assert limits["max_episode_length"] == 3 and limits["max_new_tokens"] == 4
         assert limits["max_length"] == context_length(model[0])
+        assert model[1].eos_token_id in limits["ends"]
         for task in tasks:
             task.environment.reset(**task.columns)
         return tasks  # with their environments
 
     monkeypatch.setattr(gates_module, "play", play)
-    monkeypatch.setattr(gates_module, "load_environment", lambda name: {"toy": Counter}[name])
+    monkeypatch.setattr(gates_module, "load_environment", lambda name, allow_code: {"toy": Counter}[name])
     parameters = {"environment": "toy", "max_episode_length": 3}
     gate = gate_of(model, prompts, "episode_success", parameters=parameters)
     assert measure([gate], *model, seed=0)["episode_success"].mean == pytest.approx(4 / 9)
@@ -152,6 +191,8 @@ def test_episodes(model, prompts, monkeypatch):
 def test_gates_that_cannot_be_measured(model, prompts):
     with pytest.raises(UserError, match="there is no such score; did you mean 'perplexity'"):
         gate_of(model, prompts, "perplexty")
+    with pytest.raises(UserError, match="gate 'json_valid': prompts = .*nowhere.jsonl: there is no such file"):
+        find_gates(EvaluateSettings(gates=[{"name": "json_valid", "prompts": "nowhere.jsonl"}]).gates)
     with pytest.raises(UserError, match="it has no prompts"):
         load(model, "json_valid")
     with pytest.raises(UserError, match="unknown parameter 'colum'; did you mean 'column'"):

@@ -115,7 +115,9 @@ def test_gates_take_at_most_a_tenth_of_the_time(per_prompt, best, monkeypatch):
     for _ in range(50):
         clock.now += 100.0  # ten steps
         measured += bool(callback.measure())
+        per_prompt *= 2 if best and clock.now > 2500 else 1  # as episodes get longer
     if best:
+        assert "which" not in said[0] and "this gate decides about the checkpoint, so it is never skipped" in said[0]
         assert measured == 50 and set(counts) == {8}  # it decides about the best checkpoint, whatever it takes
     else:
         assert callback.spent <= 0.1 * clock.now + 8 * per_prompt
