@@ -140,7 +140,7 @@ def find_gates(
 
 
 def load_gates(gates: list[Gate], tokenizer: PreTrainedTokenizerBase, chats: bool, context: int | None) -> list[Gate]:
-    """Returns gates with their prompts read, as messages where the model `chats`; `context` is its longest sequence."""
+    """Returns gates with their prompts read, messages where the model `chats`; `context` is its longest sequence."""
     loaded = []
     for gate in gates:
         whole = gate.settings.name == "perplexity"

@@ -94,30 +94,50 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def make_callback(monkeypatch):
+    """Returns a function that makes a callback, its clock, the counts that it measures, and what it says."""
+
+    def make(cost, best):
+        clock, counts, said = Clock(), [], []
+        monkeypatch.setattr(gates_module, "time", clock)
+        gate = SimpleNamespace(label="a", examples=[None] * 100)
+        accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None))
+        trainer = SimpleNamespace(is_fsdp_enabled=False, accelerator=accelerator)
+        callback = GateCallback(trainer, [gate], 10, gate if best else None, said.append)
+
+        def measure_on(count):
+            callback.cost = cost(clock.now)
+            clock.now, callback.spent = clock.now + callback.cost * count, callback.spent + callback.cost * count
+            counts.append(count)
+            return {"a": 0.5}
+
+        monkeypatch.setattr(callback, "measure_on", measure_on)
+        callback.on_train_begin()
+        return callback, clock, counts, said
+
+    return make
+
+
+def test_the_gate_that_decides_is_always_of_the_same_prompts(make_callback):
+    callback, clock, counts, said = make_callback(lambda now: 0.2 if now < 1000 else 2.0, best=True)
+    for _ in range(30):
+        clock.now += 100.0
+        assert callback.measure()
+    affordable = (0.1 * (100 + 8 * 0.2) - 8 * 0.2) / 0.9 / 0.2
+    assert counts == [8] + [int(0.8 * affordable)] * 30  # the first 8 say what a prompt costs
+    assert callback.spent > 0.1 * clock.now and len(said) == 1
+    assert "38 of 100 prompts from now on, or over 10%" in said[0] and "so it is never skipped" in said[0]
+
+
 @pytest.mark.parametrize(("per_prompt", "best"), [(0.01, False), (0.2, False), (2.0, False), (2.0, True)])
-def test_gates_take_at_most_a_tenth_of_the_time(per_prompt, best, monkeypatch):
-    clock, counts, said = Clock(), [], []
-    monkeypatch.setattr(gates_module, "time", clock)
-    gate = SimpleNamespace(label="a", examples=[None] * 100)
-    state = SimpleNamespace(deepspeed_plugin=None)
-    trainer = SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=state))
-    callback = GateCallback(trainer, [gate], 10, gate if best else None, said.append)
-
-    def measure_on(count):
-        clock.now += per_prompt * count
-        callback.spent, callback.cost = callback.spent + per_prompt * count, per_prompt
-        counts.append(count)
-        return {"a": 0.5}
-
-    monkeypatch.setattr(callback, "measure_on", measure_on)
-    callback.on_train_begin()
+def test_gates_take_at_most_a_tenth_of_the_time(per_prompt, best, make_callback):
+    callback, clock, counts, said = make_callback(lambda now: per_prompt, best)
     measured = 0
     for _ in range(50):
         clock.now += 100.0  # ten steps
         measured += bool(callback.measure())
-        per_prompt *= 2 if best and clock.now > 2500 else 1  # as episodes get longer
     if best:
-        assert "which" not in said[0] and "this gate decides about the checkpoint, so it is never skipped" in said[0]
         assert measured == 50 and set(counts) == {8}  # it decides about the best checkpoint, whatever it takes
     else:
         assert callback.spent <= 0.1 * clock.now + 8 * per_prompt
