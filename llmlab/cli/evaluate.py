@@ -50,7 +50,7 @@ def evaluate(
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score answers to held-out prompts; exit code 3 where a gate fails or is certain to have lost 2.5 % to the baseline."""
+    """Score answers to held-out prompts; exit code 3 where a gate fails or certainly lost 2.5 % to the baseline."""
     if lm_eval is not None and find_spec("lm_eval") is None:
         raise UserError("--lm-eval: lm-evaluation-harness is not installed: pip install 'llmlab[eval]'")
     arguments, entries = locals(), read_gates(gates) if gates else []
