@@ -129,7 +129,7 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 
     outcomes, random = [], Random(seed)
-    for environment, (*before, last), columns in tasks:
+    for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode, rewards = Episode(environment, prompt, []), []
         calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)

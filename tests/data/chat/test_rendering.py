@@ -176,7 +176,9 @@ def test_chatml_is_given_where_there_is_no_template(tokenizer, tmp_path):
     other = tmp_path / "mine.jinja"
     other.write_text(UNMARKED)
     assert add_chat_template(tokenizer, str(other)) == [] and tokenizer.chat_template == UNMARKED
-    with pytest.raises(UserError, match=r"chat_template = nowhere.jinja: No such file.*expected chatml, chatml_compact or"):
+    with pytest.raises(
+        UserError, match=r"chat_template = nowhere.jinja: No such file.*expected chatml, chatml_compact or"
+    ):
         add_chat_template(tokenizer, "nowhere.jinja")
 
 
