@@ -269,3 +269,59 @@ def test_results_follow_the_token_that_ended_the_turn(tokenizer):
     text = '\n<|im_start|>tool\n<tool_response>\na <b> "c"\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
     for end in ("<|im_end|>", tokenizer.eos_token):  # models end turns with either
         assert tokenizer.decode(suffix_ids(tokenizer, results, tokenizer.convert_tokens_to_ids(end))) == text
+
+
+def test_the_models_own_end_tokens_end_a_turn(tokenizer):
+    stop = tokenizer("duck", add_special_tokens=False)["input_ids"][0]
+    ids = [*tokenizer(call("press", times=3), add_special_tokens=False)["input_ids"], stop]
+    options = {"max_new_tokens": 64, "max_length": None}
+    for ends, calls in (((), 0), ((stop,), 1)):
+        (episode,) = play([Task(Counter(), PROMPT, {})], lambda rows: [ids], tokenizer, ends=ends, **options)
+        assert episode.calls == calls and episode.completion_ids == ids
+
+
+def test_half_characters_reach_the_environment_and_no_message(tokenizer):
+    class Strict(Counter):
+        def press(self, times: str) -> str:
+            """Presses.
+
+            Args:
+                times: how often.
+            """
+            self.seen = times
+            return times
+
+    sample, _ = script(tokenizer, call("press", times="\ud800"), "well")
+    (episode,) = play([Task(Strict(), PROMPT, {})], sample, tokenizer, max_new_tokens=8, max_length=None)
+    assert episode.environment.seen == "\ud800"
+    json.dumps(episode.completion, ensure_ascii=False).encode()  # no UnicodeEncodeError
+
+
+def test_async_tools_share_one_loop(tokenizer):
+    async def which():
+        return asyncio.get_running_loop()
+
+    assert len({id(loop) for loop in run_side_by_side([which] * 64, [20.0] * 64)}) == 1
+
+
+def test_seeds_reach_environments_before_reset(tokenizer):
+    class Random(Counter):
+        def reset(self, prompt, **row):
+            self.drawn = random.Random(self.seed).random()
+
+    sample, _ = script(tokenizer, "well")
+    tasks = [Task(Random(), PROMPT, {}, seed) for seed in (1, 1, 2)]
+    drawn = [each.environment.drawn for each in play(tasks, sample, tokenizer, max_new_tokens=8, max_length=None)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("value", "message"), [({"a": 1}, "reset returned dict; expected text"), (None, "")])
+def test_what_reset_returns(value, message, tokenizer):
+    class Odd(Counter):
+        def reset(self, **row):
+            return value
+
+    sample, _ = script(tokenizer, "well")
+    task = Task(Odd(), PROMPT if message else [], {})
+    with pytest.raises(UserError, match=message or "has no message to add its text to"):
+        play([task], sample, tokenizer, max_new_tokens=8, max_length=None)

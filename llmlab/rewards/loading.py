@@ -22,6 +22,7 @@ from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import load_code
+from llmlab.simulator.loading import load_environment
 
 
 def load_rewards(
@@ -126,6 +127,11 @@ def check_rewards(resolved: Resolved[Any]) -> Resolved[Any]:
         load_rewards(resolved.settings.rewards or (), allowed, check_only=True)
     except SettingsError as error:
         problems += [f"{resolved.sources.get('rewards', 'rewards')}: {problem}" for problem in error.problems]
+    for spec in getattr(resolved.settings, "environments", {}).values():
+        try:
+            load_environment(spec, allow_code=allowed, check_only=True)
+        except UserError as error:
+            problems.append(f"{resolved.sources.get('environment', 'environment')}: {error}")
     if problems:
         raise SettingsError(problems)
     return resolved

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from llmlab.settings.environment import SIMULATOR, RewardConfig
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.trust import NOT_ALLOWED, load_code
-from llmlab.simulator.environment import tools_of
+from llmlab.simulator.environment import Environment, tools_of
 
 KINDS = {SIMULATOR: SIMULATOR, "gymnasium": "gymnasium:ID", "openenv": "openenv:URL", "": "path/to/file.py:Class"}
 HERE = ("localhost", "127.0.0.1", "::1")
@@ -21,7 +21,7 @@ TOOL = "typed arguments and a Google-style docstring"
 
 
 def load_environment(
-    spec: str, *, allow_code: bool = False, reward_config: RewardConfig | None = None
+    spec: str, *, allow_code: bool = False, reward_config: RewardConfig | None = None, check_only: bool = False
 ) -> Callable[[], Any]:
     """Returns what makes environments.
 
@@ -29,6 +29,7 @@ def load_environment(
         spec: `simulator`, `gymnasium:ID`, `openenv:URL`, `openenv:module:Class` or `path/to/file.py:Class`.
         allow_code: lets code run that the spec names, and lets a server on another machine be used.
         reward_config: what the simulator rewards.
+        check_only: raises the errors that are known without running code or reaching a server, and returns nothing.
     """
     where, (kind, _, name) = f"environment '{spec}'", spec.partition(":")
     if spec == SIMULATOR:
@@ -36,8 +37,9 @@ def load_environment(
 
         return partial(Simulator, reward_config=reward_config)
     if ".py:" in spec:
-        factory = load_code(spec, "class", allowed=allow_code)
-        check_environment(factory, where)
+        factory = load_code(spec, "class", allowed=allow_code, check_only=check_only)
+        if not check_only:
+            check_environment(factory, where)
         return factory
     if kind not in KINDS or not name:
         near = did_you_mean(kind, KINDS)
@@ -48,6 +50,8 @@ def load_environment(
     is_code = bool(module) and (kind == "gymnasium" or attribute.isidentifier())
     if is_code and not allow_code:
         raise UserError(f"{where}: {NOT_ALLOWED}")
+    if check_only:
+        return Environment
     if kind == "gymnasium":
         return from_gymnasium(name)  # which imports the module of `module:ID`
     if is_code:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from llmlab.settings.environment import RewardConfig
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import SettingsError, UserError
 from llmlab.simulator.loading import load_environment
 
 OWN = '''
@@ -105,3 +105,16 @@ def test_the_simulator_gets_its_rewards():
     world = pytest.importorskip("llmlab.simulator.world")
     make = load_environment("simulator", reward_config=RewardConfig(task_failed=-7.0))
     assert isinstance(make(), world.Simulator) and make().reward_config.task_failed == -7.0
+
+
+def test_a_later_stages_environment_is_checked_before(tmp_path):
+    from llmlab.rewards.loading import check_rewards
+    from llmlab.settings.grpo import GRPOSettings
+
+    for spec, message in (
+        ("simulater", "there is no such environment; did you mean 'simulator'"),
+        (f"{tmp_path}/x.py:World", "there is no such file"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            check_rewards(GRPOSettings(environment=spec, allow_code=True))
+    assert check_rewards(GRPOSettings(environment="gymnasium:Taxi-v3")).settings.environment == "gymnasium:Taxi-v3"

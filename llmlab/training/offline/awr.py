@@ -46,7 +46,8 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
     rated = [each for group in groups for each in group]
     rewards = [[each.reward for each in group] for group in groups]
     advantages = np.concatenate([[], *(np.subtract(group, np.mean(group)) for group in rewards)])
-    advantages[np.abs(advantages) < 1e-9 * max(1.0, *(abs(each.reward) for each in rated))] = 0  # rounding
+    largest = max([1.0, *(abs(each.reward) for each in rated)])
+    advantages[np.abs(advantages) < 1e-9 * largest] = 0  # rounding
     if not advantages.any():
         return [], left_out + Counter({"with the reward of all samples of its prompt": len(rated)})
     scale = settings.advantage_beta / (advantages.std() if settings.normalize_advantage else 1.0)

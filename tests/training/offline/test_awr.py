@@ -69,7 +69,7 @@ def test_weights_are_those_of_the_formula(tiny_settings):
     deviation = math.sqrt(sum(a * a for a in advantages) / 5)
     raw = [min(math.exp(2 * a / deviation), 4) for a in advantages]
     assert weights_of(tiny_settings, rewards, advantage_beta=2, clip_advantage=4) == scaled(raw)
-    assert weights_of(tiny_settings, [[0.0, 1e9]], **plain) == [0, 2]  # no overflow
+    assert weights_of(tiny_settings, [[0.0, 1e9]], **plain) == pytest.approx([0, 2], abs=1e-8)  # no overflow
     assert weights_of(tiny_settings, rewards, advantage_beta=0) == [1] * 5
 
 
@@ -79,7 +79,20 @@ def test_samples_without_reward_or_advantage_are_left_out(tiny_settings):
     assert [each.sample for each, _ in rows] == [0, 2] and left_out == {"without a reward": 1}
     rows, left_out = weigh([sample(0, 0, 1.0), sample(0, 1, 1.0), sample(1, 0, 0.0)], settings)
     assert (rows, left_out) == ([], {"with the reward of all samples of its prompt": 3})
+    # 0.7 less the mean of three is 1e-16, and no advantage; an episode without room for a turn has no token
+    assert weigh([sample(0, k, 0.7) for k in range(3)], settings)[0] == []
+    empty = sample(0, 3, 0.2)
+    empty.completion_ids = []
+    rows, left_out = weigh([sample(0, 0, 1.0), sample(0, 1, 0.0), empty], settings)
+    assert len(rows) == 2 and left_out == {"without a sampled token": 1}
     assert weigh([], settings) == ([], {})
+
+
+def test_an_episode_that_failed_is_not_kept():
+    failed, solved = sample(0, 0, 0.9), sample(0, 1, 0.7)
+    failed.success, solved.success = False, True
+    rows, left_out = keep_best([failed, solved], 0.6)
+    assert [each.sample for each, _ in rows] == [1] and left_out == {"episodes that failed": 1}
 
 
 def test_the_best_above_the_threshold_is_kept():

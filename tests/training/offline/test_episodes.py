@@ -39,6 +39,7 @@ def played(tmp_path, monkeypatch):
     (tmp_path / "world.py").write_text(WORLD)
 
     def play(tasks, sample, tokenizer, **limits):
+        assert 2 in limits.pop("ends")
         assert limits == {"max_episode_length": 3, "max_new_tokens": 8, "max_length": 128, "tool_timeout": 30.0}
         episodes = []
         for k, task in enumerate(tasks):
