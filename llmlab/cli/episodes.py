@@ -79,9 +79,7 @@ def run_episodes(
     make = load_environment(environment, allow_code=allow_code)
     prompts, _ = load_prompts(source, limit=count)
     if environment == SIMULATOR and any("task" not in prompt.columns for prompt in prompts):
-        raise UserError(
-            f"--tasks {tasks}: a row has no column task, which the simulator needs; such as demo/tasks has"
-        )
+        raise UserError(f"--tasks {tasks}: a row has no column task, as the rows of demo/tasks have")
     played = {}
     for name in dict.fromkeys([run, *(SCRIPTED if environment == SIMULATOR else ())]):
         fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
@@ -133,7 +131,7 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 
     outcomes, random = [], Random(seed)
-    for environment, (*before, last), columns in tasks:
+    for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode, rewards = Episode(environment, prompt, []), []
         calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)

@@ -82,9 +82,8 @@ def read_task(task: str | Mapping[str, Any], difficulty: int | None = None) -> T
     try:
         values = json.loads(task) if isinstance(task, str) else task
         read = ToolTask.model_validate(_without_nulls(values))
-        for path, code in read.success.python_equals.items():
-            if structure_of(code) is None:
-                raise ValueError(f"success.python_equals.{path}: expected Python code")
+        if wrong := [path for path, code in read.success.python_equals.items() if structure_of(code) is None]:
+            raise ValueError(f"success.python_equals.{wrong[0]}: expected Python code")
         solved = read.success.holds(FileSystem(read.files).texts, None)
     except ValidationError as error:
         first = error.errors()[0]

@@ -134,5 +134,5 @@ def test_a_slow_guardrail_is_an_observation(tmp_path, monkeypatch):
     path.write_text("deny: [{name: slow, pattern: '(a|aa)+$'}]")
     simulator = Simulator(guardrails=path)
     simulator.reset({"goal": "x", "success": {"answer_equals": "x"}})
-    assert "catastrophic backtracking" in simulator.write_file("a", "a" * 5000 + "b")
+    assert "catastrophic backtracking" in simulator.write_file("b.txt", "a" * 5000 + "b")
     assert simulator.rewards["schema_fail"] == -5 and not simulator.done and not simulator._files.texts

@@ -163,8 +163,8 @@ def test_quotes_patterns_and_prefixes_hide_nothing(command):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"path": "prod.env"}, {"path": ".envrc"}, {"path": "app/.env-prod"}, {"path": "a.sh", "content": "rm -r -f docs"},
-     {"path": "run", "content": "#!/bin/sh\nls\n  rm -r -f docs\n"}, {"path": "a.sql", "content": "UPDATE a SET b = 3;"},
+    [{"path": "prod.env"}, {"path": ".envrc"}, {"path": ".env-prod"}, {"path": "a.sh", "content": "rm -r -f docs"},
+     {"path": "x", "content": "#!/bin/sh\nls\n  rm -r -f docs"}, {"path": "a.sql", "content": "UPDATE a SET b = 3"},
      {"path": "a.py", "content": "from shutil import rmtree\n"}, {"path": "a.py", "content": "rmtree('docs')\n"}],
 )  # fmt: skip
 def test_other_names_and_scripts(arguments):
