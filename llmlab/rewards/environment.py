@@ -25,4 +25,4 @@ def _scaled(environment: Any) -> float:
         name = type(environment).__name__
         raise UserError(f"environment {name}: its reward has no reward_range; set normalize_rewards=false")
     low, high = bounds
-    return min(max((float(environment.get_reward()) - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    return (float(environment.get_reward()) - low) / (high - low) if high > low else 0.0

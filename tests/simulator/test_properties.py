@@ -120,8 +120,10 @@ def test_a_slow_pattern_is_an_observation():
 
 
 def test_many_lines_share_the_time_of_a_pattern():
-    line = "a" * 23 + "b\n"  # some milliseconds each
-    SIMULATOR.reset({"goal": "x", "files": {f"{n}": line * 700 for n in range(20)}, "success": {"answer_equals": "x"}})
+    line = "a" * 13 + "b\n"  # less than a millisecond each
+    SIMULATOR.reset(
+        {"goal": "x", "files": {f"{n}": line * 1_000 for n in range(20)}, "success": {"answer_equals": "x"}}
+    )
     for observe in (lambda: SIMULATOR.grep("(a|aa)+$", "."), lambda: SIMULATOR.run_command("grep -r '(a|aa)+$' .")):
         begin = time.perf_counter()
         assert observe() == "error: this pattern takes too long"
