@@ -81,6 +81,8 @@ def run_episodes(
 
     make = load_environment(environment, allow_code=allow_code)
     prompts, _ = load_prompts(source, limit=count)
+    if environment == SIMULATOR and any("task" not in prompt.columns for prompt in prompts):
+        raise UserError(f"--tasks {tasks}: a row has no column task, as the rows of demo/tasks have")
     played = {}
     for name in dict.fromkeys([run, *(SCRIPTED if environment == SIMULATOR else ())]):
         fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
@@ -131,7 +133,11 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
     from llmlab.episodes import Episode
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 
+<<<<<<< HEAD
     outcomes, random, unknown = [], Random(seed), 0
+=======
+    outcomes, random = [], Random(seed)
+>>>>>>> w-fixsim
     for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode, rewards = Episode(environment, prompt, []), []
@@ -167,8 +173,8 @@ def figures(outcomes: list[Outcome]) -> dict[str, float]:
     spread = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
     table = {"success": share, "success, at least": max(middle - spread, 0.0), "success, at most": middle + spread}
     for column in GROUPS:
-        values = [each.columns.get(column) for each in outcomes]
-        for value in sorted({*values} - {None}):
+        values = [str(each.columns.get(column)) for each in outcomes]
+        for value in sorted({*values} - {"None"}):
             table[f"success, {column} {value}"] = fmean(compress(success, [each == value for each in values]))
     for end, name in ENDS.items():
         table[f"ended by {name}"] = fmean(each.episode.end == end for each in outcomes)

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import groupby
 from time import monotonic
@@ -56,16 +57,28 @@ def searcher(pattern: str, flags: int = 0) -> Callable[[str], Any]:
     end = monotonic() + SEARCH_SECONDS
 
     def search(line: str) -> Any:
-        try:
-            return compiled.search(line, timeout=max(end - monotonic(), 1e-3))
-        except TimeoutError:
-            raise ToolError("this pattern takes too long") from None
+        with suppress(TimeoutError):
+            if (rest := end - monotonic()) > 0:
+                return compiled.search(line, timeout=rest)
+        raise ToolError("this pattern takes too long")
 
     return search
 
 
 def lines_of(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def unquote(command: str, files: FileSystem) -> list[str]:
+    """Returns lines `command=` for the commands in any command line, and `path=` for what its patterns match."""
+    lines, paths = ["command="], set[str]()
+    for token in _TOKEN.finditer(command[:MAX_COMMAND].replace("\n", ";")):
+        word = token[1] if token[1][0] in "|<>&;()" else "".join(shlex.split(token[1]))
+        lines[-1] += f"{word} "
+        lines += ["command="] if token[1][0] in "|&;()" else []
+        with suppress(ToolError):
+            paths.update(files.glob(word) if re.search(r"[*?\[]", word) else ())
+    return [line.rstrip() for line in lines] + [f"path={path}" for path in sorted(paths)]
 
 
 def _parse(command: str, files: FileSystem) -> tuple[list[list[str]], str | None, bool]:

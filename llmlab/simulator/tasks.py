@@ -11,7 +11,7 @@ from functools import cache, partial
 from importlib.resources import files as resources
 from random import Random
 from string import Formatter
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from zlib import crc32
 
 import yaml
@@ -30,7 +30,7 @@ HELD_OUT_IN = 8  # one in so many compound words is for the held-out split only
 class Call(NamedTuple):
     """A call of a tool."""
 
-    tool: str
+    tool: Literal["read_file", "write_file", "search_replace", "list_dir", "glob", "grep", "run_command", "submit"]
     arguments: dict[str, Any]
 
 
@@ -82,6 +82,8 @@ def read_task(task: str | Mapping[str, Any], difficulty: int | None = None) -> T
     try:
         values = json.loads(task) if isinstance(task, str) else task
         read = ToolTask.model_validate(_without_nulls(values))
+        if wrong := [path for path, code in read.success.python_equals.items() if structure_of(code) is None]:
+            raise ValueError(f"success.python_equals.{wrong[0]}: expected Python code")
         solved = read.success.holds(FileSystem(read.files).texts, None)
     except ValidationError as error:
         first = error.errors()[0]
@@ -102,6 +104,10 @@ def generate_task(category: str, difficulty: int, split: str, seed: int) -> Tool
     values: dict[str, Any] = {}
     for slot in slots:
         values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
+    pair = [slot for slot in slots if slot.startswith(("adjective", "noun"))] if "adjective" in slots else []
+    while not all(_is_of(split, [values["adjective"], values[slot]]) for slot in pair if slot != "adjective"):
+        for slot in pair:
+            values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
     fill = partial(_fill, values=values)
     files = fill(template.get("files", {}))
     for _ in range(template.get("noise", 0)):
@@ -133,7 +139,7 @@ def _generate_by_id(task: str, difficulty: int | None) -> ToolTask:
     category, level, split, seed = match[1], difficulty or int(match[2]), match[3], int(match[4])
     categories = grammar()["categories"]
     levels = [str(each) for each in categories["tool_use"]]
-    for word, known in ((category, [*categories]), (split, SPLITS), (str(level), levels)):
+    for word, known in ((category, [*categories]), (split, SPLITS), (repr(level), levels)):
         if word not in known:
             expected = f"expected one of {', '.join(known)}{did_you_mean(word, known)}"
             raise UserError(f"task = {shorten(task)}: {word}: {expected}")
@@ -186,10 +192,15 @@ def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> An
             value = "".join(_compound(random, words["repeat"], split)[0] for _ in range(count))
         else:
             value, parts = _compound(random, words, split)
-            if (crc32(" ".join(parts).encode()) % HELD_OUT_IN == 0) is (split == "train"):
+            if not _is_of(split, parts):
                 continue
         if value not in taken.values():
             return value
+
+
+def _is_of(split: str, words: list[str]) -> bool:
+    """Whether words that stand together are the split's own."""
+    return (crc32(" ".join(words).encode()) % HELD_OUT_IN == 0) is (split == "held_out")
 
 
 def _compound(random: Random, pattern: str, split: str) -> tuple[str, list[str]]:

@@ -4,6 +4,7 @@ It never touches disk, network or processes, and the same task and calls give th
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import Any
 from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import is_unicode
 from llmlab.settings.paths import expand
-from llmlab.simulator.commands import lines_of, run, searcher
+from llmlab.simulator.commands import lines_of, run, searcher, unquote
 from llmlab.simulator.environment import Environment
 from llmlab.simulator.files import MAX_TEXT, FileSystem, ToolError
-from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, read_guardrails
+from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, SlowPattern, read_guardrails
 from llmlab.simulator.python import has_style
 from llmlab.simulator.tasks import ToolTask, read_task
 
 MAX_OBSERVATION = 4_000  # characters
+SCRIPTS, SHEBANG = (".sh", ".bash", ".zsh"), re.compile(r"#!.*sh\b")  # a shell script by its path, by its first line
 
 
 def tool(method: Callable[..., str]) -> Callable[..., str]:
@@ -94,14 +96,16 @@ class Simulator(Environment):
 
     @property
     def reward_range(self) -> tuple[float, float]:  # type: ignore[override]
-        """The reward of an episode that a guardrail ends, and that of the expert."""
+        """The reward of an episode that a guardrail ends, and that of the expert, or of one correct call if higher."""
         expert = Simulator(self.reward_config)
         expert._guardrails = self._guardrails
         assert self.task is not None, "reset comes first"
         expert._start(self.task)
         for name, arguments in self.task.expected:
             getattr(expert, name)(**arguments)
-        return self.reward_config.task_failed + self.reward_config.guardrail_violation, expert.get_reward()
+        config = self.reward_config
+        one_call = config.task_complete + config.correct_tool + config.schema_pass + config.step_penalty
+        return config.task_failed + config.guardrail_violation, max(expert.get_reward(), one_call)
 
     @tool
     def read_file(self, path: str) -> str:
@@ -209,11 +213,15 @@ class Simulator(Environment):
         before, call = self.get_reward(), {"tool": name, "arguments": _record(arguments)}
         self.calls += 1
         self._add("step_penalty")
-        self._add("schema_fail" if problem else "schema_pass")
-        if broken := self._broken_by(call["arguments"]):
+        try:
+            broken = self._broken_by(call["arguments"])
+        except SlowPattern as error:
+            broken, problem = [], str(error)
+        if broken:
             self._add("guardrail_violation")
             self.done, observation = True, f"error: guardrails: {', '.join(broken)}"
         else:
+            self._add("schema_fail" if problem else "schema_pass")
             key = None if problem else _key(str(name), arguments)
             self._add("correct_tool" if key in self._open else "wrong_tool")
             if key in self._open:
@@ -236,9 +244,14 @@ class Simulator(Environment):
 
     def _broken_by(self, arguments: Any) -> list[str]:
         """Returns the names of the guardrails that arguments break, on lines that begin with their names."""
-        items = arguments.items() if isinstance(arguments, dict) else [("arguments", arguments)]
-        text = "\n".join(f"{name}={value}" for name, value in items)
-        return [name for rules in self._guardrails for name in rules.broken_by(text)]
+        named = arguments if isinstance(arguments, dict) else {"arguments": arguments}
+        lines = [f"{name}={value}" for name, value in named.items()]
+        for name, value in named.items():
+            if name == "command":
+                lines += unquote(value, self._files)
+            elif named.get("path", "").endswith(SCRIPTS) or SHEBANG.match(value):
+                lines += [each for line in value.split("\n") for each in unquote(line, FileSystem({}))]
+        return [name for rules in self._guardrails for name in rules.broken_by("\n".join(dict.fromkeys(lines)))]
 
 
 def _key(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:

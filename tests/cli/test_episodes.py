@@ -139,6 +139,16 @@ def test_an_untrained_model_ends_without_success(cli, model, button):
     assert code == 0 and next(iter(json.loads(out)["figures"].values()))["success"] == 0.0
 
 
+def test_columns_of_other_types(cli, tmp_path):
+    row = {"prompt": "Do it. ", "task": "tool_use/1/train/3", "category": ["a", "b"]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(row))
+    code, out, _ = cli("expert", "--tasks", tmp_path / "tasks.jsonl", "--json")
+    assert code == 0 and json.loads(out)["figures"]["expert"]["success, category ['a', 'b']"] == 1.0
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**row, "difficulty": "2"}))
+    code, _, err = cli("expert", "--tasks", tmp_path / "tasks.jsonl")
+    assert code == 2 and "'2': expected one of 1, 2, 3, 4" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -149,6 +159,7 @@ def test_an_untrained_model_ends_without_success(cli, model, button):
         ),
         (["x", "--tasks", "demo/tasks", "--environment", "simulater"], "did you mean 'simulator'"),
         (["no/such/run", "--tasks", "demo/tasks", "-n", "1"], "no/such/run"),
+        (["expert", "--tasks", "demo/chat"], "--tasks demo/chat: a row has no column task"),
         (["x", "--tasks", "demo/tasks", "--temperature", "-1"], "temperature"),
         (["expert", "--tasks", "demo/tasks", "--temperature", "0.7"], "have no effect on a scripted policy"),
         (["random", "--tasks", "demo/tasks", "--max-new-tokens", "8"], "have no effect on a scripted policy"),

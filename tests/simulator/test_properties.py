@@ -89,8 +89,8 @@ def test_any_call_is_an_observation(task, made):
     assert SIMULATOR.rewards.keys() == names
     assert SIMULATOR.get_reward() == sum(SIMULATOR.rewards.values())
     assert SIMULATOR.rewards["step_penalty"] == -0.5 * SIMULATOR.calls
-    passed = SIMULATOR.rewards["schema_pass"] / 2 + SIMULATOR.rewards["schema_fail"] / -5
-    assert passed == SIMULATOR.calls == len(SIMULATOR._trace)
+    schemas = SIMULATOR.rewards["schema_pass"] / 2 + SIMULATOR.rewards["schema_fail"] / -5
+    assert schemas + SIMULATOR.rewards["guardrail_violation"] / -10 == SIMULATOR.calls == len(SIMULATOR._trace)
     json.dumps(SIMULATOR._trace)
 
 
@@ -117,3 +117,24 @@ def test_a_slow_pattern_is_an_observation():
     SIMULATOR.reset({"goal": "x", "files": {"a": "a" * 5000 + "b"}, "success": {"answer_equals": "x"}})
     assert SIMULATOR.grep("(a|aa)+$", ".") == "error: this pattern takes too long"
     assert SIMULATOR.rewards["schema_pass"] == 2
+
+
+def test_many_lines_share_the_time_of_a_pattern():
+    line = "a" * 13 + "b\n"  # less than a millisecond each
+    SIMULATOR.reset(
+        {"goal": "x", "files": {f"{n}": line * 1_000 for n in range(20)}, "success": {"answer_equals": "x"}}
+    )
+    for observe in (lambda: SIMULATOR.grep("(a|aa)+$", "."), lambda: SIMULATOR.run_command("grep -r '(a|aa)+$' .")):
+        begin = time.perf_counter()
+        assert observe() == "error: this pattern takes too long"
+        assert time.perf_counter() - begin < 1
+
+
+def test_a_slow_guardrail_is_an_observation(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmlab.simulator.guardrails.TIMEOUT", 0.05)
+    path = tmp_path / "slow.yaml"
+    path.write_text("deny: [{name: slow, pattern: '(a|aa)+$'}]")
+    simulator = Simulator(guardrails=path)
+    simulator.reset({"goal": "x", "success": {"answer_equals": "x"}})
+    assert "catastrophic backtracking" in simulator.write_file("b.txt", "a" * 5000 + "b")
+    assert simulator.rewards["schema_fail"] == -5 and not simulator.done and not simulator._files.texts

@@ -61,6 +61,49 @@ def test_the_expert_solves_all_and_chance_nearly_none():
     assert episodes == 800 and successes <= 0.02 * episodes
 
 
+def test_the_expert_solves_3000_more():
+    simulator = Simulator()
+    for seed in range(3_000):
+        category, level = LEVELS[seed % len(LEVELS)]
+        simulator.reset(f"{category}/{level}/train/{seed}")
+        play_scripted(simulator, expert_calls(simulator.task))
+        assert simulator.success, simulator.task
+
+
+@pytest.mark.parametrize("kind", ["adjective", "noun", "verb", "fruit"])
+def test_no_word_is_a_part_of_another(kind):
+    words = grammar()["words"][kind]
+    assert [(a, b) for a in words for b in words if a != b and a in b] == []
+
+
+@pytest.mark.parametrize("category", grammar()["categories"])
+def test_adjectives_and_nouns_that_meet_are_of_one_split(category):
+    words = grammar()["words"]
+    pattern = re.compile(
+        rf"\b({'|'.join(words['adjective'])}) ({'|'.join(words['noun'])})\b".replace(r"\b", r"(?<![a-z])", 1)
+    )
+
+    def pairs(split):
+        tasks = [generate_task(category, 1 + seed % 4, split, seed) for seed in range(500)]
+        return {pair for task in tasks for pair in pattern.findall(f"{task}".replace("_", " "))}
+
+    train, held_out = pairs("train"), pairs("held_out")
+    assert len(train) > 500 and len(held_out) > 100 and not train & held_out
+
+
+@pytest.mark.parametrize("level", [3, 4])
+def test_a_line_that_replaces_its_file_is_no_edit(level):
+    simulator = Simulator()
+    for seed in range(40):
+        task = generate_task("search_and_edit", level, "train", seed)
+        simulator.reset(f"search_and_edit/{level}/train/{seed}")
+        for name, change in task.expected:
+            if name == "search_replace":
+                (line,) = [each for each in task.files[change["path"]].split("\n") if change["search"] in each]
+                simulator.write_file(change["path"], line.replace(change["search"], change["replace"]))
+        assert not simulator.success
+
+
 def test_first_tasks_are_short_and_later_ones_longer():
     def mean_calls(level):
         return sum(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from transformers.utils import get_json_schema
@@ -111,7 +112,6 @@ def test_a_guardrail_ends_the_episode(simulator, tmp_path):
     assert components(simulator) == {
         "task_failed": -5,
         "guardrail_violation": -10,
-        "schema_pass": 2,
         "step_penalty": -0.5,
     }
     path = tmp_path / "mine.yaml"
@@ -124,6 +124,11 @@ def test_a_guardrail_ends_the_episode(simulator, tmp_path):
 def test_reward_range(simulator):
     simulator.reset("multi_step/1/train/1")
     assert simulator.reward_range == (-15, 10 + 2 * (5 + 2 - 0.5)) and simulator.calls == 0
+    simulator.reset({"goal": "x", "success": {"answer_equals": "x"}})
+    assert simulator.reward_range == (-15, 10 + 5 + 2 - 0.5)
+    own = {**QUESTION, "success": {"answer_equals": "x"}, "expected": [["list_dir", {"path": "x"}]]}
+    simulator.reset(own)  # an expert that fails
+    assert simulator.reward_range == (-15, 16.5)
 
 
 def test_schemas_are_what_trl_derives():
@@ -138,6 +143,7 @@ def test_schemas_are_what_trl_derives():
         "run_command",
         "submit",
     }
+    assert set(tools) == set(get_args(Call.__annotations__["tool"]))
     for name, tool in tools.items():
         function = get_json_schema(tool)["function"]
         parameters = function["parameters"]
@@ -188,6 +194,11 @@ def test_same_seed_same_trace_in_any_process():
         ("{broken", "task = {broken"),
         ({"goal": "x"}, "success: Field required"),
         ({**EDIT, "file": {}}, "file: Extra inputs are not permitted; did you mean 'files'"),
+        ({**EDIT, "expected": [["open", {"path": "a.txt"}]]}, "expected.0.0: Input should be 'read_file', "),
+        (
+            {"goal": "x", "success": {"python_equals": {"a.py": "x = ("}}},
+            "success.python_equals.a.py: expected Python",
+        ),
         ({**EDIT, "difficulty": 0}, "difficulty: Input should be greater"),
         ({**EDIT, "files": {"../x": "y"}}, "outside of the file system"),
         ({**EDIT, "files": {"a.txt": "blue cup"}}, "hold before the first call"),
@@ -203,6 +214,11 @@ def test_tasks_as_json_and_as_arrow_gives_them(simulator):
     for task in (json.dumps(EDIT), padded):
         simulator.reset(task, prompt="x", expected_steps=2)
         assert simulator.task.files == EDIT["files"] and simulator.task.category == "own"
+
+
+def test_a_difficulty_as_text_is_an_error(simulator):
+    with pytest.raises(UserError, match="'2': expected one of 1, 2, 3, 4"):
+        simulator.reset("refactor/1/train/3", difficulty="2")
 
 
 def test_difficulty_replaces_that_of_the_id(simulator):
