@@ -109,7 +109,7 @@ def _play_model(
     from transformers import set_seed
 
     from llmlab.episodes import play
-    from llmlab.inference import context_length, generate_tokens, load_for_inference
+    from llmlab.inference import context_length, end_tokens, generate_tokens, load_for_inference
     from llmlab.runs.progress import quiet_libraries
 
     rewards: list[list[float]] = []  # of all episodes, before each turn
@@ -122,7 +122,8 @@ def _play_model(
         model, tokenizer = load_for_inference(run)
         set_seed(seed)
         limits = {"max_episode_length": max_episode_length, "max_new_tokens": sampling.max_new_tokens}
-        played = play(tasks, sample, tokenizer, max_length=context_length(model), **limits)
+        limits |= {"max_length": context_length(model), "ends": end_tokens(model, tokenizer)}
+        played = play(tasks, sample, tokenizer, **limits)
     rewards.append([reward_of(task.environment) for task in tasks])
     after = rewards[1:]  # (turns, tasks)
     return [Outcome(each, tasks[k].columns, [turn[k] for turn in after]) for k, each in enumerate(played)]
@@ -133,11 +134,7 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
     from llmlab.episodes import Episode
     from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 
-<<<<<<< HEAD
     outcomes, random, unknown = [], Random(seed), 0
-=======
-    outcomes, random = [], Random(seed)
->>>>>>> w-fixsim
     for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode, rewards = Episode(environment, prompt, []), []
