@@ -16,14 +16,13 @@ from threading import Thread
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import get_json_schema
 
 from llmlab.data.chat.messages import Message, UnusableRow, result_text
 from llmlab.data.chat.rendering import encode_prompt
 from llmlab.data.tokenizer import stop_token_ids
 from llmlab.rewards.calls import ToolCall, read_turn
 from llmlab.settings.errors import UserError, reading, reason_of
-from llmlab.simulator.environment import tools_of
+from llmlab.simulator.environment import schemas_of, tools_of
 
 Sampler = Callable[[list[list[int]]], list[list[int]]]
 """Returns the tokens that follow each prompt, up to and with the token that ends the turn."""
@@ -149,20 +148,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = suffix_ids(tokenizer, [{"role": "tool", "name": "look", "content": "seen"}], tokenizer.eos_token_id)
     if "seen" not in tokenizer.decode(ids):
         raise UserError("the chat template does not show the results of tools; set chat_template=chatml")
-
-
-def schemas_of(environment: Any) -> list[dict[str, Any]]:
-    """Returns the JSON schemas of an environment's tools, from their types and docstrings."""
-    return list(_schemas(type(environment)))
-
-
-@cache
-def _schemas(kind: type) -> tuple[dict[str, Any], ...]:
-    schemas = []
-    for name in tools_of(kind):
-        with reading(f"environment {kind.__name__}: tool {name}", "typed arguments and a Google-style docstring"):
-            schemas.append(get_json_schema(getattr(kind, name)))
-    return tuple(schemas)
 
 
 def _append_text(prompt: list[Message], text: str | None) -> list[Message]:

@@ -9,9 +9,9 @@ import pytest
 
 from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
-from llmlab.episodes import Task, play, run_side_by_side, schemas_of, suffix_ids
+from llmlab.episodes import Task, play, run_side_by_side, suffix_ids
 from llmlab.settings.errors import UserError
-from llmlab.simulator.environment import Environment
+from llmlab.simulator.environment import Environment, schemas_of
 
 PROMPT = [{"role": "user", "content": "The cat? "}]
 

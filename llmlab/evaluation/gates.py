@@ -193,20 +193,20 @@ def measure(
         def sample(rows: list[list[int]], entry: GateSettings = entry) -> list[list[int]]:
             return generate_tokens(model, tokenizer, rows, entry.sampling, batch_size=BATCH)
 
-        asked = [example for example in examples for _ in range(entry.num_samples)]
+        repeated = [example for example in examples for _ in range(entry.num_samples)]
         if entry.name == "perplexity":
             scores[gate.label] = Scores(*text_losses(model, tokenizer, [example.ids for example in examples]))
             continue
         if entry.name == "episode_success":
             limits = {"max_new_tokens": entry.max_new_tokens, "max_length": context_length(model)}
             limits["ends"] = end_tokens(model, tokenizer)
-            found = play_tasks(asked, sample, tokenizer, limits, **gate.parameters)
+            found = play_tasks(repeated, sample, tokenizer, limits, **gate.parameters)
         else:
-            rows = [example.ids for example in asked]
+            rows = [example.ids for example in repeated]
             key = str((rows, entry.sampling))
             if key not in sampled:
                 sampled[key] = tokenizer.batch_decode(sample(rows), skip_special_tokens=True)
-            found = score_texts(gate, asked, sampled[key])
+            found = score_texts(gate, repeated, sampled[key])
         values = np.array(found, float).reshape(-1, entry.num_samples)  # NaN where the score does not apply
         counts = np.isfinite(values).sum(1)
         scores[gate.label] = Scores(np.nansum(values, 1) / np.maximum(counts, 1), (counts > 0).astype(float))

@@ -6,9 +6,13 @@ One object plays one episode at a time. The world of `llmlab.simulator` is `worl
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
+from llmlab.settings.errors import reading
+
 NOT_TOOLS = ("reset", "get_reward")
+TOOL = "typed arguments and a Google-style docstring"
 
 
 class Environment:
@@ -57,3 +61,19 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     kind = environment if isinstance(environment, type) else type(environment)
     names = (name for name, _ in inspect.getmembers(kind, predicate=inspect.isfunction))
     return {name: getattr(environment, name) for name in names if name not in NOT_TOOLS and name[0] != "_"}
+
+
+def schemas_of(environment: Any) -> list[dict[str, Any]]:
+    """Returns the JSON schemas of an environment's tools, from their types and docstrings."""
+    return list(_schemas(type(environment)))
+
+
+@cache
+def _schemas(kind: type) -> tuple[dict[str, Any], ...]:
+    from transformers.utils import get_json_schema  # seconds, for those who need it
+
+    schemas = []
+    for name in tools_of(kind):
+        with reading(f"environment {kind.__name__}: the tool {name}", f"a method with {TOOL}"):
+            schemas.append(get_json_schema(getattr(kind, name)))
+    return tuple(schemas)

@@ -12,12 +12,11 @@ from urllib.parse import urlsplit
 from llmlab.settings.environment import SIMULATOR, RewardConfig
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.trust import NOT_ALLOWED, load_code
-from llmlab.simulator.environment import Environment, tools_of
+from llmlab.simulator.environment import TOOL, Environment, schemas_of
 
 KINDS = {SIMULATOR: SIMULATOR, "gymnasium": "gymnasium:ID", "openenv": "openenv:URL", "": "path/to/file.py:Class"}
 HERE = ("localhost", "127.0.0.1", "::1")
 LEAVES_MACHINE = "actions would leave this machine; --allow-code (allow_code=True) allows it"
-TOOL = "typed arguments and a Google-style docstring"
 
 
 def load_environment(
@@ -64,14 +63,13 @@ def load_environment(
 
 def check_environment(factory: Callable[[], Any], where: str) -> None:
     """Raises UserError for a user's class without `reset`, or without tools that are typed and documented."""
-    from transformers.utils import get_json_schema
-
     with reading(where, "a class that is made without arguments"):
         environment = factory()
     if not callable(getattr(environment, "reset", None)):
         raise UserError(f"{where}: expected a method reset(self, **row), which begins an episode")
-    if not (tools := tools_of(environment)):
+    try:
+        schemas = schemas_of(environment)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).partition(': ')[2]}") from error
+    if not schemas:
         raise UserError(f"{where}: expected a tool: a public method with {TOOL}")
-    for name, tool in tools.items():
-        with reading(f"{where}: the tool {name}", TOOL):
-            get_json_schema(tool)

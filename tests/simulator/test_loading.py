@@ -56,7 +56,7 @@ def test_a_class_of_ones_own_makes_a_new_environment_each_time(file):
     ("name", "words"),
     [
         ("Dor", "there is no class 'Dor' in it; did you mean 'Door'?"),
-        ("Untyped", "the tool open: cannot be read as typed arguments and a Google-style docstring: "),
+        ("Untyped", "the tool open: cannot be read as a method with typed arguments and a Google-style docstring: "),
         ("Empty", "expected a tool: a public method with typed arguments and a Google-style docstring"),
         ("Endless", "expected a method reset(self, **row), which begins an episode"),
         ("Needy", "cannot be read as a class that is made without arguments: "),
@@ -102,7 +102,8 @@ def test_gymnasiums_by_id():
 
 
 def test_the_simulator_gets_its_rewards():
-    world = pytest.importorskip("llmlab.simulator.world")
+    from llmlab.simulator import world
+
     make = load_environment("simulator", reward_config=RewardConfig(task_failed=-7.0))
     assert isinstance(make(), world.Simulator) and make().reward_config.task_failed == -7.0
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from llmlab.data.demo.stories import pick
-from llmlab.simulator.environment import tools_of
+from llmlab.simulator.environment import schemas_of
 from llmlab.simulator.policies import expert_calls, play_scripted
 from llmlab.simulator.tasks import grammar
 from llmlab.simulator.world import Simulator
@@ -60,6 +60,4 @@ def write_row(random: Random, *, validation: bool, difficulty: int | None = None
 @cache
 def _schemas() -> str:
     """Returns the JSON schemas of the simulator's tools, as trainers derive them."""
-    from transformers.utils import get_json_schema
-
-    return json.dumps([get_json_schema(tool) for tool in tools_of(Simulator()).values()])
+    return json.dumps(schemas_of(Simulator()))

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.samples import Prompt, Sample
-from llmlab.episodes import NO_TURN, Sampler, Task, play, schemas_of
+from llmlab.episodes import NO_TURN, Sampler, Task, play
 from llmlab.inference import encode_prompt
 from llmlab.rewards.compose import ComposedReward
 from llmlab.rewards.function import TRL_INPUTS
 from llmlab.settings.errors import UserError, reading
+from llmlab.simulator.environment import schemas_of
 
 PLAYED = ("prompt", "prompt_ids", "completion", "completion_ids", "mask", "calls")  # of samples and episodes
 

@@ -57,7 +57,7 @@ def turn(name):
 @pytest.fixture(scope="module")
 def levers(tmp_path_factory, tokenizer_folder):
     """A policy that pulls either lever, an environment in which one is worth something, and prompts."""
-    from llmlab.episodes import schemas_of
+    from llmlab.simulator.environment import schemas_of
     from llmlab.simulator.loading import load_environment
 
     folder = tmp_path_factory.mktemp("levers")
