@@ -59,7 +59,8 @@ SHORTER = {  # how a command begins: further words, which win
     ],
     "llmlab reward ": ["max_steps=2", "batch_size=4", "mini_batch_size=4", "eval_batches=1"],
     "llmlab ppo": ["max_steps=2", *ROLLOUTS],
-    "llmlab awr": ["max_prompts=4", "num_samples_per_prompt=2", "max_new_tokens=8"],
+    # an untrained model has no right sum to learn from
+    "llmlab awr": ["max_prompts=4", "num_samples_per_prompt=4", "max_new_tokens=8", "rewards=length"],
 }
 
 
