@@ -73,7 +73,7 @@ def is_chat_model(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> boo
     return tokenizer.chat_template is not None
 
 
-def context_length(model: Model) -> int | None:
+def context_length(model: Any) -> int | None:
     """Returns the longest sequence, prompt and completion together, or None where the architecture has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from llmlab.data.chat.rows import row_lengths
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import Hardware, probe
+from llmlab.inference import context_length
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
 from llmlab.runs.rehearsal import Rehearsals, Scene, rehearse, rehearse_layers
@@ -108,11 +109,8 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
     """
     if hasattr(settings, "model"):
         shape, chosen = settings.model, settings.model.model_fields_set
-        if (
-            "tokenizer_name" in chosen
-            and "vocab_size" not in chosen
-            and Path(shape.tokenizer_name).expanduser().is_dir()
-        ):
+        only_tokenizer = "tokenizer_name" in chosen and "vocab_size" not in chosen
+        if only_tokenizer and Path(shape.tokenizer_name).expanduser().is_dir():
             shape = shape.model_copy(update={"vocab_size": len(load_tokenizer(shape.tokenizer_name))})
         config = load_config(settings.init_from) if settings.init_from else build_config(shape)
         return Scene(config, None, min(settings.model.max_seq_len, config.max_position_embeddings))
@@ -188,7 +186,7 @@ def make_plan(
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
         if settings.environment is not None:
-            settings = settings.in_completions(read_scene(settings).config.get_text_config().max_position_embeddings)
+            settings = settings.in_completions(context_length(read_scene(settings)))
     scene = read_scene(settings, longest=longest)
     try:
         rehearsals = rehearse_layers(function, settings, hardware, scene, processes)

@@ -110,7 +110,7 @@ class EpisodeRollouts:
             self.note("success_rate", solved.mean().item())  # type: ignore[attr-defined]
         if self.curriculum is not None and self.model.training:  # type: ignore[attr-defined]
             self.note("difficulty", self.curriculum.level)  # type: ignore[attr-defined]
-            self.curriculum.update([bool(value) for value in success.tolist()])
+            self.curriculum.update([value > 0 for value in success.tolist()])
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self.factories:  # TRL has only text of them
