@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from llmlab import __version__
+from llmlab.health.symptoms import Event
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import finite, read_json, write_atomically
 
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
+EVENTS = "health.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -97,7 +99,14 @@ class RunRecord:
         """Appends one line to `metrics.jsonl`; `seconds` includes the earlier parts of a resumed run."""
         seconds = round(self._seconds_before + time.monotonic() - self._clock, 3)
         line = {"step": step, "tokens": tokens, "seconds": seconds, **metrics}
-        with (self.folder / METRICS).open("a", encoding="utf-8") as handle:
+        self._append(METRICS, line)
+
+    def log_event(self, event: Event) -> None:
+        """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
+        self._append(EVENTS, asdict(event))
+
+    def _append(self, file: str, line: dict[str, Any]) -> None:
+        with (self.folder / file).open("a", encoding="utf-8") as handle:
             handle.write(_json(line) + "\n")
 
     def change(self, settings: dict[str, Any], source: str) -> None:
@@ -155,16 +164,34 @@ def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl` but those that a crash cut off or damaged."""
-    path = folder / METRICS
+    lines = _read_lines(folder / METRICS, "metrics")
+    return [line for line in lines if all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds"))]
+
+
+def read_events(folder: Path) -> list[Event]:
+    """Returns the health events of a run, oldest first; a value that was not finite is NaN."""
+    events = []
+    for line in _read_lines(folder / EVENTS, "health events"):
+        if isinstance(line.get("value"), str) or line.get("value", 0) is None:
+            line["value"] = math.nan
+        try:
+            events.append(TypeAdapter(Event).validate_python(line))
+        except ValidationError:
+            continue  # damaged
+    return events
+
+
+def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:
+    """Returns the mappings of a JSON Lines file but those that a crash cut off or damaged."""
     lines = []
-    with reading(path, "metrics"):
+    with reading(path, what):
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for text in texts:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds")):
+        if isinstance(line, dict):
             lines.append(line)
     return lines
 

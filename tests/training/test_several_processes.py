@@ -353,7 +353,7 @@ def command(settings, folder, step=0, sharded=False):
 def test_a_killed_process_ends_the_run_with_one_sentence(sharded, tiny_settings, tmp_path):
     settings = tiny_settings("sft", tmp_path / "run", max_steps=4000, validation_fraction=0, save_every=2)
     code, errors, ended = command(settings, tmp_path, step=5, sharded=sharded)
-    assert code != 0 and len(errors[0]) == 1 and not errors[1]
+    assert code != 0 and len(errors[0]) == 1 and not errors[1], printed(tmp_path, 0, "stderr")
     assert errors[0][0].startswith("error: another process of this run ended")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["step"] == 4 and read_record(tmp_path / "run")["status"] == "failed"

@@ -1,0 +1,105 @@
+"""The table of symptoms: how grave each is, and which settings the guides change about it (`symptoms.yaml`).
+
+Finding symptoms in metrics is `checks`; what a run does about one is `llmlab.runs.health`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from llmlab.settings.base import spellings_of
+
+Severity = Literal["warning", "critical"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One finding of a check in a run: a symptom, the metric that shows it, where, and what was done about it."""
+
+    step: int
+    symptom: str
+    metric: str
+    value: float
+    message: str
+    """One sentence with numbers and steps."""
+    severity: Severity = "warning"
+    action: str = ""
+    """What the run did: nothing, or such as `rolled back to checkpoint-40; learning_rate 0.001 -> 0.0005`."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The next value of one setting: `times` and `plus` the present one, or `to` a value."""
+
+    setting: str
+    times: float = 1.0
+    plus: float = 0.0
+    to: Any = None
+    source: Any = None
+    """The only value that is changed `to` another; None is any."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def apply(self, value: Any) -> Any:
+        """Returns the next value, of the present one's type; the present one where it cannot change further."""
+        if self.to is not None:
+            return self.to if self.source in (None, value) else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        lower, upper = self.at_least, self.at_most
+        after = value * self.times + self.plus
+        after = after if lower is None else max(after, lower)
+        after = after if upper is None else min(after, max(upper, value))
+        if self.times < 1:  # a bound never turns a smaller value into a larger one
+            after = min(after, value)
+        return round(after) if isinstance(value, int) else float(f"{after:.3g}")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What several symptoms have in common, and the actions of the guides."""
+
+    title: str
+    changes: tuple[Change, ...]
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """What one check finds."""
+
+    name: str
+    severity: Severity
+    condition: str
+    title: str
+
+
+@cache
+def load_table() -> tuple[dict[str, Symptom], dict[str, Condition]]:
+    """Returns symptoms and conditions by name."""
+    table = yaml.safe_load((files("llmlab.health") / "symptoms.yaml").read_text(encoding="utf-8"))
+    conditions = {}
+    for name, entry in table["conditions"].items():
+        changes = [{"source" if key == "from" else key: each[key] for key in each} for each in entry["changes"]]
+        made = tuple(Change(**each) for each in changes)
+        conditions[name] = Condition(entry["title"], made, tuple(entry["advice"]))
+    symptoms = {name: Symptom(name=name, **entry) for name, entry in table["symptoms"].items()}
+    return symptoms, conditions
+
+
+def changes_of(condition: str, settings: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the present and the next value of each setting that a condition changes, by the stage's own spelling."""
+    found: dict[str, tuple[Any, Any]] = {}
+    spellings = spellings_of(type(settings))
+    for change in load_table()[1][condition].changes:
+        spelling = spellings.get(change.setting)
+        if spelling is None or (change.setting.startswith("lora_") and not settings.use_lora):
+            continue
+        value = spelling.of(settings)
+        after = change.apply(value)
+        if after != value:
+            found[spelling.name] = (value, after)
+    return found
