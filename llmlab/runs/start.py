@@ -4,6 +4,8 @@ No model is loaded here, and of the data only the files' identities are read.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ from llmlab.runs.resume import (
     find_checkpoint,
     recorded_settings,
 )
-from llmlab.runs.signals import Interrupted
+from llmlab.runs.signals import Interrupted, interrupt
 from llmlab.settings.base import Settings
 from llmlab.settings.errors import LAUNCHED, OfMainProcess, UserError, reason_of
 from llmlab.settings.sources import Resolved
@@ -99,7 +101,7 @@ def begin(
     if gpus > 1 and not IN_LAUNCH & os.environ.keys():
         ways = f"llmlab {stage} --accelerate ddp, or accelerate.notebook_launcher in a notebook, uses all"
         console.print(f"[yellow]note[/yellow] {gpus} GPUs are visible, and this run uses one of them: {ways}")
-    with ExitStack() as stack, lost_processes_named(process):
+    with lost_processes_named(process), ExitStack() as stack:
 
         def claim() -> dict[str, Any]:
             sharding = sharding_of(settings)
@@ -172,14 +174,22 @@ def on_main(process: PartialState, action: Callable[[], T]) -> T:
 @contextmanager
 def lost_processes_named(process: PartialState) -> Iterator[None]:
     """Says in one sentence, on the main process alone, that another process of this run is gone."""
+    if process.num_processes == 1:
+        yield
+        return
+    ignored = False  # the launcher's SIGTERM, until the sentence is printed
+    main_thread = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: ignored or interrupt(number)) if main_thread else None
     try:
         yield
     except (RuntimeError, torch.distributed.DistError, Interrupted) as caught:
+        ignored = True
         error: BaseException | None = caught  # the launcher may stop this process while it handles the loss
         # gloo's errors have no type of their own
         while error and not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
             error = error.__context__
         if error is None:
+            ignored = False
             raise
         # a launch of llmlab's own on one machine says which process it was
         kind = UserError if process.is_main_process and os.environ.get(LAUNCHED) != "1" else OfMainProcess
@@ -187,3 +197,6 @@ def lost_processes_named(process: PartialState) -> Iterator[None]:
             "another process of this run ended, and this one cannot go on without it; if it gave no reason, it was "
             f"killed (most often for its memory); --resume continues from the last checkpoint ({reason_of(error)})"
         ) from error
+    finally:
+        if main_thread and not ignored:
+            signal.signal(signal.SIGTERM, earlier)

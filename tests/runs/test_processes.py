@@ -7,12 +7,14 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_metrics, read_record
-from llmlab.runs.signals import handle_signals, interrupt
+from llmlab.runs.signals import Interrupted, handle_signals, interrupt
+from llmlab.runs.start import lost_processes_named
 from llmlab.settings.errors import UserError
 from llmlab.training.pretrain import pretrain
 
@@ -140,3 +142,26 @@ def test_a_live_run_is_not_resumed_and_a_killed_one_is(settings, quiet, tmp_path
     assert (folder / ".llmlab.lock").exists()  # and holds nothing
     pretrain(settings(max_steps=6), resume=folder, console=quiet)
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6] and not (folder / ".llmlab.lock").exists()
+
+
+def test_the_launcher_cannot_end_a_process_before_it_named_the_loss():
+    """A launcher stops the other processes as soon as one died, while they may be about to say so."""
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    try:
+        with pytest.raises(UserError, match="another process of this run ended"), lost_processes_named(two):
+            raise lost
+        signal.raise_signal(signal.SIGTERM)  # ignored from now on
+        for first, expected in ((lost, UserError), (ValueError(), Interrupted)):
+            with pytest.raises(expected), lost_processes_named(two):
+                try:
+                    raise first
+                except (RuntimeError, ValueError):
+                    signal.raise_signal(signal.SIGTERM)  # while it handles the loss
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with lost_processes_named(two):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

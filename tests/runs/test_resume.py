@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -360,20 +359,3 @@ def test_what_shards_a_run_is_known_before_a_model_is_loaded(sft_settings, monke
     with pytest.raises(UserError, match="fsdp_cpu_ram_efficient_loading: true"):
         sft(sft_settings())
     assert not Path(sft_settings().output_dir).exists()
-
-
-def test_a_lost_process_is_named_also_where_the_launcher_interrupts():
-    from accelerate import PartialState
-
-    from llmlab.runs.signals import Interrupted, interrupt
-    from llmlab.runs.start import lost_processes_named
-
-    for first, expected in (
-        (RuntimeError("gloo/transport/tcp/pair.cc: reset"), UserError),
-        (ValueError(), Interrupted),
-    ):
-        with pytest.raises(expected), lost_processes_named(PartialState(cpu=True)):
-            try:
-                raise first
-            except (RuntimeError, ValueError):
-                interrupt(signal.SIGTERM)
