@@ -33,10 +33,11 @@ def note_writing(event, arguments):
 
 
 @contextmanager
-def sampling_by_prompt():
+def sampling_by_prompt(scripts=()):
     """Lets every token that is sampled depend on its prompt, its place among equal prompts and its position alone.
 
-    So one process and two sample the same completions, whichever prompts each of them has.
+    So one process and two sample the same completions, whichever prompts each of them has.  Of `scripts`, lists of
+    tokens, each completion is one, where there are any.
     """
     import torch
     from transformers import GenerationMixin
@@ -54,6 +55,9 @@ def sampling_by_prompt():
 
         def draw(probabilities, num_samples):
             step = next(position)
+            if scripts:
+                chosen = [random.Random(f"{key}").choice(scripts) for key in keys]
+                return torch.tensor([[script[min(step, len(script) - 1)]] for script in chosen])
             uniform = torch.tensor([random.Random(f"{key} {step}").random() for key in keys]).unsqueeze(1)
             below = probabilities.cumsum(-1)
             return torch.searchsorted(below, uniform * below[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
@@ -81,7 +85,8 @@ def train(stage, settings, resume=None, free=False, sharded=False):
 
     from llmlab.stages import STAGES
 
-    with nullcontext() if free else sampling_by_prompt(), sharding() if sharded else nullcontext(), watched() as seen:
+    sampling = nullcontext() if free else sampling_by_prompt(calls_of(settings) if "environment" in settings else ())
+    with sampling, sharding() if sharded else nullcontext(), watched() as seen:
         STAGES[stage].function(STAGES[stage].settings_class(**settings), resume=resume)
         if "trainer" not in seen:  # only its final save was left
             return None
@@ -95,6 +100,16 @@ def train(stage, settings, resume=None, free=False, sharded=False):
             **seen,
             "logits": logits.tolist(),
         }
+
+
+def calls_of(settings):
+    """Returns the tokens of two turns that pull a lever, and of one that pulls none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["policy_checkpoint"])
+    calls = [{"name": "pull", "arguments": {"name": name}} for name in ("cat", "dog")]
+    turns = [*(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls), "No."]
+    return [tokenizer.encode(f"{turn}<|im_end|>", add_special_tokens=False) for turn in turns]
 
 
 @contextmanager

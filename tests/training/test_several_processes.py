@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from llmlab.runs.checkpoints import checkpoints
 from llmlab.runs.record import read_metrics, read_record
+from tests.conftest import make_base
 
 pytestmark = pytest.mark.xdist_group("processes")  # one pair for all
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,29 @@ FAMILIES = {  # name: stage, what is not as in `values_for`
     "ppo with LoRA": ("ppo", {"batch_size": 16, **LORA}),
     "ppo with a shared critic": ("ppo", {"batch_size": 16, "value_model": "shared", "early_stop": False}),
     "awr": ("awr", {"sampling_batch_size": 8}),
+    "grpo in episodes": ("grpo", GROUPS),
+    "ppo in episodes": ("ppo", {"batch_size": 16}),
 }
+LEVERS = '''
+class Levers:
+    done, success, reward_range = False, None, (0.0, 2.0)
+
+    def reset(self, **row):
+        self.done, self.rewards = False, {"prize": 0.0}
+
+    def pull(self, name: str) -> str:
+        """Pulls a lever.
+
+        Args:
+            name: its name.
+        """
+        self.rewards["prize"] += float(name == "dog")
+        self.done = self.success = name == "dog"
+        return "ok"
+
+    def get_reward(self) -> float:
+        return self.rewards["prize"]
+'''
 RESUMED_ALONE = {  # what two processes read or sample by other random numbers than one
     "pretrain streaming": ("pretrain", {"streaming": True}),
     "grpo sampling freely": ("grpo", {"ppo_epochs": 1, **GROUPS}),
@@ -124,7 +147,22 @@ def plain(settings):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_settings):
+def episodes(tmp_path_factory, tokenizer_folder):
+    """Settings of families that play episodes: an environment with levers, and a policy with room for its tools."""
+    folder = tmp_path_factory.mktemp("levers")
+    (folder / "levers.py").write_text(LEVERS)
+    base = make_base(tokenizer_folder, folder / "base", max_seq_len=1024)
+    return {
+        "policy_checkpoint": str(base),
+        "environment": f"{folder / 'levers.py'}:Levers",
+        "max_episode_length": 3,
+        "max_new_tokens": 64,
+        "max_seq_len": 1024,
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_settings, episodes):
     """The folder in which two processes ran each family, resumed it at its third step, and did the other jobs."""
     folder = tmp_path_factory.mktemp("pair")
     jobs = []
@@ -132,6 +170,7 @@ def pair(tmp_path_factory, tiny_settings):
     def add(name, place, sharded=False, **more):
         """Adds the jobs of a run of a family, and of its second part alone."""
         stage, changes = {**FAMILIES, **RESUMED_ALONE}[name]
+        changes = changes | (episodes if "episodes" in name else {})
         whole, again = (
             plain(tiny_settings(stage, folder / each, **values_for(stage, changes, 2), **more))
             for each in (place, f"{place} resumed")
@@ -193,12 +232,13 @@ def seen(pair):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_settings):
+def alone(tmp_path_factory, tiny_settings, episodes):
     """Returns a function that runs a family on one process, once."""
     folder = tmp_path_factory.mktemp("alone")
 
     def run(name):
         stage, changes = FAMILIES[name]
+        changes = changes | (episodes if "episodes" in name else {})
         if not (folder / name).exists():
             RANKS_HERE["train"](stage, plain(tiny_settings(stage, folder / name, **values_for(stage, changes, 1))))
         return folder / name
@@ -222,7 +262,8 @@ def test_two_processes_learn_what_one_does(name, kind, place, pair, seen, alone)
     stage, changes = FAMILIES[name]
     assert (seen[place]["type"], seen[place]["processes"]) == (kind, 2)
     one, two = alone(name), pair / place
-    for key in (*EVERYWHERE, *COMPARED[stage]):
+    in_episodes = ("episode_length", "success_rate", "rewards/prize") if "episodes" in name else ()
+    for key in (*EVERYWHERE, *COMPARED[stage], *in_episodes):
         ours, theirs = ([line[key] for line in read_metrics(run) if key in line] for run in (two, one))
         assert len(ours) >= 2 and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), key
     states = [json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (two, one)]
