@@ -89,13 +89,14 @@ DEEPSPEED = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
     **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
 }
+IN_EPISODES = ("episode_length", "success_rate", "rewards/prize")
 OVERHEAD = 60_000  # bytes of names and random states in a file
 EVERYWHERE = ("loss", "grad_norm", "learning_rate", "tokens")
 COMPARED = {  # metrics that are means over rows or tokens, not over forward passes
     "pretrain": ("eval_loss", "eval_perplexity"),
     "sft": ("eval_loss", "eval_perplexity"),
     "dpo": ("eval_loss", "win_rate", "margin", "kl", "chosen_logp", "eval_win_rate", "eval_margin", "eval_kl"),
-    "orpo": ("eval_loss", "win_rate", "margin", "nll_loss", "log_odds_ratio", "eval_win_rate", "eval_margin"),
+    "orpo": ("eval_loss", "win_rate", "margin", "nll_loss", "log_odds_ratio", "eval_win_rate", "gate/distinct_n"),
     "reward": ("eval_loss", "win_rate", "margin", "eval_win_rate", "eval_margin"),
     "grpo": ("reward", "reward_std", "kl", "kl_coef", "entropy", "group_variance", "best_of_group", "eval_reward"),
     "ppo": ("reward", "kl", "kl_coef", "entropy", "value_loss", "policy_kl", "explained_variance", "eval_reward"),
@@ -147,22 +148,25 @@ def plain(settings):
 
 
 @pytest.fixture(scope="module")
-def episodes(tmp_path_factory, tokenizer_folder):
-    """Settings of families that play episodes: an environment with levers, and a policy with room for its tools."""
+def with_files(tmp_path_factory, tokenizer_folder, chat_file):
+    """Settings of families that name files: an environment, a policy with room for its tools, a gate."""
     folder = tmp_path_factory.mktemp("levers")
     (folder / "levers.py").write_text(LEVERS)
     base = make_base(tokenizer_folder, folder / "base", max_seq_len=1024)
-    return {
+    episodes = {
         "policy_checkpoint": str(base),
         "environment": f"{folder / 'levers.py'}:Levers",
         "max_episode_length": 3,
         "max_new_tokens": 64,
         "max_seq_len": 1024,
     }
+    gate = {"name": "distinct_n", "prompts": str(chat_file), "n": 8, "max_new_tokens": 8}
+    gates = {"gates": [gate], "gate_every": 2, "metric_for_best_model": "gate distinct_n"}
+    return {"grpo in episodes": episodes, "ppo in episodes": episodes, "orpo": gates}
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_settings, episodes):
+def pair(tmp_path_factory, tiny_settings, with_files):
     """The folder in which two processes ran each family, resumed it at its third step, and did the other jobs."""
     folder = tmp_path_factory.mktemp("pair")
     jobs = []
@@ -170,7 +174,7 @@ def pair(tmp_path_factory, tiny_settings, episodes):
     def add(name, place, sharded=False, **more):
         """Adds the jobs of a run of a family, and of its second part alone."""
         stage, changes = {**FAMILIES, **RESUMED_ALONE}[name]
-        changes = changes | (episodes if "episodes" in name else {})
+        changes = {**changes, **with_files.get(name, {})}
         whole, again = (
             plain(tiny_settings(stage, folder / each, **values_for(stage, changes, 2), **more))
             for each in (place, f"{place} resumed")
@@ -232,13 +236,13 @@ def seen(pair):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_settings, episodes):
+def alone(tmp_path_factory, tiny_settings, with_files):
     """Returns a function that runs a family on one process, once."""
     folder = tmp_path_factory.mktemp("alone")
 
     def run(name):
         stage, changes = FAMILIES[name]
-        changes = changes | (episodes if "episodes" in name else {})
+        changes = {**changes, **with_files.get(name, {})}
         if not (folder / name).exists():
             RANKS_HERE["train"](stage, plain(tiny_settings(stage, folder / name, **values_for(stage, changes, 1))))
         return folder / name
@@ -262,8 +266,7 @@ def test_two_processes_learn_what_one_does(name, kind, place, pair, seen, alone)
     stage, changes = FAMILIES[name]
     assert (seen[place]["type"], seen[place]["processes"]) == (kind, 2)
     one, two = alone(name), pair / place
-    in_episodes = ("episode_length", "success_rate", "rewards/prize") if "episodes" in name else ()
-    for key in (*EVERYWHERE, *COMPARED[stage], *in_episodes):
+    for key in (*EVERYWHERE, *COMPARED[stage], *(IN_EPISODES if "episodes" in name else ())):
         ours, theirs = ([line[key] for line in read_metrics(run) if key in line] for run in (two, one))
         assert len(ours) >= 2 and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), key
     states = [json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (two, one)]

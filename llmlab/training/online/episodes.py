@@ -117,7 +117,10 @@ class EpisodeRollouts:
             self.environments = [episode.environment for episode in self._episodes]
             prompts = [episode.prompt for episode in self._episodes]
             completions = [episode.completion or [NO_TURN] for episode in self._episodes]
-        return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.environments = None  # else TRL resets them before the next rollout, for its rows
 
     def rollout_state(self, step: int) -> dict[str, Any]:
         state = super().rollout_state(step)  # type: ignore[misc]

@@ -26,8 +26,10 @@ LEVERS = '''
 
 class Levers:
     done, success, reward_range = False, None, (0.0, 2.0)
+    resets = []
 
     def reset(self, **row):
+        self.resets.append(row)
         self.done, self.success, self.rewards = False, False, {"pulls": 0.0, "prize": 0.0}
         self.worth = row["worth"]
         return " Go."
@@ -131,6 +133,19 @@ def test_tokens_of_tools_are_masked_and_turns_are_not(levers, tmp_path, quiet, m
         assert batch["tool_mask"][row, :length].tolist() == episode.mask
         assert batch["completion_mask"][row].sum() == length
         assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == episode.prompt_ids
+
+
+def test_environments_are_reset_once_an_episode_in_rollouts_of_any_size(levers, tmp_path, quiet, monkeypatch):
+    played = []
+    original = rollouts.play
+
+    def play(tasks, *args, **options):
+        played.extend(tasks)
+        return original(tasks, *args, **options)
+
+    monkeypatch.setattr(rollouts, "play", play)
+    run(grpo, levers, tmp_path / "run", quiet, max_steps=2, validation_fraction=0.4, eval_every=1)
+    assert len(played) == len(type(played[0].environment).resets) > 2 * 8 * 4
 
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(levers, tmp_path, quiet, cut_off):
