@@ -55,7 +55,7 @@ class Levers:
     done, success, reward_range = False, None, (0.0, 2.0)
 
     def reset(self, **row):
-        self.done, self.rewards = False, {"prize": 0.0}
+        self.done, self.success, self.rewards = False, False, {"prize": 0.0}
 
     def pull(self, name: str) -> str:
         """Pulls a lever.
@@ -89,7 +89,7 @@ DEEPSPEED = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
     **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
 }
-IN_EPISODES = ("episode_length", "success_rate", "rewards/prize")
+IN_EPISODES = ("episode_length", "success_rate", "reward/prize")
 OVERHEAD = 60_000  # bytes of names and random states in a file
 EVERYWHERE = ("loss", "grad_norm", "learning_rate", "tokens")
 COMPARED = {  # metrics that are means over rows or tokens, not over forward passes
