@@ -1,4 +1,4 @@
-"""A terminal of 80 x 24 for tests: a process in a pseudo-terminal, keys typed into it, and what it shows, read by pyte."""
+"""A terminal of 80 x 24 for tests: a process in a pseudo-terminal, keys for it, and what it shows, read by pyte."""
 
 import os
 import pty
@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 class Screen:
-    """`python -m llmlab WORDS` in a folder, as somebody sees it."""
+    """`python WORDS` in a folder, as somebody sees it."""
 
-    def __init__(self, folder, *words, seconds=30):
+    def __init__(self, folder, *words, seconds=60):
         self.seconds = seconds
         self.screen = pyte.HistoryScreen(80, 24, history=2000)
         self.stream = pyte.ByteStream(self.screen)
@@ -33,7 +33,7 @@ class Screen:
                 "OMP_NUM_THREADS": "1",
                 "PROMPT_TOOLKIT_NO_CPR": "1",
             }
-            os.execv(sys.executable, [sys.executable, "-m", "llmlab", *words])
+            os.execv(sys.executable, [sys.executable, *words])
         ioctl(self.terminal, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def read(self, seconds=0.05):
@@ -56,10 +56,10 @@ class Screen:
         """What is shown, lines that wrapped joined by a space."""
         return " ".join(" ".join(self.lines).split())
 
-    def wait(self, *texts):
-        """Reads until all texts are on the screen."""
+    def wait(self, *texts, times=1):
+        """Reads until all texts are on the screen, so many times."""
         end = time.monotonic() + self.seconds
-        while not all(text in self.text for text in texts):
+        while not all(self.text.count(text) >= times for text in texts):
             alive = self.read()
             assert alive and time.monotonic() < end, f"waited for {texts}, saw:\n" + "\n".join(self.lines)
 
