@@ -49,8 +49,8 @@ def menu() -> None:
         print()
         try:
             entry = choose("What next?", choices, use_shortcuts=True, instruction="(a key or the arrows, then Enter)")
-        except (Back, EOFError):
-            return
+        except (Back, EOFError, KeyboardInterrupt):
+            return say("left the menu")
         try:
             open_entry(entry)
         except (Back, EOFError):
