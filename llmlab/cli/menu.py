@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from llmlab.settings.presets import presets, recipe_folder
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, safe, say
 
+HOW = "(a key or the arrows, then Enter)"
 HINT = "Enter keeps (...), Esc goes back, Ctrl+D keeps the rest, Ctrl+C: to the menu."
 
 
@@ -45,20 +46,21 @@ def menu() -> None:
     say(f"llmlab {__version__}: from an architecture to a model you can chat with", bold=True)
     entries = TABLES["entries"]
     choices = [Choice(e["title"], e, shortcut_key=e["key"], description=e["help"]) for e in entries]
-    while True:
-        print()
-        try:
-            entry = choose("What next?", choices, use_shortcuts=True, instruction="(a key or the arrows, then Enter)")
-        except (Back, EOFError, KeyboardInterrupt):
-            return say("left the menu")
-        try:
-            open_entry(entry)
-        except (Back, EOFError):
-            pass
-        except UserError as error:
-            say(f"error: {error}", error=True, fg="red")
-        except KeyboardInterrupt:
-            say("\nback in the menu; the answers so far are kept (Ctrl+C here leaves)")
+    with closing(PLANNER):
+        while True:
+            print()
+            try:
+                entry = choose("What next?", choices, use_shortcuts=True, instruction=HOW)
+            except (Back, EOFError, KeyboardInterrupt):
+                return say("left the menu")
+            try:
+                open_entry(entry)
+            except (Back, EOFError):
+                pass
+            except UserError as error:
+                say(f"error: {error}", error=True, fg="red")
+            except KeyboardInterrupt:
+                say("\nback in the menu; the answers so far are kept (Ctrl+C here leaves)")
 
 
 def is_terminal() -> bool:
@@ -91,7 +93,7 @@ def open_entry(entry: dict[str, Any]) -> None:
 
 def run(*words: str) -> bool:
     """Runs `llmlab WORDS` in a process of its own, and returns whether it ended well."""
-    PLANNER.stop()
+    PLANNER.close()
     say(f"\n$ {shlex.join(['llmlab', *words])}", bold=True)
     before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl+C is the run's; it would inherit SIG_IGN
     try:
@@ -104,9 +106,8 @@ def run(*words: str) -> bool:
 
 
 def confirm_and_run(*words: str) -> bool:
-    """Shows a command and runs it where that is confirmed; returns whether it ran and ended well."""
-    say(f"\n$ {shlex.join(['llmlab', *words])}")
-    return ask(questionary.confirm("Run it?")) and run(*words)
+    """Runs a command where that is confirmed; returns whether it ran and ended well."""
+    return ask(questionary.confirm(f"Run {shlex.join(['llmlab', *words])} ?")) and run(*words)
 
 
 def train(stage: str) -> None:
@@ -114,23 +115,24 @@ def train(stage: str) -> None:
     runs = [run for run in find_runs(Path()) if run.stage == stage and checkpoints(run.folder)]
     models = _configurations("model") if stage == "pretrain" else []
     ways = [Choice("Draft: go on where you stopped", go_on)] * _draft(stage).exists()
-    ways += [Choice("New configuration", {})]
-    ways += [Choice(f"New configuration, model of {path}", {"files": [path]}) for path in models]
-    ways += [Choice(f"New configuration over preset {name}", {"preset": name}) for name in presets(stage)]
+    ways += [Choice("New configuration", [])]
+    ways += [Choice(f"New configuration, model of {path}", [path]) for path in models]
+    ways += [Choice(f"New configuration over preset {name}", [str(path)]) for name, path in presets(stage).items()]
     ways += [Choice(f"Existing configuration {path}", path) for path in _configurations(stage)]
     ways += [Choice("Existing configuration: another file", TYPED)]
     ways += [Choice("Resume a run from a checkpoint", runs)] * bool(runs)
-    way = choose("Start from", ways) if len(ways) > 2 else {}
+    way = choose("Start from", ways) if len(ways) > 2 else []
     if way is go_on:
         return go_on(stage)
     if way is runs:
         return resume(stage, runs)
     if way == TYPED:
         way = ask(questionary.text("File"), lambda text: ("error", _refusal(stage, text)), typed=True)
+        way = way.strip()
     names = TABLES["first"][stage]
     if isinstance(way, str):
-        return review(Form(stage, files=[way]), stage, names)
-    form = Form(stage, **way)
+        return review(Form(stage, [way]), stage, names)
+    form = Form(stage, way)
     output = form.find("output_dir")
     form.answers += [(output.key, _free(form.value(output)))]
     ask_first(form, stage, [*TABLES["first"]["model"], *names] if stage == "pretrain" and not way else names)
@@ -147,7 +149,7 @@ def go_on(name: str) -> None:
     """Goes on with a draft."""
     with reading(_draft(name), "a draft of the menu"):
         draft = read_json(_draft(name))
-        form = Form(draft["stage"], draft["preset"], draft["files"], draft["answers"])
+        form = Form(draft["stage"], draft["files"], draft["answers"])
         names, start = list(draft["names"]), int(draft["next"])
     ask_first(form, name, names, start)
 
@@ -164,8 +166,10 @@ def review(form: Form, name: str, names: Sequence[str]) -> None:
     """Shows configuration and command until it is run, saved or left."""
     console, saved = Terminal(), ""
     while True:
+        if form.resolved is None:  # nothing was valid yet
+            raise UserError("; ".join(form.problems))
         settings, is_model = form.resolved.settings, name == "model"
-        untouched = len(form.files) == 1 and not form.answers and not form.preset
+        untouched = len(form.files) == 1 and not form.answers
         path = saved or (form.files[0] if untouched else _free(_file_of(name)))
         command = [*(["tokenizer", "train"] if name == "tokenizer" else [name]), "--config", path]
         command += ["--allow-code"] * getattr(settings, "allow_code", False)  # never from a file
@@ -263,7 +267,7 @@ def _refusal(stage: str, path: str) -> str:
     """Returns why a file is no configuration of a stage, or an empty text."""
     try:
         kind = read_layer(path.strip()).values.get("stage", stage)
-        return f"{path}: it is of stage {kind}" if kind != stage else "; ".join(Form(stage, files=[path]).problems)
+        return f"{path}: it is of stage {kind}" if kind != stage else "; ".join(Form(stage, [path.strip()]).problems)
     except UserError as error:
         return str(error)
 
@@ -289,5 +293,5 @@ def _draft(name: str) -> Path:
 
 def _save_draft(form: Form, name: str, names: Sequence[str], following: int) -> None:
     """Saves the answers so far, so that nothing ends them: Ctrl+C, a lost connection, a kill."""
-    values = {"stage": form.stage.name, "preset": form.preset, "files": form.files, "answers": form.answers}
+    values = {"stage": form.stage.name, "files": form.files, "answers": form.answers}
     dump({**values, "names": list(names), "next": following}, _draft(name))

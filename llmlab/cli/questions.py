@@ -1,6 +1,6 @@
 """Questions about a stage's settings, generated from their types, choices, bounds, conditions and help.
 
-An answer is a layer over preset and files, which the settings validate while it is typed.  Which settings are asked,
+An answer is a layer over files, which the settings validate while it is typed.  Which settings are asked,
 and in which order, is in `menu.yaml`; what happens with the answers is in `menu.py`.
 """
 
@@ -31,7 +31,7 @@ from llmlab.settings.base import Setting, When, fields_of, show
 from llmlab.settings.errors import UserError, printable, reason_of
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.paths import MODEL_FILES, Reads
-from llmlab.settings.presets import for_stage, read_preset
+from llmlab.settings.presets import for_stage
 from llmlab.settings.sources import Resolved
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, duration, human, safe
@@ -95,14 +95,11 @@ def choose_run(message: str, files: Sequence[str] = MODEL_FILES, extra: Sequence
 
 
 class Form:
-    """A stage's settings while they are asked: a preset, files, and over them the answers, in their order."""
+    """A stage's settings while they are asked: files (also of presets), and over them the answers, in their order."""
 
-    def __init__(
-        self, stage: str, preset: str | None = None, files: Sequence[str] = (), answers: Iterable[Sequence[Any]] = ()
-    ):
-        self.stage, self.preset, self.files = STAGES[stage], preset, list(files)
+    def __init__(self, stage: str, files: Sequence[str] = (), answers: Iterable[Sequence[Any]] = ()):
+        self.stage, self.files = STAGES[stage], list(files)
         self.settings = fields_of(self.stage.settings_class)
-        self.below = [read_preset(stage, preset)] if preset else []
         self.layers = [for_stage(read_layer(path), stage) for path in files]
         self.answers = [(key, value) for key, value in answers]
         self.resolved: Resolved[Any] | None = None
@@ -122,12 +119,12 @@ class Form:
         """Returns the settings with more answers, or what is wrong with them."""
         answers = [Layer("answer", {key: value}) for key, value in (*self.answers, *more)]
         try:
-            return self.stage.resolve([*self.layers, *answers], below=self.below), []
+            return self.stage.resolve([*self.layers, *answers], below=[]), []
         except UserError as error:
             return None, [PLACE.sub("", sentence) for sentence in getattr(error, "problems", [str(error)])]
 
     def value(self, setting: Setting) -> Any:
-        """Returns the answer, else what preset, files and defaults say."""
+        """Returns the answer, else what files and defaults say."""
         answers = [value for key, value in self.answers if key == setting.key]
         if not answers and self.resolved is None:
             return None if setting.info.is_required() else setting.default
@@ -153,11 +150,9 @@ class Form:
     def ask(self, name: str, later: Sequence[str] = ()) -> None:
         """Asks for one setting; an empty text and the present choice keep what is."""
         setting, table = self.find(name), TABLES["advice"]
-        bounds = f" ({setting.bounds})" if setting.bounds else ""
         advice = table.get(f"{self.stage.name}.{setting.name}", table.get(setting.name))
-        Terminal().print(
-            f"\n[dim]{safe(setting.help + bounds)}[/]" + (f"\n[dim]→ {safe(advice)}[/]" if advice else "")
-        )
+        lines = [setting.help + (f" ({setting.bounds})" if setting.bounds else ""), f"→ {advice}"]
+        Terminal().print("\n[dim]" + safe("\n".join(lines if advice else lines[:1])) + "[/]")
         current = self.value(setting)
         answer = self._choose(setting, current)
         if answer == TYPED:
@@ -262,7 +257,7 @@ class Planner:
             self.pool = None
         return f"not known: {reason_of(error)}" if error else plan.result()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends the process: a run needs the memory."""
         for child in active_children() if self.pool else ():
             child.kill()

@@ -198,7 +198,7 @@ def test_a_models_configuration_is_saved_and_used(keys, tmp_path, capsys):
     capsys.readouterr()
     keys.send_text("\x1b[B\r" + "77\r" + "\x04" + "\r")  # a new training configuration for this model, 77 steps
     menu.train("pretrain")
-    settings = Form("pretrain", files=[keys.commands[0][-1]]).resolved.settings
+    settings = Form("pretrain", [keys.commands[0][-1]]).resolved.settings
     assert (settings.model.d_model, settings.max_steps) == (256, 77)
     keys.send_text("\r" * 20)  # a second one has its own name
     menu.configure_model()
@@ -329,7 +329,7 @@ def test_plans_come_from_a_process_of_their_own(tmp_path):
         time.sleep(0.1)
     pool = planner.pool
     assert line.partition(",")[0] == expected.partition(",")[0] and not planner.line("pretrain", {})
-    planner.stop()
+    planner.close()
     assert planner.pool is None and pool is not None and not questions.active_children()
 
 
