@@ -77,7 +77,7 @@ def build_app(requested: str | None) -> typer.Typer:
             words = {"context_settings": getattr(target, "context_settings", None)}
             app.command(name, help=text, rich_help_panel=panel, **words)(target)
     if requested == MENU:  # as bare `llmlab`
-        app.command(MENU, hidden=True)(_load(MENU, "menu:menu"))
+        app.command(MENU, hidden=True)(open_menu)
     if requested == JOB:  # of a process that llmlab itself starts
         app.command(JOB, hidden=True)(_load(JOB, "launch:run_job"))
     return app
@@ -111,13 +111,15 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    from llmlab.cli.menu import is_terminal, menu
-
-    menu() if is_terminal() else list_commands()
+    open_menu()
 
 
-def list_commands() -> None:
-    """Prints the commands on one screen of 80 x 24."""
+def open_menu() -> None:
+    """Open the menu; without a terminal, list the commands on one screen of 80 x 24."""
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        from llmlab.cli.menu import menu
+
+        return menu()
     for panel, commands in groupby(COMMANDS.items(), key=lambda command: command[1][0]):
         for number, (name, (_, line, _)) in enumerate(commands):
             typer.echo(f"{'' if number else panel:8}{name:13}{line}")

@@ -38,11 +38,7 @@ HINT = "Enter keeps (...), Esc goes back, Ctrl+D keeps the rest, Ctrl+C: to the 
 
 
 def menu() -> None:
-    """Open the menu: configure, train, test, merge, and what else there is, by questions."""
-    if not is_terminal():
-        from llmlab.cli.app import list_commands
-
-        return list_commands()
+    """Asks what to do, and does it, until somebody leaves."""
     say(f"llmlab {__version__}: from an architecture to a model you can chat with", bold=True)
     entries = TABLES["entries"]
     choices = [Choice(e["title"], e, shortcut_key=e["key"], description=e["help"]) for e in entries]
@@ -61,11 +57,6 @@ def menu() -> None:
                 say(f"error: {error}", error=True, fg="red")
             except KeyboardInterrupt:
                 say("\nback in the menu; the answers so far are kept (Ctrl+C here leaves)")
-
-
-def is_terminal() -> bool:
-    """Whether there is somebody to ask."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def open_entry(entry: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ class ModelSettings(Settings):
         return self
 
     def count_parameters(self) -> int:
-        """Returns the number of weights with vocab_size as it is, without torch; `llmlab.model.measure` counts them."""
+        """Returns the number of weights with vocab_size as it is; `llmlab.model.measure` counts them with torch."""
         width, heads = self.d_model, {"mha": self.n_heads, "mqa": 1, "gqa": self.n_kv_heads}[self.attention_type]
         keys = width // self.n_heads * heads
         attention = 2 * width * (width + keys) + self.attention_bias * 2 * (width + keys)
