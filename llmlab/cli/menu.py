@@ -28,7 +28,6 @@ from llmlab.runs.record import RECORD
 from llmlab.settings.base import show
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, dump, read_json, read_layer
-from llmlab.settings.paths import check_free, expand
 from llmlab.settings.presets import presets, recipe_folder
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, safe, say
@@ -265,17 +264,9 @@ def _refusal(stage: str, path: str) -> str:
 
 def _free(name: str) -> str:
     """Returns the name of a file or folder, with a number where it is taken."""
-
-    def is_free(path: str) -> bool:
-        try:
-            check_free(expand(path))
-        except UserError:
-            return False
-        return not expand(path).is_file()
-
     stem, ending = os.path.splitext(name)
-    numbered = (f"{stem}-{number}{ending}" for number in itertools.count(2))
-    return next(filter(is_free, itertools.chain([name], numbered)))
+    names = itertools.chain([name], (f"{stem}-{number}{ending}" for number in itertools.count(2)))
+    return next(path for path in names if not os.path.exists(path))
 
 
 def _draft(name: str) -> Path:
