@@ -172,7 +172,10 @@ def review(form: Form, name: str, names: Sequence[str]) -> None:
         say("" if is_model else f"$ {shlex.join(['llmlab', *command])}", bold=True)
         actions = [Choice("Run it", "run")] * (not form.problems and not is_model)
         actions += [Choice(f"Save it as {path}", "save")] * (not form.problems and not saved and not untouched)
-        actions += [Choice("Change a setting", "change"), Choice("Show every setting and its source", "show")]
+        actions += [
+            Choice("More settings: change any of them", "change"),
+            Choice("Show every setting and its source", "show"),
+        ]
         action = choose("Next", [*actions, Choice("Back to the menu", "leave")], form.status)
         if action == "change":
             with suppress(Back, EOFError):

@@ -22,17 +22,18 @@ from llmlab.stages import STAGES
 from tests.cli.screen import Screen
 
 FORMS = {"model": "pretrain", **{stage: stage for entry in TABLES["entries"] for stage in entry.get("stages", ())}}
-# plans and runs are other tests': here a run is written down instead
+# plans are other tests'; a run is written down, and lasts until Ctrl+C
 MENU = """
 import json, subprocess, sys
 from llmlab.cli import questions
 from llmlab.cli.app import main
 questions.PLANNER.line = lambda *settings: "about 1 GB"
+start = subprocess.call
+program = "print('it runs', flush=True)\\ntry:\\n  input()\\nexcept KeyboardInterrupt:\\n  raise SystemExit(130)"
 def call(words):
     with open("ran.jsonl", "a") as file:
         print(json.dumps(words[3:]), file=file)
-    print("it would run")
-    return 0
+    return start([sys.executable, "-c", program])
 subprocess.call = call
 main([])
 """
@@ -277,8 +278,11 @@ def test_on_a_terminal(tmp_path):
         screen.type("ctrl-d")
         screen.wait("policy_checkpoint: runs/base", "batch_size: 8", "$ llmlab sft --config sft_config.json", "Run it")
         screen.type("enter")
-        screen.wait("it would run ? What next? (a key")
+        screen.answer("it runs", "ctrl-c")
+        screen.wait("it ended with exit code 130", "? Next (Use arrow keys)")  # to change something
         assert json.loads((tmp_path / "ran.jsonl").read_text()) == ["sft", "--config", "sft_config.json"]
+        screen.type("escape")
+        screen.wait("x) Leave")
         assert not (tmp_path / ".llmlab_draft_sft.json").exists()
         assert max(map(len, screen.lines)) <= 80
         screen.type("ctrl-c")
