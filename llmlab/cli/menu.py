@@ -46,7 +46,9 @@ def menu() -> None:
             print()
             try:
                 entry = choose("What next?", choices, use_shortcuts=True, instruction=HOW)
-            except (Back, EOFError, KeyboardInterrupt):
+            except Back:
+                continue
+            except (EOFError, KeyboardInterrupt):
                 return say("left the menu")
             try:
                 open_entry(entry)

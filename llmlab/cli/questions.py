@@ -83,7 +83,9 @@ def choose(message: str, choices: Iterable[Choice], *status: Any, **options: Any
     return ask(questionary.select(message, list(choices), use_jk_keys=False, **options), *status)
 
 
-def choose_run(message: str, files: Sequence[str] = MODEL_FILES, extra: Sequence[Choice] = (), *status: Any) -> str:
+def choose_run(
+    message: str, files: Sequence[str] = MODEL_FILES, extra: Sequence[Choice] = (), *status: Any, **options: Any
+) -> str:
     """Asks for a run here with one of these files, the latest first, or for a name; `extra` are further choices."""
     choices = []
     for run in reversed(find_runs(Path())):
@@ -92,7 +94,7 @@ def choose_run(message: str, files: Sequence[str] = MODEL_FILES, extra: Sequence
             choices.append(Choice(printable(f"{run.folder}  ({run.stage}, {run.status}{result})"), str(run.folder)))
     if not choices:
         return TYPED
-    return choose(message, [*choices, *extra, Choice("another: type a folder or hub id", TYPED)], *status)
+    return choose(message, [*choices, *extra, Choice("another: type a folder or hub id", TYPED)], *status, **options)
 
 
 class Form:
@@ -141,6 +143,8 @@ class Form:
 
     def refusal(self, setting: Setting, text: str, later: Sequence[str] = ()) -> str:
         """Returns why a text is no answer; a contradiction to settings that are asked later waits for them."""
+        if not text.strip() and setting.info.is_required() and self.value(setting) is None:
+            return f"{setting.name}: required"
         more = [(setting.key, parse_answer(setting, text))] if text.strip() else []
         for sentence in self._resolve(*more)[1]:
             words = set(re.findall(r"\w+", sentence))
@@ -176,10 +180,11 @@ class Form:
         if typing.get_origin(setting.type) is Literal:
             choices = [Choice(show(choice), choice) for choice in setting.choices]
             return choose(setting.name, choices, self.status, default=next(c for c in choices if c.value == current))
-        reads = setting.marker(Reads)
-        files = FILES.get(setting.name) or (MODEL_FILES if reads is not None and reads.kind == "model" else ())
+        is_model = getattr(setting.marker(Reads), "kind", "") == "model"
+        files = FILES.get(setting.name) or (MODEL_FILES if is_model else ())
         kept = [] if current is None and setting.info.is_required() else [Choice(f"{show(current)}  (as it is)", KEPT)]
-        return choose_run(setting.name, files, kept, self.status) if files else TYPED
+        default = kept[0] if kept and (not is_model or current is None or os.path.exists(current)) else None
+        return choose_run(setting.name, files, kept, self.status, default=default) if files else TYPED
 
     def ask_all(self, names: Sequence[str], save: Callable[[int], None], start: int = 0) -> None:
         """Asks for those of the settings whose conditions hold; `save` gets the number of the next one.

@@ -29,7 +29,7 @@ from llmlab.cli import questions
 from llmlab.cli.app import main
 questions.PLANNER.line = lambda *settings: "about 1 GB"
 start = subprocess.call
-program = "print('it runs', flush=True)\\ntry:\\n  input()\\nexcept KeyboardInterrupt:\\n  raise SystemExit(130)"
+program = "try:\\n  print('it runs', flush=True)\\n  input()\\nexcept KeyboardInterrupt:\\n  raise SystemExit(130)"
 def call(words):
     with open("ran.jsonl", "a") as file:
         print(json.dumps(words[3:]), file=file)
@@ -177,6 +177,7 @@ def test_every_stage_reaches_its_command(keys, stage, capsys):
 
 
 def test_merge_asks_for_adapters(keys, tmp_path):
+    assert Form("merge").refusal(Form("merge").find("adapter"), "", ["base"]) == "adapter: required"
     make_run(tmp_path / "runs" / "sft")
     (tmp_path / "runs" / "sft" / "adapter_config.json").write_text("{}")
     keys.send_text("\r" * 7)  # the run, its base, the folder, the precision, "Run it"
@@ -257,9 +258,9 @@ def test_on_a_terminal(tmp_path):
         screen.wait("What next?", "1) Configure new model", "4) RLHF training (PPO/DPO/GRPO)", "x) Leave")
         screen.type("3", "enter")
         screen.answer("Start from", "enter")
-        screen.answer("policy_checkpoint", "enter")
+        screen.answer("? policy_checkpoint", "enter")
         screen.wait("policy_checkpoint runs/base (pretrain, interrupted)")
-        screen.answer("HuggingFaceH4/ultrachat_200k", "demo/chat", "enter")
+        screen.answer("? datasets", "demo/chat", "enter")
         screen.wait("batch_size (4)", "plan: about 1 GB")
         screen.type("0")
         screen.wait("batch_size = 0: expected greater than 0")
