@@ -32,6 +32,7 @@ from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
 JOB = "run-job"
+MENU = "menu"
 LONGEST_ERROR = 400  # characters of one line
 TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one that failed
 
@@ -75,6 +76,8 @@ def build_app(requested: str | None) -> typer.Typer:
             text = line if target is _placeholder else target.__doc__
             words = {"context_settings": getattr(target, "context_settings", None)}
             app.command(name, help=text, rich_help_panel=panel, **words)(target)
+    if requested == MENU:  # as bare `llmlab`
+        app.command(MENU, hidden=True)(open_menu)
     if requested == JOB:  # of a process that llmlab itself starts
         app.command(JOB, hidden=True)(_load(JOB, "launch:run_job"))
     return app
@@ -108,7 +111,16 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is not None:
         return
-    for panel, commands in groupby(COMMANDS.items(), key=lambda command: command[1][0]):  # one screen of 80 x 24
+    open_menu()
+
+
+def open_menu() -> None:
+    """Open the menu; without a terminal, list the commands on one screen of 80 x 24."""
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        from llmlab.cli.menu import menu
+
+        return menu()
+    for panel, commands in groupby(COMMANDS.items(), key=lambda command: command[1][0]):
         for number, (name, (_, line, _)) in enumerate(commands):
             typer.echo(f"{'' if number else panel:8}{name:13}{line}")
 

@@ -214,7 +214,7 @@ def _command_line_layer(
     for word in overrides:
         key, equals, text = word.partition("=")
         if equals:
-            add(key, _parse(table.get(key), text, key))
+            add(key, parse_value(table.get(key), text, key))
         elif positional:
             values[positional] = [*values.get(positional, []), word]
         else:
@@ -224,11 +224,12 @@ def _command_line_layer(
             add(spelling, [parse_scalar(text, spelling) if text.startswith("{") else text for text in found])
             continue
         for value in found if isinstance(found, list) else [] if found is None else [found]:
-            add(spelling, _parse(table[spelling], value, spelling) if isinstance(value, str) else value)
+            add(spelling, parse_value(table[spelling], value, spelling) if isinstance(value, str) else value)
     return Layer("command line", values)
 
 
-def _parse(setting: Setting | None, text: str, key: str) -> Any:
+def parse_value(setting: Setting | None, text: str, key: str) -> Any:
+    """Returns what a text of the command line means for a setting: YAML, but for text and lists of it."""
     if setting is not None and setting.type_name.removesuffix(" or none") == "text":
         return text
     if setting is not None and _is_list(setting) and not text.startswith(("[", "{")):
