@@ -11,39 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic's, before Python 3.12
-
+from llmlab.pipeline.page import write_pipeline_page
 from llmlab.pipeline.reading import Pipeline, PipelineStage
+from llmlab.pipeline.state import Inputs, State, read_state, write_state
 from llmlab.runs.history import flatten
 from llmlab.runs.lock import locked
+from llmlab.runs.page import PAGE, try_writing
 from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
-from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
 from llmlab.settings.sources import Resolved
 from llmlab.stages import Stage
 
-STATE = "pipeline.json"
 FILES = "input files"
 VERSIONS = ("llmlab", "torch", "transformers", "trl", "tokenizers", "datasets")
 LONGEST_CHANGE = 40  # characters; of a longer change only the name is shown
 Action = Literal["skip", "run", "resume"]
-Inputs = dict[str, dict[str, Any]]
-
-
-class StageState(TypedDict):
-    """What `pipeline.json` holds of a stage that was started."""
-
-    status: str
-    owner: str  # in the mark of its run folder
-    run: str  # a new id for each run; a resumed run keeps its own
-    needed_runs: dict[str, str]  # stage -> the id of its run that this one started from
-    inputs: Inputs
-
-
-State = dict[str, StageState]
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
             raise UserError(f"{option} {name}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
     if first is not None and only is not None:
         raise UserError(f"--from {first} and --only {only} contradict each other; keep one")
-    state = _read_state(pipeline)
+    state = read_state(pipeline.output_dir)
     steps: dict[str, Step] = {}
     for number, stage in enumerate(pipeline.stages):
         inputs = _inputs(stage, pipeline.processes)
@@ -189,7 +173,7 @@ def execute(pipeline: Pipeline, steps: list[Step], run: Callable[..., None] = ru
                 stack.enter_context(locked(pipeline.output_dir))
             except OSError as error:
                 raise UserError(f"output_dir = {pipeline.output_dir}: cannot be written: {error.strerror}") from None
-        state = _read_state(pipeline)
+        state = read_state(pipeline.output_dir)
         for step in steps:
             yield step
             if step.action != "skip":
@@ -208,12 +192,16 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
         "needed_runs": {need: state[need]["run"] for need in step.stage.needs},
         "inputs": step.inputs,
     }
-    _write_state(pipeline, state)
+    write_state(pipeline.output_dir, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
-    run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
-    state[name]["status"] = "finished"
-    _write_state(pipeline, state)
+    try:
+        run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
+        state[name]["status"] = "finished"
+        write_state(pipeline.output_dir, state)
+    finally:
+        if any(getattr(stage.resolved.settings, "report", False) for stage in pipeline.stages):
+            try_writing(lambda: write_pipeline_page(pipeline.output_dir))
 
 
 def _set_aside(folder: Path) -> None:
@@ -284,20 +272,9 @@ def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
 def _identity(path: Path) -> str:
     """Returns the sizes and times of a file, or of the files in a folder, as a hash."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    seen = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if file.is_file() and file.name != PAGE
+    ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-
-
-def _read_state(pipeline: Pipeline) -> State:
-    path = pipeline.output_dir / STATE
-    if not path.is_file():
-        return {}
-    try:
-        return TypeAdapter(State).validate_python(read_json(path), strict=True)
-    except (UserError, ValidationError):
-        again = "remove it and the stages' folders to run every stage again"
-        raise UserError(f"{path}: this record is damaged, or of another version of llmlab; {again}") from None
-
-
-def _write_state(pipeline: Pipeline, state: State) -> None:
-    write_atomically(pipeline.output_dir / STATE, json.dumps(state, indent=2) + "\n")

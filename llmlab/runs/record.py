@@ -26,6 +26,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
+COMPLETIONS = "completions.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -105,6 +106,10 @@ class RunRecord:
         """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
         self._append(EVENTS, asdict(event))
 
+    def log_completion(self, step: int, **values: Any) -> None:
+        """Appends what the model answered at a step, `prompt` and `completion` (text or messages), for the report."""
+        self._append(COMPLETIONS, {"step": step, **values})
+
     def _append(self, file: str, line: dict[str, Any]) -> None:
         with (self.folder / file).open("a", encoding="utf-8") as handle:
             handle.write(_json(line) + "\n")
@@ -179,6 +184,11 @@ def read_events(folder: Path) -> list[Event]:
         except ValidationError:
             continue  # damaged
     return events
+
+
+def read_completions(folder: Path) -> list[dict[str, Any]]:
+    """Returns the completions that a run recorded on its way, oldest first."""
+    return _read_lines(folder / COMPLETIONS, "completions")
 
 
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, Re
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.gates import GateCallback, held_out_gates
+from llmlab.runs.page import report_at_end
 from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
@@ -92,7 +93,7 @@ def training_stage(
                 allow_changed_data=allow_changed_data,
                 console=console,
             )
-            with starting as run, explain_out_of_memory(run):
+            with starting as run, report_at_end(run), explain_out_of_memory(run):
                 run.function = start_run
                 return function(run, **options)
 
