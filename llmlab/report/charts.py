@@ -5,6 +5,7 @@ equal bytes. It is imported when the first chart is drawn, since that takes half
 """
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,12 @@ class Chart:
     @property
     def noisy(self) -> bool:
         return any(curve.noisy for curve in self.curves)
+
+    @property
+    def prefix(self) -> str:
+        """What the metrics' names have in common, such as `reward/`, which the title says."""
+        shared = os.path.commonprefix([curve.name for curve in self.curves])
+        return shared[: shared.rfind("/") + 1]
 
     @property
     def label(self) -> str:

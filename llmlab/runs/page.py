@@ -16,7 +16,7 @@ from llmlab.runs import history
 from llmlab.runs.history import Ancestor, RunFolder
 from llmlab.runs.record import COMPLETIONS, RECORD, is_number, read_completions, read_events
 from llmlab.settings.errors import reason_of, shorten
-from llmlab.terminal import duration, human, say, short_number
+from llmlab.terminal import duration, human, safe, say, short_number
 
 PAGE = "report.html"
 SAMPLES = "samples.jsonl"
@@ -32,15 +32,18 @@ def report_at_end(run: Any) -> Iterator[None]:
         yield
     finally:
         if run.settings.report and run.process.is_main_process and (run.folder / RECORD).is_file():
-            try_writing(lambda: write_run_page(history.open_run(run.folder)))
+            page = try_writing(lambda: write_run_page(history.open_run(run.folder)))
+            if page:
+                run.console.print(f"[green]report[/green] {safe(page)}", soft_wrap=True)
 
 
-def try_writing(write: Callable[[], Path]) -> None:
-    """Writes a page; whatever goes wrong is said, and does not end a run that has trained for hours."""
+def try_writing(write: Callable[[], Path]) -> Path | None:
+    """Writes a page and returns its path; what goes wrong is said, and does not end a run that trained for hours."""
     try:
-        write()
+        return write()
     except Exception as error:
         say(f"note: no {PAGE} was written: {reason_of(error)}", error=True)
+        return None
 
 
 def write_run_page(run: RunFolder) -> Path:
