@@ -4,6 +4,7 @@ What they say comes from `history` (record, metrics) and the folder's health eve
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -33,7 +34,7 @@ def report_at_end(run: Any) -> Iterator[None]:
     finally:
         if run.settings.report and run.process.is_main_process and (run.folder / RECORD).is_file():
             page = try_writing(lambda: write_run_page(history.open_run(run.folder)))
-            if page:
+            if page and sys.exc_info()[0] is None:
                 run.console.print(f"[green]report[/green] {safe(page)}", soft_wrap=True)
 
 

@@ -34,6 +34,7 @@ from llmlab.runs.arguments import build_arguments
 from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
+from llmlab.runs.completions import CompletionLog
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.gates import GateCallback, held_out_gates
 from llmlab.runs.page import report_at_end
@@ -246,6 +247,8 @@ class Run(Start[S]):
             record = self.make_record(parents, data)
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
+            if self.settings.report:
+                trainer.add_callback(CompletionLog(record, trainer))
             trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
