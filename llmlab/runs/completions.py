@@ -4,19 +4,21 @@ GRPO and PPO sample anyway. Other stages complete, greedily, the beginnings of a
 evaluations, for a small share of the run's time; scores of answers are `gates`.
 """
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from transformers import TrainerCallback
 
-from llmlab.inference import generate_tokens
+from llmlab.inference import context_length, generate_tokens
 from llmlab.runs.gates import generating, has_whole_weights
 from llmlab.runs.record import RunRecord
 from llmlab.settings.generation import SamplingSettings
 
 COUNT = 2  # completions at a time
+ROWS = 16  # of the validation data, of which those are taken whose prompts leave room for an answer
 MOMENTS = 50  # of a run, at most
 TEXT_TOKENS = 24  # of a text without a prompt
 SAMPLING = SamplingSettings(temperature=0, max_new_tokens=48)
@@ -31,6 +33,7 @@ class CompletionLog(TrainerCallback):
     trainer: Any
     began: float = 0.0
     last: int | None = None  # step
+    newest: list[dict[str, Any]] = field(default_factory=list)
     spent: float = 0.0  # seconds
     cost: float = 0.0  # seconds of the last ones
 
@@ -46,8 +49,9 @@ class CompletionLog(TrainerCallback):
         affordable = last or self.spent + self.cost <= SHARE * (time.monotonic() - self.began)
         if self.trainer.newest_completions(1) or not (affordable and has_whole_weights(self.trainer)):
             return
-        rows = [self.trainer.eval_dataset[index] for index in range(min(COUNT, len(self.trainer.eval_dataset)))]
-        prompts = [prompt for prompt in map(prompt_ids, rows) if prompt]
+        rows = (self.trainer.eval_dataset[index] for index in range(min(ROWS, len(self.trainer.eval_dataset))))
+        room = (context_length(self.trainer.model) or math.inf) - SAMPLING.max_new_tokens
+        prompts = [prompt for prompt in map(prompt_ids, rows) if 0 < len(prompt) <= room][:COUNT]
         began = time.monotonic()
         with generating(self.trainer) as model:
             if not prompts or not model.can_generate():
@@ -61,11 +65,13 @@ class CompletionLog(TrainerCallback):
         )
 
     def write(self, state: Any, completions: list[dict[str, Any]]) -> None:
-        """Records completions, unless the last ones were a moment ago."""
-        if self.last is None or state.global_step - self.last >= state.max_steps / MOMENTS:
-            for values in completions:
-                self.record.log_completion(state.global_step, **values)
-            self.last = state.global_step if completions else self.last
+        """Records completions, unless these or others were recorded a moment ago."""
+        near = self.last is not None and state.global_step - self.last < state.max_steps / MOMENTS
+        if near or not completions or completions == self.newest:
+            return
+        self.last, self.newest = state.global_step, completions
+        for values in completions:
+            self.record.log_completion(state.global_step, **values)
 
 
 def prompt_ids(row: dict[str, Any]) -> list[int]:

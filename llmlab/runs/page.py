@@ -15,7 +15,7 @@ from llmlab.report.charts import Chart, Curve, Mark, group_curves, make_chart
 from llmlab.report.page import link, write_page
 from llmlab.runs import history
 from llmlab.runs.history import Ancestor, RunFolder
-from llmlab.runs.record import COMPLETIONS, RECORD, is_number, read_completions, read_events
+from llmlab.runs.record import RECORD, is_number, read_completions, read_events
 from llmlab.settings.errors import reason_of, shorten
 from llmlab.terminal import duration, human, safe, say, short_number
 
@@ -185,7 +185,7 @@ def _samples(folder: Path) -> list[dict[str, str]]:
     found = read_completions(folder)
     half = MOST_SAMPLES // 2
     chosen = found if len(found) <= MOST_SAMPLES else [*found[:half], *found[-half:]]
-    if not (folder / COMPLETIONS).is_file() and (folder / SAMPLES).is_file():
+    if not found and (folder / SAMPLES).is_file():
         with (folder / SAMPLES).open(encoding="utf-8", errors="replace") as lines:
             chosen = [_parse(line) for line in islice(lines, LINES_READ)]
         seen: set[Any] = set()

@@ -94,6 +94,9 @@ class RunRecord:
             lines = [line for line in read_metrics(self.folder) if resumed_step and line["step"] <= resumed_step]
             self._seconds_before = lines[-1]["seconds"] if lines else 0.0
             write_atomically(self.folder / METRICS, "".join(_json(line) + "\n" for line in lines))
+            if answers := read_completions(self.folder):
+                text = "".join(_json(each) + "\n" for each in answers if each["step"] <= resumed_step)
+                write_atomically(self.folder / COMPLETIONS, text)
         self._write()
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
@@ -188,7 +191,7 @@ def read_events(folder: Path) -> list[Event]:
 
 def read_completions(folder: Path) -> list[dict[str, Any]]:
     """Returns the completions that a run recorded on its way, oldest first."""
-    return _read_lines(folder / COMPLETIONS, "completions")
+    return [line for line in _read_lines(folder / COMPLETIONS, "completions") if is_number(line.get("step"))]
 
 
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import pytest
 from llmlab.runs import page as pages
 from llmlab.runs.history import open_run
 from llmlab.runs.page import write_comparison_page, write_run_page
+from llmlab.runs.record import RunRecord, read_completions
+from llmlab.training.online.grpo import grpo
 from llmlab.training.sft import sft
 
 HOSTILE = "</pre><script>alert(1)</script><img src='http://x'>\x1b[31m\ud800\u202e"
@@ -93,7 +95,7 @@ def test_a_page_shows_the_run(folder):
         *("some/model not a run folder here", "pretrain · eval_loss 3.5"),
     ):
         assert page.says(text), text
-    assert page.all("href") == ["../known/report.html"]  # the other parent has no page
+    assert page.all("href") == ["../known/report.html"] * 2  # above and in the lineage; the other parent has no page
 
 
 def place_of(folder, name):
@@ -136,7 +138,7 @@ def test_equal_runs_have_equal_pages(folder):
 
 
 def test_a_long_run_of_many_metrics_stays_small(folder):
-    draw = [{f"reward/{k}": (step * (k + 7)) % 101 / 7 for k in range(12)} for step in range(8000)]
+    draw = [{f"reward/{k}": (step * (k + 7)) % 101 / 7 for k in range(12)} for step in range(3000)]
     names = ("grad_norm", "kl", "entropy", "learning_rate", "success_rate", "completion_length", "value_loss")
     rows = [
         {"step": step, "tokens": step, "seconds": step, "loss": (step * 7919) % 997, **values}
@@ -186,13 +188,34 @@ def test_a_comparison_has_each_run_in_each_chart(folder, tmp_path):
     assert '<b class="best">1</b>' in page.text
 
 
-def test_a_finished_run_has_a_page(sft_settings, quiet, tmp_path, capsys):
-    sft(sft_settings(report=True, max_steps=2, eval_every=1), console=quiet)
-    page = Page(tmp_path / "run" / "report.html")
-    assert page.says("run finished") and page.says("All 70 settings") or page.says("max_steps 2")
-    assert any(
-        label.startswith("Loss: loss from ") and "; eval_loss from " in label for label in page.all("aria-label")
-    )
+def test_a_finished_run_has_a_page_and_samples_and_trains_as_without(sft_settings, quiet, tmp_path):
+    changes = {"max_steps": 2, "eval_every": 1, "log_every": 1, "eval_steps": 1}
+    plain = sft(sft_settings(report=False, output_dir=tmp_path / "plain", **changes), console=quiet)
+    assert not {"report.html", "completions.jsonl"} & {path.name for path in plain.folder.iterdir()}
+    result = sft(sft_settings(report=True, **changes), console=quiet)
+    assert all(result.metrics[name] == plain.metrics[name] for name in ("loss", "grad_norm", "eval_loss"))
+    answers = read_completions(result.folder)
+    assert [each["step"] for each in answers] == [1, 1, 2, 2]  # the first and the last evaluation
+    assert all("How " in each["prompt"] and isinstance(each["completion"], str) for each in answers)
+    page = Page(result.folder / "report.html")
+    assert page.says("run finished") and page.says("max_steps 2") and page.says("step 2")
+    assert any(label.startswith("Loss: loss from ") and "; eval_loss " in label for label in page.all("aria-label"))
+
+
+def test_rollouts_are_recorded_as_they_are_sampled(tiny_settings, quiet, tmp_path):
+    changes = {"max_steps": 2, "group_size": 2, "mini_batch_size": 8, "gradient_accumulation_steps": 1}
+    result = grpo(tiny_settings("grpo", tmp_path / "run", report=True, **changes), console=quiet)
+    answers = read_completions(result.folder)
+    assert [each["step"] for each in answers] == [1, 1, 2, 2]
+    first, second = answers[:2]  # of one group
+    assert first["prompt"] == second["prompt"] and first["prompt"][0]["role"] == "user"
+    assert all(0 <= each["rewards"]["reward"] <= 1 for each in answers)
+
+
+def test_what_a_resumed_run_undoes_is_not_shown(folder):
+    place = folder(completions=[{"step": step, "prompt": "a", "completion": f"b{step}"} for step in (1, 5, 9)])
+    RunRecord(place, stage="sft").start(resumed_step=5)
+    assert [each["step"] for each in read_completions(place)] == [1, 5]
 
 
 def test_an_interrupted_run_has_a_page(sft_settings, quiet, tmp_path, cut_off):
@@ -209,8 +232,3 @@ def test_a_page_that_cannot_be_written_ends_no_run(sft_settings, quiet, tmp_path
     result = sft(sft_settings(report=True, max_steps=1), console=quiet)
     assert result.metrics["loss"] > 0 and not (tmp_path / "run" / "report.html").exists()
     assert capsys.readouterr().err == "note: no report.html was written: the figure is too wide\n"
-
-
-def test_a_run_that_wants_no_page_has_none(sft_settings, quiet, tmp_path):
-    sft(sft_settings(report=False, max_steps=1), console=quiet)
-    assert not (tmp_path / "run" / "report.html").exists()
