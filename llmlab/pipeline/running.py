@@ -14,9 +14,9 @@ from typing import Any, Literal
 from llmlab.pipeline.page import write_pipeline_page
 from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.pipeline.state import Inputs, State, read_state, write_state
-from llmlab.runs.history import flatten
+from llmlab.runs.history import flatten, open_run
 from llmlab.runs.lock import locked
-from llmlab.runs.page import PAGE, try_writing
+from llmlab.runs.page import PAGE, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
@@ -201,6 +201,8 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
         write_state(pipeline.output_dir, state)
     finally:
         if any(getattr(stage.resolved.settings, "report", False) for stage in pipeline.stages):
+            if not step.stage.stage.resumes and (folder / RECORD).is_file():  # stages that train write their own
+                try_writing(lambda: write_run_page(open_run(folder)))
             try_writing(lambda: write_pipeline_page(pipeline.output_dir))
 
 

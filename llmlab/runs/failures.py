@@ -92,11 +92,8 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
         end("failed", reason=str(error))
         trained = any(folder.glob("checkpoint-*")) or any("loss" in line for line in read_metrics(folder))
         if record is not None and "resumed" not in record.values and not trained:
-            for name in (
-                RECORD,
-                METRICS,
-                COMPLETIONS,
-            ):  # a new run without a step: it can be started again in this folder
+            # a new run without a step: it can be started again in this folder
+            for name in (RECORD, METRICS, COMPLETIONS):
                 (folder / name).unlink(missing_ok=True)
         raise
     except Exception as error:

@@ -94,6 +94,7 @@ def test_its_page_follows_each_stage_also_one_that_fails(pipeline, ran, tmp_path
     ran[1].clear()
     run(pipeline, "pretrain.report=false")  # the other stages want one
     assert "3 of 3" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "tokenizer" / "report.html").is_file()  # which has no steps
 
 
 def test_a_page_that_is_written_again_makes_no_stage_run_again(tmp_path):
