@@ -188,11 +188,10 @@ def _samples(folder: Path) -> list[dict[str, str]]:
     if not found and (folder / SAMPLES).is_file():
         with (folder / SAMPLES).open(encoding="utf-8", errors="replace") as lines:
             chosen = [_parse(line) for line in islice(lines, LINES_READ)]
-        seen: set[Any] = set()
-        firsts = [
-            each for each in chosen if not (str(each.get("prompt_id")) in seen or seen.add(str(each.get("prompt_id"))))
-        ]
-        chosen = firsts[:half]
+        firsts: dict[str, dict[str, Any]] = {}
+        for each in chosen:
+            firsts.setdefault(str(each.get("prompt_id", each.get("prompt"))), each)
+        chosen = list(firsts.values())[:half]
     return [_sample(each) for each in chosen if "completion" in each]
 
 
