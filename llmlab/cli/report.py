@@ -15,7 +15,7 @@ def report(
 ) -> None:
     """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
     from llmlab.pipeline.page import write_pipeline_page
-    from llmlab.pipeline.state import STATE
+    from llmlab.pipeline.running import STATE
     from llmlab.runs.history import open_run
     from llmlab.runs.page import write_run_page
     from llmlab.settings.paths import expand

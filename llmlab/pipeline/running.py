@@ -11,23 +11,40 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llmlab.pipeline.page import write_pipeline_page
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic's, before Python 3.12
+
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.pipeline.state import Inputs, State, read_state, write_state
 from llmlab.runs.history import flatten, open_run
 from llmlab.runs.lock import locked
 from llmlab.runs.page import PAGE, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.files import read_json, write_atomically
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
 from llmlab.settings.sources import Resolved
 from llmlab.stages import Stage
 
+STATE = "pipeline.json"
 FILES = "input files"
 VERSIONS = ("llmlab", "torch", "transformers", "trl", "tokenizers", "datasets")
 LONGEST_CHANGE = 40  # characters; of a longer change only the name is shown
 Action = Literal["skip", "run", "resume"]
+Inputs = dict[str, dict[str, Any]]
+
+
+class StageState(TypedDict):
+    """What `pipeline.json` holds of a stage that was started."""
+
+    status: str
+    owner: str  # in the mark of its run folder
+    run: str  # a new id for each run; a resumed run keeps its own
+    needed_runs: dict[str, str]  # stage -> the id of its run that this one started from
+    inputs: Inputs
+
+
+State = dict[str, StageState]
 
 
 @dataclass(frozen=True)
@@ -192,13 +209,15 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
         "needed_runs": {need: state[need]["run"] for need in step.stage.needs},
         "inputs": step.inputs,
     }
-    write_state(pipeline.output_dir, state)
+    _write_state(pipeline, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
+    from llmlab.pipeline.page import write_pipeline_page  # which reads what is written here
+
     try:
         run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
         state[name]["status"] = "finished"
-        write_state(pipeline.output_dir, state)
+        _write_state(pipeline, state)
     finally:
         if any(getattr(stage.resolved.settings, "report", False) for stage in pipeline.stages):
             if not step.stage.stage.resumes and (folder / RECORD).is_file():  # stages that train write their own
@@ -280,3 +299,19 @@ def _identity(path: Path) -> str:
         if file.is_file() and file.name != PAGE
     ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def read_state(output_dir: Path) -> State:
+    """Returns the stages of a pipeline's folder that were started."""
+    path = output_dir / STATE
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(State).validate_python(read_json(path), strict=True)
+    except (UserError, ValidationError):
+        again = "remove it and the stages' folders to run every stage again"
+        raise UserError(f"{path}: this record is damaged, or of another version of llmlab; {again}") from None
+
+
+def _write_state(pipeline: Pipeline, state: State) -> None:
+    write_atomically(pipeline.output_dir / STATE, json.dumps(state, indent=2) + "\n")

@@ -5,12 +5,10 @@ equal bytes. It is imported when the first chart is drawn, since that takes half
 """
 
 import io
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ import yaml
 from llmlab.terminal import short_number
 
 SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
-MARGINS = (46, 14, 14, 22)  # left, right, above, below
+MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
 POINTS = 500  # of a curve; the curves of a chart share twice as many
 FEW = 16  # points that are marked one by one
 MEANS = 60  # of a curve with at least twice as many points: they are drawn over it
@@ -71,94 +69,70 @@ class Curve:
         """Whether it has so many points that their means are drawn over them."""
         return len(self.points) >= 2 * MEANS
 
-    @property
-    def last(self) -> str:
-        return short_number(self.points[-1][1])
-
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves with a title and the events that concern them; `small` is a sparkline without axes."""
+    """Curves with a title and the events that concern them; `small` is a sparkline without axes.
+
+    Of more curves than can be told apart, the first ones are drawn.
+    """
 
     title: str
     curves: Sequence[Curve]
     marks: Sequence[Mark] = ()
     small: bool = False
     log: bool = False
-    hidden: Sequence[str] = field(default=())
-    """Metrics that are not drawn."""
-
-    @property
-    def noisy(self) -> bool:
-        return any(curve.noisy for curve in self.curves)
-
-    @property
-    def prefix(self) -> str:
-        """What the metrics' names have in common, such as `reward/`, which the title says."""
-        shared = os.path.commonprefix([curve.name for curve in self.curves])
-        return shared[: shared.rfind("/") + 1]
 
     @property
     def label(self) -> str:
         """What the chart shows, for those who do not see it."""
         ends = [
-            f"{curve.name} from {short_number(curve.points[0][1])} at step {curve.points[0][0]:,} "
-            f"to {curve.last} at step {curve.points[-1][0]:,}"
+            f"{curve.name} " + " ".join(f"{word} {short_number(value)} at step {step:,}" for word, step, value in both)
             for curve in self.curves
+            for both in [[("from", *curve.points[0]), ("to", *curve.points[-1])]]
         ]
         events = f"; health events at steps {', '.join(f'{mark.step:,}' for mark in self.marks)}" if self.marks else ""
         return f"{self.title}: {'; '.join(ends)}{events}"
 
-    @cached_property
+    @property
     def svg(self) -> str:
-        """The SVG element's content, and its `viewBox` before it."""
+        """The SVG element's `viewBox` and content."""
         return _draw(self)
 
 
 def group_curves(curves: dict[str, Any]) -> list[Group]:
     """Returns the charts of `charts.yaml` that these metrics have, in order."""
     groups: list[Group] = []
-    for chart in _chart_table():
+    for chart in yaml.safe_load((files("llmlab.report") / "charts.yaml").read_text(encoding="utf-8")):
         names = [name for pattern in chart["metrics"] for name in curves if fnmatchcase(name, pattern)]
-        log = chart.get("log", False)
         if chart.get("separate"):
-            twins = [[name, *({f"eval_{name}"} & curves.keys())] for name in names]
-            groups += [Group(f"{chart['title']} {pair[0].partition('/')[2]}", pair, log) for pair in twins]
+            for name in names:
+                both = [name, *({f"eval_{name}"} & curves.keys())]
+                groups.append(Group(f"{chart['title']} {name.partition('/')[2]}", both, False))
         elif names:
-            groups.append(Group(chart["title"], names, log))
+            groups.append(Group(chart["title"], names, chart.get("log", False)))
     return groups
-
-
-@cache
-def _chart_table() -> list[dict[str, Any]]:
-    return yaml.safe_load((files("llmlab.report") / "charts.yaml").read_text(encoding="utf-8"))
-
-
-def make_chart(title: str, curves: dict[str, Points], **options: Any) -> Chart:
-    """Returns a chart of the first curves, as many as can be told apart; `options` are those of `Chart`."""
-    names = list(curves)
-    shown = [Curve(name, curves[name], number) for number, name in enumerate(names[:MOST_CURVES])]
-    return Chart(title, shown, hidden=names[MOST_CURVES:], **options)
 
 
 def thin(points: Points, most: int) -> Points:
     """Returns at most so many points: the ends, and the smallest and largest value of each equal share of the rest."""
     if len(points) <= most:
         return points
-    inner, shares = points[1:-1], (most - 2) // 2
-    kept = [points[0]]
-    for share in range(shares):
-        part = inner[len(inner) * share // shares : len(inner) * (share + 1) // shares]
-        low, high = (choose(range(len(part)), key=lambda i: part[i][1]) for choose in (min, max))
-        kept += [part[i] for i in sorted({low, high})]
-    return [*kept, points[-1]]
+    chosen = {0: points[0], len(points) - 1: points[-1]}
+    for part in _shares(list(enumerate(points))[1:-1], (most - 2) // 2):
+        chosen |= [choose(part, key=lambda each: each[1][1]) for choose in (min, max)]
+    return [chosen[index] for index in sorted(chosen)]
 
 
 def smooth(points: Points) -> Points:
-    """Returns means over equal shares of the points, at their mean steps."""
-    bounds = [len(points) * share // MEANS for share in range(MEANS + 1)]
-    parts = [points[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-    return [(sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part)) for part in parts]
+    """Returns the mean steps and values of equal shares of the points."""
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in _shares(points, MEANS)
+    ]
+
+
+def _shares(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    return [items[len(items) * share // count : len(items) * (share + 1) // count] for share in range(count)]
 
 
 def _color(name: str) -> str:
@@ -170,41 +144,39 @@ def _draw(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    width, height = SIZES[chart.small]
-    left, right, above, below = (3, 3, 3, 3) if chart.small else MARGINS
+    (width, height), (left, right, above, below) = SIZES[chart.small], MARGINS[chart.small]
     look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
         place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)
         axes = figure.add_axes(place)
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        axes.spines[:].set_visible(False)
-        most = max(min(POINTS, 2 * POINTS // len(chart.curves)), 2)
-        for curve in chart.curves:
-            steps, values = zip(*thin(curve.points, most), strict=True)
+        for part in (figure.patch, axes.patch, *axes.spines.values()):
+            part.set_visible(False)
+        curves = chart.curves[:MOST_CURVES]
+        for curve in curves:
+            steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
             marker = "o" if len(steps) == 1 or (len(steps) <= FEW and not chart.small) else ""
             line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "--" if curve.dashed else "-"}
             noisy = curve.noisy and not chart.small
             axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if noisy else 1, **line)
             if noisy:
                 axes.plot(*zip(*smooth(curve.points), strict=True), **line)
+        points = [point for curve in curves for point in curve.points]
         if chart.small:
             axes.set_axis_off()
         else:
-            _draw_axes(axes, chart)
-        _draw_marks(axes, chart)
+            _draw_axes(axes, *zip(*points, strict=True), log=chart.log)
+        _draw_marks(axes, chart, min(points)[0], max(points)[0])
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(target.getvalue())
 
 
-def _draw_axes(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+def _draw_axes(axes: Any, steps: Sequence[float], values: Sequence[float], *, log: bool) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    steps, values = zip(*(point for curve in chart.curves for point in curve.points), strict=True)
-    if chart.log and min(values) > 0 and max(values) / min(values) >= LOG_RATIO:
+    if log and min(values) > 0 and max(values) / min(values) >= LOG_RATIO:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(values) / min(values) < 1000 else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -213,30 +185,31 @@ def _draw_axes(axes: Any, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if min(steps) == max(steps):
         axes.set_xticks(steps[:1])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{value:,.4g}" if abs(value) >= SMALL or not value else f"{value:.1e}".replace("e-0", "e-")
+    )
     axes.tick_params(which="both", left=False, bottom=False, labelcolor=_color("dim"))
     axes.grid(axis="y", color=_color("line"), linewidth=1)
 
 
-def _tick(value: float) -> str:
-    return f"{value:,.4g}" if abs(value) >= SMALL or not value else f"{value:.1e}".replace("e-0", "e-")
-
-
-def _draw_marks(axes: Any, chart: Chart) -> None:
-    steps = [step for curve in chart.curves for step, _ in curve.points]
-    first, last = min(steps), max(steps)
-    labels: list[tuple[int, str, list[str]]] = []  # one for events beside each other
+def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
+    labels: list[list[Mark]] = []  # one for events beside each other
     for mark in sorted(mark for mark in chart.marks if first <= mark.step <= last):
         axes.axvline(mark.step, color=_color(mark.severity), linewidth=1.2, dashes=(3, 2))
-        if labels and mark.step - labels[-1][0] <= (last - first) * BESIDE:
-            labels[-1][2].append(str(mark.number))
+        if labels and mark.step - labels[-1][0].step <= (last - first) * BESIDE:
+            labels[-1].append(mark)
         else:
-            labels.append((mark.step, mark.severity, [str(mark.number)]))
-    for step, severity, numbers in [] if chart.small else labels:
-        text = numbers[0] if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
-        where = {"ha": "center", "transform": axes.get_xaxis_transform()}
-        axes.text(step, 1.02, text, color=_color(severity), size=9, **where)
+            labels.append([mark])
+    for marks in [] if chart.small else labels:
+        text = "–".join(str(mark.number) for mark in dict.fromkeys((marks[0], marks[-1])))
+        style = {
+            "color": _color(marks[0].severity),
+            "size": 9,
+            "ha": "center",
+            "transform": axes.get_xaxis_transform(),
+        }
+        axes.text(marks[0].step, 1.02, text, **style)
 
 
 def _inline(svg: str) -> str:

@@ -9,15 +9,15 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmlab import __version__
+from llmlab.report.charts import MOST_CURVES
 from llmlab.settings.errors import printable
 from llmlab.settings.files import write_atomically
-from llmlab.terminal import duration, short_number
+from llmlab.terminal import duration, human, short_number
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes a page of a template (`run.html`) with these values, and returns its path."""
-    text = _environment().get_template(template).render(values, version=__version__)
-    write_atomically(path, text)
+    write_atomically(path, _environment().get_template(template).render(values, page=path))
     return path
 
 
@@ -36,7 +36,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters |= {"number": _number, "duration": duration}
+    environment.filters |= {"number": _number, "duration": duration, "human": human}
+    environment.globals |= {"link": link, "MOST_CURVES": MOST_CURVES, "version": __version__, "Ellipsis": ...}
     return environment
 
 

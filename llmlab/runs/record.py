@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -196,9 +197,14 @@ def read_completions(folder: Path) -> list[dict[str, Any]]:
 
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:
     """Returns the mappings of a JSON Lines file but those that a crash cut off or damaged."""
-    lines = []
     with reading(path, what):
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return parse_lines(texts)
+
+
+def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns the mappings of lines of JSON but those that are damaged."""
+    lines = []
     for text in texts:
         try:
             line = json.loads(text)
