@@ -1,5 +1,7 @@
-"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads."""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads; `llmlab
+report`: their pages."""
 
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from llmlab.runs.history import RunFolder
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
+from llmlab.settings.paths import expand
 from llmlab.terminal import (
     Curve,
     Terminal,
@@ -153,6 +156,23 @@ def compare(
         console.print(name)
         if curve.points:
             _print_chart(console, [curve], scale=whole)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a pipeline.")],
+    browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
+    from llmlab.pipeline.page import write_pipeline_page
+    from llmlab.pipeline.running import STATE
+    from llmlab.runs.page import write_run_page
+
+    folder = expand(folder)
+    is_pipeline = (folder / STATE).is_file()
+    page = write_pipeline_page(folder) if is_pipeline else write_run_page(history.open_run(folder))
+    say(str(page))
+    if browse:
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llmlab.terminal import short_number
-
 SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
 MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
 POINTS = 500  # of a curve; the curves of a chart share twice as many
 FEW = 16  # points that are marked one by one
 MEANS = 60  # of a curve with at least twice as many points: they are drawn over it
 HUES = 8
-MOST_CURVES = 2 * HUES  # of a chart: the second half is dashed
+MOST_CURVES = 2 * HUES  # of a chart: the second half is dashed; parts.html says the same
 BESIDE = 0.06  # of the steps: events that are nearer share a label, which would cover each other
 LOG_RATIO = 50  # of the largest to the smallest value, from which an axis is logarithmic
 SMALL = 1e-3  # numbers below are short with an exponent
@@ -61,10 +59,6 @@ class Curve:
         return f"c{self.number % HUES}"
 
     @property
-    def dashed(self) -> bool:
-        return self.number >= HUES
-
-    @property
     def noisy(self) -> bool:
         """Whether it has so many points that their means are drawn over them."""
         return len(self.points) >= 2 * MEANS
@@ -82,17 +76,6 @@ class Chart:
     marks: Sequence[Mark] = ()
     small: bool = False
     log: bool = False
-
-    @property
-    def label(self) -> str:
-        """What the chart shows, for those who do not see it."""
-        ends = [
-            f"{curve.name} " + " ".join(f"{word} {short_number(value)} at step {step:,}" for word, step, value in both)
-            for curve in self.curves
-            for both in [[("from", *curve.points[0]), ("to", *curve.points[-1])]]
-        ]
-        events = f"; health events at steps {', '.join(f'{mark.step:,}' for mark in self.marks)}" if self.marks else ""
-        return f"{self.title}: {'; '.join(ends)}{events}"
 
     @property
     def svg(self) -> str:
@@ -157,7 +140,7 @@ def _draw(chart: Chart) -> str:
         for curve in curves:
             steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
             marker = "o" if len(steps) == 1 or (len(steps) <= FEW and not chart.small) else ""
-            line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "--" if curve.dashed else "-"}
+            line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "-" if curve.number < HUES else "--"}
             noisy = curve.noisy and not chart.small
             axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if noisy else 1, **line)
             if noisy:

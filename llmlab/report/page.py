@@ -9,7 +9,6 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmlab import __version__
-from llmlab.report.charts import MOST_CURVES
 from llmlab.settings.errors import printable
 from llmlab.settings.files import write_atomically
 from llmlab.terminal import duration, human, short_number
@@ -37,7 +36,7 @@ def _environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {"number": _number, "duration": duration, "human": human}
-    environment.globals |= {"link": link, "MOST_CURVES": MOST_CURVES, "version": __version__, "Ellipsis": ...}
+    environment.globals |= {"link": link, "version": __version__, "Ellipsis": ...}
     return environment
 
 

@@ -59,10 +59,8 @@ class CompletionLog(TrainerCallback):
             answers = generate_tokens(model, self.trainer.processing_class, prompts, SAMPLING)
         self.cost = time.monotonic() - began
         self.spent += self.cost
-        decode = self.trainer.processing_class.decode
-        self.write(
-            state, [{"prompt": decode(p), "completion": decode(a)} for p, a in zip(prompts, answers, strict=True)]
-        )
+        texts = map(self.trainer.processing_class.batch_decode, (prompts, answers))
+        self.write(state, [{"prompt": prompt, "completion": answer} for prompt, answer in zip(*texts, strict=True)])
 
     def write(self, state: Any, completions: list[dict[str, Any]]) -> None:
         """Records completions, unless these or others were recorded a moment ago."""

@@ -3,7 +3,6 @@
 What they say comes from `history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +15,13 @@ from llmlab.report.page import write_page
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
 from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_events
-from llmlab.settings.errors import reason_of, shorten
-from llmlab.terminal import safe, say, short_number
+from llmlab.settings.errors import reason_of
+from llmlab.terminal import safe, say
 
 PAGE = "report.html"
 SAMPLES = "samples.jsonl"
 MOST_SAMPLES = 12  # of a page: the first and last ones of a run
 LINES_READ = 32  # of samples.jsonl, which may be large
-LONGEST_SAMPLE = 1500  # characters
 
 
 @contextmanager
@@ -103,38 +101,12 @@ def _fills_column(key: str, rows: list[dict[str, Any]]) -> bool:
     return any(isinstance(value, str) or (is_number(value) and value) for value in values)
 
 
-def _samples(folder: Path) -> list[dict[str, str]]:
+def _samples(folder: Path) -> list[dict[str, Any]]:
     """Returns completions that the run recorded on its way, or one for each of the prompts that it trained on."""
     found = read_completions(folder)
-    if len(found) > MOST_SAMPLES:
-        found = [*found[: MOST_SAMPLES // 2], *found[-MOST_SAMPLES // 2 :]]
     if not found and (folder / SAMPLES).is_file():
         with (folder / SAMPLES).open(encoding="utf-8", errors="replace") as lines:
             rows = reversed(parse_lines(islice(lines, LINES_READ)))
-        firsts = {str(row.get("prompt_id", row.get("prompt"))): row for row in rows}
-        found = [*firsts.values()][: -MOST_SAMPLES // 2 - 1 : -1]
-    return [_sample(each) for each in found]
-
-
-def _sample(values: dict[str, Any]) -> dict[str, str]:
-    rewards = values.get("rewards") if isinstance(values.get("rewards"), dict) else {}
-    numbers = {name: values.get(name) for name in ("step", "reward")} | rewards
-    facts = [
-        f"{name} {short_number(number)}" for name, number in numbers.items() if is_number(number) and "/" not in name
-    ]
-    prompt, completion = (shorten(_text(values.get(key)), LONGEST_SAMPLE) for key in ("prompt", "completion"))
-    return {"heading": " · ".join(facts), "prompt": prompt, "completion": completion}
-
-
-def _text(messages: Any) -> str:
-    """Returns a text, or messages with their roles and tool calls, as a reader sees them."""
-    if not isinstance(messages, list):
-        return str(messages)
-    lines = []
-    for message in messages:
-        values = message if isinstance(message, dict) else {"content": message}
-        calls = [json.dumps(call, ensure_ascii=False) for call in values.get("tool_calls") or []]
-        lines.append(
-            f"{values.get('role', '')}: " + "\n".join(filter(None, [str(values.get("content") or ""), *calls]))
-        )
-    return "\n".join(lines)
+        found = list({str(row.get("prompt_id", row.get("prompt"))): row for row in rows}.values())[::-1]
+    half = MOST_SAMPLES // 2
+    return found if len(found) <= MOST_SAMPLES else [*found[:half], *found[-half:]]
