@@ -36,6 +36,7 @@ def _environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {"number": _number, "duration": duration, "human": human}
+    environment.policies["json.dumps_kwargs"] = {}  # keys in their order
     environment.globals |= {"link": link, "version": __version__, "Ellipsis": ...}
     return environment
 

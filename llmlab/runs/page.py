@@ -65,11 +65,12 @@ def write_run_page(run: RunFolder) -> Path:
 def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
     """Writes a page with the curves of several runs over each other, and what differs between them."""
     names = history.short_names(runs)
-    charts = [
-        Chart(metric, [Curve(names[k], run.curves[metric], k) for k, run in enumerate(runs) if metric in run.curves])
-        for group in group_curves({metric: None for run in runs for metric in run.curves})
-        for metric in group.metrics
-    ]
+    charts = []
+    for group in group_curves({metric: None for run in runs for metric in run.curves}):
+        for metric in group.metrics:
+            logged = [number for number, run in enumerate(runs) if metric in run.curves]
+            curves = [Curve(names[number], runs[number].curves[metric], number) for number in logged]
+            charts.append(Chart(metric, curves, log=group.log))
     rows = []
     for metric in filter(history.is_shown, dict.fromkeys(name for run in runs for name in run.metrics)):
         values, sign = [run.metrics.get(metric) for run in runs], history.direction(metric)

@@ -166,14 +166,16 @@ def test_one_step_and_values_that_are_no_numbers(folder):
 def test_samples_of_offline_stages_are_the_first_of_each_prompt(folder):
     place = folder(stage="awr")
     sample = {
-        "completion": [{"role": "assistant", "content": "", "tool_calls": [{"name": "ls"}]}],
+        "completion": [{"role": "assistant", "content": "", "tool_calls": [{"name": "ls", "arguments": {}}]}],
         "rewards": {"a": 0.5},
     }
     rows = [{"prompt_id": k // 4, "prompt": [{"role": "user", "content": f"task {k}"}], **sample} for k in range(8)]
     (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = show(place)
     assert (
-        page.says('a 0.5 user: task 0 assistant: {"name": "ls"}') and page.says("task 4") and not page.says("task 1")
+        page.says('a 0.5 user: task 0 assistant: {"name": "ls", "arguments": {}}')
+        and page.says("task 4")
+        and not page.says("task 1")
     )
 
 
