@@ -178,6 +178,7 @@ def tiny_settings(corpus_file, tokenizer_folder, base_folder, chat_file, pairs_f
         "dtype": "fp32",
         "device": "cpu",
         "seed": 3,
+        "report": False,
         "cache_dir": str(tmp_path_factory.getbasetemp() / "cache"),
     }
     pretrain = {

@@ -1,5 +1,7 @@
-"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads."""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads; `llmlab
+report`: their pages."""
 
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,19 @@ from llmlab.runs.history import RunFolder
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
-from llmlab.terminal import Curve, Terminal, draw_curves, duration, make_table, numeric, safe, say_json, short_number
+from llmlab.settings.paths import expand
+from llmlab.terminal import (
+    Curve,
+    Terminal,
+    draw_curves,
+    duration,
+    make_table,
+    numeric,
+    safe,
+    say,
+    say_json,
+    short_number,
+)
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -24,7 +38,6 @@ STATUS_STYLES = {
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
-NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 LEFT_OUT = ("started", "took")  # first on a narrow terminal
 SHRINKING = {"run": 12, "from": 12}  # then, down to so many characters
 NAMES = Column(style="dim", overflow="fold")
@@ -78,7 +91,7 @@ def show(
         value = Column("value", ratio=1, overflow="fold")
         table = make_table("setting", value, Column("source", style="dim", overflow="fold"), gap=1)
         for key, value, source in settings:
-            table.add_row(safe(key), safe(_brief(value)), safe(source))
+            table.add_row(safe(key), safe(history.brief(value)), safe(source))
         console.print(table)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
@@ -101,6 +114,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
     metric: Metric = None,
     as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with all curves instead.")] = None,
 ) -> None:
     """Compare runs: the settings that differ, the metrics side by side, the curves on one scale."""
     if len({folder.resolve() for folder in runs}) < len(runs):
@@ -108,6 +122,10 @@ def compare(
     if len(runs) < 2:
         raise UserError("expected two runs or more (llmlab runs show RUN shows one)")
     chosen = [history.open_run(folder) for folder in runs]
+    if html is not None:
+        from llmlab.runs.page import write_comparison_page
+
+        return say(str(write_comparison_page(chosen, html)))
     curve_name = history.curve_metric(chosen, metric)
     if as_json:
         return say_json(finite(history.comparison(chosen)), indent=2)
@@ -118,7 +136,9 @@ def compare(
     table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
         for key, values in history.differing(chosen, part).items():
-            table.add_row(title + safe(key), *("-" if value is ... else safe(_brief(value)) for value in values))
+            table.add_row(
+                title + safe(key), *("-" if value is ... else safe(history.brief(value)) for value in values)
+            )
     console.print(table if table.row_count else "[dim]none[/]")
     _print_metrics(console, chosen, names)
     if curve_name is None:
@@ -136,6 +156,23 @@ def compare(
         console.print(name)
         if curve.points:
             _print_chart(console, [curve], scale=whole)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a pipeline.")],
+    browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
+    from llmlab.pipeline.page import write_pipeline_page
+    from llmlab.pipeline.running import STATE
+    from llmlab.runs.page import write_run_page
+
+    folder = expand(folder)
+    is_pipeline = (folder / STATE).is_file()
+    page = write_pipeline_page(folder) if is_pipeline else write_run_page(history.open_run(folder))
+    say(str(page))
+    if browse:
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
@@ -237,7 +274,7 @@ def _print_data(console: Terminal, run: RunFolder) -> None:
 def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Sequence[str]) -> None:
     """Prints the last value of each metric, and the best one where that is another."""
     metrics = dict.fromkeys(name for run in runs for name in run.metrics)
-    metrics = [name for name in metrics if name == "tokens_per_second" or not name.endswith(NOT_SHOWN)]
+    metrics = [name for name in metrics if history.is_shown(name)]
     if not metrics:
         return
     _print_section(console, "Metrics")
@@ -284,17 +321,6 @@ def _path(folder: Path) -> str:
     """Returns a folder as seen from the working directory, where it lies in that."""
     whole = folder.resolve()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(folder)
-
-
-def _brief(value: Any) -> str:
-    """Returns a value for a cell: of mappings in a list (data sources, rewards) only what is set."""
-    if not (isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)):
-        return written(value)
-    shown = []
-    for entry in value:
-        rest = {k: v for k, v in entry.items() if k != "name" and v not in (None, {}, 1.0, "train")}
-        shown.append(f"{entry.get('name', '')} {written(rest) if rest else ''}".strip())
-    return "\n".join(shown)
 
 
 def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:

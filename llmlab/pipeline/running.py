@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.runs.history import flatten
+from llmlab.runs.history import flatten, open_run
 from llmlab.runs.lock import locked
+from llmlab.runs.page import PAGE, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
@@ -72,7 +73,7 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
             raise UserError(f"{option} {name}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
     if first is not None and only is not None:
         raise UserError(f"--from {first} and --only {only} contradict each other; keep one")
-    state = _read_state(pipeline)
+    state = read_state(pipeline.output_dir)
     steps: dict[str, Step] = {}
     for number, stage in enumerate(pipeline.stages):
         inputs = _inputs(stage, pipeline.processes)
@@ -189,7 +190,7 @@ def execute(pipeline: Pipeline, steps: list[Step], run: Callable[..., None] = ru
                 stack.enter_context(locked(pipeline.output_dir))
             except OSError as error:
                 raise UserError(f"output_dir = {pipeline.output_dir}: cannot be written: {error.strerror}") from None
-        state = _read_state(pipeline)
+        state = read_state(pipeline.output_dir)
         for step in steps:
             yield step
             if step.action != "skip":
@@ -211,9 +212,17 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
     _write_state(pipeline, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
-    run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
-    state[name]["status"] = "finished"
-    _write_state(pipeline, state)
+    from llmlab.pipeline.page import write_pipeline_page  # which reads what is written here
+
+    try:
+        run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
+        state[name]["status"] = "finished"
+        _write_state(pipeline, state)
+    finally:
+        if any(getattr(stage.resolved.settings, "report", False) for stage in pipeline.stages):
+            if not step.stage.stage.resumes and (folder / RECORD).is_file():  # stages that train write their own
+                try_writing(lambda: write_run_page(open_run(folder)))
+            try_writing(lambda: write_pipeline_page(pipeline.output_dir))
 
 
 def _set_aside(folder: Path) -> None:
@@ -284,12 +293,17 @@ def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
 def _identity(path: Path) -> str:
     """Returns the sizes and times of a file, or of the files in a folder, as a hash."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    seen = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if file.is_file() and file.name != PAGE
+    ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
-def _read_state(pipeline: Pipeline) -> State:
-    path = pipeline.output_dir / STATE
+def read_state(output_dir: Path) -> State:
+    """Returns the stages of a pipeline's folder that were started."""
+    path = output_dir / STATE
     if not path.is_file():
         return {}
     try:

@@ -1,1 +1,4 @@
-"""Pages about finished and running runs: `metrics.jsonl`, record and health events as one self-contained HTML file."""
+"""HTML pages for people: templates, style sheet and curves as inline SVG; what a page says is up to the callers.
+
+`terminal.py` is the same for terminals. Pages hold no script, load nothing, and escape whatever comes from elsewhere.
+"""

@@ -16,7 +16,7 @@ from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
 from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
-from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
+from llmlab.runs.record import COMPLETIONS, METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
@@ -92,7 +92,8 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
         end("failed", reason=str(error))
         trained = any(folder.glob("checkpoint-*")) or any("loss" in line for line in read_metrics(folder))
         if record is not None and "resumed" not in record.values and not trained:
-            for name in (RECORD, METRICS):  # a new run without a step: it can be started again in this folder
+            # a new run without a step: it can be started again in this folder
+            for name in (RECORD, METRICS, COMPLETIONS):
                 (folder / name).unlink(missing_ok=True)
         raise
     except Exception as error:

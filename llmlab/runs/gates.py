@@ -4,7 +4,8 @@ The main process alone generates, so that weights which are spread over processe
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,7 @@ class GateCallback(TrainerCallback):
 
     def __post_init__(self) -> None:
         self.count = max(len(gate.examples) for gate in self.gates)
-        plugin = self.trainer.accelerator.state.deepspeed_plugin
-        if self.trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if not has_whole_weights(self.trainer):
             where = "each process holds a part of the weights; use DDP or ZeRO-2, or llmlab evaluate afterwards"
             raise UserError(f"gate_every = {self.every}: not supported with FSDP and ZeRO-3, where {where}")
 
@@ -99,17 +99,31 @@ class GateCallback(TrainerCallback):
 
     def measure_on(self, count: int) -> dict[str, float]:
         """Returns the scores on so many prompts; random states and the model's mode stay as they are."""
-        model, began = self.trainer.accelerator.unwrap_model(self.trainer.model), time.monotonic()
-        training, restore = model.training, random_states(self.trainer.args.device)
-        model.eval()
-        try:
-            # compiled layers would be compiled anew for each length
-            with torch.compiler.set_stance("force_eager"), self.trainer.accelerator.autocast():
-                seed = self.trainer.args.seed
-                scores = measure(self.gates, model, self.trainer.processing_class, seed=seed, most=count)
-        finally:
-            model.train(training)
-            restore()
+        began = time.monotonic()
+        with generating(self.trainer) as model:
+            seed = self.trainer.args.seed
+            scores = measure(self.gates, model, self.trainer.processing_class, seed=seed, most=count)
         self.spent += time.monotonic() - began
         self.cost = (time.monotonic() - began) / count
         return {gate.label: gate.score(scores[gate.label].mean) for gate in self.gates}
+
+
+def has_whole_weights(trainer: Trainer) -> bool:
+    """Whether one process can generate alone: FSDP and ZeRO-3 spread the weights over all."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return not (trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+
+@contextmanager
+def generating(trainer: Trainer) -> Iterator[Any]:
+    """Yields the model in evaluation mode; random states and the model's mode stay as they are."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    training, restore = model.training, random_states(trainer.args.device)
+    model.eval()
+    try:
+        # compiled layers would be compiled anew for each length
+        with torch.compiler.set_stance("force_eager"), trainer.accelerator.autocast():
+            yield model
+    finally:
+        model.train(training)
+        restore()

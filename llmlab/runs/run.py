@@ -34,8 +34,10 @@ from llmlab.runs.arguments import build_arguments
 from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
 from llmlab.runs.compile import compile_if_worth
+from llmlab.runs.completions import CompletionLog
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.gates import GateCallback, held_out_gates
+from llmlab.runs.page import report_at_end
 from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
@@ -92,7 +94,7 @@ def training_stage(
                 allow_changed_data=allow_changed_data,
                 console=console,
             )
-            with starting as run, explain_out_of_memory(run):
+            with starting as run, report_at_end(run), explain_out_of_memory(run):
                 run.function = start_run
                 return function(run, **options)
 
@@ -245,6 +247,8 @@ class Run(Start[S]):
             record = self.make_record(parents, data)
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
+            if self.settings.report:
+                trainer.add_callback(CompletionLog(record, trainer))
             trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))

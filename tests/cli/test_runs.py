@@ -158,6 +158,25 @@ def test_mistakes_are_sentences(cli, runs, words, message):
     assert code == 2 and message in errors and "Traceback" not in errors
 
 
+def test_compare_writes_a_page(cli, runs):
+    code, output, _ = cli("compare", "runs/a/pretrain", "runs/a/again", "--html", "both.html")
+    assert (code, output) == (0, "both.html\n")
+    assert "again from 3.98 at step 1 to 2 at step 100" in Path("both.html").read_text()
+
+
+def test_report_writes_a_page_again_and_opens_it(runs, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    with pytest.raises(SystemExit) as caught:
+        main(["report", "runs/a/pretrain", "--open"])
+    page = Path("runs/a/pretrain/report.html")
+    assert not caught.value.code and capsys.readouterr().out == f"{page}\n" and page.is_file()
+    assert opened == [page.resolve().as_uri()]
+    with pytest.raises(SystemExit) as caught:
+        main(["report", "runs/a/pretrian"])
+    assert caught.value.code == 2 and "did you mean 'runs/a/pretrain'?" in capsys.readouterr().err
+
+
 def test_nothing_heavy_is_imported(runs):
     code = (
         "import sys\nfrom llmlab.cli.app import main\n"

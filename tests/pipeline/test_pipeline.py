@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.pipeline import execute, plan, read_pipeline
+from llmlab.pipeline.running import _identity
 from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import read_layer
@@ -82,6 +83,25 @@ def test_a_rerun_skips_what_is_finished(pipeline, ran):
     assert set(actions(pipeline).values()) == {"skip"}
     run(pipeline)
     assert len(done) == 3
+
+
+def test_its_page_follows_each_stage_also_one_that_fails(pipeline, ran, tmp_path):
+    ran[1].add("pretrain")
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of 2" in page and 'interrupted">interrupted' in page  # the third has not begun
+    ran[1].clear()
+    run(pipeline, "pretrain.report=false")  # the other stages want one
+    assert "3 of 3" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "tokenizer" / "report.html").is_file()  # which has no steps
+
+
+def test_a_page_that_is_written_again_makes_no_stage_run_again(tmp_path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    before = _identity(tmp_path)
+    (tmp_path / "report.html").write_text("again")
+    assert _identity(tmp_path) == before
 
 
 def test_a_change_reruns_that_stage_and_what_depends_on_it(pipeline, ran, tmp_path):

@@ -86,6 +86,8 @@ def test_rollouts_are_kept_under_these_names():
     assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in source
     assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
     assert 'self._logs["advantages"].extend(' in source and "self._metrics[mode][" in source
+    assert all(f'self._logs["{name}"].extend(' in source for name in ("prompt", "completion"))
+    assert 'self._logs["rewards"][name].extend(' in source
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
     assert all(f'"{name}": {name},' in source for name in names)
     assert all(f'output["{name}"] =' in source for name in ("old_per_token_logps", "ref_per_token_logps"))

@@ -33,7 +33,7 @@ from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "awr"]  # rs-sft has what awr has
-NOT_HERE = ("tf32", "use_liger_kernel", "auto_batch")  # the last tests; tests/runs/test_auto_batch.py
+NOT_HERE = ("tf32", "use_liger_kernel", "auto_batch", "report")  # the last tests; tests/runs/test_{auto_batch,page}.py
 ELSEWHERE = {  # `test_grpo.py` shows what the trainer asks its settings for; PPO's dropout has one value
     "grpo": ("baseline_mode", "kl_penalty"),
     "ppo": ("lora_dropout",),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -195,6 +196,16 @@ class ResumableRollouts:
         self.args.per_device_train_batch_size //= factor  # type: ignore[attr-defined]  # in scoring
         rollout = self._buffered_inputs
         self._buffered_inputs = rollout and [part for whole in rollout for part in split_tensor_dict(whole, factor)]
+
+    def newest_completions(self, count: int) -> list[dict[str, Any]]:
+        """Returns the first ones of TRL's logged table, with the rewards by function."""
+        logs = self._logs  # type: ignore[attr-defined]
+        rows = islice(zip(logs["prompt"], logs["completion"], strict=True), count)
+        scores = {name: list(values) for name, values in logs["rewards"].items()}
+        return [
+            {"prompt": prompt, "completion": completion, "rewards": {name: scores[name][row] for name in scores}}
+            for row, (prompt, completion) in enumerate(rows)
+        ]
 
     @property
     def _split(self) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def levers(tmp_path_factory, tokenizer_folder):
         SFTSettings(
             policy_checkpoint=str(base), datasets=[{"name": str(folder / "sft.jsonl")}], num_proc=1,
             output_dir=str(folder / "sft"), validation_fraction=0, batch_size=4, gradient_accumulation_steps=1,
-            max_steps=140, learning_rate=1e-2, warmup_steps=5, max_seq_len=1024, dtype="fp32",
+            max_steps=140, learning_rate=1e-2, warmup_steps=5, max_seq_len=1024, dtype="fp32", report=False,
         )
     )  # fmt: skip
     common = {
@@ -84,7 +84,7 @@ def levers(tmp_path_factory, tokenizer_folder):
         "environment": spec, "allow_code": True, "validation_fraction": 0, "num_proc": 1, "max_steps": 16,
         "batch_size": 8, "mini_batch_size": 16, "ppo_epochs": 1, "max_new_tokens": 80, "max_seq_len": 1024,
         "learning_rate": 1.5e-3, "warmup_steps": 1, "log_every": 1, "init_kl_coef": 0, "dtype": "fp32",
-        "max_episode_length": 2, "scheduler": "none",
+        "max_episode_length": 2, "scheduler": "none", "report": False,
     }  # fmt: skip
     return folder, common
 

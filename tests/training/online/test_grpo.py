@@ -81,6 +81,7 @@ def grpo_settings(base_folder, chat_file, rewards_file, tmp_path):
             "dtype": "fp32",
             "stop_patience": None,
             "seed": 3,
+            "report": False,
         }
         return GRPOSettings(**{**values, **changes})
 

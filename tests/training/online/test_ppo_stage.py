@@ -51,6 +51,7 @@ def ppo_settings(base_folder, chat_file, share_file, tmp_path):
             "eval_every": 1000,
             "dtype": "fp32",
             "seed": 3,
+            "report": False,
         }
         return PPOSettings(**{**values, **changes})
 

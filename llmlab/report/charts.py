@@ -1,0 +1,207 @@
+"""Charts as inline SVG: curves over optimizer steps, drawn by matplotlib, colored by the page's style sheet.
+
+matplotlib gets numbers alone: titles and names of metrics stand in the page around it, escaped. Equal curves give
+equal bytes. It is imported when the first chart is drawn, since that takes half a second.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
+MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
+POINTS = 500  # of a curve; the curves of a chart share twice as many
+FEW = 16  # points that are marked one by one
+MEANS = 60  # of a curve with at least twice as many points: they are drawn over it
+HUES = 8
+MOST_CURVES = 2 * HUES  # of a chart: the second half is dashed; parts.html says the same
+BESIDE = 0.06  # of the steps: events that are nearer share a label, which would cover each other
+LOG_RATIO = 50  # of the largest to the smallest value, from which an axis is logarithmic
+SMALL = 1e-3  # numbers below are short with an exponent
+# variables of style.css; matplotlib draws with colors that number them
+COLORS = ("dim", "line", "warning", "critical", *(f"c{number}" for number in range(HUES)))
+
+Points = Sequence[tuple[float, float]]
+
+
+class Mark(NamedTuple):
+    """A health event on a chart: a line at its step, with its number in the page's list."""
+
+    step: int
+    severity: str
+    number: int
+
+
+class Group(NamedTuple):
+    """Metrics that share a chart, and whether its axis may be logarithmic."""
+
+    title: str
+    metrics: list[str]
+    log: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of a chart, in the color and dashes of this number."""
+
+    name: str
+    points: Points
+    number: int = 0
+
+    @property
+    def color(self) -> str:
+        return f"c{self.number % HUES}"
+
+    @property
+    def noisy(self) -> bool:
+        """Whether it has so many points that their means are drawn over them."""
+        return len(self.points) >= 2 * MEANS
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves with a title and the events that concern them; `small` is a sparkline without axes.
+
+    Of more curves than can be told apart, the first ones are drawn.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    marks: Sequence[Mark] = ()
+    small: bool = False
+    log: bool = False
+
+    @property
+    def svg(self) -> str:
+        """The SVG element's `viewBox` and content."""
+        return _draw(self)
+
+
+def group_curves(curves: dict[str, Any]) -> list[Group]:
+    """Returns the charts of `charts.yaml` that these metrics have, in order."""
+    groups: list[Group] = []
+    for chart in yaml.safe_load((files("llmlab.report") / "charts.yaml").read_text(encoding="utf-8")):
+        names = [name for pattern in chart["metrics"] for name in curves if fnmatchcase(name, pattern)]
+        if chart.get("separate"):
+            for name in names:
+                both = [name, *({f"eval_{name}"} & curves.keys())]
+                groups.append(Group(f"{chart['title']} {name.partition('/')[2]}", both, False))
+        elif names:
+            groups.append(Group(chart["title"], names, chart.get("log", False)))
+    return groups
+
+
+def thin(points: Points, most: int) -> Points:
+    """Returns at most so many points: the ends, and the smallest and largest value of each equal share of the rest."""
+    if len(points) <= most:
+        return points
+    chosen = {0: points[0], len(points) - 1: points[-1]}
+    for part in _shares(list(enumerate(points))[1:-1], (most - 2) // 2):
+        chosen |= [choose(part, key=lambda each: each[1][1]) for choose in (min, max)]
+    return [chosen[index] for index in sorted(chosen)]
+
+
+def smooth(points: Points) -> Points:
+    """Returns the mean steps and values of equal shares of the points."""
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in _shares(points, MEANS)
+    ]
+
+
+def _shares(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    return [items[len(items) * share // count : len(items) * (share + 1) // count] for share in range(count)]
+
+
+def _color(name: str) -> str:
+    return f"#00fe{COLORS.index(name):02x}"
+
+
+def _draw(chart: Chart) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    (width, height), (left, right, above, below) = SIZES[chart.small], MARGINS[chart.small]
+    look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(width / 72, height / 72))
+        FigureCanvasSVG(figure)
+        place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)
+        axes = figure.add_axes(place)
+        for part in (figure.patch, axes.patch, *axes.spines.values()):
+            part.set_visible(False)
+        curves = chart.curves[:MOST_CURVES]
+        for curve in curves:
+            steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
+            marker = "o" if len(steps) == 1 or (len(steps) <= FEW and not chart.small) else ""
+            line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "-" if curve.number < HUES else "--"}
+            noisy = curve.noisy and not chart.small
+            axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if noisy else 1, **line)
+            if noisy:
+                axes.plot(*zip(*smooth(curve.points), strict=True), **line)
+        points = [point for curve in curves for point in curve.points]
+        if chart.small:
+            axes.set_axis_off()
+        else:
+            _draw_axes(axes, *zip(*points, strict=True), log=chart.log)
+        _draw_marks(axes, chart, min(points)[0], max(points)[0])
+        target = io.StringIO()
+        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _inline(target.getvalue())
+
+
+def _draw_axes(axes: Any, steps: Sequence[float], values: Sequence[float], *, log: bool) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    if log and min(values) > 0 and max(values) / min(values) >= LOG_RATIO:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(values) / min(values) < 1000 else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if min(steps) == max(steps):
+        axes.set_xticks(steps[:1])
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{value:,.4g}" if abs(value) >= SMALL or not value else f"{value:.1e}".replace("e-0", "e-")
+    )
+    axes.tick_params(which="both", left=False, bottom=False, labelcolor=_color("dim"))
+    axes.grid(axis="y", color=_color("line"), linewidth=1)
+
+
+def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
+    labels: list[list[Mark]] = []  # one for events beside each other
+    for mark in sorted(mark for mark in chart.marks if first <= mark.step <= last):
+        axes.axvline(mark.step, color=_color(mark.severity), linewidth=1.2, dashes=(3, 2))
+        if labels and mark.step - labels[-1][0].step <= (last - first) * BESIDE:
+            labels[-1].append(mark)
+        else:
+            labels.append([mark])
+    for marks in [] if chart.small else labels:
+        text = "–".join(str(mark.number) for mark in dict.fromkeys((marks[0], marks[-1])))
+        style = {
+            "color": _color(marks[0].severity),
+            "size": 9,
+            "ha": "center",
+            "transform": axes.get_xaxis_transform(),
+        }
+        axes.text(marks[0].step, 1.02, text, **style)
+
+
+def _inline(svg: str) -> str:
+    """Returns matplotlib's file as an element of a page, whose fonts and colors it takes; one decimal is enough."""
+    box = re.search(r'viewBox="([\d. ]+)"', svg)
+    body = re.sub(r"(?s)^.*?<svg[^>]*>|<metadata>.*?</metadata>|<style.*?</style>|</svg>\s*$", "", svg)
+    body = re.sub(r"#00fe(..)", lambda match: f"var(--{COLORS[int(match[1], 16)]})", body)
+    body = re.sub(r'font(-[a-z]+)?: [^;"]*;? ?', "", body)
+    body = re.sub(r'(<g) id="[^"]*"', r"\1", body)  # several charts would have the same
+    body = re.sub(r'\b(d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d)\d+", r"\1", match[0]), body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    return f'viewBox="{box[1] if box else ""}">{body}'
