@@ -171,9 +171,15 @@ class ProgressLine(TrainerCallback):
 
 
 def print_result(
-    console: Console, folder: Path, metrics: dict[str, float], *, before: dict[str, float] | None = None
+    console: Console,
+    folder: Path,
+    metrics: dict[str, float],
+    *,
+    before: dict[str, float] | None = None,
+    events: str = "",
 ) -> None:
-    """Prints where a run was saved and its validation metrics, with those `before` training where they are known."""
+    """Prints where a run was saved, its validation metrics, with those `before` training where they are known, and
+    its health `events`."""
     parts = [f"[green]saved[/green] {safe(folder)}"]
     for kind in ("reward",) if "eval_reward" in metrics else ("loss", "win_rate"):
         name = f"eval_{kind}"
@@ -183,7 +189,7 @@ def print_result(
             parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]{more}")
     if "unigram_entropy" in metrics:
         parts.append(f"(unigram entropy: {metrics['unigram_entropy']:.4f})")
-    console.print("  ".join(parts), soft_wrap=True)
+    console.print("  ".join([*parts, *([f"[yellow]{safe(events)}[/]"] if events else [])]), soft_wrap=True)
 
 
 def _perplexity(metrics: dict[str, float]) -> str:

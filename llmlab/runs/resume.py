@@ -84,6 +84,21 @@ def recorded_settings(run: Path, settings: S) -> S:
     return resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
 
 
+def rollbacks_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rollbacks of a run so far, oldest first."""
+    return read_record(folder).get("rollbacks", [])
+
+
+def changes_since_start(folder: Path, settings: Any) -> dict[str, Any]:
+    """Returns what rollbacks changed of a run's first settings, of those that still have their first values."""
+    first, now = {}, {}
+    for entry in rollbacks_of(folder):
+        for name, (before, after) in entry["changes"].items():
+            first.setdefault(name, before)
+            now[name] = after
+    return {name: value for name, value in now.items() if getattr(settings, name) == first[name]}
+
+
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
     """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
 
