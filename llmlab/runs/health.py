@@ -67,11 +67,15 @@ class Health(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "train_runtime" not in logs:
             line = {**logs, "step": state.global_step}
-            for event in on_main(PartialState(), lambda: self.watch.add(line)):
-                self.respond(event)
+            self.respond(*on_main(PartialState(), lambda: self.watch.add(line)))
 
-    def respond(self, event: Event) -> None:
-        """Prints and records an event, and does what the settings say about it."""
+    def respond(self, *events: Event) -> None:
+        """Prints and records the events of a step, and does what the settings say about them."""
+        order = ("warn", "stop", "rollback")  # a rollback is the last that a training does
+        for event in sorted(events, key=lambda event: order.index(self.responses[event.severity])):
+            self._respond(event)
+
+    def _respond(self, event: Event) -> None:
         response, settings = self.responses[event.severity], self.trainer.settings
         changes: dict[str, tuple[Any, Any]] = {}
         fatal = event.symptom == "loss_not_finite"  # what found it ends the run where this returns
@@ -117,10 +121,13 @@ class Health(TrainerCallback):
 
 
 def steps_to_pass_over(folder: Path, stage: str) -> set[int]:
-    """Returns the steps on whose batches the training became unstable; completions are sampled anew instead."""
-    symptoms = load_table()[0]
-    unstable = [each for each in rollbacks_of(folder) if symptoms[each["symptom"]].condition == "unstable"]
-    return set() if stage in ONLINE else {step for each in unstable for step in range(each["since"], each["step"] + 1)}
+    """Returns the steps on whose batches the training became unstable, each time as many more; completions are sampled
+    anew instead."""
+    symptoms, steps = load_table()[0], set[int]()
+    for each in rollbacks_of(folder) if stage not in ONLINE else ():
+        if symptoms[each["symptom"]].condition == "unstable":
+            steps |= {*range(each["since"], each["step"] + len(steps) + 1)}
+    return steps
 
 
 def describe_events(folder: Path) -> str:

@@ -1,38 +1,245 @@
-"""Faults are put into runs of the real stages: each is caught in time, and those that can be cured end as a clean run."""
+"""Twelve faults in runs of the real stages: all are caught in time, and those that can be cured end as a clean run."""
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
+from transformers import Trainer
 
+from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.history import open_run
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import read_events, read_metrics, read_record
+from llmlab.settings.errors import Unhealthy
 from llmlab.stages import STAGES
+
+BOTH = {"on_warning": "rollback", "on_critical": "rollback"}
+TEXT = {"max_steps": 90, "lr": 0.02, "eval_every": 10, "save_best_only": False}
+ONLINE = {  # a toy policy becomes another one: its divergence is no symptom
+    **{"max_steps": 50, "save_every": 10, "learning_rate": 1e-2, "batch_size": 16, "mini_batch_size": 64},
+    "health": {"kl_high": 2.0, "kl_too_high": 3.0},
+}
+WITHIN = 0.02
 
 
 @pytest.fixture
 def train(tiny_settings, tmp_path, quiet):
-    def run(stage="pretrain", name="run", **changes):
-        settings = tiny_settings(stage, tmp_path / name, **changes)
-        return STAGES[stage].function(settings, console=quiet)
+    """Returns a function that runs a stage into a folder of its name."""
+
+    def run(stage, name="run", **changes):
+        return STAGES[stage].function(tiny_settings(stage, tmp_path / name, **changes), console=quiet)
 
     return run
 
 
-def change_loss(monkeypatch, change):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super(StageTrainer, self).compute_loss(model, inputs, *args, **kwargs)
-        return change(self.state.global_step + 1, loss) if model.training else loss
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory):
+    """Returns a function that runs a stage without a fault and returns its folder; no symptom is seen there."""
+    from rich.console import Console
 
-    monkeypatch.setattr(StageTrainer, "compute_loss", compute_loss, raising=False)
+    def run(stage, **changes):
+        settings = tiny_settings(stage, tmp_path_factory.mktemp("clean") / stage, **changes)
+        folder = STAGES[stage].function(settings, console=Console(quiet=True)).folder
+        assert not read_events(folder)
+        return folder
+
+    return run
 
 
-def test_nan_batch(train, monkeypatch):
-    clean = train(name="clean", max_steps=60, eval_every=10, save_best_only=False)
-    change_loss(monkeypatch, lambda step, loss: loss * math.nan if step == 25 else loss)
-    result = train(max_steps=60, eval_every=10, save_best_only=False, on_critical="rollback")
-    print(read_events(result.folder), read_record(result.folder)["rollbacks"], read_record(result.folder)["settings"]["lr"])
-    print([(l["step"], l.get("loss"), l.get("learning_rate")) for l in read_metrics(result.folder)])
-    print(clean.metrics, result.metrics)
-    assert 0
+@pytest.fixture(scope="module")
+def text(finished):
+    """A pretraining without a fault."""
+    return finished("pretrain", **TEXT)
+
+
+@pytest.fixture(scope="module")
+def grpo(finished):
+    """Policy optimization without a fault."""
+    return finished("grpo", **ONLINE)
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    """Returns functions that put a fault into training steps: `data` into a step's batch each time that it is trained
+    on, `once` into the first training alone."""
+
+    class Faults:
+        trainers = []
+
+        @staticmethod
+        def data(steps, change):
+            def training_step(self, model, inputs, *args, **kwargs):
+                if self.state.global_step + 1 in steps:
+                    return change(self, model, inputs, *args, **kwargs)
+                return original(self, model, inputs, *args, **kwargs)
+
+            original = Trainer.training_step
+            monkeypatch.setattr(Trainer, "training_step", training_step)
+            return original
+
+        @classmethod
+        def once(cls, first, change):
+            def training_step(self, *args, **kwargs):
+                if self not in cls.trainers:
+                    cls.trainers.append(self)
+                if self is cls.trainers[0] and self.state.global_step + 1 >= first:
+                    change(self)
+                return original(self, *args, **kwargs)
+
+            cls.trainers = []
+            original = Trainer.training_step
+            monkeypatch.setattr(Trainer, "training_step", training_step)
+
+    return Faults
+
+
+def caught(folder, symptom, by):
+    """Checks that the first event is this symptom, and no later than a step; returns the record."""
+    first, *_ = events = read_events(folder)
+    assert symptom in {event.symptom for event in events if event.step == first.step}, events
+    assert first.step <= by, events
+    return read_record(folder)
+
+
+def last(folder, metric, lines=10):
+    return fmean([line[metric] for line in read_metrics(folder) if metric in line][-lines:])
+
+
+def assert_like_clean(folder, clean_folder, metric="eval_loss", lines=1):
+    expected = last(clean_folder, metric, lines)
+    assert abs(last(folder, metric, lines) - expected) <= WITHIN * abs(expected), (
+        last(folder, metric, lines),
+        expected,
+    )
+
+
+# Of numbers and data -------------------------------------------------------------------------------------------------
+
+
+def test_nan_batch(train, text, fault):
+    step = fault.data({65}, lambda self, model, *rest: step(self, model, *rest) * math.nan)
+    folder = train("pretrain", **TEXT, **BOTH).folder
+    record = caught(folder, "loss_not_finite", by=65)
+    assert record["rollbacks"][0]["to"] == 60 and record["settings"]["lr"] == TEXT["lr"] / 2
+    lines = {line["step"]: line for line in read_metrics(folder) if "loss" in line}
+    assert [*lines] == [*range(1, TEXT["max_steps"] + 1)] and lines[65]["updates_left_out"] == 1
+    assert_like_clean(folder, text)
+
+
+def test_infinite_gradient(train, text, fault):
+    def poison(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+        return loss
+
+    step = fault.data({65}, poison)
+    folder = train("pretrain", **TEXT, **BOTH).folder
+    caught(folder, "loss_not_finite", by=65)
+    assert_like_clean(folder, text)
+
+
+def scramble(inputs):
+    """Returns a batch with labels that have nothing to do with its tokens."""
+    draw = torch.Generator().manual_seed(0)
+    return {**inputs, "labels": torch.randint(20, 300, inputs["labels"].shape, generator=draw)}
+
+
+def test_corrupt_row(train, text, fault):
+    step = fault.data({65}, lambda self, model, inputs, *rest: step(self, model, scramble(inputs), *rest))
+    folder = train("pretrain", **TEXT, skip_spikes=6).folder
+    caught(folder, "loss_spike", by=65)
+    assert "update left out" in read_events(folder)[0].action
+    assert_like_clean(folder, text)
+
+
+def test_label_noise(train, text, fault):
+    noisy = {82, 83, 84, 85}
+    step = fault.data(noisy, lambda self, model, inputs, *rest: step(self, model, scramble(inputs), *rest))
+    folder = train("pretrain", **TEXT, **BOTH).folder
+    caught(folder, "loss_spike", by=82)
+    assert_like_clean(folder, text)
+
+
+def test_learning_rate_100_times(train, text, fault, tmp_path):
+    with pytest.raises(Unhealthy, match="loss rises consistently.*on_warning = stop") as ended:
+        train("pretrain", "typed", **{**TEXT, "lr": 100 * TEXT["lr"]}, on_warning="stop")
+    assert ended.value.exit_code == 4 and open_run(tmp_path / "typed").status == "failed"
+    caught(tmp_path / "typed", "loss_rising", by=10)
+
+    def multiply(trainer):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 100 * TEXT["lr"]
+
+    fault.once(61, multiply)
+    folder = train("pretrain", **TEXT, **BOTH).folder
+    caught(folder, "loss_spike", by=65)
+    assert_like_clean(folder, text)
+
+
+def test_dead_source(train, monkeypatch, tmp_path):
+    def add_metrics(self, logs, prefix, state):
+        if "loss" in logs:
+            logs["loss/empty"] = 0.0
+        original(self, logs, prefix, state)
+
+    original = StageMetrics.add_metrics
+    monkeypatch.setattr(StageMetrics, "add_metrics", add_metrics)
+    with pytest.raises(Unhealthy, match="loss/empty"):
+        train("pretrain", **TEXT, on_warning="stop")
+    caught(tmp_path / "run", "source_dead", by=5)
+
+
+def test_overfitting_small_data(train, tmp_path, corpus_file):
+    rows = corpus_file.read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:4]) + "\n")
+    (tmp_path / "others.jsonl").write_text("\n".join(rows[100:140]) + "\n")
+    data = {"datasets": [str(tmp_path / "few.jsonl")], "validation_datasets": [str(tmp_path / "others.jsonl")]}
+    with pytest.raises(Unhealthy, match="the training loss|training loss"):
+        train("pretrain", **{**TEXT, "eval_every": 5}, **data, on_warning="rollback", max_rollbacks=1)
+    folder = tmp_path / "run"
+    print(read_events(folder))
+    print([(line["step"], line.get("eval_loss")) for line in read_metrics(folder) if "eval_loss" in line])
+    caught(folder, "overfitting", by=60)
+
+
+# Of policies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_drifts(train, grpo, fault):
+    def push(trainer):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.1
+
+    fault.once(31, push)
+    folder = train("grpo", **ONLINE, **BOTH).folder
+    record = caught(folder, "kl_too_high", by=40)
+    assert record["settings"]["init_kl_coef"] == 0.1
+    assert_like_clean(folder, grpo, "reward", lines=10)
+
+
+def sharpen(trainer):
+    """Makes a policy more certain with each step."""
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight *= 1.5
+
+
+def test_collapsing_entropy(train, grpo, fault):
+    fault.once(31, sharpen)
+    folder = train("grpo", **{**ONLINE, "health": {"kl_high": None, "kl_too_high": None}}, **BOTH).folder
+    record = caught(folder, "entropy_collapse", by=40)
+    assert record["settings"]["ent_coef"] == 0.01
+    assert_like_clean(folder, grpo, "reward", lines=10)
+
+
+def test_exploding_value_loss(train, finished, fault):
+    def swell(trainer):
+        with torch.no_grad():
+            for parameter in trainer.critic.trained().values():
+                parameter.mul_(3)
+
+    settings = {**ONLINE, "batch_size": 64, "mini_batch_size": 64}
+    clean = finished("ppo", **settings)
+    fault.once(31, swell)
+    folder = train("ppo", **settings, **BOTH).folder
+    caught(folder, "value_loss_exploding", by=40)
+    assert_like_clean(folder, clean, "reward", lines=10)

@@ -385,6 +385,8 @@ def test_each_other_setting_has_an_effect(
     if setting.path[0] == "reward_config":
         before |= {"environment": SIMULATOR}
         after = {**before, "reward_config": {setting.name: value}}
+    elif setting.path[0] == "health":
+        after = {**before, "health": {setting.name: value}}
     elif len(setting.path) > 1:
         shape = {"n_kv_heads": 2, **before}
         before, after = {"model": shape}, {"model": {**shape, setting.name: value}}
