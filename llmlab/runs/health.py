@@ -100,7 +100,7 @@ class Health(TrainerCallback):
         """Writes an event with what is done about it, which it returns, and prepares the run folder for a rollback."""
         assert self.record is not None
         if response == "rollback" and len(rollbacks_of(self.folder)) >= self.most:
-            response = "stop"
+            response = "stop" if event.severity == "critical" else "warn"
         actions = [event.action] if event.action else []
         if response == "rollback":
             first = event.since or event.step

@@ -1,6 +1,7 @@
 """What a run resumes from: an undamaged checkpoint, with settings and data files that continue the same training."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -97,6 +98,12 @@ def changes_since_start(folder: Path, settings: Any) -> dict[str, Any]:
             first.setdefault(name, before)
             now[name] = after
     return {name: value for name, value in now.items() if getattr(settings, name) == first[name]}
+
+
+def changed_by(folder: Path, name: str, step: int) -> float:
+    """Returns the factor by which rollbacks to this very step changed a setting."""
+    pairs = [each["changes"][name] for each in rollbacks_of(folder) if each["to"] == step and name in each["changes"]]
+    return math.prod(after / before for before, after in pairs)
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:

@@ -74,7 +74,7 @@ class HealthSettings(Settings):
     """The same for critical symptoms. A loss, gradient or weight that is not finite ends a run in any case, unless it
     is rolled back; other limits depend on model and data, so that by default no run is lost to them."""
     max_rollbacks: Annotated[int, Gt(0)] = 3
-    """Rollbacks of a run, after which the next symptom ends it."""
+    """Rollbacks of a run; after them a warning is printed, and a critical symptom ends the run."""
     skip_spikes: Annotated[float | None, Ge(3)] = None
     """Leave out updates whose loss or gradient norm exceeds the mean of the last 128 steps by so many standard
     deviations (6 is usual); none takes all updates that are finite."""

@@ -1,5 +1,6 @@
 """Twelve faults in runs of the real stages: all are caught in time, and those that can be cured end as a clean run."""
 
+import json
 import math
 from statistics import fmean
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from transformers import Trainer
 
+from llmlab.runs import gates as gates_module
 from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.history import open_run
 from llmlab.runs.record import read_events, read_metrics, read_record
 from llmlab.settings.errors import Unhealthy
 from llmlab.stages import STAGES
+from tests.conftest import VOICES
 
 BOTH = {"on_warning": "rollback", "on_critical": "rollback"}
 TEXT = {"max_steps": 90, "lr": 0.02, "eval_every": 10, "save_best_only": False}
@@ -193,12 +196,37 @@ def test_overfitting_small_data(train, tmp_path, corpus_file):
     (tmp_path / "few.jsonl").write_text("\n".join(rows[:4]) + "\n")
     (tmp_path / "others.jsonl").write_text("\n".join(rows[100:140]) + "\n")
     data = {"datasets": [str(tmp_path / "few.jsonl")], "validation_datasets": [str(tmp_path / "others.jsonl")]}
-    with pytest.raises(Unhealthy, match="the training loss|training loss"):
-        train("pretrain", **{**TEXT, "eval_every": 5}, **data, on_warning="rollback", max_rollbacks=1)
-    folder = tmp_path / "run"
-    print(read_events(folder))
-    print([(line["step"], line.get("eval_loss")) for line in read_metrics(folder) if "eval_loss" in line])
-    caught(folder, "overfitting", by=60)
+    settings = {**TEXT, **data, "eval_every": 5, "save_best_only": True}
+    expected = train("pretrain", "best", **settings).metrics["eval_loss"]  # that of the best checkpoint
+    result = train("pretrain", **settings, on_warning="rollback", max_rollbacks=1)
+    caught(result.folder, "overfitting", by=60)
+    (rollback,) = read_record(result.folder)["rollbacks"]
+    assert rollback["symptom"] in ("overfitting", "perplexity_low") and rollback["changes"]["lr"] == [0.02, 0.012]
+    assert result.metrics["eval_loss"] <= (1 + WITHIN) * expected
+
+
+@pytest.fixture
+def text_gate(tmp_path, monkeypatch):
+    """A gate on the perplexity of texts."""
+    monkeypatch.setattr(gates_module, "SHARE", 0.99)  # a tiny run has no time for it
+    path = tmp_path / "held-out.jsonl"
+    lines = (f"The {animal} {voice} loudly." for animal, voice in VOICES.items())
+    path.write_text("".join(json.dumps({"answer": line}) + "\n" for line in lines))
+    prompts = {"name": str(path), "column": "answer"}
+    return {"gates": [{"name": "perplexity", "prompts": prompts, "n": 6}], "gate_every": 3}
+
+
+def test_gate_regression(train, text, text_gate, fault):
+    def shake(trainer):
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+    fault.once(64, shake)
+    of_losses = dict.fromkeys(("loss_rising", "loss_spike", "gradient_norm_exploding", "gradient_norm_high"))
+    folder = train("pretrain", **TEXT, **text_gate, **BOTH, health=of_losses).folder
+    caught(folder, "gate_regression", by=72)
+    assert_like_clean(folder, text)
 
 
 # Of policies ---------------------------------------------------------------------------------------------------------
@@ -244,3 +272,34 @@ def test_exploding_value_loss(train, finished, fault):
     folder = train("ppo", **{**ONLINE, **more, "health": limits}, on_critical="rollback").folder
     caught(folder, "value_loss_exploding", by=36)
     assert_like_clean(folder, clean, "reward", lines=10)
+
+
+def test_reward_hacking(train, text_gate, tmp_path):
+    """The reward is a share of tokens: to earn it the policy unlearns the language, and rises above that."""
+    with pytest.raises(Unhealthy, match="reward rises while gates fall"):
+        train("grpo", **ONLINE, **text_gate, on_warning="stop")
+    caught(tmp_path / "run", "reward_hacking", by=30)
+
+
+# Of none -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "orpo", "reward", "rs-sft", "awr"])
+def test_a_clean_run_of_each_stage_has_no_event(stage, train):
+    folder = train(stage, learning_rate=1e-4, max_steps=12, eval_every=4).folder
+    assert not read_events(folder) and "rollbacks" not in read_record(folder)
+
+
+def test_the_kl_coefficient_of_a_controller_is_doubled_by_a_rollback(train, fault):
+    def push(trainer):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.2
+
+    fault.once(6, push)
+    settings = {**ONLINE, "max_steps": 10, "save_every": 4, "adaptive_kl": True, "kl_horizon": 10**6}
+    limits = {"kl_high": None, "kl_too_high": 0.8, "entropy_collapse": None}
+    folder = train("grpo", **{**settings, "health": limits}, on_critical="rollback", max_rollbacks=1).folder
+    lines = {line["step"]: line["kl_coef"] for line in read_metrics(folder) if "kl_coef" in line}
+    (rollback,) = read_record(folder)["rollbacks"]
+    before, after = lines[rollback["to"]], lines[rollback["to"] + 1]
+    assert after == pytest.approx(2 * before, rel=0.01)
