@@ -45,6 +45,7 @@ class Health(TrainerCallback):
     folder: Path
     record: RunRecord | None  # of the main process
     say: Callable[[str], None]
+    ended: bool = False
 
     def __post_init__(self) -> None:
         settings = self.trainer.settings
@@ -71,14 +72,21 @@ class Health(TrainerCallback):
 
     def respond(self, *events: Event) -> None:
         """Prints and records the events of a step, and does what the settings say about them."""
-        order = ("warn", "stop", "rollback")  # a rollback is the last that a training does
-        for event in sorted(events, key=lambda event: order.index(self.responses[event.severity])):
-            self._respond(event)
+        ends: list[Exception] = []
+        for event in sorted(events, key=lambda event: event.severity):  # critical ones first
+            end = self._respond(event, "warn" if ends else self.responses[event.severity])
+            ends += [end] if end else []
+        if ends:
+            raise ends[0]
 
-    def _respond(self, event: Event) -> None:
-        response, settings = self.responses[event.severity], self.trainer.settings
+    def _respond(self, event: Event, response: str) -> Exception | None:
+        """Writes an event, and returns what ends the training."""
+        settings = self.trainer.settings
         changes: dict[str, tuple[Any, Any]] = {}
         fatal = event.symptom == "loss_not_finite"  # what found it ends the run where this returns
+        if fatal and self.ended:  # the metrics show it too
+            return None
+        self.ended = fatal
         if response == "rollback":
             names = {name: spellings_of(type(settings)).get(name) for name in IN_PROCESS}
             own = {setting.name for setting in names.values() if setting is not None}
@@ -88,13 +96,14 @@ class Health(TrainerCallback):
                 response = "warn"  # going back would not help
         response = on_main(PartialState(), lambda: self._write(event, response, changes, fatal))
         if response == "rollback":
-            raise RolledBack
+            return RolledBack()
         if response == "stop" and not fatal:
-            raise Unhealthy(
+            return Unhealthy(
                 f"step {event.step}: {event.message}; the run ends here, as on_{event.severity} = "
                 f"{self.responses[event.severity]} says; its checkpoints remain: llmlab {self.stage} --resume "
                 f"{self.folder} on_{event.severity}=warn goes on"
             )
+        return None
 
     def _write(self, event: Event, response: str, changes: dict[str, tuple[Any, Any]], fatal: bool) -> str:
         """Writes an event with what is done about it, which it returns, and prepares the run folder for a rollback."""

@@ -10,9 +10,10 @@ from transformers import Trainer
 
 from llmlab.runs import gates as gates_module
 from llmlab.runs.callbacks import StageMetrics
+from llmlab.runs.guard import Guard
 from llmlab.runs.history import open_run
 from llmlab.runs.record import read_events, read_metrics, read_record
-from llmlab.settings.errors import Unhealthy
+from llmlab.settings.errors import Diverged, Unhealthy
 from llmlab.stages import STAGES
 from tests.conftest import VOICES
 
@@ -138,6 +139,19 @@ def test_infinite_gradient(train, text, fault):
     folder = train("pretrain", **TEXT, **BOTH).folder
     caught(folder, "loss_not_finite", by=65)
     assert_like_clean(folder, text)
+
+
+def test_an_update_that_the_optimizer_leaves_out_by_itself(train, text, fault, monkeypatch, tmp_path):
+    """As on a GPU: the decision is a tensor of the fused optimizer, and the numbers are read one step later."""
+    monkeypatch.setattr(Guard, "skipping_optimizer", lambda self: self.optimizer.optimizer)
+    step = fault.data({65}, lambda self, model, inputs, *rest: step(self, model, scramble(inputs), *rest))
+    folder = train("pretrain", **TEXT, skip_spikes=6).folder
+    assert (65, "update left out") in [(event.step, event.action) for event in read_events(folder)]
+    assert_like_clean(folder, text)
+    before = fault.data({20}, lambda self, model, *rest: before(self, model, *rest) * math.nan)
+    with pytest.raises(Diverged, match="the loss is nan"):
+        train("pretrain", "nan", **{**TEXT, "log_every": 50})
+    assert caught(tmp_path / "nan", "loss_not_finite", by=21)["status"] == "diverged"
 
 
 def scramble(inputs):
@@ -276,7 +290,7 @@ def test_exploding_value_loss(train, finished, fault):
 
 def test_reward_hacking(train, text_gate, tmp_path):
     """The reward is a share of tokens: to earn it the policy unlearns the language, and rises above that."""
-    with pytest.raises(Unhealthy, match="reward rises while gates fall"):
+    with pytest.raises(Unhealthy, match="on_warning = stop"):
         train("grpo", **ONLINE, **text_gate, on_warning="stop")
     caught(tmp_path / "run", "reward_hacking", by=30)
 

@@ -29,6 +29,7 @@ from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
 from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
+from llmlab.settings.health import HealthSettings
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
@@ -226,6 +227,8 @@ def test_settings_of_the_optimizer(stage, optimizer, capture):
 
 def single(stage):
     done = {s.key for s in named(stage)} | OF_OPTIMIZERS.keys() | {*NOT_HERE, *ELSEWHERE.get(stage, ())}
+    if stage != "sft":  # the same callback everywhere
+        done |= {setting.key for setting in fields_of(HealthSettings)}
     return [s for s in own(stage) if s.key not in done]
 
 
