@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers import TrainerCallback
 
-from llmlab import PretrainSettings, learn_bpe, pretrain
+from llmlab import PretrainSettings, pretrain
+from llmlab.data import learn_bpe
 from llmlab.runs.guard import Guard
 from llmlab.runs.health import Health
 from llmlab.runs.progress import ProgressLine
@@ -63,7 +64,7 @@ def main():
     begin, ProgressLine.on_step_begin = ProgressLine.on_step_begin, steps.on_step_begin
     try:
         with tempfile.TemporaryDirectory() as folder:
-            learn_bpe([STORIES], 2048, Path(folder) / "tokenizer", show_progress=False)
+            learn_bpe([STORIES], 1024, Path(folder) / "tokenizer", show_progress=False)
             tokenizer = f"{folder}/tokenizer"
             shape = {"d_model": options.width, "n_heads": 4, "n_kv_heads": 4, "d_ff": 3 * options.width}
             settings = PretrainSettings(

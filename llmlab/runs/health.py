@@ -141,10 +141,7 @@ def steps_to_pass_over(folder: Path, stage: str) -> set[int]:
 
 def describe_events(folder: Path) -> str:
     """Returns how many health events a run had, and where they are; empty without one."""
-    events, rollbacks = read_events(folder), len(rollbacks_of(folder))
-    counts = Counter(event.severity for event in events)
-    parts = [
-        f"{count} {severity}{'s' if severity == 'warning' and count > 1 else ''}" for severity, count in counts.items()
-    ]
-    parts += [f"{rollbacks} rollback{'s' if rollbacks > 1 else ''}"] if rollbacks else []
-    return f"health: {', '.join(parts)} ({EVENTS})" if parts else ""
+    counts = Counter(f"{event.severity} events" for event in read_events(folder))
+    counts["rollbacks"] = len(rollbacks_of(folder))
+    parts = [f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items() if count]
+    return f"{', '.join(parts)}: {folder / EVENTS}" if parts else ""

@@ -171,15 +171,9 @@ class ProgressLine(TrainerCallback):
 
 
 def print_result(
-    console: Console,
-    folder: Path,
-    metrics: dict[str, float],
-    *,
-    before: dict[str, float] | None = None,
-    events: str = "",
+    console: Console, folder: Path, metrics: dict[str, float], *, before: dict[str, float] | None = None
 ) -> None:
-    """Prints where a run was saved, its validation metrics, with those `before` training where they are known, and
-    its health `events`."""
+    """Prints where a run was saved and its validation metrics, with those `before` training where they are known."""
     parts = [f"[green]saved[/green] {safe(folder)}"]
     for kind in ("reward",) if "eval_reward" in metrics else ("loss", "win_rate"):
         name = f"eval_{kind}"
@@ -189,7 +183,7 @@ def print_result(
             parts.append(f"validation {kind.replace('_', ' ')} {start}[bold]{metrics[name]:.4f}[/bold]{more}")
     if "unigram_entropy" in metrics:
         parts.append(f"(unigram entropy: {metrics['unigram_entropy']:.4f})")
-    console.print("  ".join([*parts, *([f"[yellow]{safe(events)}[/]"] if events else [])]), soft_wrap=True)
+    console.print("  ".join(parts), soft_wrap=True)
 
 
 def _perplexity(metrics: dict[str, float]) -> str:

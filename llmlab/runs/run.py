@@ -291,8 +291,9 @@ class Run(Start[S]):
             record.finish("finished", step=trainer.state.global_step, metrics=metrics)
             rotation.rotate(trainer.args, trainer.state)
         first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
-        events = describe_events(self.folder)
-        print_result(self.console, self.folder, metrics, before=next(first, {}), events=events)
+        print_result(self.console, self.folder, metrics, before=next(first, {}))
+        if events := describe_events(self.folder):
+            self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
         return RunResult(self.folder, metrics)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
