@@ -292,6 +292,7 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "optimizer": "lion",
         "scheduler": "linear",
         "dtype": "bf16",
+        "skip_spikes": 6.0,
         "attn_implementation": "eager",
         "device": "cuda",
         "compile": True,
