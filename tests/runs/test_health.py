@@ -129,6 +129,29 @@ def test_nan_batch(train, text, fault):
     assert_like_clean(folder, text)
 
 
+def test_a_run_that_was_rolled_back_is_resumed_with_its_first_settings(train, fault, tiny_settings, tmp_path, quiet):
+    short = {**TEXT, "max_steps": 12, "eval_every": 5}
+    step = fault.data({8}, lambda self, model, *rest: step(self, model, *rest) * math.nan)
+    folder = train("pretrain", **short, **BOTH).folder
+    longer = tiny_settings("pretrain", folder, **{**short, "max_steps": 14}, **BOTH)
+    assert longer.lr == TEXT["lr"]
+    STAGES["pretrain"].function(longer, resume=folder, console=quiet)
+    record = read_record(folder)
+    assert record["settings"]["lr"] == TEXT["lr"] / 2 and len(record["rollbacks"]) == 1
+    assert [line["step"] for line in read_metrics(folder) if "loss" in line] == [*range(1, 15)]
+
+
+def test_rollbacks_that_do_not_help_end_the_run(train, monkeypatch, tmp_path):
+    original = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda self, *rest, **more: original(self, *rest, **more) * math.nan)
+    with pytest.raises(Diverged) as ended:
+        train("pretrain", **TEXT, **BOTH, max_rollbacks=2)
+    assert ended.value.exit_code == 4 and open_run(tmp_path / "run").status == "diverged"
+    events = read_events(tmp_path / "run")
+    assert len(events) == 3 and events[-1].action == "the run ends after 2 rollbacks"
+    assert not [*(tmp_path / "run").glob("*.safetensors")]
+
+
 def test_infinite_gradient(train, text, fault):
     def poison(self, model, *args, **kwargs):
         loss = step(self, model, *args, **kwargs)
