@@ -158,6 +158,11 @@ def test_gates(benchmark):
     assert len(rows) == 8 and all(int(row[3].replace(",", "")) > 20 for row in rows)
 
 
+def test_health(benchmark):
+    rows = rows_of(benchmark("health", "--steps", 20, "--width", 32, "--layers", 1))[1:]
+    assert [row[0] for row in rows] == ["guard", "checks", "whole steps, watched over others"]
+
+
 def test_simulator(benchmark):
     printed = benchmark("simulator", "--episodes", 20)
     assert "100.0%" in printed and printed.count("expert") == printed.count("random") == 5

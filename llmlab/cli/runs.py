@@ -3,6 +3,7 @@ report`: their pages."""
 
 import webbrowser
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,10 @@ from rich.table import Column
 from rich.text import Text
 from rich.tree import Tree
 
+from llmlab.health.checks import outside_bands
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
+from llmlab.runs.record import read_events
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
@@ -37,6 +40,7 @@ STATUS_STYLES = {
     **{"finished": "green", "running": "cyan", "interrupted": "yellow"},
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
+EVENT_STYLES = {"warning": "yellow", "critical": "red"}
 CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 LEFT_OUT = ("started", "took")  # first on a narrow terminal
 SHRINKING = {"run": 12, "from": 12}  # then, down to so many characters
@@ -95,6 +99,7 @@ def show(
         console.print(table)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
+    _print_health(console, chosen)
     if curve_name:
         _print_section(console, curve_name)
         curves = [Curve(chosen.curves[curve_name], CURVE_STYLES[0])]
@@ -292,6 +297,23 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
         table.add_row("time", *(duration(run.seconds) for run in runs))
         table.add_row("status", *map(_status, runs))
     console.print(table)
+
+
+def _print_health(console: Terminal, run: RunFolder) -> None:
+    """Prints the health events, and the metrics that end outside the guide's healthy bands."""
+    events, outside = read_events(run.folder), outside_bands(run.curves, run.stage)
+    if not events and not outside:
+        return
+    _print_section(console, "Health")
+    for event in events:
+        done = f"; {event.action}" if event.action else ""
+        console.print(
+            f"[{EVENT_STYLES[event.severity]}]{event.severity}[/] {safe(event.message + done)}", soft_wrap=True
+        )
+    for name, (value, lowest, highest) in outside.items():
+        above = f"above {lowest:g}" if highest == inf else f"{lowest:g} to {highest:g}"
+        band = f"below {highest:g}" if lowest <= 0 else above
+        console.print(f"[dim]{name} ends at {value:.3g}; the guide's healthy band is {band}[/]")
 
 
 def _print_surroundings(console: Terminal, run: RunFolder) -> None:

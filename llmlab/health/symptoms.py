@@ -28,6 +28,8 @@ class Event:
     severity: Severity = "warning"
     action: str = ""
     """What the run did: nothing, or such as `rolled back to checkpoint-40; learning_rate 0.001 -> 0.0005`."""
+    since: int | None = None
+    """The first step at which it shows, where a check knows."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 The comment beside each says why no public name serves.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +114,22 @@ class ResumableCheckpoint:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.load_optimizer or checkpoint is None:
             return
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]  # it has loaded them
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        groups, rates = self.optimizer.param_groups, self.lr_scheduler.base_lrs  # type: ignore[attr-defined]
+        chosen = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in groups]
         with reading(checkpoint, "a checkpoint's optimizer"):
             if not self.is_fsdp_enabled:  # type: ignore[attr-defined]
-                return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            files = (Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt"))
-            optimizer, scheduler = (torch.load(file, map_location="cpu", mmap=True) for file in files)
-            self.optimizer.load_state_dict(scatter_state(optimizer, self.optimizer))  # type: ignore[attr-defined]
-            self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[attr-defined]
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            else:
+                files = (Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt"))
+                optimizer, scheduler = (torch.load(file, map_location="cpu", mmap=True) for file in files)
+                self.optimizer.load_state_dict(scatter_state(optimizer, self.optimizer))  # type: ignore[attr-defined]
+                self.lr_scheduler.load_state_dict(scheduler)  # type: ignore[attr-defined]
+        # a rollback changes these, and the loaded state has those from before
+        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):  # type: ignore[attr-defined]
+            group.update(values)
+        self.lr_scheduler.base_lrs = rates  # type: ignore[attr-defined]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint, "a checkpoint"):
@@ -140,14 +148,12 @@ class ResumableCheckpoint:
 
 
 class GradientNorms:
-    """Mixin for a Trainer: calls `on_nonfinite_gradients(norm)` before a step whose gradient norm is not finite."""
+    """Mixin for a Trainer: calls `before_update(norm)` with the gradient norm before each optimizer step."""
 
-    def on_nonfinite_gradients(self, norm: float) -> None:
+    def before_update(self, norm: Tensor | float | None) -> None:
         pass
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        value = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if value is not None and not math.isfinite(value):  # DeepSpeed has none before its first update
-            self.on_nonfinite_gradients(float(value))
+        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norm

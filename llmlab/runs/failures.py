@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
 from llmlab.runs.batch import smaller_batch
+from llmlab.runs.health import RolledBack
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import COMPLETIONS, METRICS, RECORD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
@@ -77,6 +78,10 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
     except (KeyboardInterrupt, Interrupted):
         end("interrupted")
         progress.say(f"stopped; continue with: llmlab {stage} --resume {escape(str(folder))}")
+        raise
+    except RolledBack:  # the run goes on
+        progress.stop()
+        checkpoints.remove_partial(folder)
         raise
     except SystemExit:  # from rich, when the reader of a piped output has exited
         end("interrupted", reason="its output was closed")

@@ -6,13 +6,13 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llmlab.runs.record import METRICS, RECORD, is_number, read_metrics, read_record, started_in
+from llmlab.runs.record import METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -245,7 +245,8 @@ def details(run: RunFolder) -> dict[str, Any]:
         "lineage": lineage(ancestors(run)),
         "data": run.record.get("data"),
         "metrics": _metric_values(run),
-        **{part: run.record.get(part) for part in ("resumed", "versions", "hardware", "git")},
+        "health": [asdict(event) for event in read_events(run.folder)],
+        **{part: run.record.get(part) for part in ("resumed", "rollbacks", "versions", "hardware", "git")},
     }
 
 

@@ -13,20 +13,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, set_seed
 
+from llmlab.health.checks import not_finite
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
+from llmlab.runs._trl import ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
 from llmlab.runs.auto_batch import DivisibleBatches, random_states
+from llmlab.runs.guard import Guard
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
-LOSSES = {"loss": "loss", "eval_loss": "validation loss"}
+LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient norm"}
 
 
-class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
+class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
     finite.
 
@@ -91,7 +93,8 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self.estimate_from = batches[0] if batches and estimate_is_due(self.optimizer) else None
+        due = estimate_is_due(self.optimizer) and not self.passes_over
+        self.estimate_from = batches[0] if batches and due else None
         return batches, items
 
     def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> Any:
@@ -114,6 +117,7 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         return (0 if self.has_all_steps else epochs, *others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.read_numbers()
         if not self.weights_are_finite():
             raise self.diverged("norm of the weights", math.inf)
         if _internal_call and output_dir is not None:  # the first file of a checkpoint
@@ -122,19 +126,22 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
-    def on_nonfinite_gradients(self, norm: float) -> None:
+    def on_nonfinite(self, name: str, value: float) -> None:
         scaler = self.accelerator.scaler
         if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
             return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
-        raise self.diverged("gradient norm", norm)
+        raise self.diverged(LOSSES[name], value, update=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.read_numbers()
+        if "loss" in logs and self.left_out:
+            logs["updates_left_out"], self.left_out = self.left_out, 0
         if "eval_runtime" in logs:
             logs.update(self.gate_metrics)
         super().log(logs, start_time)  # type: ignore[misc]  # first, so that the record has the line
-        for name, words in LOSSES.items():
+        for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise self.diverged(words, logs[name])
+                raise self.diverged(LOSSES[name], logs[name])
 
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
@@ -142,8 +149,9 @@ class StageTrainer(DivisibleBatches, GradientNorms, ResumableCheckpoint):
         norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
         return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
 
-    def diverged(self, what: str, value: float) -> Diverged:
-        """Returns the error for a number that is not finite."""
+    def diverged(self, what: str, value: float, *, update: int = 0) -> Diverged:
+        """Reports a number that is not finite, of the coming step where `update` is 1, and returns the error."""
+        self.on_event(not_finite(self.state.global_step + update, what, value))
         rate = spellings_of(type(self.settings))["learning_rate"]
         return Diverged(
             f"step {self.state.global_step}: the {what} is {value}: the run diverged and saved nothing of it; "

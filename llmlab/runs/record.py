@@ -49,6 +49,7 @@ SHAPE = TypeAdapter(
             "batch": TypedDict("Batch", {"rows": int, "validation_rows": int, "settings": dict[str, int | None]}),
             "data_files": dict[str, dict[str, Any]],
             "resumed": list[TypedDict("Resumed", {"step": int, "at": str})],
+            "rollbacks": list[TypedDict("Rollback", {"step": int, "to": int, "changes": dict[str, list[Any]]})],
             "versions": dict[str, str],
             "hardware": TypedDict("Hardware", {"memory": float, "processes": int}, total=False),
             "git": TypedDict("Git", {"revision": str}) | None,
@@ -90,6 +91,7 @@ class RunRecord:
         """Writes the record; a resumed run keeps its start, and its metrics up to the step that it resumes at."""
         if resumed_step is not None:
             earlier = read_record(self.folder)
+            self.values["rollbacks"] = earlier.get("rollbacks", [])
             self.values["started"] = earlier.get("started", self.values["started"])
             self.values["resumed"] = [*earlier.get("resumed", []), {"step": resumed_step, "at": _now()}]
             lines = [line for line in read_metrics(self.folder) if resumed_step and line["step"] <= resumed_step]
@@ -123,6 +125,13 @@ class RunRecord:
         self.values["settings"] |= settings
         self.values["sources"] |= dict.fromkeys(settings, source)
         self._write()
+
+    def roll_back(self, event: Event, to: int, changes: dict[str, tuple[Any, Any]]) -> None:
+        """Writes that the run goes on from an earlier step, with settings changed as `changes_of` returns them."""
+        entry = {"step": event.step, "since": event.since or event.step, "to": to, "symptom": event.symptom}
+        changed = {name: list(values) for name, values in changes.items()}
+        self.values["rollbacks"] = [*self.values.get("rollbacks", []), {**entry, "changes": changed}]
+        self.change({name: after for name, (_, after) in changes.items()}, f"rollback at step {event.step}")
 
     def finish(self, status: str, **results: Any) -> None:
         """Writes how the run ended: `finished`, `interrupted`, `diverged` or `failed`, with its results."""

@@ -1,6 +1,7 @@
 """What a run resumes from: an undamaged checkpoint, with settings and data files that continue the same training."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -82,6 +83,27 @@ def recorded_settings(run: Path, settings: S) -> S:
     """Returns the settings that a run recorded, or these where it has no record."""
     record = read_record(run)
     return resolve(type(settings), Layer("record", record["settings"])).settings if record else settings
+
+
+def rollbacks_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rollbacks of a run so far, oldest first."""
+    return read_record(folder).get("rollbacks", [])
+
+
+def changes_since_start(folder: Path, settings: Any) -> dict[str, Any]:
+    """Returns what rollbacks changed of a run's first settings, of those that still have their first values."""
+    first, now = {}, {}
+    for entry in rollbacks_of(folder):
+        for name, (before, after) in entry["changes"].items():
+            first.setdefault(name, before)
+            now[name] = after
+    return {name: value for name, value in now.items() if getattr(settings, name) == first[name]}
+
+
+def changed_by(folder: Path, name: str, step: int) -> float:
+    """Returns the factor by which rollbacks to this very step changed a setting."""
+    pairs = [each["changes"][name] for each in rollbacks_of(folder) if each["to"] == step and name in each["changes"]]
+    return math.prod(after / before for before, after in pairs)
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:

@@ -7,12 +7,13 @@ import inspect
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_args
 
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
@@ -37,6 +38,7 @@ from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.completions import CompletionLog
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.gates import GateCallback, held_out_gates
+from llmlab.runs.health import Health, RolledBack, describe_events, steps_to_pass_over
 from llmlab.runs.page import report_at_end
 from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
@@ -85,18 +87,23 @@ def training_stage(
             **options: Any,
         ) -> RunResult:
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
-            starting = begin(
-                run_class,
-                function.__name__.replace("_", "-"),
-                prepare(as_resolved(settings)),
-                resume=resume,
-                load_optimizer=load_optimizer,
-                allow_changed_data=allow_changed_data,
-                console=console,
-            )
-            with starting as run, report_at_end(run), explain_out_of_memory(run):
-                run.function = start_run
-                return function(run, **options)
+            resolved, rolled_back = prepare(as_resolved(settings)), False
+            while True:
+                starting = begin(
+                    run_class,
+                    function.__name__.replace("_", "-"),
+                    resolved,
+                    resume=resume,
+                    load_optimizer=load_optimizer,
+                    allow_changed_data=allow_changed_data,
+                    console=console,
+                )
+                with suppress(RolledBack), starting as run, report_at_end(run), explain_out_of_memory(run):
+                    run.function, run.rolled_back = start_run, rolled_back
+                    return function(run, **options)
+                # here the exception is gone, and with it the trainer
+                resume, load_optimizer, rolled_back = run.folder, True, True
+                clear_device_cache(garbage_collection=True)
 
         run, *own = inspect.signature(function).parameters.values()
         signature = inspect.signature(start_run, follow_wrapped=False)
@@ -114,6 +121,8 @@ def training_stage(
 
 class Run(Start[S]):
     """One run of a stage."""
+
+    rolled_back = False  # in this process: the plan was printed
 
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
@@ -250,6 +259,9 @@ class Run(Start[S]):
             if self.settings.report:
                 trainer.add_callback(CompletionLog(record, trainer))
             trainer.on_division = partial(self.note_division, record, trainer)
+        health = Health(trainer, self.stage, self.folder, record, self.progress.say)
+        trainer.add_callback(health)
+        trainer.on_event, trainer.passed_over = health.respond, steps_to_pass_over(self.folder, self.stage)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
         if self.hardware.device == "mps":
@@ -269,8 +281,10 @@ class Run(Start[S]):
             if trainer.eval_dataset is not None:
                 batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
-            rows += describe_cost(self, trainer, steps - self.done)
-            print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
+            if not self.rolled_back:
+                rows += describe_cost(self, trainer, steps - self.done)
+                rows += [("compile", compiled), *published]
+                print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted()
@@ -282,6 +296,8 @@ class Run(Start[S]):
             rotation.rotate(trainer.args, trainer.state)
         first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
         print_result(self.console, self.folder, metrics, before=next(first, {}))
+        if events := describe_events(self.folder):
+            self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
         return RunResult(self.folder, metrics)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:

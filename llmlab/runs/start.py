@@ -26,6 +26,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.batch import Batch, batch_of, split_again
 from llmlab.runs.record import read_record
 from llmlab.runs.resume import (
+    changes_since_start,
     check_data,
     check_deepspeed,
     check_undamaged,
@@ -119,13 +120,15 @@ def begin(
             folder = stack.enter_context(checkpoints.claim(output, resume=True))
             files = data_files(settings)
             notes = check_data(folder, files, allow_changed=allow_changed_data)
-            checkpoint = find_checkpoint(folder, settings, load_optimizer=load_optimizer, chosen=chosen)
+            rolled_back = changes_since_start(folder, settings)
+            now = settings.model_copy(update=rolled_back)
+            checkpoint = find_checkpoint(folder, now, load_optimizer=load_optimizer, chosen=chosen)
             if checkpoint is not None:
                 check_undamaged(checkpoint)
                 used = sharding == "DEEPSPEED"
                 check_deepspeed(checkpoint, used=used, processes=processes, load_optimizer=load_optimizer)
-            before, record = recorded_settings(folder, settings), read_record(folder)
-            batch, changes = split_again(settings, before, record, processes)
+            before, record = recorded_settings(folder, now), read_record(folder)
+            batch, changes = split_again(now, before, record, processes)
             if changes:
                 values = ", ".join(f"{name} = {value}" for name, value in changes.items())
                 notes.append(f"an optimizer step keeps its {batch.rows} rows, with {values}")
@@ -137,11 +140,14 @@ def begin(
             for note in notes:
                 console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
             resumed = {"resumed": record.get("status", "finished"), "checkpoint": checkpoint, "batch": batch}
-            return {"folder": folder, "data_files": files, "changes": changes, **resumed}
+            sources = dict.fromkeys(changes, "batch of the resumed run") | dict.fromkeys(rolled_back, "rollback")
+            found = {"folder": folder, "data_files": files, "changes": changes | rolled_back, "sources": sources}
+            return {**found, **resumed}
 
         found = on_main(process, claim)
+        changed_sources = found.pop("sources", {})
         if changes := found.pop("changes"):
-            sources = {**resolved.sources, **dict.fromkeys(changes, "batch of the resumed run")}
+            sources = {**resolved.sources, **changed_sources}
             resolved = replace(resolved, settings=settings.model_copy(update=changes), sources=sources)
         yield run_class(stage, load_optimizer, resolved, hardware, process, console, **found)
 

@@ -30,6 +30,12 @@ class Diverged(UserError):
     exit_code = 4
 
 
+class Unhealthy(UserError):
+    """A run that ended at a symptom in its metrics, as its settings say."""
+
+    exit_code = 4
+
+
 class OutOfMemory(UserError):
     """A run that needs more memory than there is: the message says where, and what to change."""
 

@@ -11,6 +11,7 @@ from llmlab.settings.base import Alias, Resume, Trl, spellings_of
 from llmlab.settings.data import DataSettings
 from llmlab.settings.gates import GATE, GatesSettings
 from llmlab.settings.hardware import HardwareSettings
+from llmlab.settings.health import HealthSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.paths import PathName
@@ -22,7 +23,7 @@ BESIDE_TRANSFORMERS_EVAL_STEPS = (
 BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
 
 
-class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings):
+class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings, HealthSettings):
     """What every training stage has. Source: seed, LLM-Lab document, "Base Training"."""
 
     panel: ClassVar[str] = "Training"

@@ -153,13 +153,13 @@ def test_steps_that_a_gradient_scaler_skips_are_no_divergence():
     trainer = object.__new__(StageTrainer)
     trainer.settings, trainer.state = DPOSettings(), SimpleNamespace(global_step=7)
     trainer.args, trainer.accelerator = SimpleNamespace(fp16=True), SimpleNamespace(scaler=scaler)
-    trainer.on_nonfinite_gradients(math.inf)
+    trainer.on_nonfinite("grad_norm", math.inf)
     scaler.get_scale = lambda: 0.5  # what overflows now was not scaled up
     with pytest.raises(Diverged, match="step 7: the gradient norm is inf"):
-        trainer.on_nonfinite_gradients(math.inf)
+        trainer.on_nonfinite("grad_norm", math.inf)
     trainer.args.fp16, trainer.accelerator.scaler = False, None
     with pytest.raises(Diverged):
-        trainer.on_nonfinite_gradients(math.nan)
+        trainer.on_nonfinite("grad_norm", math.nan)
 
 
 def test_the_command_and_a_pipeline_end_with_exit_code_4(corpus_file, tokenizer_folder, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
+from llmlab.settings.health import HealthLimits
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
@@ -351,6 +352,7 @@ def test_python_files_of_blocks(tmp_path):
                 *("attn_implementation", "use_liger_kernel"),
                 *("max_steps", "epochs", "log_every", "eval_every", "eval_steps", "save_every", "save_best_only"),
                 *("save_total_limit", "trainer_args", "allow_dropped", "allow_truncated", "gates", "gate_every"),
+                *("on_warning", "on_critical", "max_rollbacks", "skip_spikes", *HealthLimits.model_fields),
             },
         ),
         (Resume.SPLIT, {"batch_size", "gradient_accumulation_steps"}),

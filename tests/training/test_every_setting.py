@@ -29,6 +29,7 @@ from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
 from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
+from llmlab.settings.health import HealthSettings
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
 
@@ -226,6 +227,8 @@ def test_settings_of_the_optimizer(stage, optimizer, capture):
 
 def single(stage):
     done = {s.key for s in named(stage)} | OF_OPTIMIZERS.keys() | {*NOT_HERE, *ELSEWHERE.get(stage, ())}
+    if stage != "sft":  # the same callback everywhere
+        done |= {setting.key for setting in fields_of(HealthSettings)}
     return [s for s in own(stage) if s.key not in done]
 
 
@@ -289,6 +292,7 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "optimizer": "lion",
         "scheduler": "linear",
         "dtype": "bf16",
+        "skip_spikes": 6.0,
         "attn_implementation": "eager",
         "device": "cuda",
         "compile": True,
@@ -385,6 +389,8 @@ def test_each_other_setting_has_an_effect(
     if setting.path[0] == "reward_config":
         before |= {"environment": SIMULATOR}
         after = {**before, "reward_config": {setting.name: value}}
+    elif setting.path[0] == "health":
+        after = {**before, "health": {setting.name: value}}
     elif len(setting.path) > 1:
         shape = {"n_kv_heads": 2, **before}
         before, after = {"model": shape}, {"model": {**shape, setting.name: value}}

@@ -163,6 +163,8 @@ class ResumableRollouts:
     """Mixin for a GRPOTrainer: takes a whole model's frozen reference as a model, and resumes in the middle of a
     rollout."""
 
+    judges_loss = False  # its size says nothing
+
     def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
         self.prepared: dict[str, Any] | None = None
         with reference_is(reference):

@@ -98,6 +98,7 @@ class AdaptiveKL(TrainerCallback):
     controller: KLController
     samples_per_step: float
     step: int = 0  # of the last update
+    factor: float = 1.0  # of a rollback, on the restored coefficient
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logged = [line for line in state.log_history if "loss" in line and line.get("kl") is not None]
@@ -105,6 +106,7 @@ class AdaptiveKL(TrainerCallback):
             self.step = logged[-2]["step"] if len(logged) > 1 else 0
             self.controller.coefficient = logged[-1]["kl_coef"]
             self._update(logged[-1]["step"], logged[-1]["kl"])
+            self.controller.coefficient *= self.factor
         self.trainer.beta = self.controller.coefficient
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:

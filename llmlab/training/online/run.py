@@ -21,6 +21,7 @@ from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
+from llmlab.runs.resume import changed_by
 from llmlab.runs.run import Run
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
@@ -154,7 +155,8 @@ class OnlineRun(RewardedRun[S]):
         ]
         if settings.adaptive_kl:
             controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
-            callbacks.append(AdaptiveKL(trainer, controller, rollout.completions / rollout.updates))
+            samples, factor = rollout.completions / rollout.updates, changed_by(self.folder, "init_kl_coef", self.done)
+            callbacks.append(AdaptiveKL(trainer, controller, samples, factor=factor))
         prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
         sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
         if settings.top_p < 1 or settings.top_k:

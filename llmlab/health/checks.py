@@ -1,0 +1,359 @@
+"""Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics.
+
+Each looks at the newest line and says what it sees, or None. What a run logs, and what it does about a symptom, is not
+known here. Source: seed, RL guide, sections 6 and 7.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from statistics import fmean, median, pstdev
+from typing import Any
+
+from llmlab.health.symptoms import Event, load_table
+
+Curve = list[tuple[int, float]]
+"""(step, value) of each logged line that has the metric, finite values alone."""
+Curves = Mapping[str, Curve]
+Found = tuple[str, int] | None
+"""What is seen, with numbers, and the first step at which it shows."""
+
+FEW, WINDOW = 3, 10  # logged lines that a level is the median of: where it counts at once, and "consistently"
+SPIKE_WINDOW, SPIKE_FEWEST = 128, 16
+HEALTHY_ENTROPY = 2.0
+ONLINE = ("grpo", "ppo")
+LOWER_IS_BETTER = ("perplexity", "self_similarity")
+HEALTHY = {  # bands of the guide: metric -> (lowest, highest)
+    "grad_norm": (0.0, 2.0),
+    "eval_perplexity": (3.0, 15.0),
+    "kl": (-math.inf, 0.1),
+    "entropy": (HEALTHY_ENTROPY, math.inf),
+}
+
+
+def level(curve: Curve, size: int = FEW) -> float:
+    """Returns the median of the last values."""
+    return median(value for _, value in curve[-size:])
+
+
+def start(curve: Curve, size: int = FEW) -> float:
+    """Returns the median of the first values."""
+    return median(value for _, value in curve[:size])
+
+
+def noise(curve: Curve) -> float:
+    """Returns the median absolute difference of successive values."""
+    values = [value for _, value in curve]
+    return (
+        median(abs(after - before) for before, after in zip(values, values[1:], strict=False)) if values[1:] else 0.0
+    )
+
+
+def after_warmup(curves: Curves, curve: Curve) -> Curve:
+    """Returns the part of a curve after the highest learning rate so far; none of it while that still rises."""
+    rates = curves.get("learning_rate")
+    if not rates:
+        return curve
+    peak = max(rates, key=lambda point: point[1])[0]  # of several the first
+    return [point for point in curve if point[0] > peak]
+
+
+def loss_rising(curves: Curves, metric: str, limit: float) -> Found:
+    """The last lines are all above the run's start, or a level of ten lines is above the lowest one."""
+    curve = curves[metric]
+    first, last = start(curve), curve[-5:]
+    if len(curve) >= 5 + FEW and all(value > first + (0.1 + limit) * abs(first) for _, value in last):
+        return f"{level(last, 5):.4g} in the last 5 lines, {first:.4g} at the start", last[0][0]
+    if len(curve) < 2 * WINDOW or len(curve) % WINDOW:
+        return None
+    blocks = [curve[k : k + WINDOW] for k in range(0, len(curve), WINDOW)]
+    levels = [level(block, WINDOW) for block in blocks]
+    lowest = min(range(len(levels)), key=levels.__getitem__)
+    varies = max(noise(blocks[-1]), noise(blocks[lowest]))
+    if levels[-1] - levels[lowest] > max(limit * abs(levels[lowest]), 2.5 * varies):
+        return f"{levels[-1]:.4g} in the last 10 lines, {levels[lowest]:.4g} before", blocks[lowest][-1][0] + 1
+    return None
+
+
+def loss_spike(curves: Curves, metric: str, limit: float) -> Found:
+    """The newest value is so many standard deviations above the mean of those before it, and twice their median."""
+    curve = curves[metric]
+    step, value = curve[-1]
+    before = [each for _, each in curve[-1 - SPIKE_WINDOW : -1]]
+    if len(before) < SPIKE_FEWEST or value <= fmean(before) + limit * pstdev(before) or value <= 2 * median(before):
+        return None
+    return f"{value:.4g} at step {step}, {fmean(before):.4g} +- {pstdev(before):.2g} before", curve[-2][0] + 1
+
+
+def gradient_norm_high(curves: Curves, metric: str, limit: float) -> Found:
+    """The median of ten lines after warmup is above the limit, and above twice the run's start."""
+    last, first = after_warmup(curves, curves[metric])[-WINDOW:], start(curves[metric], WINDOW)
+    if len(last) < WINDOW or level(last, WINDOW) <= max(limit, 2 * first):
+        return None
+    return f"{level(last, WINDOW):.3g} in the last {WINDOW} lines, {first:.3g} at the start", last[0][0]
+
+
+def gradient_norm_exploding(curves: Curves, metric: str, limit: float) -> Found:
+    """The newest value is above the limit, and above ten times the median of those before it."""
+    curve = curves[metric]
+    usual = level(curve[:-1], 2 * WINDOW) if len(curve) > 5 else math.inf
+    if curve[-1][1] <= max(limit, 10 * usual):
+        return None
+    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {usual:.3g} before", curve[-2][0] + 1
+
+
+def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
+    """The value loss is far above what any estimate between zero and the largest return could have."""
+    curve = curves[metric]
+    seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
+    most = limit * max([1e-6, *seen]) ** 2
+    if len(curve) < FEW or level(curve, 2) <= max(most, limit * start(curve)):
+        return None
+    return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
+
+
+def kl_high(curves: Curves, metric: str, limit: float) -> Found:
+    """The median of three lines is above the limit."""
+    curve = curves[metric]
+    if len(curve) < FEW or level(curve) <= limit:
+        return None
+    return f"{level(curve):.3g} nats per token in the last {FEW} lines, limit {limit:g}", _since(curve, limit)
+
+
+def perplexity_high(curves: Curves, metric: str, limit: float) -> Found:
+    """Validation perplexity left the range in which it has been, and is a fifth above its best."""
+    curve = curves[metric]
+    best = min(value for _, value in curve)
+    if best > limit or curve[-1][1] <= max(limit, 1.2 * best):
+        return None
+    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best:.3g} at best", _since(curve, limit)
+
+
+def perplexity_low(curves: Curves, metric: str, limit: float) -> Found:
+    """Training data is known by heart: its perplexity is low, and the validation data's more than twice as high."""
+    losses, values = curves.get("loss", []), curves[metric]
+    if len(losses) < FEW or level(losses) >= 10:
+        return None
+    seen, new = math.exp(level(losses)), values[-1][1]
+    if seen >= limit or new <= 2 * seen or new <= limit or new <= 1.02 * min(value for _, value in values):
+        return None
+    return f"{seen:.3g} on training data, {new:.3g} on validation data", _best(values, -1)[0] + 1
+
+
+def entropy_collapse(curves: Curves, metric: str, limit: float) -> Found:
+    """The median of three lines is below the limit, which for a policy that started low is a share of its start."""
+    curve = curves[metric]
+    lowest = limit * min(1.0, start(curve) / HEALTHY_ENTROPY)
+    if len(curve) <= FEW or level(curve) >= lowest:
+        return None
+    return f"{level(curve):.3g} in the last {FEW} lines, {start(curve):.3g} at the start", _since(curve, lowest, -1)
+
+
+def fall(curves: Curves, metric: str, limit: float) -> Found:
+    """The last two measurements are below the best one by a share of it, and by more than measurements vary."""
+    curve, sign = curves[metric], -1 if any(word in metric for word in LOWER_IS_BETTER) else 1
+    if len(curve) < FEW:
+        return None
+    place, best = max(enumerate(curve), key=lambda each: sign * each[1][1])
+    least = max(limit * abs(best[1]), 2 * noise(curve[: place + 1]))
+    if place > len(curve) - 3 or any(sign * (best[1] - value) <= least for _, value in curve[-2:]):
+        return None
+    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best[1]:.3g} at step {best[0]}", best[0] + 1
+
+
+def reward_hacking(curves: Curves, metric: str, limit: float) -> Found:
+    """A gate regressed since a step from which on the reward rose."""
+    found, rewards = fall(curves, metric, limit), curves.get("reward", [])
+    if found is None or len(rewards) < 2 * FEW:
+        return None
+    before = [point for point in rewards if point[0] < found[1]] or rewards[:FEW]
+    if level(rewards) - level(before) <= 2 * noise(rewards):
+        return None
+    return f"{found[0]}, while the reward rose from {level(before):.3g} to {level(rewards):.3g}", found[1]
+
+
+def length_out_of_range(curves: Curves, metric: str, limit: float) -> Found:
+    """Completions are so many times longer or shorter than at first, where most were not cut off then."""
+    curve, cut = curves[metric], curves.get("clipped_share", [])
+    first, last = start(curve), level(curve)
+    shorter = last * limit < first and not (cut and start(cut) > 0.5)
+    if len(curve) < 2 * FEW or not (shorter or last > limit * first):
+        return None
+    return f"{last:.3g} tokens in the last {FEW} lines, {first:.3g} at the start", curve[-FEW][0]
+
+
+def overfitting(curves: Curves, metric: str, limit: float) -> Found:
+    """Two evaluations are above the best one, while the training loss went on to fall."""
+    curve, losses = curves[metric], curves.get("loss", [])
+    step, best = _best(curve, -1)
+    before, after = ([point for point in losses if (point[0] <= step) == early] for early in (True, False))
+    rises = all(value > best + limit * abs(best) for _, value in curve[-2:])
+    if len(curve) < FEW or not rises or not before or not after or level(after) >= level(before):
+        return None
+    trend = f"training loss {level(before):.4g} -> {level(after):.4g}"
+    return f"{curve[-1][1]:.4g} at step {curve[-1][0]}, {best:.4g} at step {step}, {trend}", step + 1
+
+
+def underfitting(curves: Curves, metric: str, limit: float) -> Found:
+    """The loss is where it started fifty lines after warmup, and far from that of a trained model."""
+    curve = curves[metric]
+    wins = curves.get("win_rate")
+    learned = level(wins, WINDOW) > 0.55 if wins else level(curve, WINDOW) < math.log(20)
+    if learned or len(after_warmup(curves, curve)) < 5 * WINDOW or level(curve, WINDOW) < (1 - limit) * start(curve):
+        return None
+    return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
+
+
+def reward_flat(curves: Curves, metric: str, limit: float) -> Found:
+    """The reward does not rise, and is neither the highest possible nor the same for all completions."""
+    curve, equal = curves[metric], curves.get("zero_variance_share", [])
+    rise = level(curve, WINDOW) - start(curve, WINDOW)
+    if len(curve) < max(limit, 2 * WINDOW) or rise > noise(curve) or 0.9 <= level(curve, WINDOW) <= 1:
+        return None
+    if equal and level(equal, WINDOW) > 0.9:  # there is nothing to learn from: the stage says so itself
+        return None
+    return f"{level(curve, WINDOW):.3g} at step {curve[-1][0]}, {start(curve, WINDOW):.3g} at the start", curve[0][0]
+
+
+def source_dead(curves: Curves, metric: str, limit: float) -> Found:
+    """The loss of a source is nearly nothing from its first line on."""
+    curve = curves[metric]
+    if len(curve) < 5 or max(start(curve), level(curve, 5)) >= limit:
+        return None
+    return f"{level(curve, 5):.2g} since step {curve[0][0]}", curve[0][0]
+
+
+def source_hard(curves: Curves, metric: str, limit: float) -> Found:
+    """The loss of a source stays where it started, while the whole loss fell by a tenth."""
+    curve, whole = curves[metric], curves.get("loss", [])
+    if len(curve) < 2 * WINDOW or len(whole) < 2 * WINDOW or level(whole, WINDOW) > 0.9 * start(whole):
+        return None
+    if level(curve, WINDOW) < (1 - limit) * start(curve):
+        return None
+    return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A symptom, the metrics that show it (patterns), the function that finds it, and the stages where it means it."""
+
+    symptom: str
+    metrics: tuple[str, ...]
+    find: Callable[[Curves, str, float], Found]
+    online: bool | None = None
+
+
+CHECKS = (
+    Check("loss_rising", ("loss",), loss_rising, online=False),
+    Check("loss_spike", ("loss",), loss_spike, online=False),
+    Check("gradient_norm_high", ("grad_norm",), gradient_norm_high),
+    Check("gradient_norm_exploding", ("grad_norm",), gradient_norm_exploding),
+    Check("value_loss_exploding", ("value_loss",), value_loss_exploding),
+    Check("kl_high", ("kl",), kl_high),
+    Check("kl_too_high", ("kl",), kl_high),
+    Check("perplexity_high", ("eval_perplexity",), perplexity_high),
+    Check("perplexity_low", ("eval_perplexity",), perplexity_low),
+    Check("entropy_collapse", ("entropy",), entropy_collapse, online=True),
+    Check("diversity_falling", ("reward/distinct_n*", "gate/distinct_n*"), fall),
+    Check("repetition", ("reward/repetition_penalty*", "gate/repetition_penalty*", "gate/self_similarity*"), fall),
+    Check("gate_regression", ("gate/*",), fall),
+    Check("reward_hacking", ("gate/*",), reward_hacking, online=True),
+    Check("length_out_of_range", ("completion_length",), length_out_of_range, online=True),
+    Check("overfitting", ("eval_loss",), overfitting, online=False),
+    Check("underfitting", ("loss",), underfitting, online=False),
+    Check("reward_flat", ("reward",), reward_flat, online=True),
+    Check("source_dead", ("loss/*", "eval_loss/*"), source_dead),
+    Check("source_hard", ("loss/*", "eval_loss/*"), source_hard),
+)
+NOT_FINITE = ("loss", "eval_loss", "grad_norm")
+LIMIT_OF = {"reward_hacking": "gate_regression"}
+
+
+@dataclass
+class Watch:
+    """Finds symptoms line by line: each is reported when it begins, and again only after it was over.
+
+    `limits` are `HealthLimits` by name; one that is None turns its check off.
+    """
+
+    limits: Mapping[str, float | None]
+    stage: str
+    curves: dict[str, Curve] = field(default_factory=dict)
+    ongoing: dict[tuple[str, str], int] = field(default_factory=dict)  # -> lines since it was seen
+
+    def add(self, line: Mapping[str, Any]) -> list[Event]:
+        """Returns the symptoms that begin at a line of `metrics.jsonl`, or a log event of a trainer."""
+        step = line.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            return []
+        names = [name for name, value in line.items() if _is_finite(value)]
+        for name in names:
+            self.curves.setdefault(name, []).append((step, float(line[name])))
+        events = [not_finite(step, name, line[name]) for name in NOT_FINITE if name in line and name not in names]
+        for check in CHECKS:
+            limit = self.limits.get(LIMIT_OF.get(check.symptom, check.symptom))
+            if limit is None or check.online not in (None, self.stage in ONLINE):
+                continue
+            for name in names:
+                if any(fnmatchcase(name, pattern) for pattern in check.metrics):
+                    events += self._follow(check, name, limit)
+        return events
+
+    def _follow(self, check: Check, metric: str, limit: float) -> Iterable[Event]:
+        found, key = check.find(self.curves, metric, limit), (check.symptom, metric)
+        if found is None:
+            if key in self.ongoing:
+                self.ongoing[key] += 1
+                if self.ongoing[key] >= WINDOW:
+                    del self.ongoing[key]
+            return
+        begins = key not in self.ongoing
+        self.ongoing[key] = 0
+        if begins:
+            symptom, (step, value) = load_table()[0][check.symptom], self.curves[metric][-1]
+            message = f"{symptom.title} ({metric}): {found[0]}"
+            yield Event(step, check.symptom, metric, value, message, symptom.severity, since=found[1])
+
+
+def check_history(history: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None], stage: str) -> list[Event]:
+    """Returns the symptoms of a whole history, the lines of `metrics.jsonl`, oldest first."""
+    watch = Watch(limits, stage)
+    return [event for line in history for event in watch.add(line)]
+
+
+def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:
+    """Returns metric -> (median of its last lines, lowest, highest) of those outside the guide's healthy bands."""
+    found = {}
+    for name, (lowest, highest) in HEALTHY.items():
+        if curves.get(name) and (name != "entropy" or stage in ONLINE):
+            value = level(list(curves[name]), WINDOW)
+            if not lowest <= value <= highest:
+                found[name] = (value, lowest, highest)
+    return found
+
+
+def not_finite(step: int, metric: str, value: Any) -> Event:
+    """Returns the event of a loss, gradient or weight that is not finite."""
+    symptom = load_table()[0]["loss_not_finite"]
+    value = value if isinstance(value, float) else math.nan
+    message = f"{metric} is {value} at step {step}"
+    return Event(step, symptom.name, metric, value, message, symptom.severity, since=step)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not either
+
+
+def _best(curve: Curve, sign: int) -> tuple[int, float]:
+    return max(curve, key=lambda point: sign * point[1])
+
+
+def _since(curve: Curve, limit: float, sign: int = 1) -> int:
+    """Returns the first step of the last values in a row that are beyond a limit."""
+    step = curve[-1][0]
+    for step_before, value in reversed(curve):
+        if sign * (value - limit) <= 0:
+            break
+        step = step_before
+    return step
