@@ -107,7 +107,8 @@ def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
     """The value loss is far above what any estimate between zero and the largest return could have."""
     curve = curves[metric]
     seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
-    most = limit * max([1e-6, *seen]) ** 2
+    largest = max([1e-6, *seen])
+    most = limit * largest * largest  # infinite where a power would raise
     if len(curve) < FEW or level(curve, 2) <= max(most, limit * start(curve)):
         return None
     return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
