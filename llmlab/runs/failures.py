@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
 from llmlab.runs.batch import smaller_batch
 from llmlab.runs.progress import ProgressLine, human
-from llmlab.runs.record import METRICS, RECORD, RunRecord, read_metrics
+from llmlab.runs.record import METRICS, RECORD, TENSORBOARD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
@@ -94,6 +95,7 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
         if record is not None and "resumed" not in record.values and not trained:
             for name in (RECORD, METRICS):  # a new run without a step: it can be started again in this folder
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         raise
     except Exception as error:
         end("failed")

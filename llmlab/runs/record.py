@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
+TENSORBOARD = "tensorboard"  # the folder of its event files
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -81,6 +83,7 @@ class RunRecord:
             "versions": library_versions(),
             "git": git_revision(),
         }
+        self.listeners: list[Callable[[Event], None]] = []  # of health events
         self._clock = time.monotonic()
         self._seconds_before = 0.0
 
@@ -104,6 +107,8 @@ class RunRecord:
     def log_event(self, event: Event) -> None:
         """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
         self._append(EVENTS, asdict(event))
+        for listener in self.listeners:
+            listener(event)
 
     def _append(self, file: str, line: dict[str, Any]) -> None:
         with (self.folder / file).open("a", encoding="utf-8") as handle:

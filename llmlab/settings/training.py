@@ -50,6 +50,9 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
     """Checkpoints to keep: the best and the last ones, or the newest without validation; none keeps all."""
     seed: v.Seed = 42
     """Seed of initialization, data order, dropout and sampling."""
+    report_to: v.ReportTo = []
+    """Trackers that get the metrics: trackio, tensorboard, wandb, mlflow; none is metrics.jsonl alone. What sends them
+    off this machine (wandb, mlflow) is said on the command line, not in a file."""
     trainer_args: Annotated[dict[str, JsonValue], Resume.FREE] = Field(default_factory=dict)
     """Further fields of the stage's TRL or Transformers configuration; names and types are checked."""
 
