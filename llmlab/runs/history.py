@@ -6,13 +6,23 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llmlab.runs.record import METRICS, RECORD, is_number, read_metrics, read_record, started_in
+from llmlab.health.symptoms import Event
+from llmlab.runs.record import (
+    EVENTS,
+    METRICS,
+    RECORD,
+    is_number,
+    read_events,
+    read_metrics,
+    read_record,
+    started_in,
+)
 from llmlab.settings.base import local_names
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -34,6 +44,7 @@ BETTER = {  # words of a metric's name: -1 where smaller is better, 1 where larg
 }
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
+RECENT = 20  # log events that tell the present pace
 NOT_SEARCHED = (".", "checkpoint-", "node_modules", "__pycache__", "site-packages")  # beginnings of folders' names
 
 
@@ -44,6 +55,13 @@ class RunFolder:
     folder: Path
     record: dict[str, Any]
     problem: str = ""
+    stamp: tuple[tuple[int, int], ...] = ()
+    """Times and sizes of its files before they were read, where `find_runs` found it."""
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """The health events, oldest first."""
+        return read_events(self.folder)
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -62,6 +80,21 @@ class RunFolder:
     def step(self) -> int | None:
         """The last step that was recorded, or None where there are no steps."""
         return self.record.get("step", self.lines[-1].get("step") if self.lines else None)
+
+    @property
+    def steps(self) -> int | None:
+        """The number of steps that the run is to have; None where it has none or does not say."""
+        settings = self.record.get("settings", {})
+        return self.record.get("steps", settings.get("max_steps") if settings.get("epochs") is None else None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that a running run still needs, at the pace of its last log events."""
+        recent = [line for line in self.lines[-RECENT:] if "seconds" in line and "step" in line]
+        if not (self.steps and recent and recent[-1]["step"] > recent[0]["step"] and self.status == "running"):
+            return None
+        pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
+        return max(pace * (self.steps - recent[-1]["step"]) - self.silence, 0.0)
 
     @property
     def tokens(self) -> int | None:
@@ -156,8 +189,12 @@ def open_run(folder: str | Path) -> RunFolder:
     raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
 
 
-def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start."""
+def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[RunFolder]:
+    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start.
+
+    Of those found `earlier`, the ones whose files did not change since are returned again, with what was read of them.
+    """
+    known = {run.folder: run for run in earlier}
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -167,7 +204,10 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
             continue
         inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
         if RECORD in (*files, *inner):
-            found.append(_open_or_note(Path(place)))
+            path = Path(place)
+            stamp = tuple(map(_stamp, (path / RECORD, path / METRICS, path / EVENTS)))
+            unchanged = path in known and known[path].stamp == stamp
+            found.append(known[path] if unchanged else replace(_open_or_note(path), stamp=stamp))
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
@@ -317,6 +357,14 @@ def _open_or_note(folder: Path) -> RunFolder:
         return open_run(folder)
     except UserError as error:
         return RunFolder(folder, {}, str(error))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+        return found.st_mtime_ns, found.st_size
+    except OSError:
+        return 0, 0
 
 
 def _time(text: Any) -> datetime | None:

@@ -41,6 +41,7 @@ SHAPE = TypeAdapter(
             "started": str,
             "ended": str,
             "step": int,
+            "steps": int,
             "settings": dict[str, Any],
             "sources": dict[str, str],
             "parents": list[str | None],

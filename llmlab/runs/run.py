@@ -244,6 +244,7 @@ class Run(Start[S]):
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=3 * 4 * trained + 2 * (optimizer_bytes or 8 * trained))
             record = self.make_record(parents, data)
+            record.values["steps"] = steps
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             trainer.on_division = partial(self.note_division, record, trainer)

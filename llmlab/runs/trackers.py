@@ -66,9 +66,10 @@ class Tracker(TrainerCallback):
 
 @contextmanager
 def trackers(trainer: Trainer, record: RunRecord | None, folder: Path, done: int) -> Iterator[list[tuple[str, str]]]:
-    """Puts the trackers of a trainer behind all callbacks that add metrics, and ends their runs, however training ends.
+    """Puts a trainer's trackers behind all callbacks that add metrics, and ends their runs, however training ends.
 
-    A run that resumes after `done` steps keeps its name; yields the rows of the plan."""
+    A run that resumes after `done` steps keeps its name; yields the rows of the plan.
+    """
     names = [] if trainer.args.report_to in ("none", None) else list(trainer.args.report_to)
     project = project_of(folder)
     chosen = {variable: os.environ.get(variable, project) for name, variable in PROJECTS.items() if name in names}
