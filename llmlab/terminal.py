@@ -130,18 +130,11 @@ def draw_bars(counts: Sequence[int], height: int = 1) -> list[str]:
 
 
 def draw_sparkline(values: Sequence[float], width: int) -> str:
-    """Returns a curve one character high and at most so many wide; values that share a character are averaged."""
+    """Returns a curve one character high and at most so many wide: of values that share a character, the last."""
     count = min(width, len(values))
-    edges = [len(values) * column // count for column in range(count + 1)] if count else [0]
-    means = [sum(values[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
-    low, high = min(means, default=0), max(means, default=0)
-    return "".join(BLOCKS[1 + round(7 * (mean - low) / ((high - low) or 1))] for mean in means)
-
-
-def draw_bar(share: float, width: int) -> str:
-    """Returns a level bar of so many characters, a share of them full."""
-    full = round(min(max(share, 0.0), 1.0) * width)
-    return "━" * full + "─" * (width - full)
+    shown = [values[len(values) * (column + 1) // count - 1] for column in range(count)]
+    low, high = min(shown, default=0), max(shown, default=0)
+    return "".join(BLOCKS[1 + round(7 * (mean - low) / ((high - low) or 1))] for mean in shown)
 
 
 @dataclass(frozen=True)

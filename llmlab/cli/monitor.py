@@ -1,6 +1,6 @@
-"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train; what it shows is in their folders.
+"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train.
 
-It reads files alone, so it also watches runs of other processes, users and, over a shared disk, machines.
+It reads their folders alone, so it also watches runs of other processes, users and, over a shared disk, machines.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,43 +20,29 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmlab import terminal
 from llmlab.cli.runs import CURVE_STYLES, STATUS_STYLES
-from llmlab.health.symptoms import Event
 from llmlab.runs.history import RunFolder, curve_metric, find_runs
-from llmlab.runs.signals import Interrupted, handle_signals, interrupt
-from llmlab.terminal import (
-    Curve,
-    Terminal,
-    draw_bar,
-    draw_curves,
-    draw_sparkline,
-    duration,
-    human,
-    make_table,
-    numeric,
-    safe,
-    short_number,
-)
+from llmlab.runs.signals import handle_signals, interrupt
+from llmlab.terminal import Curve, Terminal, duration, safe, short_number
 
 try:
     import termios
     import tty
-except ImportError:  # Windows: Ctrl+C quits, and the newest run is shown in detail
+except ImportError:  # Windows: Ctrl+C quits, and the first run is shown in detail
     termios = None  # type: ignore[assignment]
 
-ROOMY = 110  # columns of a terminal that has room for bars and symptoms
-WIDEST, HIGHEST = 110, 16  # of a chart, in characters
-AROUND_CHART = 9  # lines of a screen beside rows and chart: title, headings, blank, facts, values, legend, axis, event
+ROOMY = 110  # columns of a terminal that has room for long names and symptoms; a chart has no more
+HIGHEST = 16  # lines of a chart
+AROUND = 9  # lines beside rows and chart: title, headings, blank, facts, values, legend, two of the axis, event
 POLL = 0.25  # seconds between looks at keys and the size of the terminal
 KEYS = {"\x1b[A": -1, "\x1bOA": -1, "k": -1, "\x1b[B": 1, "\x1bOB": 1, "j": 1}
-SHOWN = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm", "kl": "KL", "entropy": "entropy"}
-SEVERITIES = {"warning": "yellow", "critical": "red"}
+VALUES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm", "kl": "KL", "tokens_per_second": "tok/s"}
+RUNS = Path("runs")
 
 
 def monitor(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
     refresh: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the view once and exit.")] = False,
 ) -> None:
@@ -64,35 +50,24 @@ def monitor(
 
     Without a terminal it prints the view once. A run that has been silent for long counts as died.
     """
-    console = Terminal(whole_rows=True)
-    screen = Screen(folder)
-    screen.refresh()
+    console, screen = Terminal(whole_rows=True), Screen(folder, find_runs(folder))
     if once or not console.is_terminal:
         return console.print(screen.draw(console.width, None))
-    try:
-        with (
-            handle_signals(interrupt),
-            keyboard() as read_key,
-            Live(console=console, screen=True, auto_refresh=False) as live,
-        ):
-            looked, size = time.monotonic(), None
-            while True:
-                if time.monotonic() - looked >= refresh:
-                    screen.refresh()
-                    looked, size = time.monotonic(), None
-                if size != console.size:
-                    size = console.size
-                    live.update(screen.draw(size.width, size.height), refresh=True)
-                key = read_key(POLL)
-                if key in ("q", "Q"):
-                    return
-                if key in KEYS:
-                    screen.choose(KEYS[key])
-                    size = None
-    except KeyboardInterrupt:
-        return
-    except Interrupted as stopped:
-        raise SystemExit(stopped.code) from None
+    looked, size, key = 0.0, None, ""
+    with (
+        suppress(KeyboardInterrupt),
+        handle_signals(interrupt),
+        keyboard() as read_key,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while key not in ("q", "Q"):
+            if time.monotonic() - looked >= refresh or key or size != console.size:
+                screen.choose(KEYS.get(key, 0))
+                size = console.size
+                live.update(screen.draw(*size), refresh=True)
+            if time.monotonic() - looked >= refresh:
+                screen.runs, looked = find_runs(folder, screen.runs), time.monotonic()
+            key = read_key(POLL)
 
 
 @contextmanager
@@ -101,19 +76,17 @@ def keyboard() -> Iterator[Callable[[float], str]]:
     if termios is None or not sys.stdin.isatty():
         yield lambda seconds: time.sleep(seconds) or ""
         return
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
+    before = termios.tcgetattr(sys.stdin)
 
     def read(seconds: float) -> str:
-        if not select.select([terminal], [], [], seconds)[0]:
-            return ""
-        return os.read(terminal, 16).decode(errors="replace") or "q"  # nothing to read: the terminal is gone
+        ready = select.select([sys.stdin], [], [], seconds)[0]
+        return (os.read(sys.stdin.fileno(), 16).decode(errors="replace") or "q") if ready else ""
 
-    tty.setcbreak(terminal)
+    tty.setcbreak(sys.stdin)
     try:
         yield read
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @dataclass
@@ -122,40 +95,33 @@ class Screen:
 
     folder: Path
     runs: list[RunFolder] = field(default_factory=list)
-    chosen: Path | None = None
-    """The run shown in detail; None is the first one, whichever that is."""
+    chosen: Path | None = None  # the run shown in detail; None is the first one, whichever that is
 
-    def refresh(self) -> None:
-        """Looks for runs again; only files that changed are read."""
-        newest = find_runs(self.folder, self.runs)[::-1]
-        self.runs = sorted(newest, key=lambda run: run.record.get("status") != "running")
-
-    @property
-    def number(self) -> int:
-        folders = [run.folder for run in self.runs]
-        return folders.index(self.chosen) if self.chosen in folders else 0
+    def sort(self) -> tuple[list[RunFolder], int]:
+        """Returns the runs in the order of the screen, and the number of the chosen one."""
+        newest = self.runs[::-1]
+        runs = sorted(newest, key=lambda run: run.record.get("status") != "running")
+        return runs, next((number for number, run in enumerate(runs) if run.folder == self.chosen), 0)
 
     def choose(self, by: int) -> None:
         """Chooses the run so many rows further down."""
-        if self.runs:
-            self.chosen = self.runs[min(max(self.number + by, 0), len(self.runs) - 1)].folder
+        runs, number = self.sort()
+        if by and runs:
+            self.chosen = runs[min(max(number + by, 0), len(runs) - 1)].folder
 
     def draw(self, width: int, height: int | None) -> RenderableType:
         """Returns the view for a terminal of this size, or with every run where there is no height."""
-        counts = Counter(run.status for run in self.runs)
-        found = "  ".join(f"[{STATUS_STYLES[status]}]{n} {status}[/]" for status, n in counts.items())
-        keys = "" if height is None else "   [dim]↑ ↓ choose, q quits[/]"
-        title = Text.from_markup(f"[bold]{safe(self.folder)}[/]  {found or 'no runs yet'}{keys}")
-        title.no_wrap, title.overflow = True, "ellipsis"
-        if not self.runs:
+        runs, number = self.sort()
+        counts = Counter(run.status for run in runs)
+        found = "  ".join(f"[{STATUS_STYLES[status]}]{n} {status}[/]" for status, n in counts.items()) or "no runs yet"
+        title = _line(f"[bold]{safe(self.folder)}[/]", found, "[dim]↑ ↓ choose, q quits[/]" if height else "")
+        if not runs:
             return title
-        rows = len(self.runs)
-        if height is not None:
-            rows = min(rows, max((height - AROUND_CHART) // 2, 1))
-        first = min(max(self.number - rows // 2, 0), len(self.runs) - rows)
-        table = draw_table(self.folder, self.runs[first : first + rows], self.runs[self.number], width)
-        room = HIGHEST if height is None else min(height - AROUND_CHART - rows, HIGHEST)
-        return Group(title, table, "", *draw_details(self.runs[self.number], min(width, WIDEST), room))
+        rows = len(runs) if height is None else min(len(runs), max((height - AROUND) // 2, 1))
+        first = min(max(number - rows // 2, 0), len(runs) - rows)
+        table = draw_table(self.folder, runs[first : first + rows], runs[number], width)
+        room = HIGHEST if height is None else min(height - AROUND - rows, HIGHEST)
+        return Group(title, table, "", *draw_details(runs[number], min(width, ROOMY), room))
 
 
 def draw_table(folder: Path, runs: list[RunFolder], chosen: RunFolder, width: int) -> Table:
@@ -164,75 +130,75 @@ def draw_table(folder: Path, runs: list[RunFolder], chosen: RunFolder, width: in
     longest = 40 if roomy else 15
     names = [os.path.relpath(run.folder, folder) for run in runs]
     names = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
-    line = {"no_wrap": True, "overflow": "ellipsis"}
-    table = make_table(
-        Column("run", min_width=max(map(len, names)), **line),
-        *(Column(name, **line) for name in ("stage", "status")),
-        *(numeric("step"), *([Column("", **line)] if roomy else []), numeric("left")),
-        *(Column(name, **line) for name in ("metric", "", "health" if roomy else "")),
-        gap=1,
-    )
+    headings = ("run", "stage", "status", "step", "left", "metric", "", "health" if roomy else "")
+    table = terminal.make_table(*(Column(each, no_wrap=True, overflow="ellipsis") for each in headings), gap=1)
+    table.columns[3].justify = table.columns[4].justify = "right"
+    table.columns[0].min_width = max(map(len, names))
     for name, run in zip(names, runs, strict=True):
-        done, steps, left = run.step, run.steps, run.seconds_left
-        step = "-" if done is None else f"{done:,}/{steps:,}" if steps and done != steps else f"{done:,}"
-        cells = [
-            safe(name),
-            safe(run.stage or "-"),
-            show_status(run),
-            step,
-            *([draw_bar((done or 0) / steps, 10) if steps else ""] if roomy else []),
-            "" if left is None else duration(left),
-            f"[dim]{safe(run.key_metric[0])}[/] {short_number(run.key_metric[1])}" if run.key_metric else "",
-            draw_sparkline([value for _, value in key_curve(run)], 12 if roomy else 8),
-            show_event(run.events[-1], whole=roomy) if run.events else "",
-        ]
-        table.add_row(*cells, style="reverse" if run is chosen else "")
+        steps, key, curve = run.record.get("steps"), run.key_metric, key_curve(run)
+        table.add_row(
+            *(safe(name), safe(run.stage or "-"), _status(run)),
+            "-" if run.step is None else f"{run.step:,}" + (f"/{steps:,}" if steps and run.step != steps else ""),
+            "" if run.seconds_left is None else duration(run.seconds_left),
+            f"[dim]{safe(key[0])}[/] {short_number(key[1])}" if key else "",
+            terminal.draw_sparkline([value for _, value in curve], 12 if roomy else 8),
+            _last_event(run, whole=roomy),
+            style="reverse" if run is chosen else "",
+        )
     return table
 
 
-def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType]:
-    """Returns the lines about one run, with a chart of so many lines."""
-    last = {name: curve[-1][1] for name, curve in run.curves.items()}
-    facts = [f"[bold]{safe(run.folder)}[/]", safe(run.stage), show_status(run)]
-    if run.steps and run.step is not None:
-        facts.append(f"{draw_bar(run.step / run.steps, 12)} {run.step / run.steps:.0%}")
-    facts += [f"{human(run.tokens, 'tokens')}"] if run.tokens else []
-    facts += [f"took {duration(run.seconds)}"] if run.seconds is not None and run.status != "running" else []
-    facts += [f"left {duration(run.seconds_left)}"] if run.seconds_left is not None else []
-    values = [f"[dim]{word}[/] {short_number(last[name])}" for name, word in SHOWN.items() if name in last]
-    values += [f"{human(last['tokens_per_second'], 'tok/s')}"] if "tokens_per_second" in last else []
-    if run.status == "died":
-        values.insert(0, f"[red]silent for {duration(run.silence)}[/]")
-    lines = [Text.from_markup("  ".join(part)) for part in (facts, values)]
-    if run.problem:
-        lines.append(Text(run.problem, style="red"))
-    for line in lines:
-        line.no_wrap, line.overflow = True, "ellipsis"
-    drawn: list[RenderableType] = list(lines)
-    name = curve_metric([run])
-    name = name.removeprefix("eval_") if name and name.removeprefix("eval_") in run.curves else name
-    if name and height >= 3:
-        curves = [Curve(run.curves[name], CURVE_STYLES[0])]
-        evaluated = run.curves.get(f"eval_{name}")
-        curves += [Curve(evaluated, CURVE_STYLES[2], marks=True)] if evaluated else []
-        marks = f"   [{CURVE_STYLES[2]}]●[/] eval_{safe(name)}" if evaluated else ""
-        drawn += [f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(name)}{marks}"]
-        drawn += draw_curves(curves, width=width, height=height)
-    return drawn + [show_event(event, whole=True) + f" [dim]{safe(event.message)}[/]" for event in run.events[-1:]]
-
-
 def key_curve(run: RunFolder) -> list[tuple[int, float]]:
-    """Returns the curve of a run's key metric, or where that was seldom measured, of its training counterpart."""
+    """Returns the curve of a run's key metric, or where that was seldom evaluated, of its training counterpart."""
     name = run.key_metric[0] if run.key_metric else ""
     curve = run.curves.get(name, [])
     return curve if len(curve) > 2 else run.curves.get(name.removeprefix("eval_"), curve)
 
 
-def show_status(run: RunFolder) -> str:
+def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType]:
+    """Returns the lines about one run, with a chart of so many lines."""
+    last = {name: curve[-1][1] for name, curve in run.curves.items()}
+    done, steps = run.step, run.record.get("steps")
+    full = round(12 * (done or 0) / (steps or 1))
+    drawn: list[RenderableType] = [
+        _line(
+            *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), _status(run)),
+            f"{'━' * full}[dim]{'━' * (12 - full)}[/] {done / steps:.0%}" if done is not None and steps else "",
+            terminal.human(run.tokens, "tokens") if run.tokens else "",
+            f"after {duration(run.seconds)}" if run.seconds is not None else "",
+            f"left {duration(run.seconds_left)}" if run.seconds_left is not None else "",
+        ),
+        _line(
+            f"[red]{safe(run.problem)}[/]" if run.problem else "",
+            f"[red]silent for {duration(run.silence)}[/]" if run.status == "died" else "",
+            *(f"[dim]{word}[/] {short_number(last[name])}" for name, word in VALUES.items() if name in last),
+        ),
+    ]
+    name = (curve_metric([run]) or "").removeprefix("eval_")
+    curves = [Curve(run.curves[name], CURVE_STYLES[0])] if name in last else []
+    curves += [Curve(run.curves[f"eval_{name}"], CURVE_STYLES[2], marks=True)] if f"eval_{name}" in last else []
+    if curves and height >= 3:
+        marks = f"[{CURVE_STYLES[2]}]●[/] eval_{safe(name)}" if curves[-1].marks else ""
+        drawn.append(_line(f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(name)}", marks))
+        drawn += terminal.draw_curves(curves, width=width, height=height)
+    return [*drawn, _line(_last_event(run, whole=True), safe(run.events[-1].message) if run.events else "")]
+
+
+def _line(*parts: str) -> Text:
+    """Returns markup as one line, cut where the terminal ends."""
+    line = Text.from_markup("  ".join(filter(None, parts)))
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def _status(run: RunFolder) -> str:
     return f"[{STATUS_STYLES[run.status]}]{run.status}[/]"
 
 
-def show_event(event: Event, *, whole: bool) -> str:
-    """Returns a health event as markup: its symptom and step, or a mark alone."""
-    words = f"{safe(event.symptom)} at {event.step:,}" if whole else "!" if event.severity == "warning" else "!!"
-    return f"[{SEVERITIES[event.severity]}]{words}[/]"
+def _last_event(run: RunFolder, *, whole: bool) -> str:
+    """Returns a run's last health event as markup: its symptom and step, or a mark alone."""
+    if not run.events:
+        return ""
+    event = run.events[-1]
+    style, mark = ("red", "!!") if event.severity == "critical" else ("yellow", "!")
+    return f"[{style}]{f'{safe(event.symptom)} at {event.step:,}' if whole else mark}[/]"

@@ -13,16 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.health.symptoms import Event
-from llmlab.runs.record import (
-    EVENTS,
-    METRICS,
-    RECORD,
-    is_number,
-    read_events,
-    read_metrics,
-    read_record,
-    started_in,
-)
+from llmlab.runs.record import EVENTS, METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -55,8 +46,7 @@ class RunFolder:
     folder: Path
     record: dict[str, Any]
     problem: str = ""
-    stamp: tuple[tuple[int, int], ...] = ()
-    """Times and sizes of its files before they were read, where `find_runs` found it."""
+    stamp: tuple[tuple[int, int], ...] = ()  # times and sizes of its files before they were read
 
     @cached_property
     def events(self) -> list[Event]:
@@ -82,19 +72,13 @@ class RunFolder:
         return self.record.get("step", self.lines[-1].get("step") if self.lines else None)
 
     @property
-    def steps(self) -> int | None:
-        """The number of steps that the run is to have; None where it has none or does not say."""
-        settings = self.record.get("settings", {})
-        return self.record.get("steps", settings.get("max_steps") if settings.get("epochs") is None else None)
-
-    @property
     def seconds_left(self) -> float | None:
         """The time that a running run still needs, at the pace of its last log events."""
-        recent = [line for line in self.lines[-RECENT:] if "seconds" in line and "step" in line]
-        if not (self.steps and recent and recent[-1]["step"] > recent[0]["step"] and self.status == "running"):
+        steps, seconds = ([line.get(key, 0) for line in self.lines[-RECENT:]] for key in ("step", "seconds"))
+        if not (self.record.get("steps") and steps and steps[-1] > steps[0] and self.status == "running"):
             return None
-        pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
-        return max(pace * (self.steps - recent[-1]["step"]) - self.silence, 0.0)
+        pace = (seconds[-1] - seconds[0]) / (steps[-1] - steps[0])
+        return max(pace * (self.record["steps"] - steps[-1]) - self.silence, 0.0)
 
     @property
     def tokens(self) -> int | None:
@@ -204,10 +188,10 @@ def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[Run
             continue
         inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
         if RECORD in (*files, *inner):
-            path = Path(place)
-            stamp = tuple(map(_stamp, (path / RECORD, path / METRICS, path / EVENTS)))
-            unchanged = path in known and known[path].stamp == stamp
-            found.append(known[path] if unchanged else replace(_open_or_note(path), stamp=stamp))
+            seen = [os.lstat(Path(place) / name) for name in (RECORD, METRICS, EVENTS) if name in (*files, *inner)]
+            stamp, before = tuple((file.st_mtime_ns, file.st_size) for file in seen), known.get(Path(place))
+            unchanged = before is not None and before.stamp == stamp
+            found.append(before if unchanged else replace(_open_or_note(Path(place)), stamp=stamp))
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
@@ -357,14 +341,6 @@ def _open_or_note(folder: Path) -> RunFolder:
         return open_run(folder)
     except UserError as error:
         return RunFolder(folder, {}, str(error))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-        return found.st_mtime_ns, found.st_size
-    except OSError:
-        return 0, 0
 
 
 def _time(text: Any) -> datetime | None:

@@ -1,18 +1,18 @@
 """Trackers (`report_to`): Transformers' own callbacks, which get what `metrics.jsonl` gets, under its names.
 
-They begin and end a tracker's run; names of projects and runs, and forwarding of health events, are here.
+They begin and end a tracker's run; the names of projects and runs, and forwarding of health events, are here.
 """
 
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import patch_environment
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks, rewrite_logs
 
 from llmlab.health.symptoms import Event
@@ -22,95 +22,75 @@ from llmlab.runs.record import TENSORBOARD, RunRecord
 PROJECTS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 
 
-class Tracker(TrainerCallback):
-    """Passes a run's events on to Transformers' callback of one tracker."""
-
-    def __init__(self, name: str, callback: TrainerCallback, record: RunRecord | None):
-        self.name, self.callback, self.running = name, callback, False
-        if record is not None and name == "trackio":
-            record.listeners.append(self.alert)
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        with redirect_stdout(io.StringIO()):  # trackio's greeting: the plan says the same
-            self.callback.on_train_begin(*args, **kwargs)
-        self.running = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        # the callbacks call `eval_loss` eval/loss and all others train/...: a gate is an evaluation
-        metrics = {f"eval_{name}" if name.startswith("gate/") else name: v for name, v in metrics_of(logs).items()}
-        if self.name == "trackio" and metrics and state.is_world_process_zero:
-            self.callback._trackio.log(rewrite_logs(metrics), step=state.global_step)  # it would count log events
-        elif metrics:
-            self.callback.on_log(args, state, control, logs=metrics, **kwargs)
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.callback.on_save(*args, **kwargs)
-
-    def on_push_begin(self, *args: Any, **kwargs: Any) -> None:
-        if hasattr(self.callback, "on_push_begin"):
-            self.callback.on_push_begin(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        with redirect_stdout(io.StringIO()):
-            self.callback.on_train_end(*args, **kwargs)
-        self.running = False
-
-    def alert(self, event: Event) -> None:
-        """Forwards a health event to trackio, which prints it where nothing keeps it from doing so."""
-        import trackio
-
-        level = trackio.AlertLevel.ERROR if event.severity == "critical" else trackio.AlertLevel.WARN
-        with redirect_stdout(io.StringIO()):
-            trackio.alert(event.symptom, f"{event.message} {event.action}".strip(), level)
-
-
 @contextmanager
 def trackers(trainer: Trainer, record: RunRecord | None, folder: Path, done: int) -> Iterator[list[tuple[str, str]]]:
     """Puts a trainer's trackers behind all callbacks that add metrics, and ends their runs, however training ends.
 
-    A run that resumes after `done` steps keeps its name; yields the rows of the plan.
+    The run resumes after `done` steps; yields the rows of the plan.
     """
-    names = [] if trainer.args.report_to in ("none", None) else list(trainer.args.report_to)
-    project = project_of(folder)
-    chosen = {variable: os.environ.get(variable, project) for name, variable in PROJECTS.items() if name in names}
-    trainer.args.project = chosen.get("TRACKIO_PROJECT", project)
-    if record is not None:
-        trainer.args.run_name = run_name(folder, record.values["started"])
-    attached = []
-    for name, kind in zip(names, get_reporting_integration_callbacks(names), strict=True):
-        callback = trainer.pop_callback(kind)
+    names = list(trainer.args.report_to)
+    # the folder that holds the run's, or where that is just `runs`, the one above
+    project = next((up.name for up in folder.absolute().parents if up.name not in ("", "runs")), "llmlab")
+    chosen = {variable: os.environ.get(variable, project) for variable in PROJECTS.values()}
+    trainer.args.project = chosen["TRACKIO_PROJECT"]
+    if record is not None:  # a resumed run keeps its start, a new one in its place has another
+        trainer.args.run_name = f"{folder.absolute().name} {record.values['started'][:19].replace('T', ' ')}"
+    callbacks = [trainer.pop_callback(kind) for kind in get_reporting_integration_callbacks(names)]
+    for name, callback in zip(names, callbacks, strict=True):
+        callback.on_log = feed(name, callback)
         if name == "tensorboard" and record is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            place = callback.logging_dir or folder / TENSORBOARD
+            place = callback.logging_dir or folder / TENSORBOARD  # the former is the environment's
             callback.tb_writer = SummaryWriter(str(place), purge_step=done + 1 if done else None)
-        attached.append(Tracker(name, callback, record))
-        trainer.add_callback(attached[-1])
+        elif name == "trackio":
+            for event in ("on_train_begin", "on_train_end"):
+                setattr(callback, event, without_output(getattr(callback, event)))
+            if record is not None:
+                record.listeners.append(without_output(alert))
+        trainer.add_callback(callback)
+    looks = {"trackio": f"trackio show --project '{trainer.args.project}'"}
+    looks["tensorboard"] = f"tensorboard --logdir {folder}"
     try:
         with patch_environment(**chosen):
-            yield [("trackers", where) for where in describe(names, chosen, folder)]
+            yield [("tracker", looks.get(name) or f"{name}, {chosen[PROJECTS[name]]}") for name in names]
+    except BaseException:
+        for callback in callbacks:
+            callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        raise
     finally:
-        for tracker in (tracker for tracker in attached if tracker.running):
-            tracker.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
         if "wandb" in names and "wandb" in sys.modules:  # else the next run here would log into this one's
             sys.modules["wandb"].finish()
 
 
-def describe(names: list[str], projects: dict[str, str], folder: Path) -> list[str]:
-    """Returns a line on each tracker: how its curves are looked at, or its project."""
-    lines = {
-        "trackio": f"trackio show --project {projects.get('TRACKIO_PROJECT')}",
-        "tensorboard": f"tensorboard --logdir {folder}",
-    }
-    return [lines.get(name) or f"{name}: {projects.get(PROJECTS[name])}" for name in names]
+def feed(name: str, callback: Any) -> Callable[..., None]:
+    """Returns a callback's `on_log` that passes on what `metrics.jsonl` gets, all of it at the optimizer's step."""
+    pass_on = callback.on_log
+
+    def on_log(args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        # the callbacks call `eval_loss` eval/loss and all others train/...: a gate is an evaluation
+        metrics = {f"eval_{key}" if key.startswith("gate/") else key: v for key, v in metrics_of(logs).items()}
+        if name == "trackio" and metrics and state.is_world_process_zero:
+            callback._trackio.log(rewrite_logs(metrics), step=state.global_step)  # it would count log events
+        elif metrics:
+            pass_on(args, state, control, logs=metrics, **kwargs)
+
+    return on_log
 
 
-def project_of(folder: Path) -> str:
-    """Returns the name of the folder that holds a run's folder, or where that is just `runs`, of the one above."""
-    parents = [parent.name for parent in folder.absolute().parents if parent.name not in ("", "runs")]
-    return parents[0] if parents else "llmlab"
+def without_output(function: Callable[..., None]) -> Callable[..., None]:
+    """Returns a function that prints nothing, of trackio: llmlab's plan and health events say the same."""
+
+    def silent(*args: Any, **kwargs: Any) -> None:
+        with redirect_stdout(io.StringIO()):
+            function(*args, **kwargs)
+
+    return silent
 
 
-def run_name(folder: Path, started: str) -> str:
-    """Returns a name that a run keeps when it is resumed, and that a new run in its place does not get."""
-    return f"{folder.absolute().name} {started[:19].replace('T', ' ')}"
+def alert(event: Event) -> None:
+    """Forwards a health event to trackio's present run."""
+    import trackio
+
+    level = trackio.AlertLevel.ERROR if event.severity == "critical" else trackio.AlertLevel.WARN
+    trackio.alert(event.symptom, f"{event.message} {event.action}".strip(), level)

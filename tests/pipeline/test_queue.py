@@ -50,7 +50,7 @@ def add(*names):
 
 
 def copy(path):
-    return jobs.copy_recipe(Path(path), hardware=None, allow_code=False)
+    return jobs.copy_recipe(Path(path), allow_code=False)
 
 
 def run_all():
@@ -58,7 +58,7 @@ def run_all():
 
 
 def states():
-    return {job.name: job.state for job in jobs.find_jobs(Path("queue"))}
+    return {job.name: job.parent.name for job in jobs.find_jobs(Path("queue"))}
 
 
 def await_file(path):
@@ -78,7 +78,7 @@ def test_jobs_run_in_order_where_they_were_added_and_a_failure_stops_none(place,
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     program = [sys.executable, str(place / "program.py")]
-    seen = [(job.name, job.state, code) for job, code in jobs.work(place / "queue", program)]
+    seen = [(job.name, job.parent.name, code) for job, code in jobs.work(place / "queue", program)]
     assert seen == [
         ("0001-a", "running", None), ("0001-a", "done", 0),
         ("0002-b", "running", None), ("0002-b", "failed", 3),
@@ -97,7 +97,7 @@ def test_a_killed_worker_is_followed_by_one_that_waits_for_its_job_and_goes_on(p
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     os.kill(job, 0)  # the job's process is still there
-    assert states() == {"0001-a": "running", "0002-b": "waiting"} and jobs.is_worked_on(Path("queue"))
+    assert states() == {"0001-a": "running", "0002-b": "waiting"} and not jobs.is_worked_on(Path("queue"))
     (place / "acts").write_text("{}")
     began = time.monotonic()
     assert run_all() == [("0001-a", None), ("0001-a", 0), ("0002-b", None), ("0002-b", 0)]
@@ -132,7 +132,7 @@ def test_a_signal_ends_the_job_first_and_leaves_it_to_be_resumed(place):
 
 def test_what_cannot_start_is_a_failure_of_its_job_alone(place):
     first, *_ = add("a", "b", "c")
-    (first.folder / "job.json").write_text("{")
+    (first / "job.json").write_text("{")
     assert run_all()[1::2] == [("0001-a", 2), ("0002-b", 0), ("0003-c", 0)]
     assert json.loads(Path("queue/failed/0001-a/job.json").read_text())["problem"].endswith(
         "No such file or directory"
@@ -142,16 +142,11 @@ def test_what_cannot_start_is_a_failure_of_its_job_alone(place):
 def test_a_copy_holds_the_settings_files_that_its_recipe_names(place):
     (place / "recipes").mkdir()
     (place / "recipes" / "shape.json").write_text('{"d_model": 112}')
-    (place / "gates.yaml").write_text("- distinct_n\n")
-    text = (
-        "stages:\n  base: {stage: pretrain, model: shape.json, gates: gates.yaml, gate_every: 5, datasets: [x.txt]}\n"
-    )
+    text = "stages:\n  base: {stage: pretrain, model: shape.json, datasets: [x.txt]}\n  s: {stage: sample, model: '${base}'}\n"
     (place / "recipes" / "mine.yaml").write_text(text)
     values = copy("recipes/mine.yaml")
     assert values["output_dir"] == "runs/mine"
-    assert values["stages"]["base"]["model"] == {"d_model": 112} and values["stages"]["base"]["gates"] == [
-        "distinct_n"
-    ]
+    assert values["stages"]["base"]["model"] == {"d_model": 112}
 
 
 def test_the_command_adds_runs_and_lists(place, capfd, monkeypatch):
@@ -169,14 +164,16 @@ def test_the_command_adds_runs_and_lists(place, capfd, monkeypatch):
     assert caught.value.code == 1
     assert "1 of 2 jobs failed: 0002-b (exit code 2)" in output.err and "gone.txt" in output.err
     assert (place / "out" / "a" / "tokenizer" / "tokenizer.json").is_file()
-    main(["queue", "--add-only", "c.yaml"])
-    main(["queue"])
+    for words in (["--add-only", "c.yaml"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(["queue", *words])
+        assert not caught.value.code
     lines = capfd.readouterr().out.split("\n")
     found = {words[0]: words[1] for words in map(str.split, lines) if words and words[0][:4].isdecimal()}
     assert found == {"0001-a": "done", "0002-b": "failed", "0003-c": "waiting"}
 
 
-@pytest.mark.parametrize("words", [["--add-only"], ["--hardware", "cpu"], ["--allow-code"], ["--accelerate", "ddp"]])
+@pytest.mark.parametrize("words", [["--add-only"], ["--run-options", "--allow-code"]])
 def test_options_without_anything_to_do(place, words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["queue", *words])

@@ -3,13 +3,14 @@
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from llmlab.health.symptoms import Event
 from llmlab.runs.record import RunRecord, read_metrics
-from llmlab.runs.trackers import project_of, run_name
+from llmlab.runs.trackers import trackers
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.sft import SFTSettings
@@ -100,7 +101,7 @@ def test_both_trackers_hold_the_series_of_metrics_jsonl_once(tiny_settings, tmp_
     ((symptom, text, level),) = alerts
     assert (symptom, text, level.value) == ("loss_spike", "loss 9.5 at step 3. halved lr", "error")
     plan = (tmp_path / "plan").read_text()
-    assert "trackio show --project mine" in plan and f"tensorboard --logdir {folder}" in plan
+    assert "trackio show --project 'mine'" in plan and f"tensorboard --logdir {folder}" in plan
     assert "WANDB_PROJECT" not in os.environ and "TRACKIO_PROJECT" not in os.environ
 
     # resumed: the same run of trackio, and no point of a step that was taken again
@@ -132,12 +133,22 @@ def test_one_name_several_or_none(value, names):
         resolve(SFTSettings, Layer("command line", {"report_to": "tensorbord"}))
 
 
-def test_projects_and_runs_are_named_after_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert project_of(Path("runs/quickstart/sft")) == "quickstart"
-    assert project_of(Path("runs/sft")) == project_of(Path("sft")) == tmp_path.name
-    assert project_of(Path("/runs/sft")) == "llmlab"
-    assert run_name(Path("runs/sft"), "2026-11-22T05:13:58+00:00") == "sft 2026-11-22 05:13:58"
+@pytest.mark.parametrize(
+    ("folder", "project"),
+    [("runs/quickstart/sft", "quickstart"), ("runs/sft", "here"), ("sft", "here"), ("/runs/sft", "llmlab")],
+)
+def test_projects_and_runs_are_named_after_folders(tmp_path, monkeypatch, folder, project):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer = SimpleNamespace(args=SimpleNamespace(report_to=[]))
+    record = RunRecord(tmp_path, stage="sft")
+    record.values["started"] = "2026-11-22T05:13:58+00:00"
+    with trackers(trainer, record, Path(folder), 0):
+        assert trainer.args.project == os.environ["WANDB_PROJECT"] == project
+    assert trainer.args.run_name == "sft 2026-11-22 05:13:58" and "WANDB_PROJECT" not in os.environ
+    monkeypatch.setenv("TRACKIO_PROJECT", "mine")
+    with trackers(trainer, record, Path(folder), 0):
+        assert trainer.args.project == "mine"
 
 
 def test_the_plan_says_where_trackio_sends_when_its_environment_says_so(monkeypatch):
