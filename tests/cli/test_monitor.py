@@ -8,8 +8,10 @@ import select
 import sys
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
+
 from llmlab.cli.app import main
 from llmlab.cli.monitor import Screen
 from llmlab.runs import history
@@ -47,12 +49,13 @@ def lines_of(screen, width=80, height=24):
     return ["".join(segment.text for segment in line).rstrip() for line in drawn]
 
 
-def test_running_runs_come_first_with_progress_time_left_and_health(tmp_path):
+def test_running_runs_come_first_with_progress_time_left_and_health(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a", status="finished", steps=40, started=9)
     make_run(tmp_path / "b" / "sft", events=[SPIKE])
     make_run(tmp_path / "c", stage="ppo", silent=3600, started=5)
     make_run(tmp_path / "d", status="finished", steps=40, started=3)
-    screen = look(tmp_path)
+    screen = look(Path())
     title, heading, *rows = lines_of(screen, width=130)
     assert "1 died  1 running  2 finished" in title and heading.split()[:4] == ["run", "stage", "status", "step"]
     died, running, last, first = (row.split() for row in rows[:4])
@@ -67,7 +70,7 @@ def test_running_runs_come_first_with_progress_time_left_and_health(tmp_path):
     screen.choose(1)
     details = lines_of(screen, width=130)
     assert r"loss_spike at 30  loss 9 \x1b[31m[red]now" in details
-    assert any("sft  running  ━━━━━━━━━━━━ 10%  4.0 ktokens  after 20s  left" in line for line in details)
+    assert any("b/sft  sft  running  █░░░░░░░░░░░ 10%  4.0 ktokens  after 20s  left" in line for line in details)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 14), (140, 50), (40, 10), (20, 5)])

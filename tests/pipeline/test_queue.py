@@ -142,11 +142,13 @@ def test_what_cannot_start_is_a_failure_of_its_job_alone(place):
 def test_a_copy_holds_the_settings_files_that_its_recipe_names(place):
     (place / "recipes").mkdir()
     (place / "recipes" / "shape.json").write_text('{"d_model": 112}')
-    text = "stages:\n  base: {stage: pretrain, model: shape.json, datasets: [x.txt]}\n  s: {stage: sample, model: '${base}'}\n"
-    (place / "recipes" / "mine.yaml").write_text(text)
-    values = copy("recipes/mine.yaml")
+    base, sample = {"stage": "pretrain", "model": "shape.json", "datasets": ["x.txt"]}, {"model": "${base}"}
+    recipe = {"stages": {"base": base, "sample": {**sample, "prompts": ["x.txt"]}}}
+    (place / "recipes" / "mine.json").write_text(json.dumps(recipe))
+    values = copy("recipes/mine.json")
     assert values["output_dir"] == "runs/mine"
     assert values["stages"]["base"]["model"] == {"d_model": 112}
+    assert values["stages"]["sample"]["model"] == "${base}"
 
 
 def test_the_command_adds_runs_and_lists(place, capfd, monkeypatch):
