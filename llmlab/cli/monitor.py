@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmlab import terminal
-from llmlab.cli.runs import CURVE_STYLES, STATUS_STYLES
+from llmlab.cli.runs import CURVE_STYLES, STATUS_STYLES, show_result, show_status
 from llmlab.runs.history import RunFolder, curve_metric, find_runs
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.terminal import Curve, Terminal, duration, safe, short_number
@@ -135,24 +135,17 @@ def draw_table(folder: Path, runs: list[RunFolder], chosen: RunFolder, width: in
     table.columns[3].justify = table.columns[4].justify = "right"
     table.columns[0].min_width = max(map(len, names))
     for name, run in zip(names, runs, strict=True):
-        steps, key, curve = run.record.get("steps"), run.key_metric, key_curve(run)
+        steps, curve = run.record.get("steps"), run.curves.get(curve_metric([run]) or "", [])
         table.add_row(
-            *(safe(name), safe(run.stage or "-"), _status(run)),
+            *(safe(name), safe(run.stage or "-"), show_status(run)),
             "-" if run.step is None else f"{run.step:,}" + (f"/{steps:,}" if steps and run.step != steps else ""),
             "" if run.seconds_left is None else duration(run.seconds_left),
-            f"[dim]{safe(key[0])}[/] {short_number(key[1])}" if key else "",
+            show_result(run),
             terminal.draw_sparkline([value for _, value in curve], 12 if roomy else 8),
             _last_event(run, whole=roomy),
             style="reverse" if run is chosen else "",
         )
     return table
-
-
-def key_curve(run: RunFolder) -> list[tuple[int, float]]:
-    """Returns the curve of a run's key metric, or where that was seldom evaluated, of its training counterpart."""
-    name = run.key_metric[0] if run.key_metric else ""
-    curve = run.curves.get(name, [])
-    return curve if len(curve) > 2 else run.curves.get(name.removeprefix("eval_"), curve)
 
 
 def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType]:
@@ -162,7 +155,7 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
     full = round(12 * (done or 0) / (steps or 1))
     drawn: list[RenderableType] = [
         _line(
-            *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), _status(run)),
+            *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), show_status(run)),
             f"{'█' * full}{'░' * (12 - full)} {done / steps:.0%}" if done is not None and steps else "",
             terminal.human(run.tokens, "tokens") if run.tokens else "",
             f"after {duration(run.seconds)}" if run.seconds is not None else "",
@@ -189,10 +182,6 @@ def _line(*parts: str) -> Text:
     line = Text.from_markup("  ".join(filter(None, parts)))
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
-
-
-def _status(run: RunFolder) -> str:
-    return f"[{STATUS_STYLES[run.status]}]{run.status}[/]"
 
 
 def _last_event(run: RunFolder, *, whole: bool) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llmlab.runs.lock import locked
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json, read_layer
+from llmlab.settings.paths import LOCK
 
 LEFT = ("running", "waiting")  # the states of jobs that are not over, in the order in which they run
 JOB, RECIPE = "job.json", "recipe.json"
@@ -73,12 +74,9 @@ def add(queue: Path, path: Path, values: dict[str, Any]) -> Path:
 
 
 def is_worked_on(queue: Path) -> bool:
-    """Whether a worker holds the queue."""
-    try:
-        with locked(queue):
-            return False
-    except UserError:
-        return True
+    """Whether the process that last locked the queue is still there."""
+    words = (queue / LOCK).read_text(encoding="utf-8").split() if (queue / LOCK).is_file() else []
+    return bool(words) and psutil.pid_exists(int(words[0]))
 
 
 def work(queue: Path, command: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
@@ -86,8 +84,12 @@ def work(queue: Path, command: Sequence[str]) -> Iterator[tuple[Path, int | None
 
     Where another process works on the queue, that one runs what waits, and nothing is yielded.
     """
-    while find_jobs(queue, LEFT) and not is_worked_on(queue):
-        with locked(queue):
+    while find_jobs(queue, LEFT):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(queue))
+            except UserError:  # held by another worker
+                return
             while jobs := find_jobs(queue, LEFT):
                 job = move(jobs[0], "running") if jobs[0].parent.name == "waiting" else jobs[0]
                 yield job, None
