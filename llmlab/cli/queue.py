@@ -13,6 +13,7 @@ from llmlab.settings.errors import UserError, reading
 from llmlab.terminal import Terminal, make_table, safe
 
 GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
+BUSY = "another process works on this queue, and runs what waits"
 
 
 def queue(
@@ -65,4 +66,4 @@ def queue(
             table.add_row(*(safe(text) for text in (job.name, job.parent.name, record["exit_code"], record["recipe"])))
         console.print(table if table.row_count else f"no jobs in {safe(folder)}")
     if jobs.find_jobs(folder, jobs.LEFT):
-        console.print(f"[dim]{'a process works on this queue' if jobs.is_worked_on(folder) else GO_ON}[/]")
+        console.print(f"[dim]{BUSY if works else GO_ON}[/]")

@@ -20,7 +20,6 @@ from llmlab.runs.lock import locked
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json, read_layer
-from llmlab.settings.paths import LOCK
 
 LEFT = ("running", "waiting")  # the states of jobs that are not over, in the order in which they run
 JOB, RECIPE = "job.json", "recipe.json"
@@ -71,12 +70,6 @@ def add(queue: Path, path: Path, values: dict[str, Any]) -> Path:
         dump(values, job / RECIPE)
         dump({"recipe": str(path.absolute()), "cwd": os.getcwd(), "added": now}, job / JOB)
         return job.rename(queue / "waiting" / f"{number + 1:04}-{path.stem}")
-
-
-def is_worked_on(queue: Path) -> bool:
-    """Whether the process that last locked the queue is still there."""
-    words = (queue / LOCK).read_text(encoding="utf-8").split() if (queue / LOCK).is_file() else []
-    return bool(words) and psutil.pid_exists(int(words[0]))
 
 
 def work(queue: Path, command: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
