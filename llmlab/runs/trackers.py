@@ -89,8 +89,9 @@ def without_output(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def alert(event: Event) -> None:
-    """Forwards a health event to trackio's present run."""
+    """Forwards a health event to trackio's present run, where there is one."""
     import trackio
 
     level = trackio.AlertLevel.ERROR if event.severity == "critical" else trackio.AlertLevel.WARN
-    trackio.alert(event.symptom, f"{event.message} {event.action}".strip(), level)
+    if run := trackio.context_vars.current_run.get():  # `trackio.alert` would take the step of the last log event
+        run.alert(event.symptom, f"{event.message} {event.action}".strip(), level, step=event.step)

@@ -18,7 +18,7 @@ from llmlab.settings.sources import resolve
 from llmlab.settings.trust import destinations
 from llmlab.training.sft import sft
 
-pytest.importorskip("trackio")
+SQLiteStorage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
 pytest.importorskip("tensorboard")
 
 
@@ -53,8 +53,6 @@ def read_events_of(folder):
 
 
 def read_database(project):
-    from trackio.sqlite_storage import SQLiteStorage
-
     found = {}
     for run in SQLiteStorage.get_runs(project):
         for line in SQLiteStorage.get_logs(project, run):
@@ -66,8 +64,6 @@ def read_database(project):
 
 
 def test_both_trackers_hold_the_series_of_metrics_jsonl_once(tiny_settings, tmp_path, trackio_folder, monkeypatch):
-    alerts = []
-    monkeypatch.setattr("trackio.alert", lambda *words: alerts.append(words))
     start = RunRecord.start
 
     def start_with_a_spike(record, *args):
@@ -98,8 +94,9 @@ def test_both_trackers_hold_the_series_of_metrics_jsonl_once(tiny_settings, tmp_
     assert {(name, step): value for (_, name, step), value in stored.items()} == expected
     (run,) = {run for run, _, _ in stored}
     assert run.startswith("sft 20")
-    ((symptom, text, level),) = alerts
-    assert (symptom, text, level.value) == ("loss_spike", "loss 9.5 at step 3. halved lr", "error")
+    (alert,) = SQLiteStorage.get_alerts("mine")
+    assert (alert["title"], alert["text"]) == ("loss_spike", "loss 9.5 at step 3. halved lr")
+    assert (alert["level"], alert["step"], alert["run"]) == ("error", 3, run)
     plan = (tmp_path / "plan").read_text()
     assert "trackio show --project 'mine'" in plan and f"tensorboard --logdir {folder}" in plan
     assert "WANDB_PROJECT" not in os.environ and "TRACKIO_PROJECT" not in os.environ
