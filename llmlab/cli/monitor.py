@@ -61,12 +61,12 @@ def monitor(
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
         while key not in ("q", "Q"):
-            if time.monotonic() - looked >= refresh or key or size != console.size:
+            if due := time.monotonic() - looked >= refresh:
+                screen.runs, looked = find_runs(folder, screen.runs), time.monotonic()
+            if due or key or size != console.size:
                 screen.choose(KEYS.get(key, 0))
                 size = console.size
                 live.update(screen.draw(*size), refresh=True)
-            if time.monotonic() - looked >= refresh:
-                screen.runs, looked = find_runs(folder, screen.runs), time.monotonic()
             key = read_key(POLL)
 
 

@@ -188,7 +188,8 @@ def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[Run
             continue
         inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
         if RECORD in (*files, *inner):
-            seen = [os.lstat(Path(place) / name) for name in (RECORD, METRICS, EVENTS) if name in (*files, *inner)]
+            paths = [os.path.join(place, name) for name in (RECORD, METRICS, EVENTS)]
+            seen = [os.stat(path) for path in paths if os.path.exists(path)]
             stamp, before = tuple((file.st_mtime_ns, file.st_size) for file in seen), known.get(Path(place))
             unchanged = before is not None and before.stamp == stamp
             found.append(before if unchanged else replace(_open_or_note(Path(place)), stamp=stamp))
