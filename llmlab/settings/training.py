@@ -51,7 +51,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
     seed: v.Seed = 42
     """Seed of initialization, data order, dropout and sampling."""
     report_to: v.ReportTo = []
-    """Trackers that get the metrics: trackio, tensorboard, wandb, mlflow; none is metrics.jsonl alone. What sends them
+    """Trackers that get what metrics.jsonl gets, one or several; none are needed to watch a run. What sends metrics
     off this machine (wandb, mlflow) is said on the command line, not in a file."""
     trainer_args: Annotated[dict[str, JsonValue], Resume.FREE] = Field(default_factory=dict)
     """Further fields of the stage's TRL or Transformers configuration; names and types are checked."""
