@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmlab import terminal
-from llmlab.cli.runs import CURVE_STYLES, STATUS_STYLES, show_result, show_status
+from llmlab.cli.runs import CURVE_STYLES, show_result, show_status
 from llmlab.runs.history import RunFolder, curve_metric, find_runs
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.terminal import Curve, Terminal, duration, safe, short_number
@@ -112,8 +112,8 @@ class Screen:
     def draw(self, width: int, height: int | None) -> RenderableType:
         """Returns the view for a terminal of this size, or with every run where there is no height."""
         runs, number = self.sort()
-        counts = Counter(run.status for run in runs)
-        found = "  ".join(f"[{STATUS_STYLES[status]}]{n} {status}[/]" for status, n in counts.items()) or "no runs yet"
+        counts = Counter(show_status(run) for run in runs)
+        found = "  ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"
         title = _line(f"[bold]{safe(self.folder)}[/]", found, "[dim]↑ ↓ choose, q quits[/]" if height else "")
         if not runs:
             return title

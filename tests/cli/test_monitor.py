@@ -116,13 +116,14 @@ def test_metrics_of_finished_runs_out_of_sight_are_not_read(tmp_path, monkeypatc
 
 def test_without_a_terminal_it_prints_once(tmp_path, capsys):
     make_run(tmp_path / "a", events=[SPIKE])
+    make_run(tmp_path / "x\x1b[31m[b]", stage="[red]\x07", status="[/]\x1b]0;")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "llmlab.json").write_text("{")
     with pytest.raises(SystemExit) as caught:
         main(["monitor", str(tmp_path)])
     assert not caught.value.code
     output = capsys.readouterr().out
-    assert "1 running  1 damaged" in output and "loss_spike at 30" in output and "\x1b" not in output
+    assert "1 running  1 [/]\\x1b]0;  1 damaged" in output and "loss_spike at 30" in output and "\x1b" not in output
     with pytest.raises(SystemExit) as caught:
         main(["monitor", str(tmp_path / "c")])
     assert caught.value.code == 2
