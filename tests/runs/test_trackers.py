@@ -126,9 +126,7 @@ def test_a_package_that_is_missing_is_one_sentence_before_the_folder_is_claimed(
 )
 def test_one_name_several_or_none(value, names):
     assert SFTSettings(report_to=value).report_to == names
-    with pytest.raises(
-        SettingsError, match="expected one of none, trackio, tensorboard, wandb, mlflow; did you"
-    ):
+    with pytest.raises(SettingsError, match="expected one of none, trackio, tensorboard, wandb, mlflow; did you"):
         resolve(SFTSettings, Layer("command line", {"report_to": "tensorbord"}))
 
 
