@@ -157,9 +157,9 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
         _line(
             *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), show_status(run)),
             f"{'█' * full}{'░' * (12 - full)} {done / steps:.0%}" if done is not None and steps else "",
+            f"left {duration(run.seconds_left)}" if run.seconds_left is not None else "",
             terminal.human(run.tokens, "tokens") if run.tokens else "",
             f"after {duration(run.seconds)}" if run.seconds is not None else "",
-            f"left {duration(run.seconds_left)}" if run.seconds_left is not None else "",
         ),
         _line(
             f"[red]{safe(run.problem)}[/]" if run.problem else "",
