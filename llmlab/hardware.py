@@ -123,6 +123,7 @@ def check_packages(settings: Any, hardware: Hardware) -> None:
         ("use_liger_kernel = true", settings.use_liger_kernel, "liger_kernel", GPU_EXTRA, ("cuda",)),
         (attention, "flex" in attention, "torch", "torch", ("cuda",)),  # elsewhere it has no gradients
         (attention, "flash" in attention, "flash_attn", "flash-attn --no-build-isolation", ("cuda",)),
+        *((f"report_to = {name}", True, name, name, (hardware.device,)) for name in settings.report_to),
     ):
         where = "" if hardware.device in devices else f"; it runs on {' or '.join(devices)}, not on {hardware.device}"
         if wanted and find_spec(package) is None:

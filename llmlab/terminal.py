@@ -129,6 +129,14 @@ def draw_bars(counts: Sequence[int], height: int = 1) -> list[str]:
     return ["".join(BLOCKS[min(max(filled - 8 * line, 0), 8)] for filled in eighths) for line in range(height)][::-1]
 
 
+def draw_sparkline(values: Sequence[float], width: int) -> str:
+    """Returns a curve one character high and at most so many wide: of values that share a character, the last."""
+    count = min(width, len(values))
+    shown = [values[len(values) * (column + 1) // count - 1] for column in range(count)]
+    low, high = min(shown, default=0), max(shown, default=0)
+    return "".join(BLOCKS[1 + round(7 * (mean - low) / ((high - low) or 1))] for mean in shown)
+
+
 @dataclass(frozen=True)
 class Curve:
     """One line of a chart, or with `marks` single points."""

@@ -40,10 +40,12 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
+    "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "queue:queue"),
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "report": (USE, "Write the page of a run or pipeline again, and open it.", "runs:report"),
+    "monitor": (USE, "Watch the runs in a folder while they train.", "monitor:monitor"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),

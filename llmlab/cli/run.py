@@ -51,7 +51,7 @@ def run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("run: a pipeline launches its stages itself: --accelerate NAME, not accelerate launch")
     launch = read_launch(accelerate, num_processes, launch_args)
-    path = _find(pipeline)
+    path = find_pipeline(pipeline)
     processes = launch.processes if launch else 1
     parsed = read_pipeline(path, overrides, allow_code=allow_code, hardware=hardware, processes=processes)
     for stage in parsed.stages:
@@ -84,7 +84,8 @@ def _print_plan(console: Terminal, title: str, steps: "list[Step]") -> None:
     console.print(table)
 
 
-def _find(name: str) -> Path:
+def find_pipeline(name: str) -> Path:
+    """Returns the file of a pipeline, or of the shipped recipe of this name."""
     path = Path(name)
     shipped = recipe_folder() / f"{name}.yaml"
     if path.suffix or path.exists():

@@ -219,25 +219,25 @@ def _list_row(run: RunFolder) -> dict[str, str]:
     return {
         "run": safe(run.folder.resolve().name),
         "stage": safe(run.stage or "-"),
-        "status": _status(run),
+        "status": show_status(run),
         "steps": "-" if run.step is None else f"{run.step:,}",
-        "result": _result(run) or "-",
+        "result": show_result(run) or "-",
         "from": safe("+".join(parents) or "-"),
         "started": run.started.astimezone().strftime("%m-%d %H:%M") if run.started else "-",
         "took": duration(run.seconds),
     }
 
 
-def _result(run: RunFolder) -> str:
+def show_result(run: RunFolder) -> str:
     return f"[dim]{safe(run.key_metric[0])}[/] {short_number(run.key_metric[1])}" if run.key_metric else ""
 
 
-def _status(run: RunFolder) -> str:
+def show_status(run: RunFolder) -> str:
     return f"[{STATUS_STYLES.get(run.status, 'none')}]{safe(run.status)}[/]"
 
 
 def _print_heading(console: Terminal, run: RunFolder) -> None:
-    facts = [f"[bold]{safe(run.stage)}[/]", _status(run)]
+    facts = [f"[bold]{safe(run.stage)}[/]", show_status(run)]
     facts += [f"{number:,} {unit}" for number, unit in ((run.step, "steps"), (run.tokens, "tokens")) if number]
     facts += [duration(run.seconds)] if run.seconds is not None else []
     console.print(f"[bold]{safe(_path(run.folder))}[/]", soft_wrap=True)
@@ -255,7 +255,7 @@ def _tree(ancestor: history.Ancestor, tree: Tree | None = None) -> Tree:
     if run is None:
         label = f"{safe(ancestor.name)}  [dim]not a run folder here[/]"
     else:
-        label = "  ".join(filter(None, (safe(_path(run.folder)), f"[dim]{safe(run.stage)}[/]", _result(run))))
+        label = "  ".join(filter(None, (safe(_path(run.folder)), f"[dim]{safe(run.stage)}[/]", show_result(run))))
     branch = Tree(label, guide_style="dim") if tree is None else tree.add(label)
     for parent in ancestor.parents:
         _tree(parent, branch)
@@ -295,7 +295,7 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
         table.add_row("steps", *(_cell(run.step) for run in runs))
         table.add_row("tokens", *(_cell(run.tokens) for run in runs))
         table.add_row("time", *(duration(run.seconds) for run in runs))
-        table.add_row("status", *map(_status, runs))
+        table.add_row("status", *map(show_status, runs))
     console.print(table)
 
 

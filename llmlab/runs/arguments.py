@@ -24,8 +24,6 @@ SCHEDULERS = {
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
 }
 
-REPORTERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-
 # fields of the trainer's configuration that follow from a setting of another name
 COVERED = {
     "dtype": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
@@ -56,7 +54,6 @@ def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **f
         "use_cpu": hardware.device == "cpu",
         "dataloader_pin_memory": hardware.device == "cuda",
         "save_total_limit": None,  # it would remove whatever is called checkpoint-*
-        "report_to": "none",
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # every parameter takes part in every step
         "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
@@ -91,10 +88,7 @@ def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     if problems:
         raise SettingsError(problems)
     check_types("trainer_args", settings.trainer_args, get_type_hints(config))
-    reporters = settings.trainer_args.get("report_to") or []
-    needed = [("deepspeed", "deepspeed")] if settings.trainer_args.get("deepspeed") else []
-    needed += [("report_to", each) for each in ([reporters] if isinstance(reporters, str) else reporters)]
-    for name, package in needed:  # here, since the libraries' own errors break what is loaded after them
-        if package in ("deepspeed", *REPORTERS) and find_spec(package) is None:
-            raise UserError(f"trainer_args.{name}: it needs {package}, which is not installed")
+    # here, since Accelerate's own error breaks what is loaded after it
+    if settings.trainer_args.get("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError("trainer_args.deepspeed: it needs deepspeed, which is not installed")
     return settings.trainer_args

@@ -210,10 +210,14 @@ class MetricsLog(TrainerCallback):
             self.tokens_before = self.tokens = lines[-1]["tokens"] if lines else 0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        metrics = {name: value for name, value in logs.items() if name not in NOT_METRICS}
         if self.tokens_per_step is not None:
             self.tokens = state.global_step * self.tokens_per_step
         elif "num_tokens" in logs:
             self.tokens = self.tokens_before + int(logs["num_tokens"])
-        if "train_runtime" not in metrics:  # the trainer's closing summary belongs to no step
+        if metrics := metrics_of(logs):
             self.record.log(state.global_step, self.tokens, metrics)
+
+
+def metrics_of(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metrics of a log event; the trainer's closing summary, which belongs to no step, has none."""
+    return {} if "train_runtime" in logs else {name: v for name, v in logs.items() if name not in NOT_METRICS}

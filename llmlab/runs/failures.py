@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.batch import smaller_batch
 from llmlab.runs.health import RolledBack
 from llmlab.runs.progress import ProgressLine, human
-from llmlab.runs.record import COMPLETIONS, METRICS, RECORD, RunRecord, read_metrics
+from llmlab.runs.record import COMPLETIONS, EVENTS, METRICS, RECORD, TENSORBOARD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
@@ -98,8 +99,9 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
         trained = any(folder.glob("checkpoint-*")) or any("loss" in line for line in read_metrics(folder))
         if record is not None and "resumed" not in record.values and not trained:
             # a new run without a step: it can be started again in this folder
-            for name in (RECORD, METRICS, COMPLETIONS):
+            for name in (RECORD, METRICS, COMPLETIONS, EVENTS):
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         raise
     except Exception as error:
         end("failed")

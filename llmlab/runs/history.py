@@ -6,13 +6,14 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llmlab.runs.record import METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
+from llmlab.health.symptoms import Event
+from llmlab.runs.record import EVENTS, METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -35,6 +36,7 @@ BETTER = {  # words of a metric's name: -1 where smaller is better, 1 where larg
 NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
+RECENT = 20  # log events that tell the present pace
 NOT_SEARCHED = (".", "checkpoint-", "node_modules", "__pycache__", "site-packages")  # beginnings of folders' names
 
 
@@ -45,6 +47,12 @@ class RunFolder:
     folder: Path
     record: dict[str, Any]
     problem: str = ""
+    stamp: tuple[tuple[int, int], ...] = ()  # times and sizes of its files before they were read
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """The health events, oldest first."""
+        return read_events(self.folder)
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -63,6 +71,15 @@ class RunFolder:
     def step(self) -> int | None:
         """The last step that was recorded, or None where there are no steps."""
         return self.record.get("step", self.lines[-1].get("step") if self.lines else None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that a running run still needs, at the pace of its last log events."""
+        steps, seconds = ([line.get(key, 0) for line in self.lines[-RECENT:]] for key in ("step", "seconds"))
+        if not (self.record.get("steps") and steps and steps[-1] > steps[0] and self.status == "running"):
+            return None
+        pace = (seconds[-1] - seconds[0]) / (steps[-1] - steps[0])
+        return max(pace * (self.record["steps"] - steps[-1]) - self.silence, 0.0)
 
     @property
     def tokens(self) -> int | None:
@@ -157,8 +174,12 @@ def open_run(folder: str | Path) -> RunFolder:
     raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
 
 
-def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start."""
+def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[RunFolder]:
+    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start.
+
+    Of those found `earlier`, the ones whose files did not change since are returned again, with what was read of them.
+    """
+    known = {run.folder: run for run in earlier}
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -168,7 +189,11 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
             continue
         inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
         if RECORD in (*files, *inner):
-            found.append(_open_or_note(Path(place)))
+            paths = [os.path.join(place, name) for name in (RECORD, METRICS, EVENTS)]
+            seen = [os.stat(path) for path in paths if os.path.exists(path)]
+            stamp, before = tuple((file.st_mtime_ns, file.st_size) for file in seen), known.get(Path(place))
+            unchanged = before is not None and before.stamp == stamp
+            found.append(before if unchanged else replace(_open_or_note(Path(place)), stamp=stamp))
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -28,6 +28,7 @@ RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
 COMPLETIONS = "completions.jsonl"
+TENSORBOARD = "tensorboard"  # the folder of its event files
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -41,6 +42,7 @@ SHAPE = TypeAdapter(
             "started": str,
             "ended": str,
             "step": int,
+            "steps": int,
             "settings": dict[str, Any],
             "sources": dict[str, str],
             "parents": list[str | None],
@@ -84,6 +86,7 @@ class RunRecord:
             "versions": library_versions(),
             "git": git_revision(),
         }
+        self.listeners: list[Callable[[Event], None]] = []  # of health events
         self._clock = time.monotonic()
         self._seconds_before = 0.0
 
@@ -111,6 +114,8 @@ class RunRecord:
     def log_event(self, event: Event) -> None:
         """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
         self._append(EVENTS, asdict(event))
+        for listener in self.listeners:
+            listener(event)
 
     def log_completion(self, step: int, **values: Any) -> None:
         """Appends what the model answered at a step, `prompt` and `completion` (text or messages), for the report."""

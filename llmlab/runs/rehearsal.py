@@ -48,7 +48,7 @@ REHEARSED = {
 }
 FEW_LAYERS = (2, 4)  # even: the halves of `Ledger.peaks` then end at the same place of a layer
 # of trainer_args: what opens connections, files or processes, besides what leaves this machine
-APART = ("report_to", "log_completions", "deepspeed", "fsdp", "fsdp_config", "vllm_server_base_url", "hub_model_id")
+APART = ("log_completions", "deepspeed", "fsdp", "fsdp_config", "vllm_server_base_url", "hub_model_id")
 PROMPT = '[{"role": "user", "content": ""}]'
 
 
@@ -269,6 +269,7 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
         passes = min(settings.gradient_accumulation_steps, 2)
     changes |= {
         "gradient_accumulation_steps": passes,
+        "report_to": [],
         "dataloader_num_workers": 0,  # tensors without memory cannot be sent
         "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
     }

@@ -46,6 +46,7 @@ from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_l
 from llmlab.runs.record import RunRecord, RunResult, read_record
 from llmlab.runs.resume import check_steps_left
 from llmlab.runs.start import S, Start, begin
+from llmlab.runs.trackers import trackers
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE
@@ -254,6 +255,7 @@ class Run(Start[S]):
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             check_disk(self.folder, needed=3 * 4 * trained + 2 * (optimizer_bytes or 8 * trained))
             record = self.make_record(parents, data)
+            record.values["steps"] = steps
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             if self.settings.report:
@@ -275,15 +277,16 @@ class Run(Start[S]):
             record_failures(self.stage, self.folder, record, self.progress),
             explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),
+            trackers(trainer, record, self.folder, self.done) as tracked,
         ):
-            published = destinations(self.settings.trainer_args, self.settings.output_dir)
+            published = destinations(self.settings.trainer_args, self.settings.output_dir, self.settings.report_to)
             batches = None
             if trainer.eval_dataset is not None:
                 batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             if not self.rolled_back:
                 rows += describe_cost(self, trainer, steps - self.done)
-                rows += [("compile", compiled), *published]
+                rows += [("compile", compiled), *tracked, *published]
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from llmlab.settings import CLASSES, settings_class
-from llmlab.settings.trust import TRAINER_ARGS, leaves_machine
+from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class Settings(BaseModel):
         if TRAINER_ARGS in values:
             arguments = values[TRAINER_ARGS].items()
             values[TRAINER_ARGS] = {name: value for name, value in arguments if not leaves_machine(name, value)}
+            remote = remote_services(values[REPORT_TO])
+            values[REPORT_TO] = [name for name in values[REPORT_TO] if name not in remote]
         return values
 
     def trainer_arguments(self) -> dict[str, Any]:

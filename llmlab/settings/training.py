@@ -53,6 +53,9 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
     """Write report.html into the run folder at the end of the run: curves, health events, settings, lineage."""
     seed: v.Seed = 42
     """Seed of initialization, data order, dropout and sampling."""
+    report_to: v.ReportTo = []
+    """Trackers that get what metrics.jsonl gets, one or several; none are needed to watch a run. What sends metrics
+    off this machine (wandb, mlflow) is said on the command line, not in a file."""
     trainer_args: Annotated[dict[str, JsonValue], Resume.FREE] = Field(default_factory=dict)
     """Further fields of the stage's TRL or Transformers configuration; names and types are checked."""
 

@@ -5,8 +5,9 @@ Only the command line or a call can allow these; files, pipelines and run record
 
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -22,10 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 REMOTE_CODE = "trust_remote_code"
 TRAINER_ARGS = "trainer_args"
+REPORT_TO = "report_to"
 PUBLISHES = ("push_to_hub", "log_completions_hub_repo")
 SENDS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "vllm_server_base_url")
 NOT_ALLOWED = "this is Python code, which runs when loaded; --allow-code (allow_code=True) allows it"
 LOCAL_REPORTS = ("none", "tensorboard", "trackio")
+TRACKIO_SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL")  # the user's environment
 
 _allowed: ContextVar[bool] = ContextVar(REMOTE_CODE, default=False)
 
@@ -104,7 +107,7 @@ def refusals(layer: "Layer") -> list[str]:
                 f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
                 f"({REMOTE_CODE}=True in a call) allows a model's own Python code to run"
             )
-        elif layer.path is not None and head == TRAINER_ARGS and leaves_machine(name, value):
+        elif layer.path is not None and (head == TRAINER_ARGS or key == REPORT_TO) and leaves_machine(name, value):
             problems.append(
                 f"{layer.where(key)}: {key} sends data off this machine, which no file decides; "
                 f"give {key}=... on the command line"
@@ -114,13 +117,15 @@ def refusals(layer: "Layer") -> list[str]:
 
 def leaves_machine(name: str, value: Any) -> bool:
     """Whether a trainer argument of this value sends something off this machine."""
-    if name == "report_to":
-        return bool(_remote_services(value))
+    if name == REPORT_TO:
+        return bool(remote_services(value))
     return bool(value) and (name in (*PUBLISHES, *SENDS, "vllm_server_host") or name.startswith("hub_"))
 
 
-def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[str, str]]:
-    """Returns the row of a run's plan that names what these arguments send where; empty where they send nothing."""
+def destinations(
+    trainer_args: dict[str, Any], output_dir: str, report_to: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Returns the row of a run's plan that names what is sent where; empty where nothing is."""
     places = []
     if trainer_args.get("push_to_hub"):
         name = trainer_args.get("hub_model_id") or f"<your account>/{Path(output_dir).absolute().name}"
@@ -128,12 +133,15 @@ def destinations(trainer_args: dict[str, Any], output_dir: str) -> list[tuple[st
         places.append(f"the run folder to the Hugging Face hub, as {name} ({kind})")
     if trainer_args.get("log_completions_hub_repo"):
         places.append(f"completions to the Hugging Face hub, as {trainer_args['log_completions_hub_repo']}")
-    places += [f"metrics to {service}" for service in _remote_services(trainer_args.get("report_to"))]
+    places += [f"metrics to {service}" for service in remote_services(report_to)]
+    sent = [name for name in TRACKIO_SENDS if "trackio" in report_to and os.environ.get(name)]
+    places += [f"metrics or alerts by trackio, since {name} is set" for name in sent]
     places += [f"{name} {trainer_args[name]}" for name in SENDS if trainer_args.get(name)]
     return [("publishes", "; ".join(places))] if places else []
 
 
-def _remote_services(value: Any) -> list[str]:
+def remote_services(value: Any) -> list[str]:
+    """Returns the trackers among these that may send metrics off this machine."""
     named = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
     return [str(name) for name in named if name not in LOCAL_REPORTS]
 

@@ -3,9 +3,10 @@
 A stage picks the name and the default. Help is the docstring of a field where it is first declared.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
 
 from llmlab.settings.base import Alias, Help, Resume, Trl
 from llmlab.settings.paths import PathName, Reads
@@ -16,6 +17,14 @@ RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
     "llmlab.settings.grpo:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's
+
+
+def read_names(value: Any) -> Any:
+    """Returns one name, names with commas, or a list of them as a list, each once and without `none`."""
+    entries = value if isinstance(value, list) else [value]
+    names = [name.strip() for entry in entries for name in str(entry).split(",")]
+    return [name for name in dict.fromkeys(names) if name.lower() not in ("none", "null")]
+
 
 # A resumed run may change how its optimizer steps, not what the optimizer has accumulated
 LearningRate = Annotated[float, Gt(0), Trl("learning_rate"), Alias("lr"), Resume.NEW_OPTIMIZER]
@@ -35,6 +44,8 @@ SaveEvery = Annotated[int, Gt(0), Alias("save_steps", "save_interval"), Resume.F
 SaveBestOnly = Annotated[bool, Alias("load_best_model_at_end"), Resume.FREE]
 SaveTotalLimit = Annotated[int | None, Gt(0), Trl("save_total_limit"), Resume.FREE]
 Seed = Annotated[int, Ge(0), Le(LARGEST_SEED), Trl("seed")]
+Tracker = Literal["none", "trackio", "tensorboard", "wandb", "mlflow"]
+ReportTo = Annotated[list[Tracker], BeforeValidator(read_names), Trl("report_to"), Resume.LOCAL]
 OutputDir = Annotated[PathName, Trl("output_dir"), Resume.LOCAL, Help("Run folder to write.")]
 MaxNewTokens = Annotated[int, Gt(0), Alias("max_completion_length"), Help("Longest completion in tokens.")]
 TopK = Annotated[int, Ge(0), Help("Sample among the k most likely tokens; 0 is all.")]

@@ -116,7 +116,7 @@ def test_unknown_option_and_command_end_with_code_2(capsys):
     assert cli(capsys, "pretrian")[0] == 2
 
 
-def test_alone_it_lists_every_command_on_one_screen(capsys):
+def test_alone_it_lists_every_command(capsys):
     code, output, _ = cli(capsys)
     lines = output.splitlines()
     assert code == 0 and len(lines) < 32 and max(map(len, lines)) <= 80

@@ -140,7 +140,7 @@ def test_a_template_that_fails(base, template, reason):
     [
         ({"neftune_noise_alpha": "many"}, "trainer_args: neftune_noise_alpha = 'many': expected a valid number"),
         ({"dataloader_persistent_workers": 7}, "dataloader_persistent_workers = 7: expected a valid boolean"),
-        ({"report_to": "swanlab"}, "trainer_args.report_to: it needs swanlab, which is not installed"),
+        ({"report_to": "trackio"}, "trainer_args.report_to: set 'report_to' instead"),
         ({"deepspeed": "nowhere.json"}, "trainer_args.deepspeed: it needs deepspeed, which is not installed"),
         ({"use_liger_kernel": True}, "trainer_args.use_liger_kernel: set 'use_liger_kernel' instead"),
         (

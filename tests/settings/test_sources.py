@@ -356,7 +356,7 @@ def test_python_files_of_blocks(tmp_path):
             },
         ),
         (Resume.SPLIT, {"batch_size", "gradient_accumulation_steps"}),
-        (Resume.LOCAL, {"output_dir", "cache_dir", "num_proc", "auto_batch", "report"}),
+        (Resume.LOCAL, {"output_dir", "cache_dir", "num_proc", "auto_batch", "report", "report_to"}),
         (
             Resume.NEW_OPTIMIZER,
             {s.name for s in fields_of(OptimizerSettings)}

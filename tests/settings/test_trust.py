@@ -16,9 +16,6 @@ SENDING = [
     {"push_to_hub": True},
     {"hub_model_id": "me/model"},
     {"hub_token": "hf_secret"},
-    {"report_to": "wandb"},
-    {"report_to": ["tensorboard", "comet_ml"]},
-    {"report_to": "all"},
     {"trackio_space_id": "me/space"},
     {"log_completions_hub_repo": "me/completions"},
     {"vllm_server_base_url": "http://elsewhere"},
@@ -45,6 +42,16 @@ def test_a_file_may_not_send(tmp_path, name, arguments):
         assert problem.startswith(f"{tmp_path / name}:{line}: trainer_args.{key} sends data off this machine")
 
 
+def test_a_file_may_not_report_elsewhere(tmp_path):
+    layer = written(tmp_path / "r.yaml", {"report_to": ["tensorboard", "wandb"]})
+    with pytest.raises(SettingsError, match="r.yaml:1: report_to sends data off this machine, which no file decides"):
+        resolve(SFTSettings, layer)
+    settings = resolve(SFTSettings, written(tmp_path / "r.yaml", {"report_to": ["tensorboard", "trackio"]})).settings
+    assert settings.report_to == ["tensorboard", "trackio"]
+    settings = resolve(SFTSettings, Layer("command line", {"report_to": ["tensorboard", "wandb"]})).settings
+    assert settings.report_to == ["tensorboard", "wandb"] and settings.recorded()["report_to"] == ["tensorboard"]
+
+
 def test_dotted_keys_and_presets_of_pipelines_are_files_too(tmp_path):
     layer = written(tmp_path / "p.yaml", {"stages": {"sft": {"trainer_args.push_to_hub": True}}})
     with pytest.raises(SettingsError, match="p.yaml:3: trainer_args.push_to_hub sends"):
@@ -53,7 +60,7 @@ def test_dotted_keys_and_presets_of_pipelines_are_files_too(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"push_to_hub": False}, {"hub_token": None}, {"report_to": "none"}, {"report_to": ["tensorboard", "trackio"]}],
+    [{"push_to_hub": False}, {"hub_token": None}],
 )
 def test_what_stays_here_may_stand_in_a_file(tmp_path, arguments):
     resolved = resolve(SFTSettings, written(tmp_path / "r.yaml", {"trainer_args": arguments}))
@@ -68,7 +75,7 @@ def test_the_command_line_may_and_the_record_forgets_it():
 
 
 def test_the_plan_names_every_destination():
-    (row,) = destinations({"push_to_hub": True, "report_to": ["wandb", "tensorboard"]}, "runs/sft/")
+    (row,) = destinations({"push_to_hub": True}, "runs/sft/", ["wandb", "tensorboard"])
     assert row[1].startswith("the run folder to the Hugging Face hub, as <your account>/sft (")
     assert row[1].endswith("; metrics to wandb")
     (row,) = destinations({"push_to_hub": True, "hub_model_id": "me/x", "hub_private_repo": True}, "run")

@@ -178,7 +178,14 @@ SIZES = {  # values that fit together
     "ppo": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "value_model": "shared"},
     "awr": {"batch_size": 3, "gradient_accumulation_steps": 3},
 }
-ONE_BY_ONE = ("use_liger_kernel", "num_train_epochs", "save_total_limit", "use_vllm", "vllm_mode")  # one by one, below
+ONE_BY_ONE = (
+    "use_liger_kernel",
+    "num_train_epochs",
+    "save_total_limit",
+    "use_vllm",
+    "vllm_mode",
+    "report_to",
+)  # one by one, below
 
 
 def named(stage):
@@ -282,6 +289,7 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "allow_dropped": 0.9,
         "allow_truncated": 0.9,
         "trainer_args": {"torch_empty_cache_steps": 7},
+        "report_to": ["tensorboard"],
         "gates": [gate("distinct_n", others)],
         "gate_every": 10,
         "metric_for_best_model": "gate json_valid",
