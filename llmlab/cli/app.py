@@ -42,6 +42,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
+    "advise": (USE, "Say what a run's metrics show, and what to change.", "advise:advise"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
+from llmlab.health.tables import find_outside
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias, use_one_gpu
@@ -266,6 +267,7 @@ class Run(Start[S]):
                 batches = getattr(self.settings, split_settings(self.settings)[2])
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             rows += describe_cost(self, trainer, steps - self.done)
+            rows += [("unusual", Text(sentence, style="yellow")) for sentence in self.find_unusual(trainer)]
             print_plan(self.console, f"{self.stage}: into {self.folder}", [*rows, ("compile", compiled), *published])
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
@@ -279,6 +281,12 @@ class Run(Start[S]):
         first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
         print_result(self.console, self.folder, metrics, before=next(first, {}))
         return RunResult(self.folder, metrics)
+
+    def find_unusual(self, trainer: Trainer) -> list[str]:
+        """Returns a sentence for each setting of the user's that lies outside of the seeds' tables."""
+        size = sum(parameter.numel() for parameter in trainer.model.parameters())
+        count = self.process.num_processes
+        return find_outside(self.stage, self.settings, self.resolved.sources, parameters=size, processes=count)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""
