@@ -40,6 +40,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
+    "tune": (TRAIN, "Find a learning rate by a range test.", "tune:app"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "advise": (USE, "Say what a run's metrics show, and what to change.", "advise:advise"),

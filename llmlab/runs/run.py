@@ -105,7 +105,8 @@ def training_stage(
         start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
-        start_run.function, start_run.run_class = function, run_class  # type: ignore[attr-defined]  # for its plan
+        # for its plan, and for trials
+        start_run.function, start_run.run_class, start_run.prepare = function, run_class, prepare  # type: ignore[attr-defined]
         return takes_trust(start_run)
 
     return decorate
