@@ -101,11 +101,9 @@ class _Tested:
         args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
         trainer.create_optimizer()
         trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: growth**step)
-        handler = trainer.callback_handler
-        schedule = self.rhythm  # type: ignore[attr-defined]
-        handler.callbacks = [
-            each for each in handler.callbacks if not isinstance(each, (PrinterCallback, type(schedule)))
-        ]
+        unwanted = (PrinterCallback, SaveSchedule, *(() if self.console.is_terminal else (ProgressLine,)))  # type: ignore[attr-defined]
+        callbacks = trainer.callback_handler.callbacks
+        trainer.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, unwanted)]
         trainer.add_callback(test)
         print_plan(self.console, f"{self.stage}: learning-rate range test", plan)  # type: ignore[attr-defined]
         try:
