@@ -7,6 +7,7 @@ Source: Smith 2017 (arXiv:1506.01186), section 3.3; the exponential rise and the
 import csv
 import io
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from llmlab.runs.callbacks import SaveSchedule
 from llmlab.runs.failures import explain_out_of_memory
@@ -35,11 +36,15 @@ LEAST_FALL = 0.01  # of the loss, relative, for a suggestion
 
 @dataclass(eq=False)
 class RangeTest(TrainerCallback):
-    """The losses of a test, one a step, at rates from `low` to `high`; it ends training when the loss is too high."""
+    """The losses of a test, one a step, at rates from `low` to `high`; it ends training when the loss is too high.
+
+    They are relative to what the untrained model has on the same rows (`before`), since rows differ more than rates.
+    """
 
     low: float
     high: float
     steps: int
+    before: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     mean: float = 0.0
     lowest: float = math.inf
@@ -52,8 +57,11 @@ class RangeTest(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if not math.isfinite(logs.get("loss", math.nan)):
             return
-        self.losses.append(logs["loss"])
-        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * logs["loss"]
+        loss = logs["loss"]
+        if self.before[len(self.losses) :]:
+            loss += statistics.fmean(self.before) - self.before[len(self.losses)]
+        self.losses.append(loss)
+        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         smooth = self.mean / (1 - SMOOTHING ** len(self.losses))
         self.lowest = min(self.lowest, smooth)
         control.should_training_stop |= smooth > TOO_HIGH * self.lowest
@@ -100,14 +108,23 @@ class _Tested:
         args, growth = trainer.args, (test.high / test.low) ** (1 / max(test.steps - 1, 1))
         args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
         trainer.create_optimizer()
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: growth**step)
+        untrained = RangeTest(test.low, test.high, test.steps)
+        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: 0.0)
         unwanted = (PrinterCallback, SaveSchedule, *(() if self.console.is_terminal else (ProgressLine,)))  # type: ignore[attr-defined]
         callbacks = trainer.callback_handler.callbacks
         trainer.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, unwanted)]
-        trainer.add_callback(test)
         print_plan(self.console, f"{self.stage}: learning-rate range test", plan)  # type: ignore[attr-defined]
         try:
             with quiet_libraries():
+                trainer.add_callback(untrained)
+                trainer.accelerator.backward = lambda *args, **kwargs: None
+                trainer.train()
+                del trainer.accelerator.backward
+                trainer.remove_callback(untrained)
+                test.before = untrained.losses
+                trainer.add_callback(test)
+                trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: growth**step)
+                set_seed(args.seed)  # the same rows again
                 trainer.train()
         except Diverged:
             pass  # what was looked for

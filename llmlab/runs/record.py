@@ -26,6 +26,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
+HARDEST_ROWS = "hardest_rows.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -179,6 +180,12 @@ def read_events(folder: Path) -> list[Event]:
         except ValidationError:
             continue  # damaged
     return events
+
+
+def read_hardest_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns the validation rows with the highest loss at the last evaluation, the highest first."""
+    lines = _read_lines(folder / HARDEST_ROWS, "hardest rows")
+    return [line for line in lines if is_number(line.get("loss")) and is_number(line.get("row"))]
 
 
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:
