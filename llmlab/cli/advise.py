@@ -107,7 +107,8 @@ def _print_report(console: Terminal, run: RunFolder, report: dict[str, Any]) -> 
         for sentence in finding["evidence"]:
             console.print(f"  {safe(sentence)}", soft_wrap=True)
     if report["healthy"]:
-        console.print("[green]healthy[/]: no condition of the guides shows")
+        few = "" if len(run.curves.get("loss", ())) >= advice.FEWEST else ", but it has too few values for trends"
+        console.print(f"[green]healthy[/]: no condition of the guides shows{few}")
     console.print(f"[dim]looked at (values): {looked}[/]", soft_wrap=True)
     if report["changes"]:
         console.print("[bold]change[/]")

@@ -206,7 +206,7 @@ def _underfitting(run: History) -> Judged:
     if evaluated and entropy and evaluated[-1][1] > (1 - HARDLY) * entropy:
         words = f"validation loss {evaluated[-1][1]:.4g} is hardly below the entropy of token counts, {entropy:.4g}"
         found.append(("underfitting", words))
-    late = [point for point in evaluated if point[0] >= 0.6 * evaluated[-1][0]]
+    late = [point for point in evaluated if point[0] >= 0.75 * evaluated[-1][0]]
     if len(late) > 1 and late[0][1] - late[-1][1] > HARDLY * late[0][1] and late[-1][1] > SMALL_LOSS:
         words = f"validation loss still fell by {1 - late[-1][1] / late[0][1]:.1%} from step {late[0][0]} to the end"
         found.append(("underfitting", f"{words}, step {late[-1][0]} ({late[0][1]:.4g} to {late[-1][1]:.4g})"))

@@ -38,7 +38,7 @@ LEAST_FALL = 0.01  # of the loss, relative, for a suggestion
 class RangeTest(TrainerCallback):
     """The losses of a test, one a step, at rates from `low` to `high`; it ends training when the loss is too high.
 
-    They are relative to what the untrained model has on the same rows (`before`), since rows differ more than rates.
+    Each is relative to the loss on the same rows before the test (`before`), since rows differ more than rates do.
     """
 
     low: float
@@ -59,7 +59,7 @@ class RangeTest(TrainerCallback):
             return
         loss = logs["loss"]
         if self.before[len(self.losses) :]:
-            loss += statistics.fmean(self.before) - self.before[len(self.losses)]
+            loss *= statistics.fmean(self.before) / max(self.before[len(self.losses)], 1e-9)
         self.losses.append(loss)
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         smooth = self.mean / (1 - SMOOTHING ** len(self.losses))
