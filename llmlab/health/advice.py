@@ -1,12 +1,12 @@
 """What a whole run shows, judged from its metrics, events and settings, and the settings that the guides would change.
 
-Pure functions of plain histories.  Checks of a run while it trains are `checks`; the actions are in `symptoms.yaml`.
+Pure functions of plain histories.  Events are what `checks` found while it trained; actions are in `symptoms.yaml`.
 Source: RL guide, section 6; LLM-Lab document, "Learning Rate Selection" and "Troubleshooting".
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,30 +16,23 @@ from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
 from llmlab.settings.sources import resolve
 
-Curve = Sequence[tuple[int, float]]
-
-# a setting that two conditions change in opposite directions follows the first of them
-URGENCY = (
+URGENCY = (  # a setting that two conditions change follows the first of them
     *("unstable", "drift", "reward_hacking", "regression", "collapse", "alike", "overfitting", "preference", "data"),
     *("underfitting", "reward_flat"),
 )
-NEXT_TOKENS, PAIRS, ONLINE = ("pretrain", "sft"), ("dpo", "orpo", "reward"), ("ppo", "grpo")
-FEWEST = 5  # logged values that say something about a trend
-FEWEST_REWARDS = 10  # the same of rewards, which are noisy
-RISE = 1.02  # of the validation loss over its best: overfitting
-EXPLOSION = 1.2  # of the training loss over its lowest
+PAIRS, ONLINE = ("dpo", "orpo", "reward"), ("ppo", "grpo")
+FEWEST, FEWEST_REWARDS = 5, 10  # logged values that show a trend; rewards are noisier
+RISE, EXPLOSION = 1.02, 1.2  # of the validation loss over its best, of the training loss over its lowest
 HARDLY = 0.05  # relative fall of a loss that hardly falls, or that still falls well at the end of a run
-SMALL_LOSS = 0.3  # nats per token: nothing is left to fall
-GRADIENT_NORM, KL, ENTROPY, REGRESSION = 5.0, 0.2, 1.0, 0.05  # warnings of the guide, section 7
-ALIKE = 0.6  # share of groups without any difference in reward
-BEST_REWARD = 0.95  # of normalized rewards: there is nothing more to learn
+SMALL_LOSS = 0.3  # nats per token: little is left to fall
+ALIKE, BEST_REWARD = 0.6, 0.95  # share of groups of equal rewards; a reward that needs no more
 EVENTS_SHOWN = 3  # of one symptom
+Curve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class History:
-    """A run: its stage and settings, the curves of its metrics, its events, how it ended, and the metrics of its
-    record."""
+    """A run: stage, settings, curves of its metrics as (step, value), events, how it ended, and its last metrics."""
 
     stage: str
     settings: Any
@@ -50,63 +43,49 @@ class History:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, name: str, fewest: int = FEWEST) -> Curve:
-        """Returns a metric's (step, value), or nothing where there are too few."""
+        """Returns a metric's curve, or nothing where it has too few values."""
         found = self.curves.get(name, ())
         return found if len(found) >= fewest else ()
 
 
-@dataclass
-class Finding:
-    """A condition of `symptoms.yaml` and the sentences that show it."""
-
-    condition: str
-    evidence: list[str]
-
-    @property
-    def title(self) -> str:
-        return load_table()[1][self.condition].title
-
-    @property
-    def advice(self) -> tuple[str, ...]:
-        return load_table()[1][self.condition].advice
-
-
-def diagnose(run: History) -> list[Finding]:
-    """Returns what is wrong with a run, the most urgent first; nothing for a healthy one.
+def diagnose(run: History) -> dict[str, list[str]]:
+    """Returns what is wrong with a run; nothing for a healthy one.
 
     Args:
         run: its history; trends are judged from five logged values on, those of rewards from ten.
 
     Returns:
-        Each condition once, with the events and trends that show it.
+        Condition of `symptoms.yaml` -> sentences with the numbers and steps that show it, the most urgent first.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {name: [] for name in URGENCY}
     symptoms = load_table()[0]
     for name in dict.fromkeys(event.symptom for event in run.events if event.symptom in symptoms):
         events = [event for event in run.events if event.symptom == name]
         lines = [f"step {event.step}: {'; '.join(filter(None, (event.message, event.action)))}" for event in events]
         more = [f"and {len(lines) - EVENTS_SHOWN} more such events"] if len(lines) > EVENTS_SHOWN else []
-        found.setdefault(symptoms[name].condition, []).extend([*lines[:EVENTS_SHOWN], *more])
-    for judge in (_instability, _overfitting, _underfitting, _reward, _policy, _gates, _preferences, _sources):
+        found[symptoms[name].condition] += [*lines[:EVENTS_SHOWN], *more]
+    for judge in (_instability, _overfitting, _underfitting, _rewards, _preferences, _sources):
         for condition, sentence in judge(run):
-            found.setdefault(condition, []).append(sentence)
-    return [Finding(name, found[name]) for name in URGENCY if name in found]
+            found[condition].append(sentence)
+    return {name: sentences for name, sentences in found.items() if sentences}
 
 
-def propose(kind: type[Settings], own: dict[str, Any], findings: Sequence[Finding]) -> dict[str, tuple[Any, Any]]:
-    """Returns present and next values by dotted key, of the findings' changes that are valid together.
+def propose(kind: type[Settings], own: dict[str, Any], conditions: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Returns present and next values by dotted key: the conditions' changes that are valid together.
 
     `own` are the settings that the run did not leave at their defaults, nested.
     """
     settings = resolve(kind, Layer("run", own)).settings
-    keys = {setting.name: setting for setting in reversed(fields_of(kind))}
+    keys = {setting.name: setting.key for setting in reversed(fields_of(kind))}
     changes: dict[str, tuple[Any, Any]] = {}
-    for finding in findings:
-        for name, (before, after) in changes_of(finding.condition, settings).items():
-            setting = keys[name]
-            trial = {**{key: value for key, (_, value) in changes.items()}, setting.key: after}
-            if setting.key not in changes and _is_valid(kind, changed(own, trial)):
-                changes[setting.key] = (before, after)
+    for name, values in (pair for each in conditions for pair in changes_of(each, settings).items()):
+        trial = {key: after for key, (_, after) in changes.items()} | {keys[name]: values[1]}
+        try:
+            valid = not resolve(kind, Layer("run", changed(own, trial))).warnings
+        except SettingsError:
+            valid = False
+        if valid and keys[name] not in changes:
+            changes[keys[name]] = values
     return changes
 
 
@@ -131,152 +110,91 @@ def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def _is_valid(kind: type[Settings], values: dict[str, Any]) -> bool:
-    try:
-        return not resolve(kind, Layer("run", values)).warnings
-    except SettingsError:
-        return False
-
-
-def _ends(curve: Curve) -> tuple[float, float]:
-    """Returns the means of a curve's first and last fifth."""
-    part = max(len(curve) // 5, 1)
+def _ends(curve: Curve, share: int = 5) -> tuple[float, float, float]:
+    """Returns the means of a curve's first and last part, and the standard error of their difference."""
     values = [value for _, value in curve]
-    return statistics.fmean(values[:part]), statistics.fmean(values[-part:])
-
-
-def _rise(curve: Curve) -> tuple[float, float, bool]:
-    """Returns the means of the first and last third of a curve, and whether it rose by more than its noise."""
-    values = [value for _, value in curve]
-    part = max(len(values) // 3, 1)
+    part = max(len(values) // share, 1)
     first, last = values[:part], values[-part:]
-    before, after = statistics.fmean(first), statistics.fmean(last)
-    noise = math.sqrt((statistics.pvariance(first) + statistics.pvariance(last)) / part)  # of their difference
-    return before, after, after - before > max(2 * noise, 0.02 * abs(before))
+    noise = math.sqrt((statistics.pvariance(first) + statistics.pvariance(last)) / part)
+    return statistics.fmean(first), statistics.fmean(last), noise
 
 
-Judged = list[tuple[str, str]]
-"""Conditions and the sentences that show them."""
+Judged = Iterator[tuple[str, str]]
+"""Conditions, and sentences that show them."""
 
 
 def _instability(run: History) -> Judged:
-    found = []
     if run.status == "diverged":
-        found.append(("unstable", run.reason or "a loss, gradient or weight was not finite"))
-    loss, norms = run.curve("loss"), run.curve("grad_norm")
+        yield "unstable", run.reason or "a loss, gradient or weight was not finite"
+    loss = run.curve("loss")
     if loss and run.stage not in ONLINE:
         part = max(len(loss) // 5, 3)
         means = [statistics.fmean(value for _, value in loss[at : at + part]) for at in range(len(loss) - part + 1)]
         lowest = min(range(len(means)), key=means.__getitem__)
         if means[-1] > EXPLOSION * means[lowest] and means[-1] - means[lowest] > HARDLY:
-            step = loss[lowest + part // 2][0]
-            words = f"training loss rose from {means[lowest]:.4g} around step {step} to {means[-1]:.4g} at the end"
-            found.append(("unstable", words))
-    if norms and (usual := statistics.median(value for _, value in norms[len(norms) // 2 :])) > GRADIENT_NORM:
-        step = norms[len(norms) // 2][0]
-        found.append(("unstable", f"gradient norm is {usual:.3g} in the median from step {step} on (usual: below 2)"))
-    return found
+            where = f"from {means[lowest]:.4g} around step {loss[lowest + part // 2][0]}"
+            yield "unstable", f"training loss rose {where} to {means[-1]:.4g} at the end"
 
 
 def _overfitting(run: History) -> Judged:
     evaluated, loss = run.curve("eval_loss", 2), run.curve("loss", 2)
     if not evaluated or not loss or run.stage in ONLINE:
-        return []
-    (step, best), (end, last) = min(evaluated, key=lambda point: point[1]), evaluated[-1]
-    before = [value for at, value in loss if at <= step][-1:]
-    _, now = _ends(loss)
-    if last <= RISE * best or last - best < 0.01 or not before or now >= before[0]:
-        return []
-    words = f"validation loss rose from {best:.4g} at step {step}, its best, to {last:.4g} at step {end}"
-    return [("overfitting", f"{words}, while the training loss fell from {before[0]:.4g} to {now:.4g}")]
+        return
+    (step, best), (end, last), now = min(evaluated, key=lambda point: point[1]), evaluated[-1], _ends(loss)[1]
+    before = next((value for at, value in reversed(loss) if at <= step), now)
+    if last > RISE * best and last - best > 0.01 and now < before:
+        words = f"validation loss rose from {best:.4g} at step {step}, its best, to {last:.4g} at step {end}"
+        yield "overfitting", f"{words}, while the training loss fell from {before:.4g} to {now:.4g}"
 
 
 def _underfitting(run: History) -> Judged:
-    if run.stage not in (*NEXT_TOKENS, *PAIRS):
-        return []
-    found, loss, evaluated = [], run.curve("loss"), run.curve("eval_loss", 2)
-    lora = run.settings.use_lora if hasattr(run.settings, "use_lora") else False
-    where = f", with adapters of rank {run.settings.lora_r} ({run.settings.lora_preset})" if lora else ""
-    if loss:
-        first, last = loss[0][1], _ends(loss)[1]
+    loss, evaluated, entropy = run.curve("loss"), run.curve("eval_loss", 2), run.metrics.get("unigram_entropy")
+    if loss and run.stage in ("pretrain", "sft", *PAIRS):
+        first, last, settings = loss[0][1], _ends(loss)[1], run.settings
+        lora = f", with adapters of rank {settings.lora_r} ({settings.lora_preset})" if _uses_lora(settings) else ""
         if 0 <= first - last < HARDLY * first and last > SMALL_LOSS:
             words = f"training loss fell by {1 - last / first:.1%} alone, from {first:.4g} to {last:.4g}"
-            found.append(("underfitting", f"{words} in {loss[-1][0]:,} steps{where}"))
-    entropy = run.metrics.get("unigram_entropy")
-    if evaluated and entropy and evaluated[-1][1] > (1 - HARDLY) * entropy:
-        words = f"validation loss {evaluated[-1][1]:.4g} is hardly below the entropy of token counts, {entropy:.4g}"
-        found.append(("underfitting", words))
-    late = [point for point in evaluated if point[0] >= 0.75 * evaluated[-1][0]]
-    if len(late) > 1 and late[0][1] - late[-1][1] > HARDLY * late[0][1] and late[-1][1] > SMALL_LOSS:
-        words = f"validation loss still fell by {1 - late[-1][1] / late[0][1]:.1%} from step {late[0][0]} to the end"
-        found.append(("underfitting", f"{words}, step {late[-1][0]} ({late[0][1]:.4g} to {late[-1][1]:.4g})"))
-    return found
+            yield "underfitting", f"{words} in {loss[-1][0]:,} steps{lora}"
+    if evaluated and run.stage in ("pretrain", "sft"):
+        (end, last), late = evaluated[-1], [point for point in evaluated if point[0] >= 0.75 * evaluated[-1][0]]
+        if entropy and last > (1 - HARDLY) * entropy:
+            words = f"validation loss {last:.4g} is hardly below the entropy of token counts, {entropy:.4g}"
+            yield "underfitting", words
+        step, before = late[0]
+        if before - last > HARDLY * before and last > SMALL_LOSS:
+            words = f"validation loss still fell by {1 - last / before:.1%} from step {step} to the end"
+            yield "underfitting", f"{words}, step {end} ({before:.4g} to {last:.4g})"
 
 
-def _reward(run: History) -> Judged:
-    curve = run.curve("reward", FEWEST_REWARDS)
-    if run.stage not in ONLINE or not curve:
-        return []
-    before, after, rises = _rise(curve)
-    if rises:
-        return []
-    reached = after >= BEST_REWARD
-    words = f"reward went from {before:.4g} to {after:.4g} in {curve[-1][0]:,} steps, no more than its noise"
-    return [] if reached else [("reward_flat", words)]
+def _uses_lora(settings: Any) -> bool:
+    return getattr(settings, "use_lora", False)
 
 
-def _policy(run: History) -> Judged:
-    if run.stage not in ONLINE:
-        return []
-    found = []
-    if (kl := run.curve("kl")) and (last := _ends(kl)[1]) > KL:
-        found.append(("drift", f"KL divergence to the reference is {last:.3g} at the end (healthy: below 0.1)"))
-    if entropy := run.curve("entropy"):
-        first, last = _ends(entropy)
-        if last < min(ENTROPY, first / 2):
-            found.append(("collapse", f"entropy fell from {first:.3g} to {last:.3g} nats a token"))
-    if alike := run.curve("zero_variance_share"):
-        last, reward = _ends(alike)[1], run.metrics.get("reward", 0.0)
-        if last > ALIKE and reward < BEST_REWARD:
-            words = f"in {last:.0%} of the groups all completions have the same reward (reward {reward:.3g})"
-            found.append(("alike", words))
-    return found
-
-
-def _gates(run: History) -> Judged:
-    rewards, found = run.curve("reward", 2), []
-    rises = bool(rewards) and _rise(rewards)[2]
-    for name, curve in run.curves.items():
-        if not name.startswith("gate/") or len(curve) < 2 or "perplexity" in name:
-            continue
-        (step, best), (end, last) = max(curve, key=lambda point: point[1]), curve[-1]
-        if best - last > REGRESSION * abs(best):
-            words = f"{name} fell from {best:.3g} at step {step} to {last:.3g} at step {end}"
-            condition = "reward_hacking" if rises else "regression"
-            found.append((condition, words + ", while the reward rose" * rises))
-    return found
+def _rewards(run: History) -> Judged:
+    if run.stage not in ONLINE or run.metrics.get("reward", 0.0) >= BEST_REWARD:
+        return
+    if curve := run.curve("reward", FEWEST_REWARDS):
+        before, after, noise = _ends(curve, 3)
+        if after - before <= max(2 * noise, 0.02 * abs(before)):
+            words = f"reward went from {before:.4g} to {after:.4g} in {curve[-1][0]:,} steps"
+            yield "reward_flat", f"{words}, no more than its noise"
+    if (alike := run.curve("zero_variance_share")) and (last := _ends(alike)[1]) > ALIKE:
+        yield "alike", f"in {last:.0%} of the groups all completions have the same reward"
 
 
 def _preferences(run: History) -> Judged:
-    loss = run.curve("loss")
-    wins = run.curve("eval_win_rate", 2) or run.curve("win_rate")
-    if run.stage != "dpo" or not loss or not wins:
-        return []
-    (first, last), (before, after) = _ends(loss), _ends(wins)
-    if last > 0.9 * first or after > before + 0.01:
-        return []
-    words = (
-        f"training loss fell from {first:.4g} to {last:.4g}, and the win rate went from {before:.1%} to {after:.1%}"
-    )
-    return [("preference", words)]
+    loss, wins = run.curve("loss"), run.curve("eval_win_rate", 2) or run.curve("win_rate")
+    if run.stage == "dpo" and loss and wins:
+        (first, last, _), (before, after, _) = _ends(loss), _ends(wins)
+        if last < 0.9 * first and after <= before + 0.01:
+            words = f"training loss fell from {first:.4g} to {last:.4g}"
+            yield "preference", f"{words}, and the win rate went from {before:.1%} to {after:.1%}"
 
 
 def _sources(run: History) -> Judged:
-    whole, found = run.curve("eval_loss", 2), []
-    if not whole or whole[-1][1] > (1 - HARDLY) * whole[0][1]:
-        return []
+    whole = run.curve("eval_loss", 2)
     for name, curve in run.curves.items():
-        if name.startswith("eval_loss/") and len(curve) > 1 and curve[-1][1] > 0.99 * curve[0][1]:
+        falls = whole and whole[-1][1] < (1 - HARDLY) * whole[0][1]
+        if falls and name.startswith("eval_loss/") and len(curve) > 1 and curve[-1][1] > 0.99 * curve[0][1]:
             words = f"loss of {name.partition('/')[2]} went from {curve[0][1]:.4g} to {curve[-1][1]:.4g}"
-            found.append(("data", f"{words}, of all sources from {whole[0][1]:.4g} to {whole[-1][1]:.4g}"))
-    return found
+            yield "data", f"{words}, of all sources from {whole[0][1]:.4g} to {whole[-1][1]:.4g}"

@@ -1,11 +1,8 @@
-"""Learning-rate range test: the stage's own trainer on its own data while the rate rises exponentially, step by step.
+"""Learning-rate range test: a stage's own trainer on its own data while the rate rises exponentially, step by step.
 
-Nothing of the run is kept: it happens in a temporary folder, without evaluation and checkpoints.
-Source: Smith 2017 (arXiv:1506.01186), section 3.3; the exponential rise and the stop are those of its later users.
+It happens in a temporary folder, without evaluation and checkpoints.  Source: Smith 2017 (arXiv:1506.01186).
 """
 
-import csv
-import io
 import math
 import statistics
 import tempfile
@@ -30,7 +27,7 @@ from llmlab.settings.sources import Resolved
 
 SMOOTHING = 0.9  # weight of the past in the running mean that decides about the stop
 TOO_HIGH = 4.0  # times the lowest running mean
-WINDOW = 0.5  # decades of the rate over which the loss is averaged, and twice that its slope taken
+WINDOW = 0.25  # decades of the rate before and after a step whose losses are averaged; for its slope, twice that
 LEAST_FALL = 0.01  # of the loss, relative, for a suggestion
 
 
@@ -52,50 +49,57 @@ class RangeTest(TrainerCallback):
     @property
     def rates(self) -> np.ndarray:
         """The learning rate of each step that was taken, (steps,)."""
-        return self.low * (self.high / self.low) ** (np.arange(len(self.losses)) / max(self.steps - 1, 1))
+        return self.low * (self.high / self.low) ** (np.arange(len(self.losses)) / (self.steps - 1))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if not math.isfinite(logs.get("loss", math.nan)):
+        loss, number = logs.get("loss", math.nan), len(self.losses)
+        if not math.isfinite(loss):
             return
-        loss = logs["loss"]
-        if self.before[len(self.losses) :]:
-            loss *= statistics.fmean(self.before) / max(self.before[len(self.losses)], 1e-9)
+        if number < len(self.before):
+            loss *= statistics.fmean(self.before) / max(self.before[number], 1e-9)
         self.losses.append(loss)
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
-        smooth = self.mean / (1 - SMOOTHING ** len(self.losses))
+        smooth = self.mean / (1 - SMOOTHING ** (number + 1))
         self.lowest = min(self.lowest, smooth)
         control.should_training_stop |= smooth > TOO_HIGH * self.lowest
 
-    def smooth(self) -> np.ndarray:
-        """Returns the loss averaged over half a decade of rates around each step, (steps,)."""
-        reach = max(round(self.per_decade * WINDOW / 2), 1)
-        padded = np.pad(self.losses, reach, mode="edge")
-        return np.convolve(padded, np.full(2 * reach + 1, 1 / (2 * reach + 1)), mode="valid")
+    def _filter(self, values: Any, decades: float, weigh: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Returns weighted sums of the values so many decades around each step, (steps,)."""
+        reach = max(round(decades * (self.steps - 1) / math.log10(self.high / self.low)), 1)
+        return np.correlate(np.pad(values, reach, mode="edge"), weigh(np.arange(-reach, reach + 1)), mode="valid")
 
-    @property
-    def per_decade(self) -> float:
-        return (self.steps - 1) / math.log10(self.high / self.low)
+    def smooth(self) -> np.ndarray:
+        """Returns the moving mean of the losses, (steps,)."""
+        return self._filter(self.losses, WINDOW, lambda at: np.full(len(at), 1 / len(at)))
 
     def suggest(self) -> float | None:
-        """Returns the rate at which the smoothed loss falls steepest in log(rate), before its lowest; None where it
-        never falls."""
+        """Returns the rate where the smoothed loss falls steepest in log(rate), by least squares, before its lowest;
+        None where it never falls."""
         smooth = self.smooth()
         lowest = int(smooth.argmin())
-        if smooth[lowest] > (1 - LEAST_FALL) * smooth[: lowest + 1].max():
+        if smooth[lowest] > (1 - LEAST_FALL) * smooth[0]:
             return None
-        reach = max(round(self.per_decade * WINDOW), 1)
-        offsets = np.arange(-reach, reach + 1)
-        padded = np.pad(smooth, reach, mode="edge")
-        slopes = np.convolve(padded, -offsets / (offsets**2).sum(), mode="valid")[: lowest + 1]  # least squares
+        slopes = self._filter(smooth, 2 * WINDOW, lambda at: at / (at**2).sum())[: lowest + 1]
         return float(f"{self.rates[int(slopes.argmin())]:.1e}")
 
-    def write_csv(self, path: Path) -> None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("step", "learning_rate", "loss", "smoothed_loss"))
-        rows = zip(self.rates.tolist(), self.losses, self.smooth().tolist(), strict=True)
-        writer.writerows((step, f"{rate:.6g}", loss, mean) for step, (rate, loss, mean) in enumerate(rows, start=1))
-        write_atomically(path, text.getvalue())
+    def write(self, chart: Path, table: Path, title: str) -> None:
+        """Writes the curve as CSV, and as an image, PNG or SVG by the file's ending."""
+        from matplotlib.figure import Figure
+
+        smooth, suggestion = self.smooth(), self.suggest()
+        rows = zip(self.rates.tolist(), self.losses, smooth.tolist(), strict=True)
+        lines = ["learning_rate,loss,smoothed_loss", *(",".join(f"{value:.6g}" for value in row) for row in rows)]
+        write_atomically(table, "\n".join(lines) + "\n")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.semilogx(self.rates, self.losses, color="0.75", label="loss")
+        axes.semilogx(self.rates, smooth, color="tab:blue", label="smoothed")
+        if suggestion is not None:
+            axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"steepest fall: {suggestion:g}")
+        axes.set_ylim(top=min(max(self.losses), 2 * smooth[0] - smooth.min()) + 0.05 * smooth[0])
+        axes.set(xlabel="learning rate", ylabel="training loss", title=title)
+        axes.legend()
+        figure.savefig(chart, dpi=120)
 
 
 class _Tested:
@@ -103,70 +107,44 @@ class _Tested:
 
     test: RangeTest
 
-    def train(self, trainer: Any, *, plan: Sequence[Any], **options: Any) -> None:
-        test = self.test
-        args, growth = trainer.args, (test.high / test.low) ** (1 / max(test.steps - 1, 1))
+    def train(self: Any, trainer: Any, *, plan: Sequence[Any], **options: Any) -> None:
+        test, args, handler = self.test, trainer.args, trainer.callback_handler
+        growth, before = (test.high / test.low) ** (1 / (test.steps - 1)), RangeTest(test.low, test.high, test.steps)
         args.eval_on_start, args.eval_strategy, args.save_strategy = False, "no", "no"
-        trainer.create_optimizer()
-        untrained = RangeTest(test.low, test.high, test.steps)
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: 0.0)
-        unwanted = (PrinterCallback, SaveSchedule, *(() if self.console.is_terminal else (ProgressLine,)))  # type: ignore[attr-defined]
-        callbacks = trainer.callback_handler.callbacks
-        trainer.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, unwanted)]
-        print_plan(self.console, f"{self.stage}: learning-rate range test", plan)  # type: ignore[attr-defined]
+        unwanted = (PrinterCallback, SaveSchedule, *(() if self.console.is_terminal else (ProgressLine,)))
+        handler.callbacks = [each for each in handler.callbacks if not isinstance(each, unwanted)]
+        print_plan(self.console, f"{self.stage}: learning-rate range test", plan)
+        optimizer = trainer.create_optimizer()
         try:
             with quiet_libraries():
-                trainer.add_callback(untrained)
-                trainer.accelerator.backward = lambda *args, **kwargs: None
-                trainer.train()
-                del trainer.accelerator.backward
-                trainer.remove_callback(untrained)
-                test.before = untrained.losses
-                trainer.add_callback(test)
-                trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: growth**step)
-                set_seed(args.seed)  # the same rows again
-                trainer.train()
+                for recorder, factor in ((before, 0.0), (test, growth)):  # at rate 0 only the losses are wanted
+                    set_seed(args.seed)  # the same rows
+                    trainer.add_callback(recorder)
+                    trainer.lr_scheduler = LambdaLR(optimizer, lambda step, factor=factor: factor**step * bool(factor))
+                    if recorder is before:
+                        trainer.accelerator.backward = lambda *args, **kwargs: None
+                    trainer.train()
+                    if recorder is before:
+                        del trainer.accelerator.backward
+                        trainer.remove_callback(before)
+                        test.before = before.losses
         except Diverged:
             pass  # what was looked for
         finally:
-            self.progress.stop()  # type: ignore[attr-defined]
+            self.progress.stop()
 
 
-def run_range_test(
-    stage: str, function: Callable[..., Any], resolved: Resolved[Any], test: RangeTest, *, console: Console
-) -> None:
+def run_range_test(stage: str, function: Any, resolved: Resolved[Any], test: RangeTest, console: Console) -> None:
     """Takes the steps of a test with a stage's settings and data, in a temporary run folder."""
     with tempfile.TemporaryDirectory(prefix="llmlab-lr-") as folder:
-        resolved = function.prepare(resolved)  # type: ignore[attr-defined]
-        kind = type(resolved.settings)
-        rate, fields = spellings_of(kind)["learning_rate"].name, kind.model_fields
-        changes = {"output_dir": f"{folder}/run", rate: test.low, "max_steps": test.steps, "warmup_steps": 0}
-        changes |= {"epochs": None, "scheduler": "none", "log_every": 1, "eval_every": 10**6, "save_every": 10**6}
+        resolved, kind = function.prepare(resolved), type(resolved.settings)
+        changes = {"output_dir": f"{folder}/run", spellings_of(kind)["learning_rate"].name: test.low}
+        changes |= {"max_steps": test.steps, "epochs": None, "warmup_steps": 0, "scheduler": "none", "log_every": 1}
         changes |= {"gates": [], "gate_every": None, "metric_for_best_model": None, "save_best_only": False}
-        changes = {name: value for name, value in changes.items() if name in fields}
+        changes = {name: value for name, value in changes.items() if name in kind.model_fields}
         resolved = replace(resolved, settings=resolved.settings.model_copy(update=changes))
-        run_class = type("RangeTestRun", (_Tested, function.run_class), {"test": test})  # type: ignore[attr-defined]
-        starting = begin(
-            run_class, stage, resolved, resume=None, load_optimizer=True, allow_changed_data=False, console=console
-        )
-        with starting as run, explain_out_of_memory(run):
+        run_class = type("RangeTestRun", (_Tested, function.run_class), {"test": test})
+        start = {"resume": None, "load_optimizer": True, "allow_changed_data": False, "console": console}
+        with begin(run_class, stage, resolved, **start) as run, explain_out_of_memory(run):
             run.function = function
-            function.function(run)  # type: ignore[attr-defined]
-
-
-def draw(test: RangeTest, path: Path, stage: str, suggestion: float | None) -> None:
-    """Writes the chart of a test as an image, PNG or SVG by the file's ending."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogx(test.rates, test.losses, color="0.75", linewidth=1, label="loss")
-    axes.semilogx(test.rates, test.smooth(), color="tab:blue", label="smoothed")
-    if suggestion is not None:
-        axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"steepest fall: {suggestion:g}")
-    smooth = test.smooth()
-    axes.set_ylim(top=min(max(test.losses), 2 * smooth[0] - smooth.min()) + 0.05 * abs(smooth[0]))
-    axes.set(xlabel="learning rate", ylabel="training loss", title=f"{stage}: learning-rate range test")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+            function.function(run)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmlab.health.advice import URGENCY, Finding, History, changed, diagnose, own_settings, propose
+from llmlab.health.advice import URGENCY, History, changed, diagnose, own_settings, propose
 from llmlab.health.symptoms import Event, load_table
 from llmlab.settings import settings_class
 from llmlab.settings.files import Layer
@@ -25,7 +25,7 @@ def falling(start, end, count=20):
 
 
 def conditions(**run):
-    return [finding.condition for finding in diagnose(history(**run))]
+    return list(diagnose(history(**run)))
 
 
 def noisy(values, size):
@@ -74,22 +74,13 @@ def test_healthy_runs_are_said_to_be_healthy(run):
             "validation loss 5.2 is hardly below the entropy of token counts, 5.19",
         ),
         ("unstable", {"loss": falling(3, 1, 10) + [2.0] * 10}, "training loss rose from"),
-        ("unstable", {"loss": falling(3, 1), "grad_norm": [2.0] * 10 + [7.0] * 10}, "gradient norm is 7"),
         ("unstable", {"status": "diverged"}, "not finite"),
-        ("drift", {"stage": "ppo", "kl": falling(0.01, 0.3)}, "KL divergence to the reference is 0.29"),
-        ("collapse", {"stage": "grpo", "entropy": falling(2.5, 0.4)}, "entropy fell from 1.9"),
         (
             "alike",
             {"stage": "grpo", "zero_variance_share": [0.8] * 20, "metrics": {"reward": 0.2}},
             "in 80% of the groups all completions have the same reward",
         ),
         ("reward_flat", {"stage": "ppo", "reward": noisy([0.3] * 20, 0.02)}, "no more than its noise"),
-        (
-            "reward_hacking",
-            {"stage": "grpo", "reward": [n / 20 for n in range(20)], "gate__json": [0.9, 0.8]},
-            "gate/json fell from 0.9 at step 10 to 0.8 at step 20, while the reward rose",
-        ),
-        ("regression", {"loss": falling(3, 1), "gate__json": [0.9, 0.8]}, "gate/json fell from 0.9"),
         (
             "preference",
             {"stage": "dpo", "loss": falling(0.69, 0.3), "eval_win_rate": [0.61, 0.6, 0.6]},
@@ -103,15 +94,15 @@ def test_healthy_runs_are_said_to_be_healthy(run):
     ],
 )
 def test_each_condition_with_its_evidence(condition, run, words):
-    found = {finding.condition: finding.evidence for finding in diagnose(history(**run))}
+    found = diagnose(history(**run))
     assert any(words in sentence for sentence in found[condition]), found
 
 
 def test_adapters_are_named_where_they_do_not_improve():
-    (finding,) = diagnose(history(loss=falling(3, 2.95), settings={"lora_r": 4}))
-    assert "with adapters of rank 4 (minimal)" in finding.evidence[0]
+    found = diagnose(history(loss=falling(3, 2.95), settings={"lora_r": 4}))
+    assert "with adapters of rank 4 (minimal)" in found["underfitting"][0]
     kind = settings_class("sft")
-    changes = propose(kind, {"datasets": ["demo/chat"], "lora_r": 4, "lora_alpha": 8}, [finding])
+    changes = propose(kind, {"datasets": ["demo/chat"], "lora_r": 4, "lora_alpha": 8}, list(found))
     assert changes["lora_r"] == (4, 8) and changes["lora_alpha"] == (8, 16)
     assert changes["lora_preset"] == ("minimal", "all") and changes["learning_rate"] == (5e-6, 1e-5)
 
@@ -119,11 +110,11 @@ def test_adapters_are_named_where_they_do_not_improve():
 def test_events_are_evidence_too_and_the_urgent_comes_first():
     events = [Event(step, "loss_spike", "loss", 9.0, f"loss jumped to {step}", "warning") for step in range(1, 6)]
     events.append(Event(9, "unknown of a later version", "loss", 1.0, "?"))
-    first, second = diagnose(history(events=events, loss=falling(3, 2.95)))
-    assert (first.condition, second.condition) == ("unstable", "underfitting")
-    assert first.evidence[0] == "step 1: loss jumped to 1" and first.evidence[-1] == "and 2 more such events"
+    found = diagnose(history(events=events, loss=falling(3, 2.95)))
+    assert list(found) == ["unstable", "underfitting"]
+    assert found["unstable"] == [*(f"step {n}: loss jumped to {n}" for n in (1, 2, 3)), "and 2 more such events"]
     own = {"datasets": ["demo/chat"], "learning_rate": 1e-4}
-    assert propose(settings_class("sft"), own, [first, second])["learning_rate"] == (1e-4, 5e-5)
+    assert propose(settings_class("sft"), own, list(found))["learning_rate"] == (1e-4, 5e-5)
 
 
 def test_conditions_are_those_of_the_table():
@@ -133,13 +124,13 @@ def test_conditions_are_those_of_the_table():
 def test_only_valid_changes_are_proposed():
     """Epochs and steps are one quantity, PPO has no dropout, and custom targets stay."""
     sft = {"datasets": ["demo/chat"], "epochs": 3, "lora_target_modules": ["q_proj"]}
-    changes = propose(settings_class("sft"), sft, [Finding("underfitting", [])])
+    changes = propose(settings_class("sft"), sft, ["underfitting"])
     assert changes["epochs"] == (3, 5) and "max_steps" not in changes and "lora_preset" not in changes
     ppo = {"datasets": ["demo/chat"], "lora_r": 8, "batch_size": 4, "mini_batch_size": 4}
-    changes = propose(settings_class("ppo"), ppo, [Finding("overfitting", []), Finding("unstable", [])])
+    changes = propose(settings_class("ppo"), ppo, ["overfitting", "unstable"])
     assert "lora_dropout" not in changes and "gradient_accumulation_steps" not in changes
     pretrain = {"model": {"dropout": 0.05}}
-    changes = propose(settings_class("pretrain"), pretrain, [Finding("overfitting", [])])
+    changes = propose(settings_class("pretrain"), pretrain, ["overfitting"])
     assert changes["model.dropout"] == (0.05, 0.1)
     assert changed(pretrain, {"model.dropout": 0.1}) == {"model": {"dropout": 0.1}}
 
