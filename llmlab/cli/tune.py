@@ -29,7 +29,7 @@ def tune_lr(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Raise the learning rate exponentially over a few steps, and suggest the one where the loss falls steepest.
+    """Raise the learning rate exponentially over a few steps, and suggest one.
 
     The stage's own model, data and trainer are used, in a temporary folder that is removed. It stops early where the
     smoothed loss exceeds 4 x its lowest. Source: Smith 2017 (arXiv:1506.01186).
@@ -76,5 +76,5 @@ def tune_lr(
     if suggestion is None:
         console.print("no suggestion: the loss never fell by 1 %; try --high, more --steps, or look at the data")
     else:
-        how = f"where the smoothed loss falls steepest per decade, before its lowest (now {now:g})"
+        how = f"midway between its steepest fall, {test.landmarks()[0]:.1e}, and its lowest (now {now:g})"
         console.print(f"[bold]{key}: {suggestion:g}[/]  [dim]# {how}[/]", soft_wrap=True)

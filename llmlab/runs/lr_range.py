@@ -72,15 +72,21 @@ class RangeTest(TrainerCallback):
         """Returns the moving mean of the losses, (steps,)."""
         return self._filter(self.losses, WINDOW, lambda at: np.full(len(at), 1 / len(at)))
 
-    def suggest(self) -> float | None:
-        """Returns the rate where the smoothed loss falls steepest in log(rate), by least squares, before its lowest;
-        None where it never falls."""
+    def landmarks(self) -> tuple[float, float] | None:
+        """Returns the rate where the smoothed loss falls steepest in log(rate), by least squares, and the rate where it
+        is lowest; None where it never falls."""
         smooth = self.smooth()
         lowest = int(smooth.argmin())
         if smooth[lowest] > (1 - LEAST_FALL) * smooth[0]:
             return None
         slopes = self._filter(smooth, 2 * WINDOW, lambda at: at / (at**2).sum())[: lowest + 1]
-        return float(f"{self.rates[int(slopes.argmin())]:.1e}")
+        return float(self.rates[int(slopes.argmin())]), float(self.rates[lowest])
+
+    def suggest(self) -> float | None:
+        """Returns the rate midway, on a logarithmic scale, between the steepest fall and the lowest loss: the first is
+        often too careful, and at the second a whole run is about to diverge."""
+        found = self.landmarks()
+        return float(f"{math.sqrt(found[0] * found[1]):.1e}") if found else None
 
     def write(self, chart: Path, table: Path, title: str) -> None:
         """Writes the curve as CSV, and as an image, PNG or SVG by the file's ending."""
@@ -95,7 +101,7 @@ class RangeTest(TrainerCallback):
         axes.semilogx(self.rates, self.losses, color="0.75", label="loss")
         axes.semilogx(self.rates, smooth, color="tab:blue", label="smoothed")
         if suggestion is not None:
-            axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"steepest fall: {suggestion:g}")
+            axes.axvline(suggestion, color="tab:orange", linestyle="--", label=f"suggestion: {suggestion:g}")
         axes.set_ylim(top=min(max(self.losses), 2 * smooth[0] - smooth.min()) + 0.05 * smooth[0])
         axes.set(xlabel="learning rate", ylabel="training loss", title=title)
         axes.legend()

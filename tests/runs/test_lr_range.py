@@ -28,10 +28,12 @@ def valley(rate):
     return 4 - 3 / (1 + math.exp(-4 * (math.log10(rate) + 3))) + (100 * rate if rate > 1e-1 else 0)
 
 
-def test_the_steepest_fall_is_suggested():
+def test_the_suggestion_is_midway_between_the_steepest_fall_and_the_lowest_loss():
     test = RangeTest(1e-6, 1.0, 120)
     take(test, valley)
-    assert test.suggest() == pytest.approx(1e-3, rel=0.15)
+    steepest, lowest = test.landmarks()
+    assert steepest == pytest.approx(1e-3, rel=0.15) and 3e-2 < lowest < 0.2
+    assert test.suggest() == pytest.approx(math.sqrt(steepest * lowest), rel=0.05)
 
 
 def test_rows_do_not_matter():
@@ -41,7 +43,7 @@ def test_rows_do_not_matter():
     take(alone, valley, factors)
     test = RangeTest(1e-6, 1.0, 120, before=[4 * factor for factor in factors])
     take(test, valley, factors)
-    assert test.suggest() == pytest.approx(1e-3, rel=0.15) != alone.suggest()
+    assert test.landmarks()[0] == pytest.approx(1e-3, rel=0.15) != alone.landmarks()[0]
 
 
 def test_it_stops_where_the_smoothed_loss_exceeds_four_times_its_lowest():
