@@ -151,10 +151,11 @@ def _underfitting(run: History) -> Judged:
     loss, evaluated, entropy = run.curve("loss"), run.curve("eval_loss", 2), run.metrics.get("unigram_entropy")
     if loss and run.stage in ("pretrain", "sft", *PAIRS):
         first, last, settings = loss[0][1], _ends(loss)[1], run.settings
-        lora = f", with adapters of rank {settings.lora_r} ({settings.lora_preset})" if _uses_lora(settings) else ""
+        lora = getattr(settings, "use_lora", False)
+        adapters = f", with adapters of rank {settings.lora_r} ({settings.lora_preset})" if lora else ""
         if 0 <= first - last < HARDLY * first and last > SMALL_LOSS:
             words = f"training loss fell by {1 - last / first:.1%} alone, from {first:.4g} to {last:.4g}"
-            yield "underfitting", f"{words} in {loss[-1][0]:,} steps{lora}"
+            yield "underfitting", f"{words} in {loss[-1][0]:,} steps{adapters}"
     if evaluated and run.stage in ("pretrain", "sft"):
         (end, last), late = evaluated[-1], [point for point in evaluated if point[0] >= 0.75 * evaluated[-1][0]]
         if entropy and last > (1 - HARDLY) * entropy:
@@ -164,10 +165,6 @@ def _underfitting(run: History) -> Judged:
         if before - last > HARDLY * before and last > SMALL_LOSS:
             words = f"validation loss still fell by {1 - last / before:.1%} from step {step} to the end"
             yield "underfitting", f"{words}, step {end} ({before:.4g} to {last:.4g})"
-
-
-def _uses_lora(settings: Any) -> bool:
-    return getattr(settings, "use_lora", False)
 
 
 def _rewards(run: History) -> Judged:

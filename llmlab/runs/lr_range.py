@@ -73,8 +73,8 @@ class RangeTest(TrainerCallback):
         return self._filter(self.losses, WINDOW, lambda at: np.full(len(at), 1 / len(at)))
 
     def landmarks(self) -> tuple[float, float] | None:
-        """Returns the rate where the smoothed loss falls steepest in log(rate), by least squares, and the rate where it
-        is lowest; None where it never falls."""
+        """Returns the rates where the smoothed loss falls steepest in log(rate), by least squares, and where it is
+        lowest; None where it never falls."""
         smooth = self.smooth()
         lowest = int(smooth.argmin())
         if smooth[lowest] > (1 - LEAST_FALL) * smooth[0]:
