@@ -60,7 +60,7 @@ def test_nothing_is_suggested_where_the_loss_never_falls():
     assert test.suggest() is None
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_a_stage_is_tested_as_it_is(tiny_settings, tmp_path, quiet, stage):
     test = RangeTest(1e-6, 10.0, 25)
     resolved = as_resolved(tiny_settings(stage, tmp_path / "run", max_steps=7))
