@@ -23,6 +23,7 @@ URGENCY = (  # a setting that two conditions change follows the first of them
 PAIRS, ONLINE = ("dpo", "orpo", "reward"), ("ppo", "grpo")
 FEWEST, FEWEST_REWARDS = 5, 10  # logged values that show a trend; rewards are noisier
 RISE, EXPLOSION = 1.02, 1.2  # of the validation loss over its best, of the training loss over its lowest
+SPIKE = 1.5  # of the training loss over its lowest so far
 HARDLY = 0.05  # relative fall of a loss that hardly falls, or that still falls well at the end of a run
 SMALL_LOSS = 0.3  # nats per token: little is left to fall
 ALIKE, BEST_REWARD = 0.6, 0.95  # share of groups of equal rewards; a reward that needs no more
@@ -134,6 +135,12 @@ def _instability(run: History) -> Judged:
         if means[-1] > EXPLOSION * means[lowest] and means[-1] - means[lowest] > HARDLY:
             where = f"from {means[lowest]:.4g} around step {loss[lowest + part // 2][0]}"
             yield "unstable", f"training loss rose {where} to {means[-1]:.4g} at the end"
+        lows = [min(loss[: at + 1], key=lambda point: point[1]) for at in range(len(loss))]
+        (start, low), (step, peak) = max(
+            zip(lows, loss, strict=True), key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9)
+        )
+        if peak > SPIKE * low and peak - low > SMALL_LOSS:
+            yield "unstable", f"training loss jumped from {low:.4g} at step {start} to {peak:.4g} at step {step}"
 
 
 def _overfitting(run: History) -> Judged:

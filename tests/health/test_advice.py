@@ -74,6 +74,7 @@ def test_healthy_runs_are_said_to_be_healthy(run):
             "validation loss 5.2 is hardly below the entropy of token counts, 5.19",
         ),
         ("unstable", {"loss": falling(3, 1, 10) + [2.0] * 10}, "training loss rose from"),
+        ("unstable", {"loss": [1.1, 1.5, 2.3, 1.8, 1.2, 0.9]}, "jumped from 1.1 at step 10 to 2.3 at step 30"),
         ("unstable", {"status": "diverged"}, "not finite"),
         (
             "alike",
