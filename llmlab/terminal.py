@@ -147,11 +147,17 @@ class Curve:
 
 
 def draw_curves(
-    curves: Sequence[Curve], *, width: int, height: int, scale: Sequence[tuple[int, float]] | None = None
+    curves: Sequence[Curve],
+    *,
+    width: int,
+    height: int,
+    scale: Sequence[tuple[int, float]] | None = None,
+    ends: tuple[str, str] | None = None,
 ) -> list[Text]:
     """Returns curves in braille dots (two across and four down a character) over an axis of steps.
 
     Where many points share a dot's column, their mean is drawn; the axes span the points of `scale`, or of all curves.
+    `ends` are written below the axis in place of the first and last step.
     """
     whole = scale or [point for curve in curves for point in curve.points]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*whole, strict=True))
@@ -178,7 +184,7 @@ def draw_curves(
             line.append(character, style=f"not dim {style}" if style else "")
         line.rstrip()
         lines.append(line)
-    first, last = f"{left:,}", f"step {right:,}"
+    first, last = ends or (f"{left:,}", f"step {right:,}")
     lines.append(Text(f"{'':>{margin}} └{'─' * (across // 2)}", style="dim"))
     lines.append(Text(f"{'':>{margin}}  {first}{last:>{across // 2 - len(first)}}", style="dim"))
     return lines

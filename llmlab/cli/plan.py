@@ -57,7 +57,7 @@ def plan(
     options = {"rows": rows, "mean": mean, "utilization": utilization}
     plans: dict[str, Any] = {}
     for name in hardware_presets() if hardware == "all" else [hardware]:
-        settings = _resolve(stage, context.args, name, processes)
+        settings = resolve_words("plan", stage, context.args, name, processes).settings
         machine = describe_machine(name, settings.dtype) if name else probe(settings.device, settings.dtype)
         own, config = launch_of(recommend_preset(probe()) if name == "auto" else name) if name else (1, None)
         shared = sharding or ("fsdp2" if config == "fsdp2" else "none")
@@ -81,16 +81,16 @@ def plan(
 plan.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}  # type: ignore[attr-defined]
 
 
-def _resolve(stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
-    """Returns the settings that a stage's command has with these words."""
+def resolve_words(command: str, stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
+    """Returns the resolved settings that a stage's command has with these words, for another command."""
     from llmlab.cli.options import stage_command
 
     found: list[Any] = []
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command(stage)(stage_command(stage, use=found.append, processes=processes))
     words = [*words, *(["--hardware", hardware] if hardware else [])]
-    typer.main.get_command(app)(words, prog_name=f"llmlab plan {stage}", standalone_mode=False)
-    return found[0].settings if found else _stop()
+    typer.main.get_command(app)(words, prog_name=f"llmlab {command} {stage}", standalone_mode=False)
+    return found[0] if found else _stop()
 
 
 def _stop() -> Any:

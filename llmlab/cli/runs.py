@@ -16,7 +16,7 @@ from rich.tree import Tree
 from llmlab.health.checks import outside_bands
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
-from llmlab.runs.record import read_events
+from llmlab.runs.record import read_events, read_hardest_rows
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
@@ -76,10 +76,13 @@ def list_runs(
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     metric: Metric = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Show the validation rows with the highest loss.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
     chosen = history.open_run(run)
+    if rows:
+        return _show_rows(chosen, as_json)
     curve_name = history.curve_metric([chosen], metric) or ""
     if metric is None and curve_name.removeprefix("eval_") in chosen.curves:
         curve_name = curve_name.removeprefix("eval_")  # the evaluations are marked on it
@@ -178,6 +181,22 @@ def report(
     say(str(page))
     if browse:
         webbrowser.open(page.resolve().as_uri())
+
+
+def _show_rows(run: RunFolder, as_json: bool) -> None:
+    """Prints the validation rows with the highest loss at the last evaluation."""
+    found = read_hardest_rows(run.folder)
+    if as_json:
+        return say_json(found, indent=2)
+    if not found:
+        raise UserError(f"{run.folder}: no hardest rows are recorded; pretrain and sft record them at evaluations")
+    console = Terminal()
+    console.print(f"[bold]rows with the highest loss[/] at step {found[0].get('step', '?')}, nats a token")
+    table = make_table(numeric("loss"), numeric("tokens"), "source", numeric("row"), Column("begins", ratio=1), gap=1)
+    for line in found:
+        cells = (_cell(line.get(name)) for name in ("loss", "tokens", "source", "row"))
+        table.add_row(*cells, safe(" ".join(str(line.get("text", "")).split())))
+    console.print(table)
 
 
 def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:

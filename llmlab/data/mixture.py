@@ -5,7 +5,7 @@ weights alone, not on the length: row i stays row i when a run is extended, and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,12 @@ class Mixture(Dataset):
         """Returns the stable name of a row, without reading it."""
         source, row = self.locate(index)
         return self.sources[source].sample_id(row)
+
+    def origins(self) -> Iterator[tuple[np.ndarray, str, int]]:
+        """Yields the tokens of each row, the name of its source and its number there, from 1."""
+        for index in range(self.length):
+            source, row = self.locate(index)
+            yield self.sources[source].row(row), self.sources[source].name.removesuffix("/held-out"), row + 1
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns the source of a row, and its index within that source."""

@@ -26,7 +26,8 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
+    with_tokens: bool = False,
+) -> Any:
     """Returns the cross entropy of the next tokens, with the output head's product in it.
 
     Products are in autocast's dtype where it is on, else in the weight's; softmax and sums in fp32.  The backward pass
@@ -37,6 +38,7 @@ def linear_cross_entropy(
         weight: the head's, (vocabulary, hidden).
         labels: not shifted, (batch, time); -100 is ignored.
         num_items_in_batch: divisor of the summed loss; None is the number of labels that are not ignored.
+        with_tokens: whether to return the losses of the next tokens too, (batch, time - 1), 0 where ignored.
 
     Returns:
         The loss in nats, a scalar in fp32; 0 where every label is ignored.
@@ -46,12 +48,13 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(device)  # (batch * time,)
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss, *_ = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad)
+    loss, _, _, token_losses = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
-    return loss / num_items_in_batch
+    loss = loss / num_items_in_batch
+    return (loss, token_losses.detach().view(labels.shape)[:, :-1]) if with_tokens else loss
 
 
 def loss_and_gradients(
@@ -61,8 +64,8 @@ def loss_and_gradients(
     dtype: torch.dtype,
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the summed loss and its gradients, empty where not needed; products are in `dtype`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the summed loss, its gradients, empty where not needed, and each token's loss; products are in `dtype`.
 
     Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), targets, which are shifted, (tokens,).
     """
@@ -70,14 +73,16 @@ def loss_and_gradients(
     scored = (targets != IGNORE_INDEX).nonzero()[:, 0]  # (scored,)
     states, head, targets = hidden[scored].to(dtype), weight.to(dtype), targets[scored]
     loss, grad_weight, grad_states = hidden.new_zeros((), dtype=wide), None, torch.empty_like(states)
+    losses, token_losses = (hidden.new_zeros(len(x), dtype=wide) for x in (states, hidden))
 
     least = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CHUNK_TOKENS
     longest = max(least, CHUNK_BYTES // (len(head) * dtype.itemsize))
     chunks = max(1, -(-len(scored) // longest))
     buffer = hidden.new_empty(-(-len(scored) // chunks), len(head), dtype=dtype)  # reused: fresh pages are slow
-    for chunk, labels, grad_chunk in zip(*(x.chunk(chunks) for x in (states, targets, grad_states)), strict=True):
+    parts = (x.chunk(chunks) for x in (states, targets, grad_states, losses))
+    for chunk, labels, grad_chunk, loss_chunk in zip(*parts, strict=True):
         logits = torch.mm(chunk, head.t(), out=buffer[: len(chunk)])  # (chunk, vocabulary)
-        loss += _replace_by_gradient(logits, labels, wide)
+        loss += _replace_by_gradient(logits, labels, wide, loss_chunk)
         if hidden_needs_grad:
             torch.mm(logits, head, out=grad_chunk)
         if weight_needs_grad and grad_weight is None:
@@ -91,22 +96,27 @@ def loss_and_gradients(
     grad_hidden = torch.zeros_like(hidden) if hidden_needs_grad else hidden.new_empty(0)
     if hidden_needs_grad:
         grad_hidden[scored] = grad_states.to(hidden.dtype)
-    return loss, grad_hidden, grad_weight.to(weight.dtype) if weight_needs_grad else weight.new_empty(0)
+    token_losses[scored] = losses
+    grad_weight = grad_weight.to(weight.dtype) if weight_needs_grad else weight.new_empty(0)
+    return loss, grad_hidden, grad_weight, token_losses
 
 
-def _replace_by_gradient(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient."""
+def _replace_by_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, losses: torch.Tensor
+) -> torch.Tensor:
+    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient, and `losses`,
+    (tokens,), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)
     loss = logits.new_zeros((), dtype=wide)
-    for part, labels in zip(logits.split(rows), targets.split(rows), strict=True):
+    for part, labels, own in zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True):
         score = part if part.dtype == wide else scores[: len(part)].copy_(part)
         share = torch.softmax(score, -1, out=shares[: len(part)])
         # the largest share is 1 / sum(exp(score - largest score)), and never underflows
         log_sum = score.amax(-1) - share.amax(-1).log()  # (rows,)
         index = labels[:, None]
-        loss += (log_sum - score.gather(1, index)[:, 0]).sum()
+        loss += torch.sub(log_sum, score.gather(1, index)[:, 0], out=own).sum()
         part.copy_(share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)))
     return loss
 
@@ -136,12 +146,13 @@ def _fake_loss_and_gradients(
 ) -> tuple[torch.Tensor, ...]:
     needs = zip((hidden, weight), needs_grad, strict=True)
     gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
-    return hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32)), *gradients
+    wide = torch.promote_types(dtype, torch.float32)
+    return hidden.new_empty((), dtype=wide), *gradients, hidden.new_empty(len(hidden), dtype=wide)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # nothing depends on the gradients among the outputs
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:3])
     ctx.needs_grad = inputs[-2:]
 
 

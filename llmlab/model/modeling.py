@@ -141,6 +141,8 @@ class LLMLabModel(LLMLabPreTrainedModel):
 class LanguageModelHead(nn.Linear):
     """The output head; the loss is computed by a call of it too, so that sharded weights are gathered."""
 
+    token_losses: torch.Tensor | None = None  # of the last evaluated batch, (batch, time - 1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -150,7 +152,11 @@ class LanguageModelHead(nn.Linear):
         """Returns logits, (batch, time, vocabulary), or with labels, (batch, time), the loss of the next tokens."""
         if labels is None:
             return super().forward(hidden_states.contiguous())  # a slice has a CPU copy a frozen head for each row
-        return linear_cross_entropy(hidden_states, self.weight, labels, num_items_in_batch=num_items_in_batch)
+        count = {"num_items_in_batch": num_items_in_batch}
+        if self.training:
+            return linear_cross_entropy(hidden_states, self.weight, labels, **count)
+        loss, self.token_losses = linear_cross_entropy(hidden_states, self.weight, labels, **count, with_tokens=True)
+        return loss
 
 
 class LLMLabForCausalLM(LLMLabPreTrainedModel, GenerationMixin):

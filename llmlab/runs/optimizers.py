@@ -3,8 +3,10 @@ evaluation that leaves the random states alone, and checkpoints marked as incomp
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from llmlab.runs._trl import ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
 from llmlab.runs.auto_batch import DivisibleBatches, random_states
 from llmlab.runs.guard import Guard
+from llmlab.runs.row_losses import RowLosses
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -170,6 +173,8 @@ class TokenMeanEvaluation:
     """Mixin for a trainer of next tokens: its validation loss is a mean over all tokens, however they are batched."""
 
     eval_sums: torch.Tensor  # [sum of token losses, number of tokens] of this evaluation
+    origins: Callable[[], Any] | None = None  # of the validation rows, as `RowLosses` takes them
+    rows: RowLosses | None = None
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.leave_out_repeated(inputs, self.args.eval_batch_size)
@@ -178,13 +183,21 @@ class TokenMeanEvaluation:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         self.eval_sums += torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens])
+        if self.rows is not None:
+            self.rows.add(inputs)
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.eval_sums = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        if self.origins is not None and self.rows is None:
+            self.rows = RowLosses(self.origins, partial(self.processing_class.decode, skip_special_tokens=True))
+        with nullcontext() if self.rows is None else self.rows.watch(self.model):  # type: ignore[attr-defined]
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         total, tokens = self.accelerator.reduce(self.eval_sums, reduction="sum").tolist()
         output.metrics["eval_loss"] = total / max(tokens, 1)  # the trainer's is a mean over rows
+        if self.rows is not None:
+            output.metrics.update(self.rows.metrics(self.accelerator))
+            self.rows.write(Path(self.args.output_dir), self.state.global_step, self.accelerator)
         return output
 
 

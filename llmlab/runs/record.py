@@ -29,6 +29,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "health.jsonl"
 COMPLETIONS = "completions.jsonl"
 TENSORBOARD = "tensorboard"  # the folder of its event files
+HARDEST_ROWS = "hardest_rows.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -207,6 +208,12 @@ def read_events(folder: Path) -> list[Event]:
 def read_completions(folder: Path) -> list[dict[str, Any]]:
     """Returns the completions that a run recorded on its way, oldest first."""
     return [line for line in _read_lines(folder / COMPLETIONS, "completions") if is_number(line.get("step"))]
+
+
+def read_hardest_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns the validation rows with the highest loss at the last evaluation, the highest first."""
+    lines = _read_lines(folder / HARDEST_ROWS, "hardest rows")
+    return [line for line in lines if is_number(line.get("loss")) and is_number(line.get("row"))]
 
 
 def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
+from llmlab.health.tables import find_outside
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias, use_one_gpu
@@ -114,7 +115,8 @@ def training_stage(
         start_run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         start_run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": RunResult}
         start_run.__doc__ = (function.__doc__ or "") + COMMON_ARGUMENTS
-        start_run.function, start_run.run_class = function, run_class  # type: ignore[attr-defined]  # for its plan
+        # for its plan, and for trials
+        start_run.function, start_run.run_class, start_run.prepare = function, run_class, prepare  # type: ignore[attr-defined]
         return takes_trust(start_run)
 
     return decorate
@@ -286,6 +288,7 @@ class Run(Start[S]):
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             if not self.rolled_back:
                 rows += describe_cost(self, trainer, steps - self.done)
+                rows += [("unusual", Text(sentence, style="yellow")) for sentence in self.find_unusual(trainer)]
                 rows += [("compile", compiled), *tracked, *published]
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -302,6 +305,12 @@ class Run(Start[S]):
         if events := describe_events(self.folder):
             self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
         return RunResult(self.folder, metrics)
+
+    def find_unusual(self, trainer: Trainer) -> list[str]:
+        """Returns a sentence for each setting of the user's that lies outside of the seeds' tables."""
+        size = sum(parameter.numel() for parameter in trainer.model.parameters())
+        count = self.process.num_processes
+        return find_outside(self.stage, self.settings, self.resolved.sources, parameters=size, processes=count)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""

@@ -3,8 +3,7 @@
 Source: seed, RL guide, section 3, "AWR / RS-SFT".
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 from pydantic import model_validator
@@ -100,12 +99,3 @@ class AWRSettings(OfflineSettings):
                 "num_samples_per_prompt = 1: a sample is compared with others of its prompt; expected 2 or more"
             )
         return self
-
-    @classmethod
-    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
-        """Warns of a beta outside of the guide's table."""
-        beta = values.get("advantage_beta", 5)
-        if isinstance(beta, (int, float)) and not 1 <= beta <= 10:
-            effect = "risks overfitting to outliers" if beta > 10 else "hardly weighs the samples (0 is SFT on all)"
-            warn(f"advantage_beta = {beta:g}: outside of 1 to 10, it {effect}; start with 5")
-        super().translate(values, warn)

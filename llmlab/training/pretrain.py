@@ -146,6 +146,8 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
         },
         data_collator=stack_rows,
     )
+    if corpus.validation is not None:
+        trainer.origins = corpus.validation.origins
     callbacks: list[TrainerCallback] = [StageMetrics()]
     if settings.streaming:
         stream = corpus.train

@@ -80,6 +80,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
             **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
         },
     )
+    trainer.origins = data.origins
     rows = len(trainer.train_dataset)
     flattened = settings.packing and "flash" in policy.model.config._attn_implementation
     if flattened and settings.auto_batch:

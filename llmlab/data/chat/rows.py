@@ -7,11 +7,11 @@ a source; a shorter cache is a prefix of a longer one, so the result never depen
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -87,6 +87,14 @@ class RowsReport:
         return f"{self.name} ({self.form}): " + ", ".join(parts)
 
 
+class HeldOut(NamedTuple):
+    """Validation rows of a source, and their numbers in it."""
+
+    source: str
+    rows: Dataset
+    numbers: np.ndarray
+
+
 @dataclass(frozen=True)
 class Rows:
     """Training and validation rows, and a report for each source; `validation` is None where nothing is held out."""
@@ -94,6 +102,13 @@ class Rows:
     train: Dataset
     validation: Dataset | None
     reports: list[RowsReport]
+    held_out: tuple["HeldOut", ...] = ()
+
+    def origins(self) -> Iterator[tuple[np.ndarray, str, int]]:
+        """Yields the tokens of each validation row, the name of its source and its number there, from 1."""
+        for part in self.held_out:
+            for ids, number in zip(part.rows["input_ids"], part.numbers, strict=True):
+                yield np.array(ids), part.source, int(number) + 1
 
     def set_epochs(self, epochs: float) -> None:
         """Sets the epochs over each source, given those over the mixture."""
@@ -134,27 +149,28 @@ def build_rows(
         share = source.weight / sum(weights)
         needed = _rows_to_read(share / (1 - fraction), rows_needed, max_samples)
         at_most = needed if rows_before is None else rows_before[number]
-        rows, report, splits = builder.read(source, at_most, share)
+        rows, report, splits, numbers = builder.read(source, at_most, share)
         if fraction and "validation" in splits and source.split != "validation":
             own_split = source.model_copy(update={"split": "validation"})
             held_out.append(builder.read_validation(own_split, validation_rows))
         elif fraction:
             limit = None if validation_rows is None else math.ceil(share * validation_rows)
-            rows, validation = _hold_out(rows, fraction, seed, limit, source.name)
-            held_out.append(validation)
+            rows, validation, chosen = _hold_out(rows, fraction, seed, limit, source.name)
+            held_out.append(HeldOut(report.name, validation, numbers[chosen]))
         report.trained_rows = len(rows)
         report.counts = {name: int(np.sum(rows[name][:])) for name in maker.counts}
         parts.append(rows)
         reports.append(report)
     if settings.validation_datasets is not None:
         held_out = [builder.read_validation(source, validation_rows) for source in settings.validation_datasets]
-    validation = _mix(held_out, list(map(len, held_out)), maker, seed) if held_out else None
+    counts = [len(part.rows) for part in held_out]
+    validation = _mix([part.rows for part in held_out], counts, maker, seed) if held_out else None
     if validation is not None and validation_rows:
         validation = validation.select(range(min(len(validation), validation_rows)))
     train = _mix(parts, weights, maker, seed)
     if max_samples is not None and len(train) > max_samples:
         train = train.shuffle(seed=seed).select(range(max_samples))
-    return Rows(train, validation, reports)
+    return Rows(train, validation, reports, tuple(held_out))
 
 
 def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None) -> int | None:
@@ -173,8 +189,11 @@ def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed
     return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name: str) -> tuple[Dataset, Dataset]:
-    """Splits off a held-out set of about `limit` rows by a seeded hash, so that duplicates stay on one side."""
+def _hold_out(
+    rows: Dataset, fraction: float, seed: int, limit: int | None, name: str
+) -> tuple[Dataset, Dataset, np.ndarray]:
+    """Splits off a held-out set of about `limit` rows by a seeded hash, so that duplicates stay on one side; returns
+    the others, it, and its indices."""
     keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), seed)
     ordered = np.sort(keys)
     count = math.ceil(fraction * len(rows))
@@ -183,7 +202,8 @@ def _hold_out(rows: Dataset, fraction: float, seed: int, limit: int | None, name
     if held_out.all():
         problem = f"its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}"
         raise UserError(f"{name}: {problem}; set validation_fraction=0, or name validation_datasets")
-    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(validates))
+    chosen = np.flatnonzero(validates)
+    return rows.select(np.flatnonzero(~held_out)), rows.select(chosen), chosen
 
 
 @dataclass(frozen=True)
@@ -194,14 +214,16 @@ class _Builder:
     maker: RowEncoder
     allow_truncated: float
 
-    def read_validation(self, source: DataSource, rows: int | None) -> Dataset:
+    def read_validation(self, source: DataSource, rows: int | None) -> HeldOut:
         """Returns the rows of a source that is for validation alone, of which so many are needed."""
-        return self.read(source, _rows_to_read(1.0, rows, None))[0]
+        found, report, _, numbers = self.read(source, _rows_to_read(1.0, rows, None))
+        return HeldOut(report.name, found, numbers)
 
     def read(
         self, source: DataSource, at_most: int | None, share: float = 1.0
-    ) -> tuple[Dataset, RowsReport, tuple[str, ...]]:
-        """Returns the usable rows of a source after checking them, its report, and the splits that it has."""
+    ) -> tuple[Dataset, RowsReport, tuple[str, ...], np.ndarray]:
+        """Returns the usable rows of a source after checking them, its report, the splits that it has, and the rows'
+        numbers in it."""
         found = self.maker.open(source, at_most)
         tokenizer = self.maker.tokenizer
         key = [VERSION, found.identity, found.form.columns, self.maker.identity]
@@ -212,7 +234,8 @@ class _Builder:
         checks = {name: np.array(rows[name][:]) for name in CHECKS}
         self._check(report, checks)
         unusable = (checks["dropped"] != "") | checks["lost"] | checks["left_out"]
-        return rows.select(np.flatnonzero(~unusable)), report, found.splits
+        usable = np.flatnonzero(~unusable)
+        return rows.select(usable), report, found.splits, usable
 
     def _check(self, report: RowsReport, checks: dict[str, np.ndarray]) -> None:
         """Completes the report, and refuses a source with too many unusable rows or with a wrong row."""
