@@ -1,0 +1,22 @@
+"""Sphinx: Markdown pages by MyST, executed notebooks by myst-nb, the theme furo. `make docs` builds them, strictly."""
+
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "llmlab"
+author = copyright = "the llmlab authors"
+extensions = ["myst_nb"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "llmlab"
+html_copy_source = False
+myst_heading_anchors = 3  # as GitHub makes them
+nb_execution_mode = "off"  # their outputs are committed
+linkcheck_ignore = [r"https?://"]  # pages and files of the checkout are checked, the network is not needed
+
+# notebooks lie beside the other examples, and Sphinx reads what is in its own folder
+(HERE / "notebooks").mkdir(exist_ok=True)
+for notebook in (HERE.parent / "examples").glob("*.ipynb"):
+    shutil.copy(notebook, HERE / "notebooks")
