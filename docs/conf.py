@@ -1,5 +1,6 @@
 """Sphinx: Markdown pages by MyST, executed notebooks by myst-nb, the theme furo. `make docs` builds them, strictly."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -20,3 +21,13 @@ linkcheck_ignore = [r"https?://"]  # pages and files of the checkout are checked
 (HERE / "notebooks").mkdir(exist_ok=True)
 for notebook in (HERE.parent / "examples").glob("*.ipynb"):
     shutil.copy(notebook, HERE / "notebooks")
+
+
+def leave_docs(app, name, source):
+    """Turns links that GitHub understands into what Sphinx does: notebooks are pages, other files are downloads."""
+    text = re.sub(r"\]\(\.\./examples/(\w+\.ipynb)\)", r"](notebooks/\1)", source[0])
+    source[0] = re.sub(r"\]\((\.\./[\w/]+\.md)(#[\w-]+)?\)", r"](path:\1)", text)
+
+
+def setup(app):
+    app.connect("source-read", leave_docs)

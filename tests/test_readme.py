@@ -1,4 +1,6 @@
-"""Every command and every program that README prints runs, in its order, after a quickstart.
+"""Every command and every program that README and docs/tour.md print runs, in its order, after a quickstart.
+
+The other pages' commands are parsed in `test_docs.py`, and the notebooks' cells run here.
 
 They are run as printed but for `SHORTER` and `SMALL`: fewer steps, smaller batches and less data of the same kinds.
 """
@@ -17,7 +19,7 @@ from llmlab.cli.app import main
 
 pytestmark = pytest.mark.xdist_group("readme")  # one checkout for all of them
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tour.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 QUICKSTART = [
@@ -65,7 +67,7 @@ SHORTER = {  # how a command begins: further words, which win
 
 
 def commands():
-    """Returns the commands of README's blocks, in order, comments off and continued lines joined."""
+    """Returns the commands of the blocks, in order, comments off and continued lines joined."""
     lines = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
     words = [line.removeprefix(".venv/bin/") for line in lines]
     return [re.split(r"\s+#", line)[0] for line in words if line.startswith(("llmlab ", "make "))]
