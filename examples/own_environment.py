@@ -1,4 +1,4 @@
-"""An environment of one's own: a calculator that solves the sum it is asked for. TRL's class shape, no base class needed.
+"""An environment of one's own, in TRL's class shape: a calculator that solves the sum it is asked for.
 
     llmlab episodes run runs/quickstart/merge --environment examples/own_environment.py:Calculator \
         --allow-code --tasks demo/arithmetic -n 5
