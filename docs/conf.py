@@ -13,6 +13,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "llmlab"
 html_copy_source = False
+highlight_language = "sh"  # of blocks that name none: commands
 myst_heading_anchors = 3  # as GitHub makes them
 nb_execution_mode = "off"  # their outputs are committed
 linkcheck_ignore = [r"https?://"]  # pages and files of the checkout are checked, the network is not needed
