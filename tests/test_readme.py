@@ -6,6 +6,7 @@ They are run as printed but for `SHORTER` and `SMALL`: fewer steps, smaller batc
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -63,6 +64,12 @@ SHORTER = {  # how a command begins: further words, which win
     "llmlab ppo": ["max_steps=2", *ROLLOUTS],
     # an untrained model has no right sum to learn from
     "llmlab awr": ["max_prompts=4", "num_samples_per_prompt=4", "max_new_tokens=8", "rewards=length"],
+}
+FEWER = {  # in the notebooks
+    "max_steps|eval_every|group_size": 2,
+    "batch_size|mini_batch_size": 4,
+    "max_new_tokens": 8,
+    "warmup_steps|eval_steps|eval_batches": 1,
 }
 
 
@@ -159,3 +166,16 @@ def test_the_examples_run(checkout, monkeypatch):
         assert steps in text
         text = text.replace(steps, "max_steps=2").replace("batch_size=32", "batch_size=4").replace("=128", "=16")
         exec(compile(small(text), name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain_to_chat", "sft_dpo", "tools_grpo"])
+def test_the_notebooks_run(checkout, name, monkeypatch):
+    monkeypatch.syspath_prepend(checkout)  # as Jupyter does with the folder it starts in
+    cells = json.loads(Path("examples", f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for keys, value in FEWER.items():
+        program = re.sub(rf'\b({keys})(=|": )\d+', rf"\g<1>\g<2>{value}", program)
+    program = small(program).replace("range(4000)", "range(80)")
+    exec(compile(program, name, "exec"), {"__name__": "__main__"})
+    assert len(list(Path("runs/notebooks").rglob("metrics.jsonl"))) >= 2
