@@ -13,7 +13,8 @@ from llmlab.rewards import Reward
 
 def brief(completions, **columns):
     """One for an empty answer, 0 for 100 characters and more."""
-    return [max(0.0, 1 - len(turns[-1]["content"]) / 100) for turns in completions]
+    texts = [turns if isinstance(turns, str) else turns[-1]["content"] for turns in completions]
+    return [max(0.0, 1 - len(text) / 100) for text in texts]
 
 
 if __name__ == "__main__":
