@@ -18,7 +18,9 @@ import yaml
 from llmlab.cli.app import COMMANDS, build_app, main
 from llmlab.cli.reference import render_symptoms
 from llmlab.health.symptoms import load_table
+from llmlab.pipeline.reading import read_pipeline
 from llmlab.settings.files import Layer, read_layer
+from llmlab.settings.gates import read_gates
 from llmlab.settings.presets import read_preset
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
@@ -117,6 +119,11 @@ def test_settings_on_pages_load(folder):
         if "stage" in values:
             resolve(STAGES[values.pop("stage")].settings_class, Layer(name, values))
             read += 1
+        elif "stages" in values:
+            (folder / "pipeline.yaml").write_text(text)
+            assert len(read_pipeline(folder / "pipeline.yaml").stages) == len(values["stages"])
+        else:
+            read_gates(values["gates"])
     model = resolve(STAGES["pretrain"].settings_class, read_layer(folder / "model_config.json")).settings.model
     assert read >= 3 and (model.d_model, model.n_layers) == (896, 24)  # the seed's defaults
 
