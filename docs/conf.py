@@ -16,6 +16,7 @@ html_copy_source = False
 highlight_language = "sh"  # of blocks that name none: commands
 myst_heading_anchors = 3  # as GitHub makes them
 nb_execution_mode = "off"  # their outputs are committed
+nb_merge_streams = True  # progress is one block, not one a line
 linkcheck_ignore = [r"https?://"]  # pages and files of the checkout are checked, the network is not needed
 
 # notebooks lie beside the other examples, and Sphinx reads what is in its own folder
