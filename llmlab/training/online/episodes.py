@@ -34,7 +34,7 @@ class EpisodeRollouts:
         self.rollout_func = self._play  # set here, since the constructor warns that it is experimental
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._rows, self.environments = inputs, None  # TRL would reset those of the last rollout, maybe fewer
+        self._rows = inputs
         return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
 
     def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:

@@ -105,13 +105,6 @@ def test_the_rewarded_lever_is_learned(stage, levers, tmp_path, quiet):
         assert line["reward"] == pytest.approx((line["reward/pulls"] + line["reward/prize"]) / 2, abs=1e-6)
 
 
-def test_validation_plays_another_number_of_episodes_than_a_rollout(levers, tmp_path, quiet):
-    changes = {"validation_fraction": 0.25, "eval_batches": 1, "eval_every": 1, "max_steps": 1}
-    lines = read_metrics(run(grpo, levers, tmp_path / "run", quiet, **changes).folder)
-    assert [line["step"] for line in lines if "eval_success_rate" in line] == [0, 1]
-    assert [line["step"] for line in lines if "success_rate" in line] == [1]
-
-
 def test_tokens_of_tools_are_masked_and_turns_are_not(levers, tmp_path, quiet, monkeypatch):
     seen = []
     original = rollouts.play
