@@ -22,8 +22,10 @@ bench: $(VENV)/installed-dev ## speed and memory against peers, as ratios in one
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/tokenize_corpus.py
 
-docs: $(VENV)/installed ## generate the options page from the settings
+docs: $(VENV)/installed-docs ## generate the pages of options and symptoms, and build docs/_build/html
 	$(BIN)/python -m llmlab.cli.reference docs/options.md
+	$(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build/html
+	$(BIN)/python -m sphinx -b linkcheck -W --keep-going -q docs docs/_build/linkcheck
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
@@ -39,5 +41,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean: ## remove the virtual environment and what runs wrote
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build docs/notebooks

@@ -1,9 +1,12 @@
-"""Every command and every program that README prints runs, in its order, after a quickstart.
+"""Every command and every program that README and docs/tour.md print runs, in its order, after a quickstart.
+
+The other pages' commands are parsed in `test_docs.py`, and the notebooks' cells run here.
 
 They are run as printed but for `SHORTER` and `SMALL`: fewer steps, smaller batches and less data of the same kinds.
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -17,7 +20,7 @@ from llmlab.cli.app import main
 
 pytestmark = pytest.mark.xdist_group("readme")  # one checkout for all of them
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tour.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 QUICKSTART = [
@@ -62,10 +65,16 @@ SHORTER = {  # how a command begins: further words, which win
     # an untrained model has no right sum to learn from
     "llmlab awr": ["max_prompts=4", "num_samples_per_prompt=4", "max_new_tokens=8", "rewards=length"],
 }
+FEWER = {  # in the notebooks
+    "max_steps|eval_every|group_size": 2,
+    "batch_size|mini_batch_size": 4,
+    "max_new_tokens": 8,
+    "warmup_steps|eval_steps|eval_batches": 1,
+}
 
 
 def commands():
-    """Returns the commands of README's blocks, in order, comments off and continued lines joined."""
+    """Returns the commands of the blocks, in order, comments off and continued lines joined."""
     lines = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ").splitlines()
     words = [line.removeprefix(".venv/bin/") for line in lines]
     return [re.split(r"\s+#", line)[0] for line in words if line.startswith(("llmlab ", "make "))]
@@ -157,3 +166,16 @@ def test_the_examples_run(checkout, monkeypatch):
         assert steps in text
         text = text.replace(steps, "max_steps=2").replace("batch_size=32", "batch_size=4").replace("=128", "=16")
         exec(compile(small(text), name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain_to_chat", "sft_dpo", "tools_grpo"])
+def test_the_notebooks_run(checkout, name, monkeypatch):
+    monkeypatch.syspath_prepend(checkout)  # as Jupyter does with the folder it starts in
+    cells = json.loads(Path("examples", f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for keys, value in FEWER.items():
+        program = re.sub(rf'\b({keys})(=|": )\d+', rf"\g<1>\g<2>{value}", program)
+    program = small(program).replace("range(4000)", "range(80)")
+    exec(compile(program, name, "exec"), {"__name__": "__main__"})
+    assert len(list(Path("runs/notebooks").rglob("metrics.jsonl"))) >= 2
