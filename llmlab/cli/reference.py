@@ -9,6 +9,7 @@ from pathlib import Path
 from llmlab.health.symptoms import Change, load_table
 from llmlab.settings.base import Setting, Trl, When, fields_of, spellings_of
 from llmlab.settings.files import write_atomically
+from llmlab.settings.health import HealthLimits
 from llmlab.settings.training import TrainingSettings
 from llmlab.stages import STAGES
 
@@ -58,11 +59,14 @@ def _row(setting: Setting, table: dict[str, Setting], *, trains: bool) -> str:
 def render_symptoms() -> str:
     """Returns the page of every symptom, by condition, as Markdown."""
     symptoms, conditions = load_table()
+    limits = {limit.name: limit for limit in fields_of(HealthLimits)}
     parts = [SYMPTOMS]
     for name, condition in conditions.items():
         parts.append(f"\n## {condition.title}\n")
-        found = [symptom for symptom in symptoms.values() if symptom.condition == name]
-        parts += [f"\n### {symptom.name}\n\n{symptom.severity.capitalize()}: {symptom.title}.\n" for symptom in found]
+        for symptom in (each for each in symptoms.values() if each.condition == name):
+            parts.append(f"\n### {symptom.name}\n\n{symptom.severity.capitalize()}: {symptom.title}.\n")
+            if limit := limits.get(symptom.name):
+                parts.append(f"\n`health.{limit.name}`, {limit.shown_default}: {limit.help}\n")
         actions = [*map(_action, condition.changes), *condition.advice]
         parts += ["\nWhat to change, the first things first:\n\n", *(f"- {action}\n" for action in actions)]
     return "".join(parts)

@@ -147,6 +147,7 @@ def run_range_test(stage: str, function: Any, resolved: Resolved[Any], test: Ran
         changes = {"output_dir": f"{folder}/run", spellings_of(kind)["learning_rate"].name: test.low}
         changes |= {"max_steps": test.steps, "epochs": None, "warmup_steps": 0, "scheduler": "none", "log_every": 1}
         changes |= {"gates": [], "gate_every": None, "metric_for_best_model": None, "save_best_only": False}
+        changes |= {"report_to": [], "skip_spikes": None}
         changes = {name: value for name, value in changes.items() if name in kind.model_fields}
         resolved = replace(resolved, settings=resolved.settings.model_copy(update=changes))
         run_class = type("RangeTestRun", (_Tested, function.run_class), {"test": test})
