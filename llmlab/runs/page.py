@@ -14,7 +14,7 @@ from llmlab.report.charts import Chart, Curve, Mark, group_curves
 from llmlab.report.page import write_page
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
-from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_events
+from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_events, read_hardest_rows
 from llmlab.settings.errors import reason_of
 from llmlab.terminal import safe, say
 
@@ -57,6 +57,7 @@ def write_run_page(run: RunFolder) -> Path:
         events=read_events(run.folder),
         charts=charts_of(run),
         samples=_samples(run.folder),
+        hardest_rows=read_hardest_rows(run.folder),
         sources=sources,
         columns=[key for key in dict.fromkeys(sum(map(list, sources), [])) if _fills_column(key, sources)],
     )

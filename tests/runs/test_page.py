@@ -234,3 +234,12 @@ def test_a_page_that_cannot_be_written_ends_no_run(sft_settings, quiet, tmp_path
     result = sft(sft_settings(report=True, max_steps=1), console=quiet)
     assert result.metrics["loss"] > 0 and not (tmp_path / "run" / "report.html").exists()
     assert capsys.readouterr().err == "note: no report.html was written: the figure is too wide\n"
+
+
+def test_the_hardest_validation_rows_are_shown(folder):
+    run = folder(lines=lines())
+    rows = [{"loss": 5.5, "row": 7, "source": "b.jsonl", "tokens": 12, "text": HOSTILE}, {"loss": 4, "row": 1}]
+    (run / "hardest_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[]\n")
+    page = Page(write_run_page(open_run(run)))
+    assert page.says("Validation rows with the highest loss") and page.says("b.jsonl") and page.says("5.5")
+    assert "script" not in page.tags and not page.all("src")
