@@ -123,13 +123,13 @@ def _color(name: str) -> str:
 
 
 def _draw(chart: Chart) -> str:
-    import matplotlib
+    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     (width, height), (left, right, above, below) = SIZES[chart.small], MARGINS[chart.small]
     look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
-    with matplotlib.rc_context(look):
+    with style.context(look, after_reset=True):  # not as a notebook or a matplotlibrc styles its figures
         figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
         place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)

@@ -77,6 +77,15 @@ def test_more_curves_than_colors_are_dashed_and_the_rest_is_left_out():
     assert chart.curves[8].color == "c0" and len(re.findall(r'fill: none;[^"]* stroke: var\(--c', chart.svg)) == 16
 
 
+def test_charts_look_alike_whatever_styles_the_figures_of_a_notebook():
+    import matplotlib
+
+    chart = make_chart("Loss", {"loss": RISING})
+    plain = chart.svg
+    with matplotlib.rc_context({"axes.grid": True, "path.sketch": (1, 100, 2), "axes.xmargin": 0.3, "font.size": 30}):
+        assert chart.svg == plain
+
+
 def test_a_single_point_is_seen():
     chart = make_chart("Loss", {"loss": [(1, 2.5)]})
     assert chart.svg.count("<use ") == 1 and ">1</text>" in chart.svg
