@@ -248,7 +248,7 @@ class Run(Start[S]):
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             if self.settings.report:
-                trainer.add_callback(CompletionLog(record, trainer))
+                trainer.add_callback(CompletionLog(record, trainer, self.progress.say))
             trainer.on_division = partial(self.note_division, record, trainer)
         if self.checkpoint is not None:
             trainer.add_callback(ResumedSchedule(self.done))
