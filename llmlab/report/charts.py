@@ -185,7 +185,9 @@ def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
         else:
             labels.append([mark])
     for marks in [] if chart.small else labels:
-        text = "–".join(str(mark.number) for mark in dict.fromkeys((marks[0], marks[-1])))
+        numbers = sorted(mark.number for mark in marks)
+        in_a_row = len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers)
+        text = f"{numbers[0]}–{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
         style = {
             "color": _color(marks[0].severity),
             "size": 9,
