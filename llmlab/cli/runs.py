@@ -133,7 +133,7 @@ def compare(
     if html is not None:
         from llmlab.runs.page import write_comparison_page
 
-        return say(str(write_comparison_page(chosen, html)))
+        return say(str(write_comparison_page(chosen, expand(html))))
     curve_name = history.curve_metric(chosen, metric)
     if as_json:
         return say_json(finite(history.comparison(chosen)), indent=2)
@@ -284,9 +284,8 @@ def _tree(ancestor: history.Ancestor, tree: Tree | None = None) -> Tree:
 def _print_data(console: Terminal, run: RunFolder) -> None:
     """Prints a line for each source, and one for the rest, of the values that are numbers and text."""
     data = run.record.get("data") or {}
-    sources = [source for source in data.get("sources", []) if isinstance(source, dict)]
     lines = []
-    for part in (*sources, {key: value for key, value in data.items() if key != "sources"}):
+    for part in (*run.data_sources, {key: value for key, value in data.items() if key != "sources"}):
         values = {key: value for key, value in history.flatten(part).items() if isinstance(value, (str, int, float))}
         name = [safe(values.pop("name"))] if "name" in values else []
         lines.append("  ".join([*name, *(f"[dim]{safe(key)}[/] {_cell(value)}" for key, value in values.items())]))
@@ -366,9 +365,7 @@ def _path(folder: Path) -> str:
 
 def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
     """Returns the values as cells, the best one bold where one direction is better."""
-    sign = history.direction(metric)
-    present = [sign * value for value in values if value is not None]
-    best = sign * max(present) if sign and len(set(present)) > 1 else None
+    best = history.best_of(metric, values)
     return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]
 
 

@@ -123,13 +123,13 @@ def _color(name: str) -> str:
 
 
 def _draw(chart: Chart) -> str:
-    import matplotlib
+    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     (width, height), (left, right, above, below) = SIZES[chart.small], MARGINS[chart.small]
     look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
-    with matplotlib.rc_context(look):
+    with style.context(look, after_reset=True):  # not as a notebook or a matplotlibrc styles its figures
         figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
         place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)
@@ -185,7 +185,9 @@ def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
         else:
             labels.append([mark])
     for marks in [] if chart.small else labels:
-        text = "–".join(str(mark.number) for mark in dict.fromkeys((marks[0], marks[-1])))
+        numbers = sorted(mark.number for mark in marks)
+        in_a_row = len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers)
+        text = f"{numbers[0]}–{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
         style = {
             "color": _color(marks[0].severity),
             "size": 9,

@@ -22,7 +22,8 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def link(page: Path, target: Path) -> str:
     """Returns the reference from a page to another file where that exists, else an empty text."""
-    return quote(os.fsencode(os.path.relpath(target, page.parent))) if target.is_file() else ""
+    here = os.path.realpath(page.parent)  # a browser knows nothing of links in the path that a folder was named by
+    return quote(os.fsencode(os.path.relpath(os.path.realpath(target), here))) if target.is_file() else ""
 
 
 @cache
@@ -36,7 +37,6 @@ def _environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {"number": _number, "duration": duration, "human": human}
-    environment.policies["json.dumps_kwargs"] = {}  # keys in their order
     environment.globals |= {"link": link, "version": __version__, "Ellipsis": ...}
     return environment
 

@@ -6,6 +6,7 @@ evaluations, for a small share of the run's time; scores of answers are `gates`.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -15,7 +16,9 @@ from transformers import TrainerCallback
 from llmlab.inference import context_length, generate_tokens
 from llmlab.runs.gates import generating, has_whole_weights
 from llmlab.runs.record import RunRecord
+from llmlab.settings.errors import reason_of
 from llmlab.settings.generation import SamplingSettings
+from llmlab.terminal import safe
 
 COUNT = 2  # completions at a time
 ROWS = 16  # of the validation data, of which those are taken whose prompts leave room for an answer
@@ -31,6 +34,8 @@ class CompletionLog(TrainerCallback):
 
     record: RunRecord
     trainer: Any
+    say: Callable[[str], None]
+    failed: bool = False
     began: float = 0.0
     last: int | None = None  # step
     newest: list[dict[str, Any]] = field(default_factory=list)
@@ -47,8 +52,18 @@ class CompletionLog(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         affordable = last or self.spent + self.cost <= SHARE * (time.monotonic() - self.began)
-        if self.trainer.newest_completions(1) or not (affordable and has_whole_weights(self.trainer)):
+        if self.failed or self.is_near(state) or not (affordable and has_whole_weights(self.trainer)):
             return
+        if self.trainer.newest_completions(1):
+            return
+        try:
+            self.sample(state)
+        except Exception as error:  # memory, or a model's own code: no reason to end a run that trains
+            self.failed = True
+            self.say(f"note: no more completions for the report: {safe(reason_of(error))}")
+
+    def sample(self, state: Any) -> None:
+        """Completes and records the beginnings of a few validation rows."""
         rows = (self.trainer.eval_dataset[index] for index in range(min(ROWS, len(self.trainer.eval_dataset))))
         room = (context_length(self.trainer.model) or math.inf) - SAMPLING.max_new_tokens
         prompts = [prompt for prompt in map(prompt_ids, rows) if 0 < len(prompt) <= room][:COUNT]
@@ -64,12 +79,16 @@ class CompletionLog(TrainerCallback):
 
     def write(self, state: Any, completions: list[dict[str, Any]]) -> None:
         """Records completions, unless these or others were recorded a moment ago."""
-        near = self.last is not None and state.global_step - self.last < state.max_steps / MOMENTS
-        if near or not completions or completions == self.newest:
+        if self.is_near(state) or not completions or completions == self.newest:
             return
         self.last, self.newest = state.global_step, completions
         for values in completions:
             self.record.log_completion(state.global_step, **values)
+
+    def is_near(self, state: Any) -> bool:
+        """Whether completions were recorded a moment ago; the last ones of a run are recorded all the same."""
+        near = self.last is not None and state.global_step - self.last < state.max_steps / MOMENTS
+        return near and state.global_step < state.max_steps
 
 
 def prompt_ids(row: dict[str, Any]) -> list[int]:

@@ -138,6 +138,12 @@ class RunFolder:
     def parents(self) -> list[str]:
         return [str(parent) for parent in self.record.get("parents", []) if parent]
 
+    @property
+    def data_sources(self) -> list[dict[str, Any]]:
+        """What was read of each data source, nested counts under dotted keys."""
+        found = (self.record.get("data") or {}).get("sources")
+        return [flatten(each) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
     def best(self, metric: str) -> tuple[int, float] | None:
         """Returns the (step, value) where a metric was best; None without a curve or a better direction."""
         sign, curve = direction(metric), self.curves.get(metric)
@@ -193,7 +199,7 @@ def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[Run
             seen = [os.stat(path) for path in paths if os.path.exists(path)]
             stamp, before = tuple((file.st_mtime_ns, file.st_size) for file in seen), known.get(Path(place))
             unchanged = before is not None and before.stamp == stamp
-            found.append(before if unchanged else replace(_open_or_note(Path(place)), stamp=stamp))
+            found.append(before if unchanged else replace(open_or_note(Path(place)), stamp=stamp))
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
@@ -326,6 +332,12 @@ def direction(metric: str) -> int:
     return next((sign for word, sign in BETTER.items() if f"_{word}_" in name), 0)
 
 
+def best_of(metric: str, values: Sequence[float | None]) -> float | None:
+    """Returns the best of some runs' values of a metric; None where all are equal or no direction is better."""
+    sign, present = direction(metric), {value for value in values if value is not None}
+    return max(present, key=lambda value: sign * value) if sign and len(present) > 1 else None
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested mappings as one, under dotted keys; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
@@ -355,11 +367,12 @@ def find_parent(run: RunFolder, parent: str) -> RunFolder | None:
         place = root / expand(parent)
         for candidate in (place, place.parent):
             if os.path.isfile(candidate / RECORD) and (found := candidate.resolve()) != folder:
-                return _open_or_note(found.relative_to(here) if found.is_relative_to(here) else found)
+                return open_or_note(found.relative_to(here) if found.is_relative_to(here) else found)
     return None
 
 
-def _open_or_note(folder: Path) -> RunFolder:
+def open_or_note(folder: Path) -> RunFolder:
+    """Returns the run of a folder, with a `problem` where its record is damaged."""
     try:
         return open_run(folder)
     except UserError as error:

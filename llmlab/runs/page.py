@@ -3,6 +3,7 @@
 What they say comes from `history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,8 +48,7 @@ def try_writing(write: Callable[[], Path]) -> Path | None:
 
 def write_run_page(run: RunFolder) -> Path:
     """Writes `report.html` into a run folder, and returns its path."""
-    data = run.record.get("data") or {}
-    sources = [history.flatten(each) for each in data.get("sources", []) if isinstance(each, dict)]
+    sources = run.data_sources
     return write_page(
         run.folder / PAGE,
         "run.html",
@@ -58,6 +58,7 @@ def write_run_page(run: RunFolder) -> Path:
         charts=charts_of(run),
         samples=_samples(run.folder),
         hardest_rows=read_hardest_rows(run.folder),
+        text_of=text_of,
         sources=sources,
         columns=[key for key in dict.fromkeys(sum(map(list, sources), [])) if _fills_column(key, sources)],
     )
@@ -74,9 +75,8 @@ def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
             charts.append(Chart(metric, curves, log=group.log))
     rows = []
     for metric in filter(history.is_shown, dict.fromkeys(name for run in runs for name in run.metrics)):
-        values, sign = [run.metrics.get(metric) for run in runs], history.direction(metric)
-        best = max((value for value in values if value is not None), key=lambda value: sign * value)
-        rows.append((metric, values, best if sign and len(set(values)) > 1 else None))
+        values = [run.metrics.get(metric) for run in runs]
+        rows.append((metric, values, history.best_of(metric, values)))
     curves = [Curve(name, (), number) for number, name in enumerate(names)]
     return write_page(
         page, "comparison.html", runs=runs, curves=curves, charts=charts, metrics=rows, history=history, file=PAGE
@@ -95,6 +95,20 @@ def charts_of(run: RunFolder, only: str | None = None, **options: Any) -> list[C
             curves = [Curve(name, run.curves[name], number) for number, name in enumerate(group.metrics)]
             charts.append(Chart(**{"title": group.title, "log": group.log, **options}, curves=curves, marks=marks))
     return charts
+
+
+def text_of(messages: Any) -> str:
+    """Returns a sample's prompt or completion as text: of messages, a line for each with its role and tool calls."""
+    lines = []
+    for message in messages if isinstance(messages, list) else [messages]:
+        if isinstance(message, dict) and "role" in message:
+            calls = message.get("tool_calls")
+            parts = [message.get("reasoning_content"), message.get("content")]
+            parts += calls if isinstance(calls, list) else [calls]
+            shown = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts if part)
+            message = f"{message['role']}: {' '.join(shown)}"
+        lines.append(str(message or ""))
+    return "\n".join(lines)
 
 
 def _fills_column(key: str, rows: list[dict[str, Any]]) -> bool:

@@ -30,6 +30,7 @@ EVENTS = "health.jsonl"
 COMPLETIONS = "completions.jsonl"
 TENSORBOARD = "tensorboard"  # the folder of its event files
 HARDEST_ROWS = "hardest_rows.jsonl"
+LARGEST = 1e307  # number: differences of larger ones are infinite
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -98,12 +99,12 @@ class RunRecord:
             self.values["rollbacks"] = earlier.get("rollbacks", [])
             self.values["started"] = earlier.get("started", self.values["started"])
             self.values["resumed"] = [*earlier.get("resumed", []), {"step": resumed_step, "at": _now()}]
-            lines = [line for line in read_metrics(self.folder) if resumed_step and line["step"] <= resumed_step]
-            self._seconds_before = lines[-1]["seconds"] if lines else 0.0
-            write_atomically(self.folder / METRICS, "".join(_json(line) + "\n" for line in lines))
-            if answers := read_completions(self.folder):
-                text = "".join(_json(each) + "\n" for each in answers if each["step"] <= resumed_step)
-                write_atomically(self.folder / COMPLETIONS, text)
+            kept = {}
+            for file, read in ((METRICS, read_metrics), (COMPLETIONS, read_completions)):
+                kept[file] = [line for line in read(self.folder) if resumed_step and line["step"] <= resumed_step]
+                if (self.folder / file).exists():
+                    write_atomically(self.folder / file, "".join(_json(line) + "\n" for line in kept[file]))
+            self._seconds_before = kept[METRICS][-1]["seconds"] if kept[METRICS] else 0.0
         self._write()
 
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
@@ -237,8 +238,8 @@ def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a plain value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a plain value is a number that sums and charts can take: finite, and no integer beyond floats."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def library_versions() -> dict[str, str]:

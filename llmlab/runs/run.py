@@ -261,7 +261,7 @@ class Run(Start[S]):
             record.start(self.done if self.resumed else None)
             trainer.add_callback(MetricsLog(record, self.progress.tokens_per_step))
             if self.settings.report:
-                trainer.add_callback(CompletionLog(record, trainer))
+                trainer.add_callback(CompletionLog(record, trainer, self.progress.say))
             trainer.on_division = partial(self.note_division, record, trainer)
         health = Health(trainer, self.stage, self.folder, record, self.progress.say)
         trainer.add_callback(health)

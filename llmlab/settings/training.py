@@ -50,7 +50,7 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
     save_total_limit: v.SaveTotalLimit = 2
     """Checkpoints to keep: the best and the last ones, or the newest without validation; none keeps all."""
     report: Annotated[bool, Resume.LOCAL] = True
-    """Write report.html into the run folder at the end of the run: curves, health events, settings, lineage."""
+    """Write report.html at the end of the run: curves, health events, settings, and completions sampled on its way."""
     seed: v.Seed = 42
     """Seed of initialization, data order, dropout and sampling."""
     report_to: v.ReportTo = []

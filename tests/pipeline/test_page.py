@@ -47,6 +47,15 @@ def test_stages_are_in_the_order_of_their_runs(tmp_path):
     )  # the event in both, its number below
 
 
+def test_a_stage_whose_folder_was_moved_and_linked_has_its_results(tmp_path):
+    write_stage(tmp_path / "disk", "base", 1, stage="pretrain", metrics={"eval_loss": 2.5})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "base").symlink_to(tmp_path / "disk" / "base")
+    (folder / "pipeline.json").write_text(json.dumps({"base": state(kind="pretrain")}))
+    assert "<b>2.5</b>" in write_pipeline_page(folder).read_text()
+
+
 def test_a_damaged_record_is_one_sentence(tmp_path):
     (tmp_path / "pipeline.json").write_text("{")
     with pytest.raises(UserError, match="pipeline.json: this record is damaged"):

@@ -3,10 +3,15 @@
 import json
 import signal
 from html.parser import HTMLParser
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from llmlab.runs import completions
 from llmlab.runs import page as pages
+from llmlab.runs.completions import CompletionLog
 from llmlab.runs.history import open_run
 from llmlab.runs.page import write_comparison_page, write_run_page
 from llmlab.runs.record import RunRecord, read_completions
@@ -163,6 +168,44 @@ def test_one_step_and_values_that_are_no_numbers(folder):
     assert page.tags.count("svg") == 1 and page.says("loss 2.5")
 
 
+@pytest.mark.parametrize(
+    ("lines", "record"),
+    [
+        (['{"step": 1, "loss": 1%s}' % ("0" * 400), '{"step": 1%s, "loss": 1}' % ("0" * 400)], {}),  # noqa: UP031
+        ([{"step": 1, "loss": 1.7e308}, {"step": 2, "loss": -1.7e308}], {}),
+        ([{"step": 1}], {"data": {"sources": 3}}),
+        ([{"step": 1}], {"data": {"sources": None}}),
+    ],
+)
+def test_numbers_beyond_floats_and_data_of_another_kind_are_left_out(folder, lines, record):
+    place = folder(**record)
+    (place / "metrics.jsonl").write_text(
+        "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+    )
+    assert show(place).says("No curves: this run logged no metrics.")
+
+
+def test_samples_are_shown_as_they_were_written(folder):
+    call = {"name": "say", "arguments": {"text": "it's <日本>"}}
+    messages = [{"role": "assistant", "reasoning_content": "Hm.", "content": None, "tool_calls": [call]}]
+    prompts = [{"role": "user", "content": "<" * 3000}]  # without a space at which to cut it
+    odd = [3, None, {"role": "tool", "content": {"a": 1}, "tool_calls": 5}]
+    rows = [{"step": 1, "prompt": prompts, "completion": messages}, {"step": 2, "completion": odd}]
+    page = show(folder(completions=rows))
+    assert page.says('assistant: Hm. {"name": "say", "arguments": {"text": "it\'s <日本>"}}')
+    assert page.says("user: " + "<" * (1500 - len("user: ...")) + "...") and not page.says("None")
+    assert page.says('3 tool: {"a": 1} 5')
+
+
+def test_references_hold_where_the_folder_of_the_runs_is_a_link(folder, tmp_path):
+    deep = folder("deep")
+    write_run_page(open_run(folder("deep/base")))
+    folder("deep/tuned", parents=[str(deep / "base")])
+    link = tmp_path / "link"
+    link.symlink_to(deep)
+    assert show(link / "tuned").all("href") == ["../base/report.html"] * 2
+
+
 def test_samples_of_offline_stages_are_the_first_of_each_prompt(folder):
     place = folder(stage="awr")
     sample = {
@@ -181,13 +224,21 @@ def test_samples_of_offline_stages_are_the_first_of_each_prompt(folder):
 
 def test_a_comparison_has_each_run_in_each_chart(folder, tmp_path):
     a = folder("a", lines=lines(), settings={"lr": 0.1}, sources={"lr": "x"}, metrics={"eval_loss": 2.0})
-    b = folder("b", lines=lines(kl=0.5), settings={"lr": 0.2}, sources={"lr": "x"}, metrics={"eval_loss": 1.0})
+    b = folder(
+        "b",
+        lines=lines(kl=0.5),
+        settings={"lr": 0.2},
+        sources={"lr": "x"},
+        metrics={"eval_loss": 1.0, "win_rate": 0.5},
+    )
     page = Page(write_comparison_page([open_run(a), open_run(b)], tmp_path / "both.html"))
     labels = [label for label in page.all("aria-label") if " at step " in label]
     assert [label.split(":")[0] for label in labels] == ["loss", "kl"]
     assert "a from 4 at step 1" in labels[0] and "b from 4 at step 1" in labels[0] and "a from" not in labels[1]
     assert page.says("lr 0.1 0.2") and page.says("eval_loss 2 1")
-    assert '<b class="best">1</b>' in page.text
+    assert (
+        '<b class="best">1</b>' in page.text and page.text.count('class="best"') == 1
+    )  # win_rate is of one run alone
 
 
 def test_a_finished_run_has_a_page_and_samples_and_trains_as_without(sft_settings, quiet, tmp_path):
@@ -215,9 +266,32 @@ def test_rollouts_are_recorded_as_they_are_sampled(tiny_settings, quiet, tmp_pat
 
 
 def test_what_a_resumed_run_undoes_is_not_shown(folder):
-    place = folder(completions=[{"step": step, "prompt": "a", "completion": f"b{step}"} for step in (1, 5, 9)])
+    place = folder(completions=[{"step": step, "prompt": "a", "completion": f"b{step}"} for step in (0, 1, 5, 9)])
     RunRecord(place, stage="sft").start(resumed_step=5)
-    assert [each["step"] for each in read_completions(place)] == [1, 5]
+    assert [each["step"] for each in read_completions(place)] == [0, 1, 5]
+    RunRecord(place, stage="sft").start(resumed_step=0)  # which begins again
+    assert read_completions(place) == []
+
+
+def test_the_last_completions_are_recorded_however_near(tmp_path):
+    recorded = []
+    log = CompletionLog(SimpleNamespace(log_completion=lambda step, **_: recorded.append(step)), None, print)
+    for step in (0, 1, 2, 99, 100):  # a fiftieth of the run is two steps
+        log.write(SimpleNamespace(global_step=step, max_steps=100), [{"completion": step}])
+    assert recorded == [0, 2, 99, 100]
+
+
+def test_a_model_that_cannot_sample_ends_no_run(sft_settings, monkeypatch):
+    calls, console = [], Console(record=True, file=StringIO(), width=200)
+
+    def fail(*args):
+        calls.append(args)
+        raise AttributeError("the cache has no such method")
+
+    monkeypatch.setattr(completions, "generate_tokens", fail)
+    result = sft(sft_settings(report=True, max_steps=3, eval_every=1, eval_steps=1), console=console)
+    assert len(calls) == 1 and read_completions(result.folder) == []
+    assert "note: no more completions for the report: the cache has no such method" in console.export_text()
 
 
 def test_an_interrupted_run_has_a_page(sft_settings, quiet, tmp_path, cut_off):
