@@ -157,8 +157,9 @@ def open_run(folder: str | Path) -> RunFolder:
     raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
 
 
-def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start."""
+def find_runs(folder: str | Path, deepest: int | None = None) -> list[RunFolder]:
+    """Returns the runs in a folder and below (so many levels, or all), not in hidden folders, environments and
+    checkpoints, by their start."""
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
     found = []
@@ -169,6 +170,8 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
         inner[:] = [name for name in inner if not name.startswith(NOT_SEARCHED)]
         if RECORD in (*files, *inner):
             found.append(_open_or_note(Path(place)))
+        if deepest is not None and len(Path(place).relative_to(expand(folder)).parts) >= deepest:
+            inner.clear()
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
