@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from functools import cache, partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
@@ -170,10 +170,10 @@ class Form:
         current = self.value(setting)
         answer = self._choose(setting, current)
         if answer == TYPED:
+            refusal = cache(partial(self.refusal, setting, later=later))  # the line below is drawn twice a second
 
             def status(text: str) -> tuple[str, str]:
-                refusal = self.refusal(setting, text, later)
-                return ("error", refusal) if refusal else self.status()
+                return ("error", refusal(text)) if refusal(text) else self.status()
 
             shown = "required" if current is None and setting.info.is_required() else show(current)
             text = ask(questionary.text(setting.name, instruction=f"({shown})"), status, typed=True)
