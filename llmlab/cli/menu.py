@@ -5,6 +5,7 @@ which Ctrl+C stops as it would without the menu.
 """
 
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from questionary import Choice
 
 from llmlab import __version__
 from llmlab.cli.options import print_config
-from llmlab.cli.questions import PLANNER, TABLES, TYPED, Back, Form, ask, choose, choose_run
+from llmlab.cli.questions import DEEPEST, PLANNER, TABLES, TYPED, Back, Form, ask, choose, choose_run, has_model
 from llmlab.runs.checkpoints import checkpoints
 from llmlab.runs.history import RunFolder, find_runs
 from llmlab.runs.record import RECORD
@@ -74,9 +75,11 @@ def open_entry(entry: dict[str, Any]) -> None:
         ACTIONS[entry["action"]]()
     else:
         words = list(entry["words"])
-        for _ in range(entry.get("runs", 0)):
-            chosen = choose_run("Run folder")
-            words.append(ask(questionary.text("Run folder or hub id")) if chosen == TYPED else chosen)
+        for _ in range(entry.get("runs", 0) or entry.get("models", 0)):
+            chosen = choose_run("Run folder", has_model if "models" in entry else lambda run: True)
+            if chosen == TYPED:
+                chosen = ask(questionary.text("Folder or hub id"), _required, typed=True).strip()
+            words.append(chosen)
         for option, default in entry.get("asks", {}).items():
             text = ask(questionary.text(option, default)).strip()
             words += [option, text] if text else []
@@ -92,7 +95,9 @@ def run(*words: str) -> bool:
         code = subprocess.call([sys.executable, "-m", "llmlab", *words])
     finally:
         signal.signal(signal.SIGINT, before)
-    if code:
+    if code < 0:  # such as SIGKILL, where memory ran out
+        say(f"it was ended by {signal.Signals(-code).name}", error=True, fg="yellow")
+    elif code:
         say(f"it ended with exit code {code}", error=True, fg="yellow")
     return code == 0
 
@@ -104,7 +109,7 @@ def confirm_and_run(*words: str) -> bool:
 
 def train(stage: str) -> None:
     """Asks for a stage's settings, from a new or an existing configuration, and runs it; or resumes a run."""
-    runs = [run for run in find_runs(Path()) if run.stage == stage and checkpoints(run.folder)]
+    runs = [run for run in find_runs(Path(), DEEPEST) if run.stage == stage and checkpoints(run.folder)]
     models = _configurations("model") if stage == "pretrain" else []
     ways = [Choice("Draft: go on where you stopped", go_on)] * _draft(stage).exists()
     ways += [Choice("New configuration", [])]
@@ -143,6 +148,8 @@ def go_on(name: str) -> None:
         draft = read_json(_draft(name))
         form = Form(draft["stage"], draft["files"], draft["answers"])
         names, start = list(draft["names"]), int(draft["next"])
+        for key in (*names, *dict(draft["answers"])):
+            form.find(key)
     ask_first(form, name, names, start)
 
 
@@ -168,7 +175,9 @@ def review(form: Form, name: str, names: Sequence[str]) -> None:
         values = settings.model_dump(mode="json", exclude_defaults=True)
         values = values.get("model", {}) if is_model else values
         console.rule(safe(path))
-        console.print(safe(yaml.safe_dump(values, sort_keys=False).rstrip() if values else "# all defaults"))
+        console.print(
+            safe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip() if values else "# all defaults")
+        )
         for warning in form.resolved.warnings:
             console.print(f"[yellow]warning: {safe(warning)}[/]")
         say("" if is_model else f"$ {shlex.join(['llmlab', *command])}", bold=True)
@@ -216,19 +225,20 @@ def resume(stage: str, runs: Sequence[RunFolder]) -> None:
     form.layers = [Layer(str(chosen.folder / RECORD), recorded)]
     form.update()
     lengths = [name for name in ("num_episodes", "epochs", "max_steps") if recorded.get(name) is not None]
-    form.ask(lengths[0])
+    for name in lengths[:1]:
+        form.ask(name)
     load = ask(questionary.confirm("Load the optimizer's state? (no, to change the optimizer)"))
     if not load:
-        form.ask_all(["optimizer", *TABLES["optimizer"]], lambda following: None)
-    words = [f"{key}={show(value)}" for key, value in form.answers]
+        form.ask_all(["optimizer", *TABLES["after"]["optimizer"]], lambda following: None)
+    words = [_word(key, value) for key, value in form.answers]
     confirm_and_run(stage, "--resume", str(checkpoint), *words, *([] if load else ["--no-load-optimizer"]))
 
 
 def run_pipeline() -> None:
     """Runs the stages of a file, after showing what each will do."""
-    choices = [Choice(str(path)) for path in sorted(Path().glob("*.yaml")) if "\nstages:" in f"\n{path.read_text()}"]
-    shipped = [path for path in sorted(recipe_folder().glob("*.yaml")) if "\nstages:" in path.read_text()]
-    name = choose("Pipeline", [*choices, *(Choice(f"{path.stem}  (shipped)", path.stem) for path in shipped)])
+    choices = [Choice(str(path)) for path in _pipelines(Path())]
+    choices += [Choice(f"{path.stem}  (shipped)", path.stem) for path in _pipelines(recipe_folder())]
+    name = choose("Pipeline", choices)
     if run("run", name, "--dry-run"):
         confirm_and_run("run", name)
 
@@ -240,12 +250,30 @@ def quick_start() -> None:
         form = Form(stage, answers=[("datasets", TABLES["quick_start"][stage])])
         form.ask("datasets")
         if len(form.answers) > 1:
-            words += [f"{name}.datasets={show(form.answers[-1][1])}" for name in together]
+            words += [_word(f"{name}.datasets", form.answers[-1][1]) for name in together]
     if confirm_and_run(*words):
         run("chat", "runs/first_chat/sft")
 
 
 ACTIONS = {"model": configure_model, "pipeline": run_pipeline, "quick_start": quick_start, "leave": sys.exit}
+
+
+def _pipelines(folder: Path) -> list[Path]:
+    """Returns the files of a folder that can be read and have stages."""
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        with suppress(UserError):
+            found += [path] * ("stages" in read_layer(path).values)
+    return found
+
+
+def _required(text: str) -> tuple[str, str]:
+    return ("", "") if text.strip() else ("error", "a value is required")
+
+
+def _word(key: str, value: Any) -> str:
+    """Returns an answer as a word of the command line, which reads text as it is and all else as YAML."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 
 
 def _file_of(name: str) -> str:

@@ -10,11 +10,13 @@ import re
 import shutil
 import signal
 import textwrap
+import threading
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
+from functools import cache, partial
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +28,21 @@ from prompt_toolkit.layout import ConditionalContainer, FormattedTextControl, HS
 from questionary import Choice
 
 from llmlab.cli.options import parse_value
-from llmlab.runs.history import find_runs
+from llmlab.runs.history import RunFolder, find_runs
 from llmlab.settings.base import Setting, When, fields_of, show
 from llmlab.settings.errors import UserError, printable, reason_of
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.paths import MODEL_FILES, Reads
 from llmlab.settings.presets import for_stage
-from llmlab.settings.sources import Resolved
+from llmlab.settings.sources import NONE_WORDS, Resolved
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, duration, human, safe
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the menu opens 50 ms sooner where there is the one in C
 TABLES = yaml.load(Path(__file__).with_name("menu.yaml").read_text(encoding="utf-8"), LOADER)
+for names in TABLES["first"].values():
+    names[:] = [each for name in names for each in (name, *TABLES["after"].get(name, ()))]
+DEEPEST = 4  # folders below this one in which runs are looked for: it may be a home folder
 PLACE = re.compile("^(answer|defaults): ")
 FILES = {"adapter": ("adapter_config.json",), "tokenizer_name": ("tokenizer.json",)}  # in the runs to choose from
 KEPT, TYPED = "\tkept", "\ttyped"  # choices that are no values
@@ -83,15 +88,19 @@ def choose(message: str, choices: Iterable[Choice], *status: Any, **options: Any
     return ask(questionary.select(message, list(choices), use_jk_keys=False, **options), *status)
 
 
+def has_model(run: RunFolder, files: Sequence[str] = MODEL_FILES, *, scores: bool = False) -> bool:
+    """Whether a run has one of these files; of reward models, and only of them, where it `scores`."""
+    return (run.stage == "reward") == scores and any((run.folder / file).is_file() for file in files)
+
+
 def choose_run(
-    message: str, files: Sequence[str] = MODEL_FILES, extra: Sequence[Choice] = (), *status: Any, **options: Any
+    message: str, fits: Callable[[RunFolder], bool], extra: Sequence[Choice] = (), *status: Any, **options: Any
 ) -> str:
-    """Asks for a run here with one of these files, the latest first, or for a name; `extra` are further choices."""
+    """Asks for a run here that fits, the latest first, or for a name; `extra` are further choices."""
     choices = []
-    for run in reversed(find_runs(Path())):
+    for run in filter(fits, reversed(find_runs(Path(), DEEPEST))):
         result = f", {run.key_metric[0]} {run.key_metric[1]:.4g}" if run.key_metric else ""
-        if any((run.folder / file).is_file() for file in files):
-            choices.append(Choice(printable(f"{run.folder}  ({run.stage}, {run.status}{result})"), str(run.folder)))
+        choices.append(Choice(printable(f"{run.folder}  ({run.stage}, {run.status}{result})"), str(run.folder)))
     if not choices:
         return TYPED
     return choose(message, [*choices, *extra, Choice("another: type a folder or hub id", TYPED)], *status, **options)
@@ -147,7 +156,7 @@ class Form:
             return f"{setting.name}: required"
         more = [(setting.key, parse_answer(setting, text))] if text.strip() else []
         for sentence in self._resolve(*more)[1]:
-            words = set(re.findall(r"\w+", sentence))
+            words = set(re.findall(r"\w+", sentence.replace(text.strip(), "")))  # a path may hold a setting's name
             if (setting.name in words or sentence not in self.problems) and not words & set(later):
                 return sentence
         return ""
@@ -161,10 +170,10 @@ class Form:
         current = self.value(setting)
         answer = self._choose(setting, current)
         if answer == TYPED:
+            refusal = cache(partial(self.refusal, setting, later=later))  # the line below is drawn twice a second
 
             def status(text: str) -> tuple[str, str]:
-                refusal = self.refusal(setting, text, later)
-                return ("error", refusal) if refusal else self.status()
+                return ("error", refusal(text)) if refusal(text) else self.status()
 
             shown = "required" if current is None and setting.info.is_required() else show(current)
             text = ask(questionary.text(setting.name, instruction=f"({shown})"), status, typed=True)
@@ -179,12 +188,16 @@ class Form:
             return ask(questionary.confirm(setting.name, default=bool(current)), self.status)
         if typing.get_origin(setting.type) is Literal:
             choices = [Choice(show(choice), choice) for choice in setting.choices]
-            return choose(setting.name, choices, self.status, default=next(c for c in choices if c.value == current))
+            default = next((choice for choice in choices if choice.value == current), None)
+            return choose(setting.name, choices, self.status, default=default)
         is_model = getattr(setting.marker(Reads), "kind", "") == "model"
         files = FILES.get(setting.name) or (MODEL_FILES if is_model else ())
         kept = [] if current is None and setting.info.is_required() else [Choice(f"{show(current)}  (as it is)", KEPT)]
         default = kept[0] if kept and (not is_model or current is None or os.path.exists(current)) else None
-        return choose_run(setting.name, files, kept, self.status, default=default) if files else TYPED
+        if not files:
+            return TYPED
+        fits = partial(has_model, files=files, scores=setting.name == "reward_model")
+        return choose_run(setting.name, fits, kept, self.status, default=default)
 
     def ask_all(self, names: Sequence[str], save: Callable[[int], None], start: int = 0) -> None:
         """Asks for those of the settings whose conditions hold; `save` gets the number of the next one.
@@ -235,6 +248,8 @@ class Form:
 def parse_answer(setting: Setting, text: str) -> Any:
     """Returns the value that a text stands for; a list may be written without its brackets."""
     text = text.strip()
+    if text.lower() in NONE_WORDS and "none" in setting.type_name and text not in setting.choices:
+        return None
     is_list = setting.type_name.startswith("list of") and "," in text and not text.startswith(("[", "{"))
     return parse_value(setting, f"[{text}]" if is_list else text, setting.name)
 
@@ -255,13 +270,14 @@ class Planner:
         if key not in self.plans and all(plan.done() for plan in self.plans.values()):
             if self.pool is None:  # a fork would share the terminal's state
                 self.pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_quiet)
-            self.plans[key] = self.pool.submit(describe_plan, stage, values)
+            try:
+                self.plans[key] = self.pool.submit(describe_plan, stage, values)
+            except BrokenProcessPool:  # most likely for lack of memory
+                self.pool = None
         plan = self.plans.get(key)
         if plan is None or not plan.done():
             return None
         error = plan.exception()
-        if isinstance(error, BrokenProcessPool):  # most likely for lack of memory
-            self.pool = None
         return f"not known: {reason_of(error)}" if error else plan.result()
 
     def close(self) -> None:
@@ -272,7 +288,8 @@ class Planner:
 
 
 def _quiet() -> None:
-    """Leaves Ctrl+C to the menu, and nothing of what libraries say in the middle of a question."""
+    """Leaves Ctrl+C to the menu, ends with it, and lets no library print in the middle of a question."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
@@ -281,10 +298,10 @@ def _quiet() -> None:
 
 def describe_plan(stage: str, values: dict[str, Any]) -> str:
     """Returns what a run of these settings takes on this machine, in one line."""
+    settings = STAGES[stage].resolve([Layer("menu", values)], below=[]).settings
     from llmlab.hardware import probe
     from llmlab.runs.plan import make_plan
 
-    settings = STAGES[stage].resolve([Layer("menu", values)], below=[]).settings
     plan = make_plan(STAGES[stage].function, settings, probe(settings.device, settings.dtype))
     memory = f"{human(plan.total, 'B')} of {human(plan.memory, 'B')}" if plan.memory else human(plan.total, "B")
     time = f", about {duration(plan.seconds)}" if plan.seconds else ""

@@ -180,8 +180,9 @@ def open_run(folder: str | Path) -> RunFolder:
     raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
 
 
-def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[RunFolder]:
-    """Returns the runs in a folder and below, not in hidden folders, environments and checkpoints, by their start.
+def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = (), *, deepest: int | None = None) -> list[RunFolder]:
+    """Returns the runs in a folder and below (so many levels, or all), not in hidden folders, environments and
+    checkpoints, by their start.
 
     Of those found `earlier`, the ones whose files did not change since are returned again, with what was read of them.
     """
@@ -200,6 +201,8 @@ def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = ()) -> list[Run
             stamp, before = tuple((file.st_mtime_ns, file.st_size) for file in seen), known.get(Path(place))
             unchanged = before is not None and before.stamp == stamp
             found.append(before if unchanged else replace(open_or_note(Path(place)), stamp=stamp))
+        if deepest is not None and len(Path(place).relative_to(expand(folder)).parts) >= deepest:
+            inner.clear()
     return sorted(found, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 

@@ -238,9 +238,13 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, En
     name = key + "".join(
         f"[{part}]" if part.isdigit() else f".{part}" for part in inner if part.isidentifier() or part.isdigit()
     )
+    if detail["type"] == "missing":
+        return f"{where}: {name}: a value is required"
     if detail["type"] == "literal_error":
         choices = [show(choice) for choice in (setting.choices if setting else ())]
         expected = f"expected one of {', '.join(choices)}{did_you_mean(str(detail['input']), choices)}"
+    elif detail["type"] == "model_type":
+        expected = "expected text or a mapping"
     else:
         expected = reason.replace("Input should be", "expected")
     return f"{where}: {name} = {_brief(detail['input'])}: {expected}"

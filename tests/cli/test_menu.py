@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
@@ -13,7 +14,8 @@ from prompt_toolkit.output import DummyOutput
 
 from llmlab.cli import menu, questions
 from llmlab.cli.app import COMMANDS, main
-from llmlab.cli.questions import TABLES, Form, Planner, describe_plan
+from llmlab.cli.model import _settings as model_settings
+from llmlab.cli.questions import TABLES, Form, Planner
 from llmlab.settings.base import When, fields_of, spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.model import ModelSettings
@@ -117,9 +119,12 @@ def test_only_what_is_relevant_is_asked(name, stage, monkeypatch):
 
 def test_the_optimizers_own_settings_are_asked():
     form = Form("sft", answers=[("optimizer", "sophia")])
-    beside = [name for name in TABLES["optimizer"] if form.asks(form.find(name))]
+    beside = [name for name in TABLES["after"]["optimizer"] if form.asks(form.find(name))]
     assert beside == ["sophia_beta1", "sophia_beta2", "sophia_rho"]
     assert not form.asks(form.find("lora_r")) and not form.asks(form.find("lora_target_modules"))
+    for names in TABLES["first"].values():
+        assert ("optimizer" in names) == ("sophia_rho" in names) and ("use_lora" in names) == ("lora_r" in names)
+    assert "lora_dropout" not in TABLES["first"]["ppo"]  # where it can only be 0
 
 
 # Answers ----------------------------------------------------------------------------------------------------------
@@ -131,6 +136,9 @@ def test_answers_are_validated_by_the_settings():
     assert form.refusal(lr, "0") == "lr = 0: expected greater than 0"
     assert form.refusal(lr, "1e-3") == form.refusal(lr, "") == ""
     assert form.refusal(rows, "a | b | c | d | e").startswith("datasets")
+    steps = form.find("max_steps")  # a text that is another setting's name is no contradiction to it
+    assert form.refusal(steps, "lr", later=["lr"]).startswith("max_steps = lr: expected a valid integer")
+    assert form.refusal(rows, "[1]") == "datasets[0] = 1: expected text or a mapping"
     # a contradiction waits for the setting that is asked later, which is then refused as it is
     assert form.refusal(width, "128", later=["n_heads"]) == ""
     assert "not divisible by n_heads = 14" in form.refusal(width, "128")
@@ -145,6 +153,13 @@ def test_a_list_is_typed_without_brackets():
     assert questions.parse_answer(data, "demo/chat | | 4, demo/arithmetic") == ["demo/chat | | 4", "demo/arithmetic"]
     assert questions.parse_answer(data, "demo/chat | | 4") == ["demo/chat | | 4"]
     assert questions.parse_answer(rewards, "numeric_match | 2, json_valid") == ["numeric_match | 2", "json_valid"]
+
+
+def test_none_is_no_value():
+    form = Form("grpo")
+    assert questions.parse_answer(form.find("reward_model"), "none") is None
+    assert questions.parse_answer(form.find("num_episodes"), "None") is None
+    assert questions.parse_answer(form.find("scheduler"), "none") == "none"  # a schedule
 
 
 def test_a_later_choice_leaves_earlier_answers_without_effect():
@@ -177,6 +192,7 @@ def test_every_stage_reaches_its_command(keys, stage, capsys):
 
 
 def test_merge_asks_for_adapters(keys, tmp_path):
+    assert Form("merge").problems == ["adapter: a value is required"]
     assert Form("merge").refusal(Form("merge").find("adapter"), "", ["base"]) == "adapter: required"
     make_run(tmp_path / "runs" / "sft")
     (tmp_path / "runs" / "sft" / "adapter_config.json").write_text("{}")
@@ -194,10 +210,7 @@ def test_a_models_configuration_is_saved_and_used(keys, tmp_path, capsys):
     assert saved["d_model"] == 256 and saved["n_heads"] == 8 and saved["n_layers"] == 24 and "model" not in saved
     output = show_config(capsys, ["pretrain", "--config", "model_config.json"])
     assert "model.d_model" in output and "model_config.json:" in output
-    with pytest.raises(SystemExit) as end:
-        main(["model", "info", "model_config.json"])
-    assert not end.value.code
-    capsys.readouterr()
+    assert model_settings("model_config.json", {}).d_model == 256  # of `llmlab model`
     keys.send_text("\x1b[B\r" + "77\r" + "\x04" + "\r")  # a new training configuration for this model, 77 steps
     menu.train("pretrain")
     settings = Form("pretrain", [keys.commands[0][-1]]).resolved.settings
@@ -215,10 +228,39 @@ def test_resume_asks_for_checkpoint_length_and_optimizer(keys, tmp_path):
     keys.send_text("\x1b[B\x1b[B\r" + "20\r" + "y" + "y")  # b's checkpoint, a's later one, a's earlier one
     menu.resume("sft", runs)
     assert keys.commands == [["sft", "--resume", str(tmp_path / "runs/a/checkpoint-5"), "max_steps=20"]]
-    keys.send_text("\r" + "\r" + "n" + "\x1b[B\x1b[B\r" + "\r\r" + "y")  # no state: lion, with its own parameters
+    keys.send_text(
+        "\r" + "2.0000001\r" + "n" + "\x1b[B\x1b[B\r" + "\r\r" + "y"
+    )  # no state: lion, with its own parameters
     menu.resume("sft", runs)
-    words = ["sft", "--resume", str(tmp_path / "runs/b/checkpoint-3"), "optimizer=lion", "--no-load-optimizer"]
-    assert keys.commands[1] == words
+    words = ["epochs=2.0000001", "optimizer=lion", "--no-load-optimizer"]
+    assert keys.commands[1] == ["sft", "--resume", str(tmp_path / "runs/b/checkpoint-3"), *words]
+    make_run(tmp_path / "d", steps=(5,))  # its record says no length
+    keys.send_text("\r" + "y" + "y")
+    menu.resume("sft", [questions.find_runs(tmp_path / "d")[0]])
+    assert keys.commands[2] == ["sft", "--resume", str(tmp_path / "d/checkpoint-5")]
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        {},
+        {"stage": "other", "files": [], "answers": [], "names": [], "next": 0},
+        {"stage": "sft", "files": [], "answers": [], "names": ["gone"], "next": 0},
+        {"stage": "sft", "files": [], "answers": [["gone", 1]], "names": ["optimizer"], "next": 0},
+    ],
+)
+def test_a_draft_of_another_version_is_refused(keys, tmp_path, draft):
+    (tmp_path / ".llmlab_draft_sft.json").write_text(json.dumps(draft))
+    with pytest.raises(UserError, match="as a draft of the menu"):
+        menu.go_on("sft")
+
+
+def test_a_draft_with_a_choice_of_another_version_asks_again(keys, tmp_path):
+    draft = {"stage": "sft", "files": [], "answers": [["optimizer", "gone"]], "names": ["optimizer"], "next": 0}
+    (tmp_path / ".llmlab_draft_sft.json").write_text(json.dumps(draft))
+    keys.send_text("\r" * 2)  # the first choice, "Run it"
+    menu.go_on("sft")
+    assert keys.commands == [["sft", "--config", "sft_config.json"]]
 
 
 def test_an_existing_configuration_runs_as_it_is(keys, tmp_path):
@@ -235,17 +277,35 @@ def test_quick_start_and_other_entries_run_commands(keys, tmp_path):
     assert keys.commands == [["run", "first_chat"], ["chat", "runs/first_chat/sft"]]
     keys.send_text("demo/stories\r\r\r")
     menu.quick_start()
-    data = [f"{stage}.datasets=[demo/stories]" for stage in ("tokenizer", "pretrain")]
+    data = [f'{stage}.datasets=["demo/stories"]' for stage in ("tokenizer", "pretrain")]
     assert keys.commands[2] == ["run", "first_chat", *data]
     keys.send_text("\r\r\r\r")
     menu.open_entry(next(entry for entry in TABLES["entries"] if entry["key"] == "8"))
     assert keys.commands[4] == ["evaluate", "runs/sft", "--gates", "distinct_n", "--prompts", "demo/chat"]
-    keys.send_text("\x1b[B\r" + "\r")
+    make_run(tmp_path / "runs" / "died", stage="reward")
+    (tmp_path / "runs" / "died" / "config.json").unlink()
+    keys.send_text("\x1b[B\r" + "\x1b[B\r")
     menu.open_entry(next(entry for entry in TABLES["entries"] if entry["key"] == "9"))
-    assert keys.commands[5] == ["runs", "show", "runs/sft"]
+    assert keys.commands[5] == ["runs", "show", "runs/died"]  # runs without a model too
+    (tmp_path / "a.yaml").write_bytes(b"\xff\nstages:")  # no pipelines
+    (tmp_path / "b.yaml").mkdir()
     keys.send_text("\r" + "y")
     menu.run_pipeline()
     assert keys.commands[6:] == [["run", "first_chat", "--dry-run"], ["run", "first_chat"]]
+
+
+def test_reward_models_are_offered_as_reward_models_alone(tmp_path):
+    make_run(tmp_path / "runs" / "reward", stage="reward")
+    make_run(tmp_path / "a" / "b" / "c" / "sft")
+    reward, policy = sorted(questions.find_runs(tmp_path), key=lambda run: run.stage)
+    assert questions.has_model(policy) and not questions.has_model(policy, scores=True)
+    assert questions.has_model(reward, scores=True) and not questions.has_model(reward)
+    assert [run.stage for run in questions.find_runs(tmp_path, 3)] == ["reward"]  # a home folder is not walked whole
+
+
+def test_a_killed_run_names_the_signal(keys, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "call", lambda words: -9)
+    assert not menu.run("doctor") and "SIGKILL" in capsys.readouterr().err
 
 
 # On a terminal ----------------------------------------------------------------------------------------------------
@@ -323,23 +383,43 @@ def test_parameters_are_counted_without_torch():
             assert settings.count_parameters() == measure(build_config(settings)).total, (name, value)
 
 
-def test_plans_come_from_a_process_of_their_own(tmp_path):
+def test_plans_come_from_a_process_of_their_own():
     shape = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64, "n_layers": 1, "vocab_size": 100}
     values = {"model": {**shape, "max_seq_len": 16}, "max_steps": 3}
     count = ModelSettings(**shape).count_parameters()
-    expected = describe_plan("pretrain", values)
-    assert ", fits, about " in expected and expected.startswith(f"{count / 1e3:.1f} k parameters, ")
-    planner, finish = Planner(), time.monotonic() + 240
-    while (line := planner.line("pretrain", values)) is None and time.monotonic() < finish:
-        time.sleep(0.1)
-    assert line.split(", ")[::2] == expected.split(", ")[::2]  # parameters and fit; memory is what is free now
-    assert planner.line("pretrain", {}) is None
-    planner.close()  # while the next one is planned
-    while questions.active_children() and time.monotonic() < finish:
-        time.sleep(0.1)
-    assert planner.pool is None and not questions.active_children()
+    planner = Planner()
+
+    def wait(result):
+        finish = time.monotonic() + 240
+        while (found := result()) is None and time.monotonic() < finish:
+            time.sleep(0.05)
+        return found
+
+    line = wait(lambda: planner.line("pretrain", values))
+    assert line.startswith(f"{count / 1e3:.1f} k parameters, ") and ", fits, about " in line
+    problems = wait(lambda: planner.line("sft", {"lr": 0, "batch_size": 0}))  # of which the first is said
+    assert problems == "not known: menu: learning_rate = 0: expected greater than 0"
+    assert "nowhere: there is no such" in wait(lambda: planner.line("sft", {"policy_checkpoint": "./nowhere"}))
+    questions.active_children()[0].kill()  # as for lack of memory
+    assert "not known: " in wait(lambda: planner.line("pretrain", {}))
+    assert planner.line("pretrain", {"lr": 1}) is None and planner.pool is None  # the next one is planned anew
+    assert planner.line("pretrain", {"lr": 1}) is None and planner.pool is not None
+    planner.close()  # meanwhile
+    assert wait(lambda: not questions.active_children() or None) and planner.pool is None
 
 
-def test_a_plan_that_cannot_be_made_says_why():
-    with pytest.raises(UserError, match="nowhere"):
-        describe_plan("sft", {"policy_checkpoint": "./nowhere"})
+def test_no_planner_outlives_the_menu():
+    code = """
+import os, time
+from llmlab.cli import questions
+while questions.PLANNER.line("none", {}) is None:
+    time.sleep(0.05)
+print(questions.active_children()[0].pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    script = f"if __name__ == '__main__':\n    exec({code!r})"
+    child = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60).stdout
+    finish = time.monotonic() + 30
+    while psutil.pid_exists(int(child)) and time.monotonic() < finish:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(int(child))
