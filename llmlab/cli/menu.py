@@ -109,7 +109,7 @@ def confirm_and_run(*words: str) -> bool:
 
 def train(stage: str) -> None:
     """Asks for a stage's settings, from a new or an existing configuration, and runs it; or resumes a run."""
-    runs = [run for run in find_runs(Path(), DEEPEST) if run.stage == stage and checkpoints(run.folder)]
+    runs = [run for run in find_runs(Path(), deepest=DEEPEST) if run.stage == stage and checkpoints(run.folder)]
     models = _configurations("model") if stage == "pretrain" else []
     ways = [Choice("Draft: go on where you stopped", go_on)] * _draft(stage).exists()
     ways += [Choice("New configuration", [])]

@@ -98,7 +98,7 @@ def choose_run(
 ) -> str:
     """Asks for a run here that fits, the latest first, or for a name; `extra` are further choices."""
     choices = []
-    for run in filter(fits, reversed(find_runs(Path(), DEEPEST))):
+    for run in filter(fits, reversed(find_runs(Path(), deepest=DEEPEST))):
         result = f", {run.key_metric[0]} {run.key_metric[1]:.4g}" if run.key_metric else ""
         choices.append(Choice(printable(f"{run.folder}  ({run.stage}, {run.status}{result})"), str(run.folder)))
     if not choices:
