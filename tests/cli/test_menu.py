@@ -300,7 +300,9 @@ def test_reward_models_are_offered_as_reward_models_alone(tmp_path):
     reward, policy = sorted(questions.find_runs(tmp_path), key=lambda run: run.stage)
     assert questions.has_model(policy) and not questions.has_model(policy, scores=True)
     assert questions.has_model(reward, scores=True) and not questions.has_model(reward)
-    assert [run.stage for run in questions.find_runs(tmp_path, 3)] == ["reward"]  # a home folder is not walked whole
+    assert [run.stage for run in questions.find_runs(tmp_path, deepest=3)] == [
+        "reward"
+    ]  # a home folder is not walked whole
 
 
 def test_a_killed_run_names_the_signal(keys, monkeypatch, capsys):
