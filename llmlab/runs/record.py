@@ -237,8 +237,8 @@ def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a plain value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a plain value is a finite number, small enough to calculate with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def library_versions() -> dict[str, str]:
