@@ -152,7 +152,7 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
     """Returns the lines about one run, with a chart of so many lines."""
     last = {name: curve[-1][1] for name, curve in run.curves.items()}
     done, steps = run.step, run.record.get("steps")
-    full = round(12 * (done or 0) / (steps or 1))
+    full = min(max(12 * (done or 0) // (steps or 1), 0), 12)
     drawn: list[RenderableType] = [
         _line(
             *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), show_status(run)),

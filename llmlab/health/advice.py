@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from llmlab.health.symptoms import Event, changes_of, load_table
@@ -15,6 +16,7 @@ from llmlab.settings.base import Settings, fields_of
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
 from llmlab.settings.sources import resolve
+from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
 URGENCY = (  # a setting that two conditions change follows the first of them
     *("unstable", "drift", "reward_hacking", "regression", "collapse", "alike", "overfitting", "preference", "data"),
@@ -23,7 +25,7 @@ URGENCY = (  # a setting that two conditions change follows the first of them
 PAIRS, ONLINE = ("dpo", "orpo", "reward"), ("ppo", "grpo")
 FEWEST, FEWEST_REWARDS = 5, 10  # logged values that show a trend; rewards are noisier
 RISE, EXPLOSION = 1.02, 1.2  # of the validation loss over its best, of the training loss over its lowest
-SPIKE = 1.5  # of the training loss over its lowest so far
+SPIKE = 1.5  # of the training loss over its median, and twice its lowest so far
 HARDLY = 0.05  # relative fall of a loss that hardly falls, or that still falls well at the end of a run
 SMALL_LOSS = 0.3  # nats per token: little is left to fall
 ALIKE, BEST_REWARD = 0.6, 0.95  # share of groups of equal rewards; a reward that needs no more
@@ -111,6 +113,18 @@ def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return result
 
 
+def split_trusted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns a file's settings, and those as words of a command line that no file may decide."""
+    file, words = dict(values), []
+    if remote_services(values.get(REPORT_TO)):
+        words.append(f"{REPORT_TO}={','.join(file.pop(REPORT_TO))}")
+    arguments = values.get(TRAINER_ARGS, {})
+    words += [f"{TRAINER_ARGS}.{name}={value}" for name, value in arguments.items() if leaves_machine(name, value)]
+    if arguments:
+        file[TRAINER_ARGS] = {name: value for name, value in arguments.items() if not leaves_machine(name, value)}
+    return file, words
+
+
 def _ends(curve: Curve, share: int = 5) -> tuple[float, float, float]:
     """Returns the means of a curve's first and last part, and the standard error of their difference."""
     values = [value for _, value in curve]
@@ -129,17 +143,19 @@ def _instability(run: History) -> Judged:
         yield "unstable", run.reason or "a loss, gradient or weight was not finite"
     loss = run.curve("loss")
     if loss and run.stage not in ONLINE:
-        part = max(len(loss) // 5, 3)
-        means = [statistics.fmean(value for _, value in loss[at : at + part]) for at in range(len(loss) - part + 1)]
+        part, values = max(len(loss) // 5, 3), [value for _, value in loss]
+        noise = 4 * statistics.median(abs(b - a) for a, b in pairwise(values)) / math.sqrt(part)
+        means = [statistics.fmean(values[at : at + part]) for at in range(len(loss) - part + 1)]
         lowest = min(range(len(means)), key=means.__getitem__)
-        if means[-1] > EXPLOSION * means[lowest] and means[-1] - means[lowest] > HARDLY:
+        if means[-1] > EXPLOSION * means[lowest] and means[-1] - means[lowest] > max(HARDLY, noise):
             where = f"from {means[lowest]:.4g} around step {loss[lowest + part // 2][0]}"
             yield "unstable", f"training loss rose {where} to {means[-1]:.4g} at the end"
         lows = [min(loss[: at + 1], key=lambda point: point[1]) for at in range(len(loss))]
         (start, low), (step, peak) = max(
             zip(lows, loss, strict=True), key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9)
         )
-        if peak > SPIKE * low and peak - low > SMALL_LOSS:
+        usual = max(2 * low, SPIKE * statistics.median(values))
+        if run.stage not in PAIRS and peak > usual and peak - low > SMALL_LOSS:  # losses of pairs approach 0
             yield "unstable", f"training loss jumped from {low:.4g} at step {start} to {peak:.4g} at step {step}"
 
 
@@ -155,6 +171,8 @@ def _overfitting(run: History) -> Judged:
 
 
 def _underfitting(run: History) -> Judged:
+    if run.status != "finished":  # it was still to learn, at rates that were still to come
+        return
     loss, evaluated, entropy = run.curve("loss"), run.curve("eval_loss", 2), run.metrics.get("unigram_entropy")
     if loss and run.stage in ("pretrain", "sft", *PAIRS):
         first, last, settings = loss[0][1], _ends(loss)[1], run.settings
@@ -177,7 +195,7 @@ def _underfitting(run: History) -> Judged:
 def _rewards(run: History) -> Judged:
     if run.stage not in ONLINE or run.metrics.get("reward", 0.0) >= BEST_REWARD:
         return
-    if curve := run.curve("reward", FEWEST_REWARDS):
+    if run.status == "finished" and (curve := run.curve("reward", FEWEST_REWARDS)):
         before, after, noise = _ends(curve, 3)
         if after - before <= max(2 * noise, 0.02 * abs(before)):
             words = f"reward went from {before:.4g} to {after:.4g} in {curve[-1][0]:,} steps"

@@ -3,6 +3,7 @@
 There is no server: one worker at a time holds the queue's lock, and every job runs in a process of its own.
 """
 
+import errno
 import os
 import subprocess
 import tempfile
@@ -61,7 +62,9 @@ def copy_recipe(path: Path, *, allow_code: bool) -> dict[str, Any]:
 def add(queue: Path, path: Path, values: dict[str, Any]) -> Path:
     """Adds the copy of a recipe behind the jobs that are there; its relative paths count from the present folder."""
     (queue / "waiting").mkdir(parents=True, exist_ok=True)
-    numbers = [job.name.partition("-")[0] for job in find_jobs(queue)]
+    # in the order in which jobs pass through the states: one that is moved meanwhile is not missed
+    folders = (folder for state in ("waiting", "running", "failed", "done") for folder in queue.glob(f"{state}/*"))
+    numbers = [folder.name.partition("-")[0] for folder in folders]
     number = max((int(number) for number in numbers if number.isdecimal()), default=0)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=queue) as temporary:
@@ -69,7 +72,13 @@ def add(queue: Path, path: Path, values: dict[str, Any]) -> Path:
         job.mkdir()
         dump(values, job / RECIPE)
         dump({"recipe": str(path.absolute()), "cwd": os.getcwd(), "added": now}, job / JOB)
-        return job.rename(queue / "waiting" / f"{number + 1:04}-{path.stem}")
+        while True:
+            number += 1
+            try:
+                return job.rename(queue / "waiting" / f"{number:04}-{path.stem}")
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has just added one
+                    raise
 
 
 def work(queue: Path, command: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
@@ -97,7 +106,7 @@ def run_job(job: Path, command: Sequence[str]) -> int:
     """Runs one job where it was added and returns its exit code; a stop signal ends it first and stays raised."""
     signals: list[int] = []
     process: Any = None
-    recipe = str((job / RECIPE).absolute())
+    recipe = str((job / RECIPE).resolve())  # one spelling, by which the next worker finds the process
 
     def stop(number: int) -> None:
         signals.append(number)
@@ -106,10 +115,12 @@ def run_job(job: Path, command: Sequence[str]) -> int:
 
     while any(recipe in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
         time.sleep(POLL)  # it outlived a worker that was killed: what is left of it is done next
-    place = read_job(job).get("cwd", f"the folder that {job / JOB} named")  # damaged: no such folder
+    place = str(read_job(job).get("cwd", f"the folder that {job / JOB} named"))  # damaged: no such folder
     with handle_signals(stop):
         # a session of its own: Ctrl+C reaches it once, through `stop`
         process = subprocess.Popen([*command, recipe], cwd=place, start_new_session=True)
+        if signals:  # before there was a process
+            process.send_signal(signals[0])
         code = process.wait()
     if signals:
         interrupt(signals[0])

@@ -6,6 +6,7 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -97,7 +98,11 @@ class RunFolder:
     def silence(self) -> float:
         """Seconds since the folder last changed."""
         signs = [self.folder / RECORD, self.folder / METRICS, *self.folder.glob("checkpoint-*")]
-        return max(time.time() - max(path.stat().st_mtime for path in signs if path.exists()), 0.0)
+        changed = [0.0]
+        for path in signs:
+            with suppress(FileNotFoundError):  # a checkpoint, or the run, that was removed just now
+                changed.append(path.stat().st_mtime)
+        return max(time.time() - max(changed), 0.0)
 
     @property
     def status(self) -> Status:

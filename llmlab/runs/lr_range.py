@@ -24,6 +24,7 @@ from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged
 from llmlab.settings.files import write_atomically
 from llmlab.settings.sources import Resolved
+from llmlab.settings.trust import leaves_machine
 
 SMOOTHING = 0.9  # weight of the past in the running mean that decides about the stop
 TOO_HIGH = 4.0  # times the lowest running mean
@@ -147,7 +148,9 @@ def run_range_test(stage: str, function: Any, resolved: Resolved[Any], test: Ran
         changes = {"output_dir": f"{folder}/run", spellings_of(kind)["learning_rate"].name: test.low}
         changes |= {"max_steps": test.steps, "epochs": None, "warmup_steps": 0, "scheduler": "none", "log_every": 1}
         changes |= {"gates": [], "gate_every": None, "metric_for_best_model": None, "save_best_only": False}
-        changes |= {"report_to": [], "skip_spikes": None}
+        arguments = resolved.settings.trainer_args.items()
+        kept = {name: value for name, value in arguments if not leaves_machine(name, value)}  # no repository is made
+        changes |= {"report_to": [], "trainer_args": kept, "skip_spikes": None}
         changes = {name: value for name, value in changes.items() if name in kind.model_fields}
         resolved = replace(resolved, settings=resolved.settings.model_copy(update=changes))
         run_class = type("RangeTestRun", (_Tested, function.run_class), {"test": test})

@@ -69,7 +69,7 @@ class RowLosses:
                 total = float(losses[row][part][counted[row][part]].sum())
                 self.sums[self.sources.index(place[0])] += total, number
                 entry = (total / number, -place[1], number, place[0], ids[row][part][:BEGINNING].tolist())
-                if entry not in self.hardest:  # a mixture may repeat rows
+                if all(entry[1::2] != each[1::2] for each in self.hardest):  # a mixture may repeat rows
                     (heapq.heappush if len(self.hardest) < MOST else heapq.heappushpop)(self.hardest, entry)
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
@@ -81,7 +81,9 @@ class RowLosses:
 
     def write(self, folder: Path, step: int, accelerator: Accelerator) -> None:
         """Writes the hardest rows of all processes into a run folder, in place of those of an earlier evaluation."""
-        rows = sorted(gather_object(self.hardest), reverse=True)[:MOST]
+        rows = sorted({entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values(), reverse=True)[
+            :MOST
+        ]
         if not accelerator.is_main_process:
             return
         lines = [

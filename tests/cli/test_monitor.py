@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import sys
 import time
 from datetime import datetime, timezone
@@ -174,3 +175,19 @@ def test_sparklines():
     assert (
         draw_sparkline([3, 0, 0, 7], 2) == "▁█" and draw_sparkline([3, 3], 8) == "▁▁" and draw_sparkline([], 8) == ""
     )
+
+
+@pytest.mark.parametrize(("steps", "loss"), [(10, 1e308), (10, -1e308), (10, 10**400), (1, 1.0), (-3, 1.0)])
+def test_values_out_of_all_bounds_end_no_view(tmp_path, steps, loss):
+    folder = make_run(tmp_path / "a", steps=steps, done=9)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10**9, "tokens": 1, "seconds": 9, "loss": loss}) + "\n")
+    assert any("a" in line for line in lines_of(look(tmp_path)))
+
+
+def test_a_run_that_was_removed_since_the_last_look_ends_no_view(tmp_path):
+    folder = make_run(tmp_path / "a")
+    screen = look(tmp_path)
+    lines_of(screen)
+    shutil.rmtree(folder)
+    assert any("a" in line for line in lines_of(screen))

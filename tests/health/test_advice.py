@@ -141,3 +141,21 @@ def test_own_settings_are_those_that_somebody_set():
     sources = {"lr": "x.yaml:1", "seed": "default", "model.d_model": "command line", "max_steps": "implied"}
     kind = settings_class("pretrain")
     assert own_settings(kind, recorded, sources) == {"lr": 1e-3, "model": {"d_model": 64}}
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "died"])
+def test_a_run_that_is_not_finished_does_not_underfit(status):
+    """Its loss falls later: rates are still warming up, and steps are left."""
+    assert not diagnose(history(loss=falling(3, 2.95), eval_loss=[3.0, 2.5, 2.0], status=status))
+    assert not diagnose(history(stage="ppo", reward=noisy([0.3] * 20, 0.02), status=status))
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss"),
+    [
+        ("sft", [1.109, 1.739, 1.579, 1.183, 1.275, 0.98, 0.884, 0.855, 1.006, 0.92, 1.112]),  # one batch a value
+        ("reward", [0.7, 0.5, 0.3, 0.1, 0.0002, 0.43, 0.01, 0.3, 0.02, 0.2, 0.01]),  # pairs: near 0, and noisy
+    ],
+)
+def test_noise_is_no_instability(stage, loss):
+    assert not diagnose(history(stage=stage, loss=loss))

@@ -69,7 +69,11 @@ def test_every_band_is_of_a_setting_and_has_a_source():
 @pytest.mark.parametrize(
     ("stage", "values", "words"),
     [
-        ("dpo", {"beta": 0.8}, "beta = 0.8: above the usual 0.01 to 0.5 of dpo, too strong"),
+        (
+            "dpo",
+            {"beta": 0.8},
+            "beta = 0.8: above the usual 0.01 to 0.5 of dpo, which keeps the policy so close to its reference",
+        ),
         ("awr", {"advantage_beta": 12}, "overfitting to outliers"),
         ("awr", {"advantage_beta": 0.5}, "advantage_beta = 0.5: below the usual 1 to 10"),
         ("sft", {"learning_rate": 1e-3}, "above the usual 1e-06 to 0.0001 of sft; recommended 1e-05"),

@@ -186,3 +186,37 @@ def test_a_recipe_may_not_publish(place):
     (place / "a.yaml").write_text("stages:\n  sft: {datasets: [x.jsonl], report_to: wandb}\n")
     with pytest.raises(SettingsError, match="report_to sends data off this machine"):
         copy("a.yaml")
+
+
+def test_a_number_is_taken_by_a_job_that_is_damaged_or_was_just_added(place, monkeypatch):
+    for folder in ("done/0001-a", "waiting/0002-a"):
+        (place / "queue" / folder).mkdir(parents=True)
+        (place / "queue" / folder / "recipe.json").write_text("{}")
+    (job,) = add("a")
+    assert job.name == "0003-a"
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [] if pattern.endswith("/*") else glob(path, pattern))
+    (job,) = add("a")  # by another process, which saw no job
+    assert job.name == "0001-a"
+    assert [each.name for each in add("a")] == ["0004-a"]
+
+
+def test_a_folder_that_is_no_text_is_a_failure_of_its_job_alone(place):
+    first, _ = add("a", "b")
+    (first / "job.json").write_text('{"cwd": 5}')
+    assert run_all()[1::2] == [("0001-a", 2), ("0002-b", 0)]
+
+
+def test_a_worker_waits_for_a_job_that_was_started_by_another_spelling_of_the_folder(place):
+    (place / "acts").write_text('{"0001": 1.5}')
+    add("a")
+    (place / "link").symlink_to(place / "queue")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    worker = subprocess.Popen([sys.executable, "-c", WORKER.replace("'queue'", "'link'")], env=environment)
+    await_file(place / "started")
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    (place / "acts").write_text("{}")
+    began = time.monotonic()
+    assert run_all() == [("0001-a", None), ("0001-a", 0)]
+    assert time.monotonic() - began > 0.5

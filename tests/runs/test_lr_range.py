@@ -107,3 +107,15 @@ def test_mistakes(words, message, capsys, tmp_path, monkeypatch):
         main(["tune", "lr", *words])
     assert caught.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_test_publishes_nothing(tiny_settings, tmp_path, quiet, monkeypatch):
+    def begin(run_class, stage, resolved, **options):
+        assert resolved.settings.trainer_args == {"group_by_length": True} and resolved.settings.report_to == []
+        raise InterruptedError
+
+    monkeypatch.setattr("llmlab.runs.lr_range.begin", begin)
+    arguments = {"push_to_hub": True, "hub_model_id": "me/x", "group_by_length": True}
+    settings = tiny_settings("sft", tmp_path / "run", report_to=["wandb"], trainer_args=arguments)
+    with pytest.raises(InterruptedError):
+        run_range_test("sft", STAGES["sft"].function, as_resolved(settings), RangeTest(1e-6, 1.0, 20), quiet)

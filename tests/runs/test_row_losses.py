@@ -90,3 +90,12 @@ def test_sources_and_hardest_rows_of_a_run(tiny_settings, chat_file, tmp_path, q
 
 def _sources(settings, sources):
     return [settings.datasets[0].model_copy(update=source) for source in sources]
+
+
+def test_a_repeated_row_is_written_once_though_its_loss_differs_a_little(rows, tmp_path):
+    rows, forward = rows
+    for loss in (4.0, 4.001):
+        forward([[loss]])
+        rows.add({"input_ids": torch.tensor([[5, 8]]), "labels": torch.tensor([[-100, 8]])})
+    rows.write(tmp_path, 1, Accelerator(cpu=True))
+    assert [(line["source"], line["row"]) for line in read_hardest_rows(tmp_path)] == [("a", 2)]
