@@ -5,9 +5,11 @@ known here. Source: seed, RL guide, sections 6 and 7.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from statistics import fmean, median, pstdev
 from typing import Any
 
@@ -56,18 +58,19 @@ def after_warmup(curves: Curves, curve: Curve) -> Curve:
     if not rates:
         return curve
     peak = max(rates, key=lambda point: point[1])[0]  # of several the first
-    return [point for point in curve if point[0] > peak]
+    return curve[bisect_right(curve, peak, key=itemgetter(0)) :]
 
 
 def loss_rising(curves: Curves, metric: str, limit: float) -> Found:
-    """The last lines are all above the run's start, or a level of ten lines is above the lowest one."""
+    """The last lines are all above the run's start, or a level of ten lines is above the lowest (of many, some)."""
     curve = curves[metric]
     first, last = start(curve), curve[-5:]
     if len(curve) >= 5 + FEW and all(value > first + (0.1 + limit) * abs(first) for _, value in last):
         return f"{level(last, 5):.4g} in the last 5 lines, {first:.4g} at the start", last[0][0]
     if len(curve) < 2 * WINDOW or len(curve) % WINDOW:
         return None
-    blocks = [curve[k : k + WINDOW] for k in range(0, len(curve), WINDOW)]
+    every = WINDOW * (1 + len(curve) // (200 * WINDOW))  # a long history costs no more
+    blocks = [curve[k : k + WINDOW] for k in (*range(0, len(curve) - WINDOW, every), len(curve) - WINDOW)]
     levels = [level(block, WINDOW) for block in blocks]
     lowest = min(range(len(levels)), key=levels.__getitem__)
     varies = max(noise(blocks[-1]), noise(blocks[lowest]))
@@ -81,7 +84,7 @@ def loss_spike(curves: Curves, metric: str, limit: float) -> Found:
     curve = curves[metric]
     step, value = curve[-1]
     before = [each for _, each in curve[-1 - SPIKE_WINDOW : -1]]
-    if len(before) < SPIKE_FEWEST or value <= fmean(before) + limit * pstdev(before) or value <= 2 * median(before):
+    if len(before) < SPIKE_FEWEST or value <= 2 * median(before) or value <= fmean(before) + limit * pstdev(before):
         return None
     return f"{value:.4g} at step {step}, {fmean(before):.4g} +- {pstdev(before):.2g} before", curve[-2][0] + 1
 
@@ -106,10 +109,12 @@ def gradient_norm_exploding(curves: Curves, metric: str, limit: float) -> Found:
 def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
     """The value loss is far above what any estimate between zero and the largest return could have."""
     curve = curves[metric]
+    if len(curve) < FEW or level(curve, 2) <= limit * start(curve):
+        return None
     seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
     largest = max([1e-6, *seen])
     most = limit * largest * largest  # infinite where a power would raise
-    if len(curve) < FEW or level(curve, 2) <= max(most, limit * start(curve)):
+    if level(curve, 2) <= most:
         return None
     return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
 
@@ -157,8 +162,8 @@ def fall(curves: Curves, metric: str, limit: float) -> Found:
     if len(curve) < FEW:
         return None
     place, best = max(enumerate(curve), key=lambda each: sign * each[1][1])
-    least = max(limit * abs(best[1]), 2 * noise(curve[: place + 1]))
-    if place > len(curve) - 3 or any(sign * (best[1] - value) <= least for _, value in curve[-2:]):
+    falls = min(sign * (best[1] - value) for _, value in curve[-2:])
+    if place > len(curve) - 3 or falls <= limit * abs(best[1]) or falls <= 2 * noise(curve[: place + 1]):
         return None
     return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best[1]:.3g} at step {best[0]}", best[0] + 1
 
@@ -210,7 +215,7 @@ def reward_flat(curves: Curves, metric: str, limit: float) -> Found:
     """The reward does not rise, and is neither the highest possible nor the same for all completions."""
     curve, equal = curves[metric], curves.get("zero_variance_share", [])
     rise = level(curve, WINDOW) - start(curve, WINDOW)
-    if len(curve) < max(limit, 2 * WINDOW) or rise > noise(curve) or 0.9 <= level(curve, WINDOW) <= 1:
+    if len(curve) < max(limit, 2 * WINDOW) or rise > noise(curve[-SPIKE_WINDOW:]) or 0.9 <= level(curve, WINDOW) <= 1:
         return None
     if equal and level(equal, WINDOW) > 0.9:  # there is nothing to learn from: the stage says so itself
         return None
@@ -267,7 +272,7 @@ CHECKS = (
     Check("source_dead", ("loss/*", "eval_loss/*"), source_dead),
     Check("source_hard", ("loss/*", "eval_loss/*"), source_hard),
 )
-NOT_FINITE = ("loss", "eval_loss", "grad_norm")
+NOT_FINITE = ("loss", "eval_loss")  # a gradient norm is judged before it is logged, and a loss scaler may go on
 LIMIT_OF = {"reward_hacking": "gate_regression"}
 
 
@@ -290,7 +295,9 @@ class Watch:
             return []
         names = [name for name, value in line.items() if _is_finite(value)]
         for name in names:
-            self.curves.setdefault(name, []).append((step, float(line[name])))
+            curve = self.curves.setdefault(name, [])
+            if name != "learning_rate" or not curve or line[name] > curve[-1][1]:  # of which only the peak counts
+                curve.append((step, float(line[name])))
         events = [not_finite(step, name, line[name]) for name in NOT_FINITE if name in line and name not in names]
         for check in CHECKS:
             limit = self.limits.get(LIMIT_OF.get(check.symptom, check.symptom))

@@ -31,7 +31,7 @@ class Guard(GradientNorms):
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)
     judges_loss = True
     step_loss: Tensor | None = None
-    unread: tuple[int, Tensor, Tensor] | None = None  # step, gradient norm and loss
+    unread: tuple[int, Tensor] | None = None  # step, [gradient norm, loss]
     left_out = 0  # updates since the last log event
 
     def __init__(self, **kwargs: Any):
@@ -51,8 +51,12 @@ class Guard(GradientNorms):
         if self.passes_over:  # the logged loss is the one before
             logged = (line["loss"] for line in reversed(self.state.log_history) if "loss" in line)  # type: ignore[attr-defined]
             loss = self.usual["loss"][-1] if self.usual["loss"] else next(logged, 0.0)
-            parts = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-            return torch.tensor(loss / parts, device=self.args.device)  # type: ignore[attr-defined]
+            loss = torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)  # type: ignore[attr-defined]
+            if (scaler := self.accelerator.scaler) is not None:  # type: ignore[attr-defined]  # it refuses to have none
+                scaler.scale(loss)
+                parameter = self.optimizer.param_groups[0]["params"][0]  # type: ignore[attr-defined]
+                parameter.grad = torch.zeros_like(parameter)
+            return loss
         loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
@@ -66,14 +70,15 @@ class Guard(GradientNorms):
         args = self.args  # type: ignore[attr-defined]
         norm = torch.as_tensor(norm, device=args.device)
         loss = norm if self.step_loss is None else self.step_loss.detach()
-        if args.world_size > 1:  # all processes decide alike
-            loss = self.accelerator.reduce(loss, reduction="mean")  # type: ignore[attr-defined]
+        numbers = torch.stack([each.float().reshape(()) for each in (norm, loss)])
+        if args.world_size > 1:  # all processes decide alike, to the last bit
+            numbers = self.accelerator.reduce(numbers, reduction="mean")  # type: ignore[attr-defined]
         self.read_numbers()
-        self.unread = (self.state.global_step + 1, norm, loss)  # type: ignore[attr-defined]
+        self.unread = (self.state.global_step + 1, numbers)  # type: ignore[attr-defined]
         if (optimizer := self.skipping_optimizer()) is not None:
             highest = self.highest()
-            good = (norm < highest["grad_norm"]) & (loss < highest["loss"])  # NaN and infinity are not
-            optimizer.found_inf = (~good).to(torch.float32)
+            good = numbers < numbers.new_tensor([highest[name] for name in SPIKES])  # NaN and infinity are not
+            optimizer.found_inf = (~good.all()).to(torch.float32)
         elif not self.read_numbers():
             self.drop_update()
         return None
@@ -88,9 +93,8 @@ class Guard(GradientNorms):
         """Judges the last numbers that were not read; returns whether their update was, or is to be, made."""
         if self.unread is None:
             return True
-        (step, *tensors), self.unread = self.unread, None
-        values = torch.stack([each.float().reshape(()) for each in tensors]).tolist()
-        numbers, highest = dict(zip(SPIKES, values, strict=True)), self.highest()
+        (step, values), self.unread = self.unread, None
+        numbers, highest = dict(zip(SPIKES, values.tolist(), strict=True)), self.highest()
         for name, value in numbers.items():
             if not math.isfinite(value):
                 self.on_nonfinite(name, value)

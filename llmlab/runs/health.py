@@ -51,9 +51,8 @@ class Health(TrainerCallback):
         settings = self.trainer.settings
         self.responses = {"warning": settings.on_warning, "critical": settings.on_critical}
         self.limits, self.most = settings.health.model_dump(), settings.max_rollbacks
-        self.spikes = settings.skip_spikes
         self.watch = Watch(self.limits, self.stage)
-        leaves_out = "rollback" in self.responses.values() or self.spikes is not None
+        leaves_out = "rollback" in self.responses.values() or settings.skip_spikes is not None
         if leaves_out and self.trainer.is_deepspeed_enabled:
             raise UserError(
                 "on_warning, on_critical = rollback and skip_spikes: not supported with DeepSpeed, which updates "
@@ -74,7 +73,7 @@ class Health(TrainerCallback):
         """Prints and records the events of a step, and does what the settings say about them."""
         ends: list[Exception] = []
         for event in sorted(events, key=lambda event: event.severity):  # critical ones first
-            end = self._respond(event, "warn" if ends else self.responses[event.severity])
+            end = self._respond(event, "warn" if ends or self.ended else self.responses[event.severity])
             ends += [end] if end else []
         if ends:
             raise ends[0]
@@ -86,7 +85,7 @@ class Health(TrainerCallback):
         fatal = event.symptom == "loss_not_finite"  # what found it ends the run where this returns
         if fatal and self.ended:  # the metrics show it too
             return None
-        self.ended = fatal
+        self.ended |= fatal
         if response == "rollback":
             names = {name: spellings_of(type(settings)).get(name) for name in IN_PROCESS}
             own = {setting.name for setting in names.values() if setting is not None}

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -95,14 +96,16 @@ def changes_since_start(folder: Path, settings: Any) -> dict[str, Any]:
     first, now = {}, {}
     for entry in rollbacks_of(folder):
         for name, (before, after) in entry["changes"].items():
-            first.setdefault(name, before)
+            if now.get(name) != before:  # the first time, or a resumed run had another value
+                first[name] = before
             now[name] = after
     return {name: value for name, value in now.items() if getattr(settings, name) == first[name]}
 
 
 def changed_by(folder: Path, name: str, step: int) -> float:
-    """Returns the factor by which rollbacks to this very step changed a setting."""
-    pairs = [each["changes"][name] for each in rollbacks_of(folder) if each["to"] == step and name in each["changes"]]
+    """Returns the factor by which rollbacks changed a setting since the checkpoint of a step was written."""
+    later = takewhile(lambda each: each["to"] >= step, reversed(rollbacks_of(folder)))
+    pairs = [each["changes"][name] for each in later if name in each["changes"]]
     return math.prod(after / before for before, after in pairs)
 
 

@@ -45,7 +45,7 @@ from llmlab.runs.plan import describe_cost
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.resume import check_steps_left
+from llmlab.runs.resume import check_steps_left, rollbacks_of
 from llmlab.runs.start import S, Start, begin
 from llmlab.runs.trackers import trackers
 from llmlab.settings.base import spellings_of
@@ -90,6 +90,7 @@ def training_stage(
         ) -> RunResult:
             inspect.signature(function).bind(None, **options)  # an unknown keyword: before the folder is claimed
             resolved, rolled_back = prepare(as_resolved(settings)), False
+            without_state = -1  # the step up to which checkpoints have another optimizer's state
             while True:
                 starting = begin(
                     run_class,
@@ -104,7 +105,9 @@ def training_stage(
                     run.function, run.rolled_back = start_run, rolled_back
                     return function(run, **options)
                 # here the exception is gone, and with it the trainer
-                resume, load_optimizer, rolled_back = run.folder, True, True
+                resume, rolled_back = run.folder, True
+                without_state = without_state if load_optimizer else max(run.done, without_state)
+                load_optimizer = rollbacks_of(run.folder)[-1]["to"] > without_state
                 clear_device_cache(garbage_collection=True)
 
         run, *own = inspect.signature(function).parameters.values()

@@ -3,16 +3,23 @@
 import json
 import math
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import Trainer
 
+from llmlab.health.checks import not_finite
+from llmlab.health.symptoms import Event
 from llmlab.runs import gates as gates_module
+from llmlab.runs import run as run_module
 from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.guard import Guard
+from llmlab.runs.health import Health
 from llmlab.runs.history import open_run
-from llmlab.runs.record import read_events, read_metrics, read_record
+from llmlab.runs.record import RunRecord, read_events, read_metrics, read_record
+from llmlab.runs.resume import changed_by, changes_since_start
 from llmlab.settings.errors import Diverged, Unhealthy
 from llmlab.stages import STAGES
 from tests.conftest import VOICES
@@ -130,15 +137,65 @@ def test_nan_batch(train, text, fault):
 
 
 def test_a_run_that_was_rolled_back_is_resumed_with_its_first_settings(train, fault, tiny_settings, tmp_path, quiet):
+    """With another optimizer too, whose first rollback is to a checkpoint that has the state of the one before."""
     short = {**TEXT, "max_steps": 12, "eval_every": 5}
-    step = fault.data({8}, lambda self, model, *rest: step(self, model, *rest) * math.nan)
+    step = fault.data({8, 14}, lambda self, model, *rest: step(self, model, *rest) * math.nan)
     folder = train("pretrain", **short, **BOTH).folder
-    longer = tiny_settings("pretrain", folder, **{**short, "max_steps": 14}, **BOTH)
+    longer = tiny_settings("pretrain", folder, **{**short, "max_steps": 14, "optimizer": "sophia"}, **BOTH)
     assert longer.lr == TEXT["lr"]
-    STAGES["pretrain"].function(longer, resume=folder, console=quiet)
+    STAGES["pretrain"].function(longer, resume=folder, load_optimizer=False, console=quiet)
     record = read_record(folder)
-    assert record["settings"]["lr"] == TEXT["lr"] / 2 and len(record["rollbacks"]) == 1
+    assert record["settings"]["lr"] == TEXT["lr"] / 4 and [each["to"] for each in record["rollbacks"]] == [5, 12]
     assert [line["step"] for line in read_metrics(folder) if "loss" in line] == [*range(1, 15)]
+
+
+def rollbacks(folder, *entries):
+    """Writes a record with rollbacks, each a tuple of `to`, the value of `lr` before, and after."""
+    entries = [{"step": 9, "to": to, "changes": {"lr": [before, after]}} for to, before, after in entries]
+    (folder / "llmlab.json").write_text(json.dumps({"rollbacks": entries}))
+    return folder
+
+
+def test_a_rollback_changes_what_a_resumed_run_was_told(tmp_path):
+    folder = rollbacks(tmp_path, (5, 0.02, 0.01), (5, 0.004, 0.002))  # resumed in between with lr=0.004
+    assert changes_since_start(folder, SimpleNamespace(lr=0.004)) == {"lr": 0.002}
+    assert changes_since_start(folder, SimpleNamespace(lr=0.003)) == {}
+    folder = rollbacks(tmp_path, (5, 0.02, 0.01), (5, 0.01, 0.005))
+    assert changes_since_start(folder, SimpleNamespace(lr=0.02)) == {"lr": 0.005}
+
+
+def test_a_checkpoint_lacks_all_changes_since_it_was_written(tmp_path):
+    folder = rollbacks(tmp_path, (20, 0.05, 0.1), (10, 0.1, 0.2))
+    assert (changed_by(folder, "lr", 10), changed_by(folder, "lr", 15)) == (4, 1)  # 15 is from after both
+
+
+def test_a_run_that_ends_is_not_rolled_back(tiny_settings, tmp_path):
+    settings = tiny_settings("pretrain", tmp_path / "run", on_warning="rollback")
+    trainer, record = SimpleNamespace(settings=settings, is_deepspeed_enabled=False), RunRecord(tmp_path)
+    health = Health(trainer, "pretrain", tmp_path, record, lambda text: None)
+    health.respond(Event(5, "loss_spike", "loss", 9.0, "spike"), not_finite(5, "eval_loss", math.nan))
+    assert [event.action for event in read_events(tmp_path)] == ["the run ends", ""]
+
+
+def test_a_loss_scaler_takes_steps_that_are_passed_over(train, monkeypatch):
+    """As with fp16 on a GPU: it accepts no step without a scaled loss and gradients."""
+
+    def begin(self, **kwargs):
+        original(self, **kwargs)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def unscale(self, optimizer=None):
+        self.scaler.unscale_(self._optimizers[0].optimizer)
+
+    original = Guard.__init__
+    monkeypatch.setattr(Guard, "__init__", begin)
+    monkeypatch.setattr(Accelerator, "unscale_gradients", unscale)
+    monkeypatch.setattr(run_module, "steps_to_pass_over", lambda folder, stage: {1, 3})
+    folder = train("pretrain", **{**TEXT, "max_steps": 4, "eval_every": 2}).folder
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines if line.get("updates_left_out")] == [1, 3]
+    losses = [line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line]
+    assert losses[-1] < losses[0]
 
 
 def test_rollbacks_that_do_not_help_end_the_run(train, monkeypatch, tmp_path):
