@@ -222,6 +222,26 @@ def reward_flat(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, WINDOW):.3g} at step {curve[-1][0]}, {start(curve, WINDOW):.3g} at the start", curve[0][0]
 
 
+def groups_alike(curves: Curves, metric: str, limit: float) -> Found:
+    """Nearly all groups have equal rewards, which are not the highest possible: there is nothing to compare."""
+    curve, rewards = curves[metric], curves.get("reward", [])
+    if len(curve) < WINDOW or level(curve, WINDOW) <= limit or (rewards and 0.9 <= level(rewards, WINDOW) <= 1):
+        return None
+    return f"{level(curve, WINDOW):.0%} of the groups in the last {WINDOW} lines", _since(curve, limit)
+
+
+def win_rate_flat(curves: Curves, metric: str, limit: float) -> Found:
+    """The loss fell, and three evaluations of the win rate are no higher than the first one."""
+    curve, losses = curves[metric], curves.get("loss", [])
+    if len(curve) <= FEW or len(losses) < 2 * FEW or level(losses) > (1 - limit) * start(losses):
+        return None
+    first = curve[0][1]
+    if first > 0.9 or any(value > first for _, value in curve[-FEW:]):
+        return None
+    trend = f"loss {start(losses):.4g} -> {level(losses):.4g}"
+    return f"{first:.1%} at step {curve[0][0]}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", curve[0][0]
+
+
 def source_dead(curves: Curves, metric: str, limit: float) -> Found:
     """The loss of a source is nearly nothing from its first line on."""
     curve = curves[metric]
@@ -269,6 +289,8 @@ CHECKS = (
     Check("overfitting", ("eval_loss",), overfitting, online=False),
     Check("underfitting", ("loss",), underfitting, online=False),
     Check("reward_flat", ("reward",), reward_flat, online=True),
+    Check("groups_alike", ("zero_variance_share",), groups_alike, online=True),
+    Check("win_rate_flat", ("eval_win_rate",), win_rate_flat, online=False),
     Check("source_dead", ("loss/*", "eval_loss/*"), source_dead),
     Check("source_hard", ("loss/*", "eval_loss/*"), source_hard),
 )

@@ -55,6 +55,10 @@ class HealthLimits(Settings):
     """Share of its start by which the loss has to fall within 50 logged lines after warmup."""
     reward_flat: Limit = 50.0
     """Logged lines within which the reward has to rise beyond what it varies by."""
+    groups_alike: Limit = 0.9
+    """Share of groups with equal rewards, below the highest reward, in ten logged lines."""
+    win_rate_flat: Limit = 0.1
+    """Fall of the loss, as a share of its start, with which the validation win rate has to rise."""
     source_dead: Limit = 0.01
     """Loss of a source, from its first line on, that teaches nothing."""
     source_hard: Limit = 0.02

@@ -28,7 +28,7 @@ def curve(name, *values):
 
 def test_every_symptom_of_the_table_has_a_check_and_a_limit():
     found = {check.symptom for check in CHECKS} | {"loss_not_finite"}
-    assert found == set(load_table()[0]) - {"groups_alike", "win_rate_flat"}  # what `llmlab advise` sees
+    assert found == set(load_table()[0])
     assert {*LIMITS} == found - {"loss_not_finite", "reward_hacking"}  # which has gate_regression's
 
 
@@ -57,6 +57,15 @@ SYMPTOMS = {  # symptom: (stage, lines, the step at which it is found)
     "underfitting": ("pretrain", curve("loss", *[6.0] * 60), 50),
     "length_out_of_range": ("grpo", curve("completion_length", *[10] * 5, 31, 31), 7),
     "reward_flat": ("grpo", curve("reward", *[0.3] * 50), 50),
+    "groups_alike": ("grpo", [{"zero_variance_share": 0.95, "reward": 0.3}] * 10, 10),
+    "win_rate_flat": (
+        "dpo",
+        [
+            *({"loss": 0.7, "eval_win_rate": 0.5}, {"loss": 0.7}, {"loss": 0.6}),
+            *({"loss": 0.5, "eval_win_rate": value} for value in (0.5, 0.49, 0.5)),
+        ],
+        6,
+    ),
     "source_dead": ("sft", curve("loss/empty", *[0.0] * 5), 5),
     "repetition": ("grpo", curve("gate/self_similarity", 0.2, 0.2, 0.3, 0.3), 4),
 }
