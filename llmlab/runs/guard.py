@@ -85,9 +85,11 @@ class Guard(GradientNorms):
 
     def skipping_optimizer(self) -> Any:
         """Returns torch's fused optimizer on a GPU, which leaves an update out where its `found_inf` is 1, or None."""
+        on_gpu = self.args.device.type == "cuda"  # type: ignore[attr-defined]
+        if not on_gpu or self.is_deepspeed_enabled or self.accelerator.scaler is not None:  # type: ignore[attr-defined]
+            return None
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[attr-defined]
-        fused = optimizer.defaults.get("fused") and self.accelerator.scaler is None  # type: ignore[attr-defined]
-        return optimizer if fused and self.args.device.type == "cuda" else None  # type: ignore[attr-defined]
+        return optimizer if optimizer.defaults.get("fused") else None
 
     def read_numbers(self) -> bool:
         """Judges the last numbers that were not read; returns whether their update was, or is to be, made."""
