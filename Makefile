@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed ## train a small language model from nothing, and 
 	$(BIN)/llmlab run recipes/quickstart.yaml
 
 test: $(VENV)/installed-dev ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed-dev ## lint and format check
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ import pytest
 
 from llmlab.cli.app import main
 
-pytestmark = pytest.mark.xdist_group("readme")  # one checkout for all of them
 ROOT = Path(__file__).parents[1]
 README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tour.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

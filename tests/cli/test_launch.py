@@ -253,7 +253,6 @@ stages:
 """
 
 
-@pytest.mark.xdist_group("processes")
 def test_ctrl_c_saves_and_a_killed_process_is_named(settings, corpus_file, two, cli, tmp_path):
     """Of a pipeline that launches its training stage, and of a stage that is launched by itself."""
     steps = {"max_steps": 50_000, "eval_every": 10_000}  # take minutes

@@ -14,7 +14,6 @@ from safetensors import safe_open
 
 from llmlab.runs.record import read_metrics, read_record
 
-pytestmark = pytest.mark.xdist_group("elastic")
 PAIR = runpy.run_path(str(Path(__file__).with_name("test_several_processes.py")))
 RANKS = runpy.run_path(str(PAIR["RANKS"]))
 plain, LORA = PAIR["plain"], PAIR["LORA"]

@@ -24,7 +24,6 @@ from llmlab.runs.checkpoints import checkpoints
 from llmlab.runs.record import read_metrics, read_record
 from tests.conftest import make_base
 
-pytestmark = pytest.mark.xdist_group("processes")  # one pair for all
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
 RANKS_HERE = runpy.run_path(str(RANKS))
