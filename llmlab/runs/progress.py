@@ -121,7 +121,8 @@ class ProgressLine(TrainerCallback):
             return
         step, seconds, total = self._logged
         steps = state.global_step - step
-        tokens = steps * self.tokens_per_step if self.tokens_per_step else logs["num_tokens"] - total
+        counted = logs.get("num_tokens", total)  # steps that a rollback passed over have none
+        tokens = steps * self.tokens_per_step if self.tokens_per_step else counted - total
         rate = tokens / max(self._training_seconds - seconds, 1e-9)
         self._logged = (state.global_step, self._training_seconds, total + tokens)
         logs["tokens_per_second"] = round(rate, 1)

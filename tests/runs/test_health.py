@@ -397,3 +397,15 @@ def test_the_kl_coefficient_of_a_controller_is_doubled_by_a_rollback(train, faul
     (rollback,) = read_record(folder)["rollbacks"]
     before, after = lines[rollback["to"]], lines[rollback["to"] + 1]
     assert after == pytest.approx(2 * before, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "orpo", "reward", "awr"])
+def test_every_stage_passes_over_a_bad_batch(stage, train, fault):
+    """Adapters of TRL's trainers, whose own metrics lack the steps without a forward pass."""
+    adapters = {"use_lora": True} if stage != "reward" else {}
+    step = fault.data({6}, lambda self, model, *rest: step(self, model, *rest) * math.nan)
+    own = {} if stage == "awr" else {"save_every": 4}
+    folder = train(stage, max_steps=8, auto_batch=True, **own, **adapters, **BOTH).folder
+    record = caught(folder, "loss_not_finite", by=6)
+    assert record["status"] == "finished" and [each["to"] for each in record["rollbacks"]] == [4 if own else 0]
+    assert [line["step"] for line in read_metrics(folder) if "loss" in line] == [*range(1, 9)]
