@@ -17,10 +17,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU else
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # some runners set it: a pipe has no width
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402  # what it imports reads the environment
 
 from llmlab.settings.data import DataSource  # noqa: E402
 from llmlab.stages import STAGES  # noqa: E402
+
+hypothesis.settings.register_profile("llmlab", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("llmlab")
 
 WORDS = ["what", "is", "one", "two", "three", "four", "five", "the", "answer", "yes", "no", "maybe", "plus"]
 TINY_MODEL = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64, "n_layers": 2, "max_seq_len": 32}

@@ -1,13 +1,9 @@
 """A small tokenizer, trained once, and a way to write settings."""
 
-import hypothesis
 import pytest
 
 from llmlab.data.tokenizer import learn_bpe
 from llmlab.settings.data import DataSource, TextDataSettings
-
-hypothesis.settings.register_profile("data", deadline=None)  # a busy machine is not a failure
-hypothesis.settings.load_profile("data")
 
 
 class Settings(TextDataSettings):
