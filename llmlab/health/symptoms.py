@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from llmlab.settings.base import spellings_of
+from llmlab.settings.optimizer import OWN_RATES
 
 Severity = Literal["warning", "critical"]
 
@@ -96,9 +97,11 @@ def changes_of(condition: str, settings: Any) -> dict[str, tuple[Any, Any]]:
     """Returns the present and the next value of each setting that a condition changes, by the stage's own spelling."""
     found: dict[str, tuple[Any, Any]] = {}
     spellings = spellings_of(type(settings))
-    for change in load_table()[1][condition].changes:
-        spelling = spellings.get(change.setting)
-        if spelling is None or (change.setting.startswith("lora_") and not settings.use_lora):
+    changes = [(change.setting, change) for change in load_table()[1][condition].changes]
+    changes += [(rate, change) for name, change in changes if name == "learning_rate" for rate in OWN_RATES]
+    for name, change in changes:
+        spelling = spellings.get(name)
+        if spelling is None or (name.startswith("lora_") and not settings.use_lora):
             continue
         value = spelling.of(settings)
         after = change.apply(value)

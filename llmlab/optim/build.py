@@ -16,7 +16,10 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
 
 Parameters = list[nn.Parameter]
+Group = dict[str, Any]
 ADAMW_RATE = 0.1  # AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"
+FIRST_MOMENTUM = 0.85  # of Muon, where it is warmed up. Source: karpathy/nanochat, scripts/base_train.py
+BATCHED_SIZE = 2**19  # elements of the largest matrix up to which Muon's products are batched; see RESULTS.md
 
 
 class ParameterKinds(NamedTuple):
@@ -65,9 +68,10 @@ def build_optimizer(
     kinds = sort_parameters(model)
     if not any(kinds):
         raise UserError("the model has no trainable parameter: every weight is frozen")
-    hidden = {"params": kinds.hidden, "weight_decay": weight_decay}
-    other_weights = {"params": kinds.other_weights, "weight_decay": weight_decay}
-    undecayed = {"params": kinds.undecayed, "weight_decay": 0.0}
+    hidden: Group = {"params": kinds.hidden, "weight_decay": weight_decay}
+    other_weights: Group = {"params": kinds.other_weights, "weight_decay": weight_decay}
+    undecayed: Group = {"params": kinds.undecayed, "weight_decay": 0.0}
+    own_rates = _split_off(model, settings, other_weights, undecayed)
 
     if settings.optimizer == "muon":
         from pytorch_optimizer import Muon  # a second of import, for those who use it
@@ -77,13 +81,19 @@ def build_optimizer(
         # steps have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982): learning rates carry over
         muon = {"lr": learning_rate, "use_muon": True, "use_adjusted_lr": True}
         muon |= {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
-        adamw = {"lr": ADAMW_RATE * learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "use_muon": False}
-        groups = [hidden | muon, other_weights | adamw, undecayed | adamw]
-        optimizer = Muon([group for group in groups if group["params"]], foreach=False)  # less memory
+        if settings.muon_momentum_warmup:
+            muon |= {"momentum_warmup": settings.muon_momentum_warmup, "last_momentum": settings.muon_momentum}
+        betas = (settings.adamw_beta1, settings.adamw_beta2)
+        adamw = {"lr": ADAMW_RATE * learning_rate, "betas": betas, "eps": settings.adamw_eps, "use_muon": False}
+        groups = [hidden | muon, *(adamw | group for group in (other_weights, undecayed, *own_rates))]
+        # large matrices keep all cores busy one by one, with less memory
+        batched = max(weight.numel() for weight in kinds.hidden) <= BATCHED_SIZE
+        optimizer = Muon([group for group in groups if group["params"]], foreach=batched)
         optimizer.defaults["lr"] = learning_rate  # which some schedules read
+        optimizer.register_step_pre_hook(_warm_up_momentum)
         return optimizer
-    decayed = {"params": kinds.hidden + kinds.other_weights, "weight_decay": weight_decay}
-    groups = [group for group in (decayed, undecayed) if group["params"]]
+    decayed = {"params": kinds.hidden + other_weights["params"], "weight_decay": weight_decay}
+    groups = [group for group in (decayed, undecayed, *own_rates) if group["params"]]
     if settings.optimizer.endswith("bit"):
         return _from_bitsandbytes(model, groups, settings, learning_rate)
     if settings.optimizer == "adamw":
@@ -98,6 +108,34 @@ def build_optimizer(
         return Lion(groups, lr=learning_rate, betas=(settings.lion_beta1, settings.lion_beta2))
     betas, every = (settings.sophia_beta1, settings.sophia_beta2), settings.sophia_update_every
     return Sophia(groups, lr=learning_rate, betas=betas, rho=settings.sophia_rho, update_every=every)
+
+
+def _split_off(model: Any, settings: OptimizerSettings, other_weights: Group, undecayed: Group) -> list[Group]:
+    """Moves the embeddings and the output head out of these groups where they have learning rates of their own."""
+    transformer = model.get_base_model() if isinstance(model, PeftModel) else model
+    output = transformer.get_output_embeddings() or getattr(transformer, "score", None)
+    head = set() if output is None else set(output.parameters())
+    embeddings = set(transformer.get_input_embeddings().parameters())
+    groups = []
+    for key, chosen, group in (("embedding_lr", embeddings, undecayed), ("head_lr", head, other_weights)):
+        if (rate := getattr(settings, key)) is None:
+            continue
+        own = [parameter for parameter in group["params"] if parameter in chosen]
+        if not own:
+            tied = ": it is tied to the embeddings, whose rate is embedding_lr" if head & embeddings else ""
+            what = "embedding" if key == "embedding_lr" else "output head of its own"
+            raise UserError(f"{key} = {rate:g}: no {what} is trained{tied}; expected none")
+        group["params"] = [parameter for parameter in group["params"] if parameter not in chosen]
+        groups.append({**group, "params": own, "lr": rate})
+    return groups
+
+
+def _warm_up_momentum(optimizer: Optimizer, *_: Any) -> None:
+    """Sets Muon's momentum for the coming step; steps are counted in its group, so that resumed runs go on alike."""
+    for group in optimizer.param_groups:
+        if "momentum_warmup" in group:
+            share = min(group.get("step", 0) / group["momentum_warmup"], 1.0)
+            group["momentum"] = FIRST_MOMENTUM + share * (group["last_momentum"] - FIRST_MOMENTUM)
 
 
 def _from_bitsandbytes(

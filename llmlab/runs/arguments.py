@@ -22,6 +22,7 @@ SCHEDULERS = {
     "cosine": ("cosine", {}),
     "linear": ("linear", {}),
     "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
+    "wsd": ("warmup_stable_decay", {"decay_type": "linear"}),  # the trainer knows over how many steps
 }
 
 # fields of the trainer's configuration that follow from a setting of another name

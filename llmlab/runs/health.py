@@ -22,12 +22,13 @@ from llmlab.runs.resume import rollbacks_of
 from llmlab.runs.start import on_main
 from llmlab.settings.base import show, spellings_of
 from llmlab.settings.errors import Unhealthy, UserError
+from llmlab.settings.optimizer import OWN_RATES
 from llmlab.terminal import safe
 
 # what can change without another order of the data or other weights
 IN_PROCESS = (
     *("learning_rate", "max_grad_norm", "weight_decay", "lora_dropout", "init_kl_coef", "clip_range", "ent_coef"),
-    "temperature",
+    *("temperature", *OWN_RATES),
 )
 COLORS = {"warning": "yellow", "critical": "red"}
 

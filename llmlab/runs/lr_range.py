@@ -23,6 +23,7 @@ from llmlab.runs.start import begin
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged
 from llmlab.settings.files import write_atomically
+from llmlab.settings.optimizer import OWN_RATES
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import leaves_machine
 
@@ -147,6 +148,9 @@ def run_range_test(stage: str, function: Any, resolved: Resolved[Any], test: Ran
         resolved, kind = function.prepare(resolved), type(resolved.settings)
         changes = {"output_dir": f"{folder}/run", spellings_of(kind)["learning_rate"].name: test.low}
         changes |= {"max_steps": test.steps, "epochs": None, "warmup_steps": 0, "scheduler": "none", "log_every": 1}
+        lower = test.low / spellings_of(kind)["learning_rate"].of(resolved.settings)
+        own_rates = ((name, getattr(resolved.settings, name)) for name in OWN_RATES)
+        changes |= {name: rate * lower for name, rate in own_rates if rate is not None}
         changes |= {"gates": [], "gate_every": None, "metric_for_best_model": None, "save_best_only": False}
         arguments = resolved.settings.trainer_args.items()
         kept = {name: value for name, value in arguments if not leaves_machine(name, value)}  # no repository is made

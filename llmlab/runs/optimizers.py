@@ -83,6 +83,13 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
             self.optimizer = build_optimizer(model or self.model, self.settings, **rates)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.settings.scheduler == "wsd":
+            after_warmup = num_training_steps - self.args.get_warmup_steps(num_training_steps)
+            decay = min(math.ceil(self.settings.decay_share * num_training_steps), after_warmup)
+            self.args.lr_scheduler_kwargs = {**self.args.lr_scheduler_kwargs, "num_decay_steps": decay}
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         run = super().evaluate  # type: ignore[misc]
 

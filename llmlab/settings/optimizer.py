@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from llmlab.settings.base import Alias, Resume, Settings, When
 
@@ -17,11 +17,14 @@ HUGGING_FACE = {  # Transformers' names of these optimizers: implementations dif
     "paged_adamw": "paged_adamw_32bit",
     "paged_lion": "paged_lion_32bit",
 }
-ADAMW = When("optimizer", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+ADAMW_VARIANTS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+ADAMW = When("optimizer", "adamw", *ADAMW_VARIANTS, "muon")
 LION = When("optimizer", "lion", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit")
 SOPHIA = When("optimizer", "sophia")
 MUON = When("optimizer", "muon")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sophia", "muon", *ADAMW.values[1:], *LION.values[1:])
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sophia", "muon", *ADAMW_VARIANTS, *LION.values[1:])
+SCHEDULERS = ("none", "cosine", "linear", "polynomial", "wsd")
+OWN_RATES = ("embedding_lr", "head_lr")  # what changes the learning rate changes them alike
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -34,8 +37,12 @@ class OptimizerSettings(Settings):
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     """Optimizer. muon updates 2-D hidden weights, AdamW at 0.1 x the rate all others; 8-bit and paged ones need
     bitsandbytes."""
+    embedding_lr: Annotated[float | None, Gt(0)] = None
+    """Peak learning rate of the embeddings; none is that of the other weights, with muon 0.1 x."""
+    head_lr: Annotated[float | None, Gt(0)] = None
+    """Peak learning rate of an untied output head (in llmlab reward, of the score); none is as for embedding_lr."""
     adamw_beta1: Annotated[Beta, ADAMW] = 0.9
-    """AdamW's beta1: decay of the first moment."""
+    """AdamW's beta1: decay of the first moment. Beside muon too, for what AdamW updates there."""
     adamw_beta2: Annotated[Beta, ADAMW] = 0.999
     """AdamW's beta2: decay of the second moment."""
     adamw_eps: Annotated[float, Gt(0), ADAMW] = 1e-8
@@ -56,8 +63,12 @@ class OptimizerSettings(Settings):
     """Muon's momentum."""
     muon_nesterov: Annotated[bool, MUON] = True
     """Nesterov momentum in Muon."""
-    scheduler: Annotated[Literal["none", "cosine", "linear", "polynomial"], Alias("lr_scheduler_type")] = "cosine"
-    """Decay of the learning rate after warmup; none keeps it constant."""
+    muon_momentum_warmup: Annotated[int, Ge(0), MUON] = 0
+    """Steps over which Muon's momentum goes linearly from 0.85 to muon_momentum; 0 is none."""
+    scheduler: Annotated[Literal[SCHEDULERS], Alias("lr_scheduler_type")] = "cosine"  # type: ignore[valid-type]
+    """Decay of the learning rate after warmup; none keeps it constant, wsd does so before a linear decay to 0."""
+    decay_share: Annotated[float, Gt(0), Le(1), When("scheduler", "wsd")] = 0.2
+    """Share of all steps in which wsd decays the learning rate. Source of the default: arXiv:2405.18392."""
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:

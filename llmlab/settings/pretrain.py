@@ -2,6 +2,8 @@
 
 from typing import Annotated, Any, ClassVar
 
+from pydantic import model_validator
+
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, fields_of
 from llmlab.settings.data import TextDataSettings
@@ -39,6 +41,15 @@ class PretrainSettings(TrainingSettings, TextDataSettings):
     grad_clip: v.MaxGradNorm = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
     eval_steps: v.EvalBatches = 100
+
+    @model_validator(mode="after")
+    def check_head_lr(self) -> "PretrainSettings":
+        if self.head_lr is not None and self.model.tie_word_embeddings and self.init_from is None:
+            raise ValueError(
+                f"head_lr = {self.head_lr:g} beside tie_word_embeddings: the head is the embedding, whose rate is "
+                "embedding_lr; set tie_word_embeddings = false, or leave head_lr out"
+            )
+        return self
 
     def recorded(self) -> dict[str, Any]:
         """Leaves out the shape beside init_from, whose model has its own."""

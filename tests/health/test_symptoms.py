@@ -32,6 +32,9 @@ def test_changes_are_those_of_the_guide():
         "clip_range": (0.2, 0.1),
     }
     assert changes_of("unstable", ppo)["max_grad_norm"] == (1.0, 0.5)
+    own_rate = settings("sft", embedding_lr=0.2)
+    assert changes_of("unstable", own_rate)["embedding_lr"] == (0.2, 0.1)
+    assert "head_lr" not in changes_of("unstable", own_rate)
 
 
 def test_lora_settings_change_only_where_lora_is_used():

@@ -71,7 +71,7 @@ def test_adafactor_divides_by_factored_second_moments(step_once):
         torch.testing.assert_close(after, kept - LR * update)
 
 
-OPTIONS = {s.name: s for s in fields_of(OptimizerSettings) if s.marker(When)}
+OPTIONS = {s.name: s for s in fields_of(OptimizerSettings) if s.marker(When) and s.name != "decay_share"}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ OPTIONS = {s.name: s for s in fields_of(OptimizerSettings) if s.marker(When)}
 )
 def test_every_option_reaches_its_optimizer(option, name, tiny_llama, build):
     setting = OPTIONS[option]
-    changed = not setting.default if isinstance(setting.default, bool) else setting.default / 2
+    changed = not setting.default if isinstance(setting.default, bool) else setting.default / 2 or 3
 
     def numbers(**settings):
         groups = build(tiny_llama(), name, **settings).param_groups
@@ -101,6 +101,28 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(nesterov, ste
     assert (rotated - rotated.diagonal().diag()).abs().max() < 0.05
     for before, gradient, after in steps.values():
         torch.testing.assert_close(after, before - 0.1 * LR * gradient.sign())
+
+
+def test_muons_momentum_rises(tiny_llama, build, set_gradients):
+    model = tiny_llama()
+    optimizer = build(model, "muon", muon_momentum=0.95, muon_momentum_warmup=4)
+    for expected in (0.85, 0.875, 0.9, 0.925, 0.95, 0.95):
+        set_gradients(model, seed=1)
+        optimizer.step()
+        assert optimizer.param_groups[0]["momentum"] == pytest.approx(expected)
+
+
+def test_batched_products_are_those_of_each_matrix(tiny_llama, build, set_gradients, monkeypatch):
+    """Sums in bf16 are in another order: of entries near 1 / 4, some multiples of 2^-8 / 4, times lr."""
+    models = [tiny_llama(), tiny_llama()]
+    for model, size in zip(models, (2**19, 0), strict=True):
+        monkeypatch.setattr("llmlab.optim.build.BATCHED_SIZE", size)
+        optimizer = build(model, "muon", LR)
+        for seed in (1, 2):
+            set_gradients(model, seed)
+            optimizer.step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=8 * LR * 2**-10, rtol=0)
 
 
 def test_muon_treats_a_transposed_weight_alike(tiny_llama, build, set_gradients):

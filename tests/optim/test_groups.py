@@ -166,3 +166,40 @@ def test_muon_keeps_the_norm_of_a_bf16_momentum(tiny_llama):
     optimizer.step()
     momentum = optimizer.state[weight]["momentum_buffer"]
     torch.testing.assert_close(momentum, torch.full_like(weight, 0.05 * 2.0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_embeddings_and_head_take_their_own_rates(name):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    settings = OptimizerSettings(optimizer=name, embedding_lr=0.3, head_lr=0.02)
+    groups = build_optimizer(model, settings, learning_rate=1e-3, weight_decay=0.1).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    vectors = 1e-4 if name == "muon" else 1e-3
+    for parameter_name, parameter in model.named_parameters():
+        special = {"model.embed_tokens.weight": 0.3, "lm_head.weight": 0.02}
+        assert rates[id(parameter)] == special.get(parameter_name, vectors if "norm" in parameter_name else 1e-3)
+    assert len(rates) == len(list(model.parameters()))
+    assert decay[id(model.get_input_embeddings().weight)] == 0 and decay[id(model.lm_head.weight)] == 0.1
+
+
+def test_a_reward_models_score_is_its_head():
+    model = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1))
+    groups = build_optimizer(model, OptimizerSettings(head_lr=0.5), learning_rate=1e-3, weight_decay=0).param_groups
+    assert [group["params"] for group in groups if group["lr"] == 0.5] == [[model.score.weight]]
+
+
+@pytest.mark.parametrize(
+    ("config", "rate", "message"),
+    [
+        ("llama tied", "head_lr", "head_lr = 0.1: no output head of its own is trained: it is tied to the embeddings"),
+        ("lora", "head_lr", "head_lr = 0.1: no output head of its own is trained; expected none"),
+        ("lora", "embedding_lr", "embedding_lr = 0.1: no embedding is trained; expected none"),
+    ],
+)
+def test_a_rate_for_what_is_not_trained_is_refused(config, rate, message):
+    model = AutoModelForCausalLM.from_config(CONFIGS[config if config in CONFIGS else "llama"])
+    if config == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=message):
+        build_optimizer(model, OptimizerSettings(**{rate: 0.1}), learning_rate=1e-3, weight_decay=0.1)

@@ -120,6 +120,22 @@ def test_extending_a_finished_run_follows_the_longer_schedule(settings, quiet):
         assert rates[step] == pytest.approx(3e-3 * (12 - (step - 1)) / (12 - 4), rel=1e-6)
 
 
+def test_wsd_is_constant_and_decays_at_the_end_also_of_an_extended_run(settings, quiet):
+    shape = {"scheduler": "wsd", "decay_share": 0.5, "optimizer": "muon", "embedding_lr": 0.05}
+    first = pretrain(settings(max_steps=8, **shape), console=quiet)
+    pretrain(settings(max_steps=12, **shape), resume=first.folder, console=quiet)
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(first.folder) if "loss" in line}
+    for step in range(5, 13):  # 4 steps of warmup; update k uses the rate at k - 1
+        total = 8 if step <= 8 else 12
+        left = (total - (step - 1)) / (total / 2)
+        assert rates[step] == pytest.approx(3e-3 * min(left, 1.0), rel=1e-6)
+
+
+def test_a_rate_for_a_tied_head_is_refused_at_once(settings):
+    with pytest.raises(ValueError, match="head_lr = 0.1 beside tie_word_embeddings"):
+        settings(head_lr=0.1)
+
+
 def test_switching_the_optimizer_keeps_weights_and_step_count(settings, quiet):
     first = pretrain(settings(max_steps=6), console=quiet)
     switched = settings(max_steps=9, optimizer="lion", lr=1e-3)
