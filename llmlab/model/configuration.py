@@ -156,10 +156,8 @@ class LLMLabConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and less than 1")
-        if self.final_logit_softcapping is not None and not self.final_logit_softcapping > 0:
-            raise ValueError(
-                f"final_logit_softcapping = {self.final_logit_softcapping}: expected more than 0, or None"
-            )
+        if (softcap := self.final_logit_softcapping) is not None and not softcap > 0:
+            raise ValueError(f"final_logit_softcapping = {softcap}: expected more than 0, or None")
 
     def _check_divides(self, whole: str, part: str, what: str) -> None:
         number, wanted = getattr(self, whole), getattr(self, part)

@@ -118,8 +118,8 @@ def _replace_by_gradient(
     scales: torch.Tensor,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Returns the summed loss of logits before the cap, (tokens, vocabulary), and overwrites them with its gradient, each row times
-    its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
+    """Returns the summed loss of logits before their cap, (tokens, vocabulary), and overwrites them with its gradient,
+    each row times its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)

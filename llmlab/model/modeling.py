@@ -169,7 +169,7 @@ class LanguageModelHead(nn.Linear):
         num_items_in_batch: torch.Tensor | int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Returns logits, (batch, time, vocabulary), without a cap, or with labels, (batch, time), the loss of the next tokens."""
+        """Returns logits before their cap, (batch, time, vocabulary), or with labels, (batch, time), the loss."""
         if labels is None:
             return super().forward(hidden_states.contiguous())  # a slice has a CPU copy a frozen head for each row
         count = {"num_items_in_batch": num_items_in_batch, "softcap": softcap}
