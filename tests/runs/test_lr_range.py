@@ -63,7 +63,9 @@ def test_nothing_is_suggested_where_the_loss_never_falls():
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 def test_a_stage_is_tested_as_it_is(tiny_settings, tmp_path, quiet, stage):
     test = RangeTest(1e-6, 10.0, 25)
-    resolved = as_resolved(tiny_settings(stage, tmp_path / "run", max_steps=7))
+    settings = tiny_settings(stage, tmp_path / "run", max_steps=7)
+    rate = settings.lr if stage == "pretrain" else settings.learning_rate
+    resolved = as_resolved(settings.model_copy(update={"embedding_lr": 3 * rate}))  # which is lowered alike
     run_range_test(stage, STAGES[stage].function, resolved, test, quiet)
     assert len(test.before) == 25 and not (tmp_path / "run").exists()
     start = sum(test.before) / 25
