@@ -206,7 +206,7 @@ class Run(Start[S]):
         with quiet_libraries():
             for each in (model, *options.values()):
                 if isinstance(each, (PreTrainedModel, PeftModel)):  # the reference too
-                    choose_kernels(each, settings)
+                    choose_kernels(each, settings, self.hardware)
             made = trainer(
                 settings=settings,
                 load_optimizer=self.load_optimizer,
