@@ -3,10 +3,10 @@
     python benchmarks/finetune_step.py MODEL ROWS.jsonl sft [--full] [--steps 8] [--record]
     python benchmarks/finetune_step.py MODEL PAIRS dpo|orpo|reward [--full] [--max-length 256] [--record]
 
-All train on the same batches from the same weights, LoRA adapters on all projections or with `--full` everything, with
-fused AdamW and the arithmetic that `dtype: auto` picks.  They take turns step by step in one process (`train_step.py`);
-the bare loop is Transformers' model with full logits and its own loss.  TRL's trainers run as they come, with gradient
-checkpointing, and without.  Peak memory is that of three steps in a process of its own.
+All train on the same batches from the same weights, LoRA adapters on all projections or with `--full` everything,
+with fused AdamW and the arithmetic that `dtype: auto` picks.  They take turns step by step in one process
+(`train_step.py`); the bare loop is Transformers' model with full logits and its own loss.  TRL's trainers run as they
+come, with gradient checkpointing, and without.  Peak memory is that of three steps in a process of its own.
 """
 
 import argparse
@@ -194,8 +194,8 @@ def report(options, seconds, memory):
         f"tokens; trl {version('trl')}; median of {options.steps - 2} turns. `python benchmarks/finetune_step.py "
         f"MODEL DATA {options.stage}{' --full' * options.full} --record`",
         "",
-        "| trainer | seconds a step | llmlab's speed over it | peak memory, GB | llmlab's over its | first loss off llmlab's "
-        "| losses off, at most |",
+        "| trainer | seconds a step | llmlab's speed over it | peak memory, GB | llmlab's over its "
+        "| first loss off llmlab's | losses off, at most |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in seconds:

@@ -67,9 +67,9 @@ def expose_head_bias(model: PeftModel) -> None:
 
 @contextmanager
 def chunked_head(*, equal: bool) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone; `equal` as there.
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
 
-    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient.
+    Heads with a bias or softcapping stay TRL's. The entropy has no gradient.
     """
     from trl.trainer import utils
 

@@ -31,9 +31,9 @@ def make_mask(*args: Any, **options: Any) -> Tensor | None:
     """Returns sdpa's mask, or None where the causal one is enough."""
     padding = options.get("attention_mask")  # (batch, time), True at tokens
     plain = options["mask_function"] is causal_mask_function and options["q_length"] == options["kv_length"]
-    if plain and options.get("allow_is_causal_skip") and padding is not None and padding.shape[1] > 1:
-        if bool((padding[:, 1:] <= padding[:, :-1]).all()):
-            return None
+    plain = plain and options.get("allow_is_causal_skip") and padding is not None
+    if plain and bool((padding[:, 1:] <= padding[:, :-1]).all()):
+        return None
     return sdpa_mask(*args, **options)
 
 
