@@ -156,19 +156,12 @@ _operator = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", loss_a
 
 @_operator.register_fake
 def _fake_loss_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: Any,
-    dtype: torch.dtype,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    weights: Any = None,
-    with_statistics: bool = False,
+    hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    needs = ((hidden, hidden_needs_grad), (weight, weight_needs_grad))
+    needs = zip((hidden, weight), options[:2], strict=True)
     gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
     wide = torch.promote_types(dtype, torch.float32)
-    statistics = hidden.new_empty(len(hidden), 4 if with_statistics else 1, dtype=wide)
+    statistics = hidden.new_empty(len(hidden), 4 if options[3:] == (True,) else 1, dtype=wide)
     return hidden.new_empty((), dtype=wide), *gradients, statistics
 
 

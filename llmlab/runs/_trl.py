@@ -20,10 +20,6 @@ from llmlab.runs.head import TokenLogProbs
 from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
 
-HEAD_ARGUMENTS = (
-    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
-    *("final_logit_softcapping", "logit_scale", "outputs"),
-)
 PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
@@ -45,7 +41,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
-    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", *HEAD_ARGUMENTS),
+    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", "hidden", "weight", "bias", "targets", "..."),
     "trl.trainer.utils._use_triton": ("device",),
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
@@ -79,7 +75,8 @@ def chunked_head(*, equal: bool) -> Iterator[None]:
         @staticmethod
         def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
-            if hidden.device.type != "cpu" or not (bias is softcap is None) or "log_sum_sq_probs" in outputs:
+            plain = bias is softcap is None and "log_sum_sq_probs" not in outputs
+            if hidden.device.type != "cpu" or not plain or hasattr(weight, "ds_id"):  # ZeRO-3 gathers it once more
                 return function.apply(*arguments)
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
             if scale != temperature:
