@@ -82,6 +82,13 @@ def test_train_step(benchmark):
     assert rows[0][2] == "1.00" and all(float(cell) > 0 for row in rows for cell in (row[1], row[2]))
 
 
+def test_ceiling(benchmark, monkeypatch):
+    for name, size in {"vocab": 64, "hidden": 16, "inner": 32, "heads": 2, "kv_heads": 1}.items():
+        monkeypatch.setitem(importlib.import_module("train_step").SHAPE, name, size)
+    printed = benchmark("ceiling", "--steps", 4, "--batch", 1, "--sequence", 64, "--layers", 1, "--eager")
+    assert re.search(r"\d+% of the ceiling", printed)
+
+
 def test_tokenize_corpus(benchmark, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"Line {i} of a short text. " * 40}) + "\n" for i in range(200)))
