@@ -114,7 +114,7 @@ def make_trainer(name, options, callbacks, folder):
     extra, reference = {"settings": settings}, load_reference(settings, policy)[0] if options.stage == "dpo" else None
     if name == "llmlab":
         for model in filter(None, (policy.model, reference)):
-            choose_kernels(model, settings, machine)
+            choose_kernels(model, settings, machine.device == "cpu")
     else:
         base = (TokenizedORPOPairs,) if options.stage == "orpo" else ()
         ours = type("Plain", (*base, theirs), {"_prepare_dataset": lambda self, dataset, *a, **k: dataset})

@@ -62,7 +62,7 @@ def expose_head_bias(model: PeftModel) -> None:
 
 
 @contextmanager
-def chunked_head(*, equal: bool) -> Iterator[None]:
+def chunked_head(*, equal: bool, enabled: bool = True) -> Iterator[None]:
     """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
 
     Heads with a bias or softcapping stay TRL's. The entropy has no gradient.
@@ -71,12 +71,15 @@ def chunked_head(*, equal: bool) -> Iterator[None]:
 
     function, scores_alone = utils._ChunkedLogProbFunction, utils._use_triton
 
+    def replaces(device: torch.device) -> bool:
+        return enabled and device.type == "cpu"
+
     class Head:
         @staticmethod
         def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
             plain = bias is softcap is None and "log_sum_sq_probs" not in outputs
-            if hidden.device.type != "cpu" or not plain or hasattr(weight, "ds_id"):  # ZeRO-3 gathers it once more
+            if not (replaces(hidden.device) and plain) or hasattr(weight, "ds_id"):  # ZeRO-3 gathers it once more
                 return function.apply(*arguments)
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
             if scale != temperature:
@@ -87,7 +90,7 @@ def chunked_head(*, equal: bool) -> Iterator[None]:
             return log_probs, values[:, 1], None, values[:, 2], values[:, 3].bool()
 
     utils._ChunkedLogProbFunction = Head
-    utils._use_triton = lambda device: device.type == "cpu" or scores_alone(device)
+    utils._use_triton = lambda device: replaces(device) or scores_alone(device)
     try:
         yield
     finally:
@@ -101,7 +104,7 @@ class TokenizedPairs:
         lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]
         metrics = self._metrics["train" if model.training else "eval"]  # type: ignore[attr-defined]
         metrics["completion_length"].append(lengths.mean().item())
-        with chunked_head(equal=False):
+        with chunked_head(equal=False, enabled=self.on_cpu):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:

@@ -37,20 +37,12 @@ def make_mask(*args: Any, **options: Any) -> Tensor | None:
     return sdpa_mask(*args, **options)
 
 
-def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
     """Returns the outputs of attention, (batch, time, heads, dim), of inputs (batch, heads, time, dim)."""
-    plain = attention_mask is None and not dropout and not options.keys() & {"position_bias", "cache", "softcap"}
-    causal = options.get("is_causal") is not False and getattr(module, "is_causal", True)
-    if plain and causal and query.dtype == torch.bfloat16 and query.shape[2:] == key.shape[2:] == value.shape[2:]:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return block_attention(query, key, value, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    plain = mask is None and not any(options.get(name) for name in ("dropout", "cache", "softcap"))
+    plain = plain and options.get("is_causal", getattr(module, "is_causal", True)) is not False
+    faster = query.dtype == torch.bfloat16 or torch.compiler.is_compiling()  # as measured for llmlab's own decoder
+    alike = query.shape[2:] == key.shape[2:] == value.shape[2:]
+    if plain and faster and alike and options.get("position_bias") is None:
+        return block_attention(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5), None
+    return sdpa_attention_forward(module, query, key, value, mask, **options)

@@ -183,7 +183,7 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return stops
 
 
-def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any, hardware: Hardware) -> None:
+def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any, on_cpu: bool) -> None:
     """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     name, kind = settings.attn_implementation, model.config.model_type
@@ -198,7 +198,7 @@ def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any, hardware: 
             model.set_attn_implementation(name)
         if model.config._attn_implementation != name or biased and name not in BIAS_IMPLEMENTATIONS:
             raise UserError(f"{wish}: not supported by this model (model_type = {kind}); expected auto or sdpa")
-    elif hardware.device == "cpu" and hasattr(settings, "policy_checkpoint") and not hasattr(settings, "rollout"):
+    elif on_cpu and hasattr(settings, "policy_checkpoint") and not hasattr(settings, "rollout"):
         use_blocks(model)
 
 

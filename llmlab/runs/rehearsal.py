@@ -320,6 +320,7 @@ def rehearse(
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     own = {"scene": scene, "ledger": ledger, "samples_elsewhere": getattr(settings, "use_vllm", False)}
+    own["on_cpu"] = real.device == "cpu"
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), own)
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
     with ExitStack() as stack:

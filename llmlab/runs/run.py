@@ -130,6 +130,7 @@ class Run(Start[S]):
     """One run of a stage."""
 
     rolled_back = False  # in this process: the plan was printed
+    on_cpu = property(lambda self: self.hardware.device == "cpu")  # a rehearsal is always, whatever it is about
 
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
@@ -210,7 +211,7 @@ class Run(Start[S]):
         with quiet_libraries():
             for each in (model, *options.values()):
                 if isinstance(each, (PreTrainedModel, PeftModel)):  # the reference too
-                    choose_kernels(each, settings, self.hardware)
+                    choose_kernels(each, settings, self.on_cpu)
             made = trainer(
                 settings=settings,
                 load_optimizer=self.load_optimizer,
@@ -222,6 +223,7 @@ class Run(Start[S]):
                 callbacks=[self.rhythm, self.progress],
                 **options,
             )
+        made.on_cpu = self.on_cpu
         if isinstance(made.model, PeftModel):
             expose_head_bias(made.model)
         if gates:
