@@ -20,10 +20,6 @@ from llmlab.runs.head import TokenLogProbs
 from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
 
-HEAD_ARGUMENTS = (
-    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
-    *("final_logit_softcapping", "logit_scale", "outputs"),
-)
 PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
@@ -45,7 +41,7 @@ PRIVATE_NAMES = {  # where it is: its parameters
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
-    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", *HEAD_ARGUMENTS),
+    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", "hidden", "weight", "bias", "targets", "..."),
     "trl.trainer.utils._use_triton": ("device",),
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
@@ -66,20 +62,24 @@ def expose_head_bias(model: PeftModel) -> None:
 
 
 @contextmanager
-def chunked_head(*, equal: bool) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone; `equal` as there.
+def chunked_head(*, equal: bool, enabled: bool = True) -> Iterator[None]:
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
 
-    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient.
+    Heads with a bias or softcapping stay TRL's. The entropy has no gradient.
     """
     from trl.trainer import utils
 
     function, scores_alone = utils._ChunkedLogProbFunction, utils._use_triton
 
+    def replaces(device: torch.device) -> bool:
+        return enabled and device.type == "cpu"
+
     class Head:
         @staticmethod
         def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
-            if hidden.device.type != "cpu" or not (bias is softcap is None) or "log_sum_sq_probs" in outputs:
+            plain = bias is softcap is None and "log_sum_sq_probs" not in outputs
+            if not (replaces(hidden.device) and plain) or hasattr(weight, "ds_id"):  # ZeRO-3 gathers it once more
                 return function.apply(*arguments)
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
             if scale != temperature:
@@ -90,7 +90,7 @@ def chunked_head(*, equal: bool) -> Iterator[None]:
             return log_probs, values[:, 1], None, values[:, 2], values[:, 3].bool()
 
     utils._ChunkedLogProbFunction = Head
-    utils._use_triton = lambda device: device.type == "cpu" or scores_alone(device)
+    utils._use_triton = lambda device: replaces(device) or scores_alone(device)
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ class TokenizedPairs:
         lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]
         metrics = self._metrics["train" if model.training else "eval"]  # type: ignore[attr-defined]
         metrics["completion_length"].append(lengths.mean().item())
-        with chunked_head(equal=False):
+        with chunked_head(equal=False, enabled=self.on_cpu):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:

@@ -39,6 +39,7 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     """
 
     has_all_steps = False
+    on_cpu = True  # whether losses may use what is faster there
     gate_metrics: dict[str, float] = {}  # the gate that decides about the best checkpoint, at this step
 
     def __init__(self, settings: OptimizerSettings, *, load_optimizer: bool = True, **kwargs: Any):

@@ -270,6 +270,7 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
     changes |= {
         "gradient_accumulation_steps": passes,
         "report_to": [],
+        "gradient_checkpointing": settings.gradient_checkpointing is True,
         "dataloader_num_workers": 0,  # tensors without memory cannot be sent
         "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
     }
@@ -319,6 +320,7 @@ def rehearse(
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     own = {"scene": scene, "ledger": ledger, "samples_elsewhere": getattr(settings, "use_vllm", False)}
+    own["on_cpu"] = real.device == "cpu"
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), own)
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
     with ExitStack() as stack:

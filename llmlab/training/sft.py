@@ -31,7 +31,7 @@ class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
     equal_weights = True  # of a step's tokens in the loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with chunked_head(equal=self.equal_weights):
+        with chunked_head(equal=self.equal_weights, enabled=self.on_cpu):
             return super().compute_loss(*args, **kwargs)
 
 

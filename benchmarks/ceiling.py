@@ -1,0 +1,110 @@
+"""What share of a pretraining step are the matrix products it cannot do without, at the machine's best speed for them?
+
+    python benchmarks/ceiling.py [--steps 6] [--batch 4] [--sequence 512] [--layers 30] [--eager] [--record]
+
+A step of `llmlab pretrain` at SmolLM2-135M's shape takes turns in one process with the same number of bare products of
+the same shapes and dtype: of every linear layer and the head forward, by input and by weight, and those of causal
+attention in blocks of 64 queries.  Operands are reused, outputs are allocated before: no copy, no cast, nothing else.
+"""
+
+import argparse
+import statistics
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+from train_step import SHAPE, make_rows, make_trainer, take_turns
+
+BLOCK, HEAD_CHUNK = 64, 682  # queries; tokens that `llmlab.model.loss` takes at once
+
+
+def list_products(options):
+    """Returns the products of a step as (times, batch, rows, inner, columns)."""
+    tokens, width, inner = options.batch * options.sequence, SHAPE["hidden"], SHAPE["inner"]
+    dim = width // SHAPE["heads"]
+    small = SHAPE["kv_heads"] * dim
+    layers = [(width, width)] * 2 + [(width, small)] * 2 + [(width, inner)] * 2 + [(inner, width)]
+    products = []
+    for times, rows, (n_in, n_out) in [
+        *((options.layers, tokens, shape) for shape in layers),
+        (-(-tokens // HEAD_CHUNK), min(HEAD_CHUNK, tokens), (width, SHAPE["vocab"])),
+    ]:
+        products += [(times, 1, rows, n_in, n_out), (times, 1, rows, n_out, n_in), (times, 1, n_out, rows, n_in)]
+    batch, queries = options.batch * SHAPE["kv_heads"], BLOCK * SHAPE["heads"] // SHAPE["kv_heads"]
+    for keys in range(BLOCK, options.sequence + 1, BLOCK):
+        shapes = [(queries, dim, keys)] * 2 + [(queries, keys, dim)] * 2 + [(keys, queries, dim)] * 2
+        products += [(options.layers, batch, *shape) for shape in shapes]
+    return products
+
+
+def count_flops(products):
+    return sum(2 * times * batch * rows * inner * columns for times, batch, rows, inner, columns in products)
+
+
+def bare_products(options, callbacks):
+    """Returns what does a step's products alone, in place of a trainer."""
+    import torch
+
+    from llmlab.hardware import probe
+
+    dtype = probe().torch_dtype
+    work = []
+    for times, *shape in list_products(options):
+        batch, rows, inner, columns = shape
+        work.append((times, *(torch.randn(batch, *size).to(dtype) for size in ((rows, inner), (inner, columns)))))
+
+    def train():
+        args, state = SimpleNamespace(max_steps=options.steps), SimpleNamespace(global_step=0)
+        out = [torch.bmm(left, right) for _, left, right in work]
+        for _ in range(options.steps):
+            for callback in callbacks:
+                callback.on_step_begin(args, state, None)
+            for (times, left, right), result in zip(work, out, strict=True):
+                for _ in range(times):
+                    if len(left) == 1:
+                        torch.mm(left[0], right[0], out=result[0])
+                    else:
+                        torch.bmm(left, right, out=result)
+            state.global_step += 1
+            for callback in callbacks:
+                callback.on_step_end(args, state, None)
+
+    return SimpleNamespace(train=train)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="turns of each; the first two are warm-up")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    name = "llmlab-eager" if options.eager else "llmlab"
+    rows = make_rows(options)
+
+    def make(which, callbacks, folder):
+        if which == "products":
+            return bare_products(options, callbacks)
+        return make_trainer(name, rows, options, callbacks, folder)
+
+    seconds = take_turns([name, "products"], make)
+    pairs = list(zip(seconds[name][2:], seconds["products"][2:], strict=True))
+    share = statistics.median(products / step for step, products in pairs)
+    step, products = (statistics.median(column) for column in zip(*pairs, strict=True))
+    peak = count_flops(list_products(options)) / products / 1e9
+    table = (
+        f"## Ceiling of a pretraining step, {date.today()}\n\nSmolLM2-135M's shape, {options.layers} layers, "
+        f"{options.batch} x {options.sequence} tokens{', eager' * options.eager}: a step takes {step:.2f} s, "
+        f"its products alone {products:.2f} s ({peak:.0f} GFLOP/s): {share:.0%} of the ceiling; median of "
+        f"{options.steps - 2} turns. `python benchmarks/ceiling.py --record`\n"
+    )
+    print(table)
+    if options.record:
+        path = Path(__file__).with_name("RESULTS.md")
+        path.write_text(path.read_text() + "\n" + table)
+
+
+if __name__ == "__main__":
+    main()
