@@ -50,7 +50,9 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(device)  # (batch * time,)
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss, _, _, token_losses = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad, softcap=softcap)
+    loss, _, _, token_losses = _operator(
+        hidden.flatten(0, 1), weight, targets, dtype, *needs_grad, None, False, softcap
+    )
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
