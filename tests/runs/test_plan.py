@@ -1,11 +1,15 @@
 """Plans: their parts are what the shapes say, real runs go on as without them, and suggested changes fit."""
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import Gemma3TextConfig, LlamaConfig
 from typer.testing import CliRunner
 
@@ -14,6 +18,7 @@ from llmlab.cli.app import build_app
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import describe_machine, probe
 from llmlab.model import measure
+from llmlab.runs.checkpointing import needs_checkpointing
 from llmlab.runs.plan import count_steps, fitting_changes, largest_part, make_plan, read_scene
 from llmlab.runs.rehearsal import Scene, _rehearsals, are_alike, cut_layers, rehearse, shorten
 from llmlab.settings.errors import UserError
@@ -94,6 +99,24 @@ def test_checkpointing_saves_activations_and_costs_a_forward_pass(planned):
     forward = plain.ledger.flops["forward"]
     assert plain.ledger.flops["backward"] == pytest.approx(2 * forward, rel=0.15)
     assert saving.ledger.flops["backward"] > plain.ledger.flops["backward"] + 0.5 * forward
+
+
+def test_auto_recomputes_activations_only_where_memory_needs_it(tiny_settings, tmp_path, monkeypatch):
+    changes = {"max_length": 128, "max_prompt_length": 64, "mini_batch_size": 4, "max_steps": 1}
+    plain, saving = (
+        plan_of(tiny_settings, tmp_path, "reward", changes | {"gradient_checkpointing": on}).total
+        for on in (False, True)
+    )
+    assert saving < plain
+    settings = tiny_settings("reward", tmp_path / "run", gradient_checkpointing="auto", **changes)
+    for memory, needed in ((plain, False), ((plain + saving) // 2, True), (1, True)):
+        hardware = replace(probe("cpu", "fp32"), memory=memory)
+        run = SimpleNamespace(settings=settings, hardware=hardware, function=STAGES["reward"].function)
+        assert needs_checkpointing(run, None) == needed
+    asked = []
+    monkeypatch.setattr("llmlab.runs.run.needs_checkpointing", lambda run, rows: asked.append(len(rows)) or True)
+    STAGES["reward"].function(settings, console=Console(file=(printed := io.StringIO()), width=120))
+    assert asked and "activations are computed again" in printed.getvalue()
 
 
 def plan_of(tiny_settings, folder, stage, changes, **options):
