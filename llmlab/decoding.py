@@ -1,6 +1,6 @@
-"""Continues rows of tokens with any Transformers causal language model: the loop behind chat, sampling and rollouts.
+"""The loop that decodes for chat, sampling, gates and rollouts, with any Transformers causal language model.
 
-What is sampled, and how, is Transformers' `GenerationConfig`; where the loop cannot be right, `generate` does the work.
+How tokens are chosen is Transformers' `GenerationConfig`; where the loop cannot be right, `generate` does the work.
 """
 
 import inspect
@@ -14,29 +14,20 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+from transformers.utils import logging
 
 from llmlab.model.step import DecodeStep, suits
 
 CHUNK = 64  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
-PATIENCE = 8  # tokens of a reply before weights are packed
+PATIENCE = 3  # tokens of a reply before weights are packed
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
-# processors that look at each row's scores alone, wherever in the batch and however padded it is
-ROWWISE = (
-    *(transformers.TemperatureLogitsWarper, transformers.TopKLogitsWarper, transformers.TopPLogitsWarper),
-    *(transformers.MinPLogitsWarper, transformers.TypicalLogitsWarper, transformers.EpsilonLogitsWarper),
-    *(transformers.EtaLogitsWarper, transformers.RepetitionPenaltyLogitsProcessor),
-    *(transformers.SuppressTokensLogitsProcessor, transformers.InfNanRemoveLogitsProcessor),
-)
+# processors that look at a row's scores alone, whatever is beside it and however it is padded
+CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
+ROWWISE = {f"{name}Logits{part}" for name in CHOICE for part in ("Warper", "Processor")}
+LAYERS = {"StaticLayer", "StaticSlidingWindowLayer"}  # of static caches that hold keys and values of all tokens
 
 
 class Decoded(NamedTuple):
@@ -47,7 +38,7 @@ class Decoded(NamedTuple):
     """
 
     tokens: list[list[int]]
-    log_probs: list[list[float]] | None
+    log_probs: list[list[float]] | None = None
 
 
 def decode(
@@ -77,18 +68,18 @@ def decode(
     most = sampler.config.max_length - 1  # of a completion: the prompt that was prepared has one token
     limits = [min(most, (max_length or math.inf) - len(row)) for row in rows]
     size = batch_size or len(rows)
-    if why_not(model) or sampler.obstacle:
+    if _falls_back(model, sampler):
         batches = (slice(start, start + size) for start in range(0, len(rows), size))
-        tokens = [ids for part in batches for ids in _generate(model, rows[part], config, limits[part], sampler.ends)]
-        return Decoded(tokens, None)
+        return Decoded(
+            [ids for part in batches for ids in _generate(model, rows[part], config, limits[part], sampler)]
+        )
     order = sorted(range(len(rows)), key=lambda k: (-len(rows[k]), rows[k]))  # identical ones beside each other
     loop = Loop(model, sampler, [rows[k] for k in order], [limits[k] for k in order], size)
     loop.scored = log_probs
     for _ in loop:
         pass
     place = sorted(range(len(rows)), key=order.__getitem__)
-    scores = [loop.log_probs[k] for k in place] if log_probs else None
-    return Decoded([loop.tokens[k] for k in place], scores)
+    return Decoded([loop.tokens[k] for k in place], [loop.log_probs[k] for k in place] if log_probs else None)
 
 
 def decode_batch(
@@ -100,33 +91,26 @@ def decode_batch(
     streamer: Any = None,
     **inputs: Any,
 ) -> torch.Tensor:
-    """Does the work of `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own.
+    """Decodes for `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own.
 
     Args:
-        model: whose `generate` was called; the other arguments are what it prepared. Criteria of the caller's own are
-            asked after each token, about one row alone.
-        streamer: `generate` hands none on: `custom_generate=partial(decode_batch, streamer=...)`.
+        model: whose `generate` was called; the other arguments are what it prepared.
+        streamer: of tokens; `generate` hands none on, so use `custom_generate=partial(decode_batch, streamer=...)`.
 
     Returns:
         Prompts and completions, (rows, time), with the padding of `generate`.
     """
-    sampler = Sampler(logits_processor, generation_config)
-    attention_mask = inputs.get("attention_mask")
+    sampler, mask = Sampler(logits_processor, generation_config), inputs.get("attention_mask")
     own = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
-    if why_not(model) or sampler.obstacle or (own and len(input_ids) > 1):
-        others = [each for each in logits_processor if not isinstance(each, ROWWISE)]
-        return model.generate(
-            input_ids,
-            generation_config,
-            logits_processor=LogitsProcessorList(others),
-            stopping_criteria=StoppingCriteriaList(own),
-            attention_mask=attention_mask,
-            streamer=streamer,
-        )
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, real, strict=True)]
-    most = generation_config.max_length - input_ids.shape[1]
-    loop = Loop(model, sampler, rows, [most] * len(rows), len(rows))
+    if own and len(input_ids) > 1:
+        sampler.obstacle = "stopping criteria of a batch"
+    if _falls_back(model, sampler):
+        options = {"attention_mask": mask, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(own)}
+        others = [each for each in logits_processor if type(each).__name__ not in ROWWISE]
+        return model.generate(input_ids, generation_config, logits_processor=LogitsProcessorList(others), **options)
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    rows = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
+    loop = Loop(model, sampler, rows, [generation_config.max_length - input_ids.shape[1]] * len(rows), len(rows))
     loop.check = 1 if own else loop.check
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -137,27 +121,33 @@ def decode_batch(
             break
     if streamer is not None:
         streamer.end()
-    completions = [torch.tensor(ids, dtype=torch.long) for ids in loop.tokens]
+    completions = [torch.tensor(ids, dtype=torch.long, device=input_ids.device) for ids in loop.tokens]
     padded = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=sampler.pad)
-    return torch.cat((input_ids, padded.to(input_ids.device)), 1)
+    return torch.cat((input_ids, padded), 1)
 
 
 def why_not(model: Any) -> str | None:
-    """Returns why the loop does not suit a model, so that `generate` has to do the work; None where it does."""
+    """Returns why the loop does not suit a model; None where it does."""
     base = _base(model)
-    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    config = base.config.get_text_config(decoder=True)
-    if prompts:
-        return "its adapter is a learned prompt"
-    if config.is_encoder_decoder or base.config.is_encoder_decoder:
-        return "it has an encoder"
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base.parameters()):
-        return "its weights are sharded"
-    if base.config._attn_implementation not in ("sdpa", "eager"):
-        return f"{base.config._attn_implementation} reads no cache with free columns"
-    if kinds := {type(layer) for layer in StaticCache(config, 1).layers} - {StaticLayer, StaticSlidingWindowLayer}:
-        return f"its cache is no static one of keys and values ({kinds.pop().__name__})"
-    return None
+    config, attention = base.config.get_text_config(decoder=True), base.config._attn_implementation
+    kinds = {type(layer).__name__ for layer in StaticCache(config, 1).layers}
+    reasons = {
+        "its adapter is a learned prompt": getattr(
+            getattr(model, "active_peft_config", None), "is_prompt_learning", False
+        ),
+        "it has an encoder": base.config.is_encoder_decoder,
+        "its weights are sharded": any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base.parameters()),
+        f"{attention} reads no cache with free columns": attention not in ("sdpa", "eager"),
+        f"it remembers more than keys and values ({', '.join(sorted(kinds - LAYERS))})": kinds - LAYERS,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _falls_back(model: Any, sampler: "Sampler") -> bool:
+    reason = sampler.obstacle or why_not(model)
+    if reason:
+        logging.get_logger(__name__).warning_once(f"Transformers' generate samples, more slowly: {reason}.")
+    return reason is not None
 
 
 def _base(model: Any) -> Any:
@@ -173,24 +163,20 @@ def _prepared(
 
 
 def _generate(
-    model: Any, rows: Sequence[list[int]], config: GenerationConfig, limits: Sequence[float], ends: list[int]
+    model: Any, rows: Sequence[list[int]], config: GenerationConfig, limits: Sequence[float], sampler: "Sampler"
 ) -> list[list[int]]:
     """Returns the completions by `generate`."""
     width = max(map(len, rows))
-    pad = (config.pad_token_id or 0,)
-    ids = torch.tensor([list(pad) * (width - len(row)) + row for row in rows], device=model.device)
+    ids = torch.tensor([[sampler.pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
 
     def is_full(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
 
     output = model.generate(ids, config, attention_mask=mask, stopping_criteria=StoppingCriteriaList([is_full]))
-    return [_cut(new, ends, limit) for new, limit in zip(output[:, width:].tolist(), limits, strict=True)]
-
-
-def _cut(ids: list[int], ends: Sequence[int], limit: float) -> list[int]:
-    stop = next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: int(min(stop, limit))]
+    new = output[:, width:].tolist()
+    stops = [next((k + 1 for k, token in enumerate(ids) if token in sampler.ends), len(ids)) for ids in new]
+    return [ids[: int(min(stop, limit))] for ids, stop, limit in zip(new, stops, limits, strict=True)]
 
 
 class Sampler:
@@ -200,15 +186,15 @@ class Sampler:
         self.processors, self.config = processors, config
         ends = config.eos_token_id
         self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        pad = config.pad_token_id
-        self.pad = pad if pad is not None else (self.ends or [0])[0]
+        self.pad = config.pad_token_id if config.pad_token_id is not None else (self.ends or [0])[0]
         self.temperature = config.temperature if config.do_sample and config.temperature else 1.0
-        self.obstacle = None
-        if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            self.obstacle = f"decoding by {config.get_generation_mode().value}"
-        for each in processors:
-            if type(each) not in ROWWISE:
-                self.obstacle = type(each).__name__
+        mode = config.get_generation_mode()
+        plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.num_return_sequences in (
+            None,
+            1,
+        )
+        unknown = [type(each).__name__ for each in processors if type(each).__name__ not in ROWWISE]
+        self.obstacle = (unknown or [None])[0] if plain else f"decoding by {mode.value}"
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Returns a token a row, (rows,), from the sequences so far, (rows, time), and logits, (rows, vocabulary)."""
@@ -420,7 +406,7 @@ class Loop:
         self.time, self.bias = columns, {}
 
     def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[DynamicCache, torch.Tensor]:
-        """Returns a cache of the prompts' keys and values, each different one once, and the row of each prompt in it."""
+        """Returns a cache of the prompts, each different one once, and the row of each prompt in it."""
         cache, device = DynamicCache(), self.model.device
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
         if width:
