@@ -105,6 +105,8 @@ def decode_batch(
     if own and len(input_ids) > 1:
         sampler.obstacle = "stopping criteria of a batch"
     if _falls_back(model, sampler):
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)  # made already
+        input_ids, mask = input_ids[::copies], None if mask is None else mask[::copies]
         options = {"attention_mask": mask, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(own)}
         others = [each for each in logits_processor if type(each).__name__ not in ROWWISE]
         return model.generate(input_ids, generation_config, logits_processor=LogitsProcessorList(others), **options)
@@ -171,7 +173,8 @@ def _generate(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
 
     def is_full(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
+        full = torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
+        return full.repeat_interleave(len(ids) // len(full))  # beams
 
     output = model.generate(ids, config, attention_mask=mask, stopping_criteria=StoppingCriteriaList([is_full]))
     new = output[:, width:].tolist()
@@ -193,6 +196,9 @@ class Sampler:
             None,
             1,
         )
+        for each in processors:
+            if isinstance(each, transformers.RepetitionPenaltyLogitsProcessor):
+                each.prompt_ignore_length = None  # padding, which here repeats a row's own token
         unknown = [type(each).__name__ for each in processors if type(each).__name__ not in ROWWISE]
         self.obstacle = (unknown or [None])[0] if plain else f"decoding by {mode.value}"
 

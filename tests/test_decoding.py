@@ -59,7 +59,7 @@ def greedy(tokens=45, **options):
 
 
 def sampled(tokens=1, **options):
-    return GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0, **options)
+    return GenerationConfig(max_new_tokens=tokens, do_sample=True, pad_token_id=0, **{"top_k": 0, **options})
 
 
 def padded(rows):
@@ -79,10 +79,12 @@ def generated(model, rows, config, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_those_of_generate(name):
     """45 tokens pass the cache's first 64 columns and the smaller models' context; several tokens end a row."""
-    model, config = make(name), greedy(eos_token_id=[17, 33, 150])
+    model = make(name)
+    free = generated(model, ROWS, greedy())
+    config = greedy(eos_token_id=sorted({free[1][7], free[3][20]}))
     expected = generated(model, ROWS, config)
     assert suits(model) == MODELS[name][1] and why_not(model) is None
-    assert len({len(ids) for ids in expected}) > 1 or name in ("bloom", "gemma3", "alibi")
+    assert len(expected[1]) <= 8 and len(expected[3]) <= 21
     for batch_size in (None, 2):
         assert decode(model, ROWS, config, batch_size=batch_size).tokens == expected
     assert generated(model, ROWS, config, custom_generate=decode_batch) == expected
@@ -103,10 +105,12 @@ def test_one_token_whole_contexts_and_ends_at_once():
 
 
 def test_a_penalty_knows_no_padding():
-    """Penalized tokens are the row's own, as where it is alone; `generate` penalizes padding too."""
+    """Penalized tokens are the row's own, also where rows came and went."""
     model, config = make(), greedy(30, repetition_penalty=1.3)
-    alone = [generated(model, [row], config)[0] for row in ROWS]
-    assert decode(model, ROWS, config).tokens == alone
+    expected = generated(model, ROWS, config)
+    assert expected != generated(model, ROWS, greedy(30))
+    assert decode(model, ROWS, config).tokens == decode(model, ROWS, config, batch_size=2).tokens == expected
+    assert generated(model, ROWS, config, custom_generate=decode_batch) == expected
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -125,7 +129,7 @@ def test_adapters_take_part(dora):
 def test_samples_have_the_distribution_of_generate(options):
     """Pearson's chi-square against the probabilities that Transformers' processors leave, at 1 in 10,000."""
     model = make()
-    config, rows, count = sampled(**{**options, "top_k": options.get("top_k", 0)}), [[5, 6, 7]], 4000
+    config, rows, count = sampled(**options), [[5, 6, 7]], 4000
     output = model.generate(*padded(rows)[:1], config, output_scores=True, return_dict_in_generate=True)
     expected = output.scores[0][0].softmax(-1) * count
     torch.manual_seed(1)
@@ -169,11 +173,8 @@ def test_prompts_are_read_once_and_rows_that_are_done_leave():
     decode(model, [[5, 6, 7, 8]] * 6 + [[1, 2]] * 2, greedy(10))
     assert shapes[0] == (2, 3) and set(shapes[1:]) == {(8, 1)}
     shapes.clear()
-    rows = [[k] for k in range(1, 9)]
-    decode(model, rows, greedy(10), max_length=None, batch_size=8)
-    shapes.clear()
     decode(model, [[1] * k for k in range(3, 11)], greedy(10), max_length=11)  # 1 to 8 tokens of room
-    assert [rows for rows, time in shapes if time == 1] == [8, 8, 6, 6, 4, 3, 2, 1]
+    assert [rows for rows, time in shapes if time == 1] == [8, 8, 6, 5, 4, 3, 2, 1]  # a quarter leaves at a time
 
 
 def test_generate_does_what_the_loop_cannot():
