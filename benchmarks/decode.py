@@ -72,7 +72,9 @@ def main():
                     run(rows, config)
                     seconds[contender].append(time.perf_counter() - began)
                     if turn == 0 and contender == "generate compiled":
-                        print(f"batch {batch}, {name}: compiled generate's first call took {seconds[contender][0]:.1f} s")
+                        print(
+                            f"batch {batch}, {name}: compiled generate's first call took {seconds[contender][0]:.1f} s"
+                        )
             for contender, times in seconds.items():
                 ratio = statistics.median(a / b for a, b in zip(seconds["generate"][1:], times[1:], strict=True))
                 speed = batch * options.tokens / statistics.median(times[1:])

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
@@ -22,7 +21,7 @@ from llmlab.model.step import DecodeStep, suits
 
 CHUNK = 64  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
-PATIENCE = 3  # tokens of a reply before weights are packed
+PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
 # processors that look at a row's scores alone, whatever is beside it and however it is padded
 CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
@@ -138,7 +137,9 @@ def why_not(model: Any) -> str | None:
             getattr(model, "active_peft_config", None), "is_prompt_learning", False
         ),
         "it has an encoder": base.config.is_encoder_decoder,
-        "its weights are sharded": any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base.parameters()),
+        "its weights are sharded": any(
+            type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters()
+        ),
         f"{attention} reads no cache with free columns": attention not in ("sdpa", "eager"),
         f"it remembers more than keys and values ({', '.join(sorted(kinds - LAYERS))})": kinds - LAYERS,
     }
@@ -323,13 +324,10 @@ class Loop:
         self.mask[:, self.time] = 1
         last, positions = self.ids[:, self.time], self.time - self.starts
         self.steps += 1
-        if (
-            self.fused is None and self.steps > 2 and self.cache.layers[0].is_initialized
-        ):  # the first reply token waits for nothing
+        if self.fused is None and self.steps > PATIENCE and self.cache.layers[0].is_initialized:
             self.fused = DecodeStep(self.model, self.cache.layers[0].keys.dtype)
         if self.fused and self.cache.layers[0].is_initialized:
-            if self.steps > PATIENCE:
-                self.fused.pack_some(len(self.numbers))
+            self.fused.pack_some(len(self.numbers))
             logits = self.fused(last, positions, self.cache, self.time, self._attention_bias())
         else:
             logits = self._forward(last[:, None], self.mask, positions[:, None], self.cache)

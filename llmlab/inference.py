@@ -155,8 +155,8 @@ def generate_text(
         torch.manual_seed(seed)
     rows = [ids for ids in encoded for _ in range(num_samples)]
     done: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        new = generate_tokens(model, tokenizer, rows[start : start + batch_size], sampling)
+    for start in range(0, len(rows), 4 * batch_size):  # rows that are done make room for others of these
+        new = generate_tokens(model, tokenizer, rows[start : start + 4 * batch_size], sampling, batch_size=batch_size)
         done += tokenizer.batch_decode(new, skip_special_tokens=True)
         while len(done) >= num_samples:
             yield done[:num_samples]
