@@ -4,7 +4,7 @@
 
 Without a folder, a Llama of 7.7 M parameters with random weights.  Prompts are random tokens, all of one length, and
 nothing ends early, so that both do the same work; greedy decoding, sampling from all tokens and top-p are timed.
-`--compiled` adds `generate` with a static cache and torch.compile, whose first call, the warm-up, has a line of its own.
+`--compiled` adds `generate` with a static cache and torch.compile; its first call, the warm-up, has a line of its own.
 """
 
 import argparse

@@ -67,6 +67,8 @@ def decode(
     most = sampler.config.max_length - 1  # of a completion: the prompt that was prepared has one token
     limits = [min(most, (max_length or math.inf) - len(row)) for row in rows]
     size = batch_size or len(rows)
+    if sampler.criteria:
+        sampler.obstacle = type(sampler.criteria[0]).__name__
     if _falls_back(model, sampler):
         batches = (slice(start, start + size) for start in range(0, len(rows), size))
         return Decoded(
@@ -99,14 +101,14 @@ def decode_batch(
     Returns:
         Prompts and completions, (rows, time), with the padding of `generate`.
     """
-    sampler, mask = Sampler(logits_processor, generation_config), inputs.get("attention_mask")
-    own = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
-    if own and len(input_ids) > 1:
-        sampler.obstacle = "stopping criteria of a batch"
+    sampler, mask = Sampler(logits_processor, stopping_criteria, generation_config), inputs.get("attention_mask")
+    own = StoppingCriteriaList(sampler.criteria)
+    if generation_config.return_dict_in_generate or (own and len(input_ids) > 1):
+        sampler.obstacle = "outputs beside tokens, or criteria of one's own for a batch, were asked for"
     if _falls_back(model, sampler):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)  # made already
         input_ids, mask = input_ids[::copies], None if mask is None else mask[::copies]
-        options = {"attention_mask": mask, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(own)}
+        options = {"attention_mask": mask, "streamer": streamer, "stopping_criteria": own}
         others = [each for each in logits_processor if type(each).__name__ not in ROWWISE]
         return model.generate(input_ids, generation_config, logits_processor=LogitsProcessorList(others), **options)
     mask = torch.ones_like(input_ids) if mask is None else mask
@@ -118,7 +120,7 @@ def decode_batch(
     for token in loop:
         if streamer is not None:
             streamer.put(token.cpu())
-        if own and StoppingCriteriaList(own)(torch.tensor([rows[0] + loop.tokens[0]]), None).any():
+        if own and own(torch.tensor([rows[0] + loop.tokens[0]]), None).any():
             break
     if streamer is not None:
         streamer.end()
@@ -160,9 +162,9 @@ def _base(model: Any) -> Any:
 
 def _prepared(
     model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
-) -> tuple[LogitsProcessorList, GenerationConfig]:
+) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]:
     """Stands for a decoding loop, and returns what `generate` made of its configuration."""
-    return logits_processor, generation_config
+    return logits_processor, stopping_criteria, generation_config
 
 
 def _generate(
@@ -186,22 +188,22 @@ def _generate(
 class Sampler:
     """Chooses tokens as a generation configuration says, from processors that Transformers prepared for it."""
 
-    def __init__(self, processors: LogitsProcessorList, config: GenerationConfig):
+    def __init__(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig):
         self.processors, self.config = processors, config
+        self.criteria = [each for each in criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
         ends = config.eos_token_id
         self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         self.pad = config.pad_token_id if config.pad_token_id is not None else (self.ends or [0])[0]
         self.temperature = config.temperature if config.do_sample and config.temperature else 1.0
-        mode = config.get_generation_mode()
-        plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.num_return_sequences in (
-            None,
-            1,
-        )
         for each in processors:
             if isinstance(each, transformers.RepetitionPenaltyLogitsProcessor):
                 each.prompt_ignore_length = None  # padding, which here repeats a row's own token
-        unknown = [type(each).__name__ for each in processors if type(each).__name__ not in ROWWISE]
-        self.obstacle = (unknown or [None])[0] if plain else f"decoding by {mode.value}"
+        mode, cache = config.get_generation_mode(), config.cache_implementation
+        self.obstacle = next((name for each in processors if (name := type(each).__name__) not in ROWWISE), None)
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            self.obstacle = f"decoding by {mode.value}"
+        elif cache not in (None, "dynamic", "static"):
+            self.obstacle = f"cache_implementation = {cache}"
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Returns a token a row, (rows,), from the sequences so far, (rows, time), and logits, (rows, vocabulary)."""

@@ -191,6 +191,9 @@ def test_generate_does_what_the_loop_cannot():
         config = greedy(8, **options)
         assert decode(model, ROWS, config, batch_size=6).tokens == generated(model, ROWS, config)
         assert generated(model, ROWS, config, custom_generate=decode_batch) == generated(model, ROWS, config)
+    config = greedy(8, return_dict_in_generate=True, output_logits=True)
+    assert len(model.generate(*padded(ROWS)[:1], config, custom_generate=decode_batch).logits) == 8
+    assert decode(model, ROWS, greedy(8, max_time=60.0), log_probs=True).log_probs is None
     for parameter in model.parameters():
         parameter.ds_id = 0  # as DeepSpeed ZeRO-3 marks those that it shards
     assert why_not(model) == "its weights are sharded"
