@@ -175,6 +175,11 @@ def test_health(benchmark):
     assert [row[0] for row in rows] == ["guard", "checks", "whole steps, watched over others"]
 
 
+def test_decode(benchmark):
+    printed = benchmark("decode", "--layers", 1, "--batches", 2, "--tokens", 6, "--turns", 1)
+    assert printed.count("x generate") == 6  # two contenders, three ways of choosing tokens
+
+
 def test_simulator(benchmark):
     printed = benchmark("simulator", "--episodes", 20)
     assert "100.0%" in printed and printed.count("expert") == printed.count("random") == 5
