@@ -46,11 +46,13 @@ class RolloutSteps:
     """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
 
     `all_rewards` (completions of all processes, reward functions) are those of the last rollout, `log_probs` (batch,
-    time) those of the last forward pass, `token_share` its tokens over the mean of its update's forward passes.
+    time) those of the last forward pass, `values` those of the policy's last one, of a subclass that has them,
+    `token_share` its tokens over the mean of its update's forward passes.
     """
 
     all_rewards: Tensor
     log_probs: Tensor
+    values: Tensor | None = None
     token_share: float
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -78,10 +80,72 @@ class RolloutSteps:
         self.all_rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
         return self.all_rewards
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)  # type: ignore[misc]
-        self.log_probs = result[0]
-        return result
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> Any:
+        """Returns what TRL's does, from passes over rows of similar length, where there are several."""
+        if any(value is not None for value in images.values()):
+            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **images}
+            args = (model, input_ids, attention_mask, logits_to_keep, batch_size)
+            return super()._get_per_token_logps_and_entropies(*args, **options)  # type: ignore[misc]
+        rows, size = len(input_ids), batch_size or len(input_ids)
+        order = attention_mask.sum(1).argsort() if rows > size else torch.arange(rows, device=input_ids.device)
+        passes = [
+            self.score_rows(model, input_ids[part], attention_mask[part], logits_to_keep, compute_aux_loss)
+            for part in order.split(size)
+        ]
+        back = order.argsort()
+        columns = (None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*passes, strict=True))
+        self.log_probs, entropies, values = columns
+        self.values = self.values if values is None else values
+        return self.log_probs, entropies, self.aux_loss
+
+    def score_rows(
+        self, model: Any, ids: Tensor, mask: Tensor, time: int, with_aux_loss: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the log-probabilities, entropies and values of the last tokens, (batch, time); ids and mask are
+        (batch, prompt and completion).
+
+        Padding goes to the end of each row, where no token attends to it, so that attention needs no mask, and columns
+        of nothing else are left out.
+        """
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(int(mask.sum(1).max()), 2)]
+        short = ids.gather(1, order)
+        scored = (mask.gather(1, order) == 1) & (order >= ids.shape[1] - time)
+        inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
+        if with_aux_loss:
+            inputs |= {"attention_mask": mask.gather(1, order), "output_router_logits": True}
+        with self.accelerator.autocast(), scored_positions_alone():  # type: ignore[attr-defined]
+            output = model(**inputs, fused_lm_head=True)
+        self.aux_loss = output.aux_loss
+        # a token is predicted one column before its own
+        self.columns = (mask.cumsum(1)[:, -time:] - 2).clamp(min=0)
+        scores = (output.log_probs, output.entropy)
+        return *(x if x is None else x.gather(1, self.columns) * mask[:, -time:] for x in scores), None
+
+    def score_tokens(self, rollout: dict[str, Any]) -> Tensor:
+        """Returns the policy's log-probabilities of the completions of a rollout or of a part of it, (batch, time)."""
+        args = self.args  # type: ignore[attr-defined]
+        training = self.model.training  # type: ignore[attr-defined]
+        return self._get_per_token_logps_and_entropies(
+            self.model,  # type: ignore[attr-defined]
+            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
+            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
+            rollout["completion_ids"].shape[1],
+            batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+        )[0]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self.accelerator.autocast():  # type: ignore[attr-defined]  # casts weights once
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._prompt_tools = [row.get("tools") for row in inputs]
@@ -157,6 +221,19 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
         yield
     finally:
         grpo_trainer.create_model_from_path = original
+
+
+@contextmanager
+def scored_positions_alone() -> Iterator[None]:
+    """Keeps TRL's loss head from scoring prompts and padding on CPUs too."""
+    from trl.trainer import utils
+
+    original = utils._use_triton
+    utils._use_triton = lambda device: device.type == "cpu" or original(device)
+    try:
+        yield
+    finally:
+        utils._use_triton = original
 
 
 class ResumableRollouts:

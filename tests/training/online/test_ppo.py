@@ -132,7 +132,7 @@ def batch_of(trainer, rows=4, time=6):
         **{name: torch.randn(rows, time, generator=draw) for name in ("advantages", "old_values", "returns")},
     }
     with torch.no_grad():
-        now = trainer.score_tokens(batch, rows)
+        now = trainer.score_tokens(batch)
     batch["old_per_token_logps"] = now + 0.3 * torch.randn(rows, time, generator=draw)
     return batch
 
@@ -214,7 +214,7 @@ def test_the_kl_is_in_the_reward_and_not_in_the_loss(trainer):
     scores = torch.tensor([1.0, 2.0, float("nan"), 3.0])
     ppo.all_rewards = scores[:, None]
     values = torch.randn(4, 6)
-    ppo.all_values = [torch.nn.functional.pad(values, (0, 1))]  # the last token's value is of no action
+    ppo.values = values
     ppo.args.whiten_advantages, ppo.args.gamma, ppo.args.gae_lambda = False, 0.9, 0.8
     batch["ref_per_token_logps"] = batch["old_per_token_logps"] - 0.25
     done = ppo.finish_rollout(batch)
