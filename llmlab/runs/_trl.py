@@ -66,10 +66,10 @@ def expose_head_bias(model: PeftModel) -> None:
 
 
 @contextmanager
-def chunked_head(*, equal: bool) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone; `equal` as there.
+def chunked_head(*, equal: bool, entropy_bonus: bool = False) -> Iterator[None]:
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone (`equal`: there).
 
-    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient.
+    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient, so a bonus leaves TRL's function.
     """
     from trl.trainer import utils
 
@@ -79,7 +79,8 @@ def chunked_head(*, equal: bool) -> Iterator[None]:
         @staticmethod
         def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
-            if hidden.device.type != "cpu" or not (bias is softcap is None) or "log_sum_sq_probs" in outputs:
+            plain = bias is softcap is None and not entropy_bonus
+            if hidden.device.type != "cpu" or not plain or "log_sum_sq_probs" in outputs:
                 return function.apply(*arguments)
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
             if scale != temperature:

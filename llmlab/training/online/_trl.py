@@ -11,9 +11,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import split_tensor_dict
+
+from llmlab.runs._trl import chunked_head
 
 PRIVATE_NAMES = {  # where it is: its parameters
     # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion
@@ -42,6 +46,19 @@ def policy_mask(batch: dict[str, Any]) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
+def sort_by_length(update: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Splits the rows of an update into as many parts as it has, of rows of similar length."""
+    whole = {
+        name: torch.cat([part[name] for part in update]) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in update[0].items()
+    }
+    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
+    whole = {
+        name: value[order] if isinstance(value, Tensor) and value.ndim else value for name, value in whole.items()
+    }
+    return split_tensor_dict(whole, len(update))
+
+
 class RolloutSteps:
     """Mixin for a GRPOTrainer: overridable public methods for the steps of a rollout, and per-prompt `tools`.
 
@@ -54,6 +71,9 @@ class RolloutSteps:
     log_probs: Tensor
     values: Tensor | None = None
     token_share: float
+    scores_later = False
+    """Whether the log-probabilities of the policy that sampled are those of the first pass in its first update, and
+    are computed for the other updates alone."""
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Post-processes this process's rollout."""
@@ -91,7 +111,12 @@ class RolloutSteps:
         compute_aux_loss: bool = False,
         **images: Any,
     ) -> Any:
-        """Returns what TRL's does, from passes over rows of similar length, where there are several."""
+        """Returns what TRL's does, from passes over rows of similar length, where there are several; nothing of the
+        policy that sampled, where `scores_later`."""
+        unwrapped = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        is_policy = model is not self.ref_model and adapters_are_on(unwrapped)  # type: ignore[attr-defined]
+        if is_policy and self.scores_later and not (compute_entropy or torch.is_grad_enabled()):
+            return None, None, None
         if any(value is not None for value in images.values()):
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **images}
             args = (model, input_ids, attention_mask, logits_to_keep, batch_size)
@@ -105,7 +130,7 @@ class RolloutSteps:
         back = order.argsort()
         columns = (None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*passes, strict=True))
         self.log_probs, entropies, values = columns
-        self.values = self.values if values is None else values
+        self.values = values if is_policy else self.values
         return self.log_probs, entropies, self.aux_loss
 
     def score_rows(
@@ -123,7 +148,8 @@ class RolloutSteps:
         inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
         if with_aux_loss:
             inputs |= {"attention_mask": mask.gather(1, order), "output_router_logits": True}
-        with self.accelerator.autocast(), scored_positions_alone():  # type: ignore[attr-defined]
+        bonus = torch.is_grad_enabled() and bool(self.entropy_coef or self.use_adaptive_entropy)  # type: ignore[attr-defined]
+        with self.accelerator.autocast(), chunked_head(equal=False, entropy_bonus=bonus):  # type: ignore[attr-defined]
             output = model(**inputs, fused_lm_head=True)
         self.aux_loss = output.aux_loss
         # a token is predicted one column before its own
@@ -141,7 +167,25 @@ class RolloutSteps:
             torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
             rollout["completion_ids"].shape[1],
             batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+            compute_entropy=True,
         )[0]
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs  # type: ignore[has-type]
+        part = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+        if self._buffered_inputs is before or not self.model.training:  # type: ignore[has-type, attr-defined]
+            return part
+        passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        parts = self._buffered_inputs
+        if self.loss_type == "dapo" and self.top_entropy_quantile == 1:  # type: ignore[attr-defined]
+            updates = [parts[first : first + passes] for first in range(0, len(parts), passes)]
+            parts = [part for update in updates for part in sort_by_length(update)]
+        if self.scores_later and (passes < len(parts) or self.num_iterations > 1):  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for part in parts[passes:]:
+                    part["old_per_token_logps"] = self.score_tokens(part)
+        self._buffered_inputs = parts
+        return parts[self._step % len(parts)]  # type: ignore[has-type]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), self.accelerator.autocast():  # type: ignore[attr-defined]  # casts weights once
@@ -166,6 +210,8 @@ class RolloutSteps:
         finally:
             if not self.use_adaptive_entropy:  # type: ignore[attr-defined]
                 self.entropy_coef = bonus
+        if self.scores_later:
+            inputs.setdefault("old_per_token_logps", self.log_probs.detach())
         for name in TOKEN_MEANS & metrics.keys():
             if len(metrics[name]) > before.get(name, 0):
                 metrics[name][-1] *= self.token_share
@@ -209,6 +255,20 @@ class RolloutSteps:
         self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
 
 
+def adapters_are_on(model: nn.Module) -> bool:
+    """Whether the adapters are enabled; disabled, the same model is the reference."""
+    if not isinstance(model, PeftModel):
+        return True
+    layer = next(module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))
+    return not layer.disable_adapters and layer.active_adapters == ["default"]
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two forward passes in training mode differ."""
+    rates = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0) for m in model.modules())
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 @contextmanager
 def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
     """While active, GRPOTrainer uses this model as its reference instead of loading one."""
@@ -221,19 +281,6 @@ def reference_is(model: PreTrainedModel | None) -> Iterator[None]:
         yield
     finally:
         grpo_trainer.create_model_from_path = original
-
-
-@contextmanager
-def scored_positions_alone() -> Iterator[None]:
-    """Keeps TRL's loss head from scoring prompts and padding on CPUs too."""
-    from trl.trainer import utils
-
-    original = utils._use_triton
-    utils._use_triton = lambda device: device.type == "cpu" or original(device)
-    try:
-        yield
-    finally:
-        utils._use_triton = original
 
 
 class ResumableRollouts:

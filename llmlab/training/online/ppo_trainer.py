@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.settings.errors import UserError
-from llmlab.training.online._trl import RolloutSteps, policy_mask
+from llmlab.training.online._trl import RolloutSteps, adapters_are_on, policy_mask
 from llmlab.training.online.advantages import (
     explained_variance,
     gae,
@@ -117,7 +116,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
 
     def score_rows(self, model: nn.Module, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns the values of the policy's forward passes too."""
-        if model is self.ref_model or not _adapters_are_on(self.accelerator.unwrap_model(self.model)):
+        if model is self.ref_model or not adapters_are_on(self.accelerator.unwrap_model(self.model)):
             return super().score_rows(model, *args)
         with self.critic.collect_values() as values:
             scores = super().score_rows(model, *args)
@@ -200,14 +199,6 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         """Returns the mean over the masked tokens of all processes."""
         total, count = self._sum_over_processes(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
         return total / max(count, 1)
-
-
-def _adapters_are_on(model: nn.Module) -> bool:
-    """Whether the adapters are enabled; disabled, the same model is the reference."""
-    if not isinstance(model, PeftModel):
-        return True
-    layer = next(module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))
-    return not layer.disable_adapters and layer.active_adapters == ["default"]
 
 
 def _disable_dropout(model: nn.Module) -> None:

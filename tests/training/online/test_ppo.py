@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl import GRPOTrainer
 
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
 from llmlab.training.online.critic import FILE
@@ -184,6 +185,26 @@ def test_the_loss_is_the_papers(value_model, trainer):
             entropy -= sum(p * math.log(p) for p in chances)
             count += 1
     assert loss == pytest.approx((policy + 0.3 * value - 0.02 * entropy) / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+def test_scores_and_gradients_without_padding_are_trls(lora, trainer):
+    ppo = one_update(trainer(lora=lora, **ONE))
+    batch, found = batch_of(ppo), []
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    for score in (PPOTrainer, GRPOTrainer):  # ours, and TRL's
+        ppo.model.zero_grad()
+        log_probs, entropies, _ = score._get_per_token_logps_and_entropies(
+            ppo, ppo.model, ids, mask, 6, compute_entropy=True
+        )
+        (log_probs * weights).sum().backward()
+        gradients = [p.grad for p in ppo.model.parameters() if p.grad is not None]
+        found.append((log_probs, entropies * batch["completion_mask"], *gradients))
+    assert len(found[0]) == len(found[1]) > 4
+    for mine, theirs in zip(*found, strict=True):  # sums over up to 28 tokens in fp32
+        assert torch.allclose(mine, theirs, atol=1e-6 * max(theirs.abs().max().item(), 1))
 
 
 @pytest.mark.parametrize("value_model", KINDS)
