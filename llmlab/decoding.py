@@ -1,0 +1,440 @@
+"""Continues rows of tokens with any Transformers causal language model: the loop behind chat, sampling and rollouts.
+
+What is sampled, and how, is Transformers' `GenerationConfig`; where the loop cannot be right, `generate` does the work.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+
+from llmlab.model.step import DecodeStep, suits
+
+CHUNK = 64  # columns by which a cache grows
+CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
+PATIENCE = 8  # tokens of a reply before weights are packed
+ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
+# processors that look at each row's scores alone, wherever in the batch and however padded it is
+ROWWISE = (
+    *(transformers.TemperatureLogitsWarper, transformers.TopKLogitsWarper, transformers.TopPLogitsWarper),
+    *(transformers.MinPLogitsWarper, transformers.TypicalLogitsWarper, transformers.EpsilonLogitsWarper),
+    *(transformers.EtaLogitsWarper, transformers.RepetitionPenaltyLogitsProcessor),
+    *(transformers.SuppressTokensLogitsProcessor, transformers.InfNanRemoveLogitsProcessor),
+)
+
+
+class Decoded(NamedTuple):
+    """Completions, up to and with the end token, and the log-probabilities of their tokens, where they were asked for.
+
+    Log-probabilities are those of `log_softmax(logits / temperature)` in fp32, as TRL scores tokens: before top-k,
+    top-p and penalties. They are None where `generate` did the work.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]] | None
+
+
+def decode(
+    model: Any,
+    rows: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    max_length: int | None = None,
+    batch_size: int | None = None,
+    log_probs: bool = False,
+) -> Decoded:
+    """Continues rows of token ids, in the order of the rows.
+
+    The model samples in evaluation mode and is left as it was. Identical prompts are read once; rows that finish make
+    room for those that wait. The global random state of torch is drawn from.
+
+    Args:
+        model: a causal language model or a PEFT model; precision is that of the model, or of the autocast that this is
+            called in.
+        rows: prompts, each of at least one token, without padding.
+        config: `max_new_tokens`, end tokens and sampling options; what it leaves open is the model's own.
+        max_length: of prompt and completion together; None is no limit.
+        batch_size: rows that are decoded at the same time; None is all.
+        log_probs: whether to return the log-probabilities of the tokens.
+    """
+    sampler = Sampler(*model.generate(torch.tensor([[0]], device=model.device), config, custom_generate=_prepared))
+    most = sampler.config.max_length - 1  # of a completion: the prompt that was prepared has one token
+    limits = [min(most, (max_length or math.inf) - len(row)) for row in rows]
+    size = batch_size or len(rows)
+    if why_not(model) or sampler.obstacle:
+        batches = (slice(start, start + size) for start in range(0, len(rows), size))
+        tokens = [ids for part in batches for ids in _generate(model, rows[part], config, limits[part], sampler.ends)]
+        return Decoded(tokens, None)
+    order = sorted(range(len(rows)), key=lambda k: (-len(rows[k]), rows[k]))  # identical ones beside each other
+    loop = Loop(model, sampler, [rows[k] for k in order], [limits[k] for k in order], size)
+    loop.scored = log_probs
+    for _ in loop:
+        pass
+    place = sorted(range(len(rows)), key=order.__getitem__)
+    scores = [loop.log_probs[k] for k in place] if log_probs else None
+    return Decoded([loop.tokens[k] for k in place], scores)
+
+
+def decode_batch(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Does the work of `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own.
+
+    Args:
+        model: whose `generate` was called; the other arguments are what it prepared. Criteria of the caller's own are
+            asked after each token, about one row alone.
+
+    Returns:
+        Prompts and completions, (rows, time), with the padding of `generate`.
+    """
+    sampler = Sampler(logits_processor, generation_config)
+    attention_mask = inputs.get("attention_mask")
+    own = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
+    if why_not(model) or sampler.obstacle or (own and len(input_ids) > 1):
+        others = [each for each in logits_processor if not isinstance(each, ROWWISE)]
+        return model.generate(
+            input_ids,
+            generation_config,
+            logits_processor=LogitsProcessorList(others),
+            stopping_criteria=StoppingCriteriaList(own),
+            attention_mask=attention_mask,
+            streamer=streamer,
+        )
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, real, strict=True)]
+    most = generation_config.max_length - input_ids.shape[1]
+    loop = Loop(model, sampler, rows, [most] * len(rows), len(rows))
+    loop.check = 1 if own else loop.check
+    for token in loop:
+        if streamer is not None:
+            streamer.put(token.cpu())
+        if own and StoppingCriteriaList(own)(torch.tensor([rows[0] + loop.tokens[0]]), None).any():
+            break
+    if streamer is not None:
+        streamer.end()
+    completions = [torch.tensor(ids, dtype=torch.long) for ids in loop.tokens]
+    padded = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=sampler.pad)
+    return torch.cat((input_ids, padded.to(input_ids.device)), 1)
+
+
+def why_not(model: Any) -> str | None:
+    """Returns why the loop does not suit a model, so that `generate` has to do the work; None where it does."""
+    base = _base(model)
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    config = base.config.get_text_config(decoder=True)
+    if prompts:
+        return "its adapter is a learned prompt"
+    if config.is_encoder_decoder or base.config.is_encoder_decoder:
+        return "it has an encoder"
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base.parameters()):
+        return "its weights are sharded"
+    if base.config._attn_implementation not in ("sdpa", "eager"):
+        return f"{base.config._attn_implementation} reads no cache with free columns"
+    if kinds := {type(layer) for layer in StaticCache(config, 1).layers} - {StaticLayer, StaticSlidingWindowLayer}:
+        return f"its cache is no static one of keys and values ({kinds.pop().__name__})"
+    return None
+
+
+def _base(model: Any) -> Any:
+    """Returns the model that adapters are part of."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _prepared(
+    model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+) -> tuple[LogitsProcessorList, GenerationConfig]:
+    """Stands for a decoding loop, and returns what `generate` made of its configuration."""
+    return logits_processor, generation_config
+
+
+def _generate(
+    model: Any, rows: Sequence[list[int]], config: GenerationConfig, limits: Sequence[float], ends: list[int]
+) -> list[list[int]]:
+    """Returns the completions by `generate`."""
+    width = max(map(len, rows))
+    pad = (config.pad_token_id or 0,)
+    ids = torch.tensor([list(pad) * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+
+    def is_full(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
+
+    output = model.generate(ids, config, attention_mask=mask, stopping_criteria=StoppingCriteriaList([is_full]))
+    return [_cut(new, ends, limit) for new, limit in zip(output[:, width:].tolist(), limits, strict=True)]
+
+
+def _cut(ids: list[int], ends: Sequence[int], limit: float) -> list[int]:
+    stop = next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: int(min(stop, limit))]
+
+
+class Sampler:
+    """Chooses tokens as a generation configuration says, from processors that Transformers prepared for it."""
+
+    def __init__(self, processors: LogitsProcessorList, config: GenerationConfig):
+        self.processors, self.config = processors, config
+        ends = config.eos_token_id
+        self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        pad = config.pad_token_id
+        self.pad = pad if pad is not None else (self.ends or [0])[0]
+        self.temperature = config.temperature if config.do_sample and config.temperature else 1.0
+        self.obstacle = None
+        if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            self.obstacle = f"decoding by {config.get_generation_mode().value}"
+        for each in processors:
+            if type(each) not in ROWWISE:
+                self.obstacle = type(each).__name__
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Returns a token a row, (rows,), from the sequences so far, (rows, time), and logits, (rows, vocabulary)."""
+        if not self.config.do_sample:
+            return self.processors(ids, logits).argmax(-1)
+        *first, last = self.processors or [None]
+        if logits.device.type != "cpu":  # where these wait for no result
+            return torch.multinomial(self.processors(ids, logits).softmax(-1), 1)[:, 0]
+        if not isinstance(last, transformers.TopPLogitsWarper):
+            return _draw(self.processors(ids, logits))
+        scores = LogitsProcessorList(first)(ids, logits)
+        tokens = torch.full((len(scores),), -1)
+        for _ in range(ROUNDS):  # a draw outside of the most likely tokens is made again: no sorting
+            rows = (tokens < 0).nonzero()[:, 0]
+            if not len(rows):
+                return tokens
+            some = scores[rows] if len(rows) < len(scores) else scores
+            drawn = _draw(some)
+            own = some.gather(1, drawn[:, None])
+            # of equals, Transformers' stable sort leaves out the first
+            likelier = (some > own) | ((some == own) & (torch.arange(some.shape[1]) > drawn[:, None]))
+            mass = (some.softmax(-1) * likelier).sum(-1)
+            tokens[rows] = torch.where(mass < last.top_p, drawn, -1)
+        rows = (tokens < 0).nonzero()[:, 0]
+        tokens[rows] = _draw(last(ids[rows], scores[rows]))
+        return tokens
+
+
+def _draw(scores: torch.Tensor) -> torch.Tensor:
+    """Draws from the softmax of each row by its distribution function: `multinomial` draws a number for each token."""
+    edges = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    if not edges[:, -1].isfinite().all():
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")  # as `multinomial`
+    points = torch.rand(len(edges), 1, dtype=torch.float64) * edges[:, -1:]
+    return torch.searchsorted(edges, points, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+
+
+class _Columns(DynamicLayer):
+    """A layer's keys and values, (rows, heads, room, dim), of which the loop says how many columns are in use."""
+
+    is_compileable = True  # so that Transformers leaves out no mask: free columns are to be masked
+
+    def __init__(self, loop: "Loop"):
+        super().__init__()
+        self.loop = loop
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = (key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], self.loop.room, x.shape[3]) for x in new)
+        self.keys[:, :, self.loop.time], self.values[:, :, self.loop.time] = key_states[:, :, 0], value_states[:, :, 0]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.loop.time
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.loop.room, 0
+
+
+class Loop:
+    """Decodes rows, some at a time; iterating gives the tokens of each step, (rows in the batch,).
+
+    Sequences of a batch end in the same column: those on their left are padding, those from `time` on are free.
+    """
+
+    def __init__(self, model: Any, sampler: Sampler, rows: Sequence[list[int]], limits: Sequence[float], size: int):
+        self.model, self.sampler, self.rows, self.limits, self.size = _base(model), sampler, rows, limits, size
+        self.tokens: list[list[int]] = [[] for _ in rows]
+        self.log_probs: list[list[float]] = [[] for _ in rows]
+        self.scored, self.check = False, 1 if self.model.device.type == "cpu" else CHECK
+        self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
+        self.numbers: list[int] = []  # of the batch's rows
+        self.time = self.room = self.steps = 0
+        config = self.model.config.get_text_config(decoder=True)
+        self.cache = Cache(layers=[_Columns(self) for _ in StaticCache(config, 1).layers])
+        self.fused = None if suits(self.model) else False
+        self.accepted = inspect.signature(self.model.forward).parameters
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        with torch.no_grad(), _evaluating(self.model):
+            while self.waiting or any(map(self._is_going, self.numbers)):
+                self._fill_batch()
+                yield from self._decode_some()
+
+    def _is_going(self, number: int) -> bool:
+        made = self.tokens[number]
+        return len(made) < self.limits[number] and not (made and made[-1] in self.sampler.ends)
+
+    def _decode_some(self) -> Iterator[torch.Tensor]:
+        """Decodes until rows should leave or join the batch."""
+        pending: list[tuple[torch.Tensor, ...]] = []
+        while True:
+            left = min(self.limits[n] - len(self.tokens[n]) for n in self.numbers if self._is_going(n))
+            pending.append(self._advance())
+            if len(pending) >= min(self.check, left):
+                self._record(pending)
+                pending = []
+            yield self.ids[:, self.time]
+            done = 0 if pending else sum(not self._is_going(n) for n in self.numbers)
+            if done == len(self.numbers) or done >= max(1, len(self.numbers) // 4):
+                return
+
+    def _record(self, pending: list[tuple[torch.Tensor, ...]]) -> None:
+        """Appends tokens and log-probabilities, (rows,) each of some steps, to the rows that are not done."""
+        for step in pending:
+            columns = [part.tolist() for part in step]
+            for number, *values in zip(self.numbers, *columns, strict=True):
+                if self._is_going(number):
+                    self.tokens[number].append(values[0])
+                    self.log_probs[number].extend(values[1:])
+
+    def _advance(self) -> tuple[torch.Tensor, ...]:
+        """Decodes one token a row; returns them, and their log-probabilities where these were asked for."""
+        if self.time == self.room:
+            self._grow()
+        self.mask[:, self.time] = 1
+        last, positions = self.ids[:, self.time], self.time - self.starts
+        self.steps += 1
+        if (
+            self.fused is None and self.steps > 2 and self.cache.layers[0].is_initialized
+        ):  # the first reply token waits for nothing
+            self.fused = DecodeStep(self.model, self.cache.layers[0].keys.dtype)
+        if self.fused and self.cache.layers[0].is_initialized:
+            if self.steps > PATIENCE:
+                self.fused.pack_some(len(self.numbers))
+            logits = self.fused(last, positions, self.cache, self.time, self._attention_bias())
+        else:
+            logits = self._forward(last[:, None], self.mask, positions[:, None], self.cache)
+        self.time += 1
+        logits = logits.float()
+        tokens = self.sampler.choose(self.ids[:, : self.time], logits)
+        if self.time < self.room:
+            self.ids[:, self.time] = tokens
+        else:
+            self.ids = torch.cat((self.ids, tokens[:, None]), 1)
+        if not self.scored:
+            return (tokens,)
+        scores = (logits / self.sampler.temperature).log_softmax(-1)
+        return tokens, scores.gather(1, tokens[:, None])[:, 0]
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """Returns the last logits of the model's own forward pass, (rows, vocabulary)."""
+        options = {"position_ids": positions, "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in self.accepted}
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        return output.logits[:, -1]
+
+    def _attention_bias(self) -> dict[int | None, torch.Tensor]:
+        """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
+        if not self.bias:
+            columns = torch.arange(self.room, device=self.mask.device)
+            for window in {layer.window for layer in self.fused.layers}:
+                seen = self.mask.bool() if window is None else self.mask.bool() & (columns > self.time - window)
+                zeros = torch.zeros((), dtype=self.fused.dtype, device=seen.device)
+                self.bias[window] = torch.where(seen, zeros, -torch.inf)[:, None]
+        for window, bias in self.bias.items():
+            bias[:, :, self.time] = 0
+            if window is not None and self.time >= window:
+                bias[:, :, self.time - window] = -torch.inf
+        return self.bias
+
+    def _grow(self) -> None:
+        """Adds free columns."""
+        self.room += CHUNK
+        self.ids, self.mask = (F.pad(x, (0, self.room - x.shape[1])) for x in (self.ids, self.mask))
+        self.bias = {}
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (F.pad(x, (0, 0, 0, CHUNK)) for x in (layer.keys, layer.values))
+
+    def _fill_batch(self) -> None:
+        """Lets rows that are done leave the batch, and those that wait join it."""
+        going = [k for k, number in enumerate(self.numbers) if self._is_going(number)]
+        count = self.size - len(going)
+        new, self.waiting = self.waiting[:count], self.waiting[count:]
+        width = max(
+            (len(self.rows[n]) - 1 for n in new), default=0
+        )  # all but the last token, which is the next one in
+        left = min((int(self.starts[k]) for k in going), default=self.time)
+        columns = max(self.time - left, width)
+        self.room = (columns // CHUNK + 1) * CHUNK
+        old = torch.tensor(going, dtype=torch.long, device=self.model.device)
+        read, copies = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
+        for index, layer in enumerate(self.cache.layers):
+            parts = []
+            for name in ("keys", "values") if columns else ():
+                past = [getattr(layer, name)[old, :, left : self.time]] if going else []
+                fresh = [getattr(read.layers[index], name)[copies]] if width else []
+                if new and not width:
+                    fresh = [past[0].new_zeros(len(new), *past[0].shape[1:])]
+                aligned = [F.pad(x, (0, 0, columns - x.shape[2], self.room - columns)) for x in past + fresh]
+                parts.append(torch.cat(aligned))
+            layer.is_initialized = bool(parts)
+            layer.keys, layer.values = parts or (None, None)
+            layer.dtype, layer.device = (parts[0].dtype, parts[0].device) if parts else (None, None)
+        self.numbers = [self.numbers[k] for k in going] + new
+        sequences = [[*self.rows[n], *self.tokens[n]] for n in self.numbers]
+        starts = [columns + 1 - len(ids) for ids in sequences]
+        filled = [[ids[0]] * start + ids for ids, start in zip(sequences, starts, strict=True)]
+        self.ids = F.pad(torch.tensor(filled, device=self.model.device), (0, self.room - columns - 1))
+        self.starts = torch.tensor(starts, device=self.model.device)
+        places = torch.arange(self.room, device=self.model.device)
+        self.mask = ((places >= self.starts[:, None]) & (places < columns)).long()
+        self.time, self.bias = columns, {}
+
+    def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[DynamicCache, torch.Tensor]:
+        """Returns a cache of the prompts' keys and values, each different one once, and the row of each prompt in it."""
+        cache, device = DynamicCache(), self.model.device
+        numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+        if width:
+            ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in numbers], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in numbers], device=device)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            self._forward(ids, None if mask.all() else mask, positions, cache)
+        return cache, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Samples without dropout and gradient checkpointing, which reads no cache; leaves the model as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
