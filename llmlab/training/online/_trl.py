@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import split_tensor_dict
 
+from llmlab.decoding import decode
 from llmlab.runs._trl import chunked_head
 
 PRIVATE_NAMES = {  # where it is: its parameters
@@ -183,13 +184,22 @@ class RolloutSteps:
         if self.scores_later and (passes < len(parts) or self.num_iterations > 1):  # type: ignore[attr-defined]
             with torch.no_grad():
                 for part in parts[passes:]:
-                    part["old_per_token_logps"] = self.score_tokens(part)
+                    sampled = part.get("sampling_per_token_logps")
+                    part["old_per_token_logps"] = self.score_tokens(part) if sampled is None else sampled
         self._buffered_inputs = parts
         return parts[self._step % len(parts)]  # type: ignore[has-type]
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self.accelerator.autocast():  # type: ignore[attr-defined]  # casts weights once
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Samples in llmlab's loop, in evaluation mode; vLLM and sharded weights in TRL's ways."""
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching  # type: ignore[attr-defined]
+        if elsewhere or images or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)  # type: ignore[misc]
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        # in bf16 they are off those of a whole pass by more than rounding
+        exact = self.scores_later and not self.args.bf16 and model.dtype == torch.float32  # type: ignore[attr-defined]
+        with self.accelerator.autocast():  # type: ignore[attr-defined]  # once around all tokens, it casts weights once
+            decoded = decode(model, prompt_ids, self.generation_config, log_probs=exact)  # type: ignore[attr-defined]
+        return decoded.tokens, decoded.log_probs
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._prompt_tools = [row.get("tools") for row in inputs]

@@ -19,7 +19,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
-from llmlab.training.online._trl import sort_by_length
+from llmlab.training.online._trl import RolloutSteps, sort_by_length
 from llmlab.training.online.callbacks import KLController
 from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
 from llmlab.training.preference.reward import reward
@@ -101,9 +101,10 @@ def wanted_share(completions, completion_ids, **columns):
     ("init_kl_coef", "ent_coef", "passes"), [(0.0, 0.01, 1), (0.3, 0.0, 1), (0.3, 0.0, 4)], ids=str
 )
 def test_rewards_and_losses_are_trls(
-    init_kl_coef, ent_coef, passes, grpo_settings, chat_file, base_folder, tmp_path, quiet
+    init_kl_coef, ent_coef, passes, grpo_settings, chat_file, base_folder, tmp_path, quiet, monkeypatch
 ):
-    """Over two rollouts, of two updates a pass over it, or of one in several forward passes."""
+    """Over two rollouts with TRL's samples, of two updates a pass over it, or of one in several forward passes."""
+    monkeypatch.delattr(RolloutSteps, "_generate_single_turn")  # which has the same distribution, not the same draws
     sizes = {"mini_batch_size": 8 if passes == 1 else 4, "gradient_accumulation_steps": passes}
     steps = 8 if passes == 1 else 4
     ours = grpo(grpo_settings(init_kl_coef=init_kl_coef, ent_coef=ent_coef, max_steps=steps, **sizes), console=quiet)
@@ -144,7 +145,8 @@ def test_rewards_and_losses_are_trls(
         processing_class=tokenizer,
     )
     theirs.train()
-    for name in ("loss", "reward", *(["kl"] if init_kl_coef else [])):
+    # of several forward passes TRL logs the mean of their kl, llmlab that of their tokens
+    for name in ("loss", "reward", *(["kl"] if init_kl_coef and passes == 1 else [])):
         expected = [line[name] for line in theirs.state.log_history if name in line]
         assert logged(ours.folder, name) == pytest.approx(expected, abs=1e-4), name
     assert len(logged(ours.folder)) == steps
