@@ -195,7 +195,6 @@ def seconds_of(options):
             for total, first, both in zip(whole[name], generation, scored, strict=True)
         ]
         logs = [line for line in trainer.state.log_history if "reward" in line]
-        parts[name][0]["reward"] = [line["reward"] for line in logs][:2]
         parts[name][0]["tokens"] = statistics.mean(line["completions/mean_length"] for line in logs)
     return parts
 

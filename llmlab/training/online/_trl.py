@@ -19,6 +19,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from llmlab.decoding import decode
 from llmlab.runs._trl import chunked_head
+from llmlab.training.online.layout import order_rows, pad_right, share_prompts
 
 PRIVATE_NAMES = {  # where it is: its parameters
     # PPO has per-token values, KL and advantages where GRPOTrainer has one advantage per completion
@@ -47,13 +48,13 @@ def policy_mask(batch: dict[str, Any]) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
-def sort_by_length(update: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Splits the rows of an update into as many parts as it has, of rows of similar length."""
+def sort_rows(update: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Splits the rows of an update into as many parts as it has, of rows that cost less together."""
     whole = {
         name: torch.cat([part[name] for part in update]) if isinstance(value, Tensor) and value.ndim else value
         for name, value in update[0].items()
     }
-    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
+    order = order_rows(whole["prompt_ids"], whole["prompt_mask"], whole["completion_mask"].sum(1))
     whole = {
         name: value[order] if isinstance(value, Tensor) and value.ndim else value for name, value in whole.items()
     }
@@ -72,6 +73,8 @@ class RolloutSteps:
     log_probs: Tensor
     values: Tensor | None = None
     token_share: float
+    shares_prompts = True
+    """Whether a forward pass reads equal prompts once."""
     scores_later = False
     """Whether the log-probabilities of the policy that sampled are those of the first pass in its first update, and
     are computed for the other updates alone."""
@@ -123,7 +126,10 @@ class RolloutSteps:
             args = (model, input_ids, attention_mask, logits_to_keep, batch_size)
             return super()._get_per_token_logps_and_entropies(*args, **options)  # type: ignore[misc]
         rows, size = len(input_ids), batch_size or len(input_ids)
-        order = attention_mask.sum(1).argsort() if rows > size else torch.arange(rows, device=input_ids.device)
+        order = torch.arange(rows, device=input_ids.device)
+        if rows > size:
+            prompts = (part[:, :-logits_to_keep] for part in (input_ids, attention_mask))
+            order = order_rows(*prompts, attention_mask[:, -logits_to_keep:].sum(1))
         passes = [
             self.score_rows(model, input_ids[part], attention_mask[part], logits_to_keep, compute_aux_loss)
             for part in order.split(size)
@@ -138,25 +144,19 @@ class RolloutSteps:
         self, model: Any, ids: Tensor, mask: Tensor, time: int, with_aux_loss: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns the log-probabilities, entropies and values of the last tokens, (batch, time); ids and mask are
-        (batch, prompt and completion).
-
-        Padding goes to the end of each row, where no token attends to it, so that attention needs no mask, and columns
-        of nothing else are left out.
-        """
-        order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(int(mask.sum(1).max()), 2)]
-        short = ids.gather(1, order)
-        scored = (mask.gather(1, order) == 1) & (order >= ids.shape[1] - time)
-        inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
+        (batch, prompt and completion)."""
+        config = self.accelerator.unwrap_model(model).config  # type: ignore[attr-defined]
+        shared = share_prompts(ids, mask, time, config) if self.shares_prompts and not with_aux_loss else None
+        inputs, *self.places = shared or pad_right(ids, mask, time)
         if with_aux_loss:
-            inputs |= {"attention_mask": mask.gather(1, order), "output_router_logits": True}
+            real = torch.arange(inputs["input_ids"].shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+            inputs |= {"attention_mask": real.long(), "output_router_logits": True}
         bonus = torch.is_grad_enabled() and bool(self.entropy_coef or self.use_adaptive_entropy)  # type: ignore[attr-defined]
         with self.accelerator.autocast(), chunked_head(equal=False, entropy_bonus=bonus):  # type: ignore[attr-defined]
             output = model(**inputs, fused_lm_head=True)
         self.aux_loss = output.aux_loss
-        # a token is predicted one column before its own
-        self.columns = (mask.cumsum(1)[:, -time:] - 2).clamp(min=0)
         scores = (output.log_probs, output.entropy)
-        return *(x if x is None else x.gather(1, self.columns) * mask[:, -time:] for x in scores), None
+        return *(x if x is None else x[tuple(self.places)] * mask[:, -time:] for x in scores), None
 
     def score_tokens(self, rollout: dict[str, Any]) -> Tensor:
         """Returns the policy's log-probabilities of the completions of a rollout or of a part of it, (batch, time)."""
@@ -180,7 +180,7 @@ class RolloutSteps:
         parts = self._buffered_inputs
         if self.loss_type == "dapo" and self.top_entropy_quantile == 1:  # type: ignore[attr-defined]
             updates = [parts[first : first + passes] for first in range(0, len(parts), passes)]
-            parts = [part for update in updates for part in sort_by_length(update)]
+            parts = [part for update in updates for part in sort_rows(update)]
         if self.scores_later and (passes < len(parts) or self.num_iterations > 1):  # type: ignore[attr-defined]
             with torch.no_grad():
                 for part in parts[passes:]:

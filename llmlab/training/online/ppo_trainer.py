@@ -121,7 +121,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         with self.critic.collect_values() as values:
             scores = super().score_rows(model, *args)
         # a state's value is that of the token before the action
-        return *scores[:2], values[0].gather(1, self.columns)
+        return *scores[:2], values[0][tuple(self.places)]
 
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.reward import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
-from llmlab.training.online._trl import RolloutSteps, sort_by_length
+from llmlab.training.online._trl import RolloutSteps, sort_rows
 from llmlab.training.online.callbacks import KLController
 from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
 from llmlab.training.preference.reward import reward
@@ -193,8 +193,13 @@ def test_an_update_is_sorted_by_length():
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (6,), generator=draw)
     mask = (torch.arange(8) < lengths[:, None]).long()
-    whole = {"prompt_mask": torch.ones(6, 2), "completion_mask": mask, "advantages": lengths.float()}
-    parts = sort_by_length(
+    whole = {
+        "prompt_ids": torch.arange(12).view(6, 2),
+        "prompt_mask": torch.ones(6, 2),
+        "completion_mask": mask,
+        "advantages": lengths.float(),
+    }
+    parts = sort_rows(
         [{**{k: v[i : i + 2] for k, v in whole.items()}, "num_items_in_batch": mask.sum()} for i in (0, 2, 4)]
     )
     rows = [part["advantages"].tolist() for part in parts]

@@ -187,10 +187,19 @@ def test_the_loss_is_the_papers(value_model, trainer):
     assert loss == pytest.approx((policy + 0.3 * value - 0.02 * entropy) / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared prompts"])
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
-def test_scores_and_gradients_without_padding_are_trls(lora, trainer):
+def test_scores_and_gradients_without_padding_are_trls(lora, shared, trainer, monkeypatch):
     ppo = one_update(trainer(lora=lora, **ONE))
-    batch, found = batch_of(ppo), []
+    batch, found, sizes = batch_of(ppo), [], []
+    if shared:  # by rows 0 and 3, and by 1 and 2, of two tokens
+        batch["prompt_ids"][3] = batch["prompt_ids"][0]
+        batch["prompt_ids"][1:3] = torch.tensor([[0, 5, 6], [PAD, 5, 6]])
+        batch["prompt_mask"][1:3, 0] = 0
+        batch["prompt_mask"][1:3, 1:] = 1
+    ppo.model.register_forward_pre_hook(
+        lambda *args: sizes.append(tuple(args[2]["input_ids"].shape)), with_kwargs=True
+    )
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -202,9 +211,16 @@ def test_scores_and_gradients_without_padding_are_trls(lora, trainer):
         (log_probs * weights).sum().backward()
         gradients = [p.grad for p in ppo.model.parameters() if p.grad is not None]
         found.append((log_probs, entropies * batch["completion_mask"], *gradients))
+    # in place of prompts and completions: 2 prompts without their last tokens, and 7 + 6 or 5 + 7 more
+    assert sizes == [(2, 15) if shared else (4, 9), (4, 9)]
     assert len(found[0]) == len(found[1]) > 4
-    for mine, theirs in zip(*found, strict=True):  # sums over up to 28 tokens in fp32
-        assert torch.allclose(mine, theirs, atol=1e-6 * max(theirs.abs().max().item(), 1))
+    largest = max(values.abs().max().item() for values in found[1])  # rounding in fp32 is 6e-8 of what is summed
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=5e-7 * largest, rtol=1e-6)
+    values, ppo.shares_prompts = ppo.values.clone(), False
+    ppo.score_tokens(batch)
+    assert values.abs().max() > 0.1
+    assert torch.allclose(values * batch["completion_mask"], ppo.values * batch["completion_mask"], atol=1e-5)
 
 
 @pytest.mark.parametrize("value_model", KINDS)
