@@ -105,6 +105,7 @@ def decode_batch(
     Args:
         model: whose `generate` was called; the other arguments are what it prepared. Criteria of the caller's own are
             asked after each token, about one row alone.
+        streamer: `generate` hands none on: `custom_generate=partial(decode_batch, streamer=...)`.
 
     Returns:
         Prompts and completions, (rows, time), with the padding of `generate`.
@@ -127,6 +128,8 @@ def decode_batch(
     most = generation_config.max_length - input_ids.shape[1]
     loop = Loop(model, sampler, rows, [most] * len(rows), len(rows))
     loop.check = 1 if own else loop.check
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     for token in loop:
         if streamer is not None:
             streamer.put(token.cpu())

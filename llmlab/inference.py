@@ -6,16 +6,24 @@ The interactive chat is `cli/chat.py`; serving many users is the work of other e
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import TEMPLATE_FAILURES
+from llmlab.decoding import decode, decode_batch
 from llmlab.hardware import probe
 from llmlab.model import fit_vocabulary, load_model, read_adapter
 from llmlab.settings.errors import UserError, reading, reason_of
@@ -168,16 +176,8 @@ def generate_tokens(
     Args:
         batch_size: rows generated at the same time; None is all.
     """
-    if batch_size is not None and len(rows) > batch_size:
-        batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-        return [ids for batch in batches for ids in generate_tokens(model, tokenizer, batch, sampling)]
-    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, **_generate_options(model, tokenizer, sampling, rows))
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()  # (rows, new tokens), with padding after the end
-    ends, context = end_tokens(model, tokenizer), context_length(model) or math.inf
-    lengths = [min(len(ids), context - len(row)) for ids, row in zip(new, rows, strict=True)]
-    stops = [next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids)) for ids in new]
-    return [ids[: min(pair)] for ids, *pair in zip(new, lengths, stops, strict=True)]
+    config, limit = _generation_config(model, tokenizer, sampling), context_length(model)
+    return decode(model, rows, config, max_length=limit, batch_size=batch_size).tokens
 
 
 def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -196,17 +196,19 @@ def stream_reply(
     """
     ids = _encode_all(model, tokenizer, [prompt])[0]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = _generate_options(model, tokenizer, sampling, [ids])
+    room = (context_length(model) or math.inf) - len(ids)
+    config = _generation_config(model, tokenizer, sampling)
+    config.max_new_tokens = int(min(config.max_new_tokens, room))
     stop = Event()
-    options["stopping_criteria"].append(
-        lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)
-    )
+    criteria = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)])
+    loop = partial(decode_batch, streamer=streamer)
+    options = {"generation_config": config, "stopping_criteria": criteria, "custom_generate": loop}
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
     failures: list[Exception] = []
 
     def generate() -> None:
         try:
-            model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=streamer, **options)
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
         except Exception as error:
             failures.append(error)
             streamer.end()
@@ -231,12 +233,11 @@ def _encode_all(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Seque
     return encoded
 
 
-def _generate_options(
-    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings, rows: list[list[int]]
-) -> dict[str, Any]:
-    """Returns the options of `generate` for these rows of token ids, padded on the left."""
+def _generation_config(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> GenerationConfig:
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    config = GenerationConfig(
+    return GenerationConfig(
         do_sample=sampling.temperature > 0,
         **(sampled if sampling.temperature > 0 else {}),
         max_new_tokens=sampling.max_new_tokens,
@@ -244,8 +245,3 @@ def _generate_options(
         eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    context, criteria = context_length(model), []
-    if context is not None:
-        padding = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
-        criteria.append(lambda ids, *_, **__: (ids.shape[1] - padding >= context).to(ids.device))
-    return {"generation_config": config, "stopping_criteria": criteria}

@@ -16,7 +16,7 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"evaluation"},
     {"episodes"},
     {"inference", "rewards", "doctor", "report"},
-    {"data", "optim", "adapters", "hardware", "terminal", "health"},
+    {"data", "optim", "adapters", "hardware", "terminal", "health", "decoding"},
     {"simulator"},
     {"model"},
     {"settings"},
