@@ -1,23 +1,19 @@
-"""Fine-tuning with llmlab against TRL's SFTTrainer run directly: the same losses, what is learned, and what it costs.
+"""Fine-tuning with llmlab against TRL's SFTTrainer run directly: the same losses, and what is learned.
 
-    python benchmarks/finetune.py MODEL ROWS.jsonl learn [--rows 600] [--steps 60] [--held-out 40] [--record]
-    python benchmarks/finetune.py MODEL ROWS.jsonl cost [--steps 12] [--record]
+    python benchmarks/finetune.py MODEL ROWS.jsonl [--rows 600] [--steps 60] [--held-out 40] [--record]
 
-MODEL is a chat model with ChatML tokens, ROWS are questions with answers in GSM8K's form (`... #### 42`).  `learn`
-trains LoRA adapters on the first rows through both, one after the other, compares the logged losses, asks the rows
-after them greedily before and after, and merges.  `cost` lets both trainers take turns step by step in one process.
+MODEL is a chat model with ChatML tokens, ROWS are questions with answers in GSM8K's form (`... #### 42`).  LoRA
+adapters are trained on the first rows through both, one after the other, the logged losses compared, the rows after
+them asked greedily before and after, and the adapters merged.  What a step costs is `finetune_step.py`.
 """
 
 import argparse
 import json
 import re
-import statistics
 import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-
-from train_step import take_turns
 
 TEMPLATE = Path(__file__).parents[1] / "llmlab" / "data" / "chat_template.jinja"
 FORM = re.compile(r"#### ?-?[\d,.]+\s*$")
@@ -125,7 +121,7 @@ def learn(options):
         "",
         f"{options.model.name}, LoRA on all projections (r 8), {options.rows} rows of {options.data.name}, "
         f"{options.steps} steps of 4 rows, lr 1e-3, {record['hardware']['dtype']}, {seconds / 60:.1f} minutes; trl "
-        f"{version('trl')}. `python benchmarks/finetune.py MODEL ROWS learn --record`",
+        f"{version('trl')}. `python benchmarks/finetune.py MODEL ROWS --record`",
         "",
         "| step | llmlab sft | trl.SFTTrainer | difference |",
         "| --- | --- | --- | --- |",
@@ -160,63 +156,15 @@ def is_right(text, answer):
     return "####" in text and number(text) == number(answer)
 
 
-def cost(options):
-    """Returns what a step costs over TRL's own, as Markdown."""
-    from trl import SFTConfig
-
-    from llmlab.data.chat.makers import InstructionEncoder
-    from llmlab.data.chat.rows import build_rows
-    from llmlab.hardware import probe
-    from llmlab.runs.arguments import build_arguments
-    from llmlab.runs.policy import load_policy
-    from llmlab.training.sft import LLMLabSFTTrainer
-
-    def make(name, callbacks, folder):
-        if name == "trl":
-            return make_trl(options, folder, callbacks, train_sampling_strategy="sequential", shuffle_dataset=False)
-        machine = probe()
-        settings = make_settings(options, folder, trainer_args={"train_sampling_strategy": "sequential"})
-        policy = load_policy(settings.policy_checkpoint, settings, machine, chat_template="chatml")
-        data = build_rows(settings, InstructionEncoder(policy.tokenizer, max_seq_len=512), seed=42)
-        return LLMLabSFTTrainer(
-            settings,
-            model=policy.model,
-            args=build_arguments(
-                SFTConfig,
-                settings,
-                machine,
-                prediction_loss_only=True,
-                save_strategy="no",
-            ),
-            train_dataset=data.train,
-            processing_class=policy.tokenizer,
-            callbacks=callbacks,
-        )
-
-    medians = []
-    for order in (["llmlab", "trl"], ["trl", "llmlab"]):  # who comes first pays for what both need
-        seconds = take_turns(order, make)
-        ratios = [ours / theirs for ours, theirs in zip(seconds["llmlab"][2:], seconds["trl"][2:], strict=True)]
-        medians.append(statistics.median(ratios))
-    return (
-        f"## Cost of a fine-tuning step over TRL's own, {date.today()}\n\n{options.model.name}, LoRA on all "
-        f"projections, 4 rows a step, both in one process and in turns, {len(ratios)} turns in each order. llmlab's "
-        f"step takes {statistics.geometric_mean(medians):.3f} of TRL's ({medians[0]:.3f} going first, "
-        f"{medians[1]:.3f} second).\n"
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("question", choices=["learn", "cost"])
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
-    options.steps = options.steps or (60 if options.question == "learn" else 12)
     lines = options.data.read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
@@ -225,7 +173,7 @@ def main():
         held_out = [json.loads(line) for line in lines[options.rows : options.rows + options.held_out]]
         options.questions = [row["question"] for row in held_out]
         options.answers = [row["answer"] for row in held_out]
-        table = learn(options) if options.question == "learn" else cost(options)
+        table = learn(options)
     print(table)
     if options.record:
         path = Path(__file__).with_name("RESULTS.md")

@@ -67,9 +67,9 @@ def expose_head_bias(model: PeftModel) -> None:
 
 @contextmanager
 def chunked_head(*, equal: bool, entropy_bonus: bool = False) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone (`equal`: there).
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
 
-    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient, so a bonus leaves TRL's function.
+    Heads with a bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too.
     """
     from trl.trainer import utils
 

@@ -300,7 +300,7 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
             {name: half} | ({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})
             for half in halves
         ],
-        [] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}],
+        [] if settings.gradient_checkpointing is True else [{"gradient_checkpointing": True}],
     ]
     if hasattr(settings, "model"):
         shape, length = settings.model, settings.model.max_seq_len

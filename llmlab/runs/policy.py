@@ -20,6 +20,7 @@ from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
 from llmlab.model.attention import BIAS_IMPLEMENTATIONS
 from llmlab.runs._trl import expose_head_bias
+from llmlab.runs.attention import use_blocks
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError, reading
@@ -182,7 +183,7 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return stops
 
 
-def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:
+def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any, hardware: Hardware) -> None:
     """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     name, kind = settings.attn_implementation, model.config.model_type
@@ -197,6 +198,8 @@ def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any) -> None:
             model.set_attn_implementation(name)
         if model.config._attn_implementation != name or biased and name not in BIAS_IMPLEMENTATIONS:
             raise UserError(f"{wish}: not supported by this model (model_type = {kind}); expected auto or sdpa")
+    elif hardware.device == "cpu" and hasattr(settings, "policy_checkpoint") and not hasattr(settings, "rollout"):
+        use_blocks(model)
 
 
 def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings) -> None:

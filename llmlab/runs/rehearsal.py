@@ -271,6 +271,7 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
     changes |= {
         "gradient_accumulation_steps": passes,
         "report_to": [],
+        "gradient_checkpointing": settings.gradient_checkpointing is True,
         "dataloader_num_workers": 0,  # tensors without memory cannot be sent
         "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
     }

@@ -35,6 +35,7 @@ from llmlab.runs._trl import expose_head_bias, use_one_gpu
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
+from llmlab.runs.checkpointing import needs_checkpointing
 from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.completions import CompletionLog
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
@@ -176,6 +177,9 @@ class Run(Start[S]):
         of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
         that the settings name.
         """
+        if self.settings.gradient_checkpointing == "auto":
+            chosen = {"gradient_checkpointing": needs_checkpointing(self, data.train)}
+            self.settings = self.settings.model_copy(update=chosen)
         settings, evaluates = self.settings, data.validation is not None
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
@@ -206,7 +210,7 @@ class Run(Start[S]):
         with quiet_libraries():
             for each in (model, *options.values()):
                 if isinstance(each, (PreTrainedModel, PeftModel)):  # the reference too
-                    choose_kernels(each, settings)
+                    choose_kernels(each, settings, self.hardware)
             made = trainer(
                 settings=settings,
                 load_optimizer=self.load_optimizer,
@@ -291,6 +295,8 @@ class Run(Start[S]):
             rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             if not self.rolled_back:
                 rows += describe_cost(self, trainer, steps - self.done)
+                if trainer.args.gradient_checkpointing:
+                    rows.append(("checkpointing", "activations are computed again in the backward pass"))
                 rows += [("unusual", Text(sentence, style="yellow")) for sentence in self.find_unusual(trainer)]
                 rows += [("compile", compiled), *tracked, *published]
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)

@@ -39,8 +39,9 @@ class HardwareSettings(DeviceSettings):
     and bf16 or fp16."""
     use_liger_kernel: Annotated[bool, Trl("use_liger_kernel")] = False
     """Liger's fused layers, on CUDA, for architectures that liger-kernel knows."""
-    gradient_checkpointing: Annotated[bool, Trl("gradient_checkpointing")] = False
-    """Recompute activations in the backward pass: about a third slower, with much less memory."""
+    gradient_checkpointing: Annotated[Literal["auto", True, False], Trl("gradient_checkpointing")] = False
+    """Recompute activations in the backward pass: about a third slower, with much less memory; auto does so where the
+    planned step does not fit into the device's memory without."""
     dataloader_num_workers: Annotated[int, Ge(0), Le(256), Trl("dataloader_num_workers")] = 0
     """Worker processes of the data loader; 0 loads in the training process."""
 

@@ -446,10 +446,10 @@ def test_kernels_that_an_architecture_does_not_have(sft_settings, base_folder, m
     monkeypatch.setitem(sys.modules, package.__name__, package)
     model = load_model(base_folder)
     with pytest.raises(UserError, match="liger-kernel has no layers for model_type = llmlab"):
-        choose_kernels(model, sft_settings(use_liger_kernel=True))
-    choose_kernels(model, sft_settings(attn_implementation="eager"))
+        choose_kernels(model, sft_settings(use_liger_kernel=True), probe())
+    choose_kernels(model, sft_settings(attn_implementation="eager"), probe())
     assert model.config._attn_implementation == "eager"
     model.config.positional_encoding = "alibi"
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: None)
     with pytest.raises(UserError, match="attn_implementation = flash_attention_2: not supported by this model"):
-        choose_kernels(model, sft_settings(attn_implementation="flash_attention_2"))
+        choose_kernels(model, sft_settings(attn_implementation="flash_attention_2"), probe())
