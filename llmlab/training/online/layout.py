@@ -46,18 +46,21 @@ def share_prompts(ids: Tensor, mask: Tensor, new: int, config: Any) -> Layout | 
     windows = getattr(config, "sliding_window", None), getattr(config, "positional_encoding", None) == "alibi"
     if config.model_type not in ROTARY or config._attn_implementation != "sdpa" or any(windows):
         return None
+    sequences = [
+        [i for i, real in zip(*row, strict=True) if real] for row in zip(ids.tolist(), mask.tolist(), strict=True)
+    ]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for row in range(len(ids)):
-        groups.setdefault(tuple(ids[row, :-new][mask[row, :-new] == 1].tolist()), []).append(row)
-    rows, columns, trees = ids.new_zeros(len(ids), 1), ids.new_zeros(len(ids), new), []
-    for (*prompt, last), members in groups.items():
-        tokens, positions, owners = prompt.copy(), list(range(len(prompt))), [0] * len(prompt)
+    for row, (sequence, length) in enumerate(zip(sequences, mask[:, :-new].sum(1).tolist(), strict=True)):
+        groups.setdefault(tuple(sequence[:length]), []).append(row)
+    rows, starts, trees = [0] * len(ids), [0] * len(ids), []
+    for prompt, members in groups.items():
+        count = len(prompt) - 1
+        tokens, positions, owners = [*prompt[:-1]], [*range(count)], [0] * count
         for owner, row in enumerate(members, 1):
-            completion = ids[row, -new:][mask[row, -new:] == 1].tolist()
-            rows[row], columns[row] = len(trees), torch.arange(new, device=ids.device) + len(tokens)
-            tokens += [last, *completion]
-            positions += range(len(prompt), len(prompt) + 1 + len(completion))
-            owners += [-owner, *[owner] * len(completion)]  # negative: not scored
+            rows[row], starts[row] = len(trees), len(tokens)
+            tokens += sequences[row][count:]
+            positions += range(count, len(sequences[row]))
+            owners += [-owner, *[owner] * (len(sequences[row]) - len(prompt))]  # negative: not scored
         trees.append(ids.new_tensor([tokens, positions, owners]).t())
     table = pad_sequence(trees, batch_first=True)  # (prompts, time, 3)
     length, apart, width = table.shape[1], int(mask.sum(1).max()), 6 * config.hidden_size
@@ -69,4 +72,5 @@ def share_prompts(ids: Tensor, mask: Tensor, new: int, config: Any) -> Layout | 
     attended = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (prompts, query, key)
     labels = tokens.masked_fill(owners <= 0, -100)
     inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": attended.tril()[:, None]}
-    return Layout({**inputs, "labels": labels}, rows, columns.clamp(max=length - 2))
+    columns = ids.new_tensor(starts)[:, None] + torch.arange(new, device=ids.device)
+    return Layout({**inputs, "labels": labels}, ids.new_tensor(rows)[:, None], columns.clamp(max=length - 2))
