@@ -99,7 +99,7 @@ def test_steps_of_trainers(stage, adapters, trainer_of, numbers, monkeypatch):
     if stage in ("grpo", "ppo"):
         trainer.all_rewards, trainer.reward_weights = to_meta(trainer.all_rewards), to_meta(trainer.reward_weights)
         trainer.values = to_meta(trainer.values)
-        trainer.shares_prompts = False  # it compares prompts, which have no values here
+        trainer.compacts = False  # prompts have no values here
         with torch.no_grad():
             batch = trainer.finish_rollout(batch)
     if hasattr(trainer, "count_pairs"):

@@ -73,8 +73,8 @@ class RolloutSteps:
     log_probs: Tensor
     values: Tensor | None = None
     token_share: float
-    shares_prompts = True
-    """Whether a forward pass reads equal prompts once."""
+    compacts = True
+    """Whether forward passes leave out padding and repeated prompts, for which they look at rows."""
     scores_later = False
     """Whether the log-probabilities of the policy that sampled are those of the first pass in its first update, and
     are computed for the other updates alone."""
@@ -127,7 +127,7 @@ class RolloutSteps:
             return super()._get_per_token_logps_and_entropies(*args, **options)  # type: ignore[misc]
         rows, size = len(input_ids), batch_size or len(input_ids)
         order = torch.arange(rows, device=input_ids.device)
-        if rows > size:
+        if rows > size and self.compacts:
             prompts = (part[:, :-logits_to_keep] for part in (input_ids, attention_mask))
             order = order_rows(*prompts, attention_mask[:, -logits_to_keep:].sum(1))
         passes = [
@@ -146,8 +146,9 @@ class RolloutSteps:
         """Returns the log-probabilities, entropies and values of the last tokens, (batch, time); ids and mask are
         (batch, prompt and completion)."""
         config = self.accelerator.unwrap_model(model).config  # type: ignore[attr-defined]
-        shared = share_prompts(ids, mask, time, config) if self.shares_prompts and not with_aux_loss else None
-        inputs, *self.places = shared or pad_right(ids, mask, time)
+        shared = share_prompts(ids, mask, time, config) if self.compacts and not with_aux_loss else None
+        length = int(mask.sum(1).max()) if self.compacts else ids.shape[1]
+        inputs, *self.places = shared or pad_right(ids, mask, time, length)
         if with_aux_loss:
             real = torch.arange(inputs["input_ids"].shape[1], device=mask.device) < mask.sum(1, keepdim=True)
             inputs |= {"attention_mask": real.long(), "output_router_logits": True}
@@ -178,7 +179,7 @@ class RolloutSteps:
             return part
         passes = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         parts = self._buffered_inputs
-        if self.loss_type == "dapo" and self.top_entropy_quantile == 1:  # type: ignore[attr-defined]
+        if self.compacts and self.loss_type == "dapo" and self.top_entropy_quantile == 1:  # type: ignore[attr-defined]
             updates = [parts[first : first + passes] for first in range(0, len(parts), passes)]
             parts = [part for update in updates for part in sort_rows(update)]
         if self.scores_later and (passes < len(parts) or self.num_iterations > 1):  # type: ignore[attr-defined]

@@ -30,9 +30,9 @@ def order_rows(prompts: Tensor, prompt_mask: Tensor, new: Tensor) -> Tensor:
     return order[kind[order].argsort(stable=True)]
 
 
-def pad_right(ids: Tensor, mask: Tensor, new: int) -> Layout:
-    """Moves padding to the end, where no token attends to it, so that attention needs no mask."""
-    order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(int(mask.sum(1).max()), 2)]
+def pad_right(ids: Tensor, mask: Tensor, new: int, length: int) -> Layout:
+    """Moves padding to the end of so many columns, where no token attends to it, so that attention needs no mask."""
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(length, 2)]
     short = ids.gather(1, order)
     scored = (mask.gather(1, order) == 1) & (order >= ids.shape[1] - new)
     inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}

@@ -217,7 +217,7 @@ def test_scores_and_gradients_without_padding_are_trls(lora, shared, trainer, mo
     largest = max(values.abs().max().item() for values in found[1])  # rounding in fp32 is 6e-8 of what is summed
     for mine, theirs in zip(*found, strict=True):
         assert torch.allclose(mine, theirs, atol=5e-7 * largest, rtol=1e-6)
-    values, ppo.shares_prompts = ppo.values.clone(), False
+    values, ppo.compacts = ppo.values.clone(), False
     ppo.score_tokens(batch)
     assert values.abs().max() > 0.1
     assert torch.allclose(values * batch["completion_mask"], ppo.values * batch["completion_mask"], atol=1e-5)
