@@ -162,15 +162,16 @@ def make_rows(options):
     return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens]
 
 
-def take_turns(names, make):
-    """Runs trainers step by step in turn.
+def take_turns(names, make, every=1):
+    """Runs trainers in turn.
 
     Args:
         names: of the contenders.
         make: returns the trainer of a name, given callbacks and an empty folder.
+        every: steps of a turn.
 
     Returns:
-        The seconds of each step by contender.
+        The seconds of each turn by contender.
     """
     from transformers import TrainerCallback
 
@@ -190,6 +191,8 @@ def take_turns(names, make):
                 self.wait()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % every:
+                return
             seconds[self.name].append(time.perf_counter() - self.began)
             turns[names[(names.index(self.name) + 1) % len(names)]].release()
             if state.global_step < args.max_steps:

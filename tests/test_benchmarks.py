@@ -136,6 +136,14 @@ def test_grpo(benchmark, chat_model, questions):
     assert step == "1" and figures[0] == figures[1]  # the reward here and TRL's own
 
 
+def test_rl_step(benchmark, chat_model, questions):
+    words = [chat_model, questions, "--rollouts", 2, "--prompts", 2, "--group", 2, "--micro", 2, "--accumulation", 1]
+    words += ["--passes", 1, "--max-new-tokens", 4, "--no-memory", "--contenders", "trl", "grpo", "ppo-shared"]
+    rows = rows_of(benchmark("rl_step", *words))[1:]
+    assert [row[0] for row in rows] == [sys.modules["rl_step"].CONTENDERS[name] for name in words[-3:]]
+    assert rows[0][5] == "1.00" and all(float(row[1]) > 0 and float(row[5]) > 0 for row in rows)
+
+
 def test_ppo_learning(benchmark, tmp_path):
     plot = tmp_path / "plot.png"
     printed = benchmark("ppo_learning", "--samples", 64, "--seeds", 1, "--plot", plot)

@@ -74,7 +74,8 @@ class LLMLabAttention(LlamaAttention):
     def _uses_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether this is training on a CPU in bf16 or compiled, where `block_attention` is faster than sdpa."""
         faster = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or torch.compiler.is_compiling())
-        trains = torch.is_grad_enabled() and query.requires_grad and query.shape[2] == key.shape[2] > 1
+        # without gradients too, so that RL's old log-probabilities are those of the first update
+        trains = (self.training or query.requires_grad) and query.shape[2] == key.shape[2] > 1
         return faster and trains and self.config._attn_implementation == "sdpa"
 
 

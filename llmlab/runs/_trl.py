@@ -62,10 +62,10 @@ def expose_head_bias(model: PeftModel) -> None:
 
 
 @contextmanager
-def chunked_head(*, equal: bool, enabled: bool = True) -> Iterator[None]:
+def chunked_head(*, equal: bool, enabled: bool = True, entropy_bonus: bool = False) -> Iterator[None]:
     """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
 
-    Heads with a bias or softcapping stay TRL's. The entropy has no gradient.
+    Heads with a bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too.
     """
     from trl.trainer import utils
 
@@ -78,7 +78,7 @@ def chunked_head(*, equal: bool, enabled: bool = True) -> Iterator[None]:
         @staticmethod
         def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
-            plain = bias is softcap is None and "log_sum_sq_probs" not in outputs
+            plain = bias is softcap is None and not entropy_bonus and "log_sum_sq_probs" not in outputs
             if not (replaces(hidden.device) and plain) or hasattr(weight, "ds_id"):  # ZeRO-3 gathers it once more
                 return function.apply(*arguments)
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype

@@ -185,6 +185,7 @@ class Rehearsal:
         enter("backward", trainer.accelerator, "backward")
         optimizer.register_step_pre_hook(lambda *_: setattr(ledger, "phase", "optimizer step"))
         if hasattr(trainer, "_generate_single_turn"):
+            trainer.compacts = False  # rows are equal, and have no values
             trainer._generate_single_turn = self._sample
             enter("sampling", trainer, "_generate_single_turn")
 

@@ -98,7 +98,8 @@ def test_steps_of_trainers(stage, adapters, trainer_of, numbers, monkeypatch):
     batch = to_meta(batch)
     if stage in ("grpo", "ppo"):
         trainer.all_rewards, trainer.reward_weights = to_meta(trainer.all_rewards), to_meta(trainer.reward_weights)
-        trainer.all_values = to_meta(getattr(trainer, "all_values", []))
+        trainer.values = to_meta(trainer.values)
+        trainer.compacts = False  # prompts have no values here
         with torch.no_grad():
             batch = trainer.finish_rollout(batch)
     if hasattr(trainer, "count_pairs"):

@@ -18,7 +18,7 @@ from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.grpo import GRPOSettings
-from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, policy_mask
+from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, has_dropout, policy_mask
 from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
@@ -28,6 +28,10 @@ class LLMLabGRPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, Rollou
 
     penalty = staticmethod(torch.abs)
     """Of log-ratios, with `kl_penalty: abs`."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.scores_later = not (self.use_vllm or has_dropout(self.model))
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         if not self.model.training:

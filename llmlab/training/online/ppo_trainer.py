@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.settings.errors import UserError
-from llmlab.training.online._trl import RolloutSteps, policy_mask
+from llmlab.training.online._trl import RolloutSteps, adapters_are_on, policy_mask
 from llmlab.training.online.advantages import (
     explained_variance,
     gae,
@@ -115,36 +114,22 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         with self.critic.detached() if self.use_vllm else nullcontext():  # vLLM is sent every weight that it sees
             return super()._generate(prompts)
 
-    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Keeps the values of the policy's forward passes."""
-        score = super()._get_per_token_logps_and_entropies
-        if model is self.ref_model or not _adapters_are_on(self.accelerator.unwrap_model(self.model)):
-            return score(model, *args, **kwargs)
-        with self.critic.collect_values() as self.all_values:  # (batch, prompt and completion), one a forward pass
-            return score(model, *args, **kwargs)
-
-    def score_tokens(self, rollout: dict[str, Any], batch_size: int) -> Tensor:
-        """Returns the log-probabilities of a rollout's completions, (batch, time)."""
-        return self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
-            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
-            rollout["completion_ids"].shape[1],
-            batch_size=batch_size,
-        )[0]
-
-    def values_of(self, time: int) -> Tensor:
-        """Returns the last scored values, (batch, time): a state's value is that of the token before the action."""
-        return torch.cat(self.all_values)[:, -time - 1 : -1]
+    def score_rows(self, model: nn.Module, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the values of the policy's forward passes too."""
+        if model is self.ref_model or not adapters_are_on(self.accelerator.unwrap_model(self.model)):
+            return super().score_rows(model, *args)
+        with self.critic.collect_values() as values:
+            scores = super().score_rows(model, *args)
+        # a state's value is that of the token before the action
+        return *scores[:2], values[0][tuple(self.places)]
 
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Replaces per-completion advantages by per-token ones, and adds old values and returns."""
         mask = policy_mask(rollout)  # (batch, time)
         if "old_per_token_logps" not in rollout:  # TRL skips them where it expects a single update
-            rollout["old_per_token_logps"] = self.score_tokens(rollout, self._batch_size)
-        old = rollout["old_per_token_logps"]
-        values = self.values_of(old.shape[1])
+            rollout["old_per_token_logps"] = self.score_tokens(rollout)
+        old, values = rollout["old_per_token_logps"], self.values
         penalties = torch.zeros_like(old)
         if "ref_per_token_logps" in rollout:
             reference = rollout["ref_per_token_logps"]
@@ -177,8 +162,7 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         with self.without_kl_term():
             loss = policy_loss()
         mask = policy_mask(inputs)
-        values = self.values_of(mask.shape[1])
-        losses, clipped = value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+        losses, clipped = value_loss(self.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         self.note("value_loss", self._mean(losses.detach(), mask))
         self.note("value_clip_ratio", self._mean(clipped, mask))
         divergence = self._mean(k3(inputs["old_per_token_logps"], self.log_probs.detach()), mask)
@@ -208,11 +192,6 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.critic.load(Path(resume_from_checkpoint))
 
-    @property
-    def _batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
@@ -220,14 +199,6 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         """Returns the mean over the masked tokens of all processes."""
         total, count = self._sum_over_processes(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
         return total / max(count, 1)
-
-
-def _adapters_are_on(model: nn.Module) -> bool:
-    """Whether the adapters are enabled; disabled, the same model is the reference."""
-    if not isinstance(model, PeftModel):
-        return True
-    layer = next(module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))
-    return not layer.disable_adapters and layer.active_adapters == ["default"]
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from trl import GRPOTrainer
 
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
 from llmlab.training.online.critic import FILE
@@ -132,7 +133,7 @@ def batch_of(trainer, rows=4, time=6):
         **{name: torch.randn(rows, time, generator=draw) for name in ("advantages", "old_values", "returns")},
     }
     with torch.no_grad():
-        now = trainer.score_tokens(batch, rows)
+        now = trainer.score_tokens(batch)
     batch["old_per_token_logps"] = now + 0.3 * torch.randn(rows, time, generator=draw)
     return batch
 
@@ -186,6 +187,42 @@ def test_the_loss_is_the_papers(value_model, trainer):
     assert loss == pytest.approx((policy + 0.3 * value - 0.02 * entropy) / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared prompts"])
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+def test_scores_and_gradients_without_padding_are_trls(lora, shared, trainer, monkeypatch):
+    ppo = one_update(trainer(lora=lora, **ONE))
+    batch, found, sizes = batch_of(ppo), [], []
+    if shared:  # by rows 0 and 3, and by 1 and 2, of two tokens
+        batch["prompt_ids"][3] = batch["prompt_ids"][0]
+        batch["prompt_ids"][1:3] = torch.tensor([[0, 5, 6], [PAD, 5, 6]])
+        batch["prompt_mask"][1:3, 0] = 0
+        batch["prompt_mask"][1:3, 1:] = 1
+    ppo.model.register_forward_pre_hook(
+        lambda *args: sizes.append(tuple(args[2]["input_ids"].shape)), with_kwargs=True
+    )
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    for score in (PPOTrainer, GRPOTrainer):  # ours, and TRL's
+        ppo.model.zero_grad()
+        log_probs, entropies, _ = score._get_per_token_logps_and_entropies(
+            ppo, ppo.model, ids, mask, 6, compute_entropy=True
+        )
+        (log_probs * weights).sum().backward()
+        gradients = [p.grad for p in ppo.model.parameters() if p.grad is not None]
+        found.append((log_probs, entropies * batch["completion_mask"], *gradients))
+    # in place of prompts and completions: 2 prompts without their last tokens, and 7 + 6 or 5 + 7 more
+    assert sizes == [(2, 15) if shared else (4, 9), (4, 9)]
+    assert len(found[0]) == len(found[1]) > 4
+    largest = max(values.abs().max().item() for values in found[1])  # rounding in fp32 is 6e-8 of what is summed
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=5e-7 * largest, rtol=1e-6)
+    values, ppo.compacts = ppo.values.clone(), False
+    ppo.score_tokens(batch)
+    assert values.abs().max() > 0.1
+    assert torch.allclose(values * batch["completion_mask"], ppo.values * batch["completion_mask"], atol=1e-5)
+
+
 @pytest.mark.parametrize("value_model", KINDS)
 def test_what_tools_wrote_gives_no_gradient(value_model, trainer):
     ppo = one_update(trainer(value_model=value_model, **ONE))
@@ -214,7 +251,7 @@ def test_the_kl_is_in_the_reward_and_not_in_the_loss(trainer):
     scores = torch.tensor([1.0, 2.0, float("nan"), 3.0])
     ppo.all_rewards = scores[:, None]
     values = torch.randn(4, 6)
-    ppo.all_values = [torch.nn.functional.pad(values, (0, 1))]  # the last token's value is of no action
+    ppo.values = values
     ppo.args.whiten_advantages, ppo.args.gamma, ppo.args.gae_lambda = False, 0.9, 0.8
     batch["ref_per_token_logps"] = batch["old_per_token_logps"] - 0.25
     done = ppo.finish_rollout(batch)

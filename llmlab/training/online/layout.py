@@ -1,0 +1,76 @@
+"""How prompts and completions are laid out for a forward pass: without padding between, and equal prompts read once.
+
+Ids and masks are (batch, time): prompts padded on the left, completions of `new` columns on the right.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "llmlab")  # whose tokens depend on position ids and mask alone
+
+
+class Layout(NamedTuple):
+    """The model's inputs with labels, and the row, (batch, 1), and columns, (batch, new), that predict each token."""
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+
+
+def order_rows(prompts: Tensor, prompt_mask: Tensor, new: Tensor) -> Tensor:
+    """Returns an order in which rows are beside those of the same prompt, else of similar length."""
+    lengths = prompt_mask.sum(1)
+    kinds, kind = torch.cat([lengths[:, None], prompts * prompt_mask], 1).unique(dim=0, return_inverse=True)
+    if len(kinds) == len(prompts):
+        return (lengths + new).argsort(stable=True)
+    order = new.argsort(stable=True)
+    return order[kind[order].argsort(stable=True)]
+
+
+def pad_right(ids: Tensor, mask: Tensor, new: int, length: int) -> Layout:
+    """Moves padding to the end of so many columns, where no token attends to it, so that attention needs no mask."""
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(length, 2)]
+    short = ids.gather(1, order)
+    scored = (mask.gather(1, order) == 1) & (order >= ids.shape[1] - new)
+    inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return Layout(inputs, rows, (mask.cumsum(1)[:, -new:] - 2).clamp(min=0))  # one column before its own
+
+
+def share_prompts(ids: Tensor, mask: Tensor, new: int, config: Any) -> Layout | None:
+    """Lays each prompt out once, then its completions, each of which attends to itself and the prompt alone and begins
+    with a copy of the prompt's last token; None where the model cannot do so, or it would cost more."""
+    windows = getattr(config, "sliding_window", None), getattr(config, "positional_encoding", None) == "alibi"
+    if config.model_type not in ROTARY or config._attn_implementation != "sdpa" or any(windows):
+        return None
+    sequences = [
+        [i for i, real in zip(*row, strict=True) if real] for row in zip(ids.tolist(), mask.tolist(), strict=True)
+    ]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (sequence, length) in enumerate(zip(sequences, mask[:, :-new].sum(1).tolist(), strict=True)):
+        groups.setdefault(tuple(sequence[:length]), []).append(row)
+    rows, starts, trees = [0] * len(ids), [0] * len(ids), []
+    for prompt, members in groups.items():
+        count = len(prompt) - 1
+        tokens, positions, owners = [*prompt[:-1]], [*range(count)], [0] * count
+        for owner, row in enumerate(members, 1):
+            rows[row], starts[row] = len(trees), len(tokens)
+            tokens += sequences[row][count:]
+            positions += range(count, len(sequences[row]))
+            owners += [-owner, *[owner] * (len(sequences[row]) - len(prompt))]  # negative: not scored
+        trees.append(ids.new_tensor([tokens, positions, owners]).t())
+    table = pad_sequence(trees, batch_first=True)  # (prompts, time, 3)
+    length, apart, width = table.shape[1], int(mask.sum(1).max()), 6 * config.hidden_size
+    # a token's products, and its attention, which a mask makes slower and reads whole
+    if len(trees) * length * (width + 4 * length) > len(ids) * apart * (width + 2 * apart):
+        return None
+    tokens, positions, owners = table.unbind(2)
+    owner = owners.abs()
+    attended = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (prompts, query, key)
+    labels = tokens.masked_fill(owners <= 0, -100)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": attended.tril()[:, None]}
+    columns = ids.new_tensor(starts)[:, None] + torch.arange(new, device=ids.device)
+    return Layout({**inputs, "labels": labels}, ids.new_tensor(rows)[:, None], columns.clamp(max=length - 2))
