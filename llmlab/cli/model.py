@@ -154,10 +154,12 @@ def init(
 def convert(
     source: Annotated[str, typer.Argument(help="Run folder or hub id of the model to convert.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2.")] = "llmlab",
+    to: Annotated[
+        str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2, qwen3.")
+    ] = "llmlab",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert a model between llmlab's architecture and Llama, Mistral or Qwen2, and verify equal logits."""
+    """Convert a model between llmlab's architecture and Llama, Mistral, Qwen2 or Qwen3, and verify equal logits."""
     from llmlab.data import load_tokenizer
     from llmlab.model import from_llmlab, load_model, save_model, to_llmlab
     from llmlab.runs import checkpoints

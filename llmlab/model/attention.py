@@ -10,7 +10,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
@@ -29,6 +34,8 @@ class LLMLabAttention(LlamaAttention):
         if config.attention_output_bias != config.attention_bias:
             width = config.num_attention_heads * config.head_dim
             self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(
         self,
@@ -44,15 +51,16 @@ class LLMLabAttention(LlamaAttention):
         """
         shape = hidden_states.shape[:-1]
         by_head = (*shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, heads, time, head_dim)
-        key = self.k_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, key/value heads, time, head_dim)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
+        query, key = self.q_proj(hidden_states).view(by_head), self.k_proj(hidden_states).view(by_head)
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, key/value heads, time, head_dim)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if position_embeddings is not None:
-            dtype = query.dtype  # under autocast cos/sin are fp32 while queries and keys are bf16
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            query, key = query.to(dtype), key.to(dtype)
         elif self.config.positional_encoding == "alibi" and query.shape[1] != self.config.num_attention_heads:
             raise ValueError("positional_encoding = alibi: tensor parallelism, which shards heads, is not supported")
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast norms and cos/sin are fp32
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0

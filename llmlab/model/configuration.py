@@ -16,7 +16,8 @@ CHOICES = {
     "positional_encoding": ("sinusoidal", "rope", "alibi", "yarn"),
     "attention_type": ("mha", "mqa", "gqa"),
     "norm_type": ("layernorm", "rmsnorm"),
-    "hidden_act": ("relu", "gelu", "silu", "leaky_relu", "swiglu"),
+    "hidden_act": ("relu", "gelu", "silu", "leaky_relu", "swiglu", "relu2"),
+    "initialization": ("normal", "zero_outputs"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -62,6 +63,8 @@ class LLMLabConfig(PreTrainedConfig):
     dropout: float = 0.0  # of the embeddings and of each sublayer's output
     attention_dropout: float | None = None  # of the attention weights; as dropout
     rms_norm_eps: float = 1e-6
+    qk_norm: bool = False  # an RMSNorm on each head's queries and keys, as in Qwen3
+    initialization: str = "normal"  # see `LLMLabPreTrainedModel._init_weights`
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -92,6 +95,9 @@ class LLMLabConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not self.is_gated:  # a plan must name no module that is not there
             self.base_model_tp_plan = {key: how for key, how in self.base_model_tp_plan.items() if "gate" not in key}
+        if self.qk_norm:
+            norms = dict.fromkeys((f"layers.*.self_attn.{x}_norm" for x in "qk"), "replicated_with_grad_allreduce")
+            self.base_model_tp_plan = self.base_model_tp_plan | norms
         if not self.uses_rope:
             self.rope_parameters = None  # the parent fills in defaults for every configuration that has the field
         self.auto_map = {

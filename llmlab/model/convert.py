@@ -1,4 +1,4 @@
-"""Converts Llama, Mistral and Qwen2 models to llmlab's decoder and back: the same tensors under the same names.
+"""Converts Llama, Mistral, Qwen2 and Qwen3 models to llmlab's decoder and back: the same tensors under the same names.
 
 Only the configuration is translated; an option that the other side cannot express is refused by name.
 """
@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }
 SHARED_FIELDS = LLMLabConfig.__annotations__.keys() & LlamaConfig.__annotations__.keys() - {
     "hidden_act",  # the families' silu is gated
@@ -28,7 +29,7 @@ PROBE_TOKENS, LONGEST_PROBE = 48, 512
 
 
 def to_llmlab(source: PreTrainedModel | str | Path) -> LLMLabForCausalLM:
-    """Returns a Llama, Mistral or Qwen2 model, or the folder or hub id of one, as llmlab's decoder."""
+    """Returns a Llama, Mistral, Qwen2 or Qwen3 model, or the folder or hub id of one, as llmlab's decoder."""
     model = source if isinstance(source, PreTrainedModel) else load_model(source, dtype=None)
     config = model.config
     if config.model_type not in FAMILIES:
@@ -44,6 +45,7 @@ def to_llmlab(source: PreTrainedModel | str | Path) -> LLMLabForCausalLM:
         hidden_act="swiglu",
         positional_encoding="yarn" if config.rope_parameters["rope_type"] == "yarn" else "rope",
         attention_type="mha" if key_value_heads == heads else "mqa" if key_value_heads == 1 else "gqa",
+        qk_norm=config.model_type == "qwen3",
         attention_bias=config.model_type == "qwen2" or bias,
         attention_output_bias=bias,
         sliding_window=getattr(config, "sliding_window", None),
@@ -53,29 +55,30 @@ def to_llmlab(source: PreTrainedModel | str | Path) -> LLMLabForCausalLM:
 
 
 def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
-    """Returns llmlab's decoder as a model of another family: `llama`, `mistral` or `qwen2`."""
+    """Returns llmlab's decoder as a model of another family: `llama`, `mistral`, `qwen2` or `qwen3`."""
     if family not in FAMILIES:
         raise UserError(f"family = {family}: expected one of {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}")
     config = model.config
     windows, biases = set(config.layer_types), (config.attention_bias, config.attention_output_bias)
-    possible_biases = {"llama": [(False, False), (True, True)], "mistral": [(False, False)], "qwen2": [(True, False)]}
+    possible_biases = {"mistral": [(False, False)], "qwen2": [(True, False)]}
     possible = {  # dropout is left behind
         "positional_encoding": config.uses_rope,
+        "qk_norm": config.qk_norm == (family == "qwen3"),
         "norm_type": config.norm_type == "rmsnorm",
         "activation": config.is_gated,
         "sliding_window": family != "llama" or windows == {"full_attention"},
         "layer_types": family != "mistral" or len(windows) == 1,
-        "attention_bias": biases in possible_biases[family],
+        "attention_bias": biases in possible_biases.get(family, [(False, False), (True, True)]),
     }
     if obstacle := next((name for name, fits in possible.items() if not fits), None):
         raise UserError(f"{obstacle} = {getattr(config, obstacle)}, which {family} cannot express")
     options: dict[str, Any] = {name: getattr(config, name) for name in SHARED_FIELDS} | {"hidden_act": "silu"}
     slides = "sliding_attention" in windows
-    if family == "llama":
+    if family in ("llama", "qwen3"):
         options["attention_bias"] = config.attention_bias
-    else:
+    if family != "llama":
         options["sliding_window"] = config.sliding_window if slides else None
-    if family == "qwen2":
+    if family in ("qwen2", "qwen3"):
         options |= {"use_sliding_window": slides, "layer_types": config.layer_types}
     config_class, model_class = FAMILIES[family]
     return _transfer_weights(model, model_class, config_class(**options))

@@ -64,25 +64,31 @@ def loss_and_gradients(
     dtype: torch.dtype,
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
+    weights: torch.Tensor | None = None,
+    with_statistics: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the summed loss, its gradients, empty where not needed, and each token's loss; products are in `dtype`.
+    """Returns the summed loss, its gradients, empty where not needed, and of each token the loss and with statistics
+    entropy, mean logit and whether the target is the likeliest token; products are in `dtype`.
 
-    Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), targets, which are shifted, (tokens,).
+    Shapes: hidden (tokens, hidden), weight (vocabulary, hidden), targets, which are shifted, and weights of their
+    gradients (tokens,); of the last result (tokens, 1) or (tokens, 4).
     """
     wide = torch.promote_types(dtype, torch.float32)
     scored = (targets != IGNORE_INDEX).nonzero()[:, 0]  # (scored,)
     states, head, targets = hidden[scored].to(dtype), weight.to(dtype), targets[scored]
     loss, grad_weight, grad_states = hidden.new_zeros((), dtype=wide), None, torch.empty_like(states)
-    losses, token_losses = (hidden.new_zeros(len(x), dtype=wide) for x in (states, hidden))
+    columns = 4 if with_statistics else 1
+    own, statistics = (hidden.new_zeros(len(x), columns, dtype=wide) for x in (states, hidden))
+    scales = torch.ones_like(own[:, :1]) if weights is None else weights[scored, None].to(wide)
 
     least = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CHUNK_TOKENS
     longest = max(least, CHUNK_BYTES // (len(head) * dtype.itemsize))
     chunks = max(1, -(-len(scored) // longest))
     buffer = hidden.new_empty(-(-len(scored) // chunks), len(head), dtype=dtype)  # reused: fresh pages are slow
-    parts = (x.chunk(chunks) for x in (states, targets, grad_states, losses))
-    for chunk, labels, grad_chunk, loss_chunk in zip(*parts, strict=True):
+    parts = (x.chunk(chunks) for x in (states, targets, grad_states, own, scales))
+    for chunk, labels, grad_chunk, own_chunk, scale in zip(*parts, strict=True):
         logits = torch.mm(chunk, head.t(), out=buffer[: len(chunk)])  # (chunk, vocabulary)
-        loss += _replace_by_gradient(logits, labels, wide, loss_chunk)
+        loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale)
         if hidden_needs_grad:
             torch.mm(logits, head, out=grad_chunk)
         if weight_needs_grad and grad_weight is None:
@@ -96,33 +102,41 @@ def loss_and_gradients(
     grad_hidden = torch.zeros_like(hidden) if hidden_needs_grad else hidden.new_empty(0)
     if hidden_needs_grad:
         grad_hidden[scored] = grad_states.to(hidden.dtype)
-    token_losses[scored] = losses
+    statistics[scored] = own
     grad_weight = grad_weight.to(weight.dtype) if weight_needs_grad else weight.new_empty(0)
-    return loss, grad_hidden, grad_weight, token_losses
+    return loss, grad_hidden, grad_weight, statistics
 
 
 def _replace_by_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, losses: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, statistics: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient, and `losses`,
-    (tokens,), with each token's."""
+    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient, each row times
+    its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)
-    loss = logits.new_zeros((), dtype=wide)
-    for part, labels, own in zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True):
+    for start in range(0, len(logits), rows):
+        here = slice(start, start + rows)
+        part = logits[here]
         score = part if part.dtype == wide else scores[: len(part)].copy_(part)
         share = torch.softmax(score, -1, out=shares[: len(part)])
+        largest, index = score.amax(-1), targets[here, None]
         # the largest share is 1 / sum(exp(score - largest score)), and never underflows
-        log_sum = score.amax(-1) - share.amax(-1).log()  # (rows,)
-        index = labels[:, None]
-        loss += torch.sub(log_sum, score.gather(1, index)[:, 0], out=own).sum()
-        part.copy_(share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)))
-    return loss
+        log_sum = largest - share.amax(-1).log()  # (rows,)
+        target = score.gather(1, index)[:, 0]
+        statistics[here, 0] = log_sum - target
+        if statistics.shape[1] > 1:
+            statistics[here, 1] = log_sum - torch.linalg.vecdot(share, score)
+            statistics[here, 2] = score.mean(-1)
+            first = (target == largest).nonzero()[:, 0]  # of equal scores the first is the likeliest
+            statistics[start + first, 3] = (score[first].argmax(-1) == index[first, 0]).to(wide)
+        share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
+        torch.mul(share, scales[here], out=part)
+    return statistics[:, 0].sum()
 
 
 def loss_cost(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *needs_grad: bool
+    hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *options: Any
 ) -> tuple[int, int]:
     """Returns the FLOPs of the operator with these arguments, and the bytes that it takes beside its outputs."""
     (tokens, width), vocabulary = hidden.shape, len(weight)
@@ -133,7 +147,7 @@ def loss_cost(
     head = 0 if dtype == weight.dtype else 2 * vocabulary * width  # a cast copy, and a product before it is added
     packed = 2 * vocabulary * width if on_cpu else 0  # measured: what a CPU's library keeps of such products
     scratch = dtype.itemsize * (2 * tokens * width + chunk * vocabulary + head) + 8 * elements + packed
-    return 2 * tokens * width * vocabulary * (1 + sum(needs_grad)), scratch
+    return 2 * tokens * width * vocabulary * (1 + sum(options[:2])), scratch
 
 
 # an operator, so that torch.compile keeps it as one node instead of unrolling the chunks
@@ -142,23 +156,31 @@ _operator = torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", loss_a
 
 @_operator.register_fake
 def _fake_loss_and_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: Any, dtype: torch.dtype, *needs_grad: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: Any,
+    dtype: torch.dtype,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+    weights: Any = None,
+    with_statistics: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    needs = zip((hidden, weight), needs_grad, strict=True)
+    needs = ((hidden, hidden_needs_grad), (weight, weight_needs_grad))
     gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
     wide = torch.promote_types(dtype, torch.float32)
-    return hidden.new_empty((), dtype=wide), *gradients, hidden.new_empty(len(hidden), dtype=wide)
+    statistics = hidden.new_empty(len(hidden), 4 if with_statistics else 1, dtype=wide)
+    return hidden.new_empty((), dtype=wide), *gradients, statistics
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # nothing depends on the gradients among the outputs
     ctx.save_for_backward(*output[1:3])
-    ctx.needs_grad = inputs[-2:]
+    ctx.needs_grad = inputs[4:6]
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     gradients = [x.mul_(grad_loss) if n else None for x, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)]
-    return *gradients, None, None, None, None
+    return *gradients, *(None,) * 6
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

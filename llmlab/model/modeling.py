@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -22,6 +23,9 @@ from .attention import LLMLabAttention, attention_inputs
 from .configuration import LLMLabConfig
 from .loss import linear_cross_entropy
 from .positions import positions_from_mask, sinusoidal_encoding
+
+# where the embedding is not the head too. Source: karpathy/nanochat, nanochat/gpt.py, init_weights
+ZERO_OUTPUTS_EMBEDDING_STD, ZERO_OUTPUTS_HEAD_STD = 0.8, 0.001
 
 
 class LLMLabMLP(nn.Module):
@@ -52,6 +56,11 @@ class LLMLabDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = _norm(config)
         self.post_attention_layernorm = _norm(config)
         self.dropout = nn.Dropout(config.dropout)
+        if config.initialization == "zero_outputs":
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear):
+                    is_output = name.endswith(("o_proj", "down_proj"))
+                    module.initial_bound = 0.0 if is_output else (3 / module.in_features) ** 0.5
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (batch, time, hidden)
         mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
@@ -71,6 +80,16 @@ class LLMLabPreTrainedModel(LlamaPreTrainedModel):
     config: LLMLabConfig
     _no_split_modules = ["LLMLabDecoderLayer"]
     _can_record_outputs = {"hidden_states": LLMLabDecoderLayer, "attentions": LLMLabAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initializes a module; with `zero_outputs`, layers add nothing to the residual stream at first."""
+        super()._init_weights(module)
+        if hasattr(module, "initial_bound"):
+            init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
+        own_head = self.config.initialization == "zero_outputs" and not self.config.tie_word_embeddings
+        if own_head and isinstance(module, (nn.Embedding, LanguageModelHead)):
+            std = ZERO_OUTPUTS_EMBEDDING_STD if isinstance(module, nn.Embedding) else ZERO_OUTPUTS_HEAD_STD
+            init.normal_(module.weight, std=std)
 
 
 class LLMLabModel(LLMLabPreTrainedModel):

@@ -3,6 +3,8 @@
 The comment beside each says why no public name serves.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from llmlab.runs.head import TokenLogProbs
 from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
 
+HEAD_ARGUMENTS = (
+    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
 PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
@@ -37,6 +44,9 @@ PRIVATE_NAMES = {  # where it is: its parameters
     "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
     # the same for its weights
     "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
+    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", *HEAD_ARGUMENTS),
+    "trl.trainer.utils._use_triton": ("device",),
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
@@ -55,6 +65,38 @@ def expose_head_bias(model: PeftModel) -> None:
         object.__setattr__(head, "bias", head.original_module.bias)  # not a second parameter of the module
 
 
+@contextmanager
+def chunked_head(*, equal: bool) -> Iterator[None]:
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, where it is plain, of scored tokens alone; `equal` as there.
+
+    `is_top1`, `entropy` and `mean_logits` are the same; the entropy has no gradient.
+    """
+    from trl.trainer import utils
+
+    function, scores_alone = utils._ChunkedLogProbFunction, utils._use_triton
+
+    class Head:
+        @staticmethod
+        def apply(*arguments: Any) -> tuple[Tensor | None, ...]:
+            hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
+            if hidden.device.type != "cpu" or not (bias is softcap is None) or "log_sum_sq_probs" in outputs:
+                return function.apply(*arguments)
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+            if scale != temperature:
+                hidden = hidden * (scale / temperature)
+            log_probs, values = TokenLogProbs.apply(hidden, weight, targets, dtype, equal, len(outputs) > 1)
+            if len(outputs) == 1:
+                return log_probs, None, None, None, None
+            return log_probs, values[:, 1], None, values[:, 2], values[:, 3].bool()
+
+    utils._ChunkedLogProbFunction = Head
+    utils._use_triton = lambda device: device.type == "cpu" or scores_alone(device)
+    try:
+        yield
+    finally:
+        utils._ChunkedLogProbFunction, utils._use_triton = function, scores_alone
+
+
 class TokenizedPairs:
     """Mixin for a DPOTrainer whose datasets have token ids; logs `completion_length`, the mean tokens of an answer."""
 
@@ -62,7 +104,8 @@ class TokenizedPairs:
         lengths = self.accelerator.gather(inputs["completion_mask"].sum(1).float())  # type: ignore[attr-defined]
         metrics = self._metrics["train" if model.training else "eval"]  # type: ignore[attr-defined]
         metrics["completion_length"].append(lengths.mean().item())
-        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with chunked_head(equal=False):
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

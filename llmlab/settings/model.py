@@ -11,6 +11,7 @@ from pydantic import model_validator
 from llmlab.settings.base import Alias, Settings, When
 from llmlab.settings.paths import PathName, Reads
 
+ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu", "swiglu", "relu2")
 YARN = When("positional_encoding", "yarn")
 
 
@@ -32,8 +33,8 @@ class ModelSettings(Settings):
     n_kv_heads."""
     norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """Normalization layers."""
-    activation: Annotated[Literal["relu", "gelu", "silu", "leaky_relu", "swiglu"], Alias("hidden_act")] = "swiglu"
-    """Activation of the feed-forward layers; swiglu is gated and has a third matrix."""
+    activation: Annotated[Literal[ACTIVATIONS], Alias("hidden_act")] = "swiglu"  # type: ignore[valid-type]
+    """Activation of the feed-forward layers; swiglu is gated and has a third matrix, relu2 is the square of relu."""
     d_model: Annotated[int, Gt(0), Alias("hidden_size")] = 896
     """Hidden size."""
     n_heads: Annotated[int, Gt(0), Alias("num_attention_heads")] = 14
@@ -56,6 +57,8 @@ class ModelSettings(Settings):
     """Biases in the attention projections."""
     norm_eps: Annotated[float, Gt(0), Alias("rms_norm_eps", "layer_norm_eps")] = 1e-6
     """Epsilon of the normalization layers."""
+    qk_norm: bool = False
+    """Normalize each head's queries and keys (RMSNorm, before rotary embeddings), as Qwen3 does."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
     rope_theta: Annotated[float, Gt(0), When("positional_encoding", "rope", "yarn")] = 10000.0
@@ -66,6 +69,9 @@ class ModelSettings(Settings):
     """Context length before YaRN; none is max_seq_len / yarn_factor."""
     initializer_range: Annotated[float, Gt(0)] = 0.02
     """Standard deviation of the initial weights."""
+    initialization: Literal["normal", "zero_outputs"] = "normal"
+    """Initial weights: normal with initializer_range, or zero in the last matrix of each sublayer and uniform with
+    variance 1 / fan_in in the others, beside N(0, 0.8) in the embedding and N(0, 0.001) in the head, if untied."""
 
     @model_validator(mode="after")
     def check_heads(self) -> "ModelSettings":
@@ -97,6 +103,7 @@ class ModelSettings(Settings):
         width, heads = self.d_model, {"mha": self.n_heads, "mqa": 1, "gqa": self.n_kv_heads}[self.attention_type]
         keys = width // self.n_heads * heads
         attention = 2 * width * (width + keys) + self.attention_bias * 2 * (width + keys)
+        attention += self.qk_norm * 2 * width // self.n_heads
         mlp = (3 if self.activation == "swiglu" else 2) * width * self.d_ff
         norm = width if self.norm_type == "rmsnorm" else 2 * width
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)

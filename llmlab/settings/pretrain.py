@@ -28,7 +28,7 @@ class PretrainSettings(TrainingSettings, TextDataSettings):
     model: ModelSettings = ModelSettings()
     init_from: Annotated[PathName | None, Reads("model"), Alias("policy_checkpoint", "model_name_or_path")] = None
     """Model to continue pretraining from, with its shape and tokenizer: a run folder or hub id (llmlab, Llama,
-    Mistral, Qwen2)."""
+    Mistral, Qwen2, Qwen3)."""
     output_dir: v.OutputDir = "runs/pretrain"
     lr: v.LearningRate = 3e-4
     """Peak learning rate, after warmup."""

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmlab.data.chat.makers import InstructionEncoder
+from llmlab.runs._trl import chunked_head
 from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.record import RunResult
@@ -24,7 +25,14 @@ TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its las
 
 
 class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
-    """TRL's SFTTrainer with llmlab's optimizers, and a validation loss that does not depend on `batch_size`."""
+    """TRL's SFTTrainer with llmlab's optimizers and chunked loss, and a validation loss that does not depend on
+    `batch_size`."""
+
+    equal_weights = True  # of a step's tokens in the loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with chunked_head(equal=self.equal_weights):
+            return super().compute_loss(*args, **kwargs)
 
 
 def collate_packed(

@@ -34,6 +34,7 @@ def shapes(draw) -> ModelSettings:
         sliding_window=draw(st.none() | st.integers(1, 12)),
         attention_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
         yarn_factor=draw(st.sampled_from([1.5, 4.0])),
     )
 
@@ -49,9 +50,10 @@ def test_every_valid_architecture_learns_and_is_counted(shape):
     assert outputs.logits.shape == (2, 9, shape.vocab_size) and outputs.loss.isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())
     size = measure(config)
-    assert size.total == sum(p.numel() for p in model.parameters())
+    assert size.total == sum(p.numel() for p in model.parameters()) == shape.count_parameters()
     layers = list(model.model.layers)
-    assert size.attention == sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
+    attention = [(n, p) for layer in layers for n, p in layer.self_attn.named_parameters() if "norm" not in n]
+    assert size.attention == sum(p.numel() for _, p in attention)
     assert size.mlp == sum(p.numel() for layer in layers for p in layer.mlp.parameters())
     assert size.head == (0 if shape.tie_word_embeddings else shape.vocab_size * shape.d_model)
     again = LLMLabConfig.from_dict(config.to_dict())

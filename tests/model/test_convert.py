@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2 in and out: the same logits and the same text, and clear words where it cannot be."""
+"""Llama, Mistral, Qwen2 and Qwen3 in and out: the same logits and text, and clear words where it cannot be."""
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from llmlab.model import LLMLabForCausalLM, convert, from_llmlab, to_llmlab
@@ -52,6 +54,13 @@ RELATIVES = {
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3-biases": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "attention_bias": True}),
+    "qwen3-mixed": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
 }
 
 
@@ -82,7 +91,7 @@ def test_in_and_out_again(name, tmp_path):
     assert type(back) is type(model) and back.config.model_type == model.config.model_type
     assert torch.equal(back(tokens).logits, model(tokens).logits)
     apart = {"architectures", "_name_or_path", "head_dim", "max_window_layers", "dtype"}
-    if model.config.sliding_window is None if family == "qwen2" else False:
+    if model.config.sliding_window is None if family.startswith("qwen") else False:
         apart.add("use_sliding_window")
     before, after = (m.config.to_dict() for m in (model, back))
     assert {k: v for k, v in before.items() if k not in apart} == {k: after[k] for k in before if k not in apart}
@@ -115,7 +124,10 @@ def test_precision_is_kept():
             "mistral",
             "layer_types = .* which mistral",
         ),
-        ({}, "lama", "family = lama: expected one of llama, mistral, qwen2; did you mean 'llama'"),
+        ({}, "qwen3", "qk_norm = False, which qwen3"),
+        ({"qk_norm": True}, "llama", "qk_norm = True, which llama"),
+        ({"qk_norm": True, "hidden_act": "relu2"}, "qwen3", "activation = relu2, which qwen3"),
+        ({}, "lama", "family = lama: expected one of llama, mistral, qwen2, qwen3; did you mean 'llama'"),
     ],
 )
 def test_what_a_family_cannot_express_is_refused_by_name(tiny_model, options, family, message):

@@ -225,7 +225,7 @@ def test_pretraining_further_from_a_llama(settings, quiet, tmp_path, tokenizer_f
     # resuming such a run takes its shape from the model again
     pretrain(further.model_copy(update={"max_steps": 3}), resume=result.folder, console=quiet)
     other = type(settings())(**values | {"init_from": str(tmp_path / "gpt2"), "output_dir": str(tmp_path / "other")})
-    with pytest.raises(UserError, match="model_type = gpt2: expected one of llama, mistral, qwen2"):
+    with pytest.raises(UserError, match="model_type = gpt2: expected one of llama, mistral, qwen2, qwen3"):
         pretrain(other, console=quiet)
 
 

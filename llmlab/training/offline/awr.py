@@ -80,6 +80,7 @@ class LLMLabAWRTrainer(LLMLabSFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = {**inputs}
         weights = inputs.pop("weight") / (self.mean_weight if model.training else 1.0)  # (rows,)
+        self.equal_weights = bool((weights == weights[0]).all())
 
         def weighted(**options: Any) -> Any:
             output = model(**options)
