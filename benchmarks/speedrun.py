@@ -22,16 +22,21 @@ from pathlib import Path
 SHAPE = {"d_model": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 4, "d_ff": 704, "max_seq_len": 256}
 PEERS = {"nanochat": [None], "litgpt": [1e-3, 2e-3, 4e-3]}
 OURS = {"adamw": [1e-3, 2e-3, 4e-3], "speedrun": [None]}  # adamw: the recipe of pretraining's defaults
-NAMES = {"nanochat": "nanochat", "litgpt": "LitGPT", "adamw": "llmlab, AdamW", "speedrun": "llmlab, `--preset speedrun`"}
+NAMES = {
+    "nanochat": "nanochat",
+    "litgpt": "LitGPT",
+    "adamw": "llmlab, AdamW",
+    "speedrun": "llmlab, `--preset speedrun`",
+}
 BATCH, EVALUATIONS, TRIAL = 16, 20, 20  # rows of a step, evaluations of a run, seconds of the trial
 
 
 def prepare(options, folder):
     """Writes the tokenizer, the text of both sides of the split, and their tokens."""
+    import numpy as np
+
     from llmlab.data import learn_bpe, load_tokenizer
     from llmlab.settings.data import DataSource
-
-    import numpy as np
 
     text = Path(options.text).read_text(encoding="utf-8")
     if options.text.endswith(".jsonl"):
@@ -253,7 +258,10 @@ def table(options):
         reached = [seconds_until(run["curve"], finals[name]) for run in ours]
         if reached and None not in reached:
             share = spread([100 * seconds / theirs for seconds in reached], "{:.0f} %")
-            lines += ["", f"The final loss of {NAMES[name]} ({finals[name]:.3f}) is reached in {share} of its seconds."]
+            lines += [
+                "",
+                f"The final loss of {NAMES[name]} ({finals[name]:.3f}) is reached in {share} of its seconds.",
+            ]
         elif reached:
             lines += ["", f"The final loss of {NAMES[name]} ({finals[name]:.3f}) is not reached by every seed."]
     return "\n".join(lines) + "\n"
@@ -269,7 +277,7 @@ def draw(options, path):
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for number, (name, (_, runs)) in enumerate(best_runs(options).items()):
         for run in runs:
-            label = NAMES[name].replace("`", "") if run is runs[0] else None
+            label = NAMES[name] if run is runs[0] else None
             axes.plot(*zip(*run["curve"], strict=True), color=f"C{number}", label=label)
     axes.set(xlabel="seconds of training", ylabel="held-out loss, bits per byte")
     axes.legend()

@@ -1,7 +1,7 @@
 """The peers of `speedrun.py`, each trained in a process of its own: nanochat and LitGPT.
 
-nanochat is rebuilt from its description (github.com/karpathy/nanochat: gpt.py, optim.py, base_train.py): its model, its
-Muon and AdamW, its initialization and its schedules.  LitGPT is the package itself, with its pretraining's optimizer.
+nanochat is rebuilt from its description (github.com/karpathy/nanochat: gpt.py, optim.py, base_train.py): its model,
+its Muon and AdamW, its initialization and its schedules.  LitGPT is the package itself, with its pretraining's optimizer.
 This file needs torch alone, since LitGPT's environment need not have llmlab.  What they read is a folder of tokens.
 """
 
@@ -97,13 +97,13 @@ class Nanochat(nn.Module):
     def forward(self, ids):  # (batch, time) to (batch, time, vocabulary)
         x = norm(self.embed(ids).bfloat16())
         gate = self.smear.to(x.dtype) * self.smear_gate(x[:, 1:, :24]).sigmoid()
-        x = first = torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], 1)
+        x = first = middle = torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], 1)
         time = ids.shape[1]
         for i, block in enumerate(self.blocks):
             values = self.values[str(i)](ids).bfloat16() if str(i) in self.values else None
             x = self.stream[i].to(x.dtype) * x + self.skip[i].to(x.dtype) * first
             x = block(x, values, self.cos[:, :time], self.sin[:, :time])
-            middle = x if i == len(self.blocks) // 2 else (first if i == 0 else middle)
+            middle = x if i == len(self.blocks) // 2 else middle
         logits = self.head(norm(x - self.backout.to(x.dtype) * middle)).float()
         return 15 * torch.tanh(logits / 15)
 
@@ -132,7 +132,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, step, progress, rate):
-        """Takes a step with rates at this factor of their peaks; momentum rises for 400 steps and falls with the rate."""
+        """Takes a step with rates at this factor of their peaks; momentum rises, then falls as they do."""
         falling = max(0.0, (progress - 0.35) / 0.65)
         momentum = 0.85 + 0.12 * step / 400 if step < 400 else 0.97 - 0.07 * falling
         for group in self.adamw.param_groups:
@@ -166,7 +166,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
 
 
 def make_nanochat(options, vocabulary):
-    """Returns the model, its logits, and a function that takes a step at a step's number and a share of the seconds."""
+    """Returns the model, its logits, and a function that takes a step, given its number and the share of the seconds."""
     model = Nanochat(vocabulary, options.layers, options.width, options.width // 64, options.sequence)
     optimizer = NanochatOptimizer(model)
 
