@@ -1,8 +1,8 @@
 """The peers of `speedrun.py`, each trained in a process of its own: nanochat and LitGPT.
 
 nanochat is rebuilt from its description (github.com/karpathy/nanochat: gpt.py, optim.py, base_train.py): its model,
-its Muon and AdamW, its initialization and its schedules.  LitGPT is the package itself, with its pretraining's optimizer.
-This file needs torch alone, since LitGPT's environment need not have llmlab.  What they read is a folder of tokens.
+its Muon and AdamW, its initialization and its schedules.  LitGPT is the package itself, with the optimizer that its
+pretraining has by default.  This file needs torch alone: LitGPT's environment need not have llmlab.
 """
 
 import argparse
@@ -166,7 +166,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
 
 
 def make_nanochat(options, vocabulary):
-    """Returns the model, its logits, and a function that takes a step, given its number and the share of the seconds."""
+    """Returns the model, its logits, and a function that takes a step: its number, the share of the seconds."""
     model = Nanochat(vocabulary, options.layers, options.width, options.width // 64, options.sequence)
     optimizer = NanochatOptimizer(model)
 
