@@ -27,6 +27,7 @@ def linear_cross_entropy(
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
     with_tokens: bool = False,
+    softcap: float | None = None,
 ) -> Any:
     """Returns the cross entropy of the next tokens, with the output head's product in it.
 
@@ -39,6 +40,7 @@ def linear_cross_entropy(
         labels: not shifted, (batch, time); -100 is ignored.
         num_items_in_batch: divisor of the summed loss; None is the number of labels that are not ignored.
         with_tokens: whether to return the losses of the next tokens too, (batch, time - 1), 0 where ignored.
+        softcap: bound of the logits, `softcap * tanh(logits / softcap)`; None is no bound.
 
     Returns:
         The loss in nats, a scalar in fp32; 0 where every label is ignored.
@@ -48,7 +50,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(device)  # (batch * time,)
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss, _, _, token_losses = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad)
+    loss, _, _, token_losses = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad, softcap=softcap)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
@@ -66,6 +68,7 @@ def loss_and_gradients(
     weight_needs_grad: bool,
     weights: torch.Tensor | None = None,
     with_statistics: bool = False,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the summed loss, its gradients, empty where not needed, and of each token the loss and with statistics
     entropy, mean logit and whether the target is the likeliest token; products are in `dtype`.
@@ -88,7 +91,7 @@ def loss_and_gradients(
     parts = (x.chunk(chunks) for x in (states, targets, grad_states, own, scales))
     for chunk, labels, grad_chunk, own_chunk, scale in zip(*parts, strict=True):
         logits = torch.mm(chunk, head.t(), out=buffer[: len(chunk)])  # (chunk, vocabulary)
-        loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale)
+        loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale, softcap)
         if hidden_needs_grad:
             torch.mm(logits, head, out=grad_chunk)
         if weight_needs_grad and grad_weight is None:
@@ -108,10 +111,15 @@ def loss_and_gradients(
 
 
 def _replace_by_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype, statistics: torch.Tensor, scales: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    wide: torch.dtype,
+    statistics: torch.Tensor,
+    scales: torch.Tensor,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient, each row times
-    its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
+    """Returns the summed loss of logits before their cap, (tokens, vocabulary), and overwrites them with its gradient,
+    each row times its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)
@@ -119,6 +127,8 @@ def _replace_by_gradient(
         here = slice(start, start + rows)
         part = logits[here]
         score = part if part.dtype == wide else scores[: len(part)].copy_(part)
+        if softcap is not None:
+            score.div_(softcap).tanh_().mul_(softcap)
         share = torch.softmax(score, -1, out=shares[: len(part)])
         largest, index = score.amax(-1), targets[here, None]
         # the largest share is 1 / sum(exp(score - largest score)), and never underflows
@@ -131,6 +141,8 @@ def _replace_by_gradient(
             first = (target == largest).nonzero()[:, 0]  # of equal scores the first is the likeliest
             statistics[start + first, 3] = (score[first].argmax(-1) == index[first, 0]).to(wide)
         share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
+        if softcap is not None:  # d capped / d logit = 1 - tanh^2
+            share.mul_(score.div_(softcap).square_().neg_().add_(1))
         torch.mul(share, scales[here], out=part)
     return statistics[:, 0].sum()
 
@@ -164,6 +176,7 @@ def _fake_loss_and_gradients(
     weight_needs_grad: bool,
     weights: Any = None,
     with_statistics: bool = False,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     needs = ((hidden, hidden_needs_grad), (weight, weight_needs_grad))
     gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
@@ -180,7 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     gradients = [x.mul_(grad_loss) if n else None for x, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)]
-    return *gradients, *(None,) * 6
+    return *gradients, *(None,) * 7
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,8 @@ from llmlab.model import LLMLabForCausalLM, LLMLabForSequenceClassification
 OPTIONS = {
     "qk_norm": {"qk_norm": True},
     "relu2": {"hidden_act": "relu2"},
-    "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False},
+    "softcap": {"final_logit_softcapping": 1.5},
+    "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False, "logit_softcap": 1.5},
 }
 OPTIONS["all in windows"] = OPTIONS["all"] | {"sliding_window": 4}
 
