@@ -28,7 +28,7 @@ NAMES = {
     "adamw": "llmlab, AdamW",
     "speedrun": "llmlab, `--preset speedrun`",
 }
-BATCH, EVALUATIONS, TRIAL = 16, 20, 20  # rows of a step, evaluations of a run, seconds of the trial
+BATCH, EVALUATIONS, TRIAL = 16, 10, 20  # rows of a step, evaluations of a run, seconds of the trial
 
 
 def prepare(options, folder):
