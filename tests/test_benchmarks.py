@@ -191,3 +191,8 @@ def test_health(benchmark):
 def test_simulator(benchmark):
     printed = benchmark("simulator", "--episodes", 20)
     assert "100.0%" in printed and printed.count("expert") == printed.count("random") == 5
+
+
+def test_muon_step(benchmark):
+    rows = rows_of(benchmark("muon_step", "--models", "7.7 M", MODELS={"7.7 M": (16, 8, 24, 1)}, TURNS=1))
+    assert [row[0] for row in rows] == ["matrices of", "7.7 M"] and len(rows[1]) == 4

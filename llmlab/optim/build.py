@@ -19,7 +19,7 @@ Parameters = list[nn.Parameter]
 Group = dict[str, Any]
 ADAMW_RATE = 0.1  # AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"
 FIRST_MOMENTUM = 0.85  # of Muon, where it is warmed up. Source: karpathy/nanochat, scripts/base_train.py
-BATCHED_SIZE = 2**19  # elements of the largest matrix up to which Muon's products are batched; see RESULTS.md
+BATCHED_SIZE = 2**19  # elements of the largest matrix up to which Muon's products are batched
 
 
 class ParameterKinds(NamedTuple):

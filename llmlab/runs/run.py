@@ -51,6 +51,7 @@ from llmlab.runs.trackers import trackers
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE
+from llmlab.settings.optimizer import OWN_RATES
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import destinations, takes_trust
 
@@ -388,7 +389,8 @@ def describe_schedule(settings: Any, steps: int, eval_batches: int | None) -> li
     evaluation = "none: there is no validation data"
     if eval_batches is not None:
         evaluation = f"every {settings.eval_every:,} steps, on {eval_batches:,} batches at most"
-    optimizer = Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
+    own_rates = "".join(f", {name} {own:g}" for name in OWN_RATES if (own := getattr(settings, name)) is not None)
+    optimizer = Text.from_markup(f"{settings.optimizer}, lr {rate:g}{own_rates}, {schedule}")
     return [("evaluation", evaluation), ("optimizer", optimizer)]
 
 
