@@ -62,7 +62,7 @@ def tokens_of(options, name):
     return options.folder / f"tokens-{options.own_vocab_size if name == 'speedrun' else options.vocab_size}"
 
 
-def settings_of(options, name, rate, seed, steps):
+def settings_of(options, name, rate, seed, steps, output):
     """Returns the settings of one of llmlab's contestants."""
     from llmlab import PretrainSettings
     from llmlab.settings.presets import read_preset
@@ -71,7 +71,7 @@ def settings_of(options, name, rate, seed, steps):
         values = {"model": dict(SHAPE), "lr": rate, "warmup_steps": 50, "batch_size": BATCH}
         values["gradient_accumulation_steps"] = 1
     else:
-        values = dict(read_preset("pretrain", "speedrun").values)
+        values = {key: value for key, value in read_preset("pretrain", "speedrun").values.items() if key != "stage"}
     values["model"] = values["model"] | {"tokenizer_name": str(tokens_of(options, name))}
     folder = options.folder
     sources = {"datasets": [str(folder / "train.txt")], "validation_datasets": [str(folder / "held_out.txt")]}
@@ -79,7 +79,7 @@ def settings_of(options, name, rate, seed, steps):
         **values | sources,
         max_steps=steps,
         seed=seed,
-        output_dir=tempfile.mkdtemp(prefix="speedrun"),
+        output_dir=output,
         cache_dir=str(folder / "cache"),
         eval_every=steps,
         eval_steps=1,
@@ -90,7 +90,7 @@ def settings_of(options, name, rate, seed, steps):
     )
 
 
-def run_llmlab(options, name, rate, seed, steps, limit=None):
+def run_llmlab(options, name, rate, seed, steps, output, limit=None):
     """Returns the curve of an llmlab run, or after `limit` seconds how many steps a second it takes."""
     import numpy as np
     import torch
@@ -100,7 +100,7 @@ def run_llmlab(options, name, rate, seed, steps, limit=None):
     import llmlab
     from llmlab.training import pretrain
 
-    settings = settings_of(options, name, rate, seed, steps)
+    settings = settings_of(options, name, rate, seed, steps, output)
     folder = tokens_of(options, name)
     held_out = np.fromfile(folder / "held_out.bin", np.uint16)
     sizes, times, curve = torch.tensor(json.loads((folder / "bytes.json").read_text())), [], []
@@ -303,7 +303,8 @@ def main():
     if options.run:
         name, rate, seed, steps, out, limit = (None if word == "None" else word for word in options.run)
         rate, limit = (None if value is None else float(value) for value in (rate, limit))
-        result = run_llmlab(options, name, rate, int(seed), int(steps), limit)
+        with tempfile.TemporaryDirectory() as output:
+            result = run_llmlab(options, name, rate, int(seed), int(steps), output, limit)
         Path(out).write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as temporary:
