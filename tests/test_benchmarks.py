@@ -111,6 +111,31 @@ def test_learning(benchmark, tmp_path):
     assert all(0 < float(cell) < 10 for row in rows for cell in row[2:])
 
 
+def test_speedrun(benchmark, tmp_path, monkeypatch):
+    text, folder = tmp_path / "text.txt", tmp_path / "runs"
+    text.write_text("\n\n".join(f"The cat number {i} sits on mat {i % 7}. " * 4 for i in range(300)))
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1, "d_ff": 64, "max_seq_len": 32}
+    small = {"SHAPE": shape, "PEERS": {"nanochat": [None]}, "OURS": {"adamw": [1e-3, 4e-3]}, "EVALUATIONS": 2}
+    words = [text, "--minutes", 0.01, "--seeds", 1, "--folder", folder, "--plot", tmp_path / "plot.png"]
+    words += ["--only", "nanochat", "adamw", "--vocab-size", 270, "--own-vocab-size", 270]
+
+    def start(words):
+        name = Path(words[1]).stem
+        pretrain = importlib.import_module("llmlab.training.pretrain")
+        with monkeypatch.context() as patch:  # the runs are in processes of their own, which end
+            for attribute in ("PretrainTrainer", "build_model"):
+                patch.setattr(pretrain, attribute, getattr(pretrain, attribute))
+            benchmark(name, *words[2:], **(small | {"BATCH": 2, "TRIAL": 0} if name == "speedrun" else {}))
+
+    rows = rows_of(benchmark("speedrun", *words, **small, BATCH=2, TRIAL=0, start=start))[1:]
+    runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert [row[0] for row in rows] == ["nanochat", "llmlab, AdamW"] and (tmp_path / "plot.png").is_file()
+    best = min(("adamw-0.001-1", "adamw-0.004-1"), key=lambda name: runs[name]["curve"][-1][1])
+    assert rows[1][1] == best.split("-")[1] and float(rows[1][4]) == round(runs[best]["curve"][-1][1], 3)
+    seconds_until = sys.modules["speedrun"].seconds_until
+    assert seconds_until([(1, 4.0), (2, 3.0), (4, 2.0)], 2.5) == 3 and seconds_until([(1, 4.0)], 2.5) is None
+
+
 @pytest.mark.slow
 def test_finetune_learns_as_trl(benchmark, chat_model, questions):
     words = [chat_model, questions, "--rows", 40, "--held-out", 2, "--steps", 6]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.model import build_config, measure
+from llmlab.model import build_config, from_llmlab, measure, new_model
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.presets import PASSES, SECTIONS, for_stage, hardware_presets, presets, read_preset, recipe_folder
@@ -107,6 +107,17 @@ def test_names_and_their_files():
 def test_a_size_has_its_shape(name, millions):
     shape = make("pretrain", preset=name).settings.model
     assert measure(build_config(shape)).total / 1e6 == pytest.approx(millions, rel=0.06)
+
+
+@pytest.mark.parametrize("name, family, other", [("speedrun", "qwen3", "llama"), ("exportable", "llama", "qwen3")])
+def test_presets_for_speed_are_small_and_convert(name, family, other):
+    """They are for minutes on a CPU, with 5 to 30 million parameters beside a vocabulary of 4,096."""
+    shape = make("pretrain", preset=name).settings.model
+    model = new_model(build_config(shape.model_copy(update={"vocab_size": 4096})))
+    assert 5e6 < model.num_parameters() < 30e6
+    assert from_llmlab(model, family).config.model_type == family
+    with pytest.raises(UserError, match="qk_norm"):
+        from_llmlab(model, other)
 
 
 SIZES = {  # "Quick Reference" of the LLM-Lab document: learning rate, batch, and the range of steps
