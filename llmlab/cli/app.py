@@ -80,7 +80,7 @@ def build_app(requested: str | None) -> typer.Typer:
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
             text = line if target is _placeholder else target.__doc__
-            words = {"context_settings": getattr(target, "context_settings", None)}
+            words = {word: getattr(target, word, None) for word in ("context_settings", "cls")}
             app.command(name, help=text, rich_help_panel=panel, **words)(target)
     if requested == MENU:  # as bare `llmlab`
         app.command(MENU, hidden=True)(open_menu)
