@@ -46,7 +46,11 @@ class PlainHelp(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 title = parameter.rich_help_panel or f"{parameter.param_type_name}s".capitalize()
-                panels.setdefault(title, []).append(record)
+                names, text = record
+                if len(names) > formatter.width - 2:  # many choices, which are not wrapped there
+                    names, _, choices = names.partition(" ")
+                    text = f"{choices.replace('|', ' | ')}: {text}"
+                panels.setdefault(title, []).append((names, text))
         for title, records in panels.items():
             with formatter.section(title):
                 formatter.write_dl(records)
