@@ -19,7 +19,6 @@ from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
 from llmlab.settings.sources import Resolved
-from llmlab.settings.training import TrainingSettings
 from llmlab.settings.trust import allow_remote_code
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, make_table, safe, say
@@ -273,6 +272,8 @@ def _spellings(kind: type[Settings]) -> list[tuple[Setting, str]]:
 
 def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:
     """Returns the option of one spelling, as an annotation; only that of a setting's own name is in the help."""
+    from llmlab.settings.training import TrainingSettings  # not for commands that train nothing
+
     flag = spelling.replace("_", "-")
     is_flag = setting.type_name == "true | false"
     flags = [f"--{flag}/--no-{flag}" if is_flag else f"--{flag}"]
