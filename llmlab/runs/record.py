@@ -26,6 +26,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
+END_OF_METRICS = 16_384  # bytes, of more than one line
 EVENTS = "health.jsonl"
 COMPLETIONS = "completions.jsonl"
 TENSORBOARD = "tensorboard"  # the folder of its event files
@@ -189,8 +190,26 @@ def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl` but those that a crash cut off or damaged."""
-    lines = _read_lines(folder / METRICS, "metrics")
-    return [line for line in lines if all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds"))]
+    return [line for line in _read_lines(folder / METRICS, "metrics") if _is_counted(line)]
+
+
+def read_last_metrics(folder: Path) -> dict[str, Any]:
+    """Returns the last line of a run's `metrics.jsonl`, empty where there is none; of a long file its end is read."""
+    path = folder / METRICS
+    with reading(path, "metrics"):
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - END_OF_METRICS, 0))
+            texts = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in (line for text in reversed(texts[1:]) for line in parse_lines([text])):
+        if _is_counted(line):
+            return line
+    return next(reversed(read_metrics(folder)), {})
+
+
+def _is_counted(line: dict[str, Any]) -> bool:
+    return all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds"))
 
 
 def read_events(folder: Path) -> list[Event]:
