@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py [--only sequence,corpus] [--plot scaling.png] [--record]
 
-Each point is a process of its own, on one thread.  Steps are real ones of the stage's own trainer with random weights
-(`llmlab.runs.rehearsal`): the second one's time, the better of two where they are short, and the highest resident size
-less what it was after a tiny run of the same stage.  A slope is the growth of the logarithm over that of the amount
-between two points: 0 is constant, 1 in proportion, 2 quadratic; where a fixed cost is small beside the rest, the last
-one says how an axis grows.
+Each point is a process of its own, on one thread; times are seconds of CPU, which other work disturbs least.  Steps
+are real ones of the stage's own trainer with random weights (`llmlab.runs.rehearsal`): the second one's time, the
+better of two where they are short, and the highest resident size less what it was after a tiny run of the same
+stage.  A slope is the growth of the logarithm over that of the amount between two points: 0 is constant, 1 in
+proportion, 2 quadratic; where a fixed cost is small beside the rest, the last one says how an axis grows.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def measure_point(axis, amount):
 
     class Clock(rehearsal.DefaultFlowCallback):
         def on_step_end(self, *arguments, **keywords):
-            ends.append(time.perf_counter())
+            ends.append(time.process_time())
             return super().on_step_end(*arguments, **keywords)
 
     rehearsal.DefaultFlowCallback, before = Clock, rehearsal.DefaultFlowCallback
@@ -106,7 +106,7 @@ def measure_point(axis, amount):
 
 
 def measure_corpus(megabytes):
-    """Returns what it takes to tokenize and open a corpus of so many MB, with a tokenizer of 4096 entries."""
+    """Returns what it takes to tokenize and open a corpus of so many MB, with a tokenizer of 1024 entries."""
     from llmlab.data.sources import Tally, load_text
     from llmlab.data.text.encoding import TextEncoder
     from llmlab.data.text.packing import PackedRows, hold_out
@@ -122,7 +122,7 @@ def measure_corpus(megabytes):
         with (folder / "corpus.jsonl").open("wb") as file:
             while file.tell() < megabytes * 10**6:
                 file.write(block)
-        encoder = TextEncoder.of(learn_bpe([stories], 2048, folder / "tokenizer", show_progress=False))
+        encoder = TextEncoder.of(learn_bpe([stories], 1024, folder / "tokenizer", show_progress=False))
         del texts, block
         done, highest = threading.Event(), [anonymous_bytes()]
         before = highest[0]
@@ -133,14 +133,14 @@ def measure_corpus(megabytes):
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        began = time.perf_counter()
+        began = time.process_time()
         source = load_text(DataSource(name=str(folder / "corpus.jsonl")))
         store = open_store(source, encoder, DataSettings(cache_dir=str(folder / "cache"), num_proc=1))
         split = hold_out(source.name, store, 0.01, seed=0, length=512)
         rows = PackedRows("corpus", store, 512, split.train)
         for number in range(0, len(rows), 100):
             rows.row(number)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         done.set()
         watcher.join()
     finally:
@@ -166,12 +166,12 @@ def measure_runs(count):
             record["parents"] = [str(Path(folder, f"run{number - 1:04}"))] if number % 3 else []
             (run / "llmlab.json").write_text(json.dumps(record))
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        began = time.perf_counter()
         command = [sys.executable, "-m", "llmlab", "runs", "list", folder]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - began
-        return count, seconds, max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) * 1024
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return count, seconds, after.ru_maxrss * 1024
 
 
 def measure_axis(axis, amounts):
