@@ -33,7 +33,7 @@ RECORD = {"stage": "sft", "status": "finished", "settings": {}, "sources": {}, "
 
 # axis: (amounts, what they count, how steep its time may be, and its memory)
 AXES = {
-    "sequence": ((512, 1024, 2048, 4096, 8192), "tokens of a row", 2, 2),
+    "sequence": ((512, 1024, 2048, 4096, 8192), "tokens of a row", 2, 1),
     "vocabulary": ((4096, 16384, 49152, 151936), "entries", 1, 1),
     "parameters": ((0, 1, 2, 3, 4), "million", 1, 1),
     "rank": ((4, 16, 64, 256), "of LoRA on all projections", 1, 1),
@@ -221,7 +221,7 @@ def draw(found, path):
     """Draws time and memory of every axis over its amounts, on logarithmic scales."""
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(2, len(found), figsize=(2.6 * len(found), 4.6), squeeze=False, sharex="col")
+    figure, all_axes = pyplot.subplots(2, len(found), figsize=(1.9 * len(found), 3.8), squeeze=False, sharex="col")
     for column, (name, points) in enumerate(found.items()):
         amounts, *rows = zip(*points, strict=True)
         for row, values, word, steepest in zip((0, 1), rows, ("seconds", "MB"), AXES[name][2:], strict=True):
@@ -231,12 +231,14 @@ def draw(found, path):
             guide = [values[-1] * (amount / amounts[-1]) ** steepest for amount in amounts]
             axes.loglog(amounts, guide, ":", color="gray", linewidth=1)
             axes.set_ylim(min(values) / 3, max(values) * 3)
+            axes.minorticks_off()
+            axes.set_xticks([amounts[0], amounts[-1]], [f"{round(amount):,}" for amount in (amounts[0], amounts[-1])])
             axes.tick_params(labelsize=7)
             axes.set_ylabel(word, fontsize=7)
         all_axes[0][column].set_title(name, fontsize=9)
         all_axes[1][column].set_xlabel(AXES[name][1], fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=60)
+    figure.savefig(path, dpi=72)
 
 
 def main():
