@@ -2,14 +2,8 @@
 
 import gc
 
-
-def main() -> None:
-    """Runs the command line; what it imports is no garbage to collect, and `run` turns the collector on again."""
-    gc.disable()
-    from llmlab.cli.app import main as run
-
-    run()
-
+gc.disable()  # nothing of what is imported is garbage; `main` turns the collector on again
+from llmlab.cli.app import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

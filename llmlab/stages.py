@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmlab.settings import settings_class
-
-if TYPE_CHECKING:
-    from llmlab.settings.files import Layer
 
 
 def import_heavy(module: str) -> Any:
@@ -48,7 +45,7 @@ class Stage:
         return getattr(import_heavy(f"llmlab.training.{module}"), name)
 
     def resolve(
-        self, layers: "list[Layer]", *, below: "list[Layer]", hardware: str | None = None, processes: int | None = 1
+        self, layers: list[Any], *, below: list[Any], hardware: str | None = None, processes: int | None = 1
     ) -> Any:
         """Returns the settings of layers over those `below` them, such as a preset, and between them what a machine
         sets: a name, or `auto` for the one at hand; `processes` as in `hardware_layer`."""

@@ -14,17 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.health.symptoms import Event
-from llmlab.runs.record import (
-    EVENTS,
-    METRICS,
-    RECORD,
-    is_number,
-    read_events,
-    read_last_metrics,
-    read_metrics,
-    read_record,
-    started_in,
-)
+from llmlab.runs.record import EVENTS, METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import expand
@@ -72,8 +62,9 @@ class RunFolder:
 
     @cached_property
     def last_line(self) -> dict[str, Any]:
-        """The last of `lines`, without the others."""
-        return read_last_metrics(self.folder)
+        """The last of `lines`, of which it needs no other."""
+        lines = read_metrics(self.folder, last=True) or self.lines
+        return lines[-1] if lines else {}
 
     @property
     def stage(self) -> str:
