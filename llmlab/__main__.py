@@ -1,6 +1,9 @@
 """`python -m llmlab` and the `llmlab` script."""
 
-from llmlab.cli.app import main
+import gc
+
+gc.disable()  # nothing of what is imported is garbage; `main` turns the collector on again
+from llmlab.cli.app import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,26 @@
 """The stages of the pipeline: one literal table of help and functions, which are imported when first needed."""
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from llmlab.settings import settings_class
-from llmlab.settings.files import Layer
-from llmlab.settings.presets import hardware_layer
-from llmlab.settings.sources import resolve
+
+
+def import_heavy(module: str) -> Any:
+    """Imports a module that brings torch; without garbage collection, which finds nothing and takes a sixth of it."""
+    if "torch" in sys.modules or not gc.isenabled():
+        return import_module(module)
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        gc.freeze()  # later collections need not look at it either
+        gc.enable()
 
 
 @dataclass(frozen=True)
@@ -31,13 +42,16 @@ class Stage:
     @property
     def function(self) -> Callable[..., Any]:
         module, _, name = self.path.partition(":")
-        return getattr(import_module(f"llmlab.training.{module}"), name)
+        return getattr(import_heavy(f"llmlab.training.{module}"), name)
 
     def resolve(
-        self, layers: list[Layer], *, below: list[Layer], hardware: str | None = None, processes: int | None = 1
+        self, layers: list[Any], *, below: list[Any], hardware: str | None = None, processes: int | None = 1
     ) -> Any:
         """Returns the settings of layers over those `below` them, such as a preset, and between them what a machine
         sets: a name, or `auto` for the one at hand; `processes` as in `hardware_layer`."""
+        from llmlab.settings.presets import hardware_layer
+        from llmlab.settings.sources import resolve
+
         if hardware is None:
             return resolve(self.settings_class, *below, *layers)
         if hardware == "auto":

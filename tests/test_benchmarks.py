@@ -221,3 +221,32 @@ def test_simulator(benchmark):
 def test_muon_step(benchmark):
     rows = rows_of(benchmark("muon_step", "--models", "7.7 M", MODELS={"7.7 M": (16, 8, 24, 1)}, TURNS=1))
     assert [row[0] for row in rows] == ["matrices of", "7.7 M"] and len(rows[1]) == 4
+
+
+def test_scaling(benchmark, tmp_path):
+    def here(axis, amounts):
+        module = sys.modules["scaling"]
+        for amount in amounts:
+            shown, seconds, peak = module.measure_point(axis, amount)
+            yield shown, seconds, max(peak, 1)  # of a process that has been larger before
+
+    tiny = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    axes = {"sequence": ((16, 32), "tokens", 2, 2), "runs": ((1, 2), "folders", 1, 1)}
+    plot = tmp_path / "plot.png"
+    printed = benchmark("scaling", "--only", "sequence,runs", "--plot", plot, run_axis=here, SMALL=tiny, AXES=axes)
+    rows = rows_of(printed)[1:]
+    assert [row[:2] for row in rows] == [["sequence, tokens", "16"], ["sequence, tokens", "32"]] + [
+        ["runs, folders", "1"],
+        ["runs, folders", "2"],
+    ]
+    assert rows[0][3] == "" and float(rows[1][3]) < 20 and plot.stat().st_size < 60_000
+
+
+def test_startup(benchmark, chat_model, questions):
+    imports = {"chat": "print('word')"}
+    printed = benchmark(
+        "startup", chat_model, questions, "--rounds", 1, "--only", "chat,help", IMPORTS=imports, HELP=[[]]
+    )
+    rows = rows_of(printed)[1:]
+    assert [row[0] for row in rows] == ["the first word of `llmlab chat`", "help", "`llmlab --help`"]
+    assert float(rows[0][1]) > float(rows[0][2]) and float(rows[2][1]) > 0

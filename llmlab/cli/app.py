@@ -3,6 +3,7 @@
 Only the command that was asked for is imported, so `llmlab --help` stays fast and free of torch.
 """
 
+import gc
 import logging
 import os
 import shlex
@@ -79,7 +80,7 @@ def build_app(requested: str | None) -> typer.Typer:
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
             text = line if target is _placeholder else target.__doc__
-            words = {"context_settings": getattr(target, "context_settings", None)}
+            words = {word: getattr(target, word, None) for word in ("context_settings", "cls")}
             app.command(name, help=text, rich_help_panel=panel, **words)(target)
     if requested == MENU:  # as bare `llmlab`
         app.command(MENU, hidden=True)(open_menu)
@@ -141,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         with remote_code(False):  # until the command's own option says otherwise
-            build_app(requested)(args=arguments, prog_name="llmlab", obj=arguments)
+            app = build_app(requested)
+            gc.enable()
+            app(args=arguments, prog_name="llmlab", obj=arguments)
     except OfMainProcess as error:
         raise SystemExit(error.exit_code) from None
     except UserError as error:

@@ -24,6 +24,7 @@ from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.hardware import DeviceSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
+from llmlab.stages import import_heavy
 from llmlab.terminal import human, say, track
 
 
@@ -281,6 +282,7 @@ def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
 
 
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
+    import_heavy("llmlab.inference")
     from transformers.utils import logging
 
     from llmlab.inference import is_chat_model, load_for_inference

@@ -21,6 +21,7 @@ from llmlab.settings.gates import EvaluateSettings, GateSettings, read_gates
 from llmlab.settings.paths import check_model
 from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
+from llmlab.stages import import_heavy
 from llmlab.terminal import Terminal, make_table, numeric, safe, say, say_json, short_number
 
 FAILED = 3  # exit code
@@ -66,6 +67,7 @@ def evaluate(
         raise UserError(f"--output {output}: expected a file .json in a folder that exists and can be written to")
     check_model(baseline or run)  # loading checks the run
 
+    import_heavy("llmlab.inference")
     from llmlab.evaluation.gates import find_gates, judge, load_gates, measure
     from llmlab.inference import context_length, is_chat_model, load_for_inference
     from llmlab.runs.progress import quiet_libraries

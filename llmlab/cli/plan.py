@@ -83,11 +83,11 @@ plan.context_settings = {"allow_extra_args": True, "ignore_unknown_options": Tru
 
 def resolve_words(command: str, stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
     """Returns the resolved settings that a stage's command has with these words, for another command."""
-    from llmlab.cli.options import stage_command
+    from llmlab.cli.options import PlainHelp, stage_command
 
     found: list[Any] = []
     app = typer.Typer(pretty_exceptions_enable=False)
-    app.command(stage)(stage_command(stage, use=found.append, processes=processes))
+    app.command(stage, cls=PlainHelp)(stage_command(stage, use=found.append, processes=processes))
     words = [*words, *(["--hardware", hardware] if hardware else [])]
     typer.main.get_command(app)(words, prog_name=f"llmlab {command} {stage}", standalone_mode=False)
     return found[0] if found else _stop()

@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from llmlab.cli.options import TrustRemoteCode, stage_command
+from llmlab.cli.options import PlainHelp, TrustRemoteCode, stage_command
 from llmlab.settings.errors import printable
 
 app = typer.Typer(no_args_is_help=True)
 
 
-app.command("train")(stage_command("tokenizer"))
+app.command("train", cls=PlainHelp)(stage_command("tokenizer"))
 
 
 @app.command()

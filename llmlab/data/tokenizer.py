@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmlab.data.sources import Tally, load_text
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
@@ -142,6 +141,8 @@ def _train_bpe(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "T
 
 def _sample(sources: Sequence[DataSource], max_bytes: int, allow_dropped: float) -> Iterator[str]:
     """Yields text from the start of each source, up to its share of the bytes."""
+    from llmlab.data.sources import Tally, load_text  # not for those who only load one
+
     weights = sum(source.weight for source in sources)
     for source in sources:
         left, tally = max_bytes * source.weight / weights, Tally()

@@ -60,6 +60,12 @@ class RunFolder:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder)
 
+    @cached_property
+    def last_line(self) -> dict[str, Any]:
+        """The last of `lines`, of which it needs no other."""
+        lines = read_metrics(self.folder, last=True) or self.lines
+        return lines[-1] if lines else {}
+
     @property
     def stage(self) -> str:
         return str(self.record.get("stage", ""))
@@ -71,7 +77,7 @@ class RunFolder:
     @property
     def step(self) -> int | None:
         """The last step that was recorded, or None where there are no steps."""
-        return self.record.get("step", self.lines[-1].get("step") if self.lines else None)
+        return self.record["step"] if "step" in self.record else self.last_line.get("step")
 
     @property
     def seconds_left(self) -> float | None:
@@ -84,13 +90,13 @@ class RunFolder:
 
     @property
     def tokens(self) -> int | None:
-        return self.lines[-1].get("tokens") if self.lines else None
+        return self.last_line.get("tokens")
 
     @property
     def seconds(self) -> float | None:
         """The time it trained, without pauses before it was resumed; where no metrics say, from start to end."""
-        if self.lines and "seconds" in self.lines[-1]:
-            return float(self.lines[-1]["seconds"])
+        if "seconds" in self.last_line:
+            return float(self.last_line["seconds"])
         started, ended = self.started, _time(self.record.get("ended"))
         return (ended - started).total_seconds() if started and ended else None
 
@@ -119,8 +125,12 @@ class RunFolder:
     @property
     def metrics(self) -> dict[str, float]:
         """The last value of each metric: the recorded result, else the last one logged."""
-        last = {name: values[-1][1] for name, values in self.curves.items()}
-        return last | {name: value for name, value in self.record.get("metrics", {}).items() if is_number(value)}
+        return {name: values[-1][1] for name, values in self.curves.items()} | self.result
+
+    @property
+    def result(self) -> dict[str, float]:
+        """The recorded metrics: all of a finished run, and none of one that is not."""
+        return {name: value for name, value in self.record.get("metrics", {}).items() if is_number(value)}
 
     @cached_property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -135,7 +145,7 @@ class RunFolder:
     @property
     def key_metric(self) -> tuple[str, float] | None:
         """The headline metric of the stage, and its last value."""
-        metrics = self.metrics
+        metrics = self.result or self.metrics
         names = (*KEY_METRICS.get(self.stage, ()), *LOSSES)
         return next(((name, metrics[name]) for name in names if name in metrics), None)
 

@@ -26,6 +26,7 @@ from llmlab.settings.files import finite, read_json, write_atomically
 
 RECORD = "llmlab.json"
 METRICS = "metrics.jsonl"
+END_OF_METRICS = 4096  # bytes, most often of several lines
 EVENTS = "health.jsonl"
 COMPLETIONS = "completions.jsonl"
 TENSORBOARD = "tensorboard"  # the folder of its event files
@@ -187,9 +188,9 @@ def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
     return cwd if cwd.is_absolute() and cwd.is_dir() else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl` but those that a crash cut off or damaged."""
-    lines = _read_lines(folder / METRICS, "metrics")
+def read_metrics(folder: Path, *, last: bool = False) -> list[dict[str, Any]]:
+    """Returns the lines of a run's `metrics.jsonl`, or its last ones, but those that a crash cut off or damaged."""
+    lines = _read_lines(folder / METRICS, "metrics", END_OF_METRICS if last else sys.maxsize)
     return [line for line in lines if all(is_number(line.get(name, 0)) for name in ("step", "tokens", "seconds"))]
 
 
@@ -217,11 +218,13 @@ def read_hardest_rows(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if is_number(line.get("loss")) and is_number(line.get("row"))]
 
 
-def _read_lines(path: Path, what: str) -> list[dict[str, Any]]:
-    """Returns the mappings of a JSON Lines file but those that a crash cut off or damaged."""
-    with reading(path, what):
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return parse_lines(texts)
+def _read_lines(path: Path, what: str, size: int = sys.maxsize) -> list[dict[str, Any]]:
+    """Returns the mappings of the last bytes of a JSON Lines file but those that are damaged or cut off."""
+    if not path.is_file():
+        return []
+    with reading(path, what), path.open("rb") as file:
+        file.seek(max(path.stat().st_size - size, 0))
+        return parse_lines(file.read().decode("utf-8", errors="replace").splitlines())
 
 
 def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:

@@ -75,6 +75,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         ),
         rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
     )
+    shuffles = settings.trainer_args.get("shuffle_dataset", False)
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
         SFTConfig,
@@ -85,6 +86,7 @@ def sft(run: Run[SFTSettings]) -> RunResult:
             "per_device_eval_batch_size": settings.batch_size,
             "prediction_loss_only": True,
             "max_length": length,
+            "dataset_kwargs": {"skip_prepare_dataset": not (settings.packing or shuffles)},  # rows are checked
             **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
         },
     )

@@ -1,5 +1,6 @@
 """The command line: lazy imports, generated options, sources shown, errors with exit code 2."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from llmlab.cli.app import COMMANDS, main
 from llmlab.cli.reference import render
 from llmlab.settings.base import fields_of
-from llmlab.stages import STAGES
+from llmlab.stages import STAGES, import_heavy
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate")
@@ -45,6 +46,36 @@ def test_every_setting_is_an_option(capsys, monkeypatch):
     words = " ".join(output.replace("│", " ").split())
     assert "Peak learning rate, after warmup. [> 0; default: 0.0003; TRL: learning_rate]" in words
     assert "[> 1; only when positional_encoding is yarn; default: 4]" in words
+
+
+def test_help_of_a_stage_is_grouped_and_shows_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, _ = cli(capsys, "sft", "--help")
+    titles = [line.removesuffix(":") for line in output.splitlines() if line and line[0] != " " and line[-1] == ":"]
+    panels = {setting.owner.panel for setting in fields_of(STAGES["sft"].settings_class)}
+    assert code == 0 and titles[:3] == ["Arguments", "Options", "Launch"] and set(titles[3:]) | {"Options"} >= panels
+    assert "[default: load-optimizer]" in output and "[default: none]" in output and "[dim]" not in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_imports_pause_the_collector_and_commands_do_not(monkeypatch, tmp_path):
+    (tmp_path / "probe_of_gc.py").write_text("import gc\npaused = not gc.isenabled()\n")
+    (tmp_path / "probe_of_errors.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    try:
+        assert import_heavy("probe_of_gc").paused and gc.isenabled()
+        with pytest.raises(ModuleNotFoundError):
+            import_heavy("probe_of_errors")
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    seen = []
+    monkeypatch.setattr("llmlab.cli.app.build_app", lambda requested: lambda **words: seen.append(gc.isenabled()))
+    from llmlab.__main__ import main as script
+
+    script()
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from llmlab.runs.history import (
+    RunFolder,
     ancestors,
     changed_settings,
     comparison,
@@ -20,6 +21,7 @@ from llmlab.runs.history import (
     open_run,
     short_names,
 )
+from llmlab.runs.record import METRICS, read_metrics
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import as_resolved
 from llmlab.settings.tokenizer import TokenizerSettings
@@ -253,3 +255,24 @@ def test_details_are_plain_values(tmp_path):
 
 def test_flatten():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 2000])
+@pytest.mark.parametrize("end", ["", '{"step": 9, "seco', "\n[1]\nnot json\n", '{"step": "x"}\n'])
+def test_the_last_line_is_found_at_the_end_of_the_log(count, end, tmp_path):
+    lines = [{"step": k, "seconds": k / 2, "text": "é" * (k % 40)} for k in range(count)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + end, encoding="utf-8")
+    assert RunFolder(tmp_path, {}).last_line == (lines or [{}])[-1]
+    found = read_metrics(tmp_path, last=True)
+    assert read_metrics(tmp_path) == lines and found == lines[count - len(found) :] and len(found) >= min(count, 3)
+
+
+def test_finished_runs_are_listed_without_reading_their_logs(tmp_path):
+    line = {"step": 7, "tokens": 90, "seconds": 3.5, "loss": 9.0}
+    (tmp_path / METRICS).write_text(f"{json.dumps({**line, 'step': 6})}\n{json.dumps(line)}\n")
+    record = {"stage": "sft", "status": "finished", "step": 8, "metrics": {"loss": 1.5}}
+    run = RunFolder(tmp_path, record)
+    assert (run.step, run.tokens, run.seconds, run.key_metric, run.status) == (8, 90, 3.5, ("loss", 1.5), "finished")
+    assert "lines" not in vars(run)
+    unfinished = RunFolder(tmp_path, {"stage": "sft", "status": "interrupted"})
+    assert unfinished.step == 7 and unfinished.key_metric == ("loss", 9.0)

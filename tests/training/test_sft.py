@@ -307,6 +307,21 @@ def test_every_optimizer_learns(optimizer, sft_settings, quiet):
     assert losses(result.folder)[-1] < losses(result.folder)[0] - 0.5
 
 
+def test_rows_are_shuffled_beforehand_only_if_asked(sft_settings, tmp_path, quiet, monkeypatch):
+    orders = []
+
+    def stop(trainer, **options):
+        orders.append(trainer.train_dataset["input_ids"][:])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "train", stop)
+    for number, changes in enumerate(({}, {"trainer_args": {"shuffle_dataset": True}})):
+        with pytest.raises(KeyboardInterrupt):
+            sft(sft_settings(output_dir=str(tmp_path / str(number)), max_steps=2, **changes), console=quiet)
+    plain, shuffled = orders
+    assert shuffled != plain and sorted(shuffled) == sorted(plain)
+
+
 def test_neftune_reaches_the_trainer(sft_settings, tmp_path, quiet):
     plain = sft(sft_settings(output_dir=str(tmp_path / "a"), max_steps=2), console=quiet)
     noisy = sft(

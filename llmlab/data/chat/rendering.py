@@ -122,7 +122,8 @@ class Renderer:
 
     def _render_marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> RenderedRow:
         template = self._marked_template
-        check_tools(self._text(messages, tools, chat_template=template), messages, tools)
+        if tools or any("tool_calls" in message for message in messages):
+            check_tools(self._text(messages, tools, chat_template=template), messages, tools)
         options = {"chat_template": template, "return_assistant_tokens_mask": template is not None}
         output = self.tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **options)
         ids = output["input_ids"]

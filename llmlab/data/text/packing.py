@@ -15,6 +15,7 @@ from llmlab.data.text.store import TokenStore
 from llmlab.settings.errors import UserError
 
 WINDOW = 2**24  # tokens that are shuffled together and decide what is held out, so that longer runs begin the same
+SOME = 2**16  # documents that are looked at together
 
 
 class Split(NamedTuple):
@@ -80,7 +81,7 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     """Splits off a fraction, at least one row, by a seeded hash of documents; of too large ones (a book) the end."""
     if not fraction:
         return Split(np.array([[0, len(store)]]), np.empty((0, 2), int), "nothing")
-    keys, ends = seeded_keys(store.documents["hash"], seed), np.cumsum(store.documents["tokens"])
+    hashes, ends = store.documents["hash"], np.cumsum(store.documents["tokens"])
     first = int(np.searchsorted(ends, WINDOW)) + 1  # documents whose hash is used
     lengths = store.documents["tokens"][:first]
     total = int(lengths.sum())
@@ -88,17 +89,19 @@ def hold_out(name: str, store: TokenStore, fraction: float, *, seed: int, length
     if total - budget < length:
         problem = f"its {total:,} tokens are too few to train on and validate with rows of max_seq_len = {length}"
         raise UserError(f"{name}: {problem}; expected at least {2 * length:,}; use a shorter max_seq_len or more text")
-    order = np.argsort(keys[:first], kind="stable")
+    keys = seeded_keys(hashes[:first], seed)
+    order = np.argsort(keys, kind="stable")
     last = keys[order[np.searchsorted(np.cumsum(lengths[order]), budget)]]
-    validated = int(lengths[keys[:first] <= last].sum())  # duplicates go to the same side
+    validated = int(lengths[keys <= last].sum())  # duplicates go to the same side
     if validated > 2 * budget or total - validated < length:
         cut, end = total - budget, len(store)
         return Split(np.array([[0, cut], [total, end]]), np.array([[cut, total]]), f"the last {budget:,} tokens")
-    validates = keys <= last
+    parts = (hashes[begin : begin + SOME] for begin in range(0, len(hashes), SOME))  # their keys take memory
+    validates = np.concatenate([seeded_keys(part, seed) <= last for part in parts])
     return Split(_spans(~validates, ends), _spans(validates, ends), f"{validates.sum():,} documents by hash")
 
 
 def _spans(chosen: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Returns the token spans of runs of chosen documents, (runs, 2)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
-    return np.concatenate([[0], ends])[edges].reshape(-1, 2)
+    return np.where(edges > 0, ends[edges - 1], 0).reshape(-1, 2)

@@ -66,7 +66,7 @@ class TokenStore:
     def documents(self) -> np.ndarray:
         """(documents,) number of tokens and hash of each."""
         size = self.sums["documents.bin"].size
-        return np.fromfile(self.folder / "documents.bin", DOCUMENT, size // DOCUMENT.itemsize)
+        return np.asarray(np.memmap(self.folder / "documents.bin", DOCUMENT, "r", shape=(size // DOCUMENT.itemsize,)))
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Returns the tokens of a span, verified: altered ones are an error, and the next run tokenizes anew."""
