@@ -1,7 +1,5 @@
-"""LoRA adapters: resolves presets to target modules for any architecture, and the PEFT configuration.
-
-Reading adapters is in `model/build.py`, merging them in `training/merge.py`.
-"""
+"""LoRA adapters: resolves presets to target modules for any architecture, and the PEFT configuration. Reading adapters
+is in `model/build.py`, merging them in `training/merge.py`."""
 
 import re
 from collections.abc import Iterable
@@ -25,11 +23,9 @@ FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "in_proj", "att
 
 
 def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = None) -> list[str]:
-    """Returns the module-name endings that a preset means in this model.
-
-    `minimal` is queries and values, or the fused projection that contains them. Where layers of another role have the
-    same name, its parent's is added: GPT-2's `mlp.c_proj`. Source: seed, LLM-Lab document, "LoRA Parameters".
-    """
+    """Returns the module-name endings that a preset means in this model. `minimal` is queries and values, or the fused
+    projection that contains them. Where layers of another role have the same name, its parent's is added: GPT-2's
+    `mlp.c_proj`. Source: seed, LLM-Lab document, "LoRA Parameters"."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     roles = {
         name: _role(name)
@@ -73,10 +69,8 @@ def _leaf(name: str) -> str:
 def lora_config(
     model: PreTrainedModel, settings: LoraSettings, new_tokens: Iterable[int] = (), *, task: str = "CAUSAL_LM"
 ) -> LoraConfig:
-    """Returns the PEFT configuration of these settings for this model.
-
-    The embedding rows (and output rows) of `new_tokens` are trained beside the adapter.
-    """
+    """Returns the PEFT configuration of these settings for this model. The embedding rows (and output rows) of
+    `new_tokens` are trained beside the adapter."""
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = {_leaf(name) for name in modules}
     whole = set(settings.modules_to_save or ())

@@ -1,8 +1,6 @@
-"""What this machine is tried on before a run: versions, devices, memory, folders, the hub, optional packages.
-
-Nothing is judged by its name: whatever a run would use is used once, small, and its result is compared. Torch is
-imported late, so that a machine without a working torch is told so. Printing is `llmlab/cli/doctor.py`'s.
-"""
+"""What this machine is tried on before a run: versions, devices, memory, folders, the hub, optional packages. Nothing
+is judged by its name: whatever a run would use is used once, small, and its result is compared. Torch is imported
+late, so that a machine without a working torch is told so. Printing is `llmlab/cli/doctor.py`'s."""
 
 import os
 import platform

@@ -1,8 +1,6 @@
 """Plays episodes: a model writes, the tools that it calls run, their results are appended, until the episode ends.
-
-Tokens that the model sampled are kept as they were sampled and never encoded again. What samples is the caller's:
-GRPO and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episodes` that of `inference.py`.
-"""
+Tokens that the model sampled are kept as they were sampled and never encoded again. What samples is the caller's: GRPO
+and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episodes` that of `inference.py`."""
 
 import asyncio
 import inspect
@@ -34,9 +32,7 @@ NO_TURN = {"role": "assistant", "content": ""}
 
 class Task(NamedTuple):
     """What an episode begins with: an environment, the prompt's messages, and the columns that `reset` gets beside.
-
-    `seed` is that of environments that draw random numbers: equal for episodes that are compared with each other.
-    """
+    `seed` is that of environments that draw random numbers: equal for episodes that are compared with each other."""
 
     environment: Any
     prompt: list[Message]
@@ -46,11 +42,9 @@ class Task(NamedTuple):
 
 @dataclass
 class Episode:
-    """An episode as it was played.
-
-    `completion_ids` are all tokens after the prompt, `mask` is 1 for those that the model sampled and 0 for results
-    of tools, both (time,). `completion` has the same as messages of the assistant and of tools.
-    """
+    """An episode as it was played. `completion_ids` are all tokens after the prompt, `mask` is 1 for those that the
+    model sampled and 0 for results of tools, both (time,). `completion` has the same as messages of the assistant and
+    of tools."""
 
     environment: Any
     prompt: list[Message]  # with the text of `reset`
@@ -255,10 +249,8 @@ class Abandoned(Exception):
 
 
 def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]) -> list[Any]:
-    """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds.
-
-    Python cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit.
-    """
+    """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds. Python
+    cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit."""
     _event_loop()  # in this thread: made by several at once, it would be several
     futures: list[Future[Any]] = [Future() for _ in calls]
     for call, future in zip(calls, futures, strict=True):
@@ -299,10 +291,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def suffix_ids(tokenizer: PreTrainedTokenizerBase, results: list[Message], last: int) -> list[int]:
-    """Returns the tokens of tool results and of the beginning of the next turn, which follow the token `last`.
-
-    The template renders them after a stand-in for the conversation, whose own text is left away.
-    """
+    """Returns the tokens of tool results and of the beginning of the next turn, which follow the token `last`. The
+    template renders them after a stand-in for the conversation, whose own text is left away."""
     calls = [{"type": "function", "function": {"name": result["name"], "arguments": {}}} for result in results]
     start = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     with reading("the chat template (set chat_template=chatml)", "one with tool results"):

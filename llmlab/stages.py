@@ -15,9 +15,7 @@ from llmlab.settings.sources import resolve
 @dataclass(frozen=True)
 class Stage:
     """A stage: its name, one line of help, its function (`module:name` in `llmlab.training`), whether it can resume.
-
-    The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`.
-    """
+    The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`."""
 
     name: str
     help: str

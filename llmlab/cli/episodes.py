@@ -1,7 +1,5 @@
 """`llmlab episodes run`: a model, the scripted expert or a random policy acts by calling tools; figures and replays.
-
-Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`.
-"""
+Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`."""
 
 import json
 from functools import partial

@@ -1,7 +1,5 @@
-"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train.
-
-It reads their folders alone, so it also watches runs of other processes, users and, over a shared disk, machines.
-"""
+"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train. It reads their folders alone, so it
+also watches runs of other processes, users and, over a shared disk, machines."""
 
 import os
 import select

@@ -1,7 +1,5 @@
-"""Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys.
-
-Values stay text until the settings validate them, so that a file, the command line and a notebook get the same errors.
-"""
+"""Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys. Values stay
+text until the settings validate them, so that a file, the command line and a notebook get the same errors."""
 
 import inspect
 import os
@@ -39,10 +37,8 @@ POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that a
 def stage_command(
     name: str, use: Callable[[Resolved[Any]], None] | None = None, processes: int | None = None
 ) -> Callable[..., None]:
-    """Returns the typer command of a stage: its settings as options, and what every stage can do.
-
-    With `use`, its settings for so many `processes` (None: as many as the hardware preset has) go there, and nothing
-    runs."""
+    """Returns the typer command of a stage: its settings as options, and what every stage can do. With `use`, its
+    settings for so many `processes` (None: as many as the hardware preset has) go there, and nothing runs."""
     stage = STAGES[name]
     kind = stage.settings_class
     positional = POSITIONAL.get(name)

@@ -1,7 +1,5 @@
 """`llmlab data pairs`: a model's completions, scored by rewards, as preference pairs for `llmlab dpo` and `orpo`.
-
-Sampling, scoring and choosing are in `training/preference/pairs.py`; here are only options, progress and tables.
-"""
+Sampling, scoring and choosing are in `training/preference/pairs.py`; here are only options, progress and tables."""
 
 import os
 import re

@@ -1,8 +1,6 @@
-"""Questions about a stage's settings, generated from their types, choices, bounds, conditions and help.
-
-An answer is a layer over files, which the settings validate while it is typed.  Which settings are asked,
-and in which order, is in `menu.yaml`; what happens with the answers is in `menu.py`.
-"""
+"""Questions about a stage's settings, generated from their types, choices, bounds, conditions and help. An answer is a
+layer over files, which the settings validate while it is typed. Which settings are asked, and in which order, is in
+`menu.yaml`; what happens with the answers is in `menu.py`."""
 
 import json
 import os
@@ -55,10 +53,8 @@ class Back(Exception):
 
 
 def ask(question: questionary.Question, status: Status | None = None, *, typed: bool = False) -> Any:
-    """Asks one question; Esc raises Back, Ctrl+D EOFError, Ctrl+C KeyboardInterrupt.
-
-    Where a text is `typed`, Enter is refused while `status` says something in style error.
-    """
+    """Asks one question; Esc raises Back, Ctrl+D EOFError, Ctrl+C KeyboardInterrupt. Where a text is `typed`, Enter is
+    refused while `status` says something in style error."""
     app, keys = question.application, KeyBindings()
     line = status or (lambda text: ("", ""))
     keys.add("escape", eager=True)(lambda event: event.app.exit(exception=Back()))
@@ -200,10 +196,8 @@ class Form:
         return choose_run(setting.name, fits, kept, self.status, default=default)
 
     def ask_all(self, names: Sequence[str], save: Callable[[int], None], start: int = 0) -> None:
-        """Asks for those of the settings whose conditions hold; `save` gets the number of the next one.
-
-        Esc undoes an answer, Ctrl+D keeps the rest.
-        """
+        """Asks for those of the settings whose conditions hold; `save` gets the number of the next one. Esc undoes an
+        answer, Ctrl+D keeps the rest."""
         asked: list[tuple[int, int]] = []  # numbers of settings, and of the answers before each
         while start < len(names):
             if not self.asks(self.find(names[start])):

@@ -1,8 +1,6 @@
 """The cache of tokenized corpora and rendered rows: its folders, their locks, and the checksums of their files.
-
-Checksums are of blocks, so that a large file is verified where it is read, and grows without being read again.  They
-detect accidents (cut, altered, half written), not forgery.
-"""
+Checksums are of blocks, so that a large file is verified where it is read, and grows without being read again. They
+detect accidents (cut, altered, half written), not forgery."""
 
 import hashlib
 import json
@@ -37,10 +35,8 @@ def open_cached(
     read: Callable[[Path], tuple[Any, bool]],
     write: Callable[[Any], tuple[Any, bool]],
 ) -> tuple[Any, bool]:
-    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is.
-
-    Damaged files, for which `read` raises, are removed; `write` extends what `read` returned, or None.
-    """
+    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is. Damaged
+    files, for which `read` raises, are removed; `write` extends what `read` returned, or None."""
     content, whole = None, False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Interleaves several files, so that any prefix has rows of all of them; the position can be saved and restored.
-
-`datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait.
-"""
+`datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,6 @@
-"""Gates: scores of a model's completions of held-out prompts, compared with thresholds and with another model's.
-
-The same functions run after training (`llmlab evaluate`) and during it (`runs/gates.py`). Scores of single completions
-are those of `llmlab.rewards`; what a difference means is `statistics.py`.
-"""
+"""Gates: scores of a model's completions of held-out prompts, compared with thresholds and with another model's. The
+same functions run after training (`llmlab evaluate`) and during it (`runs/gates.py`). Scores of single completions are
+those of `llmlab.rewards`; what a difference means is `statistics.py`."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -180,10 +178,8 @@ def read_prompts(source: DataSource, tokenizer: PreTrainedTokenizerBase, context
 def measure(
     gates: Sequence[Gate], model: Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, most: int | None = None
 ) -> dict[str, Scores]:
-    """Returns each gate's scores of a model in evaluation mode, on the first `most` prompts (None: all).
-
-    Gates that ask the same share their completions. The global random state is drawn from.
-    """
+    """Returns each gate's scores of a model in evaluation mode, on the first `most` prompts (None: all). Gates that
+    ask the same share their completions. The global random state is drawn from."""
     scores: dict[str, Scores] = {}
     sampled: dict[str, list[str]] = {}
     for gate in gates:

@@ -1,8 +1,6 @@
 """What a whole run shows, judged from its metrics, events and settings, and the settings that the guides would change.
-
-Pure functions of plain histories.  Events are what `checks` found while it trained; actions are in `symptoms.yaml`.
-Source: RL guide, section 6; LLM-Lab document, "Learning Rate Selection" and "Troubleshooting".
-"""
+Pure functions of plain histories. Events are what `checks` found while it trained; actions are in `symptoms.yaml`.
+Source: RL guide, section 6; LLM-Lab document, "Learning Rate Selection" and "Troubleshooting"."""
 
 import math
 import statistics
@@ -74,10 +72,8 @@ def diagnose(run: History) -> dict[str, list[str]]:
 
 
 def propose(kind: type[Settings], own: dict[str, Any], conditions: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Returns present and next values by dotted key: the conditions' changes that are valid together.
-
-    `own` are the settings that the run did not leave at their defaults, nested.
-    """
+    """Returns present and next values by dotted key: the conditions' changes that are valid together. `own` are the
+    settings that the run did not leave at their defaults, nested."""
     settings = resolve(kind, Layer("run", own)).settings
     keys = {setting.name: setting.key for setting in reversed(fields_of(kind))}
     changes: dict[str, tuple[Any, Any]] = {}

@@ -1,8 +1,6 @@
 """Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics.
-
 Each looks at the newest line and says what it sees, or None. What a run logs, and what it does about a symptom, is not
-known here. Source: seed, RL guide, sections 6 and 7.
-"""
+known here. Source: seed, RL guide, sections 6 and 7."""
 
 import math
 from bisect import bisect_right
@@ -300,10 +298,8 @@ LIMIT_OF = {"reward_hacking": "gate_regression"}
 
 @dataclass
 class Watch:
-    """Finds symptoms line by line: each is reported when it begins, and again only after it was over.
-
-    `limits` are `HealthLimits` by name; one that is None turns its check off.
-    """
+    """Finds symptoms line by line: each is reported when it begins, and again only after it was over. `limits` are
+    `HealthLimits` by name; one that is None turns its check off."""
 
     limits: Mapping[str, float | None]
     stage: str

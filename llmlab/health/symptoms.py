@@ -1,7 +1,5 @@
-"""The table of symptoms: how grave each is, and which settings the guides change about it (`symptoms.yaml`).
-
-Finding symptoms in metrics is `checks`; what a run does about one is `llmlab.runs.health`.
-"""
+"""The table of symptoms: how grave each is, and which settings the guides change about it (`symptoms.yaml`). Finding
+symptoms in metrics is `checks`; what a run does about one is `llmlab.runs.health`."""
 
 from dataclasses import dataclass
 from functools import cache

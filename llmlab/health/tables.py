@@ -1,7 +1,5 @@
-"""The seeds' tables of values (`tables.yaml`), and which of a run's settings lie outside of them.
-
-Only what the user set is judged: defaults and shipped presets are the seeds' own.
-"""
+"""The seeds' tables of values (`tables.yaml`), and which of a run's settings lie outside of them. Only what the user
+set is judged: defaults and shipped presets are the seeds' own."""
 
 import math
 from collections.abc import Iterator
@@ -62,10 +60,8 @@ def bands_for(stage: str, setting: str, parameters: float) -> list[Band]:
 def find_outside(
     stage: str, settings: Any, sources: dict[str, str], *, parameters: float, processes: int
 ) -> list[str]:
-    """Returns a sentence for each setting that the user set outside of the tables.
-
-    `parameters` of the model are 0 where they are unknown: what depends on its size is then not judged.
-    """
+    """Returns a sentence for each setting that the user set outside of the tables. `parameters` of the model are 0
+    where they are unknown: what depends on its size is then not judged."""
     found = []
     for name, value, keys in _values(stage, settings, processes):
         bands, chosen = bands_for(stage, name, parameters), [sources.get(key, "default") for key in keys]

@@ -57,11 +57,9 @@ def read_pipeline(
     hardware: str | None = None,
     processes: int = 1,
 ) -> Pipeline:
-    """Reads a pipeline file, and raises SettingsError with every problem of every stage.
-
-    `overrides` are `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load
-    reward functions from Python files; `hardware` replaces that of the file, for so many `processes` of each stage.
-    """
+    """Reads a pipeline file, and raises SettingsError with every problem of every stage. `overrides` are
+    `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load reward functions
+    from Python files; `hardware` replaces that of the file, for so many `processes` of each stage."""
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
     problems += [
@@ -147,10 +145,8 @@ def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) ->
 
 
 def _substitute(section: Layer, folders: dict[str, str], needs: list[str], problems: list[str]) -> dict[str, Any]:
-    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed.
-
-    A run folder that is written out is needed just as well.
-    """
+    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed. A run
+    folder that is written out is needed just as well."""
 
     def replace(match: re.Match[str], key: str) -> str:
         if match[1] not in folders:

@@ -49,11 +49,9 @@ State = dict[str, StageState]
 
 @dataclass(frozen=True)
 class Step:
-    """What will be done with a stage, and why.
-
-    `changes` are the differences from the recorded run, such as `lr 0.001 → 0.002`; `inputs` is everything that
-    determines what the stage writes: its settings, local files and library versions.
-    """
+    """What will be done with a stage, and why. `changes` are the differences from the recorded run, such as `lr 0.001
+    → 0.002`; `inputs` is everything that determines what the stage writes: its settings, local files and library
+    versions."""
 
     stage: PipelineStage
     action: Action
@@ -63,10 +61,8 @@ class Step:
 
 
 def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
-    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow.
-
-    `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage alone.
-    """
+    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow. `first` runs
+    that stage from its beginning and every one after it; `only` runs or resumes that stage alone."""
     names = [stage.name for stage in pipeline.stages]
     for option, name in (("--from", first), ("--only", only)):
         if name is not None and name not in names:
@@ -275,10 +271,8 @@ def _compare(before: Inputs, now: Inputs) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
-    """Returns the texts in the settings that name existing files or folders, needed stages' run folders left out.
-
-    Of a reward function, named `path/to/file.py:name`, it is the file.
-    """
+    """Returns the texts in the settings that name existing files or folders, needed stages' run folders left out. Of a
+    reward function, named `path/to/file.py:name`, it is the file."""
     if isinstance(value, (dict, list)):
         entries = value.values() if isinstance(value, dict) else value
         return [path for inner in entries for path in _local_paths(inner, made_here)]

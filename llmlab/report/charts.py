@@ -1,8 +1,6 @@
 """Charts as inline SVG: curves over optimizer steps, drawn by matplotlib, colored by the page's style sheet.
-
 matplotlib gets numbers alone: titles and names of metrics stand in the page around it, escaped. Equal curves give
-equal bytes. It is imported when the first chart is drawn, since that takes half a second.
-"""
+equal bytes. It is imported when the first chart is drawn, since that takes half a second."""
 
 import io
 import re
@@ -66,10 +64,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves with a title and the events that concern them; `small` is a sparkline without axes.
-
-    Of more curves than can be told apart, the first ones are drawn.
-    """
+    """Curves with a title and the events that concern them; `small` is a sparkline without axes. Of more curves than
+    can be told apart, the first ones are drawn."""
 
     title: str
     curves: Sequence[Curve]

@@ -1,7 +1,5 @@
 """Rewards for Python code in fenced blocks: whether ruff accepts it, and whether its structure is the expected one.
-
-Code is only parsed; none of it is ever imported or run.
-"""
+Code is only parsed; none of it is ever imported or run."""
 
 import os
 import shutil

@@ -1,8 +1,6 @@
-"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template.
-
-A plain callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the
-special tokens or the question-answer pair that such models were trained on.
-"""
+"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template. A plain
+callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the special
+tokens or the question-answer pair that such models were trained on."""
 
 from typing import Annotated, Any
 

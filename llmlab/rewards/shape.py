@@ -1,7 +1,5 @@
-"""Rewards for a completion's shape: length and repetition.
-
-Everything the model wrote counts, its tool calls too; tool results do not.
-"""
+"""Rewards for a completion's shape: length and repetition. Everything the model wrote counts, its tool calls too; tool
+results do not."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal

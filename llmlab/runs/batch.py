@@ -1,8 +1,6 @@
-"""The effective batch: the rows of one optimizer step over all processes, which a resumed run keeps.
-
-How they are split into processes, forward passes and rows of a forward pass changes no result, so a resumed run may
-split them in another way. Nothing here knows of data or models.
-"""
+"""The effective batch: the rows of one optimizer step over all processes, which a resumed run keeps. How they are
+split into processes, forward passes and rows of a forward pass changes no result, so a resumed run may split them in
+another way. Nothing here knows of data or models."""
 
 import math
 from dataclasses import dataclass
@@ -37,11 +35,9 @@ def split_settings(settings: Any) -> tuple[str, str, str]:
 def split_again(
     settings: TrainingSettings, before: TrainingSettings, record: dict[str, Any], processes: int
 ) -> tuple[Batch, dict[str, int]]:
-    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes.
-
-    What the user changed stays; of the rest, rows of a forward pass may become fewer, and passes and batches of an
-    evaluation follow. Raises UserError where that cannot be.
-    """
+    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes. What the
+    user changed stays; of the rest, rows of a forward pass may become fewer, and passes and batches of an evaluation
+    follow. Raises UserError where that cannot be."""
     were = record.get("hardware", {}).get("processes", processes)
     batch = Batch(**record["batch"]) if "batch" in record else batch_of(before, were)
     if processes != were and getattr(settings, "streaming", False):

@@ -1,7 +1,5 @@
 """Gates during training: scores of answers to held-out prompts, logged as `gate/NAME`, that change nothing of the run.
-
-The main process alone generates, so that weights which are spread over processes (FSDP, ZeRO-3) are refused.
-"""
+The main process alone generates, so that weights which are spread over processes (FSDP, ZeRO-3) are refused."""
 
 import time
 from collections.abc import Callable, Iterator

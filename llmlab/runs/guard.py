@@ -1,7 +1,5 @@
 """What stands between a bad number and the weights: updates that are refused or left out before the optimizer steps.
-
-What a run does about it then is `health.py`'s business.
-"""
+What a run does about it then is `health.py`'s business."""
 
 import math
 from collections import deque
@@ -21,11 +19,9 @@ SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
 
 class Guard(GradientNorms):
     """Mixin for a Trainer: no update is made with a loss or a gradient norm that is not finite, with one that exceeds
-    `skip_spikes` standard deviations of the last 128 steps, nor on the batches of the steps in `passed_over`.
-
-    On a GPU with a fused optimizer the decision stays there: the optimizer's kernel leaves the update out, and the
-    numbers are read one step later, so that nothing waits for them.
-    """
+    `skip_spikes` standard deviations of the last 128 steps, nor on the batches of the steps in `passed_over`. On a GPU
+    with a fused optimizer the decision stays there: the optimizer's kernel leaves the update out, and the numbers are
+    read one step later, so that nothing waits for them."""
 
     passed_over: Collection[int] = ()
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)

@@ -1,9 +1,7 @@
-"""What a run does about symptoms in its metrics: says and records them, ends, or rolls back to a healthy checkpoint.
-
-A rollback ends the training with `RolledBack`, and the stage's function begins again in the same process from the
+"""What a run does about symptoms in its metrics: says and records them, ends, or rolls back to a healthy checkpoint. A
+rollback ends the training with `RolledBack`, and the stage's function begins again in the same process from the
 checkpoint, as a resumed run does: weights, optimizer, schedule, random states and KL controller are those of then, the
-changed settings follow from the record, and so do the steps whose batches are passed over.
-"""
+changed settings follow from the record, and so do the steps whose batches are passed over."""
 
 from collections import Counter
 from collections.abc import Callable

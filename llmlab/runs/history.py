@@ -1,7 +1,5 @@
-"""Search, lineage and comparison of run folders, from their `llmlab.json` and `metrics.jsonl` alone.
-
-`record.py` writes these; `cli/runs.py` shows what is found here.
-"""
+"""Search, lineage and comparison of run folders, from their `llmlab.json` and `metrics.jsonl` alone. `record.py`
+writes these; `cli/runs.py` shows what is found here."""
 
 import os
 import time
@@ -187,10 +185,8 @@ def open_run(folder: str | Path) -> RunFolder:
 
 def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = (), *, deepest: int | None = None) -> list[RunFolder]:
     """Returns the runs in a folder and below (so many levels, or all), not in hidden folders, environments and
-    checkpoints, by their start.
-
-    Of those found `earlier`, the ones whose files did not change since are returned again, with what was read of them.
-    """
+    checkpoints, by their start. Of those found `earlier`, the ones whose files did not change since are returned
+    again, with what was read of them."""
     known = {run.folder: run for run in earlier}
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")

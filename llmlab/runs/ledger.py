@@ -1,7 +1,5 @@
 """What a training step would allocate and compute, followed on tensors without memory (torch's FakeTensorMode).
-
-Nothing here knows an architecture or a loss: whatever runs inside a `Ledger` is counted, operator by operator.
-"""
+Nothing here knows an architecture or a loss: whatever runs inside a `Ledger` is counted, operator by operator."""
 
 import weakref
 from collections import Counter

@@ -1,7 +1,5 @@
-"""One process per run folder: a lock that the system releases when its process ends, also on shared disks.
-
-Whether the folder may hold something already is checked by `checkpoints.claim`.
-"""
+"""One process per run folder: a lock that the system releases when its process ends, also on shared disks. Whether the
+folder may hold something already is checked by `checkpoints.claim`."""
 
 import errno
 import os

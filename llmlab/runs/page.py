@@ -1,7 +1,5 @@
-"""The pages of runs: `report.html` in a run folder, and one over several runs side by side.
-
-What they say comes from `history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`.
-"""
+"""The pages of runs: `report.html` in a run folder, and one over several runs side by side. What they say comes from
+`history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`."""
 
 import json
 import sys

@@ -1,7 +1,5 @@
 """What a run will take before it begins: steps, tokens, memory by part, time and disk, and changes that make it fit.
-
-The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device.
-"""
+The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device."""
 
 import gc
 import math
@@ -45,10 +43,8 @@ LENGTHS = ("model", "max_new_tokens", "max_length", "max_seq_len")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes; bytes on one device, at the phase in which they are most; None is not known.
-
-    `seconds` is without evaluation and saving; `flops` are those of the whole run on one device.
-    """
+    """What a run takes; bytes on one device, at the phase in which they are most; None is not known. `seconds` is
+    without evaluation and saving; `flops` are those of the whole run on one device."""
 
     parameters: int
     trained: int
@@ -129,10 +125,8 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
 
 
 def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | Text]]:
-    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit.
-
-    What takes seconds, on small models, is not planned: the plan would take as long.
-    """
+    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit. What
+    takes seconds, on small models, is not planned: the plan would take as long."""
     hardware, model = run.hardware, trainer.model
     sizes = [parameter.nbytes for parameter in model.parameters()]
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)

@@ -1,7 +1,5 @@
-"""The run folder's own record: `llmlab.json` (what was run, from what, on what) and `metrics.jsonl` (its curves).
-
-The weights beside them are ordinary Transformers files, written by the trainer.
-"""
+"""The run folder's own record: `llmlab.json` (what was run, from what, on what) and `metrics.jsonl` (its curves). The
+weights beside them are ordinary Transformers files, written by the trainer."""
 
 import json
 import math
@@ -72,11 +70,9 @@ class RunResult:
 
 
 class RunRecord:
-    """Writes a run folder's record as the run goes on; only the main process may hold one.
-
-    `values` are `stage`, `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub
-    ids that the run starts from), `hardware`, and whatever else is known before it starts.
-    """
+    """Writes a run folder's record as the run goes on; only the main process may hold one. `values` are `stage`,
+    `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub ids that the run starts
+    from), `hardware`, and whatever else is known before it starts."""
 
     def __init__(self, folder: Path, **values: Any):
         self.folder = folder
@@ -249,10 +245,8 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository, or None outside one.
-
-    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
-    """
+    """Returns the revision of the working directory's repository, or None outside one. Its files are read here, since
+    git runs what a repository's configuration names (`core.fsmonitor`, filters)."""
     here = Path.cwd()
     git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
     if git is None:

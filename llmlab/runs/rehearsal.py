@@ -1,8 +1,6 @@
-"""A stage's run up to its first optimizer step, on synthetic rows: what its plan is computed from.
-
-The stage's own function makes model, reference, adapters, critic and trainer, and the trainer takes a real step; only
-weights and rows come from here.  With a `Ledger` nothing is computed, so that a model of any size takes seconds.
-"""
+"""A stage's run up to its first optimizer step, on synthetic rows: what its plan is computed from. The stage's own
+function makes model, reference, adapters, critic and trainer, and the trainer takes a real step; only weights and rows
+come from here. With a `Ledger` nothing is computed, so that a model of any size takes seconds."""
 
 import copy
 import logging
@@ -54,10 +52,8 @@ PROMPT = '[{"role": "user", "content": ""}]'
 
 @dataclass(frozen=True)
 class Scene:
-    """What a rehearsal is about: the model's configuration and adapter, and the longest row in tokens.
-
-    `prompt` is the longest prompt where completions are sampled.
-    """
+    """What a rehearsal is about: the model's configuration and adapter, and the longest row in tokens. `prompt` is the
+    longest prompt where completions are sampled."""
 
     config: PreTrainedConfig
     adapter: Adapter | None

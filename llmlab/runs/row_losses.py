@@ -1,8 +1,6 @@
-"""The losses of single validation rows: by source, and the hardest ones, from what evaluation computes anyway.
-
-A row is known by its tokens, so packing, shuffling and several processes do not matter: of packed conversations each
-is a row again.  A packed row of pretraining has the text of several documents, and stays one row.
-"""
+"""The losses of single validation rows: by source, and the hardest ones, from what evaluation computes anyway. A row
+is known by its tokens, so packing, shuffling and several processes do not matter: of packed conversations each is a
+row again. A packed row of pretraining has the text of several documents, and stays one row."""
 
 import heapq
 import json

@@ -1,7 +1,5 @@
-"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves.
-
-Stages provide model, data and trainer class; losses and data order live in the trainers.
-"""
+"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves. Stages provide
+model, data and trainer class; losses and data order live in the trainers."""
 
 import inspect
 import math
@@ -71,11 +69,8 @@ COMMON_ARGUMENTS = """
 def training_stage(
     run_class: type["Run[Any]"], *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
-    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
-
-    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's, with `_`
-    for a hyphen.
-    """
+    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`. `prepare` completes
+    the settings before the run folder is claimed. The function's name is the stage's, with `_` for a hyphen."""
 
     def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
         @wraps(function, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -171,11 +166,9 @@ class Run(Start[S]):
         **options: Any,
     ) -> Any:
         """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
-
         `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
         of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
-        that the settings name.
-        """
+        that the settings name."""
         settings, evaluates = self.settings, data.validation is not None
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
@@ -238,10 +231,9 @@ class Run(Start[S]):
         results: dict[str, float] | None = None,
     ) -> RunResult:
         """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
-
         `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
-        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes`: by default AdamW's.
-        """
+        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes`: by default
+        AdamW's."""
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
         compiled = compile_if_worth(

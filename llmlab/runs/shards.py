@@ -1,7 +1,5 @@
-"""Whole tensors of a model and an optimizer that FSDP2 shards: checkpoints hold what one process would write.
-
-So any number of processes, sharded or not, goes on from any of them. Tensors that are no DTensors are copied as usual.
-"""
+"""Whole tensors of a model and an optimizer that FSDP2 shards: checkpoints hold what one process would write. So any
+number of processes, sharded or not, goes on from any of them. Tensors that are no DTensors are copied as usual."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings: one small frozen class a stage, from which options, help, schema, docs and trainer arguments follow.
-
-Nothing here imports more than pydantic and PyYAML.
-"""
+Nothing here imports more than pydantic and PyYAML."""
 
 from importlib import import_module
 from typing import Any

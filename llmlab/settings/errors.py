@@ -1,7 +1,5 @@
-"""Errors that the user can correct: one sentence each and exit code 2, never a traceback.
-
-Programming errors are not these: they keep their own types and their tracebacks.
-"""
+"""Errors that the user can correct: one sentence each and exit code 2, never a traceback. Programming errors are not
+these: they keep their own types and their tracebacks."""
 
 import difflib
 import os

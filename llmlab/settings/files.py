@@ -1,8 +1,6 @@
-"""Reads and writes configuration files, and remembers the line of every key.
-
-YAML, JSON and a Python file of literal assignments (as guides print them) are data here: nothing in them is executed.
-What the keys mean is `sources.py`'s business.
-"""
+"""Reads and writes configuration files, and remembers the line of every key. YAML, JSON and a Python file of literal
+assignments (as guides print them) are data here: nothing in them is executed. What the keys mean is `sources.py`'s
+business."""
 
 import ast
 import json
@@ -218,9 +216,7 @@ def finite(value: Any) -> Any:
 
 def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, Any]) -> None:
     """Raises UserError where a value that is passed on to a library has another type than the library declares.
-
-    `types` are by name, such as `typing.get_type_hints` of a configuration class; values without a type pass.
-    """
+    `types` are by name, such as `typing.get_type_hints` of a configuration class; values without a type pass."""
     for name in sorted(values.keys() & types.keys()):
         try:
             TypeAdapter(types[name]).validate_python(values[name])
@@ -230,10 +226,8 @@ def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, An
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name beside it, then renames it: readers never see half of it.
-
-    A link is followed, and what is no regular file (a device, a pipe) is written to, never replaced.
-    """
+    """Writes a text file under a temporary name beside it, then renames it: readers never see half of it. A link is
+    followed, and what is no regular file (a device, a pipe) is written to, never replaced."""
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")

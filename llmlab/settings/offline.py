@@ -1,7 +1,5 @@
 """Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
-
-Source: seed, RL guide, section 3, "AWR / RS-SFT".
-"""
+Source: seed, RL guide, section 3, "AWR / RS-SFT"."""
 
 from typing import Annotated, ClassVar
 

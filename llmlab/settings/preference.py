@@ -1,7 +1,5 @@
-"""What the stages that learn from preference pairs share: DPO, ORPO and reward models.
-
-Source: seed, LLM-Lab document, "Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2.
-"""
+"""What the stages that learn from preference pairs share: DPO, ORPO and reward models. Source: seed, LLM-Lab document,
+"Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2."""
 
 from typing import Annotated, ClassVar
 

@@ -1,7 +1,5 @@
-"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples.
-
-Source: seed, LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4.
-"""
+"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples. Source: seed,
+LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
 from typing import Annotated, ClassVar, Literal, NamedTuple

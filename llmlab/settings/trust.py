@@ -1,7 +1,5 @@
-"""What no file may decide: running a model's own Python code, and sending data off this machine.
-
-Only the command line or a call can allow these; files, pipelines and run records cannot.
-"""
+"""What no file may decide: running a model's own Python code, and sending data off this machine. Only the command line
+or a call can allow these; files, pipelines and run records cannot."""
 
 import importlib.util
 import inspect
@@ -69,10 +67,8 @@ def takes_trust(function: F) -> F:
 
 
 def load_code(spec: str, kind: str, *, allowed: bool, folder: str | Path = ".", check_only: bool = False) -> Any:
-    """Runs a user's Python file and returns what `path/to/file.py:name` names; None with `check_only`.
-
-    Relative paths start at `folder`; `kind` is the word for it in errors, such as `function`.
-    """
+    """Runs a user's Python file and returns what `path/to/file.py:name` names; None with `check_only`. Relative paths
+    start at `folder`; `kind` is the word for it in errors, such as `function`."""
     file, _, name = spec.rpartition(":")
     path = Path(folder) / Path(file).expanduser()
     if not path.is_file():

@@ -1,7 +1,5 @@
-"""The named types of settings that several stages have: bounds, spellings and TRL field, each written once.
-
-A stage picks the name and the default. Help is the docstring of a field where it is first declared.
-"""
+"""The named types of settings that several stages have: bounds, spellings and TRL field, each written once. A stage
+picks the name and the default. Help is the docstring of a field where it is first declared."""
 
 from typing import Annotated, Any, Literal
 

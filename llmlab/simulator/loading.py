@@ -1,7 +1,5 @@
 """Loads an environment by its name in settings: the simulator, one of gymnasium or OpenEnv, or a user's own class.
-
-Code that only a file names does not run, and no other machine is reached, unless the command line allows it.
-"""
+Code that only a file names does not run, and no other machine is reached, unless the command line allows it."""
 
 from collections.abc import Callable
 from functools import partial

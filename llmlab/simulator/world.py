@@ -1,7 +1,5 @@
-"""The simulator: a world of files in memory with tools, tasks, guardrails and the RL guide's rewards.
-
-It never touches disk, network or processes, and the same task and calls give the same observations and rewards.
-"""
+"""The simulator: a world of files in memory with tools, tasks, guardrails and the RL guide's rewards. It never touches
+disk, network or processes, and the same task and calls give the same observations and rewards."""
 
 import inspect
 import re

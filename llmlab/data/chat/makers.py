@@ -1,7 +1,5 @@
-"""Encoders from conversations, preference pairs and prompts to dataset rows.
-
-Reading, holding out, mixing and caching are `rows.py`.
-"""
+"""Encoders from conversations, preference pairs and prompts to dataset rows. Reading, holding out, mixing and caching
+are `rows.py`."""
 
 import json
 from dataclasses import replace

@@ -1,11 +1,8 @@
-"""Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask.
-
-The template decides the text; this module only finds the assistant's tokens in it.  Templates without `generation`
-marks are rendered once for each turn, which works for any append-only template.
-
-Two turns of the assistant in a row are rendered as they are where the template allows it, else joined by a blank line.
-Reasoning is put as `<think>...</think>` before the answer where the template has no place of its own for it.
-"""
+"""Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask. The template decides the
+text; this module only finds the assistant's tokens in it. Templates without `generation` marks are rendered once for
+each turn, which works for any append-only template. Two turns of the assistant in a row are rendered as they are where
+the template allows it, else joined by a blank line. Reasoning is put as `<think>...</think>` before the answer where
+the template has no place of its own for it."""
 
 import itertools
 from dataclasses import dataclass
@@ -204,9 +201,7 @@ def encode_prompt(
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
     """Sets a template of ours (where None: unless there is one) or a Jinja file, and returns the tokens added for it.
-
-    `chatml_compact` shows tools as `name(argument, ...)`: a tenth of the tokens of JSON schemas.
-    """
+    `chatml_compact` shows tools as `name(argument, ...)`: a tenth of the tokens of JSON schemas."""
     if template is None and tokenizer.chat_template is not None:
         return []
     if template not in (None, "chatml", COMPACT):

@@ -1,8 +1,6 @@
 """The rows of a stage that trains on chat data: sources read, rendered, checked, held out and mixed, with a report.
-
-What a row consists of is `makers.py`.  Padding and packing are the trainer's.  Rendered rows are cached, an Arrow file
-a source; a shorter cache is a prefix of a longer one, so the result never depends on what is cached.
-"""
+What a row consists of is `makers.py`. Padding and packing are the trainer's. Rendered rows are cached, an Arrow file a
+source; a shorter cache is a prefix of a longer one, so the result never depends on what is cached."""
 
 import json
 import math
@@ -136,11 +134,9 @@ def build_rows(
     rows_needed: int | None = None,
     rows_before: Sequence[int] | None = None,
 ) -> Rows:
-    """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
-
-    Of sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as
-    many rows as before (`rows_before`).
-    """
+    """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole. Of
+    sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as many
+    rows as before (`rows_before`)."""
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
     weights = [source.weight for source in settings.datasets]

@@ -1,8 +1,6 @@
-"""Conversations in the world of the demo stories: requests that a few million parameters can learn to follow.
-
-An exchange is one row of `chat.yaml`: request, answer, and what every good answer contains.  `follows` parses requests
-with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar.
-"""
+"""Conversations in the world of the demo stories: requests that a few million parameters can learn to follow. An
+exchange is one row of `chat.yaml`: request, answer, and what every good answer contains. `follows` parses requests
+with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -1,9 +1,7 @@
 """Short stories from a grammar: ten plots, each a chain of causes, about people who keep their names and pronouns.
-
 What happens follows from what was said (the tool fits the harm, sums come out right, the thing is found where the
-friend saw it), so a model of a few million parameters has something to learn beyond spelling.  The words are in
-`stories.yaml` and `world.yaml`; here is what follows from what.
-"""
+friend saw it), so a model of a few million parameters has something to learn beyond spelling. The words are in
+`stories.yaml` and `world.yaml`; here is what follows from what."""
 
 from collections.abc import Callable, Sequence
 from random import Random

@@ -1,8 +1,6 @@
 """Tasks of the simulator: the expert's episodes (`demo/tools`), and prompts for learning from rewards (`demo/tasks`).
-
 Tasks of the validation split are held-out ones: other wordings, names and layouts. A last part of the name is one
-difficulty, as in `demo/tasks/1`; without it the easier ones are more frequent.
-"""
+difficulty, as in `demo/tasks/1`; without it the easier ones are more frequent."""
 
 import json
 from functools import cache
