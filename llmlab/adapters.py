@@ -23,9 +23,8 @@ FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "in_proj", "att
 
 
 def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = None) -> list[str]:
-    """Returns the module-name endings that a preset means in this model. `minimal` is queries and values, or the fused
-    projection that contains them. Where layers of another role have the same name, its parent's is added: GPT-2's
-    `mlp.c_proj`. Source: seed, LLM-Lab document, "LoRA Parameters"."""
+    """Returns the module-name endings of a preset in this model, with the parent's name where layers of another role
+    have the same (GPT-2's `mlp.c_proj`). Source: seed, LLM-Lab document, "LoRA Parameters"."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     roles = {
         name: _role(name)

@@ -52,11 +52,8 @@ class Check:
 
 
 def examine(say: Callable[[str], None] = lambda text: None) -> tuple[list[Check], str | None, str | None]:
-    """Tries everything once, and `say`s what it is at.
-
-    Returns:
-        The checks, the recommended hardware preset, and what keeps all runs from training (None: nothing).
-    """
+    """Tries everything once; returns the checks, the recommended hardware preset, and what keeps all runs from
+    training."""
     say("importing torch and the trainers")
     checks = [*check_versions(), check_imports()]
     problem = next((f"{check.name}: {check.detail}" for check in checks if check.status == "broken"), None)

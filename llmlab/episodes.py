@@ -42,9 +42,8 @@ class Task(NamedTuple):
 
 @dataclass
 class Episode:
-    """An episode as it was played. `completion_ids` are all tokens after the prompt, `mask` is 1 for those that the
-    model sampled and 0 for results of tools, both (time,). `completion` has the same as messages of the assistant and
-    of tools."""
+    """An episode as it was played: all tokens after the prompt, a mask that is 1 for those that the model sampled and
+    0 for results of tools, both (time,), and the same as messages of the assistant and of tools."""
 
     environment: Any
     prompt: list[Message]  # with the text of `reset`
@@ -74,20 +73,9 @@ def play(
     tool_timeout: float = 30.0,
     ends: Collection[int] = (),
 ) -> list[Episode]:
-    """Plays one episode of each task, all at the same time, turn by turn.
-
-    Resets and calls of all episodes run side by side, in threads, or on one event loop where they are async.
-
-    Args:
-        tasks: environments must be distinct objects.
-        sample: returns at most `max_new_tokens` tokens for each row of token ids.
-        tokenizer: with a chat template that shows tools and their results.
-        max_episode_length: calls of tools after which an episode ends.
-        max_new_tokens: of one turn.
-        max_length: longest prompt and completion together in tokens; an episode ends where a turn might not fit.
-        tool_timeout: seconds after which a call of a tool is abandoned.
-        ends: tokens that end a turn, beside those of the tokenizer.
-    """
+    """Plays one episode of each task side by side, turn by turn, each in an environment of its own, until a turn of
+    `max_new_tokens` might not fit into `max_length` or a limit is reached; `ends` are further tokens that end a
+    turn."""
     check_template(tokenizer)
     for task in tasks:
         if hasattr(task.environment, "seed"):

@@ -50,14 +50,8 @@ class History:
 
 
 def diagnose(run: History) -> dict[str, list[str]]:
-    """Returns what is wrong with a run; nothing for a healthy one.
-
-    Args:
-        run: its history; trends are judged from five logged values on, those of rewards from ten.
-
-    Returns:
-        Condition of `symptoms.yaml` -> sentences with the numbers and steps that show it, the most urgent first.
-    """
+    """Returns condition of `symptoms.yaml` -> sentences with the numbers and steps that show it, the most urgent
+    first; trends are judged from five logged values on, those of rewards from ten."""
     found: dict[str, list[str]] = {name: [] for name in URGENCY}
     symptoms = load_table()[0]
     for name in dict.fromkeys(event.symptom for event in run.events if event.symptom in symptoms):

@@ -57,9 +57,8 @@ def read_pipeline(
     hardware: str | None = None,
     processes: int = 1,
 ) -> Pipeline:
-    """Reads a pipeline file, and raises SettingsError with every problem of every stage. `overrides` are
-    `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load reward functions
-    from Python files; `hardware` replaces that of the file, for so many `processes` of each stage."""
+    """Reads a pipeline file, and raises SettingsError with every problem of every stage; `overrides` are the command
+    line's `stage.key=value`, `hardware` replaces that of the file, for so many `processes` of a stage."""
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
     problems += [

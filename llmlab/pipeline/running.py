@@ -49,9 +49,8 @@ State = dict[str, StageState]
 
 @dataclass(frozen=True)
 class Step:
-    """What will be done with a stage, and why. `changes` are the differences from the recorded run, such as `lr 0.001
-    → 0.002`; `inputs` is everything that determines what the stage writes: its settings, local files and library
-    versions."""
+    """What will be done with a stage, and why: the changes since the recorded run, such as `lr 0.001 → 0.002`, and all
+    inputs that determine what the stage writes (settings, local files, versions)."""
 
     stage: PipelineStage
     action: Action

@@ -35,9 +35,8 @@ def split_settings(settings: Any) -> tuple[str, str, str]:
 def split_again(
     settings: TrainingSettings, before: TrainingSettings, record: dict[str, Any], processes: int
 ) -> tuple[Batch, dict[str, int]]:
-    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes. What the
-    user changed stays; of the rest, rows of a forward pass may become fewer, and passes and batches of an evaluation
-    follow. Raises UserError where that cannot be."""
+    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes: what the
+    user changed stays, the rest follows, or UserError says why it cannot."""
     were = record.get("hardware", {}).get("processes", processes)
     batch = Batch(**record["batch"]) if "batch" in record else batch_of(before, were)
     if processes != were and getattr(settings, "streaming", False):

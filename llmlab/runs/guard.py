@@ -18,10 +18,9 @@ SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
 
 
 class Guard(GradientNorms):
-    """Mixin for a Trainer: no update is made with a loss or a gradient norm that is not finite, with one that exceeds
-    `skip_spikes` standard deviations of the last 128 steps, nor on the batches of the steps in `passed_over`. On a GPU
-    with a fused optimizer the decision stays there: the optimizer's kernel leaves the update out, and the numbers are
-    read one step later, so that nothing waits for them."""
+    """Mixin for a Trainer: no update with a loss or gradient norm that is not finite or beyond `skip_spikes` standard
+    deviations of the last 128 steps, nor on the batches of steps in `passed_over`. On a GPU with a fused optimizer its
+    kernel leaves the update out, and the numbers are read one step later, so that nothing waits for them."""
 
     passed_over: Collection[int] = ()
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)

@@ -185,8 +185,7 @@ def open_run(folder: str | Path) -> RunFolder:
 
 def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = (), *, deepest: int | None = None) -> list[RunFolder]:
     """Returns the runs in a folder and below (so many levels, or all), not in hidden folders, environments and
-    checkpoints, by their start. Of those found `earlier`, the ones whose files did not change since are returned
-    again, with what was read of them."""
+    checkpoints, by their start; of those found `earlier`, unchanged ones are returned again."""
     known = {run.folder: run for run in earlier}
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")

@@ -98,11 +98,7 @@ def count_steps(rows: int, *, rows_per_batch: int, accumulation: int, epochs: fl
 
 
 def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
-    """Returns what is known of the model and the longest row from its configuration; no weights are read.
-
-    Args:
-        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
-    """
+    """Returns what a configuration says of the model and its `longest` row (prompt, where completions are sampled)."""
     if hasattr(settings, "model"):
         shape, chosen = settings.model, settings.model.model_fields_set
         only_tokenizer = "tokenizer_name" in chosen and "vocab_size" not in chosen
@@ -164,19 +160,8 @@ def make_plan(
     sharding: str = "none",
     utilization: float | None = None,
 ) -> Plan:
-    """Returns the plan of a stage's run; no weights are read or made.
-
-    Args:
-        function: the stage's function in `llmlab.training`.
-        settings: of the stage.
-        hardware: the device of each process.
-        rows: training rows, where they are known.
-        mean: tokens of a row, for tokens and time; None is the longest.
-        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
-        processes: how many train together.
-        sharding: what they share: none (DDP), zero2, zero3, fsdp2.
-        utilization: share of the device's peak FLOP/s.
-    """
+    """Returns the plan of a run of a stage's function, each process on such a device; `rows`, `mean` and `longest`
+    (tokens of a row or prompt; None: as long as allowed) are of the data, `utilization` a share of the peak FLOP/s."""
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
         if settings.environment is not None:
@@ -228,15 +213,9 @@ def fitting_changes(
     at_most_plans: int = 100,
     **options: Any,
 ) -> list[str]:
-    """Returns changes of settings, the cheapest first, with each of which alone the run fits; where none alone is
-    enough, the shortest list of all together, the fewest GPUs that shard it, or nothing.
-
-    Args:
-        function, settings, hardware, options: as in `make_plan`.
-        memory: bytes to fit into; None is the device's.
-        at_most: how many changes.
-        at_most_plans: how many may be made, each in seconds.
-    """
+    """Returns changes of settings, the cheapest first, with each of which alone the run fits into `memory` (None: the
+    device's); else the shortest list of all together, the fewest GPUs that shard it, or nothing. Each plan takes
+    seconds."""
     limit, tries = memory or hardware.memory, iter(range(at_most_plans))
 
     def fits(changes: dict[str, Any], **others: Any) -> bool:

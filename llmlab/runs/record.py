@@ -173,8 +173,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
-    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if it is
-    gone."""
+    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if gone."""
     output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
     folder, depth = folder.resolve(), len(output_dir.parts)
     if depth and not output_dir.is_absolute() and folder.parts[-depth:] == output_dir.parts:

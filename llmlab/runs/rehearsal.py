@@ -300,16 +300,9 @@ def apart() -> Iterator[None]:
 def rehearse(
     stage: Any, settings: Any, hardware: Hardware, scene: Scene, *, processes: int = 1, follow: bool = True
 ) -> Any:
-    """Runs a stage's function to its first step on rows of the scene's length; returns the run.
-
-    Args:
-        stage: the stage's function.
-        settings: its settings, of which the first step alone is done.
-        hardware: what is planned for; it need not be here.
-        scene: model and rows.
-        processes: how many share a rollout.
-        follow: whether to follow tensors without memory, in the run's `ledger`; else the step is a real one.
-    """
+    """Runs a stage's function to its first step on rows of the scene's length and returns the run, a rollout shared by
+    so many processes; unless it is to `follow` tensors without memory in the run's `ledger`, the step is a real
+    one."""
     real, ledger = hardware, None
     if follow:
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")

@@ -110,9 +110,8 @@ def changed_by(folder: Path, name: str, step: int) -> float:
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
-    """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
-    Settings that decide data or model must be the recorded ones, those of the optimizer too unless its state is not
-    loaded."""
+    """Returns the last or the chosen checkpoint, None for a run that ended before its first; settings that decide
+    data, model or, unless it is not loaded, the optimizer's state must be the recorded ones."""
     record, before = read_record(run), recorded_settings(run, settings)
     problems = []
     for setting in fields_of(type(settings)):

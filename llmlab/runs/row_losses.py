@@ -31,8 +31,7 @@ class RowLosses:
 
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
-        """Sees what the forward passes of an evaluation return: `log_probs` of TRL's loss, or what llmlab's head
-        keeps."""
+        """Sees what an evaluation's forward passes return: `log_probs` of TRL's loss, or what llmlab's head keeps."""
         self.sums = np.zeros((len(self.sources), 2))  # losses and tokens
         self.hardest: list[tuple[float, int, int, str, list[int]]] = []
 
@@ -48,8 +47,7 @@ class RowLosses:
             self.last = None
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Counts the rows of the last forward pass; its token losses are (batch, time - 1), or with a first column
-        more."""
+        """Counts the rows of the last forward pass; its token losses are (batch, time - 1) or (batch, time)."""
         names = ("input_ids", "labels", "position_ids", "attention_mask")
         ids, labels, positions, mask = (inputs[name].cpu().numpy() if name in inputs else None for name in names)
         losses = np.zeros(labels.shape)

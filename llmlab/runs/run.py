@@ -165,10 +165,9 @@ class Run(Start[S]):
         best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
-        `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
-        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
-        that the settings name."""
+        """Returns the stage's trainer, a `StageTrainer`, on `data.train`: `arguments` of `config` follow neither from
+        settings nor from the machine, `progress` are those of `ProgressLine`; the best checkpoint has the best
+        validation `best_metric` (`loss` or `reward`), or the gate that the settings name."""
         settings, evaluates = self.settings, data.validation is not None
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
@@ -230,10 +229,9 @@ class Run(Start[S]):
         optimizer_bytes: int | None = None,
         results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
-        `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
-        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes`: by default
-        AdamW's."""
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`;
+        `callbacks` add metrics or state before others print and record, the last one first. `fixed_length` says that
+        all rows have as many tokens; `optimizer_bytes` are by default AdamW's."""
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
         compiled = compile_if_worth(
@@ -421,8 +419,7 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; validation metrics are those of the best checkpoint where it was
-    restored."""
+    """Returns the last value of each metric; those of validation from the best checkpoint where it was restored."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})

@@ -16,8 +16,7 @@ from llmlab.settings.files import read_json
 
 
 def gather(tree: Any, *, keep: bool) -> Any:
-    """Returns nested values with whole tensors on the CPU in place of sharded ones, or None on processes that do not
-    `keep` them: all must take part."""
+    """Returns nested values with sharded tensors whole on the CPU, or None on processes that do not `keep` them."""
 
     def whole(shards: DTensor) -> Tensor | None:
         tensor = shards.full_tensor()

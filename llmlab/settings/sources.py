@@ -249,9 +249,8 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, En
 
 
 def _misplaced(settings: Settings, entries: dict[str, Entry]) -> dict[str, tuple[str, bool]]:
-    """Returns (sentence, whether it is an error) for each key whose `When` does not hold. A value that only repeats
-    the default is silent, and one whose condition a higher layer changed gives a warning: both come from files that
-    list every setting."""
+    """Returns (sentence, whether it is an error) for each key whose `When` does not hold: silent where it repeats the
+    default, a warning where a higher layer changed the condition, as in files that list every setting."""
     misplaced: dict[str, tuple[str, bool]] = {}
     for setting in fields_of(type(settings)):
         condition, entry = setting.marker(When), entries.get(setting.key)

@@ -218,8 +218,7 @@ class _Builder:
     def read(
         self, source: DataSource, at_most: int | None, share: float = 1.0
     ) -> tuple[Dataset, RowsReport, tuple[str, ...], np.ndarray]:
-        """Returns the usable rows of a source after checking them, its report, the splits that it has, and the rows'
-        numbers in it."""
+        """Returns the usable rows of a source, its report, the splits that it has, and the rows' numbers in it."""
         found = self.maker.open(source, at_most)
         tokenizer = self.maker.tokenizer
         key = [VERSION, found.identity, found.form.columns, self.maker.identity]
