@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import questionary
-import yaml
 from prompt_toolkit.filters import is_done
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.layout import ConditionalContainer, FormattedTextControl, HSplit, Layout, Window
@@ -29,15 +28,14 @@ from llmlab.cli.options import parse_value
 from llmlab.runs.history import RunFolder, find_runs
 from llmlab.settings.base import Setting, When, fields_of, show
 from llmlab.settings.errors import UserError, printable, reason_of
-from llmlab.settings.files import Layer, read_layer
+from llmlab.settings.files import Layer, read_layer, read_table
 from llmlab.settings.paths import MODEL_FILES, Reads
 from llmlab.settings.presets import for_stage
 from llmlab.settings.sources import NONE_WORDS, Resolved
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, duration, human, safe
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the menu opens 50 ms sooner where there is the one in C
-TABLES = yaml.load(Path(__file__).with_name("menu.yaml").read_text(encoding="utf-8"), LOADER)
+TABLES = read_table("llmlab.cli", "menu")
 for names in TABLES["first"].values():
     names[:] = [each for name in names for each in (name, *TABLES["after"].get(name, ()))]
 DEEPEST = 4  # folders below this one in which runs are looked for: it may be a home folder

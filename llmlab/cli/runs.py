@@ -19,7 +19,7 @@ from llmlab.runs.history import RunFolder
 from llmlab.runs.record import read_events, read_hardest_rows
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
-from llmlab.settings.files import finite
+from llmlab.settings.files import finite, is_number
 from llmlab.settings.paths import expand
 from llmlab.terminal import (
     Curve,
@@ -372,5 +372,4 @@ def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return short_number(value) if is_number else safe(written(value))
+    return short_number(value) if is_number(value) else safe(written(value))

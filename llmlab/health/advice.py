@@ -124,11 +124,11 @@ def _ends(curve: Curve, share: int = 5) -> tuple[float, float, float]:
     return statistics.fmean(first), statistics.fmean(last), noise
 
 
-Judged = Iterator[tuple[str, str]]
+Findings = Iterator[tuple[str, str]]
 """Conditions, and sentences that show them."""
 
 
-def _instability(run: History) -> Judged:
+def _instability(run: History) -> Findings:
     if run.status == "diverged":
         yield "unstable", run.reason or "a loss, gradient or weight was not finite"
     loss = run.curve("loss")
@@ -149,7 +149,7 @@ def _instability(run: History) -> Judged:
             yield "unstable", f"training loss jumped from {low:.4g} at step {start} to {peak:.4g} at step {step}"
 
 
-def _overfitting(run: History) -> Judged:
+def _overfitting(run: History) -> Findings:
     evaluated, loss = run.curve("eval_loss", 2), run.curve("loss", 2)
     if not evaluated or not loss or run.stage in ONLINE:
         return
@@ -160,7 +160,7 @@ def _overfitting(run: History) -> Judged:
         yield "overfitting", f"{words}, while the training loss fell from {before:.4g} to {now:.4g}"
 
 
-def _underfitting(run: History) -> Judged:
+def _underfitting(run: History) -> Findings:
     if run.status != "finished":  # it was still to learn, at rates that were still to come
         return
     loss, evaluated, entropy = run.curve("loss"), run.curve("eval_loss", 2), run.metrics.get("unigram_entropy")
@@ -182,7 +182,7 @@ def _underfitting(run: History) -> Judged:
             yield "underfitting", f"{words}, step {end} ({before:.4g} to {last:.4g})"
 
 
-def _rewards(run: History) -> Judged:
+def _rewards(run: History) -> Findings:
     if run.stage not in ONLINE or run.metrics.get("reward", 0.0) >= BEST_REWARD:
         return
     if run.status == "finished" and (curve := run.curve("reward", FEWEST_REWARDS)):
@@ -194,7 +194,7 @@ def _rewards(run: History) -> Judged:
         yield "alike", f"in {last:.0%} of the groups all completions have the same reward"
 
 
-def _preferences(run: History) -> Judged:
+def _preferences(run: History) -> Findings:
     loss, wins = run.curve("loss"), run.curve("eval_win_rate", 2) or run.curve("win_rate")
     if run.stage == "dpo" and loss and wins:
         (first, last, _), (before, after, _) = _ends(loss), _ends(wins)
@@ -203,7 +203,7 @@ def _preferences(run: History) -> Judged:
             yield "preference", f"{words}, and the win rate went from {before:.1%} to {after:.1%}"
 
 
-def _sources(run: History) -> Judged:
+def _sources(run: History) -> Findings:
     whole = run.curve("eval_loss", 2)
     for name, curve in run.curves.items():
         falls = whole and whole[-1][1] < (1 - HARDLY) * whole[0][1]

@@ -7,11 +7,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from operator import itemgetter
 from statistics import fmean, median, pstdev
 from typing import Any
 
 from llmlab.health.symptoms import Event, load_table
+from llmlab.settings.files import is_number
 
 Curve = list[tuple[int, float]]
 """(step, value) of each logged line that has the metric, finite values alone."""
@@ -44,10 +46,7 @@ def start(curve: Curve, size: int = FEW) -> float:
 
 def noise(curve: Curve) -> float:
     """Returns the median absolute difference of successive values."""
-    values = [value for _, value in curve]
-    return (
-        median(abs(after - before) for before, after in zip(values, values[1:], strict=False)) if values[1:] else 0.0
-    )
+    return median([abs(after - before) for (_, before), (_, after) in pairwise(curve)] or [0.0])
 
 
 def after_warmup(curves: Curves, curve: Curve) -> Curve:
@@ -111,8 +110,7 @@ def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
         return None
     seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
     largest = max([1e-6, *seen])
-    most = limit * largest * largest  # infinite where a power would raise
-    if level(curve, 2) <= most:
+    if level(curve, 2) <= limit * largest * largest:  # infinite where a power would raise
         return None
     return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
 
@@ -233,8 +231,7 @@ def win_rate_flat(curves: Curves, metric: str, limit: float) -> Found:
     curve, losses = curves[metric], curves.get("loss", [])
     if len(curve) <= FEW or len(losses) < 2 * FEW or level(losses) > (1 - limit) * start(losses):
         return None
-    first = curve[0][1]
-    if first > 0.9 or any(value > first for _, value in curve[-FEW:]):
+    if (first := curve[0][1]) > 0.9 or any(value > first for _, value in curve[-FEW:]):
         return None
     trend = f"loss {start(losses):.4g} -> {level(losses):.4g}"
     return f"{first:.1%} at step {curve[0][0]}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", curve[0][0]
@@ -311,7 +308,7 @@ class Watch:
         step = line.get("step")
         if isinstance(step, bool) or not isinstance(step, int):
             return []
-        names = [name for name, value in line.items() if _is_finite(value)]
+        names = [name for name, value in line.items() if is_number(value) and abs(value) < 1e300]  # NaN is not either
         for name in names:
             curve = self.curves.setdefault(name, [])
             if name != "learning_rate" or not curve or line[name] > curve[-1][1]:  # of which only the peak counts
@@ -329,10 +326,8 @@ class Watch:
     def _follow(self, check: Check, metric: str, limit: float) -> Iterable[Event]:
         found, key = check.find(self.curves, metric, limit), (check.symptom, metric)
         if found is None:
-            if key in self.ongoing:
-                self.ongoing[key] += 1
-                if self.ongoing[key] >= WINDOW:
-                    del self.ongoing[key]
+            lines = self.ongoing.pop(key, WINDOW) + 1
+            self.ongoing |= {key: lines} if lines < WINDOW else {}
             return
         begins = key not in self.ongoing
         self.ongoing[key] = 0
@@ -361,14 +356,9 @@ def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, f
 
 def not_finite(step: int, metric: str, value: Any) -> Event:
     """Returns the event of a loss, gradient or weight that is not finite."""
-    symptom = load_table()[0]["loss_not_finite"]
     value = value if isinstance(value, float) else math.nan
     message = f"{metric} is {value} at step {step}"
-    return Event(step, symptom.name, metric, value, message, symptom.severity, since=step)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not either
+    return Event(step, "loss_not_finite", metric, value, message, "critical", since=step)
 
 
 def _best(curve: Curve, sign: int) -> tuple[int, float]:

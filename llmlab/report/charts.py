@@ -7,10 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-import yaml
+from llmlab.settings.files import read_table
 
 SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
 MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
@@ -82,7 +81,7 @@ class Chart:
 def group_curves(curves: dict[str, Any]) -> list[Group]:
     """Returns the charts of `charts.yaml` that these metrics have, in order."""
     groups: list[Group] = []
-    for chart in yaml.safe_load((files("llmlab.report") / "charts.yaml").read_text(encoding="utf-8")):
+    for chart in read_table("llmlab.report", "charts"):
         names = [name for pattern in chart["metrics"] for name in curves if fnmatchcase(name, pattern)]
         if chart.get("separate"):
             for name in names:

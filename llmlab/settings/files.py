@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def load_yaml(text: str) -> Any:
     return value
 
 
+def read_table(package: str, name: str) -> Any:
+    """Returns what a YAML file beside the modules of a package holds, ten times as fast where libyaml is there."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(resources(package).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), loader)
+
+
 def _check_extent(value: Any, most: float = MOST) -> None:
     """Raises ValueError for data that contains itself, is nested too deeply, or grows beyond measure by aliases."""
     count, waiting = 0, [(value, 0)]
@@ -212,6 +219,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a plain value is a number, no boolean."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_types(subject: str | Path, values: dict[str, Any], types: dict[str, Any]) -> None:

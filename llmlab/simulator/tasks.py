@@ -7,17 +7,16 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache, partial
-from importlib.resources import files as resources
 from random import Random
 from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple
 from zlib import crc32
 
-import yaml
 from annotated_types import Ge
 from pydantic import BaseModel, ValidationError
 
 from llmlab.settings.errors import UserError, did_you_mean, shorten
+from llmlab.settings.files import read_table
 from llmlab.simulator.commands import run
 from llmlab.simulator.files import FileSystem, normalize
 from llmlab.simulator.python import parse_python, structure_of
@@ -127,8 +126,7 @@ def generate_task(category: str, difficulty: int, split: str, seed: int) -> Tool
 @cache
 def grammar() -> dict[str, Any]:
     """Returns what `tasks.yaml` holds: `words`, and of each of `categories` and difficulty the templates."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(resources(__package__).joinpath("tasks.yaml").read_text(encoding="utf-8"), loader)
+    return read_table("llmlab.simulator", "tasks")
 
 
 def _generate_by_id(task: str, difficulty: int | None) -> ToolTask:
