@@ -205,10 +205,8 @@ def end_as(codes: dict[int, int], processes: int) -> None:
     rank, code = next(killed, next(iter(codes.items())))
     if code >= 0:
         raise SystemExit(code)
-    error = UserError(
-        f"process {rank} of {processes} was killed by {signal.Signals(-code).name} (most often for its memory); "
-        "--resume continues from the last checkpoint"
-    )
+    killer, advice = signal.Signals(-code).name, "--resume continues from the last checkpoint"
+    error = UserError(f"process {rank} of {processes} was killed by {killer} (most often for its memory); {advice}")
     error.exit_code = 128 - code
     raise error
 

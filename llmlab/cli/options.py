@@ -202,9 +202,8 @@ def _command_line_layer(
         first = keys.setdefault(table[key].key if key in table else key, key)
         if first in values and values[first] != value:
             spelled = f"'{key}'" if first == key else f"'{key}' (as '{first}' too)"
-            raise UserError(
-                f"command line: {spelled} is given twice, as {show(values[first])} and {show(value)}; keep one"
-            )
+            both = f"{show(values[first])} and {show(value)}"
+            raise UserError(f"command line: {spelled} is given twice, as {both}; keep one")
         values[first] = value
 
     for word in overrides:

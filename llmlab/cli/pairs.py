@@ -100,9 +100,8 @@ def pairs(
         with quiet_libraries():
             model, tokenizer = load_for_inference(run)
             if not is_chat_model(run, tokenizer):
-                raise UserError(
-                    f"{run}: this model continues text and answers no prompts; expected one from llmlab sft"
-                )
+                expected = "this model continues text and answers no prompts; expected one from llmlab sft"
+                raise UserError(f"{run}: {expected}")
             options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
             comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
             report = summarize(track(comparisons, len(examples), "Sampling"), unusable)

@@ -105,15 +105,10 @@ def show(
     _print_health(console, chosen)
     if curve_name:
         _print_section(console, curve_name)
-        curves = [Curve(chosen.curves[curve_name], CURVE_STYLES[0])]
-        evaluated = chosen.curves.get(f"eval_{curve_name}")
-        if evaluated:
-            curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
+        curves, legend = curves_of(chosen, curve_name)
         _print_chart(console, curves)
-        if evaluated:
-            console.print(
-                f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(curve_name)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(curve_name)}"
-            )
+        if curves[1:]:
+            console.print("   ".join(legend))
     _print_surroundings(console, chosen)
 
 
@@ -131,6 +126,8 @@ def compare(
         raise UserError("expected two runs or more (llmlab runs show RUN shows one)")
     chosen = [history.open_run(folder) for folder in runs]
     if html is not None:
+        if metric is not None or as_json:
+            raise UserError("--html: the page has all curves; leave --metric and --json out")
         from llmlab.runs.page import write_comparison_page
 
         return say(str(write_comparison_page(chosen, expand(html))))
@@ -247,6 +244,16 @@ def _list_row(run: RunFolder) -> dict[str, str]:
     }
 
 
+def curves_of(run: RunFolder, name: str) -> tuple[list[Curve], list[str]]:
+    """Returns the curve of a metric, with marks at its evaluations, and what the chart's legend says of each."""
+    curves = [Curve(run.curves[name], CURVE_STYLES[0])] if name in run.curves else []
+    legend = [f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(name)}"]
+    if evaluated := run.curves.get(f"eval_{name}"):
+        curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
+        legend.append(f"[{CURVE_STYLES[2]}]●[/] eval_{safe(name)}")
+    return curves, legend
+
+
 def show_result(run: RunFolder) -> str:
     return f"[dim]{safe(run.key_metric[0])}[/] {short_number(run.key_metric[1])}" if run.key_metric else ""
 
@@ -305,7 +312,8 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
     for name in metrics:
         last = [run.metrics.get(name) for run in runs]
         bests = [run.best(name) for run in runs]
-        table.add_row(safe(name), *_mark_best(name, last))
+        best = history.best_of(name, last)
+        table.add_row(safe(name), *(f"[bold]{_cell(v)}[/]" if v is not None and v == best else _cell(v) for v in last))
         if any(best and best[1] != value for best, value in zip(bests, last, strict=True)):
             cells = (f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests)
             table.add_row("  best", *cells)
@@ -361,12 +369,6 @@ def _path(folder: Path) -> str:
     """Returns a folder as seen from the working directory, where it lies in that."""
     whole = folder.resolve()
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(folder)
-
-
-def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
-    """Returns the values as cells, the best one bold where one direction is better."""
-    best = history.best_of(metric, values)
-    return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]
 
 
 def _cell(value: Any) -> str:

@@ -11,7 +11,7 @@ from llmlab.settings.paths import PathName, Reads
 
 RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
     "llmlab.settings.ppo:PPOSettings",
-    "llmlab.settings.dpo:DPOSettings",
+    "llmlab.settings.preference:DPOSettings",
     "llmlab.settings.grpo:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's
