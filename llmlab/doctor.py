@@ -23,22 +23,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from llmlab.settings.errors import UserError, reason_of
+from llmlab.settings.files import read_table
 from llmlab.terminal import human
 
 COMPILE_LIMIT = 120.0  # seconds; from an empty cache it took 30 on two cores
 HUB_LIMIT = 5.0  # seconds
 LITTLE_DISK, NO_DISK = 20e9, 1e9  # bytes: a checkpoint of the default model takes 6e9
-OPTIONAL = {  # distribution: what it enables
-    "bitsandbytes": "use_qlora, and optimizers with 8-bit states",
-    "liger-kernel": "use_liger_kernel: fused kernels, less memory for logits",
-    "flash-attn": "attn_implementation = flash_attention_2",
-    "vllm": "use_vllm: faster sampling in grpo and ppo",
-    "deepspeed": "ZeRO: model states sharded over GPUs",
-    "trackio": "report_to = trackio: local experiment tracking",
-    "tensorboard": "report_to = tensorboard",
-    "ruff": "the reward lint_pass",
-    "lm-eval": "public benchmarks",
-}
+OPTIONAL = read_table("llmlab", "packages")
 
 
 @dataclass(frozen=True)

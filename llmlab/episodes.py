@@ -94,7 +94,8 @@ def play(
             found = f"returned {type(text).__name__}" if task.prompt else "has no message to add its text to"
             raise UserError(f"{where} {found}; expected text or None, for the end of a prompt's last message")
         tools.append(tools_of(task.environment))
-        prompt = _append_text(task.prompt, text)
+        *before, last = task.prompt
+        prompt = [*before, {**last, "content": last["content"] + (text or "")}]
         try:
             ids, prompt = encode_prompt(tokenizer, prompt, schemas_of(task.environment))
         except UnusableRow as reason:
@@ -105,8 +106,7 @@ def play(
         turns = sample([episodes[k].tokens for k in playing])
         calls: dict[int, list[ToolCall]] = {}
         for k, ids in zip(playing, turns, strict=True):
-            found = _add_turn(episodes[k], ids, tokenizer, stops)
-            if found:
+            if found := _add_turn(episodes[k], ids, tokenizer, stops):
                 calls[k] = found
         results = _run_calls(episodes, tools, calls, max_episode_length, tool_timeout)
         playing = [k for k in results if episodes[k].end == "answer"]  # no other end yet
@@ -124,20 +124,11 @@ def play(
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError for a tokenizer whose chat template does not show the results of tools."""
     if tokenizer.chat_template is None:
-        raise UserError(
-            "this model's tokenizer has no chat template; episodes need one that shows the results of tools"
-        )
+        problem = "this model's tokenizer has no chat template"
+        raise UserError(f"{problem}; episodes need one that shows the results of tools")
     ids = suffix_ids(tokenizer, [{"role": "tool", "name": "look", "content": "seen"}], tokenizer.eos_token_id)
     if "seen" not in tokenizer.decode(ids):
         raise UserError("the chat template does not show the results of tools; set chat_template=chatml")
-
-
-def _append_text(prompt: list[Message], text: str | None) -> list[Message]:
-    """Returns the prompt with the text of `reset` at the end of its last message."""
-    if not text:
-        return prompt
-    *before, last = prompt
-    return [*before, {**last, "content": last["content"] + text}]
 
 
 def _has_room(episode: Episode, max_new_tokens: int, max_length: int | None) -> bool:
@@ -175,9 +166,8 @@ def _run_calls(
     for number in range(max(map(len, calls.values()), default=0)):
         now = {k: each[number] for k, each in calls.items() if number < len(each) and episodes[k].end == "answer"}
         jobs = [_prepare_call(episodes[k].environment, tools[k], call) for k, call in now.items()]
-        limits = [
-            getattr(episodes[k].environment, "time_limits", {}).get(c.name, tool_timeout) for k, c in now.items()
-        ]
+        own = {k: getattr(episodes[k].environment, "time_limits", {}) for k in now}
+        limits = [own[k].get(call.name, tool_timeout) for k, call in now.items()]
         for (k, call), limit, value in zip(now.items(), limits, run_side_by_side(jobs, limits), strict=True):
             episode, environment = episodes[k], episodes[k].environment
             if isinstance(value, Abandoned):

@@ -31,7 +31,7 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
 def open_cached(
     folder: Path,
     name: str,
-    wanted: int | None,
+    least: int | None,
     read: Callable[[Path], tuple[Any, bool]],
     write: Callable[[Any], tuple[Any, bool]],
 ) -> tuple[Any, bool]:
@@ -47,7 +47,7 @@ def open_cached(
                 except (UserError, FileNotFoundError) as error:
                     print(printable(f"{name}: its cache is damaged and will be rebuilt ({error})"), file=sys.stderr)
                     shutil.rmtree(folder)
-            if content is None or not (whole or (wanted is not None and len(content) >= wanted)):
+            if content is None or not (whole or (least is not None and len(content) >= least)):
                 try:
                     content, whole = write(content)
                 except BaseException:

@@ -61,11 +61,8 @@ def read_pipeline(
     line's `stage.key=value`, `hardware` replaces that of the file, for so many `processes` of a stage."""
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
-    problems += [
-        f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {', '.join(KEYS)}"
-        for key in layer.values
-        if key not in (*KEYS, REMOTE_CODE)
-    ]
+    unknown, expected = [key for key in layer.values if key not in (*KEYS, REMOTE_CODE)], ", ".join(KEYS)
+    problems += [f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {expected}" for key in unknown]
     stages = layer.values.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UserError(f"{layer.where('stages')}: expected 'stages', a mapping of stage names to their settings")
@@ -81,9 +78,8 @@ def read_pipeline(
     body = layer.section("stages")
     for number, name in enumerate(stages):
         if not NAME.fullmatch(str(name)):
-            problems.append(
-                f"{body.where(name)}: stage name '{name}': expected letters, digits, '_' and '-' (a folder's name)"
-            )
+            expected = "expected letters, digits, '_' and '-' (a folder's name)"
+            problems.append(f"{body.where(name)}: stage name '{name}': {expected}")
             continue
         values = stages[name] or {}
         if not isinstance(values, dict):
@@ -99,22 +95,19 @@ def read_pipeline(
         needs: list[str] = []
         section = body.section(name)
         section = Layer(section.label, _substitute(section, folders, needs, problems), section.lines, section.path)
-        given = {**changes.get(name, {}), "output_dir": str(output_dir / name)}
+        options = {**changes.get(name, {}), "output_dir": str(output_dir / name)}
         if allow_code and "allow_code" in STAGES[kind].settings_class.model_fields:
-            given["allow_code"] = True
-        command_line = Layer("command line", given)
+            options["allow_code"] = True
         if "output_dir" in values:
-            problems.append(
-                f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
-            )
+            where = section.where("output_dir")
+            problems.append(f"{where}: a pipeline's stages write to <output_dir>/<stage>; leave it out")
         try:
             own = ("preset", "hardware") if kind in SECTIONS else ()
-            names = {key: given.pop(key, section.values.pop(key, None)) for key in own}
+            names = {key: options.pop(key, section.values.pop(key, None)) for key in own}
             below = [read_preset(kind, names["preset"])] if names.get("preset") else []
             machine = names and (names["hardware"] or hardware or layer.values.get("hardware")) or None
-            resolved = STAGES[kind].resolve(
-                [section, command_line], below=below, hardware=machine, processes=processes
-            )
+            layers = [section, Layer("command line", options)]
+            resolved = STAGES[kind].resolve(layers, below=below, hardware=machine, processes=processes)
             resolved = STAGES[kind].prepare(resolved)
         except UserError as error:
             problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]

@@ -117,11 +117,9 @@ def _select(steps: dict[str, Step], only: str) -> list[Step]:
     problems = []
     for name, step in steps.items():
         if name in needed and step.action != "skip":
-            details = f" ({', '.join(step.changes)})" if step.changes else ""
-            problems.append(
-                f"--only {only}: it needs '{name}' finished and unchanged, and that has to {step.action}: "
-                f"{step.reason}{details}; leave --only out, or finish '{name}' first"
-            )
+            details = f"{step.reason} ({', '.join(step.changes)})" if step.changes else step.reason
+            why = f"it needs '{name}' finished and unchanged, and that has to {step.action}: {details}"
+            problems.append(f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
     left_out = f"left out: only '{only}' was asked for"
@@ -286,11 +284,8 @@ def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
 def _identity(path: Path) -> str:
     """Returns the sizes and times of a file, or of the files in a folder, as a hash."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    seen = [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-        if file.is_file() and file.name != PAGE
-    ]
+    files = [file for file in files if file.is_file() and file.name != PAGE]
+    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 

@@ -125,9 +125,7 @@ class RewardModel:
         if pad is None:  # a token that does not occur, so that an end-of-text token at the end counts
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
-        self._model.config.pad_token_id = (
-            pad  # which need not be a token of the tokenizer, so its own `pad` cannot serve
-        )
+        self._model.config.pad_token_id = pad  # it need not be a token of the tokenizer, whose `pad` cannot serve
         columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
         columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
         padding = {"input_ids": pad}

@@ -51,11 +51,10 @@ def split_again(
             f"share equally; the nearest number that can is {_nearest_divisor(batch.rows, processes)}"
         )
     names = split_settings(settings)
-    rows, passes, evaluations = (getattr(settings, name) for name in names)
+    now = {name: getattr(settings, name) for name in names}
+    rows, passes, evaluations = now.values()
     changed = {
-        name: getattr(settings, name)
-        for name in names
-        if getattr(settings, name) not in (getattr(before, name), batch.settings[name])
+        name: value for name, value in now.items() if value not in (getattr(before, name), batch.settings[name])
     }
     if names[0] not in changed:
         rows = max(part for part in range(1, rows + 1) if share % part == 0)

@@ -85,10 +85,8 @@ class GateCallback(TrainerCallback):
         if affordable < self.count and (self.count > fewest if self.best is None else first):
             lower = max(int(SLACK * affordable), fewest)
             why = f"or none where there is no time for them: at most {SHARE:.0%} of the run's"
-            if self.best is not None:
-                why = (
-                    f"or over {SHARE:.0%} of the time: this gate decides about the checkpoint, so it is never skipped"
-                )
+            decides = "this gate decides about the checkpoint, so it is never skipped"
+            why = why if self.best is None else f"or over {SHARE:.0%} of the time: {decides}"
             self.say(f"gates    {lower} of {self.count} prompts from now on, {why}")
             self.count = lower
         if means and (affordable < self.count or self.count == fewest):

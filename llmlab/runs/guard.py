@@ -111,8 +111,8 @@ class Guard(GradientNorms):
         """Returns the values from which on an update is left out."""
         deviations, found = self.settings.skip_spikes, dict.fromkeys(SPIKES, math.inf)  # type: ignore[attr-defined]
         if deviations is not None and len(self.usual["loss"]) >= SPIKE_FEWEST:
-            judged = SPIKES if self.judges_loss else ("grad_norm",)
-            found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in judged}
+            names = SPIKES if self.judges_loss else ("grad_norm",)
+            found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in names}
         return found
 
     def on_nonfinite(self, name: str, value: float) -> None:

@@ -253,14 +253,10 @@ def summary(run: RunFolder) -> dict[str, Any]:
     key = run.key_metric
     return {
         "folder": str(run.folder),
-        "stage": run.stage,
-        "status": run.status,
-        "step": run.step,
-        "tokens": run.tokens,
+        **{name: getattr(run, name) for name in ("stage", "status", "step", "tokens")},
         "key_metric": {"name": key[0], "value": key[1]} if key else None,
         "parents": run.parents,
-        "started": run.record.get("started"),
-        "ended": run.record.get("ended"),
+        **{name: run.record.get(name) for name in ("started", "ended")},
         "seconds": run.seconds,
         **({"problem": run.problem} if run.problem else {}),
     }

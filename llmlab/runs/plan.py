@@ -87,11 +87,6 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
 
-def largest_part(plan: Plan) -> tuple[str, int]:
-    """Returns the part that takes the most memory, and its bytes."""
-    return max(plan.parts.items(), key=lambda part: part[1])
-
-
 def count_steps(rows: int, *, rows_per_batch: int, accumulation: int, epochs: float) -> int:
     """Returns the optimizer steps of so many epochs, as Trainer counts: the last, smaller batch is one of its own."""
     return math.ceil(epochs * max(math.ceil(math.ceil(rows / rows_per_batch) / accumulation), 1))
@@ -173,9 +168,8 @@ def make_plan(
     except UserError:
         raise
     except Exception as error:  # an architecture or argument with operators that need values
-        raise UserError(
-            f"not planned: this model's step cannot be followed without memory: {reason_of(error)}"
-        ) from error
+        problem = "this model's step cannot be followed without memory"
+        raise UserError(f"not planned: {problem}: {reason_of(error)}") from error
     trained = round(rehearsals.total(lambda run: sum(p.numel() for p in _trained(run))))
     states = round(rehearsals.total(lambda run: _state_bytes(run, settings.optimizer)))
     notes = []
@@ -268,22 +262,16 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
     name = "mini_batch_size" if hasattr(settings, "mini_batch_size") else "batch_size"
     batch, passes = getattr(settings, name), settings.gradient_accumulation_steps
     halves = [batch >> shift for shift in range(1, batch.bit_length()) if batch % (1 << shift) == 0]
-    kinds = [
-        [
-            {name: half} | ({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})
-            for half in halves
-        ],
-        [] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}],
-    ]
+    accumulate = {half: {"gradient_accumulation_steps": passes * batch // half} if passes else {} for half in halves}
+    kinds = [[{name: half} | accumulate[half] for half in halves]]
+    kinds.append([] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}])
     if hasattr(settings, "model"):
         shape, length = settings.model, settings.model.max_seq_len
         kinds.append([{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)])
     else:
         longest = next(name for name in LENGTHS[1:] if hasattr(settings, name))
-        lengths = {name: getattr(settings, name, None) for name in (longest, "max_prompt_length")}
-        kinds.append(
-            [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
-        )
+        lengths = {name: getattr(settings, name, None) or 0 for name in (longest, "max_prompt_length")}
+        kinds.append([{name: size // part for name, size in lengths.items() if size >= part} for part in (2, 4)])
     kinds.append([{"use_lora": True}] if getattr(settings, "use_lora", None) is False else [])
     kinds.append([{"optimizer": "adamw_8bit"}] if settings.optimizer == "adamw" else [])
     kinds.append([{"use_lora": True, "use_qlora": True}] if getattr(settings, "use_qlora", None) is False else [])
@@ -361,9 +349,8 @@ def _state_bytes(run: Any, optimizer: str) -> float:
         states = (value for state in run.trainer.optimizer.state.values() for value in state.values())
         return sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     shapes = [(name, tuple(p.shape)) for name, p in run.trainer.model.named_parameters() if p.requires_grad]
-    return 4 * sum(
-        state_values(optimizer, "embeddings" if "embed" in name else "mlp", shape) for name, shape in shapes
-    )
+    kinds = ["embeddings" if "embed" in name else "mlp" for name, _ in shapes]
+    return 4 * sum(state_values(optimizer, kind, shape) for kind, (_, shape) in zip(kinds, shapes, strict=True))
 
 
 def measure_step(function: Any, settings: Any, hardware: Hardware, scene: Scene) -> tuple[int, float]:
@@ -390,13 +377,9 @@ def measure_plan(plan: Plan, function: Any, settings: Any, hardware: Hardware) -
     scene = read_scene(settings)
     step = rehearse(function, settings, hardware, scene).ledger.flops.total()
     peak, seconds = measure_step(function, settings, hardware, scene)
-    scale = peak / plan.total
-    return replace(
-        plan,
-        parts={name: round(size * scale) for name, size in plan.parts.items()},
-        seconds=plan.flops and plan.flops * seconds / step,
-        notes=(*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s"),
-    )
+    parts = {name: round(size * peak / plan.total) for name, size in plan.parts.items()}
+    notes = (*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s")
+    return replace(plan, parts=parts, seconds=plan.flops and plan.flops * seconds / step, notes=notes)
 
 
 def _resident(key: str) -> int:

@@ -102,16 +102,8 @@ class Rehearsal:
     def build_rows(self, maker: Any, *, rows_per_step: float) -> Rows:
         length, count = self.scene.length, max(int(rows_per_step), 2) * 4
         prompt, half = self.scene.prompt or length // 2, length - length // 2
-        row = {
-            "input_ids": [3] * length,
-            "labels": [3] * length,
-            "weight": 1.0,
-            "prompt_ids": [3] * prompt,
-            "chosen_ids": [3] * half,
-            "rejected_ids": [4] * half,
-            "prompt": PROMPT,
-            "columns": "{}",
-        }
+        row = {"input_ids": [3] * length, "labels": [3] * length, "weight": 1.0, "prompt": PROMPT, "columns": "{}"}
+        row |= {"prompt_ids": [3] * prompt, "chosen_ids": [3] * half, "rejected_ids": [4] * half}
         rows = Dataset.from_dict({name: [row[name]] * count for name in maker.columns})
         report = RowsReport("rows", "", 1.0, count, count, dict.fromkeys(maker.counts, length * count))
         return Rows(rows, None, [report])
@@ -251,24 +243,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
     """Returns settings of so many steps, of few forward passes, and the completions of a whole rollout."""
     changes: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "warmup_steps": 1, "compile": False}
-    passes, rollout = 1, 0
+    passes, rollout = min(settings.gradient_accumulation_steps or 1, 2), 0
     if hasattr(settings, "rollout"):
         rollout = settings.rollout(1).completions
-        passes = min(settings.gradient_accumulation_steps, 2)
         per_pass, group = settings.mini_batch_size * passes, settings.completions_per_prompt
         prompts = math.lcm(per_pass, group) // group
         changes["batch_size"] = min(settings.batch_size, 2 * prompts)
     elif settings.rows_per_pass == "mini_batch_size":
         passes = min(settings.accumulation(1), 2)
         changes["batch_size"] = passes * settings.mini_batch_size
-    else:
-        passes = min(settings.gradient_accumulation_steps, 2)
-    changes |= {
-        "gradient_accumulation_steps": passes,
-        "report_to": [],
-        "dataloader_num_workers": 0,  # tensors without memory cannot be sent
-        "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
-    }
+    changes |= {"gradient_accumulation_steps": passes, "report_to": []}
+    changes |= {"dataloader_num_workers": 0}  # tensors without memory cannot be sent
+    changes |= {"optimizer": REHEARSED.get(settings.optimizer, settings.optimizer)}
     sends = {name for name, value in settings.trainer_args.items() if name in APART or leaves_machine(name, value)}
     changes["trainer_args"] = {name: value for name, value in settings.trainer_args.items() if name not in sends}
     # a copy of the policy stands in for a named reference or critic
@@ -382,11 +368,8 @@ def _rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene
 
 def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
     """Returns the values of a configuration that have one for each layer."""
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
-    }
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple))}
+    return {name: value for name, value in lists.items() if len(value) == config.num_hidden_layers}
 
 
 def cut_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:

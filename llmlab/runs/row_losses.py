@@ -77,15 +77,13 @@ class RowLosses:
 
     def write(self, folder: Path, step: int, accelerator: Accelerator) -> None:
         """Writes the hardest rows of all processes into a run folder, in place of those of an earlier evaluation."""
-        rows = sorted({entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values(), reverse=True)[
-            :MOST
-        ]
+        distinct = {entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values()
         if not accelerator.is_main_process:
             return
         lines = [
             {"step": step, "source": source, "row": -row, "loss": loss, "tokens": tokens}
             | {"text": self.decode(ids)[:CHARACTERS]}
-            for loss, row, tokens, source, ids in rows
+            for loss, row, tokens, source, ids in sorted(distinct, reverse=True)[:MOST]
         ]
         write_atomically(folder / HARDEST_ROWS, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -307,17 +307,9 @@ class Run(Start[S]):
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""
-        return RunRecord(
-            self.folder,
-            stage=self.stage,
-            settings=self.settings.recorded(),
-            sources=self.resolved.sources,
-            parents=parents,
-            hardware=self.hardware.record(),
-            data=data,
-            data_files=self.data_files,
-            batch=asdict(self.batch),
-        )
+        values = {"stage": self.stage, "settings": self.settings.recorded(), "sources": self.resolved.sources}
+        values |= {"parents": parents, "hardware": self.hardware.record(), "data": data}
+        return RunRecord(self.folder, **values, data_files=self.data_files, batch=asdict(self.batch))
 
     def train_rows(
         self,
@@ -335,20 +327,9 @@ class Run(Start[S]):
             steps = math.ceil(self.settings.epochs * math.ceil(rows / self.batch.rows))
         epochs = steps * self.batch.rows / rows
         data.set_epochs(epochs)
-        return self.train(
-            trainer,
-            steps=steps,
-            plan=[
-                *policy.rows(trainer.model),
-                *plan,
-                ("data", data.summary()),
-                ("steps", f"{steps:,} ({epochs:.2g} epochs over the training rows)"),
-                ("batch", batch),
-            ],
-            parents=policy.parents,
-            data=data.record(),
-            **options,
-        )
+        length = f"{steps:,} ({epochs:.2g} epochs over the training rows)"
+        plan = [*policy.rows(trainer.model), *plan, ("data", data.summary()), ("steps", length), ("batch", batch)]
+        return self.train(trainer, steps=steps, plan=plan, parents=policy.parents, data=data.record(), **options)
 
     def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
         """Records and prints the smaller batch that a run goes on with."""

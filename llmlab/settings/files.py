@@ -187,9 +187,8 @@ def _read_python(text: str, path: Path) -> tuple[Any, Places]:
         try:
             value = ast.literal_eval(node.value)
         except (ValueError, TypeError):
-            raise UserError(
-                f"{path}:{node.lineno}: only literal values are read from a Python file; it is never executed"
-            ) from None
+            problem = "only literal values are read from a Python file; it is never executed"
+            raise UserError(f"{path}:{node.lineno}: {problem}") from None
         # the name of a block means nothing, unless it is a setting whose value is the mapping
         if isinstance(node.value, ast.Dict) and name not in NAMED_MAPPINGS:
             places += [(str(ast.literal_eval(key)), key.lineno) for key in node.value.keys if key is not None]

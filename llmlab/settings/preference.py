@@ -39,10 +39,8 @@ class PreferenceSettings(FineTuningSettings):
     @model_validator(mode="after")
     def check_lengths(self) -> "PreferenceSettings":
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length = {self.max_prompt_length} leaves no room for an answer in max_length = "
-                f"{self.max_length}"
-            )
+            no_room = f"leaves no room for an answer in max_length = {self.max_length}"
+            raise ValueError(f"max_prompt_length = {self.max_prompt_length} {no_room}")
         if self.gradient_accumulation_steps is None:
             self.accumulation(1)
         return self

@@ -209,9 +209,8 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "this is not UTF-8 text"
-            raise UserError(
-                f"chat_template = {template}: {reason}; expected chatml, {COMPACT} or a Jinja file"
-            ) from None
+            expected = f"expected chatml, {COMPACT} or a Jinja file"
+            raise UserError(f"chat_template = {template}: {reason}; {expected}") from None
         return []
     missing = [token for token in (BOS, END_OF_TURN) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)

@@ -171,8 +171,8 @@ def build_rows(
 
 def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None) -> int | None:
     """Returns how many rows of a source to read for its share of these; None is all."""
-    wanted = ((rows_needed, READ_AT_LEAST), (max_samples, SAMPLED_FROM))
-    limits = [(share * count, least) for count, least in wanted if count is not None]
+    counts = ((rows_needed, READ_AT_LEAST), (max_samples, SAMPLED_FROM))
+    limits = [(share * count, least) for count, least in counts if count is not None]
     return min((max(least, math.ceil(count + MARGIN * count)) for count, least in limits), default=None)
 
 
@@ -337,10 +337,8 @@ def row_lengths(rows: Any) -> tuple[float, int] | None:
     if not names:
         return None
     some = rows.select(range(0, len(rows), len(rows) // COUNTED_ROWS + 1)).select_columns(names).with_format("arrow")
-    batches = [
-        {name: np.asarray(pc.list_value_length(table[name])) for name in names} for table in some.iter(batch_size=1000)
-    ]
-    tokens = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    tables = list(some.iter(batch_size=1000))
+    tokens = {name: np.concatenate([pc.list_value_length(table[name]) for table in tables]) for name in names}
     if "input_ids" in tokens:
         return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
     if "chosen_ids" not in tokens:

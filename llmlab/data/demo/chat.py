@@ -92,9 +92,7 @@ GROUPS = {
     **{name: _direct(*rows) for name, rows in _GRAMMAR["exchanges"].items()},
 }
 SYSTEMS = {
-    "in_one_sentence": System(
-        "Answer in one sentence.", lambda answer: len(re.findall(r"[.!?]+(?=\W|$)", answer)) == 1
-    ),
+    "in_one_sentence": System("Answer in one sentence.", lambda text: len(re.findall(r"[.!?]+(?=\W|$)", text)) == 1),
     "to_the_end": System('Say "The end." at the end.', lambda answer: answer.endswith("The end.")),
     "as_somebody": System("You are {name} the {kind}."),
 }

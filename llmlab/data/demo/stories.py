@@ -90,8 +90,8 @@ def broken(random: Random, facts: Facts) -> Facts:
 def shared(random: Random, facts: Facts) -> Facts:
     place = pick(random, world.PLACES)
     total = 5 + int(random.random() * 8)
-    given = 1 + int(random.random() * (total - 3))
-    numbers = {"total": total, "given": given, "left": total - given, "last": total - given - 1}
+    gift = 1 + int(random.random() * (total - 3))
+    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
     words = {name: NUMBERS[number] for name, number in numbers.items()}
     return {**place._asdict(), **words, "fruit": pick(random, WORLD["fruits"])}
 
