@@ -1,6 +1,5 @@
-"""How llmlab prints: consoles, lines, tables, progress bars, numbers and charts; what they say is up to the callers.
-Text from elsewhere (data, records, models, templates) never steers the terminal: markup is llmlab's own, and that text
-goes through `safe`, or into a rich `Text`."""
+"""How llmlab prints: consoles, lines, tables, progress bars, numbers and charts. Text from elsewhere (data, records,
+models) never steers the terminal: markup is llmlab's own, and that text goes through `safe` or a rich `Text`."""
 
 import json
 import math

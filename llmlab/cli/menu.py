@@ -1,6 +1,5 @@
-"""The menu of bare `llmlab`: it asks, shows the configuration and the command, and runs exactly that command. Entries
-and questions are in `menu.yaml`; how a setting is asked is in `questions.py`. A run is a process of its own, which
-Ctrl+C stops as it would without the menu."""
+"""The menu of bare `llmlab`: it asks, shows the configuration and the command, and runs exactly that command, as a
+process of its own. Entries and questions are in `menu.yaml`; how a setting is asked is in `questions.py`."""
 
 import itertools
 import json

@@ -1,5 +1,4 @@
-"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads; `llmlab
-report`: their pages."""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs; `llmlab report`: their pages."""
 
 import webbrowser
 from collections.abc import Sequence
@@ -168,8 +167,7 @@ def report(
     browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
-    from llmlab.pipeline.page import write_pipeline_page
-    from llmlab.pipeline.running import STATE
+    from llmlab.pipeline.running import STATE, write_pipeline_page
     from llmlab.runs.page import write_run_page
 
     folder = expand(folder)

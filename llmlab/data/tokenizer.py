@@ -1,7 +1,6 @@
 """Tokenizers: loaded from wherever they are, or trained on text as a byte-level BPE for ChatML. `<|endoftext|>` is the
-eos token and ends a document; `<|im_end|>` ends a turn. Generation stops at either (`stop_token_ids`), so one
-vocabulary serves base and chat models. `<|im_start|>` is the bos token, the first of every conversation; like
-`<|pad|>` it is never added to plain text."""
+eos token and ends a document, `<|im_end|>` a turn; generation stops at either, so one vocabulary serves base and chat
+models. `<|im_start|>` is the bos token of conversations; like `<|pad|>` it is never added to plain text."""
 
 import os
 import tempfile

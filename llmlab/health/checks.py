@@ -1,6 +1,5 @@
-"""Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics.
-Each looks at the newest line and says what it sees, or None. What a run logs, and what it does about a symptom, is not
-known here. Source: seed, RL guide, sections 6 and 7."""
+"""Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics,
+that says what the newest line shows, or None. Source: seed, RL guide, sections 6 and 7."""
 
 import math
 from bisect import bisect_right

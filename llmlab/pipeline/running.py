@@ -1,4 +1,4 @@
-"""Decides which stages of a pipeline are skipped, resumed or run, and runs them in order."""
+"""Decides which stages of a pipeline are skipped, resumed or run, runs them in order, and writes their page."""
 
 import hashlib
 import json
@@ -15,10 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.runs.history import flatten, open_run
+from llmlab.report.page import write_page
+from llmlab.runs.history import RunFolder, curve_metric, flatten, open_or_note, open_run
 from llmlab.runs.lock import locked
-from llmlab.runs.page import PAGE, try_writing, write_run_page
-from llmlab.runs.record import RECORD, library_versions, read_record
+from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
+from llmlab.runs.record import RECORD, library_versions, read_events, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
@@ -205,8 +206,6 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
     _write_state(pipeline, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
-    from llmlab.pipeline.page import write_pipeline_page  # which reads what is written here
-
     try:
         run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
         state[name]["status"] = "finished"
@@ -303,3 +302,27 @@ def read_state(output_dir: Path) -> State:
 
 def _write_state(pipeline: Pipeline, state: State) -> None:
     write_atomically(pipeline.output_dir / STATE, json.dumps(state, indent=2) + "\n")
+
+
+def write_pipeline_page(folder: Path) -> Path:
+    """Writes `report.html` into a pipeline's folder, and returns its path."""
+    stages = []
+    for name, entry in read_state(folder).items():
+        place = folder / name
+        recorded = (place / RECORD).is_file()  # it may have ended before it wrote a record
+        run = open_or_note(place) if recorded else RunFolder(place, {})
+        metric = curve_metric([run])
+        charts = charts_of(run, metric) if metric else []
+        stage = {
+            "name": name,
+            "kind": run.stage or entry["inputs"].get("kind", {}).get("stage", name),
+            "status": run.status if recorded or entry["status"] == "finished" else "failed",
+            "run": run,
+            "sparklines": charts_of(run, metric, small=True) if metric else [],
+            "charts": charts_of(run, metric, title=f"{name}: {charts[0].title}") if charts else [],
+            "events": len(read_events(run.folder)),
+            "needs": list(entry["needed_runs"]),
+        }
+        stages.append(stage)
+    stages.sort(key=lambda stage: str(stage["run"].record.get("started", "~")))  # those without a record last
+    return write_page(folder / PAGE, "pipeline.html", folder=folder, stages=stages)

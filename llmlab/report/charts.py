@@ -183,13 +183,8 @@ def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
         numbers = sorted(mark.number for mark in marks)
         in_a_row = len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers)
         text = f"{numbers[0]}–{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
-        style = {
-            "color": _color(marks[0].severity),
-            "size": 9,
-            "ha": "center",
-            "transform": axes.get_xaxis_transform(),
-        }
-        axes.text(marks[0].step, 1.02, text, **style)
+        style = {"color": _color(marks[0].severity), "size": 9, "ha": "center"}
+        axes.text(marks[0].step, 1.02, text, transform=axes.get_xaxis_transform(), **style)
 
 
 def _inline(svg: str) -> str:

@@ -1,6 +1,5 @@
-"""`auto_batch`: a step that does not fit into memory is taken again from its start, with each micro-batch in parts.
-Random states and metrics go back to where the step began, so that the run goes on as one that was started with the
-smaller batch and as much more accumulation would."""
+"""`auto_batch`: a step that does not fit into memory is taken again from its start, with each micro-batch in parts, as
+a run would that was started with the smaller batch and as much more accumulation."""
 
 import random
 from collections.abc import Callable

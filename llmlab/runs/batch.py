@@ -1,6 +1,5 @@
 """The effective batch: the rows of one optimizer step over all processes, which a resumed run keeps. How they are
-split into processes, forward passes and rows of a forward pass changes no result, so a resumed run may split them in
-another way. Nothing here knows of data or models."""
+split into processes, forward passes and rows of one changes no result, so a resumed run may split them otherwise."""
 
 import math
 from dataclasses import dataclass
@@ -53,9 +52,7 @@ def split_again(
     names = split_settings(settings)
     now = {name: getattr(settings, name) for name in names}
     rows, passes, evaluations = now.values()
-    changed = {
-        name: value for name, value in now.items() if value not in (getattr(before, name), batch.settings[name])
-    }
+    changed = {name: new for name, new in now.items() if new not in (getattr(before, name), batch.settings[name])}
     if names[0] not in changed:
         rows = max(part for part in range(1, rows + 1) if share % part == 0)
     elif share % rows:

@@ -1,5 +1,4 @@
-"""Trainer callbacks that every stage shares: when to save, checkpoints, resuming schedules and streams, metrics. What
-is printed during training is in `progress.py`."""
+"""Trainer callbacks that all stages share: when to save, checkpoints, resuming schedules and streams, metrics."""
 
 import math
 import time

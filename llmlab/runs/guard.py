@@ -1,5 +1,4 @@
-"""What stands between a bad number and the weights: updates that are refused or left out before the optimizer steps.
-What a run does about it then is `health.py`'s business."""
+"""What stands between a bad number and the weights: updates that are refused or left out before the optimizer."""
 
 import math
 from collections import deque

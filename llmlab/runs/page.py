@@ -47,6 +47,8 @@ def try_writing(write: Callable[[], Path]) -> Path | None:
 def write_run_page(run: RunFolder) -> Path:
     """Writes `report.html` into a run folder, and returns its path."""
     sources = run.data_sources
+    # of numbers and text that are neither empty nor 0 everywhere
+    filled = {key for row in sources for key, v in row.items() if isinstance(v, str) or (is_number(v) and v)}
     return write_page(
         run.folder / PAGE,
         "run.html",
@@ -58,7 +60,7 @@ def write_run_page(run: RunFolder) -> Path:
         hardest_rows=read_hardest_rows(run.folder),
         text_of=text_of,
         sources=sources,
-        columns=[key for key in dict.fromkeys(sum(map(list, sources), [])) if _fills_column(key, sources)],
+        columns=list(dict.fromkeys(key for source in sources for key in source if key in filled)),
     )
 
 
@@ -76,9 +78,8 @@ def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
         values = [run.metrics.get(metric) for run in runs]
         rows.append((metric, values, history.best_of(metric, values)))
     curves = [Curve(name, (), number) for number, name in enumerate(names)]
-    return write_page(
-        page, "comparison.html", runs=runs, curves=curves, charts=charts, metrics=rows, history=history, file=PAGE
-    )
+    values = {"runs": runs, "curves": curves, "charts": charts, "metrics": rows, "history": history, "file": PAGE}
+    return write_page(page, "comparison.html", **values)
 
 
 def charts_of(run: RunFolder, only: str | None = None, **options: Any) -> list[Chart]:
@@ -107,12 +108,6 @@ def text_of(messages: Any) -> str:
             message = f"{message['role']}: {' '.join(shown)}"
         lines.append(str(message or ""))
     return "\n".join(lines)
-
-
-def _fills_column(key: str, rows: list[dict[str, Any]]) -> bool:
-    """Whether a column of the data table says something: a number or text that is neither empty nor 0 everywhere."""
-    values = [row.get(key) for row in rows]
-    return any(isinstance(value, str) or (is_number(value) and value) for value in values)
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,4 @@
-"""Errors that the user can correct: one sentence each and exit code 2, never a traceback. Programming errors are not
-these: they keep their own types and their tracebacks."""
+"""Errors that the user can correct: one sentence each and exit code 2. Bugs keep their own types and tracebacks."""
 
 import difflib
 import os

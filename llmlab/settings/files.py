@@ -1,6 +1,5 @@
 """Reads and writes configuration files, and remembers the line of every key. YAML, JSON and a Python file of literal
-assignments (as guides print them) are data here: nothing in them is executed. What the keys mean is `sources.py`'s
-business."""
+assignments (as guides print them) are data: nothing in them is executed. What keys mean is `sources.py`'s."""
 
 import ast
 import json

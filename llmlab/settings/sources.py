@@ -1,6 +1,5 @@
 """Merges layers of values (preset, files, command line) over the defaults, and knows where each value came from.
-Spellings are resolved before layers are merged, so `--lr` on the command line overrides `learning_rate` in a file. All
-problems are collected and reported at once."""
+Spellings are resolved before layers are merged, and all problems are collected and reported at once."""
 
 import re
 from collections import defaultdict

@@ -1,6 +1,5 @@
 """The contract of an environment: TRL's `environment_factory` shape, plus `done` and what llmlab's loop can use. One
-object plays one episode at a time. The world of `llmlab.simulator` is `world.py`, wrappers are `wrappers.py`, and
-`llmlab.episodes` plays a model in any of them."""
+object plays one episode at a time; `llmlab.episodes` plays a model in any of them."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping

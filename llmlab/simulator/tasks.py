@@ -1,7 +1,6 @@
 """Tasks of the simulator: a goal, the files at the beginning, the expected calls, and a test of the final state.
-Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings,
-words and layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of
-`ToolTask`."""
+Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings and
+layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`."""
 
 import json
 import re

@@ -1,8 +1,7 @@
 """Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask. The template decides the
 text; this module only finds the assistant's tokens in it. Templates without `generation` marks are rendered once for
-each turn, which works for any append-only template. Two turns of the assistant in a row are rendered as they are where
-the template allows it, else joined by a blank line. Reasoning is put as `<think>...</think>` before the answer where
-the template has no place of its own for it."""
+each turn, if append-only. Two turns of the assistant in a row are joined by a blank line, and reasoning put as
+`<think>...</think>` before the answer, where the template has no place for them."""
 
 import itertools
 from dataclasses import dataclass
