@@ -105,15 +105,9 @@ def learn_bpe(
         names = ", ".join(source.name for source in sources)
         problem = f"{names} has enough merges for {reached} entries only"
         raise UserError(f"vocab_size = {vocab_size}: {problem}; give more text, or vocab_size {reached}")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        bos_token=BOS,
-        pad_token=PAD,
-        extra_special_tokens=[END_OF_TURN],
-        clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE.read_text(encoding="utf-8"),
-    )
+    special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, "extra_special_tokens": [END_OF_TURN]}
+    options = {"clean_up_tokenization_spaces": False, "chat_template": TEMPLATE.read_text(encoding="utf-8")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
     _publish(tokenizer, folder)
     return tokenizer
 

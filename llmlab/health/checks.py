@@ -3,7 +3,7 @@ that says what the newest line shows, or None. Source: seed, RL guide, sections 
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -334,12 +334,6 @@ class Watch:
             symptom, (step, value) = load_table()[0][check.symptom], self.curves[metric][-1]
             message = f"{symptom.title} ({metric}): {found[0]}"
             yield Event(step, check.symptom, metric, value, message, symptom.severity, since=found[1])
-
-
-def check_history(history: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None], stage: str) -> list[Event]:
-    """Returns the symptoms of a whole history, the lines of `metrics.jsonl`, oldest first."""
-    watch = Watch(limits, stage)
-    return [event for line in history for event in watch.add(line)]
 
 
 def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:

@@ -49,19 +49,10 @@ def write_run_page(run: RunFolder) -> Path:
     sources = run.data_sources
     # of numbers and text that are neither empty nor 0 everywhere
     filled = {key for row in sources for key, v in row.items() if isinstance(v, str) or (is_number(v) and v)}
-    return write_page(
-        run.folder / PAGE,
-        "run.html",
-        run=run,
-        history=history,
-        events=read_events(run.folder),
-        charts=charts_of(run),
-        samples=_samples(run.folder),
-        hardest_rows=read_hardest_rows(run.folder),
-        text_of=text_of,
-        sources=sources,
-        columns=list(dict.fromkeys(key for source in sources for key in source if key in filled)),
-    )
+    columns = list(dict.fromkeys(key for source in sources for key in source if key in filled))
+    values = {"run": run, "history": history, "text_of": text_of, "sources": sources, "columns": columns}
+    values |= {"events": read_events(run.folder), "charts": charts_of(run), "samples": _samples(run.folder)}
+    return write_page(run.folder / PAGE, "run.html", hardest_rows=read_hardest_rows(run.folder), **values)
 
 
 def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:

@@ -76,14 +76,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, **values: Any):
         self.folder = folder
-        self.values: dict[str, Any] = {
-            **values,
-            "cwd": os.getcwd(),
-            "status": "running",
-            "started": _now(),
-            "versions": library_versions(),
-            "git": git_revision(),
-        }
+        self.values: dict[str, Any] = {**values, "cwd": os.getcwd(), "status": "running", "started": _now()}
+        self.values |= {"versions": library_versions(), "git": git_revision()}
         self.listeners: list[Callable[[Event], None]] = []  # of health events
         self._clock = time.monotonic()
         self._seconds_before = 0.0

@@ -87,15 +87,8 @@ def training_stage(
             resolved, rolled_back = prepare(as_resolved(settings)), False
             without_state = -1  # the step up to which checkpoints have another optimizer's state
             while True:
-                starting = begin(
-                    run_class,
-                    function.__name__.replace("_", "-"),
-                    resolved,
-                    resume=resume,
-                    load_optimizer=load_optimizer,
-                    allow_changed_data=allow_changed_data,
-                    console=console,
-                )
+                start = {"resume": resume, "load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data}
+                starting = begin(run_class, function.__name__.replace("_", "-"), resolved, console=console, **start)
                 with suppress(RolledBack), starting as run, report_at_end(run), explain_out_of_memory(run):
                     run.function, run.rolled_back = start_run, rolled_back
                     return function(run, **options)
@@ -128,10 +121,9 @@ class Run(Start[S]):
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
+        options["chat_template"] = settings.chat_template
         with quiet_libraries():
-            return load_policy(
-                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
-            )
+            return load_policy(settings.policy_checkpoint, settings, self.hardware, **options)
 
     def build_rows(self, maker: Any, *, rows_per_step: float) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
@@ -140,17 +132,12 @@ class Run(Start[S]):
         before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
         # progress bars show only on a terminal
         quiet = nullcontext() if self.console.is_terminal else quiet_libraries()
+        options = {"seed": settings.seed, "allow_truncated": getattr(settings, "allow_truncated", 0.05)}
+        options |= {"validation_rows": self.batch.validation_rows, "max_samples": settings.max_samples}
+        options["rows_needed"] = None if steps is None else math.ceil(steps * rows_per_step)
+        options["rows_before"] = None if before is None else [source["rows"] for source in before]
         with self.process.main_process_first(), quiet:
-            return build_rows(
-                settings,
-                maker,
-                seed=settings.seed,
-                allow_truncated=getattr(settings, "allow_truncated", 0.05),
-                validation_rows=self.batch.validation_rows,
-                max_samples=settings.max_samples,
-                rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
-                rows_before=None if before is None else [source["rows"] for source in before],
-            )
+            return build_rows(settings, maker, **options)
 
     def make_trainer(
         self,
@@ -234,14 +221,9 @@ class Run(Start[S]):
         all rows have as many tokens; `optimizer_bytes` are by default AdamW's."""
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
-        compiled = compile_if_worth(
-            trainer.model,
-            self.settings.compile,
-            device_type=self.hardware.device,
-            steps=steps - self.done,
-            tokens_per_step=self._tokens_per_step(trainer, data),
-            dynamic=not fixed_length,
-        )
+        size = {"steps": steps - self.done, "tokens_per_step": self._tokens_per_step(trainer, data)}
+        size |= {"device_type": self.hardware.device, "dynamic": not fixed_length}
+        compiled = compile_if_worth(trainer.model, self.settings.compile, **size)
         trainer.remove_callback(PrinterCallback)  # the progress line prints the same
         for callback in callbacks:
             trainer.callback_handler.callbacks.insert(0, callback)

@@ -99,15 +99,11 @@ def refusals(layer: "Layer") -> list[str]:
     for key, value in _flatten(layer.values):
         head, _, name = key.rpartition(".")
         if name == REMOTE_CODE:
-            problems.append(
-                f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
-                f"({REMOTE_CODE}=True in a call) allows a model's own Python code to run"
-            )
+            only = f"only --{REMOTE_CODE.replace('_', '-')} on the command line ({REMOTE_CODE}=True in a call)"
+            problems.append(f"{layer.where(key)}: {key} is no setting: {only} allows a model's own Python code to run")
         elif layer.path is not None and (head == TRAINER_ARGS or key == REPORT_TO) and leaves_machine(name, value):
-            problems.append(
-                f"{layer.where(key)}: {key} sends data off this machine, which no file decides; "
-                f"give {key}=... on the command line"
-            )
+            sends = f"{key} sends data off this machine, which no file decides"
+            problems.append(f"{layer.where(key)}: {sends}; give {key}=... on the command line")
     return problems
 
 

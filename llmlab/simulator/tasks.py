@@ -112,14 +112,9 @@ def generate_task(category: str, difficulty: int, split: str, seed: int) -> Tool
         files[f"{folder}/{name}.txt"] = _draw(random, "lines", split, {})
     for slot, command in template.get("let", {}).items():
         values[slot] = run(fill(command), FileSystem(files)).removesuffix("\n")
-    return ToolTask(
-        goal=fill(template["goal"]),
-        files=files,
-        expected=tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"]),
-        success=Success(**fill(template["success"])),
-        category=category,
-        difficulty=difficulty,
-    )
+    expected = tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"])
+    parts = {"goal": fill(template["goal"]), "files": files, "success": Success(**fill(template["success"]))}
+    return ToolTask(**parts, expected=expected, category=category, difficulty=difficulty)
 
 
 @cache

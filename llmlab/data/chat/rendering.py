@@ -164,10 +164,8 @@ class Renderer:
         # with everything trained, the template's line break may follow the end of the last turn
         if end is None or tokenizer.decode(ids[end + 1 : last + 1]).strip():
             expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stops))) or "an eos token"
-            return (
-                f"the end of its last turn is not trained, so the model would never stop: it ends with "
-                f"{tokenizer.decode(ids[last])!r}, expected {expected}"
-            )
+            found = f"it ends with {tokenizer.decode(ids[last])!r}, expected {expected}"
+            return f"the end of its last turn is not trained, so the model would never stop: {found}"
         bos = tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             return f"it begins with {tokenizer.bos_token} twice: the text or the template adds a second one"

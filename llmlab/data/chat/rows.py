@@ -242,26 +242,20 @@ class _Builder:
             raise UserError(f"{report.name}: all of its {report.rows:,} rows have another label than only_label")
         if unusable == rows or unusable > self.settings.allow_dropped * rows:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in report.dropped.most_common(5))
-            raise UserError(
-                f"{report.name}: {unusable:,} of {rows:,} rows cannot be used, the first is row "
-                f"{np.argmax(dropped != '') + 1}: {reasons}; fix them, or raise "
-                f"allow_dropped = {self.settings.allow_dropped:g}"
-            )
+            advice = f"fix them, or raise allow_dropped = {self.settings.allow_dropped:g}"
+            which = f"{unusable:,} of {rows:,} rows cannot be used, the first is row {np.argmax(dropped != '') + 1}"
+            raise UserError(f"{report.name}: {which}: {reasons}; {advice}")
         wrong = np.flatnonzero(problem != "")
         if len(wrong):
-            raise UserError(
-                f"{report.name}: row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): "
-                f"{problem[wrong[0]]}; use a chat template whose generation block covers the end of turn, or set "
-                "chat_template=chatml"
-            )
+            which = f"row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): {problem[wrong[0]]}"
+            advice = "use a chat template whose generation block covers the end of turn, or set chat_template=chatml"
+            raise UserError(f"{report.name}: {which}; {advice}")
         if report.lost > self.allow_truncated * report.rows:
-            first = np.argmax(lost)
-            raise UserError(
-                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after truncation "
-                f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens; "
-                f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}, or raise "
-                f"allow_truncated = {self.allow_truncated:g}"
-            )
+            first, fits = np.argmax(lost), f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}"
+            which = f"{report.lost:,} of {report.rows:,} rows have nothing left to train after truncation"
+            where = f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens"
+            advice = f"{fits}, or raise allow_truncated = {self.allow_truncated:g}"
+            raise UserError(f"{report.name}: {which} {where}; {advice}")
 
 
 def open_rows(
