@@ -140,9 +140,8 @@ def compare(
     table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
         for key, values in history.differing(chosen, part).items():
-            table.add_row(
-                title + safe(key), *("-" if value is ... else safe(history.brief(value)) for value in values)
-            )
+            cells = ("-" if value is ... else safe(history.brief(value)) for value in values)
+            table.add_row(title + safe(key), *cells)
     console.print(table if table.row_count else "[dim]none[/]")
     _print_metrics(console, chosen, names)
     if curve_name is None:
@@ -331,9 +330,8 @@ def _print_health(console: Terminal, run: RunFolder) -> None:
     _print_section(console, "Health")
     for event in events:
         done = f"; {event.action}" if event.action else ""
-        console.print(
-            f"[{EVENT_STYLES[event.severity]}]{event.severity}[/] {safe(event.message + done)}", soft_wrap=True
-        )
+        severity = f"[{EVENT_STYLES[event.severity]}]{event.severity}[/]"
+        console.print(f"{severity} {safe(event.message + done)}", soft_wrap=True)
     for name, (value, lowest, highest) in outside.items():
         above = f"above {lowest:g}" if highest == inf else f"{lowest:g} to {highest:g}"
         band = f"below {highest:g}" if lowest <= 0 else above

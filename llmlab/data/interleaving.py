@@ -39,10 +39,8 @@ class Interleaved:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, which JSON can hold."""
-        states = [
-            part.state_dict() if state is None and taken else state
-            for part, state, taken in zip(self.parts, self.states, self.taken, strict=True)
-        ]
+        rows = zip(self.parts, self.states, self.taken, strict=True)
+        states = [part.state_dict() if state is None and taken else state for part, state, taken in rows]
         return {"taken": list(self.taken), "ended": list(self.ended), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -141,9 +141,8 @@ def _instability(run: History) -> Findings:
             where = f"from {means[lowest]:.4g} around step {loss[lowest + part // 2][0]}"
             yield "unstable", f"training loss rose {where} to {means[-1]:.4g} at the end"
         lows = [min(loss[: at + 1], key=lambda point: point[1]) for at in range(len(loss))]
-        (start, low), (step, peak) = max(
-            zip(lows, loss, strict=True), key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9)
-        )
+        pairs = zip(lows, loss, strict=True)
+        (start, low), (step, peak) = max(pairs, key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9))
         usual = max(2 * low, SPIKE * statistics.median(values))
         if run.stage not in PAIRS and peak > usual and peak - low > SMALL_LOSS:  # losses of pairs approach 0
             yield "unstable", f"training loss jumped from {low:.4g} at step {start} to {peak:.4g} at step {step}"
