@@ -127,11 +127,12 @@ def stage_command(
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
     absent |= set() if name in SECTIONS else {"preset", "hardware"}
     fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
-    table, parameters = spellings_of(kind), list(fixed)
-    for setting in fields_of(kind):
-        for spelling in (name for name in setting.spellings if table[name] is setting):  # else another's own name
-            option = {"default": None, "annotation": _option(setting, spelling, kind)}
-            parameters.append(inspect.Parameter(spelling, inspect.Parameter.KEYWORD_ONLY, **option))
+    parameters = fixed + [
+        inspect.Parameter(
+            spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(setting, spelling, kind)
+        )
+        for setting, spelling in _spellings(kind)
+    ]
     command.__name__ = name
     command.__doc__ = stage.help
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -233,6 +234,12 @@ def parse_value(setting: Setting | None, text: str, key: str) -> Any:
 
 def _is_list(setting: Setting) -> bool:
     return setting.type_name.startswith("list of")
+
+
+def _spellings(kind: type[Settings]) -> list[tuple[Setting, str]]:
+    """Returns each setting with each of its spellings, but for those that are another setting's own name."""
+    table = spellings_of(kind)
+    return [(s, spelling) for s in fields_of(kind) for spelling in s.spellings if table[spelling] is s]
 
 
 def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:

@@ -23,8 +23,10 @@ from llmlab.settings.errors import Unhealthy, UserError
 from llmlab.terminal import safe
 
 # what can change without another order of the data or other weights
-IN_PROCESS = ("learning_rate", "max_grad_norm", "weight_decay", "lora_dropout", "init_kl_coef", "clip_range")
-IN_PROCESS += ("ent_coef", "temperature")
+IN_PROCESS = (
+    *("learning_rate", "max_grad_norm", "weight_decay", "lora_dropout", "init_kl_coef", "clip_range", "ent_coef"),
+    "temperature",
+)
 COLORS = {"warning": "yellow", "critical": "red"}
 
 

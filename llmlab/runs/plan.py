@@ -262,9 +262,13 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
     name = "mini_batch_size" if hasattr(settings, "mini_batch_size") else "batch_size"
     batch, passes = getattr(settings, name), settings.gradient_accumulation_steps
     halves = [batch >> shift for shift in range(1, batch.bit_length()) if batch % (1 << shift) == 0]
-    accumulate = {half: {"gradient_accumulation_steps": passes * batch // half} if passes else {} for half in halves}
-    kinds = [[{name: half} | accumulate[half] for half in halves]]
-    kinds.append([] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}])
+    kinds = [
+        [
+            {name: half} | ({} if passes is None else {"gradient_accumulation_steps": passes * batch // half})
+            for half in halves
+        ],
+        [] if settings.gradient_checkpointing else [{"gradient_checkpointing": True}],
+    ]
     if hasattr(settings, "model"):
         shape, length = settings.model, settings.model.max_seq_len
         kinds.append([{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)])

@@ -5,7 +5,6 @@ come from here. With a `Ledger` nothing is computed, so that a model of any size
 import copy
 import logging
 import math
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +39,11 @@ from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import leaves_machine, remote_code_allowed
 from llmlab.terminal import Terminal
 
-BITS = re.compile("^paged_|_(8|32)bit$")  # bitsandbytes' kernels take addresses; their states differ in size alone
+# bitsandbytes' kernels take addresses; the states of their kinds differ in size alone
+REHEARSED = {
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "paged_lion_32bit"), "lion"),
+}
 FEW_LAYERS = (2, 4)  # even: the halves of `Ledger.peaks` then end at the same place of a layer
 # of trainer_args: what opens connections, files or processes, besides what leaves this machine
 APART = ("log_completions", "deepspeed", "fsdp", "fsdp_config", "vllm_server_base_url", "hub_model_id")
@@ -240,18 +243,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
     """Returns settings of so many steps, of few forward passes, and the completions of a whole rollout."""
     changes: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "warmup_steps": 1, "compile": False}
-    passes, rollout = min(settings.gradient_accumulation_steps or 1, 2), 0
+    passes, rollout = 1, 0
     if hasattr(settings, "rollout"):
         rollout = settings.rollout(1).completions
+        passes = min(settings.gradient_accumulation_steps, 2)
         per_pass, group = settings.mini_batch_size * passes, settings.completions_per_prompt
         prompts = math.lcm(per_pass, group) // group
         changes["batch_size"] = min(settings.batch_size, 2 * prompts)
     elif settings.rows_per_pass == "mini_batch_size":
         passes = min(settings.accumulation(1), 2)
         changes["batch_size"] = passes * settings.mini_batch_size
-    changes |= {"gradient_accumulation_steps": passes, "report_to": []}
-    changes |= {"dataloader_num_workers": 0}  # tensors without memory cannot be sent
-    changes |= {"optimizer": BITS.sub("", settings.optimizer)}
+    else:
+        passes = min(settings.gradient_accumulation_steps, 2)
+    changes |= {
+        "gradient_accumulation_steps": passes,
+        "report_to": [],
+        "dataloader_num_workers": 0,  # tensors without memory cannot be sent
+        "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
+    }
     sends = {name for name, value in settings.trainer_args.items() if name in APART or leaves_machine(name, value)}
     changes["trainer_args"] = {name: value for name, value in settings.trainer_args.items() if name not in sends}
     # a copy of the policy stands in for a named reference or critic

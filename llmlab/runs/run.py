@@ -152,9 +152,12 @@ class Run(Start[S]):
         best_metric: str = "loss",
         **options: Any,
     ) -> Any:
-        """Returns the stage's trainer, a `StageTrainer`, on `data.train`: `arguments` of `config` follow neither from
-        settings nor from the machine, `progress` are those of `ProgressLine`; the best checkpoint has the best
-        validation `best_metric` (`loss` or `reward`), or the gate that the settings name."""
+        """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
+
+        `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
+        of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
+        that the settings name.
+        """
         settings, evaluates = self.settings, data.validation is not None
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
