@@ -17,8 +17,7 @@ from pathlib import Path
 
 def run(options, folder):
     from llmlab.runs.record import read_metrics, read_record
-    from llmlab.settings.dpo import DPOSettings
-    from llmlab.settings.reward import RewardModelSettings
+    from llmlab.settings.preference import DPOSettings, RewardModelSettings
     from llmlab.training.preference.dpo import dpo
     from llmlab.training.preference.reward import reward
 

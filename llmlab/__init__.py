@@ -9,24 +9,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AWRSettings": "llmlab.settings.offline",
-    "DPOSettings": "llmlab.settings.dpo",
+    **dict.fromkeys(("DPOSettings", "ORPOSettings", "RewardModelSettings"), "llmlab.settings.preference"),
+    **dict.fromkeys(("AWRSettings", "RSSFTSettings"), "llmlab.settings.offline"),
+    **dict.fromkeys(("generate_text", "load_for_inference"), "llmlab.inference"),
     "GRPOSettings": "llmlab.settings.grpo",
     "MergeSettings": "llmlab.settings.merge",
     "ModelSettings": "llmlab.settings.model",
-    "ORPOSettings": "llmlab.settings.orpo",
     "PPOSettings": "llmlab.settings.ppo",
     "PretrainSettings": "llmlab.settings.pretrain",
-    "RSSFTSettings": "llmlab.settings.offline",
-    "RewardModelSettings": "llmlab.settings.reward",
     "SFTSettings": "llmlab.settings.sft",
     "TokenizerSettings": "llmlab.settings.tokenizer",
     "awr": "llmlab.training.offline.awr",
     "dpo": "llmlab.training.preference.dpo",
-    "generate_text": "llmlab.inference",
     "grpo": "llmlab.training.online.grpo",
     "load": "llmlab.settings.sources",
-    "load_for_inference": "llmlab.inference",
     "merge": "llmlab.training.merge",
     "orpo": "llmlab.training.preference.orpo",
     "ppo": "llmlab.training.online.ppo",
@@ -37,7 +33,7 @@ _HOMES = {
     "train_tokenizer": "llmlab.training.tokenizer",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

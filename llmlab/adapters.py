@@ -1,7 +1,5 @@
-"""LoRA adapters: resolves presets to target modules for any architecture, and the PEFT configuration.
-
-Reading adapters is in `model/build.py`, merging them in `training/merge.py`.
-"""
+"""LoRA adapters: resolves presets to target modules for any architecture, and the PEFT configuration. Reading adapters
+is in `model/build.py`, merging them in `training/merge.py`."""
 
 import re
 from collections.abc import Iterable
@@ -25,11 +23,8 @@ FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "in_proj", "att
 
 
 def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = None) -> list[str]:
-    """Returns the module-name endings that a preset means in this model.
-
-    `minimal` is queries and values, or the fused projection that contains them. Where layers of another role have the
-    same name, its parent's is added: GPT-2's `mlp.c_proj`. Source: seed, LLM-Lab document, "LoRA Parameters".
-    """
+    """Returns the module-name endings of a preset in this model, with the parent's name where layers of another role
+    have the same (GPT-2's `mlp.c_proj`). Source: seed, LLM-Lab document, "LoRA Parameters"."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     roles = {
         name: _role(name)
@@ -73,35 +68,24 @@ def _leaf(name: str) -> str:
 def lora_config(
     model: PreTrainedModel, settings: LoraSettings, new_tokens: Iterable[int] = (), *, task: str = "CAUSAL_LM"
 ) -> LoraConfig:
-    """Returns the PEFT configuration of these settings for this model.
-
-    The embedding rows (and output rows) of `new_tokens` are trained beside the adapter.
-    """
+    """Returns the PEFT configuration of these settings for this model. The embedding rows (and output rows) of
+    `new_tokens` are trained beside the adapter."""
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = {_leaf(name) for name in modules}
     whole = set(settings.modules_to_save or ())
     if unknown := sorted(whole - leaves):
-        raise UserError(
-            f"modules_to_save: no module is called '{unknown[0]}'{did_you_mean(unknown[0], sorted(leaves))}; "
-            f"expected some of {', '.join(leaf for leaf in sorted(leaves) if not leaf.isdigit())}"
-        )
+        expected = ", ".join(leaf for leaf in sorted(leaves) if not leaf.isdigit())
+        problem = f"no module is called '{unknown[0]}'{did_you_mean(unknown[0], sorted(leaves))}"
+        raise UserError(f"modules_to_save: {problem}; expected some of {expected}")
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = outputs is None or outputs.weight is inputs.weight  # a classifier has no output embedding
     embeddings = [_leaf(name) for name, module in modules.items() if module is inputs]
     embeddings += [_leaf(name) for name, module in modules.items() if module is outputs and not is_tied]
     rows = {leaf: list(new_tokens) for leaf in embeddings if new_tokens and leaf not in whole}
-    return LoraConfig(
-        task_type=task,
-        r=settings.lora_r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=find_targets(model, settings.lora_preset, settings.lora_target_modules),
-        bias=settings.lora_bias,
-        use_dora=settings.use_dora,
-        use_rslora=settings.use_rslora,
-        modules_to_save=settings.modules_to_save,
-        trainable_token_indices=rows or None,
-    )
+    options = {name: getattr(settings, name) for name in ("lora_dropout", "use_dora", "use_rslora", "modules_to_save")}
+    options |= {"r": settings.lora_r, "lora_alpha": settings.alpha, "bias": settings.lora_bias}
+    targets = find_targets(model, settings.lora_preset, settings.lora_target_modules)
+    return LoraConfig(task_type=task, target_modules=targets, trainable_token_indices=rows or None, **options)
 
 
 def trainable_share(model: PreTrainedModel | PeftModel) -> tuple[int, int]:

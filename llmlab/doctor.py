@@ -1,8 +1,6 @@
-"""What this machine is tried on before a run: versions, devices, memory, folders, the hub, optional packages.
-
-Nothing is judged by its name: whatever a run would use is used once, small, and its result is compared. Torch is
-imported late, so that a machine without a working torch is told so. Printing is `llmlab/cli/doctor.py`'s.
-"""
+"""What this machine is tried on before a run: versions, devices, memory, folders, the hub, optional packages. Nothing
+is judged by its name: whatever a run would use is used once, small, and its result is compared. Torch is imported
+late, so that a machine without a working torch is told so. Printing is `llmlab/cli/doctor.py`'s."""
 
 import os
 import platform
@@ -25,22 +23,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from llmlab.settings.errors import UserError, reason_of
+from llmlab.settings.files import read_table
 from llmlab.terminal import human
 
 COMPILE_LIMIT = 120.0  # seconds; from an empty cache it took 30 on two cores
 HUB_LIMIT = 5.0  # seconds
 LITTLE_DISK, NO_DISK = 20e9, 1e9  # bytes: a checkpoint of the default model takes 6e9
-OPTIONAL = {  # distribution: what it enables
-    "bitsandbytes": "use_qlora, and optimizers with 8-bit states",
-    "liger-kernel": "use_liger_kernel: fused kernels, less memory for logits",
-    "flash-attn": "attn_implementation = flash_attention_2",
-    "vllm": "use_vllm: faster sampling in grpo and ppo",
-    "deepspeed": "ZeRO: model states sharded over GPUs",
-    "trackio": "report_to = trackio: local experiment tracking",
-    "tensorboard": "report_to = tensorboard",
-    "ruff": "the reward lint_pass",
-    "lm-eval": "public benchmarks",
-}
+OPTIONAL = read_table("llmlab", "packages")
 
 
 @dataclass(frozen=True)
@@ -54,11 +43,8 @@ class Check:
 
 
 def examine(say: Callable[[str], None] = lambda text: None) -> tuple[list[Check], str | None, str | None]:
-    """Tries everything once, and `say`s what it is at.
-
-    Returns:
-        The checks, the recommended hardware preset, and what keeps all runs from training (None: nothing).
-    """
+    """Tries everything once; returns the checks, the recommended hardware preset, and what keeps all runs from
+    training."""
     say("importing torch and the trainers")
     checks = [*check_versions(), check_imports()]
     problem = next((f"{check.name}: {check.detail}" for check in checks if check.status == "broken"), None)

@@ -1,8 +1,6 @@
 """Plays episodes: a model writes, the tools that it calls run, their results are appended, until the episode ends.
-
-Tokens that the model sampled are kept as they were sampled and never encoded again. What samples is the caller's:
-GRPO and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episodes` that of `inference.py`.
-"""
+Tokens that the model sampled are kept as they were sampled and never encoded again. What samples is the caller's: GRPO
+and PPO give their trainer's sampling, RS-SFT, AWR, gates and `llmlab episodes` that of `inference.py`."""
 
 import asyncio
 import inspect
@@ -34,9 +32,7 @@ NO_TURN = {"role": "assistant", "content": ""}
 
 class Task(NamedTuple):
     """What an episode begins with: an environment, the prompt's messages, and the columns that `reset` gets beside.
-
-    `seed` is that of environments that draw random numbers: equal for episodes that are compared with each other.
-    """
+    `seed` is that of environments that draw random numbers: equal for episodes that are compared with each other."""
 
     environment: Any
     prompt: list[Message]
@@ -46,11 +42,8 @@ class Task(NamedTuple):
 
 @dataclass
 class Episode:
-    """An episode as it was played.
-
-    `completion_ids` are all tokens after the prompt, `mask` is 1 for those that the model sampled and 0 for results
-    of tools, both (time,). `completion` has the same as messages of the assistant and of tools.
-    """
+    """An episode as it was played: all tokens after the prompt, a mask that is 1 for those that the model sampled and
+    0 for results of tools, both (time,), and the same as messages of the assistant and of tools."""
 
     environment: Any
     prompt: list[Message]  # with the text of `reset`
@@ -80,20 +73,9 @@ def play(
     tool_timeout: float = 30.0,
     ends: Collection[int] = (),
 ) -> list[Episode]:
-    """Plays one episode of each task, all at the same time, turn by turn.
-
-    Resets and calls of all episodes run side by side, in threads, or on one event loop where they are async.
-
-    Args:
-        tasks: environments must be distinct objects.
-        sample: returns at most `max_new_tokens` tokens for each row of token ids.
-        tokenizer: with a chat template that shows tools and their results.
-        max_episode_length: calls of tools after which an episode ends.
-        max_new_tokens: of one turn.
-        max_length: longest prompt and completion together in tokens; an episode ends where a turn might not fit.
-        tool_timeout: seconds after which a call of a tool is abandoned.
-        ends: tokens that end a turn, beside those of the tokenizer.
-    """
+    """Plays one episode of each task side by side, turn by turn, each in an environment of its own, until a turn of
+    `max_new_tokens` might not fit into `max_length` or a limit is reached; `ends` are further tokens that end a
+    turn."""
     check_template(tokenizer)
     for task in tasks:
         if hasattr(task.environment, "seed"):
@@ -112,7 +94,8 @@ def play(
             found = f"returned {type(text).__name__}" if task.prompt else "has no message to add its text to"
             raise UserError(f"{where} {found}; expected text or None, for the end of a prompt's last message")
         tools.append(tools_of(task.environment))
-        prompt = _append_text(task.prompt, text)
+        *before, last = task.prompt
+        prompt = [*before, {**last, "content": last["content"] + (text or "")}]
         try:
             ids, prompt = encode_prompt(tokenizer, prompt, schemas_of(task.environment))
         except UnusableRow as reason:
@@ -123,8 +106,7 @@ def play(
         turns = sample([episodes[k].tokens for k in playing])
         calls: dict[int, list[ToolCall]] = {}
         for k, ids in zip(playing, turns, strict=True):
-            found = _add_turn(episodes[k], ids, tokenizer, stops)
-            if found:
+            if found := _add_turn(episodes[k], ids, tokenizer, stops):
                 calls[k] = found
         results = _run_calls(episodes, tools, calls, max_episode_length, tool_timeout)
         playing = [k for k in results if episodes[k].end == "answer"]  # no other end yet
@@ -142,20 +124,11 @@ def play(
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError for a tokenizer whose chat template does not show the results of tools."""
     if tokenizer.chat_template is None:
-        raise UserError(
-            "this model's tokenizer has no chat template; episodes need one that shows the results of tools"
-        )
+        problem = "this model's tokenizer has no chat template"
+        raise UserError(f"{problem}; episodes need one that shows the results of tools")
     ids = suffix_ids(tokenizer, [{"role": "tool", "name": "look", "content": "seen"}], tokenizer.eos_token_id)
     if "seen" not in tokenizer.decode(ids):
         raise UserError("the chat template does not show the results of tools; set chat_template=chatml")
-
-
-def _append_text(prompt: list[Message], text: str | None) -> list[Message]:
-    """Returns the prompt with the text of `reset` at the end of its last message."""
-    if not text:
-        return prompt
-    *before, last = prompt
-    return [*before, {**last, "content": last["content"] + text}]
 
 
 def _has_room(episode: Episode, max_new_tokens: int, max_length: int | None) -> bool:
@@ -193,9 +166,8 @@ def _run_calls(
     for number in range(max(map(len, calls.values()), default=0)):
         now = {k: each[number] for k, each in calls.items() if number < len(each) and episodes[k].end == "answer"}
         jobs = [_prepare_call(episodes[k].environment, tools[k], call) for k, call in now.items()]
-        limits = [
-            getattr(episodes[k].environment, "time_limits", {}).get(c.name, tool_timeout) for k, c in now.items()
-        ]
+        own = {k: getattr(episodes[k].environment, "time_limits", {}) for k in now}
+        limits = [own[k].get(call.name, tool_timeout) for k, call in now.items()]
         for (k, call), limit, value in zip(now.items(), limits, run_side_by_side(jobs, limits), strict=True):
             episode, environment = episodes[k], episodes[k].environment
             if isinstance(value, Abandoned):
@@ -255,10 +227,8 @@ class Abandoned(Exception):
 
 
 def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]) -> list[Any]:
-    """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds.
-
-    Python cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit.
-    """
+    """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds. Python
+    cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit."""
     _event_loop()  # in this thread: made by several at once, it would be several
     futures: list[Future[Any]] = [Future() for _ in calls]
     for call, future in zip(calls, futures, strict=True):
@@ -299,10 +269,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def suffix_ids(tokenizer: PreTrainedTokenizerBase, results: list[Message], last: int) -> list[int]:
-    """Returns the tokens of tool results and of the beginning of the next turn, which follow the token `last`.
-
-    The template renders them after a stand-in for the conversation, whose own text is left away.
-    """
+    """Returns the tokens of tool results and of the beginning of the next turn, which follow the token `last`. The
+    template renders them after a stand-in for the conversation, whose own text is left away."""
     calls = [{"type": "function", "function": {"name": result["name"], "arguments": {}}} for result in results]
     start = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     with reading("the chat template (set chat_template=chatml)", "one with tool results"):

@@ -13,43 +13,15 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import read_table
 
 NO_TF32 = "asked for, but CUDA GPUs since Ampere alone have it: no effect here"
 GPU_EXTRA = "'llmlab[gpu]'"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# dense bf16 peak in FLOP/s and bytes/s of memory, from the vendors' data sheets; matched in this order
-RATES = {
-    "GB200": (2500e12, 8.0e12),
-    "B200": (2250e12, 8.0e12),
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-40GB": (312e12, 1.56e12),
-    "A100-PCIE-40GB": (312e12, 1.56e12),
-    "A100": (312e12, 2.0e12),
-    "A10G": (70e12, 0.6e12),
-    "L40S": (362e12, 0.86e12),
-    "L40": (181e12, 0.86e12),
-    "L4": (121e12, 0.3e12),
-    "RTX 5090": (209.5e12, 1.79e12),
-    "RTX 4090": (165.2e12, 1.01e12),
-    "RTX 4080": (97.5e12, 0.72e12),
-    "RTX 3090": (71e12, 0.94e12),
-    "M1 Max": (10.4e12, 0.4e12),  # its GPU, in fp32 and fp16 alike
-}
+_TABLE = read_table("llmlab", "hardware")
+RATES: dict[str, tuple[float, float]] = _TABLE["rates"]
 BANDWIDTHS = {"cuda": 0.8e12, "mps": 0.2e12, "cpu": 0.04e12}  # bytes/s of devices that are not there
-GIB = 2**30
-MACHINES = {  # of the hardware presets, for plans made elsewhere: device, name, what torch says of its memory
-    "m1_max_64gb": ("mps", "Apple M1 Max", 48 * GIB),
-    "rtx_4080": ("cuda", "NVIDIA RTX 4080", 15.7 * GIB),
-    "rtx_4090": ("cuda", "NVIDIA RTX 4090", 23.6 * GIB),
-    "a100_40gb": ("cuda", "NVIDIA A100-SXM4-40GB", 39.4 * GIB),
-    "a100_80gb": ("cuda", "NVIDIA A100-SXM4-80GB", 79.1 * GIB),
-    "h100_80gb": ("cuda", "NVIDIA H100", 79.1 * GIB),
-    "h200_141gb": ("cuda", "NVIDIA H200", 139.8 * GIB),
-}
-MACHINES |= dict.fromkeys(("multi_gpu_ddp", "multi_gpu_fsdp"), MACHINES["rtx_4090"])
+MACHINES = {name: (device, title, gib * 2**30) for name, (device, title, gib) in _TABLE["machines"].items()}
 
 
 @dataclass(frozen=True)
@@ -94,9 +66,8 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
     if device == "auto":
         device = available[0] if available else "cpu"
     elif device != "cpu" and device not in available:
-        raise UserError(
-            f"device = {device}: this machine has no such device; expected one of {', '.join([*available, 'cpu'])}"
-        )
+        expected = f"expected one of {', '.join([*available, 'cpu'])}"
+        raise UserError(f"device = {device}: this machine has no such device; {expected}")
     name, memory = _identify(device)
     dtype, reason = _choose_dtype(device, dtype)
     return Hardware(device, name, dtype, reason, memory, _rates(name)[0], int(os.environ.get("WORLD_SIZE", "1")))
@@ -117,7 +88,7 @@ def recommend_preset(hardware: Hardware, gpus: int | None = None) -> str:
 def check_packages(settings: Any, hardware: Hardware) -> None:
     """Refuses settings of a training stage that need a package, device or dtype which is not here."""
     optimizer, attention = f"optimizer = {settings.optimizer}", f"attn_implementation = {settings.attn_implementation}"
-    for wish, wanted, package, install, devices in (
+    for wish, asked_for, package, install, devices in (
         ("use_qlora = true", getattr(settings, "use_qlora", False), "bitsandbytes", GPU_EXTRA, ("cuda", "cpu")),
         (optimizer, optimizer.endswith("bit"), "bitsandbytes", GPU_EXTRA, ("cuda", "cpu")),
         ("use_liger_kernel = true", settings.use_liger_kernel, "liger_kernel", GPU_EXTRA, ("cuda",)),
@@ -126,9 +97,9 @@ def check_packages(settings: Any, hardware: Hardware) -> None:
         *((f"report_to = {name}", True, name, name, (hardware.device,)) for name in settings.report_to),
     ):
         where = "" if hardware.device in devices else f"; it runs on {' or '.join(devices)}, not on {hardware.device}"
-        if wanted and find_spec(package) is None:
+        if asked_for and find_spec(package) is None:
             raise UserError(f"{wish}: it needs {package}, which is not installed: pip install {install}{where}")
-        if wanted and where:
+        if asked_for and where:
             raise UserError(f"{wish}: not supported by {package} on this device{where}")
     if "flash" in attention and hardware.dtype == "fp32":
         raise UserError(f"{attention}: it computes in bf16 or fp16 alone, and dtype is fp32")

@@ -26,9 +26,7 @@ def import_heavy(module: str) -> Any:
 @dataclass(frozen=True)
 class Stage:
     """A stage: its name, one line of help, its function (`module:name` in `llmlab.training`), whether it can resume.
-
-    The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`.
-    """
+    The function takes the resolved settings (and `resume`, a run folder, where it can) and returns a `RunResult`."""
 
     name: str
     help: str

@@ -1,8 +1,5 @@
-"""How llmlab prints: consoles, lines, tables, progress bars, numbers and charts; what they say is up to the callers.
-
-Text from elsewhere (data, records, models, templates) never steers the terminal: markup is llmlab's own, and that
-text goes through `safe`, or into a rich `Text`.
-"""
+"""How llmlab prints: consoles, lines, tables, progress bars, numbers and charts. Text from elsewhere (data, records,
+models) never steers the terminal: markup is llmlab's own, and that text goes through `safe` or a rich `Text`."""
 
 import json
 import math
@@ -154,11 +151,8 @@ def draw_curves(
     scale: Sequence[tuple[int, float]] | None = None,
     ends: tuple[str, str] | None = None,
 ) -> list[Text]:
-    """Returns curves in braille dots (two across and four down a character) over an axis of steps.
-
-    Where many points share a dot's column, their mean is drawn; the axes span the points of `scale`, or of all curves.
-    `ends` are written below the axis in place of the first and last step.
-    """
+    """Returns curves in braille dots (two across and four down a character), the means of points that share a column,
+    over an axis of steps (or `ends`); the axes span the points of `scale`, or of all curves."""
     whole = scale or [point for curve in curves for point in curve.points]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*whole, strict=True))
     labels = {0: short_number(high), height // 2: short_number((low + high) / 2), height - 1: short_number(low)}

@@ -1,7 +1,5 @@
-"""The command line's root: which commands exist, loaded one at a time, and how errors end.
-
-Only the command that was asked for is imported, so `llmlab --help` stays fast and free of torch.
-"""
+"""The command line's root: which commands exist, loaded one at a time, and how errors end. Only the command that was
+asked for is imported, so `llmlab --help` stays fast and free of torch."""
 
 import gc
 import logging

@@ -1,7 +1,5 @@
-"""`llmlab chat` and `llmlab generate`: a model in the terminal, turn by turn or prompt by prompt.
-
-Loading and sampling are in `inference`; here are only reading, printing and the conversation's bookkeeping.
-"""
+"""`llmlab chat` and `llmlab generate`: a model in the terminal, turn by turn or prompt by prompt. Loading and sampling
+are in `inference`; here are only reading, printing and the conversation's bookkeeping."""
 
 import json
 import re

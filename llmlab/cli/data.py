@@ -56,21 +56,14 @@ def check(
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
-    reports = [
-        inspect_rows(
-            _rows(source, limit),
-            source.read,
-            name=source.name,
-            form=source.form.name + (", unpaired" if source.label else ""),
-            label=source.label,
-            renderer=renderer,
-            max_seq_len=max_seq_len,
-        )
-        for source in found
-    ]
+    options = {"renderer": renderer, "max_seq_len": max_seq_len}
+    reports = []
+    for source in found:
+        form = source.form.name + (", unpaired" if source.label else "")
+        names = {"name": source.name, "form": form, "label": source.label}
+        reports.append(inspect_rows(_rows(source, limit), source.read, **names, **options))
     if as_json:
-        say_json({"sources": [asdict(report) for report in reports]})
-        return
+        return say_json({"sources": [asdict(report) for report in reports]})
     console = Terminal()
     _print_overview(console, reports)
     for report in reports:
@@ -156,8 +149,7 @@ def _rows(source: "ConversationSource", limit: int | None) -> Iterator[dict[str,
 
 def _short(name: str) -> str:
     """Returns a source's name for a place with little room."""
-    path = expand(name)
-    return path.name if path.exists() else name
+    return path.name if (path := expand(name)).exists() else name
 
 
 def _print_overview(console: Terminal, reports: "list[DataReport]") -> None:
@@ -264,8 +256,7 @@ def _print_legend(console: Terminal) -> None:
         return
     names = {(True, False): "trained", (True, True): "special, trained", (False, False): "not trained"}
     names[False, True] = "special"
-    legend = [Text(f" {name} ", style=_style(*kind)) for kind, name in names.items()]
-    console.print(Text("  ").join(legend))
+    console.print(Text("  ").join(Text(f" {name} ", style=_style(*kind)) for kind, name in names.items()))
 
 
 def _style(trained: bool, special: bool) -> str:

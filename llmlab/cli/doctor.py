@@ -31,8 +31,6 @@ def doctor(
         console.print(table)
     if preset:
         console.print(f"[bold]Preset[/bold] for this machine: --hardware {safe(preset)}")
-    if problem:
-        console.print(f"[bold red]nothing can be trained here[/]: {safe(problem)}")
-    else:
-        console.print("[green]this machine can train[/]")
+    bad = f"[bold red]nothing can be trained here[/]: {safe(problem)}"
+    console.print(bad if problem else "[green]this machine can train[/]")
     raise typer.Exit(1 if problem else 0)

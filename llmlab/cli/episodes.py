@@ -1,7 +1,5 @@
 """`llmlab episodes run`: a model, the scripted expert or a random policy acts by calling tools; figures and replays.
-
-Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`.
-"""
+Playing is `llmlab/episodes.py`, environments are `llmlab/simulator`."""
 
 import json
 from functools import partial
@@ -33,12 +31,8 @@ SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
 GROUPS = ("category", "difficulty")  # columns by which success is shown
 SHARES = ("success", "ended")  # figures in percent; the others are means
 BATCH = 16  # turns that are sampled at the same time
-ENDS = {
-    "done": "the environment",
-    "answer": "an answer",
-    "calls": "the limit of calls",
-    "length": "the limit of tokens",
-}
+ENDS = {"done": "the environment", "answer": "an answer"}
+ENDS |= {"calls": "the limit of calls", "length": "the limit of tokens"}
 LONGEST = 800  # characters of a text in a replay
 
 

@@ -1,7 +1,5 @@
-"""`llmlab evaluate`: gates of a model, against thresholds and another model's scores, or public benchmarks.
-
-Measuring and judging are in `llmlab.evaluation`; here are only options and tables.
-"""
+"""`llmlab evaluate`: gates of a model, against thresholds and another model's scores, or public benchmarks. Measuring
+and judging are in `llmlab.evaluation`; here are only options and tables."""
 
 import os
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
-"""`--accelerate NAME|FILE`: starts a command again in the processes of `accelerate launch`, once it is checked.
-
-The processes are Accelerate's and torch's; here are the checks before, and how signals and exit codes pass through.
-"""
+"""`--accelerate NAME|FILE`: starts a command again in the processes of `accelerate launch`, once it is checked. The
+processes are Accelerate's and torch's; here are the checks before, and how signals and exit codes pass through."""
 
 import json
 import logging
@@ -54,9 +52,7 @@ class Launch:
 
     def command(self, arguments: Sequence[str], device: str, *, here: bool) -> tuple[list[str], Any]:
         """Returns the words after `accelerate launch` that start `llmlab ARGUMENTS`, and Accelerate's reading of them.
-
-        `device` is the setting; `here` refuses what this machine cannot run, besides what no machine can.
-        """
+        `device` is the setting; `here` refuses what this machine cannot run, besides what no machine can."""
         import torch
         from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
         from accelerate.commands.launch import launch_command_parser
@@ -209,10 +205,8 @@ def end_as(codes: dict[int, int], processes: int) -> None:
     rank, code = next(killed, next(iter(codes.items())))
     if code >= 0:
         raise SystemExit(code)
-    error = UserError(
-        f"process {rank} of {processes} was killed by {signal.Signals(-code).name} (most often for its memory); "
-        "--resume continues from the last checkpoint"
-    )
+    killer, advice = signal.Signals(-code).name, "--resume continues from the last checkpoint"
+    error = UserError(f"process {rank} of {processes} was killed by {killer} (most often for its memory); {advice}")
     error.exit_code = 128 - code
     raise error
 

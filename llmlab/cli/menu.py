@@ -1,8 +1,5 @@
-"""The menu of bare `llmlab`: it asks, shows the configuration and the command, and runs exactly that command.
-
-Entries and questions are in `menu.yaml`; how a setting is asked is in `questions.py`.  A run is a process of its own,
-which Ctrl+C stops as it would without the menu.
-"""
+"""The menu of bare `llmlab`: it asks, shows the configuration and the command, and runs exactly that command, as a
+process of its own. Entries and questions are in `menu.yaml`; how a setting is asked is in `questions.py`."""
 
 import itertools
 import json
@@ -78,7 +75,8 @@ def open_entry(entry: dict[str, Any]) -> None:
         for _ in range(entry.get("runs", 0) or entry.get("models", 0)):
             chosen = choose_run("Run folder", has_model if "models" in entry else lambda run: True)
             if chosen == TYPED:
-                chosen = ask(questionary.text("Folder or hub id"), _required, typed=True).strip()
+                refuse = lambda text: ("", "") if text.strip() else ("error", "a value is required")  # noqa: E731
+                chosen = ask(questionary.text("Folder or hub id"), refuse, typed=True).strip()
             words.append(chosen)
         for option, default in entry.get("asks", {}).items():
             text = ask(questionary.text(option, default)).strip()
@@ -175,19 +173,16 @@ def review(form: Form, name: str, names: Sequence[str]) -> None:
         values = settings.model_dump(mode="json", exclude_defaults=True)
         values = values.get("model", {}) if is_model else values
         console.rule(safe(path))
-        console.print(
-            safe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip() if values else "# all defaults")
-        )
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+        console.print(safe(text if values else "# all defaults"))
         for warning in form.resolved.warnings:
             console.print(f"[yellow]warning: {safe(warning)}[/]")
         say("" if is_model else f"$ {shlex.join(['llmlab', *command])}", bold=True)
         actions = [Choice("Run it", "run")] * (not form.problems and not is_model)
         actions += [Choice(f"Save it as {path}", "save")] * (not form.problems and not saved and not untouched)
-        actions += [
-            Choice("More settings: change any of them", "change"),
-            Choice("Show every setting and its source", "show"),
-        ]
-        action = choose("Next", [*actions, Choice("Back to the menu", "leave")], form.status)
+        actions += [Choice("More settings: change any of them", "change")]
+        actions += [Choice("Show every setting and its source", "show"), Choice("Back to the menu", "leave")]
+        action = choose("Next", actions, form.status)
         if action == "change":
             with suppress(Back, EOFError):
                 change(form, name)
@@ -265,10 +260,6 @@ def _pipelines(folder: Path) -> list[Path]:
         with suppress(UserError):
             found += [path] * ("stages" in read_layer(path).values)
     return found
-
-
-def _required(text: str) -> tuple[str, str]:
-    return ("", "") if text.strip() else ("error", "a value is required")
 
 
 def _word(key: str, value: Any) -> str:

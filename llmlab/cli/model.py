@@ -61,12 +61,10 @@ def info(
         console.print(f"{'':11}{safe(adapter)}", soft_wrap=True)
     _print_memory(console, size)
     if ours:
-        console.print(
-            f"\nFLOPs per token at {length}: {size.forward_flops_per_token(length):.3g} forward, "
-            f"{size.training_flops_per_token(length):.3g} training\n"
-            f"KV cache per token: {size.kv_cache_bytes_per_token('bf16'):,} bytes in bf16, "
-            f"{size.kv_cache_bytes_per_token('fp32'):,} in fp32"
-        )
+        flops = (count(length) for count in (size.forward_flops_per_token, size.training_flops_per_token))
+        cache = (size.kv_cache_bytes_per_token(dtype) for dtype in ("bf16", "fp32"))
+        console.print("\nFLOPs per token at {}: {:.3g} forward, {:.3g} training".format(length, *flops))
+        console.print("KV cache per token: {:,} bytes in bf16, {:,} in fp32".format(*cache))
 
 
 def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":

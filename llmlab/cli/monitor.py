@@ -1,7 +1,5 @@
-"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train.
-
-It reads their folders alone, so it also watches runs of other processes, users and, over a shared disk, machines.
-"""
+"""`llmlab monitor`: the runs in a folder on one screen, redrawn while they train. It reads their folders alone, so it
+also watches runs of other processes, users and, over a shared disk, machines."""
 
 import os
 import select
@@ -21,10 +19,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmlab import terminal
-from llmlab.cli.runs import CURVE_STYLES, show_result, show_status
+from llmlab.cli.runs import curves_of, show_result, show_status
 from llmlab.runs.history import RunFolder, curve_metric, find_runs
 from llmlab.runs.signals import handle_signals, interrupt
-from llmlab.terminal import Curve, Terminal, duration, safe, short_number
+from llmlab.terminal import Terminal, duration, safe, short_number
 
 try:
     import termios
@@ -168,11 +166,9 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
         ),
     ]
     name = (curve_metric([run]) or "").removeprefix("eval_")
-    curves = [Curve(run.curves[name], CURVE_STYLES[0])] if name in last else []
-    curves += [Curve(run.curves[f"eval_{name}"], CURVE_STYLES[2], marks=True)] if f"eval_{name}" in last else []
+    curves, legend = curves_of(run, name)
     if curves and height >= 3:
-        marks = f"[{CURVE_STYLES[2]}]●[/] eval_{safe(name)}" if curves[-1].marks else ""
-        drawn.append(_line(f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(name)}", marks))
+        drawn.append(_line(*legend))
         drawn += terminal.draw_curves(curves, width=width, height=height)
     return [*drawn, _line(_last_event(run, whole=True), safe(run.events[-1].message) if run.events else "")]
 

@@ -1,7 +1,5 @@
-"""Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys.
-
-Values stay text until the settings validate them, so that a file, the command line and a notebook get the same errors.
-"""
+"""Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys. Values stay
+text until the settings validate them, so that a file, the command line and a notebook get the same errors."""
 
 import inspect
 import os
@@ -61,10 +59,8 @@ POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that a
 def stage_command(
     name: str, use: Callable[[Resolved[Any]], None] | None = None, processes: int | None = None
 ) -> Callable[..., None]:
-    """Returns the typer command of a stage: its settings as options, and what every stage can do.
-
-    With `use`, its settings for so many `processes` (None: as many as the hardware preset has) go there, and nothing
-    runs."""
+    """Returns the typer command of a stage: its settings as options, and what every stage can do. With `use`, its
+    settings for so many `processes` (None: as many as the hardware preset has) go there, and nothing runs."""
     stage = STAGES[name]
     kind = stage.settings_class
     positional = POSITIONAL.get(name)
@@ -229,9 +225,8 @@ def _command_line_layer(
         first = keys.setdefault(table[key].key if key in table else key, key)
         if first in values and values[first] != value:
             spelled = f"'{key}'" if first == key else f"'{key}' (as '{first}' too)"
-            raise UserError(
-                f"command line: {spelled} is given twice, as {show(values[first])} and {show(value)}; keep one"
-            )
+            both = f"{show(values[first])} and {show(value)}"
+            raise UserError(f"command line: {spelled} is given twice, as {both}; keep one")
         values[first] = value
 
     for word in overrides:

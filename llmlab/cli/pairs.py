@@ -1,7 +1,5 @@
 """`llmlab data pairs`: a model's completions, scored by rewards, as preference pairs for `llmlab dpo` and `orpo`.
-
-Sampling, scoring and choosing are in `training/preference/pairs.py`; here are only options, progress and tables.
-"""
+Sampling, scoring and choosing are in `training/preference/pairs.py`; here are only options, progress and tables."""
 
 import os
 import re
@@ -102,9 +100,8 @@ def pairs(
         with quiet_libraries():
             model, tokenizer = load_for_inference(run)
             if not is_chat_model(run, tokenizer):
-                raise UserError(
-                    f"{run}: this model continues text and answers no prompts; expected one from llmlab sft"
-                )
+                expected = "this model continues text and answers no prompts; expected one from llmlab sft"
+                raise UserError(f"{run}: {expected}")
             options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
             comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
             report = summarize(track(comparisons, len(examples), "Sampling"), unusable)

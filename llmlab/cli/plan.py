@@ -90,11 +90,9 @@ def resolve_words(command: str, stage: str, words: list[str], hardware: str | No
     app.command(stage, cls=PlainHelp)(stage_command(stage, use=found.append, processes=processes))
     words = [*words, *(["--hardware", hardware] if hardware else [])]
     typer.main.get_command(app)(words, prog_name=f"llmlab {command} {stage}", standalone_mode=False)
-    return found[0] if found else _stop()
-
-
-def _stop() -> Any:
-    raise typer.Exit  # --help, --show-config
+    if not found:
+        raise typer.Exit  # --help, --show-config
+    return found[0]
 
 
 def _print_plan(stage: str, plan: "Plan", machine: Any, changes: list[str]) -> None:

@@ -1,8 +1,6 @@
-"""Questions about a stage's settings, generated from their types, choices, bounds, conditions and help.
-
-An answer is a layer over files, which the settings validate while it is typed.  Which settings are asked,
-and in which order, is in `menu.yaml`; what happens with the answers is in `menu.py`.
-"""
+"""Questions about a stage's settings, generated from their types, choices, bounds, conditions and help. An answer is a
+layer over files, which the settings validate while it is typed. Which settings are asked, and in which order, is in
+`menu.yaml`; what happens with the answers is in `menu.py`."""
 
 import json
 import os
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import questionary
-import yaml
 from prompt_toolkit.filters import is_done
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.layout import ConditionalContainer, FormattedTextControl, HSplit, Layout, Window
@@ -31,15 +28,14 @@ from llmlab.cli.options import parse_value
 from llmlab.runs.history import RunFolder, find_runs
 from llmlab.settings.base import Setting, When, fields_of, show
 from llmlab.settings.errors import UserError, printable, reason_of
-from llmlab.settings.files import Layer, read_layer
+from llmlab.settings.files import Layer, read_layer, read_table
 from llmlab.settings.paths import MODEL_FILES, Reads
 from llmlab.settings.presets import for_stage
 from llmlab.settings.sources import NONE_WORDS, Resolved
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, duration, human, safe
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the menu opens 50 ms sooner where there is the one in C
-TABLES = yaml.load(Path(__file__).with_name("menu.yaml").read_text(encoding="utf-8"), LOADER)
+TABLES = read_table("llmlab.cli", "menu")
 for names in TABLES["first"].values():
     names[:] = [each for name in names for each in (name, *TABLES["after"].get(name, ()))]
 DEEPEST = 4  # folders below this one in which runs are looked for: it may be a home folder
@@ -55,10 +51,8 @@ class Back(Exception):
 
 
 def ask(question: questionary.Question, status: Status | None = None, *, typed: bool = False) -> Any:
-    """Asks one question; Esc raises Back, Ctrl+D EOFError, Ctrl+C KeyboardInterrupt.
-
-    Where a text is `typed`, Enter is refused while `status` says something in style error.
-    """
+    """Asks one question; Esc raises Back, Ctrl+D EOFError, Ctrl+C KeyboardInterrupt. Where a text is `typed`, Enter is
+    refused while `status` says something in style error."""
     app, keys = question.application, KeyBindings()
     line = status or (lambda text: ("", ""))
     keys.add("escape", eager=True)(lambda event: event.app.exit(exception=Back()))
@@ -200,10 +194,8 @@ class Form:
         return choose_run(setting.name, fits, kept, self.status, default=default)
 
     def ask_all(self, names: Sequence[str], save: Callable[[int], None], start: int = 0) -> None:
-        """Asks for those of the settings whose conditions hold; `save` gets the number of the next one.
-
-        Esc undoes an answer, Ctrl+D keeps the rest.
-        """
+        """Asks for those of the settings whose conditions hold; `save` gets the number of the next one. Esc undoes an
+        answer, Ctrl+D keeps the rest."""
         asked: list[tuple[int, int]] = []  # numbers of settings, and of the answers before each
         while start < len(names):
             if not self.asks(self.find(names[start])):

@@ -42,9 +42,8 @@ def queue(
     with reading("--run-options", "words of a shell"):
         words = shlex.split(run_options)
     console = Terminal()
-    copies = [
-        (path, jobs.copy_recipe(path, allow_code="--allow-code" in words)) for path in map(find_pipeline, files or ())
-    ]
+    allow_code, paths = "--allow-code" in words, [*map(find_pipeline, files or ())]
+    copies = [(path, jobs.copy_recipe(path, allow_code=allow_code)) for path in paths]
     for path, values in copies:  # once all of them are right
         console.print(f"added {safe(jobs.add(folder, path, values).name)}", soft_wrap=True)
     ended, failed = 0, []

@@ -1,7 +1,5 @@
-"""`llmlab reward-check`: scores the completions of a file, to debug rewards before training with them.
-
-Scoring is in `rewards`; here are only reading, the tables and the JSON.
-"""
+"""`llmlab reward-check`: scores the completions of a file, to debug rewards before training with them. Scoring is in
+`rewards`; here are only reading, the tables and the JSON."""
 
 import json
 import math

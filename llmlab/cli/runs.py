@@ -1,5 +1,4 @@
-"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs, which `runs/history.py` reads; `llmlab
-report`: their pages."""
+"""`llmlab runs list`, `show` and `compare`: tables, lineage and curves of runs; `llmlab report`: their pages."""
 
 import webbrowser
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from llmlab.runs.history import RunFolder
 from llmlab.runs.record import read_events, read_hardest_rows
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
-from llmlab.settings.files import finite
+from llmlab.settings.files import finite, is_number
 from llmlab.settings.paths import expand
 from llmlab.terminal import (
     Curve,
@@ -105,15 +104,10 @@ def show(
     _print_health(console, chosen)
     if curve_name:
         _print_section(console, curve_name)
-        curves = [Curve(chosen.curves[curve_name], CURVE_STYLES[0])]
-        evaluated = chosen.curves.get(f"eval_{curve_name}")
-        if evaluated:
-            curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
+        curves, legend = curves_of(chosen, curve_name)
         _print_chart(console, curves)
-        if evaluated:
-            console.print(
-                f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(curve_name)}   [{CURVE_STYLES[2]}]●[/] eval_{safe(curve_name)}"
-            )
+        if curves[1:]:
+            console.print("   ".join(legend))
     _print_surroundings(console, chosen)
 
 
@@ -131,6 +125,8 @@ def compare(
         raise UserError("expected two runs or more (llmlab runs show RUN shows one)")
     chosen = [history.open_run(folder) for folder in runs]
     if html is not None:
+        if metric is not None or as_json:
+            raise UserError("--html: the page has all curves; leave --metric and --json out")
         from llmlab.runs.page import write_comparison_page
 
         return say(str(write_comparison_page(chosen, expand(html))))
@@ -144,9 +140,8 @@ def compare(
     table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
     for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
         for key, values in history.differing(chosen, part).items():
-            table.add_row(
-                title + safe(key), *("-" if value is ... else safe(history.brief(value)) for value in values)
-            )
+            cells = ("-" if value is ... else safe(history.brief(value)) for value in values)
+            table.add_row(title + safe(key), *cells)
     console.print(table if table.row_count else "[dim]none[/]")
     _print_metrics(console, chosen, names)
     if curve_name is None:
@@ -171,8 +166,7 @@ def report(
     browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
-    from llmlab.pipeline.page import write_pipeline_page
-    from llmlab.pipeline.running import STATE
+    from llmlab.pipeline.running import STATE, write_pipeline_page
     from llmlab.runs.page import write_run_page
 
     folder = expand(folder)
@@ -247,6 +241,16 @@ def _list_row(run: RunFolder) -> dict[str, str]:
     }
 
 
+def curves_of(run: RunFolder, name: str) -> tuple[list[Curve], list[str]]:
+    """Returns the curve of a metric, with marks at its evaluations, and what the chart's legend says of each."""
+    curves = [Curve(run.curves[name], CURVE_STYLES[0])] if name in run.curves else []
+    legend = [f"[{CURVE_STYLES[0]}]⠒⠒[/] {safe(name)}"]
+    if evaluated := run.curves.get(f"eval_{name}"):
+        curves.append(Curve(evaluated, CURVE_STYLES[2], marks=True))
+        legend.append(f"[{CURVE_STYLES[2]}]●[/] eval_{safe(name)}")
+    return curves, legend
+
+
 def show_result(run: RunFolder) -> str:
     return f"[dim]{safe(run.key_metric[0])}[/] {short_number(run.key_metric[1])}" if run.key_metric else ""
 
@@ -305,7 +309,8 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
     for name in metrics:
         last = [run.metrics.get(name) for run in runs]
         bests = [run.best(name) for run in runs]
-        table.add_row(safe(name), *_mark_best(name, last))
+        best = history.best_of(name, last)
+        table.add_row(safe(name), *(f"[bold]{_cell(v)}[/]" if v is not None and v == best else _cell(v) for v in last))
         if any(best and best[1] != value for best, value in zip(bests, last, strict=True)):
             cells = (f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests)
             table.add_row("  best", *cells)
@@ -325,9 +330,8 @@ def _print_health(console: Terminal, run: RunFolder) -> None:
     _print_section(console, "Health")
     for event in events:
         done = f"; {event.action}" if event.action else ""
-        console.print(
-            f"[{EVENT_STYLES[event.severity]}]{event.severity}[/] {safe(event.message + done)}", soft_wrap=True
-        )
+        severity = f"[{EVENT_STYLES[event.severity]}]{event.severity}[/]"
+        console.print(f"{severity} {safe(event.message + done)}", soft_wrap=True)
     for name, (value, lowest, highest) in outside.items():
         above = f"above {lowest:g}" if highest == inf else f"{lowest:g} to {highest:g}"
         band = f"below {highest:g}" if lowest <= 0 else above
@@ -363,14 +367,7 @@ def _path(folder: Path) -> str:
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(folder)
 
 
-def _mark_best(metric: str, values: Sequence[float | None]) -> list[str]:
-    """Returns the values as cells, the best one bold where one direction is better."""
-    best = history.best_of(metric, values)
-    return [f"[bold]{_cell(value)}[/]" if value is not None and value == best else _cell(value) for value in values]
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return short_number(value) if is_number else safe(written(value))
+    return short_number(value) if is_number(value) else safe(written(value))

@@ -1,8 +1,6 @@
 """The cache of tokenized corpora and rendered rows: its folders, their locks, and the checksums of their files.
-
-Checksums are of blocks, so that a large file is verified where it is read, and grows without being read again.  They
-detect accidents (cut, altered, half written), not forgery.
-"""
+Checksums are of blocks, so that a large file is verified where it is read, and grows without being read again. They
+detect accidents (cut, altered, half written), not forgery."""
 
 import hashlib
 import json
@@ -33,14 +31,12 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
 def open_cached(
     folder: Path,
     name: str,
-    wanted: int | None,
+    least: int | None,
     read: Callable[[Path], tuple[Any, bool]],
     write: Callable[[Any], tuple[Any, bool]],
 ) -> tuple[Any, bool]:
-    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is.
-
-    Damaged files, for which `read` raises, are removed; `write` extends what `read` returned, or None.
-    """
+    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is. Damaged
+    files, for which `read` raises, are removed; `write` extends what `read` returned, or None."""
     content, whole = None, False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +47,7 @@ def open_cached(
                 except (UserError, FileNotFoundError) as error:
                     print(printable(f"{name}: its cache is damaged and will be rebuilt ({error})"), file=sys.stderr)
                     shutil.rmtree(folder)
-            if content is None or not (whole or (wanted is not None and len(content) >= wanted)):
+            if content is None or not (whole or (least is not None and len(content) >= least)):
                 try:
                     content, whole = write(content)
                 except BaseException:

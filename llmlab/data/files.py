@@ -1,8 +1,5 @@
-"""Local data files: which files a path means, their shards, and the rows of each shard.
-
-Not `datasets`' builders: errors name file and line, rows of inconsistent types are counted instead of cast, nothing is
-copied to disk, and a resumed stream can skip shards of a large file.
-"""
+"""Local data files: which files a path means, their shards, and the rows of each shard. Not `datasets`' builders:
+errors name file and line, inconsistent rows are counted, nothing is copied, and a resumed stream can skip shards."""
 
 import csv
 import gzip

@@ -1,7 +1,5 @@
-"""A report on a source of data: unusable rows, duplicates, turns out of order, scripts and lengths.
-
-Pure functions over rows, which change nothing; printing the report is the command line's business.
-"""
+"""A report on a source of data: unusable rows, duplicates, turns out of order, scripts and lengths. Pure functions
+over rows, which change nothing; printing the report is the command line's business."""
 
 import json
 import re

@@ -1,7 +1,5 @@
 """Interleaves several files, so that any prefix has rows of all of them; the position can be saved and restored.
-
-`datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait.
-"""
+`datasets` interleaves too, but reads ahead in threads and by whole tables, and ends with a wait."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,10 +39,8 @@ class Interleaved:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, which JSON can hold."""
-        states = [
-            part.state_dict() if state is None and taken else state
-            for part, state, taken in zip(self.parts, self.states, self.taken, strict=True)
-        ]
+        rows = zip(self.parts, self.states, self.taken, strict=True)
+        states = [part.state_dict() if state is None and taken else state for part, state, taken in rows]
         return {"taken": list(self.taken), "ended": list(self.ended), "states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
-"""Several sources in fixed proportions: a schedule of sources, and a map-style dataset in its order.
-
-Shares are shares of rows, and rows are equally long, so they are shares of tokens.  The order depends on seed and
-weights alone, not on the length: row i stays row i when a run is extended, and random access reads no other rows.
-"""
+"""Several sources in fixed proportions: a schedule of sources, and a map-style dataset in its order. Shares are shares
+of rows, and rows are equally long, so they are shares of tokens. The order depends on seed and weights alone, not on
+the length: row i stays row i when a run is extended, and random access reads no other rows."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
-"""`samples.jsonl`: what a model sampled for each prompt, with the tokens and every reward; one JSON a line.
-
-RS-SFT, AWR and `llmlab data pairs` read it. Drawing and scoring samples is `training/offline/sampling.py`.
-"""
+"""`samples.jsonl`: what a model sampled for each prompt, with the tokens and every reward; one JSON a line. RS-SFT,
+AWR and `llmlab data pairs` read it. Drawing and scoring samples is `training/offline/sampling.py`."""
 
 import os
 from collections import Counter

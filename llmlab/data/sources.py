@@ -1,8 +1,5 @@
-"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows.
-
-Rows without usable text are counted by reason.  What a row means, mixing and tokenizing are the business of `text` and
-`chat`.
-"""
+"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows. Rows without usable text are
+counted by reason. What a row means, mixing and tokenizing are the business of `text` and `chat`."""
 
 import itertools
 import shutil

@@ -1,7 +1,5 @@
-"""Which subset and splits of a dataset are read: the requested ones, else the training split.
-
-Datasets have several names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts.
-"""
+"""Which subset and splits of a dataset are read: the requested ones, else the training split. Datasets have several
+names for it: `train`, `train_sft` beside `train_prefs`, or a split for each of their parts."""
 
 import re
 from collections.abc import Iterable

@@ -1,9 +1,6 @@
-"""Tokenizers: loaded from wherever they are, or trained on text as a byte-level BPE for ChatML.
-
-`<|endoftext|>` is the eos token and ends a document; `<|im_end|>` ends a turn.  Generation stops at either
-(`stop_token_ids`), so one vocabulary serves base and chat models.  `<|im_start|>` is the bos token, the first of every
-conversation; like `<|pad|>` it is never added to plain text.
-"""
+"""Tokenizers: loaded from wherever they are, or trained on text as a byte-level BPE for ChatML. `<|endoftext|>` is the
+eos token and ends a document, `<|im_end|>` a turn; generation stops at either, so one vocabulary serves base and chat
+models. `<|im_start|>` is the bos token of conversations; like `<|pad|>` it is never added to plain text."""
 
 import os
 import tempfile
@@ -107,15 +104,9 @@ def learn_bpe(
         names = ", ".join(source.name for source in sources)
         problem = f"{names} has enough merges for {reached} entries only"
         raise UserError(f"vocab_size = {vocab_size}: {problem}; give more text, or vocab_size {reached}")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        bos_token=BOS,
-        pad_token=PAD,
-        extra_special_tokens=[END_OF_TURN],
-        clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE.read_text(encoding="utf-8"),
-    )
+    special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, "extra_special_tokens": [END_OF_TURN]}
+    options = {"clean_up_tokenization_spaces": False, "chat_template": TEMPLATE.read_text(encoding="utf-8")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
     _publish(tokenizer, folder)
     return tokenizer
 

@@ -21,8 +21,7 @@ def cores() -> int:
 
 
 def map_batches(function: Callable[[Any], Any], batches: Iterator[Any], num_proc: int | None = None) -> Iterator[Any]:
-    """Yields the function of each batch, in order; all but the first are mapped by several processes (None: a core
-    each)."""
+    """Yields the function of each batch, in order; all but the first are mapped by so many processes (None: cores)."""
     processes = num_proc or cores()
     yield from map(function, islice(batches, None if processes == 1 else SERIAL_BATCHES))
     first = list(islice(batches, 2 * processes))

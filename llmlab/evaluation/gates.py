@@ -1,8 +1,6 @@
-"""Gates: scores of a model's completions of held-out prompts, compared with thresholds and with another model's.
-
-The same functions run after training (`llmlab evaluate`) and during it (`runs/gates.py`). Scores of single completions
-are those of `llmlab.rewards`; what a difference means is `statistics.py`.
-"""
+"""Gates: scores of a model's completions of held-out prompts, compared with thresholds and with another model's. The
+same functions run after training (`llmlab evaluate`) and during it (`runs/gates.py`). Scores of single completions are
+those of `llmlab.rewards`; what a difference means is `statistics.py`."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.chat.rendering import check_tools, encode_prompt
 from llmlab.data.sources import Tally, load_text
 from llmlab.episodes import Sampler, Task, play
-from llmlab.evaluation.perplexity import text_losses
 from llmlab.evaluation.statistics import Array, compare, distinct_n, self_similarity
 from llmlab.inference import Model, context_length, end_tokens, generate_tokens
 from llmlab.rewards import REWARDS
@@ -32,6 +30,7 @@ from llmlab.settings.paths import check_inputs
 from llmlab.simulator.loading import load_environment
 
 BATCH = 16  # completions that are generated at the same time
+LONGEST_TEXT = 1024  # tokens of a text whose perplexity is measured
 PROMPT_TOKENS = 32  # of a text that a model which does not chat continues
 NEAR_ZERO = 0.1  # of the range of a score: nearer to 0, losses are shares of this instead of the baseline's score
 
@@ -89,6 +88,18 @@ class Verdict(NamedTuple):
     failures: tuple[str, ...] = ()
     baseline: float | None = None
     change: float | None = None
+
+
+@torch.no_grad()
+def text_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[int]]) -> list[Array]:
+    """Returns the sum of token losses in nats, and the number of tokens, of each text's beginning, both (texts,)."""
+    losses, longest = [], min(context_length(model) or LONGEST_TEXT, LONGEST_TEXT)
+    for ids in texts:
+        first = [] if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.eos_token_id]  # of the document before it
+        row = torch.tensor([[*first, *ids][:longest]], device=model.device)  # (1, time)
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()  # (time - 1, vocabulary)
+        losses.append((cross_entropy(logits, row[0, 1:], reduction="sum").item(), len(logits)))
+    return list(np.array(losses, float).reshape(-1, 2).T)
 
 
 def play_tasks(
@@ -180,10 +191,8 @@ def read_prompts(source: DataSource, tokenizer: PreTrainedTokenizerBase, context
 def measure(
     gates: Sequence[Gate], model: Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, most: int | None = None
 ) -> dict[str, Scores]:
-    """Returns each gate's scores of a model in evaluation mode, on the first `most` prompts (None: all).
-
-    Gates that ask the same share their completions. The global random state is drawn from.
-    """
+    """Returns each gate's scores of a model in evaluation mode, on the first `most` prompts (None: all). Gates that
+    ask the same share their completions. The global random state is drawn from."""
     scores: dict[str, Scores] = {}
     sampled: dict[str, list[str]] = {}
     for gate in gates:

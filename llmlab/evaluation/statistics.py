@@ -1,11 +1,9 @@
 """What a difference between two models' scores of the same prompts means, and how many prompts it takes to find one.
-
 The null hypothesis is no change. A regression is called where the paired bootstrap interval (95 % for all gates
 together, by Bonferroni) lies below 0, a sign-flip test agrees, and the loss is at least half of the tolerance: the
 midpoint between no change and the loss to be found. So small changes pass even where they are certain, and a model
 fails against itself in at most 2.5 % of all evaluations. Sources: Efron and Tibshirani 1993, An Introduction to the
-Bootstrap; Koehn 2004 (W04-3250); Fisher 1935 (sign flips are exact for any number of prompts).
-"""
+Bootstrap; Koehn 2004 (W04-3250); Fisher 1935 (sign flips are exact for any number of prompts)."""
 
 import math
 import re
@@ -38,10 +36,8 @@ def compare(
     differences: Array, weights: Array, *, tolerance: float, largest: float, tests: int, seed: int, draws: int = 10_000
 ) -> Comparison:
     """Returns what paired differences, weight x (score - baseline's score), (prompts,), say; higher is better.
-
     `tolerance` is the loss to be found with a power of 90 %, `largest` the largest difference of a prompt, which is
-    counted once more, since few prompts may show none; `tests` gates are judged together.
-    """
+    counted once more, since few prompts may show none; `tests` gates are judged together."""
     count, total, level = len(differences), weights.sum(), ALARM / tests
     delta = float(differences.sum() / total)
     draw, means, flips = np.random.default_rng(seed), np.empty(draws), np.empty(draws)
@@ -63,9 +59,7 @@ def compare(
 
 def distinct_n(texts: Sequence[str], *, n_gram: int = 2) -> Array:
     """Returns the share of distinct n-grams of words among all n-grams, as values of the texts, whose mean it is.
-
-    Source: Li et al. 2016 (arXiv:1510.03055).
-    """
+    Source: Li et al. 2016 (arXiv:1510.03055)."""
     own = [Counter(zip(*(words[k:] for k in range(n_gram)), strict=False)) for words in map(_words, texts)]
     everywhere = _add(own)
     shares = np.array([sum(count / everywhere[gram] for gram, count in each.items()) for each in own])

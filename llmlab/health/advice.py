@@ -1,8 +1,6 @@
 """What a whole run shows, judged from its metrics, events and settings, and the settings that the guides would change.
-
-Pure functions of plain histories.  Events are what `checks` found while it trained; actions are in `symptoms.yaml`.
-Source: RL guide, section 6; LLM-Lab document, "Learning Rate Selection" and "Troubleshooting".
-"""
+Pure functions of plain histories. Events are what `checks` found while it trained; actions are in `symptoms.yaml`.
+Source: RL guide, section 6; LLM-Lab document, "Learning Rate Selection" and "Troubleshooting"."""
 
 import math
 import statistics
@@ -52,14 +50,8 @@ class History:
 
 
 def diagnose(run: History) -> dict[str, list[str]]:
-    """Returns what is wrong with a run; nothing for a healthy one.
-
-    Args:
-        run: its history; trends are judged from five logged values on, those of rewards from ten.
-
-    Returns:
-        Condition of `symptoms.yaml` -> sentences with the numbers and steps that show it, the most urgent first.
-    """
+    """Returns condition of `symptoms.yaml` -> sentences with the numbers and steps that show it, the most urgent
+    first; trends are judged from five logged values on, those of rewards from ten."""
     found: dict[str, list[str]] = {name: [] for name in URGENCY}
     symptoms = load_table()[0]
     for name in dict.fromkeys(event.symptom for event in run.events if event.symptom in symptoms):
@@ -74,10 +66,8 @@ def diagnose(run: History) -> dict[str, list[str]]:
 
 
 def propose(kind: type[Settings], own: dict[str, Any], conditions: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Returns present and next values by dotted key: the conditions' changes that are valid together.
-
-    `own` are the settings that the run did not leave at their defaults, nested.
-    """
+    """Returns present and next values by dotted key: the conditions' changes that are valid together. `own` are the
+    settings that the run did not leave at their defaults, nested."""
     settings = resolve(kind, Layer("run", own)).settings
     keys = {setting.name: setting.key for setting in reversed(fields_of(kind))}
     changes: dict[str, tuple[Any, Any]] = {}
@@ -134,11 +124,11 @@ def _ends(curve: Curve, share: int = 5) -> tuple[float, float, float]:
     return statistics.fmean(first), statistics.fmean(last), noise
 
 
-Judged = Iterator[tuple[str, str]]
+Findings = Iterator[tuple[str, str]]
 """Conditions, and sentences that show them."""
 
 
-def _instability(run: History) -> Judged:
+def _instability(run: History) -> Findings:
     if run.status == "diverged":
         yield "unstable", run.reason or "a loss, gradient or weight was not finite"
     loss = run.curve("loss")
@@ -151,15 +141,14 @@ def _instability(run: History) -> Judged:
             where = f"from {means[lowest]:.4g} around step {loss[lowest + part // 2][0]}"
             yield "unstable", f"training loss rose {where} to {means[-1]:.4g} at the end"
         lows = [min(loss[: at + 1], key=lambda point: point[1]) for at in range(len(loss))]
-        (start, low), (step, peak) = max(
-            zip(lows, loss, strict=True), key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9)
-        )
+        pairs = zip(lows, loss, strict=True)
+        (start, low), (step, peak) = max(pairs, key=lambda pair: pair[1][1] / max(pair[0][1], 1e-9))
         usual = max(2 * low, SPIKE * statistics.median(values))
         if run.stage not in PAIRS and peak > usual and peak - low > SMALL_LOSS:  # losses of pairs approach 0
             yield "unstable", f"training loss jumped from {low:.4g} at step {start} to {peak:.4g} at step {step}"
 
 
-def _overfitting(run: History) -> Judged:
+def _overfitting(run: History) -> Findings:
     evaluated, loss = run.curve("eval_loss", 2), run.curve("loss", 2)
     if not evaluated or not loss or run.stage in ONLINE:
         return
@@ -170,7 +159,7 @@ def _overfitting(run: History) -> Judged:
         yield "overfitting", f"{words}, while the training loss fell from {before:.4g} to {now:.4g}"
 
 
-def _underfitting(run: History) -> Judged:
+def _underfitting(run: History) -> Findings:
     if run.status != "finished":  # it was still to learn, at rates that were still to come
         return
     loss, evaluated, entropy = run.curve("loss"), run.curve("eval_loss", 2), run.metrics.get("unigram_entropy")
@@ -192,7 +181,7 @@ def _underfitting(run: History) -> Judged:
             yield "underfitting", f"{words}, step {end} ({before:.4g} to {last:.4g})"
 
 
-def _rewards(run: History) -> Judged:
+def _rewards(run: History) -> Findings:
     if run.stage not in ONLINE or run.metrics.get("reward", 0.0) >= BEST_REWARD:
         return
     if run.status == "finished" and (curve := run.curve("reward", FEWEST_REWARDS)):
@@ -204,7 +193,7 @@ def _rewards(run: History) -> Judged:
         yield "alike", f"in {last:.0%} of the groups all completions have the same reward"
 
 
-def _preferences(run: History) -> Judged:
+def _preferences(run: History) -> Findings:
     loss, wins = run.curve("loss"), run.curve("eval_win_rate", 2) or run.curve("win_rate")
     if run.stage == "dpo" and loss and wins:
         (first, last, _), (before, after, _) = _ends(loss), _ends(wins)
@@ -213,7 +202,7 @@ def _preferences(run: History) -> Judged:
             yield "preference", f"{words}, and the win rate went from {before:.1%} to {after:.1%}"
 
 
-def _sources(run: History) -> Judged:
+def _sources(run: History) -> Findings:
     whole = run.curve("eval_loss", 2)
     for name, curve in run.curves.items():
         falls = whole and whole[-1][1] < (1 - HARDLY) * whole[0][1]

@@ -1,19 +1,18 @@
-"""Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics.
-
-Each looks at the newest line and says what it sees, or None. What a run logs, and what it does about a symptom, is not
-known here. Source: seed, RL guide, sections 6 and 7.
-"""
+"""Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics,
+that says what the newest line shows, or None. Source: seed, RL guide, sections 6 and 7."""
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from operator import itemgetter
 from statistics import fmean, median, pstdev
 from typing import Any
 
 from llmlab.health.symptoms import Event, load_table
+from llmlab.settings.files import is_number
 
 Curve = list[tuple[int, float]]
 """(step, value) of each logged line that has the metric, finite values alone."""
@@ -46,10 +45,7 @@ def start(curve: Curve, size: int = FEW) -> float:
 
 def noise(curve: Curve) -> float:
     """Returns the median absolute difference of successive values."""
-    values = [value for _, value in curve]
-    return (
-        median(abs(after - before) for before, after in zip(values, values[1:], strict=False)) if values[1:] else 0.0
-    )
+    return median([abs(after - before) for (_, before), (_, after) in pairwise(curve)] or [0.0])
 
 
 def after_warmup(curves: Curves, curve: Curve) -> Curve:
@@ -113,8 +109,7 @@ def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
         return None
     seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
     largest = max([1e-6, *seen])
-    most = limit * largest * largest  # infinite where a power would raise
-    if level(curve, 2) <= most:
+    if level(curve, 2) <= limit * largest * largest:  # infinite where a power would raise
         return None
     return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
 
@@ -235,8 +230,7 @@ def win_rate_flat(curves: Curves, metric: str, limit: float) -> Found:
     curve, losses = curves[metric], curves.get("loss", [])
     if len(curve) <= FEW or len(losses) < 2 * FEW or level(losses) > (1 - limit) * start(losses):
         return None
-    first = curve[0][1]
-    if first > 0.9 or any(value > first for _, value in curve[-FEW:]):
+    if (first := curve[0][1]) > 0.9 or any(value > first for _, value in curve[-FEW:]):
         return None
     trend = f"loss {start(losses):.4g} -> {level(losses):.4g}"
     return f"{first:.1%} at step {curve[0][0]}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", curve[0][0]
@@ -300,10 +294,8 @@ LIMIT_OF = {"reward_hacking": "gate_regression"}
 
 @dataclass
 class Watch:
-    """Finds symptoms line by line: each is reported when it begins, and again only after it was over.
-
-    `limits` are `HealthLimits` by name; one that is None turns its check off.
-    """
+    """Finds symptoms line by line: each is reported when it begins, and again only after it was over. `limits` are
+    `HealthLimits` by name; one that is None turns its check off."""
 
     limits: Mapping[str, float | None]
     stage: str
@@ -315,7 +307,7 @@ class Watch:
         step = line.get("step")
         if isinstance(step, bool) or not isinstance(step, int):
             return []
-        names = [name for name, value in line.items() if _is_finite(value)]
+        names = [name for name, value in line.items() if is_number(value) and abs(value) < 1e300]  # NaN is not either
         for name in names:
             curve = self.curves.setdefault(name, [])
             if name != "learning_rate" or not curve or line[name] > curve[-1][1]:  # of which only the peak counts
@@ -333,10 +325,8 @@ class Watch:
     def _follow(self, check: Check, metric: str, limit: float) -> Iterable[Event]:
         found, key = check.find(self.curves, metric, limit), (check.symptom, metric)
         if found is None:
-            if key in self.ongoing:
-                self.ongoing[key] += 1
-                if self.ongoing[key] >= WINDOW:
-                    del self.ongoing[key]
+            lines = self.ongoing.pop(key, WINDOW) + 1
+            self.ongoing |= {key: lines} if lines < WINDOW else {}
             return
         begins = key not in self.ongoing
         self.ongoing[key] = 0
@@ -344,12 +334,6 @@ class Watch:
             symptom, (step, value) = load_table()[0][check.symptom], self.curves[metric][-1]
             message = f"{symptom.title} ({metric}): {found[0]}"
             yield Event(step, check.symptom, metric, value, message, symptom.severity, since=found[1])
-
-
-def check_history(history: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None], stage: str) -> list[Event]:
-    """Returns the symptoms of a whole history, the lines of `metrics.jsonl`, oldest first."""
-    watch = Watch(limits, stage)
-    return [event for line in history for event in watch.add(line)]
 
 
 def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:
@@ -365,14 +349,9 @@ def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, f
 
 def not_finite(step: int, metric: str, value: Any) -> Event:
     """Returns the event of a loss, gradient or weight that is not finite."""
-    symptom = load_table()[0]["loss_not_finite"]
     value = value if isinstance(value, float) else math.nan
     message = f"{metric} is {value} at step {step}"
-    return Event(step, symptom.name, metric, value, message, symptom.severity, since=step)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # NaN is not either
+    return Event(step, "loss_not_finite", metric, value, message, "critical", since=step)
 
 
 def _best(curve: Curve, sign: int) -> tuple[int, float]:

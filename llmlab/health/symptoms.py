@@ -1,16 +1,12 @@
-"""The table of symptoms: how grave each is, and which settings the guides change about it (`symptoms.yaml`).
-
-Finding symptoms in metrics is `checks`; what a run does about one is `llmlab.runs.health`.
-"""
+"""The table of symptoms: how grave each is, and which settings the guides change about it (`symptoms.yaml`). Finding
+symptoms in metrics is `checks`; what a run does about one is `llmlab.runs.health`."""
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
 
-import yaml
-
 from llmlab.settings.base import spellings_of
+from llmlab.settings.files import is_number, read_table
 from llmlab.settings.optimizer import OWN_RATES
 
 Severity = Literal["warning", "critical"]
@@ -50,12 +46,11 @@ class Change:
         """Returns the next value, of the present one's type; the present one where it cannot change further."""
         if self.to is not None:
             return self.to if self.source in (None, value) else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             return value
-        lower, upper = self.at_least, self.at_most
         after = value * self.times + self.plus
-        after = after if lower is None else max(after, lower)
-        after = after if upper is None else min(after, max(upper, value))
+        after = after if self.at_least is None else max(after, self.at_least)
+        after = after if self.at_most is None else min(after, max(self.at_most, value))
         if self.times < 1:  # a bound never turns a smaller value into a larger one
             after = min(after, value)
         return round(after) if isinstance(value, int) else float(f"{after:.3g}")
@@ -83,14 +78,12 @@ class Symptom:
 @cache
 def load_table() -> tuple[dict[str, Symptom], dict[str, Condition]]:
     """Returns symptoms and conditions by name."""
-    table = yaml.safe_load((files("llmlab.health") / "symptoms.yaml").read_text(encoding="utf-8"))
-    conditions = {}
+    table, conditions = read_table("llmlab.health", "symptoms"), {}
     for name, entry in table["conditions"].items():
         changes = [{"source" if key == "from" else key: each[key] for key in each} for each in entry["changes"]]
         made = tuple(Change(**each) for each in changes)
         conditions[name] = Condition(entry["title"], made, tuple(entry["advice"]))
-    symptoms = {name: Symptom(name=name, **entry) for name, entry in table["symptoms"].items()}
-    return symptoms, conditions
+    return {name: Symptom(name=name, **entry) for name, entry in table["symptoms"].items()}, conditions
 
 
 def changes_of(condition: str, settings: Any) -> dict[str, tuple[Any, Any]]:

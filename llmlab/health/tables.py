@@ -1,18 +1,14 @@
-"""The seeds' tables of values (`tables.yaml`), and which of a run's settings lie outside of them.
-
-Only what the user set is judged: defaults and shipped presets are the seeds' own.
-"""
+"""The seeds' tables of values (`tables.yaml`), and which of a run's settings lie outside of them. Only what the user
+set is judged: defaults and shipped presets are the seeds' own."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from llmlab.settings.base import spellings_of
+from llmlab.settings.files import is_number, read_table
 
 SHIPPED = ("default", "implied", "preset ", "hardware ")  # beginnings of sources that are not the user
 
@@ -27,7 +23,6 @@ class Band:
     low: float
     high: float
     effect: str = ""
-    when: str = ""
     recommended: float | None = None
     sized: bool | str = False
     lora: float = 1.0
@@ -39,8 +34,7 @@ class Band:
 @cache
 def load_bands() -> tuple[tuple[Band, ...], dict[str, tuple[float, float]]]:
     """Returns all bands, and the parameters of the models of each size, from and to."""
-    table = yaml.safe_load((files("llmlab.health") / "tables.yaml").read_text(encoding="utf-8"))
-    bands = []
+    table, bands = read_table("llmlab.health", "tables"), []
     for each in table["tables"]:
         for band in each["bands"]:
             values = {"to": math.inf, **each, **band, "stages": tuple(each["stages"])}
@@ -62,18 +56,13 @@ def bands_for(stage: str, setting: str, parameters: float) -> list[Band]:
 def find_outside(
     stage: str, settings: Any, sources: dict[str, str], *, parameters: float, processes: int
 ) -> list[str]:
-    """Returns a sentence for each setting that the user set outside of the tables.
-
-    `parameters` of the model are 0 where they are unknown: what depends on its size is then not judged.
-    """
+    """Returns a sentence for each setting that the user set outside of the tables. `parameters` of the model are 0
+    where they are unknown: what depends on its size is then not judged."""
     found = []
     for name, value, keys in _values(stage, settings, processes):
         bands, chosen = bands_for(stage, name, parameters), [sources.get(key, "default") for key in keys]
-        usual = [
-            replace(band, high=band.high * (band.lora if getattr(settings, "use_lora", False) else 1))
-            for band in bands
-            if not band.against
-        ]
+        lora = getattr(settings, "use_lora", False)
+        usual = [replace(band, high=band.high * (band.lora if lora else 1)) for band in bands if not band.against]
         inside = any(band.low <= value <= band.high * (1 + 1e-9) for band in usual) or (value == 0 and bands[0].zero)
         if not usual or inside or all(source.startswith(SHIPPED) for source in chosen):
             continue
@@ -106,5 +95,5 @@ def _values(stage: str, settings: Any, processes: int) -> Iterator[tuple[str, fl
             value, keys = share if share < 1 else share / settings.max_steps, ["warmup_steps"]
         elif name == "d_ff / d_model":
             value, keys = settings.model.d_ff / settings.model.d_model, ["model.d_ff"]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if is_number(value):
             yield name, value, keys

@@ -1,7 +1,5 @@
-"""A queue of pipelines in a plain folder: each job is a folder in `waiting`, `running`, `done` or `failed`.
-
-There is no server: one worker at a time holds the queue's lock, and every job runs in a process of its own.
-"""
+"""A queue of pipelines in a plain folder: each job is a folder in `waiting`, `running`, `done` or `failed`. There is
+no server: one worker at a time holds the queue's lock, and every job runs in a process of its own."""
 
 import errno
 import os
@@ -83,9 +81,7 @@ def add(queue: Path, path: Path, values: dict[str, Any]) -> Path:
 
 def work(queue: Path, command: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
     """Runs every job as `command RECIPE`, interrupted ones first; yields each before it (None) and after (exit code).
-
-    Where another process works on the queue, that one runs what waits, and nothing is yielded.
-    """
+    Where another process works on the queue, that one runs what waits, and nothing is yielded."""
     while find_jobs(queue, LEFT):
         with ExitStack() as stack:
             try:

@@ -57,18 +57,12 @@ def read_pipeline(
     hardware: str | None = None,
     processes: int = 1,
 ) -> Pipeline:
-    """Reads a pipeline file, and raises SettingsError with every problem of every stage.
-
-    `overrides` are `stage.key=value` and `output_dir=...` of the command line; `allow_code` lets every stage load
-    reward functions from Python files; `hardware` replaces that of the file, for so many `processes` of each stage.
-    """
+    """Reads a pipeline file, and raises SettingsError with every problem of every stage; `overrides` are the command
+    line's `stage.key=value`, `hardware` replaces that of the file, for so many `processes` of a stage."""
     layer = read_layer(path)
     problems = refusals(Layer(layer.label, {k: v for k, v in layer.values.items() if k != "stages"}, layer.lines))
-    problems += [
-        f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {', '.join(KEYS)}"
-        for key in layer.values
-        if key not in (*KEYS, REMOTE_CODE)
-    ]
+    unknown, expected = [key for key in layer.values if key not in (*KEYS, REMOTE_CODE)], ", ".join(KEYS)
+    problems += [f"{layer.where(str(key))}: unknown key '{key}' of a pipeline; expected {expected}" for key in unknown]
     stages = layer.values.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise UserError(f"{layer.where('stages')}: expected 'stages', a mapping of stage names to their settings")
@@ -84,9 +78,8 @@ def read_pipeline(
     body = layer.section("stages")
     for number, name in enumerate(stages):
         if not NAME.fullmatch(str(name)):
-            problems.append(
-                f"{body.where(name)}: stage name '{name}': expected letters, digits, '_' and '-' (a folder's name)"
-            )
+            expected = "expected letters, digits, '_' and '-' (a folder's name)"
+            problems.append(f"{body.where(name)}: stage name '{name}': {expected}")
             continue
         values = stages[name] or {}
         if not isinstance(values, dict):
@@ -102,22 +95,19 @@ def read_pipeline(
         needs: list[str] = []
         section = body.section(name)
         section = Layer(section.label, _substitute(section, folders, needs, problems), section.lines, section.path)
-        given = {**changes.get(name, {}), "output_dir": str(output_dir / name)}
+        options = {**changes.get(name, {}), "output_dir": str(output_dir / name)}
         if allow_code and "allow_code" in STAGES[kind].settings_class.model_fields:
-            given["allow_code"] = True
-        command_line = Layer("command line", given)
+            options["allow_code"] = True
         if "output_dir" in values:
-            problems.append(
-                f"{section.where('output_dir')}: a pipeline's stages write to <output_dir>/<stage>; leave it out"
-            )
+            where = section.where("output_dir")
+            problems.append(f"{where}: a pipeline's stages write to <output_dir>/<stage>; leave it out")
         try:
             own = ("preset", "hardware") if kind in SECTIONS else ()
-            names = {key: given.pop(key, section.values.pop(key, None)) for key in own}
+            names = {key: options.pop(key, section.values.pop(key, None)) for key in own}
             below = [read_preset(kind, names["preset"])] if names.get("preset") else []
             machine = names and (names["hardware"] or hardware or layer.values.get("hardware")) or None
-            resolved = STAGES[kind].resolve(
-                [section, command_line], below=below, hardware=machine, processes=processes
-            )
+            layers = [section, Layer("command line", options)]
+            resolved = STAGES[kind].resolve(layers, below=below, hardware=machine, processes=processes)
             resolved = STAGES[kind].prepare(resolved)
         except UserError as error:
             problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]
@@ -147,10 +137,8 @@ def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) ->
 
 
 def _substitute(section: Layer, folders: dict[str, str], needs: list[str], problems: list[str]) -> dict[str, Any]:
-    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed.
-
-    A run folder that is written out is needed just as well.
-    """
+    """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed. A run
+    folder that is written out is needed just as well."""
 
     def replace(match: re.Match[str], key: str) -> str:
         if match[1] not in folders:

@@ -1,4 +1,4 @@
-"""Decides which stages of a pipeline are skipped, resumed or run, and runs them in order."""
+"""Decides which stages of a pipeline are skipped, resumed or run, runs them in order, and writes their page."""
 
 import hashlib
 import json
@@ -15,10 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from llmlab.pipeline.reading import Pipeline, PipelineStage
-from llmlab.runs.history import flatten, open_run
+from llmlab.report.page import write_page
+from llmlab.runs.history import RunFolder, curve_metric, flatten, open_or_note, open_run
 from llmlab.runs.lock import locked
-from llmlab.runs.page import PAGE, try_writing, write_run_page
-from llmlab.runs.record import RECORD, library_versions, read_record
+from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
+from llmlab.runs.record import RECORD, library_versions, read_events, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import read_json, write_atomically
@@ -49,11 +50,8 @@ State = dict[str, StageState]
 
 @dataclass(frozen=True)
 class Step:
-    """What will be done with a stage, and why.
-
-    `changes` are the differences from the recorded run, such as `lr 0.001 → 0.002`; `inputs` is everything that
-    determines what the stage writes: its settings, local files and library versions.
-    """
+    """What will be done with a stage, and why: the changes since the recorded run, such as `lr 0.001 → 0.002`, and all
+    inputs that determine what the stage writes (settings, local files, versions)."""
 
     stage: PipelineStage
     action: Action
@@ -63,10 +61,8 @@ class Step:
 
 
 def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = None) -> list[Step]:
-    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow.
-
-    `first` runs that stage from its beginning and every one after it; `only` runs or resumes that stage alone.
-    """
+    """Plans each stage, in order: skip, resume or run, as its recorded inputs and those it needs allow. `first` runs
+    that stage from its beginning and every one after it; `only` runs or resumes that stage alone."""
     names = [stage.name for stage in pipeline.stages]
     for option, name in (("--from", first), ("--only", only)):
         if name is not None and name not in names:
@@ -122,11 +118,9 @@ def _select(steps: dict[str, Step], only: str) -> list[Step]:
     problems = []
     for name, step in steps.items():
         if name in needed and step.action != "skip":
-            details = f" ({', '.join(step.changes)})" if step.changes else ""
-            problems.append(
-                f"--only {only}: it needs '{name}' finished and unchanged, and that has to {step.action}: "
-                f"{step.reason}{details}; leave --only out, or finish '{name}' first"
-            )
+            details = f"{step.reason} ({', '.join(step.changes)})" if step.changes else step.reason
+            why = f"it needs '{name}' finished and unchanged, and that has to {step.action}: {details}"
+            problems.append(f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
     left_out = f"left out: only '{only}' was asked for"
@@ -212,8 +206,6 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
     _write_state(pipeline, state)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
-    from llmlab.pipeline.page import write_pipeline_page  # which reads what is written here
-
     try:
         run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
         state[name]["status"] = "finished"
@@ -275,10 +267,8 @@ def _compare(before: Inputs, now: Inputs) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
-    """Returns the texts in the settings that name existing files or folders, needed stages' run folders left out.
-
-    Of a reward function, named `path/to/file.py:name`, it is the file.
-    """
+    """Returns the texts in the settings that name existing files or folders, needed stages' run folders left out. Of a
+    reward function, named `path/to/file.py:name`, it is the file."""
     if isinstance(value, (dict, list)):
         entries = value.values() if isinstance(value, dict) else value
         return [path for inner in entries for path in _local_paths(inner, made_here)]
@@ -293,11 +283,8 @@ def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
 def _identity(path: Path) -> str:
     """Returns the sizes and times of a file, or of the files in a folder, as a hash."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    seen = [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-        if file.is_file() and file.name != PAGE
-    ]
+    files = [file for file in files if file.is_file() and file.name != PAGE]
+    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
@@ -315,3 +302,27 @@ def read_state(output_dir: Path) -> State:
 
 def _write_state(pipeline: Pipeline, state: State) -> None:
     write_atomically(pipeline.output_dir / STATE, json.dumps(state, indent=2) + "\n")
+
+
+def write_pipeline_page(folder: Path) -> Path:
+    """Writes `report.html` into a pipeline's folder, and returns its path."""
+    stages = []
+    for name, entry in read_state(folder).items():
+        place = folder / name
+        recorded = (place / RECORD).is_file()  # it may have ended before it wrote a record
+        run = open_or_note(place) if recorded else RunFolder(place, {})
+        metric = curve_metric([run])
+        charts = charts_of(run, metric) if metric else []
+        stage = {
+            "name": name,
+            "kind": run.stage or entry["inputs"].get("kind", {}).get("stage", name),
+            "status": run.status if recorded or entry["status"] == "finished" else "failed",
+            "run": run,
+            "sparklines": charts_of(run, metric, small=True) if metric else [],
+            "charts": charts_of(run, metric, title=f"{name}: {charts[0].title}") if charts else [],
+            "events": len(read_events(run.folder)),
+            "needs": list(entry["needed_runs"]),
+        }
+        stages.append(stage)
+    stages.sort(key=lambda stage: str(stage["run"].record.get("started", "~")))  # those without a record last
+    return write_page(folder / PAGE, "pipeline.html", folder=folder, stages=stages)

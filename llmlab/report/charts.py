@@ -1,18 +1,15 @@
 """Charts as inline SVG: curves over optimizer steps, drawn by matplotlib, colored by the page's style sheet.
-
 matplotlib gets numbers alone: titles and names of metrics stand in the page around it, escaped. Equal curves give
-equal bytes. It is imported when the first chart is drawn, since that takes half a second.
-"""
+equal bytes. It is imported when the first chart is drawn, since that takes half a second."""
 
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-import yaml
+from llmlab.settings.files import read_table
 
 SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
 MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
@@ -66,10 +63,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves with a title and the events that concern them; `small` is a sparkline without axes.
-
-    Of more curves than can be told apart, the first ones are drawn.
-    """
+    """Curves with a title and the events that concern them; `small` is a sparkline without axes. Of more curves than
+    can be told apart, the first ones are drawn."""
 
     title: str
     curves: Sequence[Curve]
@@ -86,7 +81,7 @@ class Chart:
 def group_curves(curves: dict[str, Any]) -> list[Group]:
     """Returns the charts of `charts.yaml` that these metrics have, in order."""
     groups: list[Group] = []
-    for chart in yaml.safe_load((files("llmlab.report") / "charts.yaml").read_text(encoding="utf-8")):
+    for chart in read_table("llmlab.report", "charts"):
         names = [name for pattern in chart["metrics"] for name in curves if fnmatchcase(name, pattern)]
         if chart.get("separate"):
             for name in names:
@@ -188,13 +183,8 @@ def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
         numbers = sorted(mark.number for mark in marks)
         in_a_row = len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers)
         text = f"{numbers[0]}–{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
-        style = {
-            "color": _color(marks[0].severity),
-            "size": 9,
-            "ha": "center",
-            "transform": axes.get_xaxis_transform(),
-        }
-        axes.text(marks[0].step, 1.02, text, **style)
+        style = {"color": _color(marks[0].severity), "size": 9, "ha": "center"}
+        axes.text(marks[0].step, 1.02, text, transform=axes.get_xaxis_transform(), **style)
 
 
 def _inline(svg: str) -> str:

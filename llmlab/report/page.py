@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmlab import __version__
 from llmlab.settings.errors import printable
-from llmlab.settings.files import write_atomically
+from llmlab.settings.files import is_number, write_atomically
 from llmlab.terminal import duration, human, short_number
 
 
@@ -45,5 +45,4 @@ def _number(value: Any) -> str:
     """Returns a number as tables show it, anything else as text, and a dash for nothing."""
     if value is None or value == "":
         return "–"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return short_number(value) if is_number else str(value)
+    return short_number(value) if is_number(value) else str(value)

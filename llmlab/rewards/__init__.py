@@ -1,10 +1,8 @@
-"""Rewards: scores of completions, as functions that TRL's trainers, YAML files and notebooks all take.
-
-A reward is called with the completions of a batch (texts, or lists of messages) and the columns of the dataset as
-lists, and returns one number a completion, or None where it does not apply. Parameters are keyword-only:
+"""Rewards: scores of completions, as functions that TRL's trainers, YAML files and notebooks all take. A reward is
+called with the completions of a batch (texts, or lists of messages) and the columns of the dataset as lists, and
+returns one number a completion, or None where it does not apply. Parameters are keyword-only:
 `functools.partial(length, target=200)` in Python, `{name: length, target: 200}` in YAML. None executes model output,
-and only a reward model needs torch. `compose` weighs and adds them.
-"""
+and only a reward model needs torch. `compose` weighs and adds them."""
 
 from typing import Any
 

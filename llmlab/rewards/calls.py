@@ -1,8 +1,6 @@
 """Tool calls of completions: the messages' own, or those that their text spells in the form of the model's family.
-
 Parsing takes linear time and executes nothing. A malformed call stays a call, without a name; calls quoted while
-thinking are none. Where the tokenizer has a response template, TRL's trainers parse text before rewards see it.
-"""
+thinking are none. Where the tokenizer has a response template, TRL's trainers parse text before rewards see it."""
 
 import ast
 import re

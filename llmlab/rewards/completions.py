@@ -1,8 +1,6 @@
-"""Reads completions: the answer, everything the model wrote, tool results, code blocks and JSON.
-
-A completion is a text, or a list of messages (a reply, or an episode with tool results in it). Everything here takes
-time in proportion to the text, whatever a model writes, and nothing judges.
-"""
+"""Reads completions: the answer, everything the model wrote, tool results, code blocks and JSON. A completion is a
+text, or a list of messages (a reply, or an episode with tool results in it). Everything here takes time in proportion
+to the text, whatever a model writes, and nothing judges."""
 
 import json
 import math

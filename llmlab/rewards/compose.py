@@ -1,8 +1,6 @@
-"""Several rewards as one number: the weighted sum, mapped to [0, 1] by its smallest and largest possible value.
-
-Each component adds weight x smallest and weight x largest value to these bounds. With the guide's eight rewards and
-weights they are the guide's: 1 + 1 + 1 + 1 + 0.5 + 2 = 6.5, and -0.1 x 20 extra steps - 0.5 = -2.5.
-"""
+"""Several rewards as one number: the weighted sum, mapped to [0, 1] by its smallest and largest possible value. Each
+component adds weight x smallest and weight x largest value to these bounds. With the guide's eight rewards and weights
+they are the guide's: 1 + 1 + 1 + 1 + 0.5 + 2 = 6.5, and -0.1 x 20 extra steps - 0.5 = -2.5."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path

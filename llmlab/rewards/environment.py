@@ -20,8 +20,7 @@ def environment_reward(*, normalize: bool) -> Reward:
 
 
 def _scaled(environment: Any) -> float:
-    bounds = getattr(environment, "reward_range", None)
-    if bounds is None:
+    if (bounds := getattr(environment, "reward_range", None)) is None:
         name = type(environment).__name__
         raise UserError(f"environment {name}: its reward has no reward_range; set normalize_rewards=false")
     low, high = bounds

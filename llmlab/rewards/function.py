@@ -1,7 +1,5 @@
-"""`@reward_function` makes a reward of a function of one completion; `Reward` checks what any function returns.
-
-Both are called with a batch, as TRL's trainers do. Weighing and combining rewards is `compose`.
-"""
+"""`@reward_function` makes a reward of a function of one completion; `Reward` checks what any function returns. Both
+are called with a batch, as TRL's trainers do. Weighing and combining rewards is `compose`."""
 
 import inspect
 import math
@@ -34,11 +32,8 @@ def row_errors(row: int) -> Iterator[None]:
 def reward_function(
     *, weight: float = 1.0, low: float | str = 0.0, high: float | str = 1.0, note: str | None = None, threads: int = 1
 ) -> Callable[[Callable[..., Any]], Callable[..., list[float | None]]]:
-    """Turns `score(completion, row, *, parameters)`, a number or None, into a reward, which takes a batch.
-
-    The lowest and highest score may be names of parameters that set them. With a `note`, a column of TRL's table of
-    completions, it returns a score and a note. Threads score rows at the same time, where they wait for a process.
-    """
+    """Turns `score(completion, row, *, parameters)`, a number or None, into a reward, which takes a batch. Bounds may
+    be names of parameters; with a `note`, a column of TRL's table of completions, it returns a score and a note."""
 
     def decorate(score: Callable[..., Any]) -> Callable[..., list[float | None]]:
         completion, row, *parameters = inspect.signature(score).parameters.values()

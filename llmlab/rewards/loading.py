@@ -1,7 +1,5 @@
-"""Loads rewards from settings: llmlab's by name, custom functions by `path/to/file.py:function`.
-
-Parameters are checked against the function's own signature and types. A user's file runs only where that is allowed.
-"""
+"""Loads rewards from settings: llmlab's by name, custom functions by `path/to/file.py:function`. Parameters are
+checked against the function's own signature and types. A user's file runs only where that is allowed."""
 
 import inspect
 import typing
@@ -32,10 +30,8 @@ def load_rewards(
     *,
     check_only: bool = False,
 ) -> list[Reward]:
-    """Finds rewards by name and gives them parameters and weights; reports all problems at once.
-
-    Paths of Python files start at `folder`. With `check_only` no file runs, and no reward model is loaded.
-    """
+    """Finds rewards by name and gives them parameters and weights; reports all problems at once. Paths of Python files
+    start at `folder`. With `check_only` no file runs, and no reward model is loaded."""
     problems: list[str] = []
     loaded: list[Reward] = []
     for entry in rewards:
@@ -146,10 +142,8 @@ def may_run_code(resolved: Resolved[Any]) -> bool:
 
 
 def locate_rewards(settings: Any | Resolved[Any]) -> Resolved[Any]:
-    """Returns settings whose Python files have absolute paths, so that a resumed run finds them.
-
-    Relative paths start at the folder of the settings file that names them, or at the working directory.
-    """
+    """Returns settings whose Python files have absolute paths, so that a resumed run finds them. Relative paths start
+    at the folder of the settings file that names them, or at the working directory."""
     resolved = as_resolved(settings)
     values = resolved.settings
 

@@ -1,8 +1,5 @@
-"""Rewards for the expected answer: word for word, as a number (GSM8K's form), or as a regular expression.
-
-Numbers are compared as decimals, so that size costs nothing; expressions are not evaluated. Patterns run with a time
-limit, since model output can trigger catastrophic backtracking.
-"""
+"""Rewards for the expected answer: word for word, as a number (GSM8K's form), or as a regular expression. Numbers are
+compared as decimals, never evaluated; patterns run with a time limit, since they can backtrack without end."""
 
 import re
 from decimal import Context, Decimal

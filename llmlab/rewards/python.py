@@ -1,7 +1,5 @@
 """Rewards for Python code in fenced blocks: whether ruff accepts it, and whether its structure is the expected one.
-
-Code is only parsed; none of it is ever imported or run.
-"""
+Code is only parsed; none of it is ever imported or run."""
 
 import os
 import shutil
@@ -75,10 +73,10 @@ def ast_correct(completion: Completion, row: Row, *, fenced: bool = True) -> flo
     expected = row.get("expected")
     if expected is None:
         return float(structure is not None)
-    wanted = structure_of("\n".join(code_blocks(expected, LANGUAGES)) or expected)
-    if wanted is None:
+    target = structure_of("\n".join(code_blocks(expected, LANGUAGES)) or expected)
+    if target is None:
         raise RowError("expected: this is not a Python program")
-    return float(structure == wanted)
+    return float(structure == target)
 
 
 def _ruff() -> str:

@@ -1,8 +1,6 @@
-"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template.
-
-A plain callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the
-special tokens or the question-answer pair that such models were trained on.
-"""
+"""The reward of a reward model: a sequence-classification folder with its own tokenizer and its own template. A plain
+callable and deliberately no `nn.Module`: TRL feeds modules with the policy's text run together, without the special
+tokens or the question-answer pair that such models were trained on."""
 
 from typing import Annotated, Any
 
@@ -127,9 +125,7 @@ class RewardModel:
         if pad is None:  # a token that does not occur, so that an end-of-text token at the end counts
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
-        self._model.config.pad_token_id = (
-            pad  # which need not be a token of the tokenizer, so its own `pad` cannot serve
-        )
+        self._model.config.pad_token_id = pad  # it need not be a token of the tokenizer, whose `pad` cannot serve
         columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
         columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
         padding = {"input_ids": pad}

@@ -1,8 +1,5 @@
-"""Rewards for JSON: whether the answer is JSON, and whether a JSON Schema accepts it.
-
-The answer is the last message, or the whole text; one block fenced as `json` counts as its content. JSON inside
-prose does not count.
-"""
+"""Rewards for JSON: whether the answer is JSON, and whether a JSON Schema accepts it. The answer is the last message,
+or the whole text; one block fenced as `json` counts as its content. JSON inside prose does not count."""
 
 import json
 from functools import lru_cache

@@ -1,7 +1,5 @@
-"""Rewards for tool calls: whether they succeed, how many there are, and whether they are the allowed ones.
-
-Calls are the messages' `tool_calls`, or those in text that `calls` reads; tools run elsewhere.
-"""
+"""Rewards for tool calls: whether they succeed, how many there are, and whether they are the allowed ones. Calls are
+the messages' `tool_calls`, or those in text that `calls` reads; tools run elsewhere."""
 
 import ast
 import json

@@ -1,8 +1,5 @@
-"""`auto_batch`: a step that does not fit into memory is taken again from its start, with each micro-batch in parts.
-
-Random states and metrics go back to where the step began, so that the run goes on as one that was started with the
-smaller batch and as much more accumulation would.
-"""
+"""`auto_batch`: a step that does not fit into memory is taken again from its start, with each micro-batch in parts, as
+a run would that was started with the smaller batch and as much more accumulation."""
 
 import random
 from collections.abc import Callable
@@ -25,10 +22,7 @@ ROLLOUT = {"_buffered_inputs", "prepared"}
 
 class DivisibleBatches:
     """Mixin for a Trainer of one process: with `auto_batch` in its settings it takes a step in `parts` where memory
-    runs out.
-
-    `on_division` is called with the changed settings and the phase that ran out.
-    """
+    runs out. `on_division` is called with the changed settings and the phase that ran out."""
 
     parts = 1
     rows_per_example = 1  # in a collated batch: of pairs all first rows, then all second ones

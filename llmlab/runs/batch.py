@@ -1,8 +1,5 @@
-"""The effective batch: the rows of one optimizer step over all processes, which a resumed run keeps.
-
-How they are split into processes, forward passes and rows of a forward pass changes no result, so a resumed run may
-split them in another way. Nothing here knows of data or models.
-"""
+"""The effective batch: the rows of one optimizer step over all processes, which a resumed run keeps. How they are
+split into processes, forward passes and rows of one changes no result, so a resumed run may split them otherwise."""
 
 import math
 from dataclasses import dataclass
@@ -37,11 +34,8 @@ def split_settings(settings: Any) -> tuple[str, str, str]:
 def split_again(
     settings: TrainingSettings, before: TrainingSettings, record: dict[str, Any], processes: int
 ) -> tuple[Batch, dict[str, int]]:
-    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes.
-
-    What the user changed stays; of the rest, rows of a forward pass may become fewer, and passes and batches of an
-    evaluation follow. Raises UserError where that cannot be.
-    """
+    """Returns the batch of the recorded run, and the changes to `settings` that keep it on so many processes: what the
+    user changed stays, the rest follows, or UserError says why it cannot."""
     were = record.get("hardware", {}).get("processes", processes)
     batch = Batch(**record["batch"]) if "batch" in record else batch_of(before, were)
     if processes != were and getattr(settings, "streaming", False):
@@ -56,12 +50,9 @@ def split_again(
             f"share equally; the nearest number that can is {_nearest_divisor(batch.rows, processes)}"
         )
     names = split_settings(settings)
-    rows, passes, evaluations = (getattr(settings, name) for name in names)
-    changed = {
-        name: getattr(settings, name)
-        for name in names
-        if getattr(settings, name) not in (getattr(before, name), batch.settings[name])
-    }
+    now = {name: getattr(settings, name) for name in names}
+    rows, passes, evaluations = now.values()
+    changed = {name: new for name, new in now.items() if new not in (getattr(before, name), batch.settings[name])}
     if names[0] not in changed:
         rows = max(part for part in range(1, rows + 1) if share % part == 0)
     elif share % rows:

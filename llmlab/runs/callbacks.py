@@ -1,7 +1,4 @@
-"""Trainer callbacks that every stage shares: when to save, checkpoints, resuming schedules and streams, metrics.
-
-What is printed during training is in `progress.py`.
-"""
+"""Trainer callbacks that all stages share: when to save, checkpoints, resuming schedules and streams, metrics."""
 
 import math
 import time
@@ -26,9 +23,7 @@ NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 @dataclass(eq=False, kw_only=True)
 class SaveSchedule(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
-
-    `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one.
-    """
+    `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one."""
 
     best_only: bool
     evaluates: bool
@@ -162,10 +157,8 @@ class EmptyCache(TrainerCallback):
 
 @dataclass(eq=False)
 class ProcessState(TrainerCallback):
-    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it.
-
-    Without `required`, a process that has no file there (there were fewer) reads the first one's.
-    """
+    """Saves what each process alone knows, as `state_at(step)`, with the checkpoints, and restores it. Without
+    `required`, a process that has no file there (there were fewer) reads the first one's."""
 
     file: str
     trainer: Trainer

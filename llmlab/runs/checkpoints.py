@@ -1,8 +1,6 @@
 """What lies in a run folder: checkpoints, complete or marked as incomplete, and files that are moved in when complete.
-
 A checkpoint holds `INCOMPLETE` from before its first file until all processes and callbacks have written theirs, and
-is moved away before it is deleted: after a kill at any moment, what looks complete is.
-"""
+is moved away before it is deleted: after a kill at any moment, what looks complete is."""
 
 import math
 import os
@@ -124,9 +122,7 @@ def staged(folder: Path) -> Iterator[Path]:
 @contextmanager
 def claim(folder: str | Path, *, resume: bool = False) -> Iterator[Path]:
     """Holds a run folder against other processes, empty unless `resume`, and makes it and its parents where missing.
-
-    Those that are still empty at the end are removed. Meanwhile SIGTERM and SIGHUP stop the program as Ctrl+C does.
-    """
+    Those that are still empty at the end are removed. Meanwhile SIGTERM and SIGHUP stop the program as Ctrl+C does."""
     path = Path(folder)
     with ExitStack() as stack:
         stack.enter_context(handle_signals(interrupt))

@@ -1,8 +1,6 @@
-"""What the model answers while it trains, for the report: `completions.jsonl`, which changes nothing of the run.
-
-GRPO and PPO sample anyway. Other stages complete, greedily, the beginnings of a few validation rows after their
-evaluations, for a small share of the run's time; scores of answers are `gates`.
-"""
+"""What the model answers while it trains, for the report: `completions.jsonl`, which changes nothing of the run. GRPO
+and PPO sample anyway. Other stages complete, greedily, the beginnings of a few validation rows after their
+evaluations, for a small share of the run's time; scores of answers are `gates`."""
 
 import math
 import time

@@ -49,19 +49,15 @@ def check_memory(parameters: int, *, batch_tokens: int = 0, width: int = 0) -> N
     memory = system_memory()
     for what, needed in (("this model", 4 * parameters), ("one batch", 2 * batch_tokens * width)):
         if needed > memory > 0:
-            raise UserError(
-                f"{what} needs at least {human(needed, 'B')} of memory, and this machine has {human(memory, 'B')}"
-            )
+            here = f"and this machine has {human(memory, 'B')}"
+            raise UserError(f"{what} needs at least {human(needed, 'B')} of memory, {here}")
 
 
 def check_disk(folder: Path, *, needed: int) -> None:
     """Refuses a run that will write more bytes than the disk has free."""
-    free = free_disk(folder)
-    if needed > free:
-        raise UserError(
-            f"output_dir = {folder}: this run writes about {human(needed, 'B')}, "
-            f"and the disk has {human(free, 'B')} free"
-        )
+    if needed > (free := free_disk(folder)):
+        sizes = f"this run writes about {human(needed, 'B')}, and the disk has {human(free, 'B')} free"
+        raise UserError(f"output_dir = {folder}: {sizes}")
 
 
 @contextmanager
@@ -137,7 +133,7 @@ def explain_out_of_memory(run: Any) -> Iterator[None]:
 
 def plan_less_memory(run: Any) -> list[str]:
     """Returns what takes most of a run's memory by its plan, and three changes of its settings that fit by it."""
-    from llmlab.runs.plan import fitting_changes, largest_part, make_plan
+    from llmlab.runs.plan import fitting_changes, make_plan
 
     settings, processes = run.settings, run.process.num_processes
     run.console.print("out of memory: planning what would fit ...")
@@ -147,7 +143,7 @@ def plan_less_memory(run: Any) -> list[str]:
         # where it fits by the plan, something else takes memory too
         room = min(run.hardware.memory, round(ROOM * plan.total))
         changes = fitting_changes(run.function, settings, run.hardware, room, at_most_plans=PLANS, processes=processes)
-        name, size = largest_part(plan)
+        name, size = max(plan.parts.items(), key=lambda part: part[1])
         words.append(f"by the plan most of it is {name}, {human(size, 'B')} of {human(plan.total, 'B')}")
     except (UserError, RuntimeError, MemoryError):  # what ran out is to be said all the same
         smaller = (smaller_batch(settings) or {}).items()

@@ -1,7 +1,5 @@
 """Gates during training: scores of answers to held-out prompts, logged as `gate/NAME`, that change nothing of the run.
-
-The main process alone generates, so that weights which are spread over processes (FSDP, ZeRO-3) are refused.
-"""
+The main process alone generates, so that weights which are spread over processes (FSDP, ZeRO-3) are refused."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -87,10 +85,8 @@ class GateCallback(TrainerCallback):
         if affordable < self.count and (self.count > fewest if self.best is None else first):
             lower = max(int(SLACK * affordable), fewest)
             why = f"or none where there is no time for them: at most {SHARE:.0%} of the run's"
-            if self.best is not None:
-                why = (
-                    f"or over {SHARE:.0%} of the time: this gate decides about the checkpoint, so it is never skipped"
-                )
+            decides = "this gate decides about the checkpoint, so it is never skipped"
+            why = why if self.best is None else f"or over {SHARE:.0%} of the time: {decides}"
             self.say(f"gates    {lower} of {self.count} prompts from now on, {why}")
             self.count = lower
         if means and (affordable < self.count or self.count == fewest):

@@ -1,7 +1,4 @@
-"""What stands between a bad number and the weights: updates that are refused or left out before the optimizer steps.
-
-What a run does about it then is `health.py`'s business.
-"""
+"""What stands between a bad number and the weights: updates that are refused or left out before the optimizer."""
 
 import math
 from collections import deque
@@ -20,12 +17,9 @@ SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
 
 
 class Guard(GradientNorms):
-    """Mixin for a Trainer: no update is made with a loss or a gradient norm that is not finite, with one that exceeds
-    `skip_spikes` standard deviations of the last 128 steps, nor on the batches of the steps in `passed_over`.
-
-    On a GPU with a fused optimizer the decision stays there: the optimizer's kernel leaves the update out, and the
-    numbers are read one step later, so that nothing waits for them.
-    """
+    """Mixin for a Trainer: no update with a loss or gradient norm that is not finite or beyond `skip_spikes` standard
+    deviations of the last 128 steps, nor on the batches of steps in `passed_over`. On a GPU with a fused optimizer its
+    kernel leaves the update out, and the numbers are read one step later, so that nothing waits for them."""
 
     passed_over: Collection[int] = ()
     on_event: Callable[[Event], None] = staticmethod(lambda event: None)
@@ -116,8 +110,8 @@ class Guard(GradientNorms):
         """Returns the values from which on an update is left out."""
         deviations, found = self.settings.skip_spikes, dict.fromkeys(SPIKES, math.inf)  # type: ignore[attr-defined]
         if deviations is not None and len(self.usual["loss"]) >= SPIKE_FEWEST:
-            judged = SPIKES if self.judges_loss else ("grad_norm",)
-            found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in judged}
+            names = SPIKES if self.judges_loss else ("grad_norm",)
+            found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in names}
         return found
 
     def on_nonfinite(self, name: str, value: float) -> None:

@@ -1,9 +1,7 @@
-"""What a run does about symptoms in its metrics: says and records them, ends, or rolls back to a healthy checkpoint.
-
-A rollback ends the training with `RolledBack`, and the stage's function begins again in the same process from the
+"""What a run does about symptoms in its metrics: says and records them, ends, or rolls back to a healthy checkpoint. A
+rollback ends the training with `RolledBack`, and the stage's function begins again in the same process from the
 checkpoint, as a resumed run does: weights, optimizer, schedule, random states and KL controller are those of then, the
-changed settings follow from the record, and so do the steps whose batches are passed over.
-"""
+changed settings follow from the record, and so do the steps whose batches are passed over."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -55,10 +53,8 @@ class Health(TrainerCallback):
         self.watch = Watch(self.limits, self.stage)
         leaves_out = "rollback" in self.responses.values() or settings.skip_spikes is not None
         if leaves_out and self.trainer.is_deepspeed_enabled:
-            raise UserError(
-                "on_warning, on_critical = rollback and skip_spikes: not supported with DeepSpeed, which updates "
-                "the weights within the backward pass; use DDP or FSDP2"
-            )
+            why = "not supported with DeepSpeed, which updates the weights within the backward pass; use DDP or FSDP2"
+            raise UserError(f"on_warning, on_critical = rollback and skip_spikes: {why}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.record is not None and state.global_step:
@@ -98,11 +94,10 @@ class Health(TrainerCallback):
         if response == "rollback":
             return RolledBack()
         if response == "stop" and not fatal:
-            return Unhealthy(
-                f"step {event.step}: {event.message}; the run ends here, as on_{event.severity} = "
-                f"{self.responses[event.severity]} says; its checkpoints remain: llmlab {self.stage} --resume "
-                f"{self.folder} on_{event.severity}=warn goes on"
-            )
+            setting = f"on_{event.severity}"
+            ends = f"the run ends here, as {setting} = {self.responses[event.severity]} says"
+            goes_on = f"its checkpoints remain: llmlab {self.stage} --resume {self.folder} {setting}=warn goes on"
+            return Unhealthy(f"step {event.step}: {event.message}; {ends}; {goes_on}")
         return None
 
     def _write(self, event: Event, response: str, changes: dict[str, tuple[Any, Any]], fatal: bool) -> str:

@@ -1,7 +1,5 @@
-"""Search, lineage and comparison of run folders, from their `llmlab.json` and `metrics.jsonl` alone.
-
-`record.py` writes these; `cli/runs.py` shows what is found here.
-"""
+"""Search, lineage and comparison of run folders, from their `llmlab.json` and `metrics.jsonl` alone. `record.py`
+writes these; `cli/runs.py` shows what is found here."""
 
 import os
 import time
@@ -197,10 +195,7 @@ def open_run(folder: str | Path) -> RunFolder:
 
 def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = (), *, deepest: int | None = None) -> list[RunFolder]:
     """Returns the runs in a folder and below (so many levels, or all), not in hidden folders, environments and
-    checkpoints, by their start.
-
-    Of those found `earlier`, the ones whose files did not change since are returned again, with what was read of them.
-    """
+    checkpoints, by their start; of those found `earlier`, unchanged ones are returned again."""
     known = {run.folder: run for run in earlier}
     if not os.path.isdir(expand(folder)):
         raise UserError(f"{folder}: there is no such folder")
@@ -268,14 +263,10 @@ def summary(run: RunFolder) -> dict[str, Any]:
     key = run.key_metric
     return {
         "folder": str(run.folder),
-        "stage": run.stage,
-        "status": run.status,
-        "step": run.step,
-        "tokens": run.tokens,
+        **{name: getattr(run, name) for name in ("stage", "status", "step", "tokens")},
         "key_metric": {"name": key[0], "value": key[1]} if key else None,
         "parents": run.parents,
-        "started": run.record.get("started"),
-        "ended": run.record.get("ended"),
+        **{name: run.record.get(name) for name in ("started", "ended")},
         "seconds": run.seconds,
         **({"problem": run.problem} if run.problem else {}),
     }

@@ -1,7 +1,5 @@
 """What a training step would allocate and compute, followed on tensors without memory (torch's FakeTensorMode).
-
-Nothing here knows an architecture or a loss: whatever runs inside a `Ledger` is counted, operator by operator.
-"""
+Nothing here knows an architecture or a loss: whatever runs inside a `Ledger` is counted, operator by operator."""
 
 import weakref
 from collections import Counter
@@ -32,16 +30,10 @@ LOGPROB_CHUNK = 32768  # logits of a token in the buffer of TRL's chunked losses
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of live tensors by part and phase, and FLOPs by phase; tensors inside have no memory.
-
-    A new tensor's part is `logits` where its last dimension is a vocabulary's, else that of the tensor it is cast
-    from if that is a weight, else `activations`; `assign` names another. What depends on a tensor's values gets 1,
-    True, or all positions.
-
-    Args:
-        vocabulary: sizes of the models' vocabularies.
-        lazy: whether memory that is never written takes nothing, as on a CPU.
-    """
+    """Counts the bytes of live tensors by part and phase, and FLOPs by phase; tensors inside have no memory, and what
+    depends on their values gets 1, True or all positions. A part is `logits` where the last dimension is a
+    vocabulary's, that of a weight which is cast, or `activations`. `lazy`: memory that is never written takes nothing,
+    as on a CPU."""
 
     def __init__(self, vocabulary: Collection[int], lazy: bool = False):
         super().__init__()
@@ -125,12 +117,8 @@ class Ledger(TorchDispatchMode):
         return dict(most)
 
     def peaks(self, shares: Mapping[str, float] | None = None) -> list[tuple[str, dict[str, float]]]:
-        """Returns the most live bytes, by part, of each phase in turn, of backward each half: they lie at its ends
-        or grow all along, so that each is linear in the number of layers where these are alike.
-
-        Args:
-            shares: of a part, the factor of its bytes; 1 where it is not named.
-        """
+        """Returns the most live bytes, by part and times its share, of each phase in turn, of backward each half: they
+        lie at its ends or grow all along, so that each is linear in the number of layers where these are alike."""
         live, found = Counter[str](), []
         for phase, group in groupby(self.events, itemgetter(2)):
             events = [(self.parts[index], size) for index, size, _ in group]

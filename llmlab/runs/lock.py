@@ -1,7 +1,5 @@
-"""One process per run folder: a lock that the system releases when its process ends, also on shared disks.
-
-Whether the folder may hold something already is checked by `checkpoints.claim`.
-"""
+"""One process per run folder: a lock that the system releases when its process ends, also on shared disks. Whether the
+folder may hold something already is checked by `checkpoints.claim`."""
 
 import errno
 import os
@@ -61,10 +59,8 @@ def _lock(folder: Path) -> IO[str]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             handle.seek(0)
-            owner = handle.read().strip()
-            raise UserError(
-                f"{folder}: another run{f' (process {owner})' if owner else ''} is writing into this folder; "
-                "wait for it, stop it, or choose another folder"
-            ) from None
+            owner, advice = handle.read().strip(), "wait for it, stop it, or choose another folder"
+            run = f"another run (process {owner})" if owner else "another run"
+            raise UserError(f"{folder}: {run} is writing into this folder; {advice}") from None
         handle.close()
     raise UserError(f"{folder}: other runs keep taking this folder; choose another")

@@ -1,7 +1,5 @@
-"""Learning-rate range test: a stage's own trainer on its own data while the rate rises exponentially, step by step.
-
-It happens in a temporary folder, without evaluation and checkpoints.  Source: Smith 2017 (arXiv:1506.01186).
-"""
+"""Learning-rate range test: a stage's own trainer on its own data while the rate rises exponentially, step by step. It
+happens in a temporary folder, without evaluation and checkpoints. Source: Smith 2017 (arXiv:1506.01186)."""
 
 import math
 import statistics
@@ -36,9 +34,7 @@ LEAST_FALL = 0.01  # of the loss, relative, for a suggestion
 @dataclass(eq=False)
 class RangeTest(TrainerCallback):
     """The losses of a test, one a step, at rates from `low` to `high`; it ends training when the loss is too high.
-
-    Each is relative to the loss on the same rows before the test (`before`), since rows differ more than rates do.
-    """
+    Each is relative to the loss on the same rows before the test (`before`), since rows differ more than rates do."""
 
     low: float
     high: float

@@ -1,7 +1,5 @@
-"""The pages of runs: `report.html` in a run folder, and one over several runs side by side.
-
-What they say comes from `history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`.
-"""
+"""The pages of runs: `report.html` in a run folder, and one over several runs side by side. What they say comes from
+`history` (record, metrics) and the folder's health events; how it looks is `llmlab.report`."""
 
 import json
 import sys
@@ -49,19 +47,12 @@ def try_writing(write: Callable[[], Path]) -> Path | None:
 def write_run_page(run: RunFolder) -> Path:
     """Writes `report.html` into a run folder, and returns its path."""
     sources = run.data_sources
-    return write_page(
-        run.folder / PAGE,
-        "run.html",
-        run=run,
-        history=history,
-        events=read_events(run.folder),
-        charts=charts_of(run),
-        samples=_samples(run.folder),
-        hardest_rows=read_hardest_rows(run.folder),
-        text_of=text_of,
-        sources=sources,
-        columns=[key for key in dict.fromkeys(sum(map(list, sources), [])) if _fills_column(key, sources)],
-    )
+    # of numbers and text that are neither empty nor 0 everywhere
+    filled = {key for row in sources for key, v in row.items() if isinstance(v, str) or (is_number(v) and v)}
+    columns = list(dict.fromkeys(key for source in sources for key in source if key in filled))
+    values = {"run": run, "history": history, "text_of": text_of, "sources": sources, "columns": columns}
+    values |= {"events": read_events(run.folder), "charts": charts_of(run), "samples": _samples(run.folder)}
+    return write_page(run.folder / PAGE, "run.html", hardest_rows=read_hardest_rows(run.folder), **values)
 
 
 def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
@@ -78,9 +69,8 @@ def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
         values = [run.metrics.get(metric) for run in runs]
         rows.append((metric, values, history.best_of(metric, values)))
     curves = [Curve(name, (), number) for number, name in enumerate(names)]
-    return write_page(
-        page, "comparison.html", runs=runs, curves=curves, charts=charts, metrics=rows, history=history, file=PAGE
-    )
+    values = {"runs": runs, "curves": curves, "charts": charts, "metrics": rows, "history": history, "file": PAGE}
+    return write_page(page, "comparison.html", **values)
 
 
 def charts_of(run: RunFolder, only: str | None = None, **options: Any) -> list[Chart]:
@@ -109,12 +99,6 @@ def text_of(messages: Any) -> str:
             message = f"{message['role']}: {' '.join(shown)}"
         lines.append(str(message or ""))
     return "\n".join(lines)
-
-
-def _fills_column(key: str, rows: list[dict[str, Any]]) -> bool:
-    """Whether a column of the data table says something: a number or text that is neither empty nor 0 everywhere."""
-    values = [row.get(key) for row in rows]
-    return any(isinstance(value, str) or (is_number(value) and value) for value in values)
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """What a run will take before it begins: steps, tokens, memory by part, time and disk, and changes that make it fit.
-
-The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device.
-"""
+The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a stated utilization of the device."""
 
 import gc
 import math
@@ -45,10 +43,8 @@ LENGTHS = ("model", "max_new_tokens", "max_length", "max_seq_len")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes; bytes on one device, at the phase in which they are most; None is not known.
-
-    `seconds` is without evaluation and saving; `flops` are those of the whole run on one device.
-    """
+    """What a run takes; bytes on one device, at the phase in which they are most; None is not known. `seconds` is
+    without evaluation and saving; `flops` are those of the whole run on one device."""
 
     parameters: int
     trained: int
@@ -91,22 +87,13 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
 
-def largest_part(plan: Plan) -> tuple[str, int]:
-    """Returns the part that takes the most memory, and its bytes."""
-    return max(plan.parts.items(), key=lambda part: part[1])
-
-
 def count_steps(rows: int, *, rows_per_batch: int, accumulation: int, epochs: float) -> int:
     """Returns the optimizer steps of so many epochs, as Trainer counts: the last, smaller batch is one of its own."""
     return math.ceil(epochs * max(math.ceil(math.ceil(rows / rows_per_batch) / accumulation), 1))
 
 
 def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
-    """Returns what is known of the model and the longest row from its configuration; no weights are read.
-
-    Args:
-        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
-    """
+    """Returns what a configuration says of the model and its `longest` row (prompt, where completions are sampled)."""
     if hasattr(settings, "model"):
         shape, chosen = settings.model, settings.model.model_fields_set
         only_tokenizer = "tokenizer_name" in chosen and "vocab_size" not in chosen
@@ -129,10 +116,8 @@ def read_scene(settings: Any, *, longest: int | None = None) -> Scene:
 
 
 def describe_cost(run: Any, trainer: Any, steps: int) -> list[tuple[str, str | Text]]:
-    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit.
-
-    What takes seconds, on small models, is not planned: the plan would take as long.
-    """
+    """Returns the rows about memory and time that open a run, with a warning where it is not expected to fit. What
+    takes seconds, on small models, is not planned: the plan would take as long."""
     hardware, model = run.hardware, trainer.model
     sizes = [parameter.nbytes for parameter in model.parameters()]
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -170,19 +155,8 @@ def make_plan(
     sharding: str = "none",
     utilization: float | None = None,
 ) -> Plan:
-    """Returns the plan of a stage's run; no weights are read or made.
-
-    Args:
-        function: the stage's function in `llmlab.training`.
-        settings: of the stage.
-        hardware: the device of each process.
-        rows: training rows, where they are known.
-        mean: tokens of a row, for tokens and time; None is the longest.
-        longest: tokens of the longest row (prompt, where completions are sampled); None is as long as allowed.
-        processes: how many train together.
-        sharding: what they share: none (DDP), zero2, zero3, fsdp2.
-        utilization: share of the device's peak FLOP/s.
-    """
+    """Returns the plan of a run of a stage's function, each process on such a device; `rows`, `mean` and `longest`
+    (tokens of a row or prompt; None: as long as allowed) are of the data, `utilization` a share of the peak FLOP/s."""
     if hasattr(settings, "in_steps"):
         settings = settings.in_steps(processes)
         if settings.environment is not None:
@@ -194,9 +168,8 @@ def make_plan(
     except UserError:
         raise
     except Exception as error:  # an architecture or argument with operators that need values
-        raise UserError(
-            f"not planned: this model's step cannot be followed without memory: {reason_of(error)}"
-        ) from error
+        problem = "this model's step cannot be followed without memory"
+        raise UserError(f"not planned: {problem}: {reason_of(error)}") from error
     trained = round(rehearsals.total(lambda run: sum(p.numel() for p in _trained(run))))
     states = round(rehearsals.total(lambda run: _state_bytes(run, settings.optimizer)))
     notes = []
@@ -234,15 +207,9 @@ def fitting_changes(
     at_most_plans: int = 100,
     **options: Any,
 ) -> list[str]:
-    """Returns changes of settings, the cheapest first, with each of which alone the run fits; where none alone is
-    enough, the shortest list of all together, the fewest GPUs that shard it, or nothing.
-
-    Args:
-        function, settings, hardware, options: as in `make_plan`.
-        memory: bytes to fit into; None is the device's.
-        at_most: how many changes.
-        at_most_plans: how many may be made, each in seconds.
-    """
+    """Returns changes of settings, the cheapest first, with each of which alone the run fits into `memory` (None: the
+    device's); else the shortest list of all together, the fewest GPUs that shard it, or nothing. Each plan takes
+    seconds."""
     limit, tries = memory or hardware.memory, iter(range(at_most_plans))
 
     def fits(changes: dict[str, Any], **others: Any) -> bool:
@@ -307,10 +274,8 @@ def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
         kinds.append([{"model": shape.model_copy(update={"max_seq_len": length // part})} for part in (2, 4)])
     else:
         longest = next(name for name in LENGTHS[1:] if hasattr(settings, name))
-        lengths = {name: getattr(settings, name, None) for name in (longest, "max_prompt_length")}
-        kinds.append(
-            [{name: size // part for name, size in lengths.items() if size and size >= part} for part in (2, 4)]
-        )
+        lengths = {name: getattr(settings, name, None) or 0 for name in (longest, "max_prompt_length")}
+        kinds.append([{name: size // part for name, size in lengths.items() if size >= part} for part in (2, 4)])
     kinds.append([{"use_lora": True}] if getattr(settings, "use_lora", None) is False else [])
     kinds.append([{"optimizer": "adamw_8bit"}] if settings.optimizer == "adamw" else [])
     kinds.append([{"use_lora": True, "use_qlora": True}] if getattr(settings, "use_qlora", None) is False else [])
@@ -388,9 +353,8 @@ def _state_bytes(run: Any, optimizer: str) -> float:
         states = (value for state in run.trainer.optimizer.state.values() for value in state.values())
         return sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     shapes = [(name, tuple(p.shape)) for name, p in run.trainer.model.named_parameters() if p.requires_grad]
-    return 4 * sum(
-        state_values(optimizer, "embeddings" if "embed" in name else "mlp", shape) for name, shape in shapes
-    )
+    kinds = ["embeddings" if "embed" in name else "mlp" for name, _ in shapes]
+    return 4 * sum(state_values(optimizer, kind, shape) for kind, (_, shape) in zip(kinds, shapes, strict=True))
 
 
 def measure_step(function: Any, settings: Any, hardware: Hardware, scene: Scene) -> tuple[int, float]:
@@ -417,13 +381,9 @@ def measure_plan(plan: Plan, function: Any, settings: Any, hardware: Hardware) -
     scene = read_scene(settings)
     step = rehearse(function, settings, hardware, scene).ledger.flops.total()
     peak, seconds = measure_step(function, settings, hardware, scene)
-    scale = peak / plan.total
-    return replace(
-        plan,
-        parts={name: round(size * scale) for name, size in plan.parts.items()},
-        seconds=plan.flops and plan.flops * seconds / step,
-        notes=(*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s"),
-    )
+    parts = {name: round(size * peak / plan.total) for name, size in plan.parts.items()}
+    notes = (*plan.notes, f"measured: {human(peak, 'B')}, {human(step / seconds)} FLOP/s")
+    return replace(plan, parts=parts, seconds=plan.flops and plan.flops * seconds / step, notes=notes)
 
 
 def _resident(key: str) -> int:

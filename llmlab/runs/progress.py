@@ -1,7 +1,5 @@
-"""Console output of a run: the plan, a line while it trains, a line for each evaluation, and the result.
-
-On a terminal the progress line is redrawn in place; elsewhere every log event prints a line of its own.
-"""
+"""Console output of a run: the plan, a line while it trains, a line for each evaluation, and the result. On a terminal
+the progress line is redrawn in place; elsewhere every log event prints a line of its own."""
 
 import time
 import warnings
@@ -73,11 +71,8 @@ class ValuesColumn(TextColumn):
 
 @dataclass(eq=False)
 class ProgressLine(TrainerCallback):
-    """Shows step, loss, learning rate, gradient norm, tokens per second, MFU and the time.
-
-    `tokens_per_step` (None: the trainer's count) and `peak_flops` are of all processes, `flops_per_token` of both
-    passes.
-    """
+    """Shows step, loss, learning rate, gradient norm, tokens per second, MFU and the time. `tokens_per_step` (None:
+    the trainer's count) and `peak_flops` are of all processes, `flops_per_token` of both passes."""
 
     console: Console
     tokens_per_step: int | None = None

@@ -1,7 +1,5 @@
-"""The run folder's own record: `llmlab.json` (what was run, from what, on what) and `metrics.jsonl` (its curves).
-
-The weights beside them are ordinary Transformers files, written by the trainer.
-"""
+"""The run folder's own record: `llmlab.json` (what was run, from what, on what) and `metrics.jsonl` (its curves). The
+weights beside them are ordinary Transformers files, written by the trainer."""
 
 import json
 import math
@@ -73,22 +71,14 @@ class RunResult:
 
 
 class RunRecord:
-    """Writes a run folder's record as the run goes on; only the main process may hold one.
-
-    `values` are `stage`, `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub
-    ids that the run starts from), `hardware`, and whatever else is known before it starts.
-    """
+    """Writes a run folder's record as the run goes on; only the main process may hold one. `values` are `stage`,
+    `settings`, `sources` (where each setting's value came from), `parents` (run folders or hub ids that the run starts
+    from), `hardware`, and whatever else is known before it starts."""
 
     def __init__(self, folder: Path, **values: Any):
         self.folder = folder
-        self.values: dict[str, Any] = {
-            **values,
-            "cwd": os.getcwd(),
-            "status": "running",
-            "started": _now(),
-            "versions": library_versions(),
-            "git": git_revision(),
-        }
+        self.values: dict[str, Any] = {**values, "cwd": os.getcwd(), "status": "running", "started": _now()}
+        self.values |= {"versions": library_versions(), "git": git_revision()}
         self.listeners: list[Callable[[Event], None]] = []  # of health events
         self._clock = time.monotonic()
         self._seconds_before = 0.0
@@ -178,8 +168,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def started_in(folder: Path, record: dict[str, Any]) -> Path | None:
-    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if it is
-    gone."""
+    """Returns the folder that a run's relative paths count from, also where the whole tree has moved; None if gone."""
     output_dir = Path(str(record.get("settings", {}).get("output_dir", "")))
     folder, depth = folder.resolve(), len(output_dir.parts)
     if depth and not output_dir.is_absolute() and folder.parts[-depth:] == output_dir.parts:
@@ -252,10 +241,8 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository, or None outside one.
-
-    Its files are read here, since git runs what a repository's configuration names (`core.fsmonitor`, filters).
-    """
+    """Returns the revision of the working directory's repository, or None outside one. Its files are read here, since
+    git runs what a repository's configuration names (`core.fsmonitor`, filters)."""
     here = Path.cwd()
     git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
     if git is None:

@@ -1,8 +1,6 @@
-"""A stage's run up to its first optimizer step, on synthetic rows: what its plan is computed from.
-
-The stage's own function makes model, reference, adapters, critic and trainer, and the trainer takes a real step; only
-weights and rows come from here.  With a `Ledger` nothing is computed, so that a model of any size takes seconds.
-"""
+"""A stage's run up to its first optimizer step, on synthetic rows: what its plan is computed from. The stage's own
+function makes model, reference, adapters, critic and trainer, and the trainer takes a real step; only weights and rows
+come from here. With a `Ledger` nothing is computed, so that a model of any size takes seconds."""
 
 import copy
 import logging
@@ -54,10 +52,8 @@ PROMPT = '[{"role": "user", "content": ""}]'
 
 @dataclass(frozen=True)
 class Scene:
-    """What a rehearsal is about: the model's configuration and adapter, and the longest row in tokens.
-
-    `prompt` is the longest prompt where completions are sampled.
-    """
+    """What a rehearsal is about: the model's configuration and adapter, and the longest row in tokens. `prompt` is the
+    longest prompt where completions are sampled."""
 
     config: PreTrainedConfig
     adapter: Adapter | None
@@ -106,16 +102,8 @@ class Rehearsal:
     def build_rows(self, maker: Any, *, rows_per_step: float) -> Rows:
         length, count = self.scene.length, max(int(rows_per_step), 2) * 4
         prompt, half = self.scene.prompt or length // 2, length - length // 2
-        row = {
-            "input_ids": [3] * length,
-            "labels": [3] * length,
-            "weight": 1.0,
-            "prompt_ids": [3] * prompt,
-            "chosen_ids": [3] * half,
-            "rejected_ids": [4] * half,
-            "prompt": PROMPT,
-            "columns": "{}",
-        }
+        row = {"input_ids": [3] * length, "labels": [3] * length, "weight": 1.0, "prompt": PROMPT, "columns": "{}"}
+        row |= {"prompt_ids": [3] * prompt, "chosen_ids": [3] * half, "rejected_ids": [4] * half}
         rows = Dataset.from_dict({name: [row[name]] * count for name in maker.columns})
         report = RowsReport("rows", "", 1.0, count, count, dict.fromkeys(maker.counts, length * count))
         return Rows(rows, None, [report])
@@ -306,16 +294,9 @@ def apart() -> Iterator[None]:
 def rehearse(
     stage: Any, settings: Any, hardware: Hardware, scene: Scene, *, processes: int = 1, follow: bool = True
 ) -> Any:
-    """Runs a stage's function to its first step on rows of the scene's length; returns the run.
-
-    Args:
-        stage: the stage's function.
-        settings: its settings, of which the first step alone is done.
-        hardware: what is planned for; it need not be here.
-        scene: model and rows.
-        processes: how many share a rollout.
-        follow: whether to follow tensors without memory, in the run's `ledger`; else the step is a real one.
-    """
+    """Runs a stage's function to its first step on rows of the scene's length and returns the run, a rollout shared by
+    so many processes; unless it is to `follow` tensors without memory in the run's `ledger`, the step is a real
+    one."""
     real, ledger = hardware, None
     if follow:
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
@@ -396,11 +377,8 @@ def _rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene
 
 def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:
     """Returns the values of a configuration that have one for each layer."""
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
-    }
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple))}
+    return {name: value for name, value in lists.items() if len(value) == config.num_hidden_layers}
 
 
 def cut_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:

@@ -110,11 +110,8 @@ def changed_by(folder: Path, name: str, step: int) -> float:
 
 
 def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chosen: Path | None = None) -> Path | None:
-    """Returns the checkpoint to resume from, the last or the chosen one; None for a run that ended before its first.
-
-    Settings that decide data or model must be the recorded ones, those of the optimizer too unless its state is not
-    loaded.
-    """
+    """Returns the last or the chosen checkpoint, None for a run that ended before its first; settings that decide
+    data, model or, unless it is not loaded, the optimizer's state must be the recorded ones."""
     record, before = read_record(run), recorded_settings(run, settings)
     problems = []
     for setting in fields_of(type(settings)):
@@ -122,10 +119,8 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
         free = setting.resume in (Resume.FREE, Resume.SPLIT, Resume.LOCAL) or (of_optimizer and not load_optimizer)
         if not free and setting.of(before) != setting.of(settings):
             hint = " (or resume with --no-load-optimizer)" if of_optimizer else ""
-            problems.append(
-                f"{setting.key} = {show(setting.of(settings))}: the run to resume has {show(setting.of(before))}, "
-                f"which a resumed run cannot change{hint}"
-            )
+            has = f"the run to resume has {show(setting.of(before))}, which a resumed run cannot change{hint}"
+            problems.append(f"{setting.key} = {show(setting.of(settings))}: {has}")
     if problems:
         raise SettingsError(problems)
     saved = checkpoints.checkpoints(run)
@@ -135,9 +130,8 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
     finished = record.get("status", "finished") == "finished"
     if not saved:
         if finished:
-            raise UserError(
-                f"--resume {run}: this run has no complete checkpoint; start it again in another output_dir"
-            )
+            problem = "this run has no complete checkpoint; start it again in another output_dir"
+            raise UserError(f"--resume {run}: {problem}")
         return None
     checkpoint = run / chosen.name if chosen else saved[-1]
     if not (getattr(settings, "epochs", None) or getattr(settings, "num_episodes", None)):
@@ -152,10 +146,8 @@ def check_deepspeed(checkpoint: Path, *, used: bool, processes: int, load_optimi
         why = "restores the optimizer too" if parts else "reads only checkpoints that it wrote"
         raise UserError(f"--resume {checkpoint}: DeepSpeed always {why}; resume without it")
     if parts and load_optimizer and (not used or parts != processes):
-        raise UserError(
-            f"--resume {checkpoint}: DeepSpeed wrote it on {parts} processes, and reads it on as many; take them, "
-            "or with --no-load-optimizer and without DeepSpeed"
-        )
+        why = f"DeepSpeed wrote it on {parts} processes, and reads it on as many"
+        raise UserError(f"--resume {checkpoint}: {why}; take them, or with --no-load-optimizer and without DeepSpeed")
 
 
 def check_steps_left(run: Path, done: int, steps: int, finished: bool) -> None:

@@ -1,8 +1,6 @@
-"""The losses of single validation rows: by source, and the hardest ones, from what evaluation computes anyway.
-
-A row is known by its tokens, so packing, shuffling and several processes do not matter: of packed conversations each
-is a row again.  A packed row of pretraining has the text of several documents, and stays one row.
-"""
+"""The losses of single validation rows: by source, and the hardest ones, from what evaluation computes anyway. A row
+is known by its tokens, so packing, shuffling and several processes do not matter: of packed conversations each is a
+row again. A packed row of pretraining has the text of several documents, and stays one row."""
 
 import heapq
 import json
@@ -33,8 +31,7 @@ class RowLosses:
 
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
-        """Sees what the forward passes of an evaluation return: `log_probs` of TRL's loss, or what llmlab's head
-        keeps."""
+        """Sees what an evaluation's forward passes return: `log_probs` of TRL's loss, or what llmlab's head keeps."""
         self.sums = np.zeros((len(self.sources), 2))  # losses and tokens
         self.hardest: list[tuple[float, int, int, str, list[int]]] = []
 
@@ -50,8 +47,7 @@ class RowLosses:
             self.last = None
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Counts the rows of the last forward pass; its token losses are (batch, time - 1), or with a first column
-        more."""
+        """Counts the rows of the last forward pass; its token losses are (batch, time - 1) or (batch, time)."""
         names = ("input_ids", "labels", "position_ids", "attention_mask")
         ids, labels, positions, mask = (inputs[name].cpu().numpy() if name in inputs else None for name in names)
         losses = np.zeros(labels.shape)
@@ -81,15 +77,13 @@ class RowLosses:
 
     def write(self, folder: Path, step: int, accelerator: Accelerator) -> None:
         """Writes the hardest rows of all processes into a run folder, in place of those of an earlier evaluation."""
-        rows = sorted({entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values(), reverse=True)[
-            :MOST
-        ]
+        distinct = {entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values()
         if not accelerator.is_main_process:
             return
         lines = [
             {"step": step, "source": source, "row": -row, "loss": loss, "tokens": tokens}
             | {"text": self.decode(ids)[:CHARACTERS]}
-            for loss, row, tokens, source, ids in rows
+            for loss, row, tokens, source, ids in sorted(distinct, reverse=True)[:MOST]
         ]
         write_atomically(folder / HARDEST_ROWS, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -1,7 +1,5 @@
-"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves.
-
-Stages provide model, data and trainer class; losses and data order live in the trainers.
-"""
+"""One run of a training stage: holds the run folder, sets seeds, builds the trainer, trains, saves. Stages provide
+model, data and trainer class; losses and data order live in the trainers."""
 
 import inspect
 import math
@@ -72,11 +70,8 @@ COMMON_ARGUMENTS = """
 def training_stage(
     run_class: type["Run[Any]"], *, prepare: Callable[[Resolved[Any]], Resolved[Any]] = lambda r: r
 ) -> Callable[[Callable[..., RunResult]], Callable[..., RunResult]]:
-    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`.
-
-    `prepare` completes the settings before the run folder is claimed. The function's name is the stage's, with `_`
-    for a hyphen.
-    """
+    """Decorator: turns `function(run, **options)` into the stage's public function of `settings`. `prepare` completes
+    the settings before the run folder is claimed. The function's name is the stage's, with `_` for a hyphen."""
 
     def decorate(function: Callable[..., RunResult]) -> Callable[..., RunResult]:
         @wraps(function, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -93,15 +88,8 @@ def training_stage(
             resolved, rolled_back = prepare(as_resolved(settings)), False
             without_state = -1  # the step up to which checkpoints have another optimizer's state
             while True:
-                starting = begin(
-                    run_class,
-                    function.__name__.replace("_", "-"),
-                    resolved,
-                    resume=resume,
-                    load_optimizer=load_optimizer,
-                    allow_changed_data=allow_changed_data,
-                    console=console,
-                )
+                start = {"resume": resume, "load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data}
+                starting = begin(run_class, function.__name__.replace("_", "-"), resolved, console=console, **start)
                 with suppress(RolledBack), starting as run, report_at_end(run), explain_out_of_memory(run):
                     run.function, run.rolled_back = start_run, rolled_back
                     return function(run, **options)
@@ -135,10 +123,9 @@ class Run(Start[S]):
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
         settings = self.settings
+        options["chat_template"] = settings.chat_template
         with quiet_libraries():
-            return load_policy(
-                settings.policy_checkpoint, settings, self.hardware, chat_template=settings.chat_template, **options
-            )
+            return load_policy(settings.policy_checkpoint, settings, self.hardware, **options)
 
     def build_rows(self, maker: Any, *, rows_per_step: float) -> Rows:
         """Returns the rows of the stage's sources, read as far as the run needs; a resumed run reads the same ones."""
@@ -147,17 +134,12 @@ class Run(Start[S]):
         before = read_record(self.folder).get("data", {}).get("sources") if self.checkpoint else None
         # progress bars show only on a terminal
         quiet = nullcontext() if self.console.is_terminal else quiet_libraries()
+        options = {"seed": settings.seed, "allow_truncated": getattr(settings, "allow_truncated", 0.05)}
+        options |= {"validation_rows": self.batch.validation_rows, "max_samples": settings.max_samples}
+        options["rows_needed"] = None if steps is None else math.ceil(steps * rows_per_step)
+        options["rows_before"] = None if before is None else [source["rows"] for source in before]
         with self.process.main_process_first(), quiet:
-            return build_rows(
-                settings,
-                maker,
-                seed=settings.seed,
-                allow_truncated=getattr(settings, "allow_truncated", 0.05),
-                validation_rows=self.batch.validation_rows,
-                max_samples=settings.max_samples,
-                rows_needed=None if steps is None else math.ceil(steps * rows_per_step),
-                rows_before=None if before is None else [source["rows"] for source in before],
-            )
+            return build_rows(settings, maker, **options)
 
     def make_trainer(
         self,
@@ -243,21 +225,14 @@ class Run(Start[S]):
         optimizer_bytes: int | None = None,
         results: dict[str, float] | None = None,
     ) -> RunResult:
-        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`.
-
-        `plan` is printed first; `callbacks` add metrics or state, so they come before those that print and record, the
-        last one first. `fixed_length` says that all rows have as many tokens. `optimizer_bytes`: by default AdamW's.
-        """
+        """Trains for so many optimizer steps, saves the run folder and returns it with its last metrics and `results`;
+        `callbacks` add metrics or state before others print and record, the last one first. `fixed_length` says that
+        all rows have as many tokens; `optimizer_bytes` are by default AdamW's."""
         check_steps_left(self.folder, self.done, steps, self.resumed == "finished")
         trainer.has_all_steps = self.done == steps  # only the final save is left
-        compiled = compile_if_worth(
-            trainer.model,
-            self.settings.compile,
-            device_type=self.hardware.device,
-            steps=steps - self.done,
-            tokens_per_step=self._tokens_per_step(trainer, data),
-            dynamic=not fixed_length,
-        )
+        size = {"steps": steps - self.done, "tokens_per_step": self._tokens_per_step(trainer, data)}
+        size |= {"device_type": self.hardware.device, "dynamic": not fixed_length}
+        compiled = compile_if_worth(trainer.model, self.settings.compile, **size)
         trainer.remove_callback(PrinterCallback)  # the progress line prints the same
         for callback in callbacks:
             trainer.callback_handler.callbacks.insert(0, callback)
@@ -325,17 +300,9 @@ class Run(Start[S]):
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""
-        return RunRecord(
-            self.folder,
-            stage=self.stage,
-            settings=self.settings.recorded(),
-            sources=self.resolved.sources,
-            parents=parents,
-            hardware=self.hardware.record(),
-            data=data,
-            data_files=self.data_files,
-            batch=asdict(self.batch),
-        )
+        values = {"stage": self.stage, "settings": self.settings.recorded(), "sources": self.resolved.sources}
+        values |= {"parents": parents, "hardware": self.hardware.record(), "data": data}
+        return RunRecord(self.folder, **values, data_files=self.data_files, batch=asdict(self.batch))
 
     def train_rows(
         self,
@@ -353,20 +320,9 @@ class Run(Start[S]):
             steps = math.ceil(self.settings.epochs * math.ceil(rows / self.batch.rows))
         epochs = steps * self.batch.rows / rows
         data.set_epochs(epochs)
-        return self.train(
-            trainer,
-            steps=steps,
-            plan=[
-                *policy.rows(trainer.model),
-                *plan,
-                ("data", data.summary()),
-                ("steps", f"{steps:,} ({epochs:.2g} epochs over the training rows)"),
-                ("batch", batch),
-            ],
-            parents=policy.parents,
-            data=data.record(),
-            **options,
-        )
+        length = f"{steps:,} ({epochs:.2g} epochs over the training rows)"
+        plan = [*policy.rows(trainer.model), *plan, ("data", data.summary()), ("steps", length), ("batch", batch)]
+        return self.train(trainer, steps=steps, plan=plan, parents=policy.parents, data=data.record(), **options)
 
     def note_division(self, record: RunRecord, trainer: Trainer, changes: dict[str, Any], phase: str) -> None:
         """Records and prints the smaller batch that a run goes on with."""
@@ -437,8 +393,7 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns the last value of each metric; validation metrics are those of the best checkpoint where it was
-    restored."""
+    """Returns the last value of each metric; those of validation from the best checkpoint where it was restored."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
         metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})

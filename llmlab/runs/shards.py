@@ -1,7 +1,5 @@
-"""Whole tensors of a model and an optimizer that FSDP2 shards: checkpoints hold what one process would write.
-
-So any number of processes, sharded or not, goes on from any of them. Tensors that are no DTensors are copied as usual.
-"""
+"""Whole tensors of a model and an optimizer that FSDP2 shards: checkpoints hold what one process would write. So any
+number of processes, sharded or not, goes on from any of them. Tensors that are no DTensors are copied as usual."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from llmlab.settings.files import read_json
 
 
 def gather(tree: Any, *, keep: bool) -> Any:
-    """Returns nested values with whole tensors on the CPU in place of sharded ones, or None on processes that do not
-    `keep` them: all must take part."""
+    """Returns nested values with sharded tensors whole on the CPU, or None on processes that do not `keep` them."""
 
     def whole(shards: DTensor) -> Tensor | None:
         tensor = shards.full_tensor()

@@ -1,7 +1,5 @@
-"""Signals that ask a process to stop: Ctrl+C, SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal).
-
-When it stops is up to the handler: `callbacks.SaveSchedule` lets the current step finish.
-"""
+"""Signals that ask a process to stop: Ctrl+C, SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal). When it
+stops is up to the handler: `callbacks.SaveSchedule` lets the current step finish."""
 
 import os
 import signal

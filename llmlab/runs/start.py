@@ -1,7 +1,5 @@
-"""How a run of a stage begins: on which machine, in which claimed folder, from which checkpoint.
-
-No model is loaded here, and of the data only the files' identities are read.
-"""
+"""How a run of a stage begins: on which machine, in which claimed folder, from which checkpoint. No model is loaded
+here, and of the data only the files' identities are read."""
 
 import os
 import signal

@@ -1,7 +1,5 @@
-"""Trackers (`report_to`): Transformers' own callbacks, which get what `metrics.jsonl` gets, under its names.
-
-They begin and end a tracker's run; the names of projects and runs, and forwarding of health events, are here.
-"""
+"""Trackers (`report_to`): Transformers' own callbacks, which get what `metrics.jsonl` gets, under its names. They
+begin and end a tracker's run; the names of projects and runs, and forwarding of health events, are here."""
 
 import io
 import os
@@ -24,10 +22,8 @@ PROJECTS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "M
 
 @contextmanager
 def trackers(trainer: Trainer, record: RunRecord | None, folder: Path, done: int) -> Iterator[list[tuple[str, str]]]:
-    """Puts a trainer's trackers behind all callbacks that add metrics, and ends their runs, however training ends.
-
-    The run resumes after `done` steps; yields the rows of the plan.
-    """
+    """Puts a trainer's trackers behind all callbacks that add metrics, and ends their runs, however training ends. The
+    run resumes after `done` steps; yields the rows of the plan."""
     names = list(trainer.args.report_to)
     # the folder that holds the run's, or where that is just `runs`, the one above
     project = next((up.name for up in folder.absolute().parents if up.name not in ("", "runs")), "llmlab")

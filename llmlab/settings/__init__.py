@@ -1,7 +1,5 @@
 """Settings: one small frozen class a stage, from which options, help, schema, docs and trainer arguments follow.
-
-Nothing here imports more than pydantic and PyYAML.
-"""
+Nothing here imports more than pydantic and PyYAML."""
 
 from importlib import import_module
 from typing import Any
@@ -11,9 +9,9 @@ CLASSES = {  # by stage
     "pretrain": "pretrain:PretrainSettings",
     "merge": "merge:MergeSettings",
     "sft": "sft:SFTSettings",
-    "dpo": "dpo:DPOSettings",
-    "orpo": "orpo:ORPOSettings",
-    "reward": "reward:RewardModelSettings",
+    "dpo": "preference:DPOSettings",
+    "orpo": "preference:ORPOSettings",
+    "reward": "preference:RewardModelSettings",
     "grpo": "grpo:GRPOSettings",
     "ppo": "ppo:PPOSettings",
     "rs-sft": "offline:RSSFTSettings",

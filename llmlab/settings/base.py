@@ -1,7 +1,5 @@
-"""What a setting is: a field of a small frozen pydantic class whose annotated type holds everything else about it.
-
-The loader, command line, schema, docs, trainers and run records read the markers here, and nothing else.
-"""
+"""What a setting is: a field of a small frozen pydantic class whose annotated type holds everything else about it. The
+loader, command line, schema, docs, trainers and run records read the markers here, and nothing else."""
 
 import types
 import typing

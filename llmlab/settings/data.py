@@ -1,7 +1,4 @@
-"""Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight.
-
-`llmlab.data` reads them.
-"""
+"""Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight."""
 
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Settings of stages that learn from episodes with tools: which environment, how long, what the simulator rewards.
-
-Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Simulator)".
-"""
+Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Simulator)"."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar

@@ -1,7 +1,4 @@
-"""Errors that the user can correct: one sentence each and exit code 2, never a traceback.
-
-Programming errors are not these: they keep their own types and their tracebacks.
-"""
+"""Errors that the user can correct: one sentence each and exit code 2. Bugs keep their own types and tracebacks."""
 
 import difflib
 import os
@@ -84,14 +81,8 @@ def is_unicode(text: str) -> bool:
 
 @contextmanager
 def reading(subject: str | Path, expected: str = "") -> Iterator[None]:
-    """Turns whatever a library raises while it reads a user's file or setting into a UserError that names it.
-
-    Put it around the library's call alone: a mistake of our own inside it would be blamed on the user.
-
-    Args:
-        subject: the file, or the setting and its value (`model = runs/sft`).
-        expected: what it was read as, such as `a tokenizer`.
-    """
+    """Turns whatever a library raises while it reads a user's file or setting (`subject`) as such as `a tokenizer`
+    into a UserError; it goes around the library's call alone, since our own mistakes inside would be the user's."""
     try:
         yield
     except UserError:

@@ -1,7 +1,4 @@
-"""Settings of gates: scores of answers to held-out prompts, with thresholds, after training or during it.
-
-What the scores are is `llmlab.rewards` and `llmlab.evaluation`.
-"""
+"""Settings of gates: scores of answers to held-out prompts, with thresholds, after training or during it."""
 
 from typing import Annotated, Any, ClassVar
 

@@ -1,7 +1,5 @@
-"""What a run does about symptoms in its metrics, and from which values on something is one.
-
-The checks are `llmlab.health.checks`; the defaults of the limits are the RL guide's, section 7.
-"""
+"""What a run does about symptoms in its metrics, and from which values on something is one. The checks are
+`llmlab.health.checks`; the defaults of the limits are the RL guide's, section 7."""
 
 from typing import Annotated, ClassVar, Literal
 

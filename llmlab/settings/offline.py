@@ -1,7 +1,5 @@
 """Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
-
-Source: seed, RL guide, section 3, "AWR / RS-SFT".
-"""
+Source: seed, RL guide, section 3, "AWR / RS-SFT"."""
 
 from typing import Annotated, ClassVar
 
@@ -95,7 +93,6 @@ class AWRSettings(OfflineSettings):
     @model_validator(mode="after")
     def check_group(self) -> "AWRSettings":
         if self.num_samples_per_prompt == 1 and self.samples is None:
-            raise ValueError(
-                "num_samples_per_prompt = 1: a sample is compared with others of its prompt; expected 2 or more"
-            )
+            why = "a sample is compared with others of its prompt"
+            raise ValueError(f"num_samples_per_prompt = 1: {why}; expected 2 or more")
         return self

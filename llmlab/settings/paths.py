@@ -1,7 +1,5 @@
 """Names of models, datasets and folders: which can only be local paths, and what is missing before anything loads.
-
-Only the file system is asked, and nothing heavy is imported; the content of files is their reader's business.
-"""
+Only the file system is asked, and nothing heavy is imported; the content of files is their reader's business."""
 
 import os
 import re
@@ -96,9 +94,7 @@ def check_model(name: str) -> None:
 
 def check_inputs(settings: Settings, sources: dict[str, str], made: Collection[Path] = ()) -> None:
     """Raises SettingsError for everything that settings read and that is missing, as far as known without a network.
-
-    `sources` says where each setting came from; `made` are the folders that earlier stages will have written.
-    """
+    `sources` says where each setting came from; `made` are the folders that earlier stages will have written."""
     problems = []
     for setting in fields_of(type(settings)):
         reads = setting.marker(Reads)

@@ -1,15 +1,13 @@
-"""What the stages that learn from preference pairs share: DPO, ORPO and reward models.
-
-Source: seed, LLM-Lab document, "Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2.
-"""
+"""Settings of stages that learn from preference pairs: DPO, ORPO and reward models. Source: seed, LLM-Lab document,
+"Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2."""
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Lt
 from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Resume
+from llmlab.settings.base import Alias, Resume, Trl
 from llmlab.settings.data import Datasets, DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.training import BATCH, FineTuningSettings
@@ -41,10 +39,8 @@ class PreferenceSettings(FineTuningSettings):
     @model_validator(mode="after")
     def check_lengths(self) -> "PreferenceSettings":
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length = {self.max_prompt_length} leaves no room for an answer in max_length = "
-                f"{self.max_length}"
-            )
+            no_room = f"leaves no room for an answer in max_length = {self.max_length}"
+            raise ValueError(f"max_prompt_length = {self.max_prompt_length} {no_room}")
         if self.gradient_accumulation_steps is None:
             self.accumulation(1)
         return self
@@ -65,3 +61,44 @@ class PreferenceSettings(FineTuningSettings):
                 f"gradient_accumulation_steps = {passes}{where} is {rows * passes}; leave one of them out"
             )
         return self.batch_size // rows if passes is None else passes
+
+
+class DPOSettings(PreferenceSettings):
+    """Direct preference optimization. Source: seed, LLM-Lab document, "DPO"; arXiv:2305.18290."""
+
+    panel: ClassVar[str] = "DPO"
+
+    output_dir: v.OutputDir = "dpo_checkpoints"
+    beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = 0.2
+    """Strength of the KL constraint: the implicit reward is beta times the log-ratio to the reference model."""
+    reference_checkpoint: v.ReferenceCheckpoint = None
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5), Trl("label_smoothing")] = 0.0
+    """Assumed probability that a pair's labels are swapped (conservative DPO); try 0.1 when overfitting."""
+
+
+class ORPOSettings(PreferenceSettings):
+    """Odds-ratio preference optimization. Source: seed, RL guide, section 2; arXiv:2403.07691."""
+
+    panel: ClassVar[str] = "ORPO"
+
+    output_dir: v.OutputDir = "orpo_checkpoints"
+    beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = 0.1
+    """Weight of the odds-ratio loss beside the chosen completion's cross-entropy (0.05 to 0.2)."""
+    batch_size: v.EffectiveBatchSize = 16
+    mini_batch_size: v.BatchSize = 1
+    epochs: v.Epochs = 3
+    learning_rate: v.LearningRate = 5e-6
+    weight_decay: v.WeightDecay = 0.01
+    save_every: v.SaveEvery = 100
+    eval_every: v.EvalEvery = 50
+    save_total_limit: v.SaveTotalLimit = 3
+
+
+class RewardModelSettings(PreferenceSettings):
+    """A reward model trained on pairs with the Bradley-Terry loss (arXiv:2009.01325)."""
+
+    panel: ClassVar[str] = "Reward model"
+    writes_answers: ClassVar[bool] = False
+
+    output_dir: v.OutputDir = "reward_checkpoints"
+    max_steps: v.MaxSteps = 3000

@@ -1,9 +1,7 @@
 """Shipped values by name, a YAML file each: `--preset` (a model's size, a way of working), `--hardware` (a machine).
-
 The sections of a file (`text`, `rows`, `pairs`, `online`) are for the stages that learn from these: they go over its
 other values, and an empty one takes a value away. A machine's batch follows from what other layers set, so that the
-effective batch (per device x accumulation x processes) is kept.
-"""
+effective batch (per device x accumulation x processes) is kept."""
 
 import math
 import os
@@ -78,9 +76,7 @@ def hardware_layer(
     stage: str, name: str, below: Sequence[Layer], above: Sequence[Layer], *, processes: int | None = 1
 ) -> tuple[Layer, list[str]]:
     """Returns what a machine sets between these layers, and notes: `above` is what the user set, `below` a preset.
-
-    Outside a launch there are so many processes; None is the machine's own number, for what is only planned.
-    """
+    Outside a launch there are so many processes; None is the machine's own number, for what is only planned."""
     layer = _read("hardware", name, hardware_presets(), stage)
     own_processes, launch = launch_of(name)
     values = {key: value for key, value in layer.values.items() if key not in NOT_SETTINGS}

@@ -1,7 +1,5 @@
 """What a completion is rewarded for: rewards in the form `name | weight`, or a mapping with their parameters.
-
-`llmlab.rewards` knows which rewards and parameters there are, and computes them.
-"""
+`llmlab.rewards` knows which rewards and parameters there are, and computes them."""
 
 from typing import Annotated, Any, ClassVar
 

@@ -1,7 +1,5 @@
-"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples.
-
-Source: seed, LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4.
-"""
+"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples. Source: seed,
+LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -62,10 +60,8 @@ class CompletionSettings(EnvironmentSettings, RewardsSettings):
     @model_validator(mode="after")
     def check_completions(self) -> "CompletionSettings":
         if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in max_seq_len = "
-                f"{self.max_seq_len}"
-            )
+            no_room = f"leaves no room for a prompt in max_seq_len = {self.max_seq_len}"
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} {no_room}")
         if self.rewards == [] and self.reward_model is None and self.environment is None:
             raise ValueError("rewards: expected at least one")
         return self

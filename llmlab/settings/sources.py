@@ -1,8 +1,5 @@
 """Merges layers of values (preset, files, command line) over the defaults, and knows where each value came from.
-
-Spellings are resolved before layers are merged, so `--lr` on the command line overrides `learning_rate` in a file.
-All problems are collected and reported at once.
-"""
+Spellings are resolved before layers are merged, and all problems are collected and reported at once."""
 
 import re
 from collections import defaultdict
@@ -251,11 +248,8 @@ def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, En
 
 
 def _misplaced(settings: Settings, entries: dict[str, Entry]) -> dict[str, tuple[str, bool]]:
-    """Returns (sentence, whether it is an error) for each key whose `When` does not hold.
-
-    A value that only repeats the default is silent, and one whose condition a higher layer changed gives a warning:
-    both come from files that list every setting.
-    """
+    """Returns (sentence, whether it is an error) for each key whose `When` does not hold: silent where it repeats the
+    default, a warning where a higher layer changed the condition, as in files that list every setting."""
     misplaced: dict[str, tuple[str, bool]] = {}
     for setting in fields_of(type(settings)):
         condition, entry = setting.marker(When), entries.get(setting.key)

@@ -61,10 +61,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
-        """Reads `eval_steps` as batches beside `eval_every`, and as the interval beside Transformers' words.
-
-        The LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps.
-        """
+        """Reads `eval_steps` as batches beside `eval_every`, and as the interval beside Transformers' words. The
+        LLM-Lab document ("Evaluation Steps") counts batches with it, Transformers and the RL guide steps."""
         best = values.get("metric_for_best_model")
         if isinstance(best, str) and not best.startswith(GATE):
             del values["metric_for_best_model"]

@@ -1,7 +1,5 @@
-"""What no file may decide: running a model's own Python code, and sending data off this machine.
-
-Only the command line or a call can allow these; files, pipelines and run records cannot.
-"""
+"""What no file may decide: running a model's own Python code, and sending data off this machine. Only the command line
+or a call can allow these; files, pipelines and run records cannot."""
 
 import importlib.util
 import inspect
@@ -69,10 +67,8 @@ def takes_trust(function: F) -> F:
 
 
 def load_code(spec: str, kind: str, *, allowed: bool, folder: str | Path = ".", check_only: bool = False) -> Any:
-    """Runs a user's Python file and returns what `path/to/file.py:name` names; None with `check_only`.
-
-    Relative paths start at `folder`; `kind` is the word for it in errors, such as `function`.
-    """
+    """Runs a user's Python file and returns what `path/to/file.py:name` names; None with `check_only`. Relative paths
+    start at `folder`; `kind` is the word for it in errors, such as `function`."""
     file, _, name = spec.rpartition(":")
     path = Path(folder) / Path(file).expanduser()
     if not path.is_file():
@@ -103,15 +99,11 @@ def refusals(layer: "Layer") -> list[str]:
     for key, value in _flatten(layer.values):
         head, _, name = key.rpartition(".")
         if name == REMOTE_CODE:
-            problems.append(
-                f"{layer.where(key)}: {key} is no setting: only --{REMOTE_CODE.replace('_', '-')} on the command line "
-                f"({REMOTE_CODE}=True in a call) allows a model's own Python code to run"
-            )
+            only = f"only --{REMOTE_CODE.replace('_', '-')} on the command line ({REMOTE_CODE}=True in a call)"
+            problems.append(f"{layer.where(key)}: {key} is no setting: {only} allows a model's own Python code to run")
         elif layer.path is not None and (head == TRAINER_ARGS or key == REPORT_TO) and leaves_machine(name, value):
-            problems.append(
-                f"{layer.where(key)}: {key} sends data off this machine, which no file decides; "
-                f"give {key}=... on the command line"
-            )
+            sends = f"{key} sends data off this machine, which no file decides"
+            problems.append(f"{layer.where(key)}: {sends}; give {key}=... on the command line")
     return problems
 
 

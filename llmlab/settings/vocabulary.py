@@ -1,7 +1,5 @@
-"""The named types of settings that several stages have: bounds, spellings and TRL field, each written once.
-
-A stage picks the name and the default. Help is the docstring of a field where it is first declared.
-"""
+"""The named types of settings that several stages have: bounds, spellings and TRL field, each written once. A stage
+picks the name and the default. Help is the docstring of a field where it is first declared."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +11,7 @@ from llmlab.settings.paths import PathName, Reads
 
 RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
     "llmlab.settings.ppo:PPOSettings",
-    "llmlab.settings.dpo:DPOSettings",
+    "llmlab.settings.preference:DPOSettings",
     "llmlab.settings.grpo:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's

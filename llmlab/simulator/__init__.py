@@ -1,7 +1,5 @@
 """Environments in which a policy acts by calling tools: the contract, llmlab's own tool world, wrappers of others.
-
-Public names are imported when they are first used.
-"""
+Public names are imported when they are first used."""
 
 from importlib import import_module
 from typing import Any

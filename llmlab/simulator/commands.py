@@ -1,7 +1,5 @@
-"""Shell commands on a virtual file system: a few, their common options, pipes and redirections, all in memory.
-
-No shell, process or disk is involved, and what is not here is answered with "not supported".
-"""
+"""Shell commands on a virtual file system: a few, their common options, pipes and redirections, all in memory. No
+shell, process or disk is involved, and what is not here is answered with "not supported"."""
 
 import math
 import re

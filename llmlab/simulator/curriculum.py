@@ -7,13 +7,8 @@ WINDOW, RAISE, LOWER = 64, 0.8, 0.2  # episodes, and success rates over them tha
 
 
 class Curriculum:
-    """The difficulty of the next episodes, from 1 to `DIFFICULTIES`.
-
-    Args:
-        kind: `episodes` rises evenly and is at the hardest level for the last half of the run; `success` rises when
-            at least 80 % of the last 64 episodes succeeded, and falls when at most 20 % did.
-        total: episodes of the whole run.
-    """
+    """The difficulty of the next episodes: `episodes` rises evenly over the first half of a run of `total` episodes,
+    `success` with the success rate of the last 64, and falls with it."""
 
     def __init__(self, kind: Literal["episodes", "success"], total: int):
         self.kind, self.total = kind, total

@@ -1,8 +1,5 @@
-"""The contract of an environment: TRL's `environment_factory` shape, plus `done` and what llmlab's loop can use.
-
-One object plays one episode at a time. The world of `llmlab.simulator` is `world.py`, wrappers are `wrappers.py`, and
-`llmlab.episodes` plays a model in any of them.
-"""
+"""The contract of an environment: TRL's `environment_factory` shape, plus `done` and what llmlab's loop can use. One
+object plays one episode at a time; `llmlab.episodes` plays a model in any of them."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -49,10 +46,8 @@ class Environment:
         raise NotImplementedError
 
     def _reject(self, name: str | None, arguments: Any, problem: str) -> str:
-        """Returns the observation of a call that cannot be made: unknown tool, broken JSON, missing arguments.
-
-        A leading underscore keeps it from being a tool, for TRL's own loop too.
-        """
+        """Returns the observation of a call that cannot be made: unknown tool, broken JSON, missing arguments. A
+        leading underscore keeps it from being a tool, for TRL's own loop too."""
         return f"error: {problem}"
 
 

@@ -1,7 +1,5 @@
-"""A virtual file system: texts by path, in memory, bounded in size. It never touches the disk.
-
-Paths are relative to its root, with or without a leading `/`; folders exist where files are in them.
-"""
+"""A virtual file system: texts by path, in memory, bounded in size. It never touches the disk. Paths are relative to
+its root, with or without a leading `/`; folders exist where files are in them."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase

@@ -1,8 +1,6 @@
-"""Guardrails: denied patterns and allow-lists, and the time limit under which patterns run on what models write.
-
-Which ones is data: `guardrails.yaml` for all that a model writes, `tool_guardrails.yaml` for the arguments of tools,
-and files of the same form. Patterns cannot tell use from mention: a training signal, not a safeguard.
-"""
+"""Guardrails: denied patterns and allow-lists, and the time limit under which patterns run on what models write. Which
+ones is data: `guardrails.yaml` for all that a model writes, `tool_guardrails.yaml` for the arguments of tools, and
+files of the same form. Patterns cannot tell use from mention: a training signal, not a safeguard."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Loads an environment by its name in settings: the simulator, one of gymnasium or OpenEnv, or a user's own class.
-
-Code that only a file names does not run, and no other machine is reached, unless the command line allows it.
-"""
+Code that only a file names does not run, and no other machine is reached, unless the command line allows it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,14 +20,8 @@ LEAVES_MACHINE = "actions would leave this machine; --allow-code (allow_code=Tru
 def load_environment(
     spec: str, *, allow_code: bool = False, reward_config: RewardConfig | None = None, check_only: bool = False
 ) -> Callable[[], Any]:
-    """Returns what makes environments.
-
-    Args:
-        spec: `simulator`, `gymnasium:ID`, `openenv:URL`, `openenv:module:Class` or `path/to/file.py:Class`.
-        allow_code: lets code run that the spec names, and lets a server on another machine be used.
-        reward_config: what the simulator rewards.
-        check_only: raises the errors that are known without running code or reaching a server, and returns nothing.
-    """
+    """Returns what makes environments of a name in settings. `allow_code` lets code run that it names, and a server on
+    another machine be used; with `check_only` neither happens, and nothing is returned."""
     where, (kind, _, name) = f"environment '{spec}'", spec.partition(":")
     if spec == SIMULATOR:
         from llmlab.simulator.world import Simulator

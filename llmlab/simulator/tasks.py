@@ -1,24 +1,21 @@
 """Tasks of the simulator: a goal, the files at the beginning, the expected calls, and a test of the final state.
-
-Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings,
-words and layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`.
-"""
+Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings and
+layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`."""
 
 import json
 import re
 from collections.abc import Mapping
 from functools import cache, partial
-from importlib.resources import files as resources
 from random import Random
 from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple
 from zlib import crc32
 
-import yaml
 from annotated_types import Ge
 from pydantic import BaseModel, ValidationError
 
 from llmlab.settings.errors import UserError, did_you_mean, shorten
+from llmlab.settings.files import read_table
 from llmlab.simulator.commands import run
 from llmlab.simulator.files import FileSystem, normalize
 from llmlab.simulator.python import parse_python, structure_of
@@ -115,21 +112,15 @@ def generate_task(category: str, difficulty: int, split: str, seed: int) -> Tool
         files[f"{folder}/{name}.txt"] = _draw(random, "lines", split, {})
     for slot, command in template.get("let", {}).items():
         values[slot] = run(fill(command), FileSystem(files)).removesuffix("\n")
-    return ToolTask(
-        goal=fill(template["goal"]),
-        files=files,
-        expected=tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"]),
-        success=Success(**fill(template["success"])),
-        category=category,
-        difficulty=difficulty,
-    )
+    expected = tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"])
+    parts = {"goal": fill(template["goal"]), "files": files, "success": Success(**fill(template["success"]))}
+    return ToolTask(**parts, expected=expected, category=category, difficulty=difficulty)
 
 
 @cache
 def grammar() -> dict[str, Any]:
     """Returns what `tasks.yaml` holds: `words`, and of each of `categories` and difficulty the templates."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(resources(__package__).joinpath("tasks.yaml").read_text(encoding="utf-8"), loader)
+    return read_table("llmlab.simulator", "tasks")
 
 
 def _generate_by_id(task: str, difficulty: int | None) -> ToolTask:

@@ -1,7 +1,5 @@
-"""The simulator: a world of files in memory with tools, tasks, guardrails and the RL guide's rewards.
-
-It never touches disk, network or processes, and the same task and calls give the same observations and rewards.
-"""
+"""The simulator: a world of files in memory with tools, tasks, guardrails and the RL guide's rewards. It never touches
+disk, network or processes, and the same task and calls give the same observations and rewards."""
 
 import inspect
 import re
@@ -170,9 +168,8 @@ class Simulator(Environment):
         """
         search = searcher(pattern)
         texts = {name: lines_of(self._files.texts[name]) for name in self._files.under(path)}
-        return (
-            "\n".join(f"{name}: {line}" for name, lines in texts.items() for line in lines if search(line)) or "none"
-        )
+        found = [f"{name}: {line}" for name, lines in texts.items() for line in lines if search(line)]
+        return "\n".join(found) or "none"
 
     @tool
     def run_command(self, command: str) -> str:

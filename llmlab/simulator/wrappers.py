@@ -1,8 +1,6 @@
-"""Environments of gymnasium (discrete or text actions) and OpenEnv as environments of llmlab with one tool, `act`.
-
-The tool's arguments come from the action space, or from the fields of the action. Both packages are optional extras.
-Continuous actions and OpenEnv's listing of MCP tools are not supported.
-"""
+"""Environments of gymnasium (discrete or text actions) and OpenEnv as environments of llmlab with one tool, `act`. The
+tool's arguments come from the action space, or from the fields of the action. Both packages are optional extras.
+Continuous actions and OpenEnv's listing of MCP tools are not supported."""
 
 import inspect
 import json

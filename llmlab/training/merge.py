@@ -284,16 +284,16 @@ def _fit_vocabulary(
 ) -> list[int]:
     """Gives the model an embedding row for each token, and returns the rows that the adapter changes."""
     rows = model.get_input_embeddings().num_embeddings
-    wanted = max(rows, len(tokenizer))
+    vocabulary = max(rows, len(tokenizer))
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     leaves = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
     trained = getattr(config, "trainable_token_indices", None) or {}
     trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
     indices = {index for listed in trained.values() for index in listed}
-    if indices and max(indices) >= wanted:
-        problem = f"it trains token {max(indices)}, and base model and tokenizer have {wanted} tokens"
+    if indices and max(indices) >= vocabulary:
+        problem = f"it trains token {max(indices)}, and base model and tokenizer have {vocabulary} tokens"
         raise UserError(f"{adapter}: {problem}; expected the base model and the tokenizer that it was trained with")
-    added = set(range(rows, wanted))
+    added = set(range(rows, vocabulary))
     whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
     for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
         if untrained := set() if leaf in whole else added.difference(trained.get(leaf, ())):

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from llmlab.cli.app import main
 from llmlab.settings.files import read_layer
 from llmlab.settings.presets import for_stage
 from llmlab.stages import STAGES
-from tests.cli.test_runs import write
+from tests.cli.test_runs import run_cli, write
 
 
 @pytest.fixture
@@ -17,13 +16,7 @@ def cli(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
 
-    def run(*words):
-        with pytest.raises(SystemExit) as caught:
-            main(["advise", *map(str, words)])
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
-    return run
+    return lambda *words: run_cli(capsys, "advise", *words)
 
 
 def run_folder(name, losses, evaluated=(), **settings):

@@ -18,13 +18,15 @@ def cli(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
-    def run(*words):
-        with pytest.raises(SystemExit) as caught:
-            main(["runs", *map(str, words)])
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
+    return lambda *words: run_cli(capsys, "runs", *words)
 
-    return run
+
+def run_cli(capsys, *words):
+    """Returns the exit code of `llmlab WORDS`, and what it printed on standard output and error."""
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, words)])
+    output = capsys.readouterr()
+    return caught.value.code or 0, output.out, output.err
 
 
 @pytest.fixture
@@ -161,6 +163,7 @@ def test_mistakes_are_sentences(cli, runs, words, message):
 def test_compare_writes_a_page(cli, runs):
     code, output, _ = cli("compare", "runs/a/pretrain", "runs/a/again", "--html", "both.html")
     assert (code, output) == (0, "both.html\n")
+    assert cli("compare", "runs/a/pretrain", "runs/a/again", "--html", "both.html", "--json")[0] == 2
     assert "again from 3.98 at step 1 to 2 at step 100" in Path("both.html").read_text()
 
 

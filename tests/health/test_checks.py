@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.health.checks import CHECKS, Watch, check_history, outside_bands
+from llmlab.health.checks import CHECKS, Watch, outside_bands
 from llmlab.health.symptoms import load_table
 from llmlab.settings.health import HealthLimits
 
@@ -18,7 +18,8 @@ LIMITS = HealthLimits().model_dump()
 def find(lines, stage="sft", **limits):
     """Returns the symptoms of these lines, of which each is a step, with the steps at which they are reported."""
     history = [{"step": step, **line} for step, line in enumerate(lines, start=1)]
-    return [(event.symptom, event.step) for event in check_history(history, {**LIMITS, **limits}, stage)]
+    watch = Watch({**LIMITS, **limits}, stage)
+    return [(event.symptom, event.step) for line in history for event in watch.add(line)]
 
 
 def curve(name, *values):

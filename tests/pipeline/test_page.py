@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llmlab.pipeline.page import write_pipeline_page
+from llmlab.pipeline.running import write_pipeline_page
 from llmlab.settings.errors import UserError
 
 

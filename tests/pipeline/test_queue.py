@@ -69,6 +69,11 @@ def await_file(path):
     raise AssertionError(path)
 
 
+def start_worker(**options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", WORKER], env=environment, **options)
+
+
 def test_jobs_run_in_order_where_they_were_added_and_a_failure_stops_none(place, monkeypatch):
     (place / "acts").write_text('{"0002": 3}')
     first, second, _ = add("a", "b", "c")
@@ -91,8 +96,7 @@ def test_jobs_run_in_order_where_they_were_added_and_a_failure_stops_none(place,
 def test_a_killed_worker_is_followed_by_one_that_waits_for_its_job_and_goes_on(place):
     (place / "acts").write_text('{"0001": 1.5}')
     add("a", "b")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], env=environment)
+    worker = start_worker()
     job = int(await_file(place / "started"))
     worker.send_signal(signal.SIGKILL)
     worker.wait()
@@ -109,8 +113,7 @@ def test_a_killed_worker_is_followed_by_one_that_waits_for_its_job_and_goes_on(p
 def test_of_two_workers_one_works_and_also_runs_what_is_added_meanwhile(place):
     (place / "acts").write_text('{"0001": 1.0}')
     add("a")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], env=environment, stdout=subprocess.PIPE, text=True)
+    worker = start_worker(stdout=subprocess.PIPE, text=True)
     await_file(place / "started")
     add("b")
     assert run_all() == []
@@ -120,8 +123,7 @@ def test_of_two_workers_one_works_and_also_runs_what_is_added_meanwhile(place):
 def test_a_signal_ends_the_job_first_and_leaves_it_to_be_resumed(place):
     (place / "acts").write_text('{"0001": 30.0}')
     add("a", "b")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], env=environment)
+    worker = start_worker()
     job = int(await_file(place / "started"))
     worker.terminate()
     assert worker.wait() == 128 + signal.SIGTERM

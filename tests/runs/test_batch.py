@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.runs.batch import Batch, batch_of, split_again
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
+from llmlab.settings.preference import DPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.runs import compile as compiling
 from llmlab.runs.compile import compile_layers, decide_compile
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
+from llmlab.settings.preference import DPOSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.training.online.grpo import grpo
 from llmlab.training.preference.dpo import dpo

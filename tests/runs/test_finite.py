@@ -15,8 +15,8 @@ from llmlab.cli.app import main
 from llmlab.model import load_model
 from llmlab.runs.history import open_run
 from llmlab.runs.optimizers import StageTrainer
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import Diverged, UserError
+from llmlab.settings.preference import DPOSettings
 from llmlab.stages import STAGES
 from llmlab.training.pretrain import PretrainTrainer, pretrain
 

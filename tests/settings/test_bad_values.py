@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlab.cli.app import main
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, load_yaml, parse_scalar, read_layer
 from llmlab.settings.model import nearest_divisor
 from llmlab.settings.paths import check_inputs, check_model, check_output, is_local
+from llmlab.settings.preference import DPOSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from llmlab.settings.base import Resume, Trl, When, fields_of, spellings_of
 from llmlab.settings.data import DataSource
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.health import HealthLimits
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.preference import DPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import load, resolve

@@ -5,9 +5,7 @@ import json
 import pytest
 
 from llmlab.runs.record import read_metrics
-from llmlab.settings.dpo import DPOSettings
-from llmlab.settings.orpo import ORPOSettings
-from llmlab.settings.reward import RewardModelSettings
+from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSettings
 from llmlab.training.preference.dpo import dpo
 from llmlab.training.preference.orpo import orpo
 from llmlab.training.preference.reward import reward

@@ -17,10 +17,10 @@ from llmlab.inference import generate_text, load_for_inference
 from llmlab.model import load_model
 from llmlab.runs.policy import load_policy, load_reference
 from llmlab.runs.record import read_metrics, read_record
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
+from llmlab.settings.preference import DPOSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.sft import LLMLabSFTTrainer, sft

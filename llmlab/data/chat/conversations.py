@@ -1,7 +1,5 @@
 """Sources of chat data: their format recognized, each row read as a conversation, a preference pair or a prompt.
-
-Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows.py`.
-"""
+Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows.py`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

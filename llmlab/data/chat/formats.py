@@ -1,7 +1,5 @@
-"""Recognizes chat data by its columns, and reads each row as a conversation, a preference pair or a prompt.
-
-All formats become one, so sources can be mixed.  Rendering to tokens is `rendering.py`.
-"""
+"""Recognizes chat data by its columns, and reads each row as a conversation, a preference pair or a prompt. All
+formats become one, so sources can be mixed. Rendering to tokens is `rendering.py`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

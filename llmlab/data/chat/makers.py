@@ -1,7 +1,4 @@
-"""Encoders from conversations, preference pairs and prompts to dataset rows.
-
-Reading, holding out, mixing and caching are `rows.py`.
-"""
+"""Encoders from conversations, preference pairs and prompts to dataset rows, which `rows.py` reads and mixes."""
 
 import json
 from dataclasses import replace

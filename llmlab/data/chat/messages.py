@@ -1,8 +1,5 @@
-"""Normalizes messages (roles, content parts, tool calls) of datasets, APIs and models to the OpenAI chat format.
-
-A message has a `role`, a text as `content`, and of the assistant perhaps `tool_calls` and `reasoning_content`.
-Unknown structures raise UnusableRow with the reason.
-"""
+"""Normalizes messages (roles, content parts, tool calls) of datasets, APIs and models to the OpenAI chat format:
+`role`, `content` as text, perhaps `tool_calls` and `reasoning_content`. Others raise UnusableRow with the reason."""
 
 import json
 from collections.abc import Callable

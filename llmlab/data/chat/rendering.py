@@ -1,11 +1,7 @@
-"""Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask.
-
-The template decides the text; this module only finds the assistant's tokens in it.  Templates without `generation`
-marks are rendered once for each turn, which works for any append-only template.
-
-Two turns of the assistant in a row are rendered as they are where the template allows it, else joined by a blank line.
-Reasoning is put as `<think>...</think>` before the answer where the template has no place of its own for it.
-"""
+"""Conversations rendered with chat templates: token ids, a loss mask, and checks of the mask. The template decides the
+text; this module only finds the assistant's tokens in it. Templates without `generation` marks are rendered once for
+each turn, if append-only. Two turns of the assistant in a row are joined by a blank line, and reasoning put as
+`<think>...</think>` before the answer, where the template has no place for them."""
 
 import itertools
 from dataclasses import dataclass
@@ -169,10 +165,8 @@ class Renderer:
         # with everything trained, the template's line break may follow the end of the last turn
         if end is None or tokenizer.decode(ids[end + 1 : last + 1]).strip():
             expected = " or ".join(tokenizer.convert_ids_to_tokens(list(stops))) or "an eos token"
-            return (
-                f"the end of its last turn is not trained, so the model would never stop: it ends with "
-                f"{tokenizer.decode(ids[last])!r}, expected {expected}"
-            )
+            found = f"it ends with {tokenizer.decode(ids[last])!r}, expected {expected}"
+            return f"the end of its last turn is not trained, so the model would never stop: {found}"
         bos = tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             return f"it begins with {tokenizer.bos_token} twice: the text or the template adds a second one"
@@ -205,9 +199,7 @@ def encode_prompt(
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
     """Sets a template of ours (where None: unless there is one) or a Jinja file, and returns the tokens added for it.
-
-    `chatml_compact` shows tools as `name(argument, ...)`: a tenth of the tokens of JSON schemas.
-    """
+    `chatml_compact` shows tools as `name(argument, ...)`: a tenth of the tokens of JSON schemas."""
     if template is None and tokenizer.chat_template is not None:
         return []
     if template not in (None, "chatml", COMPACT):
@@ -215,9 +207,8 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "this is not UTF-8 text"
-            raise UserError(
-                f"chat_template = {template}: {reason}; expected chatml, {COMPACT} or a Jinja file"
-            ) from None
+            expected = f"expected chatml, {COMPACT} or a Jinja file"
+            raise UserError(f"chat_template = {template}: {reason}; {expected}") from None
         return []
     missing = [token for token in (BOS, END_OF_TURN) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)

@@ -1,8 +1,6 @@
 """The rows of a stage that trains on chat data: sources read, rendered, checked, held out and mixed, with a report.
-
-What a row consists of is `makers.py`.  Padding and packing are the trainer's.  Rendered rows are cached, an Arrow file
-a source; a shorter cache is a prefix of a longer one, so the result never depends on what is cached.
-"""
+What a row consists of is `makers.py`. Padding and packing are the trainer's. Rendered rows are cached, an Arrow file a
+source; a shorter cache is a prefix of a longer one, so the result never depends on what is cached."""
 
 import json
 import math
@@ -136,11 +134,9 @@ def build_rows(
     rows_needed: int | None = None,
     rows_before: Sequence[int] | None = None,
 ) -> Rows:
-    """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole.
-
-    Of sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as
-    many rows as before (`rows_before`).
-    """
+    """Builds and checks the rows that the settings describe: sources mixed by weight, until each was used whole. Of
+    sources larger than `rows_needed` (None: all) or `max_samples` only the beginning is read, of a resumed run as many
+    rows as before (`rows_before`)."""
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
     weights = [source.weight for source in settings.datasets]
@@ -175,8 +171,8 @@ def build_rows(
 
 def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None) -> int | None:
     """Returns how many rows of a source to read for its share of these; None is all."""
-    wanted = ((rows_needed, READ_AT_LEAST), (max_samples, SAMPLED_FROM))
-    limits = [(share * count, least) for count, least in wanted if count is not None]
+    counts = ((rows_needed, READ_AT_LEAST), (max_samples, SAMPLED_FROM))
+    limits = [(share * count, least) for count, least in counts if count is not None]
     return min((max(least, math.ceil(count + MARGIN * count)) for count, least in limits), default=None)
 
 
@@ -222,8 +218,7 @@ class _Builder:
     def read(
         self, source: DataSource, at_most: int | None, share: float = 1.0
     ) -> tuple[Dataset, RowsReport, tuple[str, ...], np.ndarray]:
-        """Returns the usable rows of a source after checking them, its report, the splits that it has, and the rows'
-        numbers in it."""
+        """Returns the usable rows of a source, its report, the splits that it has, and the rows' numbers in it."""
         found = self.maker.open(source, at_most)
         tokenizer = self.maker.tokenizer
         key = [VERSION, found.identity, found.form.columns, self.maker.identity]
@@ -247,26 +242,20 @@ class _Builder:
             raise UserError(f"{report.name}: all of its {report.rows:,} rows have another label than only_label")
         if unusable == rows or unusable > self.settings.allow_dropped * rows:
             reasons = ", ".join(f"{count:,} x {reason}" for reason, count in report.dropped.most_common(5))
-            raise UserError(
-                f"{report.name}: {unusable:,} of {rows:,} rows cannot be used, the first is row "
-                f"{np.argmax(dropped != '') + 1}: {reasons}; fix them, or raise "
-                f"allow_dropped = {self.settings.allow_dropped:g}"
-            )
+            advice = f"fix them, or raise allow_dropped = {self.settings.allow_dropped:g}"
+            which = f"{unusable:,} of {rows:,} rows cannot be used, the first is row {np.argmax(dropped != '') + 1}"
+            raise UserError(f"{report.name}: {which}: {reasons}; {advice}")
         wrong = np.flatnonzero(problem != "")
         if len(wrong):
-            raise UserError(
-                f"{report.name}: row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): "
-                f"{problem[wrong[0]]}; use a chat template whose generation block covers the end of turn, or set "
-                "chat_template=chatml"
-            )
+            which = f"row {wrong[0] + 1} (and {len(wrong) - 1:,} more of {report.rows:,}): {problem[wrong[0]]}"
+            advice = "use a chat template whose generation block covers the end of turn, or set chat_template=chatml"
+            raise UserError(f"{report.name}: {which}; {advice}")
         if report.lost > self.allow_truncated * report.rows:
-            first = np.argmax(lost)
-            raise UserError(
-                f"{report.name}: {report.lost:,} of {report.rows:,} rows have nothing left to train after truncation "
-                f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens; "
-                f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}, or raise "
-                f"allow_truncated = {self.allow_truncated:g}"
-            )
+            first, fits = np.argmax(lost), f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}"
+            which = f"{report.lost:,} of {report.rows:,} rows have nothing left to train after truncation"
+            where = f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens"
+            advice = f"{fits}, or raise allow_truncated = {self.allow_truncated:g}"
+            raise UserError(f"{report.name}: {which} {where}; {advice}")
 
 
 def open_rows(
@@ -342,10 +331,8 @@ def row_lengths(rows: Any) -> tuple[float, int] | None:
     if not names:
         return None
     some = rows.select(range(0, len(rows), len(rows) // COUNTED_ROWS + 1)).select_columns(names).with_format("arrow")
-    batches = [
-        {name: np.asarray(pc.list_value_length(table[name])) for name in names} for table in some.iter(batch_size=1000)
-    ]
-    tokens = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    tables = list(some.iter(batch_size=1000))
+    tokens = {name: np.concatenate([pc.list_value_length(table[name]) for table in tables]) for name in names}
     if "input_ids" in tokens:
         return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
     if "chosen_ids" not in tokens:

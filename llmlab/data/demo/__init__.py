@@ -1,8 +1,5 @@
-"""Corpora generated from seeded grammars, so that a first run and the tests need no network: `demo/<name>`.
-
-Train and validation split share no story and no conversation.  A demo corpus is the same for everyone: its seed is not
-the training seed.  Its grammar is in the module of its name.
-"""
+"""Corpora generated from seeded grammars, so that a first run and the tests need no network: `demo/<name>`. Train and
+validation split share no story and no conversation, and a corpus is the same for everyone, whatever the seed."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
-"""Sums and differences of one- and two-digit numbers, answered in a line that ends in `#### NUMBER`, as in GSM8K.
-
-No problem is in both splits, nor in another wording or a sum the other way round; it may still be a step of another.
-"""
+"""Sums and differences of one- and two-digit numbers, answered in a line that ends in `#### NUMBER`, as in GSM8K. No
+problem is in both splits, nor in another wording or a sum the other way round; it may still be a step of another."""
 
 from random import Random
 from typing import Any

@@ -1,8 +1,6 @@
-"""Conversations in the world of the demo stories: requests that a few million parameters can learn to follow.
-
-An exchange is one row of `chat.yaml`: request, answer, and what every good answer contains.  `follows` parses requests
-with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar.
-"""
+"""Conversations in the world of the demo stories: requests that a few million parameters can learn to follow. An
+exchange is one row of `chat.yaml`: request, answer, and what every good answer contains. `follows` parses requests
+with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -94,9 +92,7 @@ GROUPS = {
     **{name: _direct(*rows) for name, rows in _GRAMMAR["exchanges"].items()},
 }
 SYSTEMS = {
-    "in_one_sentence": System(
-        "Answer in one sentence.", lambda answer: len(re.findall(r"[.!?]+(?=\W|$)", answer)) == 1
-    ),
+    "in_one_sentence": System("Answer in one sentence.", lambda text: len(re.findall(r"[.!?]+(?=\W|$)", text)) == 1),
     "to_the_end": System('Say "The end." at the end.', lambda answer: answer.endswith("The end.")),
     "as_somebody": System("You are {name} the {kind}."),
 }

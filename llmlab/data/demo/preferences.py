@@ -1,7 +1,5 @@
-"""Preference pairs in the world of the demo stories: an answer of `demo/chat`, and a corrupted copy.
-
-Some rejected answers are shorter than the chosen one and some longer, so length alone tells nothing.
-"""
+"""Preference pairs in the world of the demo stories: an answer of `demo/chat`, and a corrupted copy. Some rejected
+answers are shorter than the chosen one and some longer, so length alone tells nothing."""
 
 import re
 from collections.abc import Sequence

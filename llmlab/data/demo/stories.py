@@ -1,9 +1,7 @@
 """Short stories from a grammar: ten plots, each a chain of causes, about people who keep their names and pronouns.
-
 What happens follows from what was said (the tool fits the harm, sums come out right, the thing is found where the
-friend saw it), so a model of a few million parameters has something to learn beyond spelling.  The words are in
-`stories.yaml` and `world.yaml`; here is what follows from what.
-"""
+friend saw it), so a model of a few million parameters has something to learn beyond spelling. The words are in
+`stories.yaml` and `world.yaml`; here is what follows from what."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -23,18 +21,13 @@ Step = tuple[float, tuple[str, ...]]  # its probability, and its wordings
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, str]:
-    """Returns a row with one story."""
-    return {"text": tell(random, validation=validation)}
-
-
-def tell(random: Random, *, validation: bool) -> str:
-    """Returns one story; those of the validation split have a plot, hero and friend that training never combines."""
+    """Returns a story; those of the validation split have a plot, hero and friend that training never combines."""
     while True:
         number, hero, friend = int(random.random() * len(PLOTS)), pick(random, PEOPLE), pick(random, PEOPLE)
         cast = crc32(f"{number} {hero.name} {friend.name}".encode())
         if hero.name != friend.name and (cast % VALIDATION_IN == 0) is validation:
             break
-    return narrate(random, number, invent(random, number, hero, friend))
+    return {"text": narrate(random, number, invent(random, number, hero, friend))}
 
 
 def invent(random: Random, number: int, hero: Person, friend: Person) -> Facts:
@@ -64,17 +57,8 @@ def a(noun: str) -> str:
 
 
 def _facts_of(person: Person, prefix: str) -> Facts:
-    name, kind, she, her, them = person
-    return {
-        f"{prefix}name": name,
-        f"{prefix}kind": kind,
-        f"{prefix}a_kind": a(kind),
-        f"{prefix}she": she,
-        f"{prefix}She": she.capitalize(),
-        f"{prefix}her": her,
-        f"{prefix}Her": her.capitalize(),
-        f"{prefix}them": them,
-    }
+    more = {"a_kind": a(person.kind), "She": person.she.capitalize(), "Her": person.her.capitalize()}
+    return {f"{prefix}{slot}": value for slot, value in (person._asdict() | more).items()}
 
 
 def _read_steps(name: str) -> tuple[Step, ...]:
@@ -106,8 +90,8 @@ def broken(random: Random, facts: Facts) -> Facts:
 def shared(random: Random, facts: Facts) -> Facts:
     place = pick(random, world.PLACES)
     total = 5 + int(random.random() * 8)
-    given = 1 + int(random.random() * (total - 3))
-    numbers = {"total": total, "given": given, "left": total - given, "last": total - given - 1}
+    gift = 1 + int(random.random() * (total - 3))
+    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
     words = {name: NUMBERS[number] for name, number in numbers.items()}
     return {**place._asdict(), **words, "fruit": pick(random, WORLD["fruits"])}
 

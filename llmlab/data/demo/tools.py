@@ -1,8 +1,6 @@
 """Tasks of the simulator: the expert's episodes (`demo/tools`), and prompts for learning from rewards (`demo/tasks`).
-
 Tasks of the validation split are held-out ones: other wordings, names and layouts. A last part of the name is one
-difficulty, as in `demo/tasks/1`; without it the easier ones are more frequent.
-"""
+difficulty, as in `demo/tasks/1`; without it the easier ones are more frequent."""
 
 import json
 from functools import cache
@@ -46,9 +44,8 @@ def write_row(random: Random, *, validation: bool, difficulty: int | None = None
     lines = [PROMPT + goal]
     for call, observation in zip(calls, play_scripted(simulator, calls), strict=True):
         function = {"name": call.tool, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        messages.append(
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        )
+        called = [{"type": "function", "function": function}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": called})
         lines += [f'{{"name": "{call.tool}", "arguments": {function["arguments"]}}}', observation]
         messages.append({"role": "tool", "content": observation})
     if random.random() < SCHEMAS_SHARE:  # so that a tokenizer and a model that begin here know their words

@@ -1,16 +1,12 @@
 """The world of the demo corpora, as `world.yaml` lists it: people, places, things, and what belongs together."""
 
 from collections import namedtuple
-from importlib.resources import files
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import yaml
+from llmlab.settings.files import read_table
 
-
-def read_grammar(name: str) -> dict[str, Any]:
-    """Returns what the YAML file of this name beside this module holds."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
-    return yaml.load(files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), loader)
+read_grammar = partial(read_table, "llmlab.data.demo")
 
 
 class Person(NamedTuple):

@@ -63,13 +63,13 @@ class PPOConfig(GRPOConfig):
     stop_kl: float | None = None
 
     def __post_init__(self) -> None:
-        wanted = self.num_generations
-        if wanted == 1:  # TRL's class wants groups; any divisor of the rollout passes its checks
+        generations = self.num_generations
+        if generations == 1:  # TRL's class wants groups; any divisor of the rollout passes its checks
             parts = (self.generation_batch_size, self.steps_per_generation, self.gradient_accumulation_steps)
             whole = next((part for part in parts if part is not None), 1)
             self.num_generations = self.per_device_train_batch_size if self.per_device_train_batch_size > 1 else whole
         super().__post_init__()
-        self.num_generations = wanted
+        self.num_generations = generations
 
 
 class PPOTrainer(RolloutSteps, GRPOTrainer):

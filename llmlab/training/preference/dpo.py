@@ -10,7 +10,7 @@ from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.dpo import DPOSettings
+from llmlab.settings.preference import DPOSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 

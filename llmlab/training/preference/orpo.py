@@ -16,7 +16,7 @@ from llmlab.runs._trl import TokenizedORPOPairs
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.orpo import ORPOSettings
+from llmlab.settings.preference import ORPOSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 

@@ -14,7 +14,7 @@ from trl import RewardConfig, RewardTrainer
 from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.reward import RewardModelSettings
+from llmlab.settings.preference import RewardModelSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 

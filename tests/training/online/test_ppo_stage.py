@@ -15,7 +15,7 @@ from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.ppo import PPOSettings
-from llmlab.settings.reward import RewardModelSettings
+from llmlab.settings.preference import RewardModelSettings
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve

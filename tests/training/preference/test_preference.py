@@ -18,12 +18,10 @@ from llmlab.model import load_classifier, load_model
 from llmlab.optim.sophia import Sophia, estimate_hessian
 from llmlab.rewards import RewardModel
 from llmlab.runs.record import read_metrics, read_record
-from llmlab.settings.dpo import DPOSettings
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.merge import MergeSettings
-from llmlab.settings.orpo import ORPOSettings
-from llmlab.settings.reward import RewardModelSettings
+from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.merge import merge
 from llmlab.training.preference.dpo import dpo
