@@ -184,4 +184,4 @@ def test_fresh_samples_have_higher_rewards(tiny_settings, share_file, tmp_path, 
     before, after = ([each.reward for each in read_samples(folder / "samples.jsonl")] for folder in (first, second))
     means = [sum(rewards) / len(rewards) for rewards in (before, after)]
     print(stage, means)
-    assert means[1] > means[0] + 0.1
+    assert means[1] > means[0] + 0.06  # four standard errors of 320 rewards that spread by 0.2
