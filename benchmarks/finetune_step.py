@@ -36,12 +36,10 @@ def stage_of(name):
     """Returns a stage's settings, llmlab's and TRL's trainer, TRL's configuration, and its maker of rows."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import trl
-    from llmlab.settings.dpo import DPOSettings
-    from llmlab.settings.orpo import ORPOSettings
-    from llmlab.settings.reward import RewardModelSettings
     from trl.experimental.orpo import ORPOConfig
 
     from llmlab.data.chat.makers import InstructionEncoder, PreferenceEncoder
+    from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSettings
     from llmlab.settings.sft import SFTSettings
     from llmlab.training.preference.dpo import LLMLabDPOTrainer
     from llmlab.training.preference.orpo import LLMLabORPOTrainer, ORPOTrainer
