@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from llmlab.model.step import DecodeStep, suits
 
+ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
 CHUNK = 64  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
 PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
@@ -142,7 +143,7 @@ def why_not(model: Any) -> str | None:
         "its weights are sharded": any(
             type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters()
         ),
-        f"{attention} reads no cache with free columns": attention not in ("sdpa", "eager"),
+        f"{attention} reads no cache with free columns": attention not in ATTENTION,
         f"it remembers more than keys and values ({', '.join(sorted(kinds - LAYERS))})": kinds - LAYERS,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -61,8 +61,8 @@ def test_frozen_weights_have_the_dtype_of_the_run_and_adapters_fp32(planned):
     total, trained = of_model(run)
     width, kv = 32, 16  # of the model; of its keys and values
     assert trained == 2 * 4 * ((width + width) + (width + kv))  # two layers' queries and values
-    head = 4 * 300 * width  # TRL's loss has a copy of it in fp32
-    assert 0 <= run.ledger.most["weights"] - 2 * (total - trained) - 4 * trained - head < 5000  # copies for autocast
+    # copies for autocast; none of the head, which TRL's loss would copy in fp32
+    assert 0 <= run.ledger.most["weights"] - 2 * (total - trained) - 4 * trained < 5000
     assert run.ledger.most["optimizer"] >= 8 * trained
 
 
