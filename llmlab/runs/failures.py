@@ -32,7 +32,7 @@ PHASES = (  # a phase, and the functions in whose frames it is, the first that f
     ("saving", {"save_model", "_save_checkpoint"}),
     ("evaluation", {"evaluate"}),
     ("sampling", {"_generate"}),
-    ("scoring", {"_generate_and_score_completions"}),
+    ("scoring", {"_generate_and_score_completions", "score_tokens"}),
     ("Hessian estimate", {"estimate_hessian_if_due"}),
     ("optimizer step", {"step", "_clip_grad_norm"}),
     ("backward pass", {"backward"}),

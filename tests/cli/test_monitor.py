@@ -94,7 +94,7 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     read = []
     for name in ("read_record", "read_metrics", "read_events"):
         original = getattr(history, name)
-        monkeypatch.setattr(history, name, lambda folder, f=original: read.append(folder.name) or f(folder))
+        monkeypatch.setattr(history, name, lambda folder, f=original, **k: read.append(folder.name) or f(folder, **k))
     screen.runs = history.find_runs(tmp_path, screen.runs)
     lines_of(screen)
     assert read == []
@@ -109,7 +109,7 @@ def test_metrics_of_finished_runs_out_of_sight_are_not_read(tmp_path, monkeypatc
         make_run(tmp_path / f"r{number}", status="finished", done=3, started=number)
     read = []
     original = history.read_metrics
-    monkeypatch.setattr(history, "read_metrics", lambda folder: read.append(folder.name) or original(folder))
+    monkeypatch.setattr(history, "read_metrics", lambda folder, **k: read.append(folder.name) or original(folder, **k))
     screen = look(tmp_path)
     lines_of(screen)
     assert set(read) == {f"r{number}" for number in range(33, 40)}  # the newest, of which 7 fit on 24 lines

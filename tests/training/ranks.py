@@ -37,15 +37,19 @@ def sampling_by_prompt(scripts=()):
     """Lets every token that is sampled depend on its prompt, its place among equal prompts and its position alone.
 
     So one process and two sample the same completions, whichever prompts each of them has.  Of `scripts`, lists of
-    tokens, each completion is one, where there are any.
+    tokens, each completion is one, where there are any.  `generate` samples in place of llmlab's loop.
     """
     import torch
     from transformers import GenerationMixin
 
-    generate, multinomial = GenerationMixin.generate, torch.multinomial
+    from llmlab import decoding
+
+    generate, multinomial, why_not = GenerationMixin.generate, torch.multinomial, decoding.why_not
 
     def by_prompt(self, *args, **kwargs):
-        rows = zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+        if "custom_generate" in kwargs:  # which only prepares
+            return generate(self, *args, **kwargs)
+        rows = zip(kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs["attention_mask"], strict=True)
         prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in rows]
         before, keys = Counter(), []
         for prompt in prompts:
@@ -68,11 +72,11 @@ def sampling_by_prompt(scripts=()):
         finally:
             torch.multinomial = multinomial
 
-    GenerationMixin.generate = by_prompt
+    GenerationMixin.generate, decoding.why_not = by_prompt, lambda model: "sampled by prompt"
     try:
         yield
     finally:
-        GenerationMixin.generate = generate
+        GenerationMixin.generate, decoding.why_not = generate, why_not
 
 
 def train(stage, settings, resume=None, free=False, sharded=False):

@@ -88,7 +88,8 @@ def handed_over(trainer):
     """What a stage handed to its trainer, part by part."""
     optimizer = trainer.create_optimizer()
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
-    arguments = {name: value for name, value in trainer.args.to_dict().items() if name != "logging_dir"}
+    dated = ("logging_dir", "run_name")
+    arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in dated}
     weights = {name: (str(p.dtype), list(p.shape), p.requires_grad, plain(p)) for name, p in model.named_parameters()}
     return {
         "arguments": {name: str(value) for name, value in arguments.items()},
