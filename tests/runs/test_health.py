@@ -28,7 +28,7 @@ BOTH = {"on_warning": "rollback", "on_critical": "rollback"}
 TEXT = {"max_steps": 90, "lr": 0.02, "eval_every": 10, "save_best_only": False}
 ONLINE = {  # a toy policy becomes another one: its divergence is no symptom
     **{"max_steps": 36, "save_every": 10, "learning_rate": 0.015, "ent_coef": 0.03, "max_new_tokens": 4},
-    **{"batch_size": 8, "mini_batch_size": 32, "health": {"kl_high": 8.0, "kl_too_high": 9.0}},
+    **{"batch_size": 8, "mini_batch_size": 32, "seed": 6, "health": {"kl_high": 8.0, "kl_too_high": 9.0}},
 }
 WITHIN = 0.02
 
@@ -391,7 +391,7 @@ def test_the_kl_coefficient_of_a_controller_is_doubled_by_a_rollback(train, faul
 
     fault.once(6, push)
     settings = {**ONLINE, "max_steps": 10, "save_every": 4, "adaptive_kl": True, "kl_horizon": 10**6}
-    limits = {"kl_high": None, "kl_too_high": 0.8, "entropy_collapse": None}
+    limits = {"kl_high": None, "kl_too_high": 2.0, "entropy_collapse": None}  # without the push it comes near to 1
     folder = train("grpo", **{**settings, "health": limits}, on_critical="rollback", max_rollbacks=1).folder
     lines = {line["step"]: line["kl_coef"] for line in read_metrics(folder) if "kl_coef" in line}
     (rollback,) = read_record(folder)["rollbacks"]
