@@ -117,7 +117,10 @@ def stages_of(path):
 
 
 def test_shipped_recipes_are_quiet_at_their_models():
-    """But for the guide's configuration for rapid experimentation, whose batch is `smaller for speed`."""
+    """But for the guide's configuration for rapid experimentation, whose batch is `smaller for speed`, and the presets
+    for little text, whose weight decay pays over several passes (`benchmarks/RESULTS.md`)."""
+    unusual = {"quick.yaml": ["effective batch = 8"]}
+    unusual |= dict.fromkeys(("speedrun.yaml", "exportable.yaml"), ["weight_decay = 0.5:"])
     folder, seen = recipe_folder(), 0
     for path in sorted(folder.rglob("*.yaml")):
         kind = path.relative_to(folder).parts[0]
@@ -128,7 +131,7 @@ def test_shipped_recipes_are_quiet_at_their_models():
             layer = for_stage(Layer(str(path), values, path=path), stage)
             resolved = STAGES[stage].resolve([layer], below=[])
             found = find_outside(stage, resolved.settings, resolved.sources, parameters=size, processes=1)
-            assert [line[:19] for line in found] == ["effective batch = 8"] * (path.name == "quick.yaml"), path
+            assert [line[:19] for line in found] == unusual.get(path.name, []), path
             seen += 1
     assert seen > 10
 
