@@ -33,7 +33,7 @@ class Product:
         self.weight = torch.cat([weight.to(dtype) for weight, _ in found])
         biases = [self.weight.new_zeros(len(weight)) if bias is None else bias.to(dtype) for weight, bias in found]
         self.bias = torch.cat(biases) if any(bias is not None for _, bias in found) else None
-        self.packed = self.weight.device.type != "cpu" or dtype != torch.bfloat16  # nothing to pack
+        self.packed = self.weight.device.type != "cpu" or dtype != torch.bfloat16 or not packs_weights()
 
     def pack(self, rows: int) -> None:
         """Arranges the weight for the CPU's bf16 instructions."""
@@ -43,6 +43,11 @@ class Product:
         if self.weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, self.bias, "none", [], "")
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def packs_weights() -> bool:
+    """Whether this CPU and build of torch have bf16 products with packed weights; those of Macs have not."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Layer:
