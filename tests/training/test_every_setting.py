@@ -87,6 +87,8 @@ def rows_of(data):
 def handed_over(trainer):
     """What a stage handed to its trainer, part by part."""
     optimizer = trainer.create_optimizer()
+    for numbers in trainer.usual.values():  # of steps before, beside which the next one may be a spike
+        numbers.extend([1.0, 2.0] * 50)
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     dated = ("logging_dir", "run_name")
     arguments = {name: value for name, value in trainer.args.to_dict().items() if name not in dated}
@@ -103,6 +105,7 @@ def handed_over(trainer):
         "validation": rows_of(trainer.eval_dataset),
         "attention": model.config._attn_implementation,
         "optimizer": type(optimizer).__name__,
+        "spikes": trainer.highest(),
         "groups": [{name: plain(v) for name, v in g.items() if name != "params"} for g in optimizer.param_groups],
         "rates": [trainer.create_scheduler(90, optimizer).lr_lambdas[0](step) for step in range(91)],
         "callbacks": [plain(callback) for callback in trainer.callback_handler.callbacks],
