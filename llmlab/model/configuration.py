@@ -160,10 +160,10 @@ class LLMLabConfig(PreTrainedConfig):
             raise ValueError(f"final_logit_softcapping = {softcap}: expected more than 0, or None")
 
     def _check_divides(self, whole: str, part: str, what: str) -> None:
-        number, wanted = getattr(self, whole), getattr(self, part)
-        if number % wanted:
-            near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
-            problem = f"{whole} = {number} is not divisible by {part} = {wanted}"
+        number, divisor = getattr(self, whole), getattr(self, part)
+        if number % divisor:
+            near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - divisor), -d))
+            problem = f"{whole} = {number} is not divisible by {part} = {divisor}"
             raise ValueError(f"{problem}; the nearest number of {what} that divides it is {near}")
 
     def _complete_rope_parameters(self) -> None:

@@ -93,16 +93,16 @@ def sample_pairs(
             yield compare(samples, min_difference)
 
 
-def summarize(judged: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
+def summarize(comparisons: Iterable[Comparison], unusable: Counter[str]) -> PairsReport:
     """Returns pairs and counts of `sample_pairs`; `unusable` counts the rows without a prompt by reason."""
-    judged = sorted(judged, key=lambda each: each.prompt_id)
-    scores = [[sample.reward for sample in each.samples if sample.reward is not None] for each in judged]
+    comparisons = sorted(comparisons, key=lambda each: each.prompt_id)
+    scores = [[sample.reward for sample in each.samples if sample.reward is not None] for each in comparisons]
     scored = [each for each in scores if each]
-    without = unusable + Counter(each.reason for each in judged if each.pair is None)
+    without = unusable + Counter(each.reason for each in comparisons if each.pair is None)
     return PairsReport(
-        pairs=[each.pair for each in judged if each.pair is not None],
-        prompts=len(judged) + unusable.total(),
-        completions=sum(len(each.samples) for each in judged),
+        pairs=[each.pair for each in comparisons if each.pair is not None],
+        prompts=len(comparisons) + unusable.total(),
+        completions=sum(len(each.samples) for each in comparisons),
         mean=statistics.fmean(score for each in scored for score in each) if scored else None,
         best=statistics.fmean(map(max, scored)) if scored else None,
         worst=statistics.fmean(map(min, scored)) if scored else None,

@@ -175,13 +175,13 @@ def test_few_samples_that_carry_the_weight_are_warned_of(quiet):
 def test_fresh_samples_have_higher_rewards(tiny_settings, share_file, tmp_path, quiet, stage):
     """A share of tokens in the first third: random models have a third, or less."""
     train, common = {"rs-sft": rs_sft, "awr": awr}[stage], {"max_prompts": 40, "num_samples_per_prompt": 8}
-    data = {**common, "max_new_tokens": 12, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 100}
+    data = {**common, "max_new_tokens": 12, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 150}
     data |= {"learning_rate": 1e-2, "sampling_batch_size": 320}
-    own = {"reward_threshold": 0.0} if stage == "rs-sft" else {}
+    own = {"reward_threshold": 0.0} if stage == "rs-sft" else {"clip_advantage": 50.0}
     first = train(tiny_settings(stage, tmp_path / "first", **data, **own), console=quiet).folder
     again = {**data, "policy_checkpoint": str(first), "seed": 9, "max_steps": 1, "warmup_steps": 1}
     second = awr(tiny_settings("awr", tmp_path / "second", **again), console=quiet).folder
     before, after = ([each.reward for each in read_samples(folder / "samples.jsonl")] for folder in (first, second))
     means = [sum(rewards) / len(rewards) for rewards in (before, after)]
     print(stage, means)
-    assert means[1] > means[0] + 0.06  # four standard errors of 320 rewards that spread by 0.2
+    assert means[1] > means[0] + 0.1

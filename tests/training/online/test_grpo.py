@@ -224,7 +224,7 @@ def test_the_reward_rises(baseline_mode, grpo_settings, quiet):
         console=quiet,
     )
     rewards = logged(result.folder, "reward")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards  # 0.17 to 0.47 over seeds
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards
     expected = {
         *("reward", "reward/wanted_share", "best_of_group", "group_variance", "zero_variance_share", "clipped_share"),
         *("completion_length", "entropy", "reward_std", "ratio_clipped_share"),
