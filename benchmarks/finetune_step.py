@@ -56,6 +56,7 @@ def stage_of(name):
 
 def make_trainer(name, options, callbacks, folder):
     """Returns a contender's trainer, and lists its losses in `options.losses`."""
+    import torch
     from transformers import PrinterCallback, TrainerCallback
 
     from llmlab.data.chat.rows import build_rows
@@ -88,6 +89,7 @@ def make_trainer(name, options, callbacks, folder):
         **(length if is_sft else length | {"mini_batch_size": options.batch}),
     )
     task = {"task": "SEQ_CLS"} if options.stage == "reward" else {"attach": options.stage != "dpo"}
+    torch.manual_seed(0)  # of adapters and of a reward model's head
     policy = load_policy(settings.policy_checkpoint, settings, machine, chat_template="chatml", **task)
     encode, count = encoder(policy.tokenizer, stops=policy.stops, **length), options.steps * options.batch
     rows = build_rows(settings, encode, seed=0, allow_truncated=1.0, max_samples=count).train
@@ -119,6 +121,7 @@ def make_trainer(name, options, callbacks, folder):
         extra, arguments.optim = {}, "adamw_torch_fused"
     if options.stage == "dpo":
         extra |= {"ref_model": reference, "peft_config": policy.new_adapters(settings)}
+    torch.manual_seed(0)
     trainer = ours(
         model=policy.model,
         args=arguments,

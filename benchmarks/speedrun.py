@@ -2,13 +2,15 @@
 
     python benchmarks/speedrun.py tinyshakespeare.txt [--minutes 5] [--seeds 3] [--folder runs] [--record]
 
-Each contestant trains alone, in a process of its own, on the same tokens, and is scored on the same held-out tokens in
-bits per byte.  Its seconds count from a model that does not exist yet to the last step, compilation included and
-evaluations left out.  Peers decay their rates by the clock; llmlab's runs get as many steps as a short trial says fit.
-`--folder` keeps finished runs, so that a long comparison can be stopped and continued; `--only` runs a part of it.
+Each contestant trains in a process of its own on the same text, and is scored on the same held-out text in bits per
+byte.  Its seconds are those that making the model takes, and its steps times the median step of short trials, which
+take turns on the idle machine; as many steps are planned as fit into the minutes, and rates decay over them.  So the
+long runs themselves may share the machine.  `--folder` keeps trials and finished runs: a comparison can be stopped and
+continued.  `--only` runs a part of it, `--switches` the preset with one of its choices changed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -28,7 +30,26 @@ NAMES = {
     "adamw": "llmlab, AdamW",
     "speedrun": "llmlab, `--preset speedrun`",
 }
-BATCH, EVALUATIONS, TRIAL = 16, 10, 20  # rows of a step, evaluations of a run, seconds of the trial
+SWITCHES = {  # the preset with one of its choices changed; a step of those in RECIPE takes as long as the preset's
+    "vocabulary 1024": {},
+    "initialization: normal": {"model": {"initialization": "normal"}},
+    "qk_norm: false": {"model": {"qk_norm": False}},
+    "one rate for all": {"embedding_lr": None, "head_lr": None},
+    "16 x 256 tokens a step": {"batch_size": 16, "model": {"max_seq_len": 256}},
+    "weight_decay: 0.1": {"weight_decay": 0.1},
+    "scheduler: cosine": {"scheduler": "cosine"},
+    "scheduler: wsd": {"scheduler": "wsd"},
+    "activation: relu2": {"model": {"activation": "relu2", "d_ff": 1056}},  # as many weights
+    "logit_softcap: 15": {"model": {"logit_softcap": 15.0}},
+    "optimizer: muon": {"optimizer": "muon", "lr": 1.2e-2},
+    "optimizer: muon, with momentum warmup": {"optimizer": "muon", "lr": 1.2e-2, "muon_momentum_warmup": 300},
+}
+RECIPE = {
+    name
+    for name in SWITCHES
+    if name.split(":")[0] in ("initialization", "one rate for all", "weight_decay", "scheduler")
+}
+BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations of a run, seconds of a trial
 
 
 def prepare(options, folder):
@@ -59,7 +80,8 @@ def prepare(options, folder):
 
 def tokens_of(options, name):
     """Returns the folder of a contestant's tokenizer and tokens."""
-    return options.folder / f"tokens-{options.own_vocab_size if name == 'speedrun' else options.vocab_size}"
+    own = name == "speedrun" or name in SWITCHES and name != "vocabulary 1024"
+    return options.folder / f"tokens-{options.own_vocab_size if own else options.vocab_size}"
 
 
 def settings_of(options, name, rate, seed, steps, output):
@@ -72,6 +94,8 @@ def settings_of(options, name, rate, seed, steps, output):
         values["gradient_accumulation_steps"] = 1
     else:
         values = {key: value for key, value in read_preset("pretrain", "speedrun").values.items() if key != "stage"}
+        change = SWITCHES.get(name, {})
+        values |= change | {"model": values["model"] | change.get("model", {})}
     values["model"] = values["model"] | {"tokenizer_name": str(tokens_of(options, name))}
     folder = options.folder
     sources = {"datasets": [str(folder / "train.txt")], "validation_datasets": [str(folder / "held_out.txt")]}
@@ -112,7 +136,7 @@ def run_llmlab(options, name, rate, seed, steps, output, limit=None):
             parameters = sum(parameter.numel() for parameter in model.parameters())
             times.append(time.perf_counter() - began)
             if limit is not None:
-                control.should_training_stop = times[-1] > limit
+                control.should_training_stop = len(times) > 1 and times[-1] > limit
             elif state.global_step * EVALUATIONS // steps > (state.global_step - 1) * EVALUATIONS // steps:
                 model.eval()
 
@@ -121,8 +145,8 @@ def run_llmlab(options, name, rate, seed, steps, output, limit=None):
                         return model(ids, use_cache=False).logits.float()
 
                 loss = bits_per_byte(logits, held_out, sizes, settings.model.max_seq_len)
-                curve.append((times[-1], loss))
-                print(f"{times[-1]:.0f} s, step {state.global_step}: {loss:.4f}", flush=True)
+                curve.append((state.global_step, loss))
+                print(f"step {state.global_step}: {loss:.4f}", flush=True)
                 model.train()
                 began = time.perf_counter() - times[-1]  # an evaluation takes no time
 
@@ -141,62 +165,74 @@ def run_llmlab(options, name, rate, seed, steps, output, limit=None):
     pretrain.PretrainTrainer, pretrain.build_model = Watched, start
     llmlab.pretrain(settings)
     rows = settings.batch_size * settings.gradient_accumulation_steps
-    durations = [after - before for before, after in zip([0.0, *times], times, strict=False)]
-    step = statistics.median(durations)
-    return {
-        "curve": curve,
-        "steps": len(times),
-        "step": step,
-        "start": max(durations[0] - step, 0.0),  # making the model, and what the first step takes more
-        "tokens": len(times) * rows * settings.model.max_seq_len,
-        "parameters": parameters,
-    }
+    tokens = len(times) * rows * settings.model.max_seq_len
+    return {"curve": curve, "times": times, "tokens": tokens, "parameters": parameters}
 
 
 def plan(options):
     """Yields the runs to come: a name, a rate and a seed; after the first seed only the best rate goes on."""
     for seed in range(1, options.seeds + 1):
-        for name, rates in (PEERS | OURS).items():
-            if name not in options.only:
-                continue
+        for name in options.only:
+            rates = (PEERS | OURS).get(name, [None])
             if seed > 1 and len(rates) > 1:
                 rates = [min(rates, key=lambda rate: load(options, name, rate, 1)["curve"][-1][1])]
             yield from ((name, rate, seed) for rate in rates)
 
 
 def path_of(options, name, rate, seed):
-    return options.folder / ("-".join(str(part) for part in (name, rate, seed) if part is not None) + ".json")
+    parts = [name.replace(": ", "=").replace(" ", "_"), rate, seed]
+    return options.folder / ("-".join(str(part) for part in parts if part is not None) + ".json")
 
 
 def load(options, name, rate, seed):
-    return json.loads(path_of(options, name, rate, seed).read_text())
+    """Returns a finished run, its curve in seconds."""
+    run = json.loads(path_of(options, name, rate, seed).read_text())
+    start, step = seconds_of(options, name)
+    return run | {"curve": [(start + step * steps, loss) for steps, loss in run["curve"]]}
+
+
+def seconds_of(options, name):
+    """Returns what making the model and its first step take before the step itself, and the step, by the trials."""
+    name = "speedrun" if name in RECIPE else name
+    trials = [
+        json.loads(path.read_text())["times"]
+        for path in options.folder.glob(path_of(options, name, "trial", "*").name)
+    ]
+    steps = [statistics.median(after - before for before, after in itertools.pairwise(times)) for times in trials]
+    step = statistics.median(steps)
+    return max(statistics.median(times[0] for times in trials) - step, 0.0), step
 
 
 def start(words):
     return subprocess.run(words, check=True)
 
 
-def train(options, name, rate, seed):
-    """Runs one contestant in a process of its own, unless the folder has it."""
-    out = path_of(options, name, rate, seed)
+def train(options, name, rate, seed, steps, out, limit=None):
+    """Runs one contestant in a process of its own, unless the folder has it; a trial ends after `limit` seconds."""
     if out.exists():
         return
-    print(f"{NAMES[name]}, {'' if rate is None else f'rate {rate:g}, '}seed {seed}", flush=True)
-    seconds = 60 * options.minutes * (options.share if name == "speedrun" else 1)
+    print(
+        NAMES.get(name, name), *([] if rate is None else [f"rate {rate:g}"]), f"{steps} steps, seed {seed}", flush=True
+    )
     if name in PEERS:
         python = options.litgpt_python if name == "litgpt" else sys.executable
         words = [python, Path(__file__).with_name("speedrun_peers.py"), name, tokens_of(options, name), out]
-        words += ["--seconds", seconds, "--seed", seed, "--evaluations", EVALUATIONS, "--batch", BATCH]
+        words += ["--steps", steps, "--seed", seed, "--evaluations", EVALUATIONS, "--batch", BATCH]
         words += [] if rate is None else ["--rate", rate]
+        words += [] if limit is None else ["--limit", limit]
         words += ["--layers", SHAPE["n_layers"], "--width", SHAPE["d_model"], "--sequence", SHAPE["max_seq_len"]]
-        return start([str(word) for word in words])
-    words = [sys.executable, __file__, options.text, "--folder", options.folder, "--vocab-size", options.vocab_size]
-    words += ["--own-vocab-size", options.own_vocab_size]
-    if not (trial := options.folder / f"trial-{name}.json").exists():
-        start([str(word) for word in [*words, "--run", name, rate, seed, 10**5, trial, TRIAL]])
-    found = json.loads(trial.read_text())
-    steps = max(round((seconds - found["start"]) / found["step"]), EVALUATIONS)
-    start([str(word) for word in [*words, "--run", name, rate, seed, steps, out, None]])
+    else:
+        words = [
+            sys.executable,
+            __file__,
+            options.text,
+            "--folder",
+            options.folder,
+            "--vocab-size",
+            options.vocab_size,
+        ]
+        words += ["--own-vocab-size", options.own_vocab_size, "--run", name, rate, seed, steps, out, limit]
+    start([str(word) for word in words])
 
 
 def seconds_until(curve, target):
@@ -214,9 +250,9 @@ def seconds_until(curve, target):
 def best_runs(options):
     """Returns the finished runs of each contestant at its best rate, seed by seed."""
     found = {}
-    for name, rates in (PEERS | OURS).items():
-        finished = [rate for rate in rates if path_of(options, name, rate, 1).exists()]
-        if name in options.only and finished:
+    for name in options.only:
+        rates = (PEERS | OURS).get(name, [None])
+        if finished := [rate for rate in rates if path_of(options, name, rate, 1).exists()]:
             rate = min(finished, key=lambda rate: load(options, name, rate, 1)["curve"][-1][1])
             seeds = [s for s in range(1, options.seeds + 1) if path_of(options, name, rate, s).exists()]
             found[name] = rate, [load(options, name, rate, seed) for seed in seeds]
@@ -241,20 +277,22 @@ def table(options):
         f"{text}, {options.minutes:g} minutes on {cores} cores each, its last tenth held out; seeds: "
         f"{max(len(runs) for _, runs in found.values())}, mean (lowest to highest). `python benchmarks/speedrun.py`",
         "",
-        "| contestant | rate | parameters | tokens | bits per byte at the end | its seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| contestant | rate | parameters | a step | tokens | its seconds | bits per byte at the end | "
+        f"seconds to the loss of {NAMES.get(best, 'a peer')} |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (rate, runs) in found.items():
-        size = runs[0]["parameters"]
+        reached = [seconds_until(run["curve"], finals[best]) for run in runs] if best else [None]
         lines.append(
-            f"| {NAMES[name]} | {'its own' if rate is None else f'{rate:g}'} | {size / 1e6:.1f} M "
-            f"| {statistics.mean(run['tokens'] for run in runs) / 1e6:.2f} M "
+            f"| {NAMES.get(name, name)} | {'its own' if rate is None else f'{rate:g}'} "
+            f"| {runs[0]['parameters'] / 1e6:.1f} M | {1000 * seconds_of(options, name)[1]:.0f} ms "
+            f"| {statistics.mean(run['tokens'] for run in runs) / 1e6:.2f} M | {runs[0]['curve'][-1][0]:.0f} "
             f"| {spread([run['curve'][-1][1] for run in runs], '{:.3f}')} "
-            f"| {spread([run['curve'][-1][0] for run in runs], '{:.0f}')} |"
+            f"| {'not reached by all' if None in reached else spread(reached, '{:.0f}')} |"
         )
     ours = found.get("speedrun", (None, []))[1]
     for name in [*([best] if best else []), *(["adamw"] if "adamw" in found else [])]:
-        theirs = statistics.mean(run["curve"][-1][0] for run in found[name][1])
+        theirs = found[name][1][0]["curve"][-1][0]
         reached = [seconds_until(run["curve"], finals[name]) for run in ours]
         if reached and None not in reached:
             share = spread([100 * seconds / theirs for seconds in reached], "{:.0f} %")
@@ -277,7 +315,7 @@ def draw(options, path):
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for number, (name, (_, runs)) in enumerate(best_runs(options).items()):
         for run in runs:
-            label = NAMES[name] if run is runs[0] else None
+            label = NAMES.get(name, name) if run is runs[0] else None
             axes.plot(*zip(*run["curve"], strict=True), color=f"C{number}", label=label)
     axes.set(xlabel="seconds of training", ylabel="held-out loss, bits per byte")
     axes.legend()
@@ -291,7 +329,10 @@ def main():
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=1, help="of the minutes for the preset, whose decay ends there")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--only", nargs="+", choices=NAMES | SWITCHES, default=list(NAMES))
+    parser.add_argument("--switches", action="store_true", help="the preset's switches too")
+    parser.add_argument("--trials", type=int, default=3, help="short runs of each contestant, which take turns")
+    parser.add_argument("--trials-only", action="store_true", help="stop after them: the rest may share the machine")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--own-vocab-size", type=int, default=2048, help="of the preset; losses are a byte's")
     parser.add_argument("--litgpt-python", default=sys.executable, help="an interpreter that has LitGPT")
@@ -307,13 +348,23 @@ def main():
             result = run_llmlab(options, name, rate, int(seed), int(steps), output, limit)
         Path(out).write_text(json.dumps(result))
         return
+    options.only += SWITCHES if options.switches else []
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or Path(temporary)
         options.folder.mkdir(parents=True, exist_ok=True)
         if not all((tokens_of(options, name) / "bytes.json").exists() for name in options.only):
             prepare(options, options.folder)
+        for number in range(options.trials):
+            for name in (name for name in options.only if name not in RECIPE):
+                out = path_of(options, name, "trial", number)
+                train(options, name, (PEERS | OURS).get(name, [None])[0], 1, 10**5, out, TRIAL)
+        if options.trials_only:
+            return
         for name, rate, seed in plan(options):
-            train(options, name, rate, seed)
+            first, step = seconds_of(options, name)
+            seconds = 60 * options.minutes * (1 if name in PEERS or name == "adamw" else options.share)
+            steps = max(round((seconds - first) / step), EVALUATIONS)
+            train(options, name, rate, seed, steps, path_of(options, name, rate, seed))
         printed = table(options)
         print(printed)
         if options.plot:

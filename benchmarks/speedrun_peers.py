@@ -166,7 +166,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
 
 
 def make_nanochat(options, vocabulary):
-    """Returns the model, its logits, and a function that takes a step: its number, the share of the seconds."""
+    """Returns the model, its logits, and a function that takes a step: its number, the share of the run."""
     model = Nanochat(vocabulary, options.layers, options.width, options.width // 64, options.sequence)
     optimizer = NanochatOptimizer(model)
 
@@ -243,7 +243,8 @@ def main():
     parser.add_argument("peer", choices=["nanochat", "litgpt"])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="over which the rates decay")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds, after which a trial ends")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-3, help="LitGPT's peak learning rate")
     parser.add_argument("--evaluations", type=int, default=10)
@@ -253,23 +254,23 @@ def main():
     train, held_out = (np.fromfile(options.data / f"{name}.bin", np.uint16) for name in ("train", "held_out"))
     sizes = torch.tensor(json.loads((options.data / "bytes.json").read_text()))
     torch.manual_seed(options.seed)
-    curve, step, spent = [], 0, 0.0
+    curve, times = [], []
     data = batches(train, options)
     began = time.perf_counter()
     model, logits, update = (make_nanochat if options.peer == "nanochat" else make_litgpt)(options, len(sizes))
-    while spent < options.seconds:
+    while len(times) < options.steps and not (len(times) > 1 and times[-1] > options.limit):
         rows = next(data)
         F.cross_entropy(logits(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
-        update(step, spent / options.seconds)
+        update(len(times), len(times) / options.steps)
         model.zero_grad(set_to_none=True)
-        step, spent = step + 1, time.perf_counter() - began
-        if spent >= options.seconds * (len(curve) + 1) / options.evaluations:
+        times.append(time.perf_counter() - began)
+        if len(times) * options.evaluations // options.steps > len(curve):
             loss = bits_per_byte(logits, held_out, sizes, options.sequence)
-            curve.append((spent, loss))
-            print(f"{spent:.0f} s, step {step}: {loss:.4f}", flush=True)
-            began = time.perf_counter() - spent  # an evaluation takes no time
+            curve.append((len(times), loss))
+            print(f"step {len(times)}: {loss:.4f}", flush=True)
+            began = time.perf_counter() - times[-1]  # an evaluation takes no time
     parameters = sum(p.numel() for p in model.parameters())
-    result = {"curve": curve, "steps": step, "tokens": step * options.batch * options.sequence}
+    result = {"curve": curve, "times": times, "tokens": len(times) * options.batch * options.sequence}
     options.out.write_text(json.dumps(result | {"parameters": parameters}))
 
 

@@ -127,11 +127,11 @@ def test_speedrun(benchmark, tmp_path, monkeypatch):
                 patch.setattr(pretrain, attribute, getattr(pretrain, attribute))
             benchmark(name, *words[2:], **(small | {"BATCH": 2, "TRIAL": 0} if name == "speedrun" else {}))
 
-    rows = rows_of(benchmark("speedrun", *words, **small, BATCH=2, TRIAL=0, start=start))[1:]
+    rows = rows_of(benchmark("speedrun", *words, "--trials", 1, **small, BATCH=2, TRIAL=0, start=start))[1:]
     runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert [row[0] for row in rows] == ["nanochat", "llmlab, AdamW"] and (tmp_path / "plot.png").is_file()
     best = min(("adamw-0.001-1", "adamw-0.004-1"), key=lambda name: runs[name]["curve"][-1][1])
-    assert rows[1][1] == best.split("-")[1] and float(rows[1][4]) == round(runs[best]["curve"][-1][1], 3)
+    assert rows[1][1] == best.split("-")[1] and float(rows[1][6]) == round(runs[best]["curve"][-1][1], 3)
     seconds_until = sys.modules["speedrun"].seconds_until
     assert seconds_until([(1, 4.0), (2, 3.0), (4, 2.0)], 2.5) == 3 and seconds_until([(1, 4.0)], 2.5) is None
 

@@ -39,6 +39,8 @@ def make_mask(*args: Any, **options: Any) -> Tensor | None:
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
     """Returns the outputs of attention, (batch, time, heads, dim), of inputs (batch, heads, time, dim)."""
+    if torch.is_autocast_enabled("cpu"):  # as it does for sdpa: rotation leaves queries and keys in fp32
+        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
     plain = mask is None and not any(options.get(name) for name in ("dropout", "cache", "softcap"))
     plain = plain and options.get("is_causal", getattr(module, "is_causal", True)) is not False
     faster = query.dtype == torch.bfloat16 or torch.compiler.is_compiling()  # as measured for llmlab's own decoder

@@ -16,23 +16,27 @@ def calls(monkeypatch):
     return calls
 
 
-def gradients(model, ids, mask):
+def gradients(model, ids, mask, autocast):
     labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
-    output = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
     return output.loss.detach(), torch.autograd.grad(output.loss, list(model.parameters()))
 
 
-@pytest.mark.parametrize(("side", "dtype"), [*((side, "bfloat16") for side in PADDED), ("right", "float32")])
-def test_equals_sdpa(side, dtype, calls):
+CASES = [*((side, "bfloat16", False) for side in PADDED), ("right", "float32", False), ("right", "float32", True)]
+
+
+@pytest.mark.parametrize(("side", "dtype", "autocast"), CASES)
+def test_equals_sdpa(side, dtype, autocast, calls):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape)).to(getattr(torch, dtype))
     ids, mask = torch.randint(0, 64, (2, 90)), PADDED[side]
     mask = mask if mask is None else mask.expand(2, -1).long()
-    expected, theirs = gradients(model, ids, mask)
+    expected, theirs = gradients(model, ids, mask, autocast)
     attention.use_blocks(model)
-    loss, ours = gradients(model, ids, mask)
-    assert len(calls) == (2 if dtype == "bfloat16" and side != "left" else 0)  # layers
+    loss, ours = gradients(model, ids, mask, autocast)
+    assert len(calls) == (2 if (dtype == "bfloat16" or autocast) and side != "left" else 0)  # layers
     # bf16 has 8 bits: a rounding error of 2^-9 an operation, as sdpa's own
     assert loss == pytest.approx(expected.item(), rel=1e-2 if calls else 1e-6)
     error = torch.stack([(a - b).norm() for a, b in zip(ours, theirs, strict=True)]).norm()
