@@ -9,10 +9,7 @@ from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from llmlab.data.demo import world
-from llmlab.data.demo.stories import ENDING, PLOTS, Facts, a, invent, narrate, pick
-
-VALIDATION_IN = 20  # one in so many request sets is in the validation split only
+from llmlab.data.demo.stories import ENDING, PEOPLE, PLOTS, VALIDATION_IN, WORLD, invent, narrate, pick, read_grammar
 
 Message = dict[str, str]
 
@@ -34,12 +31,12 @@ class System(NamedTuple):
     obeyed: Callable[[str], bool] = lambda answer: True
 
 
-_GRAMMAR = world.read_grammar("chat")
+_GRAMMAR = read_grammar("chat")
 _NAMES = {"name", "friend_name", "quick", "steady"}
 STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
-_CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
-_KNOWN = {each[0]: each._asdict() for each in (*world.ANIMALS, *world.BREAKS)}  # by the animal or thing
+_CLAIMABLE = {*WORLD["colors"], *WORLD["numbers"], *(person["name"] for person in PEOPLE)}
+_KNOWN = {next(iter(each.values())): each for each in (*WORLD["animals"], *WORLD["breaks"])}  # by the pet or thing
 
 
 def _slots(template: str) -> list[str]:
@@ -112,14 +109,11 @@ def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
         _, system, groups = PLANS[pick(random, _DRAWN)]
         exchanges = _choose(random, groups)
         plot = next((exchange.plot for exchange in exchanges if exchange.plot), None)
-        hero = pick(random, world.PEOPLE)
-        friend = pick(random, world.PEOPLE)
+        hero, friend = pick(random, PEOPLE), pick(random, PEOPLE)
         number = _NUMBER[plot] if plot else 0
         facts = invent(random, number, hero, friend)
-        if "color" in facts:
-            facts["a_color"] = a(facts["color"])
         request = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
-        if hero.name != friend.name and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
+        if hero["name"] != friend["name"] and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
             break
     facts["story"] = narrate(random, number, facts)
     facts["tale"] = facts["story"].removesuffix(" The end.")
@@ -150,8 +144,12 @@ def follows(messages: Sequence[Message]) -> bool:
                     facts.update(match.groupdict())
                     obeyed = obeyed and system.obeyed(answer)
         elif message["role"] == "user":
-            exchange, request_facts = _parse(message["content"])
-            facts.update(request_facts)
+            found = ((each, match) for each in REQUESTS if (match := _parser(each.ask).fullmatch(message["content"])))
+            exchange, match = next(found, (None, None))
+            if match is None:
+                raise ValueError(f"this is worded like no request of demo/chat: {message['content']}")
+            named = match.groupdict()  # with it come the facts of the animal or thing
+            facts |= {**_KNOWN.get(named.get("pet") or named.get("thing", ""), {}), **named}
     if exchange is None:
         raise ValueError("there is no request before the answer")
     must = [needed.format_map(facts) for needed in exchange.must]
@@ -160,15 +158,6 @@ def follows(messages: Sequence[Message]) -> bool:
         allowed = " ".join([*must, *(facts[slot] for slot in _slots(exchange.within))])
         good = good and _claims(answer) <= _claims(allowed)
     return good
-
-
-def _parse(request: str) -> tuple[Exchange, Facts]:
-    """Returns the exchange that a request is worded as, and its facts, with those of the animal or thing it names."""
-    for exchange in REQUESTS:
-        if match := _parser(exchange.ask).fullmatch(request):
-            facts = match.groupdict()
-            return exchange, {**_KNOWN.get(facts.get("pet") or facts.get("thing", ""), {}), **facts}
-    raise ValueError(f"this is worded like no request of demo/chat: {request}")
 
 
 @cache

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from llmlab.data.demo import chat, world
+from llmlab.data.demo import chat
 from llmlab.data.demo.chat import STORY_ASKS, Message, follows
-from llmlab.data.demo.stories import pick
+from llmlab.data.demo.stories import PEOPLE, pick
 
 LONGEST_STORY, LONGEST_ANSWER = 160, 24  # words of a good one; the corpus has at most 145 and 14
-NAMES = tuple(dict.fromkeys(person.name for person in world.PEOPLE))
+NAMES = tuple(dict.fromkeys(person["name"] for person in PEOPLE))
 
 _STORY_BEGINNINGS = tuple(ask.partition("{")[0].removesuffix("a ") for ask in STORY_ASKS)
 

@@ -50,7 +50,7 @@ def test_a_corpus_is_its_name(corpus):
 def test_size_is_what_was_asked_for(corpus):
     size = sum(len(message["content"]) for row in corpus for message in row["messages"])
     assert size == pytest.approx(1e6, rel=0.1)
-    assert sum(shard.size for shard in demo_shards("demo/chat")) == CORPORA["chat"].default_bytes
+    assert sum(shard.size for shard in demo_shards("demo/chat")) == CORPORA["chat"][1]
 
 
 def test_splits_share_no_request(corpus):

@@ -43,7 +43,7 @@ def corpus():
 def test_a_corpus_is_its_name(corpus):
     assert rows(size="500kB") == corpus
     assert rows(size="500kB", seed=1) != corpus
-    assert sum(shard.size for shard in demo_shards("demo/preferences")) == CORPORA["preferences"].default_bytes
+    assert sum(shard.size for shard in demo_shards("demo/preferences")) == CORPORA["preferences"][1]
 
 
 def test_splits_share_no_request_nor_does_what_was_learned_from_demo_chat(corpus):
