@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from llmlab.data.chat.formats import as_boolean
+from llmlab.data.chat.conversations import as_boolean
 from llmlab.data.chat.messages import Message, Row, UnusableRow, is_empty
-from llmlab.data.hashing import text_hash
+from llmlab.data.splits import text_hash
 
 FIRST_ROWS = 5  # row numbers kept of each finding
 PERCENTILES = (50, 90, 95, 99)

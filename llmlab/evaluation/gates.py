@@ -27,7 +27,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.gates import GateSettings
 from llmlab.settings.paths import check_inputs
-from llmlab.simulator.loading import load_environment
+from llmlab.simulator.environment import load_environment
 
 BATCH = 16  # completions that are generated at the same time
 LONGEST_TEXT = 1024  # tokens of a text whose perplexity is measured

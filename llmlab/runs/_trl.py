@@ -1,7 +1,5 @@
-"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs; contract-tested.
-
-The comment beside each says why no public name serves.
-"""
+"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs, contract-tested (the
+comment beside each says why no public name serves); and the operator that replaces TRL's loss head on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +14,48 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from llmlab.runs.head import TokenLogProbs
+from llmlab.model.loss import _operator as linear_cross_entropy
 from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of targets, (tokens,), and their statistics without gradient, (tokens, 4).
+
+    Where the head is frozen, or `equal` says that all tokens will have the same gradient, gradients are computed with
+    the logits; else the backward pass computes the logits again, knowing each token's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, equal: bool, statistics: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:2]
+        ctx.dtype, ctx.at_once = dtype, equal or not needs[1]
+        flags = needs if ctx.at_once else (False, False)
+        _, grad_hidden, grad_weight, values = linear_cross_entropy(
+            hidden, weight, targets, dtype, *flags, None, statistics
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(values)
+        ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight)
+        return -values[:, 0], values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if grad is None or not any(needs):
+            return (None,) * 6
+        if ctx.at_once and (not needs[1] or bool((grad == grad[:1]).all())):
+            grad_hidden = grad_hidden * -grad[:, None].to(grad_hidden.dtype)
+            grad_weight = grad_weight.mul_(-grad[:1].sum()) if needs[1] else None  # in place: it is large
+        else:
+            _, grad_hidden, grad_weight, _ = linear_cross_entropy(
+                hidden, weight, targets, ctx.dtype, *needs, -grad, False
+            )
+        return grad_hidden if needs[0] else None, grad_weight if needs[1] else None, None, None, None, None
+
 
 PRIVATE_NAMES = {  # where it is: its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops

@@ -406,3 +406,14 @@ def measured_peak(hardware: Hardware) -> float:
         return time.perf_counter() - began
 
     return 2 * size**3 / min(seconds() for _ in range(4))
+
+
+def needs_checkpointing(run: Any, rows: Any) -> bool:
+    """Returns whether a run's step needs gradient checkpointing to fit; False for one that cannot be planned."""
+    settings = run.settings.model_copy(update={"gradient_checkpointing": False})
+    try:
+        return not make_plan(run.function, settings, run.hardware, longest=(row_lengths(rows) or (None, None))[1]).fits
+    except UserError:
+        return False
+    finally:
+        gc.collect()  # tensors without memory in reference cycles

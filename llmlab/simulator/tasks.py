@@ -16,8 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmlab.settings.errors import UserError, did_you_mean, shorten
 from llmlab.settings.files import read_table
-from llmlab.simulator.commands import run
-from llmlab.simulator.files import FileSystem, normalize
+from llmlab.simulator.commands import FileSystem, normalize, run
 from llmlab.simulator.python import parse_python, structure_of
 
 SPLITS = ("train", "held_out")

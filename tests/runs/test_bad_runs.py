@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llmlab.data import load_tokenizer
-from llmlab.data.chat.formats import UnusableRow
+from llmlab.data.chat.conversations import UnusableRow
 from llmlab.data.chat.rendering import Renderer
 from llmlab.inference import encode_prompt, load_for_inference
 from llmlab.model import load_config, load_model

@@ -11,9 +11,8 @@ from transformers.utils import get_json_schema
 from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import UserError
 from llmlab.simulator.environment import tools_of
-from llmlab.simulator.policies import play_scripted
 from llmlab.simulator.tasks import Call
-from llmlab.simulator.world import MAX_OBSERVATION, Simulator
+from llmlab.simulator.world import MAX_OBSERVATION, Simulator, play_scripted
 
 EDIT = {
     "goal": "Make it blue.",
@@ -161,7 +160,7 @@ def test_long_observations_are_cut(simulator):
 TRACE = """
 import json
 from random import Random
-from llmlab.simulator.policies import play_scripted, random_calls
+from llmlab.simulator.world import play_scripted, random_calls
 from llmlab.simulator.tasks import grammar
 from llmlab.simulator.world import Simulator
 simulator = Simulator()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.chat.formats import common_prefix_length
+from llmlab.data.chat.conversations import common_prefix_length
 from llmlab.data.chat.messages import Message, UnusableRow, join_turns
 from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError, reason_of

@@ -20,9 +20,8 @@ from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
 from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
-from llmlab.data.hashing import seeded_keys, text_hash
-from llmlab.data.interleaving import spread
-from llmlab.data.sources import label_of
+from llmlab.data.sources import label_of, spread
+from llmlab.data.splits import seeded_keys, text_hash
 from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable, reading

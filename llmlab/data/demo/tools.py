@@ -9,9 +9,8 @@ from typing import Any
 
 from llmlab.data.demo.stories import pick
 from llmlab.simulator.environment import schemas_of
-from llmlab.simulator.policies import expert_calls, play_scripted
 from llmlab.simulator.tasks import grammar
-from llmlab.simulator.world import Simulator
+from llmlab.simulator.world import Simulator, expert_calls, play_scripted
 
 PROMPT = "Task: "  # the environment appends the goal
 LAST = "Done."

@@ -13,11 +13,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.mixture import Mixture, Schedule
 from llmlab.data.sources import Tally, TextSource, label_of, load_text
-from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import WINDOW, PackedRows, hold_out, window_rows
-from llmlab.data.text.store import open_store
+from llmlab.data.text.packing import WINDOW, Mixture, PackedRows, Schedule, hold_out, window_rows
+from llmlab.data.text.store import TextEncoder, open_store
 from llmlab.data.text.streaming import Reader, RowStream
 from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError

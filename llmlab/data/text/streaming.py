@@ -16,11 +16,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmlab.data.hashing import is_held_out
-from llmlab.data.mixture import Schedule
 from llmlab.data.sources import Tally, TextSource, take_texts
-from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import as_example
+from llmlab.data.splits import is_held_out
+from llmlab.data.text.packing import Schedule, as_example
+from llmlab.data.text.store import TextEncoder
 from llmlab.settings.errors import UserError
 
 BLOCK_CHARACTERS = 2_000_000  # of text shuffled together

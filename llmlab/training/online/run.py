@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
 from llmlab.episodes import check_template
-from llmlab.rewards.compose import ComposedReward, compose
-from llmlab.rewards.environment import environment_reward
+from llmlab.rewards.compose import ComposedReward, compose, environment_reward
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
@@ -26,7 +25,7 @@ from llmlab.runs.run import Run
 from llmlab.runs.start import S
 from llmlab.settings.errors import UserError
 from llmlab.simulator.curriculum import Curriculum
-from llmlab.simulator.loading import load_environment
+from llmlab.simulator.environment import load_environment
 from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmlab.data.chat.formats import recognize
+from llmlab.data.chat.conversations import recognize
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llmlab.data.hashing import is_held_out
 from llmlab.data.sources import Tally, TextSource, load_text
+from llmlab.data.splits import is_held_out
 from llmlab.data.text import streaming
-from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.text.store import TextEncoder
 from llmlab.data.text.streaming import Reader, RowStream
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError

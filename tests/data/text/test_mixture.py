@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.mixture import Mixture, Schedule
+from llmlab.data.text.packing import Mixture, Schedule
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=12)
 
