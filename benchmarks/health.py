@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from llmlab import PretrainSettings, pretrain
-from llmlab.data import learn_bpe
+from llmlab.data.tokenizer import learn_bpe
 from llmlab.runs.health import Health
 from llmlab.runs.optimizers import Guard
 from llmlab.runs.progress import ProgressLine

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -99,10 +100,8 @@ def take_texts(texts: Iterator[str], characters: int) -> list[str]:
 
 def _unusable(text: Any) -> str | None:
     """Returns why a value is no document, or None."""
-    if text is None:
-        return "empty"
     if not isinstance(text, str):
-        return "not text"
+        return "empty" if text is None else "not text"
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a character
@@ -114,10 +113,10 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
     found = load_rows(source, "text", streaming=streaming)
     column = choose_column(source, found.first())
-    values = {**vars(found)}
+    values = {**vars(found), "column": column}
     if found.select is not None:  # only demo corpora have no other columns
         values |= {"rows": found.select(column), "identity": {**found.identity, "column": column}}
-    return TextSource(**values, column=column)
+    return TextSource(**values)
 
 
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
@@ -175,15 +174,9 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     if source.text_unit != "document":
         identity["text_unit"] = source.text_unit
-    return RowSource(
-        name=source.name,
-        rows=select(None),
-        identity=identity,
-        splits=tuple(sorted(by_split)),
-        select=select,
-        size=None if any(file.suffix.lower() in (".parquet", ".gz") for file in found) else sum(sizes),
-        count=files.count_rows(found),
-    )
+    size = None if any(file.suffix.lower() in (".parquet", ".gz") for file in found) else sum(sizes)
+    known = {"identity": identity, "splits": tuple(sorted(by_split)), "size": size, "count": files.count_rows(found)}
+    return RowSource(name=source.name, rows=select(None), select=select, **known)
 
 
 def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
@@ -231,15 +224,9 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
     identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}
     identity["streamed"] = streaming  # files and tables have other shards, so another order
-    return RowSource(
-        name=source.name,
-        rows=rows,
-        identity=identity,
-        splits=splits,
-        select=lambda column: rows.select_columns([column]),
-        size=sum(info[name].num_bytes for name in chosen) if is_known else None,
-        count=count,
-    )
+    size = sum(info[name].num_bytes for name in chosen) if is_known else None
+    known = {"identity": identity, "splits": splits, "size": size, "count": count}
+    return RowSource(name=source.name, rows=rows, select=lambda column: rows.select_columns([column]), **known)
 
 
 def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
@@ -256,11 +243,10 @@ def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
 
 def _has_configs(folder: Path) -> bool:
     """Whether a folder is a copy of a hub dataset whose README.md lists the files of each split."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return False
-    head = readme.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    return head.startswith("---") and "\nconfigs:" in head
+    with suppress(FileNotFoundError):
+        head = (folder / "README.md").read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        return head.startswith("---") and "\nconfigs:" in head
+    return False
 
 
 def _fits_disk(info: "DatasetInfo") -> bool:

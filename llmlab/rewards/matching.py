@@ -100,7 +100,10 @@ def numeric_match(
     if target is None:
         raise RowError(f"{column} = {str(expected)[-60:]!r}: there is no number in it")
     number = number_in(answer(completion))
-    return float(number is not None and _is_close(number, target, tolerance))
+    if number is None or all(value == value.to_integral_value() for value in (number, target)):
+        return float(number == target)
+    difference = _EXACT.abs(_EXACT.subtract(number, target))
+    return float(difference <= _EXACT.multiply(Decimal(tolerance), _EXACT.abs(target)))
 
 
 def number_in(text: str) -> Decimal | None:
@@ -117,13 +120,6 @@ def number_in(text: str) -> Decimal | None:
     if not value.is_finite():
         return None
     return value.copy_negate() if match["sign"] in ("-", "\u2212") else value
-
-
-def _is_close(number: Decimal, target: Decimal, tolerance: float) -> bool:
-    if all(value == value.to_integral_value() for value in (number, target)):
-        return number == target
-    difference = _EXACT.abs(_EXACT.subtract(number, target))
-    return difference <= _EXACT.multiply(Decimal(tolerance), _EXACT.abs(target))
 
 
 @reward_function()

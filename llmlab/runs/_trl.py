@@ -1,5 +1,6 @@
-"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs, contract-tested (the
-comment beside each says why no public name serves); and the operator that replaces TRL's loss head on CPUs."""
+"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs (the contract test,
+`tests/runs/test_contract.py`, says of each why no public name serves); and the operator that replaces TRL's loss head
+on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +9,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.utils.other import TrainableTokensWrapper
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llmlab.model.loss import _operator as linear_cross_entropy
-from llmlab.runs.shards import gather, load_weights, scatter_state
 from llmlab.settings.errors import reading
+from llmlab.settings.files import read_json
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -55,34 +59,6 @@ class TokenLogProbs(torch.autograd.Function):
                 hidden, weight, targets, ctx.dtype, *needs, -grad, False
             )
         return grad_hidden if needs[0] else None, grad_weight if needs[1] else None, None, None, None, None
-
-
-PRIVATE_NAMES = {  # where it is: its parameters
-    # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
-    "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
-    # restoring only weights and step count when a run switches its optimizer
-    "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
-    # stop before a step with non-finite gradients: no callback gets their norm
-    "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
-    # take no step when the checkpoint already has them all; the first value is the number of epochs
-    "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # rows that fill up an epoch's last batch are left out of the loss before its tokens are counted
-    "transformers.Trainer._get_num_items_in_batch": ("self", "batch_samples", "device"),
-    # checkpoints of sharded runs are laid out as those of one process
-    "transformers.Trainer._save": ("self", "output_dir", "state_dict"),
-    "transformers.Trainer._save_optimizer_and_scheduler": ("self", "output_dir"),
-    # the same for the best one at the end
-    "transformers.Trainer._load_best_model": ("self",),
-    # damaged checkpoints become a UserError
-    "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
-    # the same for its weights
-    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
-    # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
-    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", "hidden", "weight", "bias", "targets", "..."),
-    "trl.trainer.utils._use_triton": ("device",),
-    # parameters without memory cannot be replaced in place
-    "torch.nn.Module._apply": ("self", "fn", "recurse"),
-}
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:
@@ -237,3 +213,49 @@ class GradientNorms:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norm
+
+
+def gather(tree: Any, *, keep: bool) -> Any:
+    """Returns nested values with sharded tensors whole on the CPU, or None on processes that do not `keep` them."""
+
+    def whole(shards: DTensor) -> Tensor | None:
+        tensor = shards.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return tree_map_only(DTensor, whole, tree)
+
+
+def scatter(whole: Tensor, like: Tensor) -> Tensor:
+    """Returns a tensor, or this process's shards of it where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def scatter_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's whole state dict with this process's shards of what has its parameter's shape."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(value: Any, parameter: Tensor) -> Any:
+        has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+        return scatter(value, parameter) if has_shape else value
+
+    shards = {
+        index: {name: part(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": shards}
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Copies the weights or adapters in a folder into a model, of which each process may have its shards."""
+    if isinstance(model, PeftModel):
+        whole, mine = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    else:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        whole = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        mine = model.state_dict()
+    for name in mine.keys() & whole.keys():  # the other names of tied weights are not saved
+        mine[name].copy_(scatter(whole[name], mine[name]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import gather, patch_environment
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, rewrite_logs
 
@@ -43,7 +43,8 @@ class SaveSchedule(TrainerCallback):
         last = state.global_step >= state.max_steps
         if last and self.evaluates:
             control.should_evaluate = True
-        self.signal = largest_of_all(self.signal or 0, args.device) or None
+        if args.world_size > 1:  # all stop at the same step when one received a signal
+            self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
         if self.signal:
             control.should_training_stop = True
         if last or self.signal or (self.save_every and state.global_step % self.save_every == 0):
@@ -74,15 +75,6 @@ class SaveSchedule(TrainerCallback):
         """Ends a run that a signal stopped, after its checkpoint was saved."""
         if self.signal:
             interrupt(self.signal)
-
-
-def largest_of_all(number: int, device: torch.device) -> int:
-    """Returns the maximum over all processes, so that all stop at the same step when one received a signal."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return number
-    numbers = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-    return int(numbers)
 
 
 def is_better(value: float, best: float | None, greater: bool) -> bool:

@@ -268,7 +268,10 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
         """Returns, on every process alike, whether the norm of the weights is finite."""
-        norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
+        weights = (p for p in self.model.parameters() if p.is_floating_point())
+        # this process's shards under FSDP2 and ZeRO-3
+        local = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in weights]
+        norm = get_total_norm(local)
         return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
 
     def diverged(self, what: str, value: float, *, update: int = 0) -> Diverged:
@@ -337,8 +340,3 @@ class EstimateFirst(TrainerCallback):
         if batch is not None:
             trainer.estimate_from = None
             trainer.in_parts(estimate)
-
-
-def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)

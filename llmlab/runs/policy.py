@@ -15,8 +15,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlab.adapters import lora_config, trainable_share
-from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
+from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
@@ -30,13 +30,8 @@ from llmlab.settings.lora import LoraSettings
 
 BLOCKS = "causal_blocks"  # `block_attention` as an attention implementation of Transformers
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_bias": "bias",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-    "lora_target_modules": "target_modules",
+    **{name: name for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")},
+    **{f"lora_{name}": name for name in ("r", "bias", "target_modules")},
 }
 
 
@@ -97,11 +92,11 @@ def load_policy(
     """
     classifies = task == "SEQ_CLS"
     adapter = read_adapter(source, lora_only=not classifies)
+    if adapter is not None and classifies:
+        raise UserError(
+            f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
+        )
     if adapter is not None:
-        if classifies:
-            raise UserError(
-                f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
-            )
         _check_same_adapter(source, adapter.config, settings)
     quantization = None
     if settings.use_qlora:
@@ -114,10 +109,8 @@ def load_policy(
     tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
-        raise UserError(
-            f"chat_template = {chat_template}: it adds tokens ({', '.join(new_tokens)}), which the adapter in "
-            f"{source} cannot train; merge it first: llmlab merge"
-        )
+        problem = f"it adds tokens ({', '.join(new_tokens)}), which the adapter in {source} cannot train"
+        raise UserError(f"chat_template = {chat_template}: {problem}; merge it first: llmlab merge")
     fit_vocabulary(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -155,16 +148,14 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
             return None, "the policy with its adapters disabled"
         return copy.deepcopy(policy.model), "a frozen copy of the initial policy"
     if policy.continues_adapter and same[1]:
-        raise UserError(
-            f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
-            "there; leave it out (the initial adapters), or merge them first: llmlab merge"
-        )
+        problem = f"not supported with the adapters of {policy.parents[0]}, which began there"
+        advice = "leave it out (the initial adapters), or merge them first: llmlab merge"
+        raise UserError(f"reference_checkpoint = {named}: {problem}; {advice}")
     tokenizer = load_tokenizer(named)
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(
-            f"reference_checkpoint = {named}: it has another vocabulary ({len(tokenizer):,} tokens) than the policy "
-            f"({len(policy.tokenizer):,}), so their probabilities cannot be compared"
-        )
+        sizes = f"({len(tokenizer):,} tokens) than the policy ({len(policy.tokenizer):,})"
+        problem = f"it has another vocabulary {sizes}, so their probabilities cannot be compared"
+        raise UserError(f"reference_checkpoint = {named}: {problem}")
     dtype = next(policy.model.parameters()).dtype if settings.use_lora else torch.float32
     with quiet_libraries():
         reference = load_model(named, dtype=dtype)
@@ -214,10 +205,9 @@ def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings
         if setting.name == "lora_target_modules":
             value, trained = value and sorted(value), sorted(trained)
         if value not in (setting.default, trained):
-            raise UserError(
-                f"{setting.key} = {show(value)}: {source} is trained further, whose adapter has {show(trained)}; "
-                "leave it out, or merge the adapter first: llmlab merge"
-            )
+            problem = f"{source} is trained further, whose adapter has {show(trained)}"
+            advice = "leave it out, or merge the adapter first: llmlab merge"
+            raise UserError(f"{setting.key} = {show(value)}: {problem}; {advice}")
 
 
 def use_blocks(model: PreTrainedModel) -> None:

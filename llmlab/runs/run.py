@@ -42,8 +42,7 @@ from llmlab.runs.plan import describe_cost, needs_checkpointing
 from llmlab.runs.policy import Policy, choose_kernels, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.resume import check_steps_left, rollbacks_of
-from llmlab.runs.start import S, Start, begin
+from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE
@@ -271,7 +270,10 @@ class Run(Start[S]):
                 rows += describe_cost(self, trainer, steps - self.done)
                 if trainer.args.gradient_checkpointing:
                     rows.append(("checkpointing", "activations are computed again in the backward pass"))
-                rows += [("unusual", Text(sentence, style="yellow")) for sentence in self.find_unusual(trainer)]
+                size = sum(parameter.numel() for parameter in trainer.model.parameters())
+                options = {"parameters": size, "processes": self.process.num_processes}
+                unusual = find_outside(self.stage, self.settings, self.resolved.sources, **options)
+                rows += [("unusual", Text(sentence, style="yellow")) for sentence in unusual]
                 rows += [("compile", compiled), *tracked, *published]
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -288,12 +290,6 @@ class Run(Start[S]):
         if events := describe_events(self.folder):
             self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
         return RunResult(self.folder, metrics)
-
-    def find_unusual(self, trainer: Trainer) -> list[str]:
-        """Returns a sentence for each setting of the user's that lies outside of the seeds' tables."""
-        size = sum(parameter.numel() for parameter in trainer.model.parameters())
-        count = self.process.num_processes
-        return find_outside(self.stage, self.settings, self.resolved.sources, parameters=size, processes=count)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmlab.data import load_tokenizer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
 from llmlab.model import fit_vocabulary, load_classifier, load_config, load_model, read_adapter, save_model

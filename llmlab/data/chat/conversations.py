@@ -163,26 +163,25 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
     label = next((name for name in LABELS if name in found), None)
     conversations = (form for form in FORMATS["instructions"] if form is not PLAIN_TEXT)
     if use == "preferences" and label and any(found.issuperset(form.columns) for form in conversations):
-        raise UserError(
-            f"{where}: not supported: its column '{label}' marks unpaired preferences (KTO), and this stage compares "
-            "two answers to one prompt; give rows of prompt, chosen (an answer whose label is true) and rejected (one "
-            "to the same prompt whose label is false), or fine-tune on the good ones: llmlab sft --only-label true"
+        marks = (
+            f"its column '{label}' marks unpaired preferences (KTO), and this stage compares two answers to one prompt"
         )
-    nearest = max(FORMATS[use], key=lambda form: _similarity(form, found))
+        rows = "rows of prompt, chosen (an answer whose label is true) and rejected (one whose label is false)"
+        ways = f"give {rows}, or fine-tune on the good ones: llmlab sft --only-label true"
+        raise UserError(f"{where}: not supported: {marks}; {ways}")
+
+    def similarity(form: Format) -> float:
+        """Scores how well columns match a format: +1 exact, +1/2 similar name, -1/4 missing."""
+        missing = [name for name in form.columns if name not in found]
+        similar = sum(bool(did_you_mean(name, found)) for name in missing)
+        return len(form.columns) - len(missing) + similar / 2 - (len(missing) - similar) / 4
+
+    nearest = max(FORMATS[use], key=similarity)
     missing = [name for name in nearest.columns if name not in found]
     schemas = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS[use])
-    raise UserError(
-        f"{where}: no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}; "
-        f"expected one of: {schemas}. "
-        f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
-    )
-
-
-def _similarity(form: Format, found: set[str]) -> float:
-    """Scores how well columns match a format: +1 exact, +1/2 similar name, -1/4 missing."""
-    present = sum(name in found for name in form.columns)
-    similar = sum(name not in found and bool(did_you_mean(name, found)) for name in form.columns)
-    return present + similar / 2 - (len(form.columns) - present - similar) / 4
+    closest = f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
+    problem = f"no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}"
+    raise UserError(f"{where}: {problem}; expected one of: {schemas}. {closest}")
 
 
 def label_column(form: Format, rows: Iterable[Row]) -> str | None:

@@ -62,11 +62,9 @@ class InstructionEncoder(RowEncoder):
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         found = super().open(source, at_most)
         if found.label is not None and self.only_label is None:
-            raise UserError(
-                f"{source.name}: its column '{found.label}' marks unpaired preferences (KTO), good answers "
-                "and bad ones, and fine-tuning would learn both; set only_label=true (--only-label true) to learn the "
-                "good ones, or rename the column if it means something else"
-            )
+            marks = f"its column '{found.label}' marks unpaired preferences (KTO), good answers and bad ones"
+            advice = "set only_label=true (--only-label true) to learn the good ones, or rename the column"
+            raise UserError(f"{source.name}: {marks}, and fine-tuning would learn both; {advice}")
         if found.label is None and self.only_label is not None:
             label = str(self.only_label).lower()
             problem = f"{source.name} has no column 'label' that is true or false beside a completion"
@@ -78,16 +76,9 @@ class InstructionEncoder(RowEncoder):
         problem = self.renderer.find_problem(row)
         ids, labels = row.input_ids[: self.max_seq_len], row.labels[: self.max_seq_len]
         trained = sum(label != -100 for label in labels)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "tokens": len(ids),
-            "trained_tokens": trained,
-            "cut": int(len(row.input_ids) > self.max_seq_len),
-            "whole": len(row.input_ids),
-            "lost": not problem and trained == 0,
-            "problem": problem,
-        }
+        counts = {"tokens": len(ids), "trained_tokens": trained, "cut": int(len(row.input_ids) > self.max_seq_len)}
+        checks = {"whole": len(row.input_ids), "lost": not problem and trained == 0, "problem": problem}
+        return {"input_ids": ids, "labels": labels, **counts, **checks}
 
 
 class PreferenceEncoder(RowEncoder):
@@ -116,20 +107,13 @@ class PreferenceEncoder(RowEncoder):
         longest = max(len(chosen), len(rejected))
         context = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
         room = max(self.max_length - len(context), 0)
-        return {
-            "prompt_ids": context,
-            "chosen_ids": chosen[:room],
-            "rejected_ids": rejected[:room],
-            "tokens": 2 * len(context) + len(chosen[:room]) + len(rejected[:room]),
-            "prompt_cut": int(len(context) < len(prompt)),
-            "cut": int(longest > room),
-            "whole": len(prompt) + longest,
-            "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
-            "problem": self._problem(chosen) or self._problem(rejected),
-        }
-
-    def _problem(self, completion: list[int]) -> str:
-        return self.renderer.find_problem(RenderedRow(completion, [True] * len(completion)))
+        ids = {"prompt_ids": context, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
+        tokens = 2 * len(context) + len(chosen[:room]) + len(rejected[:room])
+        counts = {"tokens": tokens, "prompt_cut": int(len(context) < len(prompt)), "cut": int(longest > room)}
+        problems = [self.renderer.find_problem(RenderedRow(each, [True] * len(each))) for each in (chosen, rejected)]
+        checks = {"whole": len(prompt) + longest, "problem": problems[0] or problems[1]}
+        # after truncation chosen and rejected must still differ
+        return {**ids, **counts, **checks, "lost": chosen[:room] == rejected[:room]}
 
 
 class PromptEncoder(RowEncoder):
@@ -159,9 +143,7 @@ def decode_prompts(rows: Dataset) -> Dataset:
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         others = [json.loads(text) for text in batch["columns"]]
-        return {
-            "prompt": [json.loads(text) for text in batch["prompt"]],
-            **{name: [columns.get(name) for columns in others] for name in names},
-        }
+        prompts = {"prompt": [json.loads(text) for text in batch["prompt"]]}
+        return prompts | {name: [columns.get(name) for columns in others] for name in names}
 
     return rows.with_transform(decode)

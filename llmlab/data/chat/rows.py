@@ -201,8 +201,7 @@ def _hold_out(
     return rows.select(np.flatnonzero(~held_out)), rows.select(chosen), chosen
 
 
-@dataclass(frozen=True)
-class _Builder:
+class _Builder(NamedTuple):
     """Reads one source at a time."""
 
     settings: DataSettings
@@ -323,7 +322,6 @@ class _MakeRows:
 
 def row_lengths(rows: Any) -> tuple[float, int] | None:
     """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
-    import numpy as np
     import pyarrow.compute as pc
 
     names = [name for name in getattr(rows, "column_names", None) or () if name in LENGTHS_OF]

@@ -152,11 +152,15 @@ class _Builder:
         if fraction and "validation" in source.splits and named.split != "validation":
             own, fraction = self.validation_rows(named.model_copy(update={"split": "validation"})), 0.0
             report.held_out = "its own validation split"
-        if self.settings.streaming:
-            train, held_out = self._stream(source, report, fraction)
-        else:
+        if not self.settings.streaming:
             train, held_out = self._pack(source, report, fraction, rows)
-        return train, own or held_out, report
+            return train, own or held_out, report
+        if fraction:
+            own = self._first_rows(f"{report.name}/held-out", source, fraction)
+            report.held_out = f"{fraction:g} of the documents by hash; their first {len(own):,} rows validate"
+        shard = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
+        reader = Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **shard)
+        return reader, own, report
 
     def _pack(
         self, source: TextSource, report: SourceReport, fraction: float, rows: int | None
@@ -183,14 +187,6 @@ class _Builder:
             most = self.most_validation_rows if len(store) > WINDOW else None
             validation = PackedRows(f"{report.name}/held-out", store, self.length, split.validation, most)
         return train, validation
-
-    def _stream(self, source: TextSource, report: SourceReport, fraction: float) -> tuple[Reader, PackedRows | None]:
-        validation = None
-        if fraction:
-            validation = self._first_rows(f"{report.name}/held-out", source, fraction)
-            report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
-        part = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
-        return Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **part), validation
 
     def validation_rows(self, named: DataSource) -> PackedRows:
         """Returns the rows of a source that is there for validation."""

@@ -162,7 +162,11 @@ class Mixture(Dataset):
         self.sources = list(sources)
         self.schedule = Schedule(weights, seed)
         self.seed = seed
-        self.length = self._epoch() if length is None else length
+        if length is None:  # whole blocks in which every source is used whole
+            shares = zip(self.sources, self.schedule.shares, strict=True)
+            block = self.schedule.block if len(self.sources) > 1 else 1
+            length = math.ceil(max(math.ceil(len(rows) / share) for rows, share in shares) / block) * block
+        self.length = length
         self._order: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # source -> pass, stretch and its rows' order
 
     def __len__(self) -> int:
@@ -197,12 +201,6 @@ class Mixture(Dataset):
             order = shuffled.permutation(min(size, rows - stretch * size))
             self._order[source] = (epoch, stretch), order
         return source, stretch * size + int(self._order[source][1][offset])
-
-    def _epoch(self) -> int:
-        shares = zip(self.sources, self.schedule.shares, strict=True)
-        longest = max(math.ceil(len(rows) / share) for rows, share in shares)
-        block = self.schedule.block if len(self.sources) > 1 else 1
-        return math.ceil(longest / block) * block
 
     def epochs(self) -> list[float]:
         """Returns the epochs over each source."""

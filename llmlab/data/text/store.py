@@ -93,11 +93,10 @@ class TextEncoder:
 
 
 class TokenStore:
-    """A tokenized corpus or its beginning (`whole` says which); `fresh` where this process has just written to it."""
+    """A tokenized corpus or its beginning (`whole` says which)."""
 
-    def __init__(self, folder: Path, *, fresh: bool = False):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.fresh = fresh
         self.meta = read_json(folder / "meta.json")
         with reading(folder / "meta.json", "the record of a tokenized corpus"):
             self.tally = Tally(self.meta["documents"])
@@ -115,7 +114,7 @@ class TokenStore:
     @cached_property
     def tokens(self) -> np.ndarray:
         """(tokens,) ids of all documents, each ended by eos, as stored; `read` verifies them."""
-        return np.asarray(np.memmap(self.folder / "tokens.bin", self.dtype, mode="r", shape=(len(self),)))
+        return np.asarray(np.memmap(self.folder / "tokens.bin", self.dtype, "r", shape=(len(self),)))
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -134,6 +133,14 @@ class TokenStore:
         return self.tokens[begin:end]
 
 
+def _read(folder: Path) -> tuple[TokenStore, bool]:
+    store = TokenStore(folder)
+    tokens = store.sums["tokens.bin"]
+    tokens.verify(folder / "tokens.bin", max(0, tokens.size - VERIFIED_AT_ONCE))
+    store.sums["documents.bin"].verify(folder / "documents.bin")
+    return store, store.whole
+
+
 def open_store(
     source: TextSource,
     encoder: TextEncoder,
@@ -143,92 +150,64 @@ def open_store(
 ) -> TokenStore:
     """Returns at least so many tokens of a source (None: all), or of its held-out (fraction, seed) of documents."""
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
-    folder = cache_folder(
-        settings.cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
-    )
+    key = {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
+    folder = cache_folder(settings.cache_dir, key)
 
-    def write(store: TokenStore | None) -> tuple[TokenStore, bool]:
-        _extend(folder, store, source, encoder, settings, tokens, held_out)
-        longer = TokenStore(folder, fresh=True)
+    def extend(store: TokenStore | None) -> tuple[TokenStore, bool]:
+        """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
+        done = 0 if store is None else len(store)
+        estimates = [tokens, None if source.size is None else source.size // BYTES_PER_TOKEN]
+        expected = min((count for count in estimates if count is not None), default=None)
+        needed, free = ((expected or done) - done) * encoder.dtype.itemsize, shutil.disk_usage(folder.parent).free
+        if needed > free:
+            takes = f"its tokens take about {needed / 1e9:,.1f} GB in {folder.parent}"
+            ways = "set cache_dir to another disk, train for fewer steps, or read it as it comes (streaming=true)"
+            raise UserError(f"{source.name}: {takes}, and the disk has {free / 1e9:,.1f} GB free; {ways}")
+        rows = source.rows if source.size is not None and source.size <= SMALL else spread(source.rows)
+        if store is None:
+            tally, characters, sums = Tally(), 0, {name: Checksums() for name in ("tokens.bin", "documents.bin")}
+        else:
+            tally, characters, sums = store.tally, store.meta["characters"], store.sums
+            rows.load_state_dict(store.meta["position"])
+        texts = source.texts(tally, settings.allow_dropped, rows)
+        if held_out is not None:
+            texts = (text for text in texts if is_held_out(text, *held_out))
+        size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
+        ended = False
+
+        def batches() -> Iterator[list[str]]:
+            nonlocal ended
+            while batch := take_texts(texts, size):
+                yield batch
+                if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
+                    return
+            ended = True
+
+        folder.mkdir(exist_ok=True)
+        bar = tqdm(None, f"tokenizing {source.name}", expected, initial=done, unit="tok", unit_scale=1, disable=None)
+        with bar, (folder / "tokens.bin").open("ab") as ids, (folder / "documents.bin").open("ab") as documents:
+            files = {"tokens.bin": ids, "documents.bin": documents}
+            for name, file in files.items():
+                file.truncate(sums[name].size)  # what an interrupted extension wrote
+            for batch in map_batches(encoder.encode, batches(), settings.num_proc):
+                table = np.empty(len(batch.lengths), DOCUMENT)
+                table["tokens"], table["hash"] = batch.lengths, batch.hashes
+                for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
+                    data = array.tobytes()
+                    files[name].write(data)
+                    sums[name].update(data)
+                characters += batch.characters
+                bar.update(len(batch.tokens))
+            bar.total = bar.n  # what was expected was a guess
+        tally.check(source.name, settings.allow_dropped)
+        meta = {"name": source.name, "dtype": encoder.dtype.name, "characters": characters}
+        meta |= {"documents": tally.documents, "dropped": dict(tally.dropped)}
+        meta |= {"position": None if ended else rows.state_dict()}
+        meta |= {"files": {name: checksums.record() for name, checksums in sums.items()}}
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+        longer = TokenStore(folder)
         return longer, longer.whole
 
-    store, _ = open_cached(folder, source.name, tokens, _read, write)
+    store, _ = open_cached(folder, source.name, tokens, _read, extend)
     store.tally.check(source.name, settings.allow_dropped)
     return store
-
-
-def _read(folder: Path) -> tuple[TokenStore, bool]:
-    store = TokenStore(folder)
-    tokens = store.sums["tokens.bin"]
-    tokens.verify(folder / "tokens.bin", max(0, tokens.size - VERIFIED_AT_ONCE))
-    store.sums["documents.bin"].verify(folder / "documents.bin")
-    return store, store.whole
-
-
-def _extend(
-    folder: Path,
-    store: TokenStore | None,
-    source: TextSource,
-    encoder: TextEncoder,
-    settings: DataSettings,
-    tokens: int | None,
-    held_out: tuple[float, int] | None,
-) -> None:
-    """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
-    done = 0 if store is None else len(store)
-    estimates = [tokens, None if source.size is None else source.size // BYTES_PER_TOKEN]
-    expected = min((count for count in estimates if count is not None), default=None)
-    needed, free = ((expected or done) - done) * encoder.dtype.itemsize, shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise UserError(
-            f"{source.name}: its tokens take about {needed / 1e9:,.1f} GB in {folder.parent}, and the disk has "
-            f"{free / 1e9:,.1f} GB free; set cache_dir to another disk, train for fewer steps, or read it as it comes "
-            "(streaming=true)"
-        )
-    rows = source.rows if source.size is not None and source.size <= SMALL else spread(source.rows)
-    if store is None:
-        tally, characters, sums = Tally(), 0, {name: Checksums() for name in ("tokens.bin", "documents.bin")}
-    else:
-        tally, characters, sums = store.tally, store.meta["characters"], store.sums
-        rows.load_state_dict(store.meta["position"])
-    texts = source.texts(tally, settings.allow_dropped, rows)
-    if held_out is not None:
-        texts = (text for text in texts if is_held_out(text, *held_out))
-    size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
-    ended = False
-
-    def batches() -> Iterator[list[str]]:
-        nonlocal ended
-        while batch := take_texts(texts, size):
-            yield batch
-            if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
-                return
-        ended = True
-
-    folder.mkdir(exist_ok=True)
-    bar = tqdm(desc=f"tokenizing {source.name}", total=expected, initial=done, unit="tok", unit_scale=1, disable=None)
-    with bar, (folder / "tokens.bin").open("ab") as ids, (folder / "documents.bin").open("ab") as documents:
-        files = {"tokens.bin": ids, "documents.bin": documents}
-        for name, file in files.items():
-            file.truncate(sums[name].size)  # what an interrupted extension wrote
-        for batch in map_batches(encoder.encode, batches(), settings.num_proc):
-            table = np.empty(len(batch.lengths), DOCUMENT)
-            table["tokens"], table["hash"] = batch.lengths, batch.hashes
-            for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
-                data = array.tobytes()
-                files[name].write(data)
-                sums[name].update(data)
-            characters += batch.characters
-            bar.update(len(batch.tokens))
-        bar.total = bar.n  # what was expected was a guess
-    tally.check(source.name, settings.allow_dropped)
-    meta = {
-        "name": source.name,
-        "dtype": encoder.dtype.name,
-        "characters": characters,
-        "documents": tally.documents,
-        "dropped": dict(tally.dropped),
-        "position": None if ended else rows.state_dict(),
-        "files": {name: checksums.record() for name, checksums in sums.items()},
-    }
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")

@@ -20,9 +20,8 @@ from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
-from llmlab.runs.resume import changed_by
 from llmlab.runs.run import Run
-from llmlab.runs.start import S
+from llmlab.runs.start import S, changed_by
 from llmlab.settings.errors import UserError
 from llmlab.simulator.curriculum import Curriculum
 from llmlab.simulator.environment import load_environment

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmlab.data import build_corpus
 from llmlab.data.text import corpus as corpus_module
 from llmlab.data.text import packing
 from llmlab.data.text import store as store_module
+from llmlab.data.text.corpus import build_corpus
 from llmlab.settings.errors import UserError
 
 LENGTH = 64
