@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from llmlab.runs.batch import smaller_batch
 from llmlab.runs.failures import phase_of
+from llmlab.runs.start import smaller_batch
 from llmlab.settings.errors import is_out_of_memory
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 
 from llmlab.hardware import free_disk, peak_memory, system_memory
 from llmlab.runs import checkpoints
-from llmlab.runs.batch import smaller_batch
 from llmlab.runs.health import RolledBack
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import COMPLETIONS, EVENTS, METRICS, RECORD, TENSORBOARD, RunRecord, read_metrics
 from llmlab.runs.signals import Interrupted
+from llmlab.runs.start import smaller_batch
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 from llmlab.settings.files import read_layer

@@ -1,14 +1,21 @@
-"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template; and
-chooses what computes its attention. Data and losses are the stages'."""
+"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template; chooses
+what computes its attention, and decides whether compiling its layers pays for a run. Data and losses are the
+stages'."""
 
 import copy
 import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
+from torch._functorch import config as partitioning
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
@@ -27,12 +34,21 @@ from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.lora import LoraSettings
+from llmlab.terminal import duration
 
 BLOCKS = "causal_blocks"  # `block_attention` as an attention implementation of Transformers
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
     **{name: name for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")},
     **{f"lora_{name}": name for name in ("r", "bias", "target_modules")},
 }
+
+
+# of compiling: measured once (benchmarks/train_step.py), not by a trial in every run
+WARM_UP = 40.0  # seconds until compiled steps of training (25) and evaluation, from an empty cache
+SAVED = {"cpu": 0.1, "cuda": 0.2}  # share of a step that compiling saves
+SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
+SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
+MARGIN = 2.0  # a machine may be slower to compile than ours, and an interrupted run pays again
 
 
 @dataclass(frozen=True)
@@ -239,3 +255,76 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **
     if plain and faster and alike and options.get("position_bias") is None:
         return block_attention(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5), None
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def decide_compile(
+    setting: Literal["auto"] | bool,
+    *,
+    device_type: str,
+    steps: int,
+    tokens_per_step: float,
+    parameters: int,
+    dynamic: bool = False,
+) -> tuple[bool, str]:
+    """Returns whether to compile, and why, for so many steps of this process; dynamic: batches vary in length."""
+    if setting is False:
+        return False, "off, as asked"
+    missing = missing_tool(device_type)
+    if setting is True:
+        if missing:
+            raise UserError(
+                f"compile = true: torch.compile needs {missing}, not found here; install it or leave it off"
+            )
+        return True, "on, as asked"
+    if device_type not in SAVED:
+        return False, f"off: not measured on {device_type}"
+    if missing:
+        return False, f"off: it needs {missing}, not found here"
+    speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)
+    share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
+    saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
+    if saved < MARGIN * WARM_UP:
+        return False, f"off: this run would save about {duration(saved)} and wait up to {duration(WARM_UP)} for it"
+    return True, f"on: saves about {duration(saved)} for up to {duration(WARM_UP)} of waiting at the start"
+
+
+def missing_tool(device_type: str) -> str | None:
+    """Returns what torch.compile needs and this machine lacks, or None."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", default) if device_type == "cpu" else os.environ.get("CC", "gcc")
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        return f"a {'C++' if device_type == 'cpu' else 'C'} compiler ({compiler})"
+    if not any((Path(sysconfig.get_path(name)) / "Python.h").is_file() for name in ("include", "platinclude")):
+        return "Python's C headers (on Debian the package python3-dev)"
+    return None
+
+
+def compile_layers(model: torch.nn.Module, *, dynamic: bool = False) -> bool:
+    """Compiles each layer of a decoder in place; returns False where its architecture has no list of layers."""
+    layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
+    for layer in layers.children() if layers is not None else ():
+        layer.compile(dynamic=dynamic, **({} if dynamic else {"backend": recompute_elementwise}))
+    return layers is not None
+
+
+def compile_if_worth(model: torch.nn.Module, setting: Literal["auto"] | bool, *, dynamic: bool, **run: Any) -> str:
+    """Compiles a decoder's layers where `decide_compile` says so of the run; returns why."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compiled, reason = decide_compile(setting, parameters=parameters, dynamic=dynamic, **run)
+    if compiled and not compile_layers(model, dynamic=dynamic):
+        reason = "this architecture has no list of 'layers' to compile"
+        if setting is True:
+            raise UserError(f"compile = true: {reason}; leave it off")
+        return f"off: {reason}"
+    return reason
+
+
+def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass.
+
+    What lies between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes
+    no longer than reading it back and halves the activations' memory.
+    """
+    # the second flag is for attention, an operator that is not torch's own
+    with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
+        return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)

@@ -31,10 +31,10 @@ from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
 from llmlab.model import Adapter, measure
 from llmlab.runs.auto_batch import random_states
-from llmlab.runs.batch import batch_of
 from llmlab.runs.ledger import Ledger
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import quiet_libraries
+from llmlab.runs.start import batch_of
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import leaves_machine, remote_code_allowed
 from llmlab.terminal import Terminal

@@ -31,18 +31,16 @@ from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias, use_one_gpu
 from llmlab.runs.arguments import build_arguments
-from llmlab.runs.batch import split_settings
 from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule, trackers
-from llmlab.runs.compile import compile_if_worth
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
 from llmlab.runs.gates import CompletionLog, GateCallback, held_out_gates
 from llmlab.runs.health import Health, RolledBack, describe_events, steps_to_pass_over
 from llmlab.runs.page import report_at_end
 from llmlab.runs.plan import describe_cost, needs_checkpointing
-from llmlab.runs.policy import Policy, choose_kernels, load_policy
+from llmlab.runs.policy import Policy, choose_kernels, compile_if_worth, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of
+from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of, split_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE
