@@ -18,8 +18,7 @@ from llmlab.settings.paths import expand
 from llmlab.simulator.commands import MAX_TEXT, FileSystem, ToolError, lines_of, run, searcher, unquote
 from llmlab.simulator.environment import Environment, tools_of
 from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, SlowPattern, read_guardrails
-from llmlab.simulator.python import has_style
-from llmlab.simulator.tasks import Call, ToolTask, read_task
+from llmlab.simulator.tasks import Call, ToolTask, has_style, pick, read_task
 
 MAX_OBSERVATION = 4_000  # characters
 SCRIPTS, SHEBANG = (".sh", ".bash", ".zsh"), re.compile(r"#!.*sh\b")  # a shell script by its path, by its first line
@@ -282,12 +281,8 @@ def random_calls(environment: Simulator, random: Random, count: int = 20) -> lis
     """Returns calls of random tools, one of which does not exist, with random arguments, some of which are wrong."""
     tools = {name: [*signature(tool).parameters] for name, tool in tools_of(environment).items()}
     words = [*environment.task.files, *environment.task.goal.split(), "ls", "*", ".", None, 7, {"path": 1}, "x" * 50]
-
-    def pick(choices: list[Any]) -> Any:
-        return choices[int(random.random() * len(choices))]
-
-    names = [pick([*tools, "open"]) for _ in range(count)]
-    return [Call(name, {key: pick(words) for key in tools.get(name, ["path"])}) for name in names]
+    names = [pick(random, [*tools, "open"]) for _ in range(count)]
+    return [Call(name, {key: pick(random, words) for key in tools.get(name, ["path"])}) for name in names]
 
 
 def play_scripted(environment: Environment, calls: list[Call]) -> list[str]:

@@ -5,7 +5,8 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
-from llmlab.data.demo.stories import VALIDATION_IN, pick, read_grammar
+from llmlab.data.demo.stories import VALIDATION_IN, read_grammar
+from llmlab.simulator.tasks import pick
 
 SIZES = ((9, 9), (9, 99), (99, 9), (99, 99))
 """The largest the two numbers can be, each as likely; the smallest is 1."""

@@ -9,7 +9,8 @@ from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from llmlab.data.demo.stories import ENDING, PEOPLE, PLOTS, VALIDATION_IN, WORLD, invent, narrate, pick, read_grammar
+from llmlab.data.demo.stories import ENDING, PEOPLE, PLOTS, VALIDATION_IN, WORLD, invent, narrate, read_grammar
+from llmlab.simulator.tasks import pick
 
 Message = dict[str, str]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from llmlab.data.demo import chat
 from llmlab.data.demo.chat import STORY_ASKS, Message, follows
-from llmlab.data.demo.stories import PEOPLE, pick
+from llmlab.data.demo.stories import PEOPLE
+from llmlab.simulator.tasks import pick
 
 LONGEST_STORY, LONGEST_ANSWER = 160, 24  # words of a good one; the corpus has at most 145 and 14
 NAMES = tuple(dict.fromkeys(person["name"] for person in PEOPLE))

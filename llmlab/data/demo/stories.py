@@ -6,16 +6,16 @@ friend saw it), so a model of a few million parameters has something to learn be
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 from zlib import crc32
 
 from llmlab.settings.files import read_table
+from llmlab.simulator.tasks import Choice, pick
 
 VALIDATION_IN = 20  # one cast in so many is in the validation split only
 
 RUNNER = {"": "name", "_she": "she", "_them": "them"}  # facts of a runner, by the end of their slots
 
-Choice = TypeVar("Choice")
 Step = tuple[float, tuple[str, ...]]  # its probability, and its wordings
 
 read_grammar = partial(read_table, "llmlab.data.demo")
@@ -63,10 +63,6 @@ def narrate(random: Random, number: int, facts: Facts) -> str:
     steps = (*OPENING, *PLOTS[number][1], *ENDING)
     sentences = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
     return " ".join(sentences).format_map(facts)
-
-
-def pick(random: Random, choices: Sequence[Choice]) -> Choice:
-    return choices[int(random.random() * len(choices))]  # as fair as `choice` for such short lists, and faster
 
 
 def other(random: Random, choices: Sequence[Choice], than: Choice) -> Choice:

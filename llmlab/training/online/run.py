@@ -23,8 +23,8 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run
 from llmlab.runs.start import S, changed_by
 from llmlab.settings.errors import UserError
-from llmlab.simulator.curriculum import Curriculum
 from llmlab.simulator.environment import load_environment
+from llmlab.simulator.tasks import Curriculum
 from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]

@@ -13,7 +13,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.simulator.curriculum import Curriculum
+from llmlab.simulator.tasks import Curriculum
 from llmlab.training.online import episodes as rollouts
 from llmlab.training.online.grpo import grpo
 from llmlab.training.online.ppo import ppo
