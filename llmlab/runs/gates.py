@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from llmlab.evaluation.gates import Gate, find_gates, load_gates, measure
 from llmlab.inference import context_length, generate_tokens
-from llmlab.runs.auto_batch import random_states
+from llmlab.runs.failures import random_states
 from llmlab.runs.record import RunRecord
 from llmlab.runs.start import on_main
 from llmlab.settings.errors import UserError, reason_of

@@ -30,7 +30,7 @@ from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_t
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
-from llmlab.runs.auto_batch import DivisibleBatches, random_states
+from llmlab.runs.failures import DivisibleBatches, random_states
 from llmlab.runs.record import HARDEST_ROWS
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError

@@ -30,7 +30,7 @@ from llmlab.adapters import lora_config
 from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
 from llmlab.model import Adapter, measure
-from llmlab.runs.auto_batch import random_states
+from llmlab.runs.failures import random_states
 from llmlab.runs.ledger import Ledger
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import quiet_libraries

@@ -7,7 +7,7 @@ from typing import Any
 _HOMES = {
     "Environment": "environment",
     "Simulator": "world",
-    **dict.fromkeys(("from_gymnasium", "from_openenv"), "wrappers"),
+    **dict.fromkeys(("from_gymnasium", "from_openenv"), "environment"),
 }
 
 __all__ = list(_HOMES)
