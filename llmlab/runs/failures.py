@@ -29,23 +29,12 @@ from llmlab.runs.signals import Interrupted
 from llmlab.runs.start import smaller_batch
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
-from llmlab.settings.files import read_layer
+from llmlab.settings.files import read_layer, read_table
 from llmlab.settings.presets import hardware_presets
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
-PHASES = (  # a phase, and the functions in whose frames it is, the first that fits
-    ("loading", {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model"}),
-    ("saving", {"save_model", "_save_checkpoint"}),
-    ("evaluation", {"evaluate"}),
-    ("sampling", {"_generate"}),
-    ("scoring", {"_generate_and_score_completions", "score_tokens"}),
-    ("Hessian estimate", {"estimate_hessian_if_due"}),
-    ("optimizer step", {"step", "_clip_grad_norm"}),
-    ("backward pass", {"backward"}),
-    ("forward pass", {"training_step"}),
-    ("reading the data", {"build_rows", "build_corpus"}),
-)
+PHASES = read_table("llmlab.runs", "phases")
 ROOM = 0.7  # of a run's planned memory, for one that should have fitted
 PLANS = 6  # of changes, each of which takes seconds
 # what TRL's trainers and ours count while they take a step, and the rollout that they take it on
@@ -179,7 +168,7 @@ def preset_changes(run: Any) -> list[str]:
 def phase_of(error: BaseException) -> str:
     """Returns the phase of a run in which an error was raised, by the functions that it came through."""
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return next((phase for phase, functions in PHASES if names & functions), "loading")
+    return next((phase for phase, functions in PHASES.items() if names.intersection(functions)), "loading")
 
 
 def _is_write_error(error: Exception, folder: Path) -> bool:

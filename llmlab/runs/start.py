@@ -162,14 +162,18 @@ def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool
     before = read_record(run).get("data_files", now)
     notes = []
     for name in sorted({*before, *now}):
-        then, file = before.get(name, {}), now.get(name, {})
-        by = "hash" if "hash" in then and "hash" in file else "modified"  # a time counts only where there is no hash
-        if not (then and file) or (then.get("bytes"), then.get(by)) != (file.get("bytes"), file.get(by)):
+        if not _is_same(before.get(name, {}), now.get(name, {})):
             change = "is gone" if name not in now else "changed" if name in before else "is new"
             notes.append(f"{name}: this data file {change} since the run began")
     if notes and not allow_changed:
         raise SettingsError([f"{note}; --allow-changed-data resumes all the same" for note in notes])
     return notes
+
+
+def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a file's size and hash are the same; its time counts only where one of them has no hash."""
+    by = "hash" if "hash" in before and "hash" in now else "modified"
+    return bool(before and now) and (before.get("bytes"), before.get(by)) == (now.get("bytes"), now.get(by))
 
 
 def _hash(file: Path) -> str:

@@ -72,10 +72,6 @@ class PackedRows:
             span += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def sample_id(self, index: int) -> str:
-        """Returns the stable name of a row, without reading it."""
-        return f"{self.name}:{index}"
-
 
 def as_example(row: np.ndarray) -> dict[str, torch.Tensor]:
     """Returns what a causal model trains on: `input_ids` and `labels`, (length,) int64; the model shifts them."""
@@ -183,11 +179,6 @@ class Mixture(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         source, row = self.locate(index)
         return as_example(self.sources[source].row(row))
-
-    def sample_id(self, index: int) -> str:
-        """Returns the stable name of a row, without reading it."""
-        source, row = self.locate(index)
-        return self.sources[source].sample_id(row)
 
     def origins(self) -> Iterator[tuple[np.ndarray, str, int]]:
         """Yields the tokens of each row, the name of its source and its number there, from 1."""
@@ -324,11 +315,6 @@ class RowStream(IterableDataset):
                 yield as_example(block.rows[number - block.first])
         finally:
             pool.shutdown()  # no reader may be repositioned while one of them reads
-
-    def sample_id(self, index: int) -> str:
-        """Returns the stable name of the row at a place, without reading it."""
-        source, number = self.schedule.locate(index)
-        return f"{self.readers[source].name}:{number}"
 
     def state_dict(self) -> State:
         """Returns the position after the rows yielded so far."""

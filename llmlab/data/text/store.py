@@ -93,10 +93,10 @@ class TextEncoder:
 
 
 class TokenStore:
-    """A tokenized corpus or its beginning (`whole` says which)."""
+    """A tokenized corpus or its beginning (`whole` says which); `fresh` where this process has just written to it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, fresh: bool = False):
+        self.folder, self.fresh = folder, fresh
         self.meta = read_json(folder / "meta.json")
         with reading(folder / "meta.json", "the record of a tokenized corpus"):
             self.tally = Tally(self.meta["documents"])
@@ -205,7 +205,7 @@ def open_store(
         meta |= {"position": None if ended else rows.state_dict()}
         meta |= {"files": {name: checksums.record() for name, checksums in sums.items()}}
         write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-        longer = TokenStore(folder)
+        longer = TokenStore(folder, fresh=True)
         return longer, longer.whole
 
     store, _ = open_cached(folder, source.name, tokens, _read, extend)

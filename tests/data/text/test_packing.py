@@ -50,7 +50,6 @@ def test_rows_are_the_documents_each_ended_by_eos(open_, tokenizer):
     assert example["input_ids"].tolist() == expected[3 * 128 : 4 * 128]
     assert torch.equal(example["input_ids"], example["labels"])
     assert example["input_ids"].dtype == torch.int64
-    assert rows.sample_id(3) == "stories:3"
     assert store.documents["tokens"].sum() == len(expected) == len(store)
     with pytest.raises(IndexError):
         rows.row(len(rows))
