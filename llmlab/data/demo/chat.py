@@ -96,7 +96,6 @@ PLANS = tuple(  # (how many in a hundred conversations, system prompt, groups of
 )
 
 _DRAWN = tuple(number for number, (share, *_) in enumerate(PLANS) for _ in range(share))
-_NUMBER = {choose.__name__: number for number, (choose, _) in enumerate(PLOTS)}
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
@@ -109,14 +108,13 @@ def converse(random: Random, *, validation: bool) -> tuple[list[Message], Callab
     while True:
         _, system, groups = PLANS[pick(random, _DRAWN)]
         exchanges = _choose(random, groups)
-        plot = next((exchange.plot for exchange in exchanges if exchange.plot), None)
+        plot = next((exchange.plot for exchange in exchanges if exchange.plot), next(iter(PLOTS)))
         hero, friend = pick(random, PEOPLE), pick(random, PEOPLE)
-        number = _NUMBER[plot] if plot else 0
-        facts = invent(random, number, hero, friend)
+        facts = invent(random, plot, hero, friend)
         request = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
         if hero["name"] != friend["name"] and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
             break
-    facts["story"] = narrate(random, number, facts)
+    facts["story"] = narrate(random, plot, facts)
     facts["tale"] = facts["story"].removesuffix(" The end.")
     messages = [{"role": "system", "content": system.prompt.format_map(facts)}] if system.prompt else []
     for exchange in exchanges:

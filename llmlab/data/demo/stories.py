@@ -3,18 +3,16 @@ What happens follows from what was said (the tool fits the harm, sums come out r
 friend saw it), so a model of a few million parameters has something to learn beyond spelling. The words are in
 `stories.yaml`, people, places and things in `world.yaml`; here is what follows from what."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from random import Random
 from typing import Any
 from zlib import crc32
 
 from llmlab.settings.files import read_table
-from llmlab.simulator.tasks import Choice, pick
+from llmlab.simulator.tasks import pick
 
 VALIDATION_IN = 20  # one cast in so many is in the validation split only
-
-RUNNER = {"": "name", "_she": "she", "_them": "them"}  # facts of a runner, by the end of their slots
 
 Step = tuple[float, tuple[str, ...]]  # its probability, and its wordings
 
@@ -22,10 +20,26 @@ read_grammar = partial(read_table, "llmlab.data.demo")
 WORLD = read_grammar("world")
 _GIRLS, _BOYS, _BEASTS = WORLD["girls"], WORLD["boys"], WORLD["beasts"]
 _GIRL, _BOY = {"she": "she", "her": "her", "them": "her"}, {"she": "he", "her": "his", "them": "him"}
+
+
+def _count(total: int, gift: int) -> dict[str, str]:
+    """Returns in words what is left of some things when some of them, and one more, are gone."""
+    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
+    return {name: WORLD["numbers"][number] for name, number in numbers.items()}
+
+
 PEOPLE = tuple(
     [{"name": name, "kind": kind} | _GIRL for i, name in enumerate(_GIRLS) for kind in ("girl", _BEASTS[i % 10])]
     + [{"name": name, "kind": kind} | _BOY for i, name in enumerate(_BOYS) for kind in ("boy", _BEASTS[-i % 10])]
 )
+TABLES = {
+    **WORLD,
+    "looks": [WORLD["colors"], WORLD["sizes"]],
+    "days": WORLD["numbers"][2:10],
+    # with each row the one after it, which begins where it ends
+    "swaps": [first | {f"next_{key}": second[key] for key in second} for first, second in pairwise(WORLD["trades"])],
+    "sums": [[_count(total, gift) for gift in range(1, total - 2)] for total in range(5, 13)],
+}
 
 
 class Facts(dict[str, Any]):
@@ -47,26 +61,35 @@ def write_row(random: Random, *, validation: bool) -> dict[str, str]:
         cast = crc32(f"{number} {hero['name']} {friend['name']}".encode())
         if hero["name"] != friend["name"] and (cast % VALIDATION_IN == 0) is validation:
             break
-    return {"text": narrate(random, number, invent(random, number, hero, friend))}
+    plot = list(PLOTS)[number]
+    return {"text": narrate(random, plot, invent(random, plot, hero, friend))}
 
 
-def invent(random: Random, number: int, hero: dict[str, str], friend: dict[str, str]) -> Facts:
-    """Returns the facts of a plot with these two people."""
+def invent(random: Random, plot: str, hero: dict[str, str], friend: dict[str, str]) -> Facts:
+    """Returns the facts of a plot with these two people, as `draws` in `stories.yaml` lists them."""
     friends = {f"friend_{slot}": value for slot, value in friend.items()}
     facts = Facts(hero | friends, trait=pick(random, WORLD["traits"]))
-    facts.update(PLOTS[number][0](random, facts))
+    drawn: list[Any] = []
+    for slot, table in _GRAMMAR["draws"][plot].items():
+        choices = facts.get(table) or TABLES[table]
+        item = pick(random, [choice for choice in choices if not any(choice is each for each in drawn)])
+        while isinstance(item, list):
+            item = pick(random, item)
+        drawn.append(item)
+        if isinstance(item, dict):
+            prefix = slot if slot.endswith("_") else ""
+            for key, value in item.items():
+                facts[prefix + key] = value.format_map(facts) if isinstance(value, str) else value
+        else:
+            facts[slot] = item
     return facts
 
 
-def narrate(random: Random, number: int, facts: Facts) -> str:
+def narrate(random: Random, plot: str, facts: Facts) -> str:
     """Returns the story of a plot's facts in wordings chosen at random."""
-    steps = (*OPENING, *PLOTS[number][1], *ENDING)
+    steps = (*OPENING, *PLOTS[plot], *ENDING)
     sentences = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
     return " ".join(sentences).format_map(facts)
-
-
-def other(random: Random, choices: Sequence[Choice], than: Choice) -> Choice:
-    return pick(random, [choice for choice in choices if choice is not than])
 
 
 def _read_steps(name: str) -> tuple[Step, ...]:
@@ -79,69 +102,6 @@ def _read_steps(name: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def lost(random: Random, facts: Facts) -> dict[str, Any]:
-    place = pick(random, WORLD["places"])
-    spot = pick(random, place["spots"])
-    thing = pick(random, WORLD["toys"])
-    look = pick(random, pick(random, (WORLD["colors"], WORLD["sizes"])))
-    return {**place, "thing": thing, "look": look, "spot": spot, "elsewhere": other(random, place["spots"], spot)}
-
-
-def broken(random: Random, facts: Facts) -> dict[str, Any]:
-    item = pick(random, WORLD["breaks"])
-    wrong = other(random, WORLD["breaks"], item)
-    color = pick(random, WORLD["colors"])
-    return {**item, "color": color, "wrong_tool": wrong["tool"], "wrong_thing": wrong["thing"]}
-
-
-def shared(random: Random, facts: Facts) -> dict[str, Any]:
-    place = pick(random, WORLD["places"])
-    total = 5 + int(random.random() * 8)
-    gift = 1 + int(random.random() * (total - 3))
-    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
-    words = {name: WORLD["numbers"][number] for name, number in numbers.items()}
-    return {**place, **words, "fruit": pick(random, WORLD["fruits"])}
-
-
-def weather(random: Random, facts: Facts) -> dict[str, Any]:
-    return {**pick(random, WORLD["weathers"]), **pick(random, WORLD["places"])}
-
-
-def fear(random: Random, facts: Facts) -> dict[str, Any]:
-    return pick(random, WORLD["fears"])
-
-
-def animal(random: Random, facts: Facts) -> dict[str, Any]:
-    found, color = pick(random, WORLD["animals"]), pick(random, WORLD["colors"])
-    return {**found, "color": color, "wrong": other(random, WORLD["animals"], found)["food"]}
-
-
-def race(random: Random, facts: Facts) -> dict[str, Any]:
-    prefixes = ("", "friend_") if random.random() < 0.5 else ("friend_", "")
-    runners = zip(("quick", "steady"), prefixes, strict=True)
-    named = {runner + end: facts[prefix + slot] for runner, prefix in runners for end, slot in RUNNER.items()}
-    return {**named, "to": pick(random, WORLD["places"])["to"], "prize": pick(random, WORLD["treats"])}
-
-
-def warned(random: Random, facts: Facts) -> dict[str, Any]:
-    return {**pick(random, WORLD["warnings"]), **pick(random, WORLD["elders"])}
-
-
-def trade(random: Random, facts: Facts) -> dict[str, Any]:
-    start = int(random.random() * (len(WORLD["trades"]) - 1))
-    first, second = WORLD["trades"][start : start + 2]
-    return {**first, "next_who": second["who"], "next_why": second["why"], "goal": second["gets"]}
-
-
-def wish(random: Random, facts: Facts) -> dict[str, Any]:
-    place = pick(random, WORLD["places"])
-    dream, treat = pick(random, WORLD["wishes"]), pick(random, WORLD["treats"])
-    return {**place, "dream": dream, "treat": treat, "days": WORLD["numbers"][2 + int(random.random() * 8)]}
-
-
 _GRAMMAR = read_grammar("stories")
 OPENING, ENDING = _read_steps("opening"), _read_steps("ending")
-PLOTS: tuple[tuple[Callable[[Random, Facts], dict[str, Any]], tuple[Step, ...]], ...] = tuple(
-    (invent_facts, _read_steps(invent_facts.__name__))
-    for invent_facts in (lost, broken, shared, weather, fear, animal, race, warned, trade, wish)
-)
+PLOTS = {plot: _read_steps(plot) for plot in _GRAMMAR["draws"]}
