@@ -15,7 +15,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Union, get_type_hints
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from pydantic import TypeAdapter
 
@@ -241,6 +240,8 @@ def from_openenv(source: Any, *, action: type | None = None) -> type[Environment
     name, to_action = getattr(source, "__name__", "OpenEnv"), dict
     where = f"environment 'openenv:{source if isinstance(source, str) else name}'"
     if isinstance(source, str):
+        from urllib.request import urlopen
+
         from openenv.core import GenericEnvClient
 
         address = re.sub(r"^ws", "http", source if "://" in source else f"http://{source}").rstrip("/")
