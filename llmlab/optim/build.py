@@ -1,7 +1,5 @@
-"""Builds the optimizer that a stage's settings name, over parameter groups that hold for every architecture.
-
-The schedule belongs to the trainer's arguments.
-"""
+"""Builds the optimizer that a stage's settings name, over parameter groups that hold for every architecture. The
+schedule belongs to the trainer's arguments."""
 
 from typing import Any, NamedTuple
 

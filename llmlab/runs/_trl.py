@@ -24,11 +24,9 @@ from llmlab.settings.files import read_json
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities of targets, (tokens,), and their statistics without gradient, (tokens, 4).
-
-    Where the head is frozen, or `equal` says that all tokens will have the same gradient, gradients are computed with
-    the logits; else the backward pass computes the logits again, knowing each token's.
-    """
+    """Log-probabilities of targets, (tokens,), and their statistics without gradient, (tokens, 4). Where the head is
+    frozen, or `equal` says that all tokens will have the same gradient, gradients are computed with the logits; else
+    the backward pass computes the logits again, knowing each token's."""
 
     @staticmethod
     def forward(
@@ -76,10 +74,8 @@ def expose_head_bias(model: PeftModel) -> None:
 
 @contextmanager
 def chunked_head(*, equal: bool, enabled: bool = True, entropy_bonus: bool = False) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
-
-    Heads with a bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too.
-    """
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there. Heads with a
+    bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too."""
     from trl.trainer import utils
 
     function, scores_alone = utils._ChunkedLogProbFunction, utils._use_triton

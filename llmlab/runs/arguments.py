@@ -1,7 +1,5 @@
-"""Translates a stage's settings into the configuration of the TRL or Transformers trainer underneath.
-
-The `Trl` markers of the settings give most of it; here is what has no one-to-one field.
-"""
+"""Translates a stage's settings into the configuration of the TRL or Transformers trainer underneath. The `Trl`
+markers of the settings give most of it; here is what has no one-to-one field."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields

@@ -153,10 +153,8 @@ LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient
 
 class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
-    finite.
-
-    With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is left.
-    """
+    finite. With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is
+    left."""
 
     has_all_steps = False
     on_cpu = True  # whether losses may use what is faster there

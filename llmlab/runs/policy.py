@@ -101,11 +101,9 @@ def load_policy(
     attach: bool = True,
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Policy:
-    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, to train these further.
-
-    Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
-    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head.
-    """
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, to train these further. Whole
+    models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
+    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head."""
     classifies = task == "SEQ_CLS"
     adapter = read_adapter(source, lora_only=not classifies)
     if adapter is not None and classifies:
@@ -320,11 +318,9 @@ def compile_if_worth(model: torch.nn.Module, setting: Literal["auto"] | bool, *,
 
 
 def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass.
-
-    What lies between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes
-    no longer than reading it back and halves the activations' memory.
-    """
+    """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass. What lies
+    between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes no longer
+    than reading it back and halves the activations' memory."""
     # the second flag is for attention, an operator that is not torch's own
     with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
         return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)

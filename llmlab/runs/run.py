@@ -149,11 +149,9 @@ class Run(Start[S]):
         **options: Any,
     ) -> Any:
         """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
-
         `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
         of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
-        that the settings name.
-        """
+        that the settings name."""
         if self.settings.gradient_checkpointing == "auto":
             chosen = {"gradient_checkpointing": needs_checkpointing(self, data.train)}
             self.settings = self.settings.model_copy(update=chosen)

@@ -1,8 +1,6 @@
-"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model.
-
-PEFT merges, in float64; here are the checks around it. The run folder appears only after the model, read back from
-disk, was shown to give the same logits as base + adapter.
-"""
+"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model. PEFT merges, in
+float64; here are the checks around it. The run folder appears only after the model, read back from disk, was shown to
+give the same logits as base + adapter."""
 
 import math
 import warnings

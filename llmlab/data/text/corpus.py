@@ -1,7 +1,5 @@
-"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report.
-
-One function does it for map-style and streaming sources; the parts are in the modules beside this one.
-"""
+"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report. One function does it
+for map-style and streaming sources; the parts are in the modules beside this one."""
 
 import math
 import sys
@@ -95,10 +93,8 @@ def build_corpus(
     rank: int = 0,
     world_size: int = 1,
 ) -> Corpus:
-    """Builds the training and validation rows of `max_seq_len` tokens that the settings describe.
-
-    `rows_needed` (None: one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes.
-    """
+    """Builds the training and validation rows of `max_seq_len` tokens that the settings describe. `rows_needed` (None:
+    one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes."""
     seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
     weights = [source.weight for source in settings.datasets]

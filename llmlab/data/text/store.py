@@ -1,11 +1,9 @@
 """Documents to token ids, each ended by eos, and tokenized corpora on disk: a memory-mapped file of ids, written once
-and shared by every run that needs the same. The one place where text is tokenized for pretraining.
-
-The cache key covers the source's content, the tokenizer and this format's version, but neither the sequence length nor
-the split: those are views (`packing.py`).  A run tokenizes the beginning of a source as far as it needs, and one that
-needs more appends to it.  `meta.json` is replaced last and says how much of the other files counts; the last 256 MB
-are verified on opening, other blocks when they are first read.
-"""
+and shared by every run that needs the same. The one place where text is tokenized for pretraining. The cache key
+covers the source's content, the tokenizer and this format's version, but neither the sequence length nor the split:
+those are views (`packing.py`). A run tokenizes the beginning of a source as far as it needs, and one that needs more
+appends to it. `meta.json` is replaced last and says how much of the other files counts; the last 256 MB are verified
+on opening, other blocks when they are first read."""
 
 import hashlib
 import json
