@@ -39,6 +39,10 @@ from llmlab.simulator.environment import load_environment
 
 Array = NDArray[np.float64]
 
+BATCH = 16  # completions that are generated at the same time
+LONGEST_TEXT = 1024  # tokens of a text whose perplexity is measured
+PROMPT_TOKENS = 32  # of a text that a model which does not chat continues
+NEAR_ZERO = 0.1  # of the range of a score: nearer to 0, losses are shares of this instead of the baseline's score
 ALARM = 0.05  # two-sided, all gates together: regressions are the lower half
 POWER = 0.97  # aimed at, so that 0.9 is kept where the spread is only estimated
 AT_ONCE = 2_000_000  # numbers drawn
@@ -109,12 +113,6 @@ def _add(counters: Iterable[Mapping[Any, float]]) -> Counter[Any]:
     for each in counters:
         whole.update(each)  # type: ignore[arg-type]
     return whole
-
-
-BATCH = 16  # completions that are generated at the same time
-LONGEST_TEXT = 1024  # tokens of a text whose perplexity is measured
-PROMPT_TOKENS = 32  # of a text that a model which does not chat continues
-NEAR_ZERO = 0.1  # of the range of a score: nearer to 0, losses are shares of this instead of the baseline's score
 
 
 class Example(NamedTuple):

@@ -202,12 +202,9 @@ class ResumableCheckpoint:
 class GradientNorms:
     """Mixin for a Trainer: calls `before_update(norm)` with the gradient norm before each optimizer step."""
 
-    def before_update(self, norm: Tensor | float | None) -> None:
-        pass
-
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # type: ignore[attr-defined]
         return norm
 
 

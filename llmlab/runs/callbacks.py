@@ -23,6 +23,7 @@ from llmlab.runs.record import TENSORBOARD, RunRecord, read_metrics
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import reading
 
+PROJECTS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 SAME_SIGNAL = 1.0  # seconds within which a second signal is the launcher passing on the first one
 NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
@@ -213,9 +214,6 @@ class MetricsLog(TrainerCallback):
 def metrics_of(logs: dict[str, Any]) -> dict[str, Any]:
     """Returns the metrics of a log event; the trainer's closing summary, which belongs to no step, has none."""
     return {} if "train_runtime" in logs else {name: v for name, v in logs.items() if name not in NOT_METRICS}
-
-
-PROJECTS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 
 
 @contextmanager

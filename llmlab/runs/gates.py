@@ -24,6 +24,12 @@ from llmlab.settings.errors import UserError, reason_of
 from llmlab.settings.generation import SamplingSettings
 from llmlab.terminal import safe, short_number
 
+COUNT = 2  # completions at a time
+ROWS = 16  # of the validation data, of which those are taken whose prompts leave room for an answer
+MOMENTS = 50  # of a run, at most
+TEXT_TOKENS = 24  # of a text without a prompt
+SAMPLING = SamplingSettings(temperature=0, max_new_tokens=48)
+COMPLETIONS_SHARE = 0.02  # of the run's time, at most, but for the first and the last ones
 SHARE = 0.1  # of the run's time, at most
 FEWEST = 8  # prompts: where there is no time for these, a measurement is skipped
 SLACK = 0.8  # of the prompts that there is time for, so that their number stays once it was lowered
@@ -129,14 +135,6 @@ def generating(trainer: Trainer) -> Iterator[Any]:
     finally:
         model.train(training)
         restore()
-
-
-COUNT = 2  # completions at a time
-ROWS = 16  # of the validation data, of which those are taken whose prompts leave room for an answer
-MOMENTS = 50  # of a run, at most
-TEXT_TOKENS = 24  # of a text without a prompt
-SAMPLING = SamplingSettings(temperature=0, max_new_tokens=48)
-COMPLETIONS_SHARE = 0.02  # of the run's time, at most, but for the first and the last ones
 
 
 @dataclass(eq=False)

@@ -37,6 +37,9 @@ from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.optimizer import OptimizerSettings
 
+MOST = 20  # hardest rows that are recorded
+BEGINNING, CHARACTERS = 96, 240  # of a row's text that is recorded: tokens, characters
+LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient norm"}
 SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
 
 
@@ -144,11 +147,6 @@ class Guard(GradientNorms):
     def drop_update(self) -> None:
         """Takes the gradients away, without which an optimizer changes neither weights nor state."""
         self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
-
-
-MOST = 20  # hardest rows that are recorded
-BEGINNING, CHARACTERS = 96, 240  # of a row's text that is recorded: tokens, characters
-LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient norm"}
 
 
 class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):

@@ -16,6 +16,12 @@ from typing import Any
 
 import regex
 
+MAX_COMMAND = 1_000  # characters
+MAX_WORDS = 200  # of one command, after patterns of files became their names
+MAX_PATTERN, MAX_REPEATS = 200, 1_000  # characters; product of a pattern's counts, which take memory
+SEARCH_SECONDS = 0.25
+_TOKEN = re.compile(r"""\s*(\|\||&&|>>|[|<>&;()]|(?:[^\s|<>&;()"'\\]|\\.|"(?:\\.|[^"\\])*"|'[^']*')+)""", re.DOTALL)
+_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 MAX_TEXT = 20_000  # characters of a file or an argument
 MAX_FILES = 200
 MAX_PATH = 200  # characters
@@ -96,13 +102,6 @@ def _matches(parts: tuple[str, ...], names: tuple[str, ...]) -> bool:
         return not names and not parts
     return fnmatchcase(parts[0], names[0]) and _matches(parts[1:], names[1:])
 
-
-MAX_COMMAND = 1_000  # characters
-MAX_WORDS = 200  # of one command, after patterns of files became their names
-MAX_PATTERN, MAX_REPEATS = 200, 1_000  # characters; product of a pattern's counts, which take memory
-SEARCH_SECONDS = 0.25
-_TOKEN = re.compile(r"""\s*(\|\||&&|>>|[|<>&;()]|(?:[^\s|<>&;()"'\\]|\\.|"(?:\\.|[^"\\])*"|'[^']*')+)""", re.DOTALL)
-_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 
 Options = dict[str, str]
 Inputs = list[tuple[str, str]]

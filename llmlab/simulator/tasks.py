@@ -22,6 +22,11 @@ from llmlab.settings.errors import UserError, did_you_mean, shorten
 from llmlab.settings.files import read_table
 from llmlab.simulator.commands import FileSystem, normalize, run
 
+Choice = TypeVar("Choice")
+SPLITS = ("train", "held_out")
+HELD_OUT_IN = 8  # one in so many compound words is for the held-out split only
+DIFFICULTIES = 4
+WINDOW, RAISE, LOWER = 64, 0.8, 0.2  # episodes, and success rates over them that change the level
 MAX_CHARACTERS = 100_000  # of code that is parsed
 MAX_LINE = 100  # characters
 _WARNINGS = Lock()  # `catch_warnings` changes the process
@@ -52,11 +57,6 @@ def has_style(code: str) -> bool:
     """Whether code parses and keeps the style rules: spaces, none of them at the end of a line, no long lines."""
     tidy = all(len(line) <= MAX_LINE and line == line.rstrip() and "\t" not in line for line in code.split("\n"))
     return tidy and structure_of(code) is not None
-
-
-Choice = TypeVar("Choice")
-SPLITS = ("train", "held_out")
-HELD_OUT_IN = 8  # one in so many compound words is for the held-out split only
 
 
 class Call(NamedTuple):
@@ -249,10 +249,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-DIFFICULTIES = 4
-WINDOW, RAISE, LOWER = 64, 0.8, 0.2  # episodes, and success rates over them that change the level
 
 
 class Curriculum:

@@ -24,6 +24,7 @@ from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
 
+TREE_COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
 # columns that rewards do not get: reserved by the trainer, or treated as images
 RESERVED = {"prompt", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
@@ -278,9 +279,6 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     if not all(isinstance(tool, dict) for tool in tools):
         raise UnusableRow("expected tools as JSON schemas")
     return tools or None
-
-
-TREE_COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 
 
 class OtherLabel(UnusableRow):
