@@ -23,6 +23,7 @@ from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import read_table
 
 TREE_COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
 LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
@@ -44,11 +45,11 @@ def _turn(role: str, content: Any) -> Message:
     return {"role": role, "content": text_of(content)}
 
 
-def _exchange(prompt: str, answer: str) -> Callable[[Row], list[Message]]:
-    return lambda row: [_turn("user", row[prompt]), _turn("assistant", row[answer])]
+def _exchange(row: Row, prompt: str, answer: str) -> list[Message]:
+    return [_turn("user", row[prompt]), _turn("assistant", row[answer])]
 
 
-def _alpaca(row: Row) -> list[Message]:
+def _alpaca(row: Row, *columns: str) -> list[Message]:
     messages = []
     for pair in list_of(row.get("history"), "history"):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -56,13 +57,14 @@ def _alpaca(row: Row) -> list[Message]:
         messages += [_turn("user", pair[0]), _turn("assistant", pair[1])]
     context = text_of(row["input"]) if row.get("input") else ""
     prompt = text_of(row["instruction"]) + (f"\n\n{context}" if context.strip() else "")
-    return [*messages, _turn("user", prompt), _turn("assistant", row["output"])]
+    answer = [_turn("assistant", row["output"])] if "output" in columns else []
+    return [*messages, _turn("user", prompt), *answer]
 
 
-def _prompt_completion(row: Row) -> list[Message]:
-    if isinstance(row["prompt"], list):
-        return read_turns([*row["prompt"], *list_of(row["completion"], "completion")])
-    return [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]
+def _prompt_completion(row: Row, prompt: str, completion: str) -> list[Message]:
+    if isinstance(row[prompt], list):
+        return read_turns([*row[prompt], *list_of(row[completion], completion)])
+    return _exchange(row, prompt, completion)
 
 
 def _prompt_turns(value: Any) -> list[Message]:
@@ -95,62 +97,41 @@ def _side(value: Any, is_transcript: bool) -> list[Message]:
     return transcript_messages(text_of(value)) if is_transcript else [_turn("assistant", value)]
 
 
-def _preference(name: str, *columns: str) -> Format:
-    """A preference format; as a conversation it is prompt + chosen."""
-    chosen_twice = (*columns[:-1], columns[-2])  # for a conversation the prompt is the whole common prefix
-    return Format(name, columns, lambda row: _pair(row, chosen_twice)[0])
+def _before_answer(turns: list[Message]) -> list[Message]:
+    """Returns everything before the last assistant message."""
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return turns
 
 
-def _prompts(form: Format) -> Format:
-    """The same format read as prompts: everything before the last assistant message."""
+READERS: dict[str, Callable[..., list[Message]]] = {  # of a row, given the columns
+    "turns": lambda row, column: read_turns(row[column]),
+    "request": lambda row, column: _prompt_turns(row[column]),
+    "exchange": _exchange,
+    "prompt and completion": _prompt_completion,
+    "alpaca": _alpaca,
+    # for a conversation the prompt is the whole common prefix
+    "prompt and chosen": lambda row, *columns: _pair(row, (*columns[:-1], columns[-2]))[0],
+    "turns before the answer": lambda row, column: _before_answer(read_turns(row[column])),
+    "what both sides share": lambda row, *columns: _before_answer(_pair(row, columns)[0]),
+}
 
-    def read(row: Row) -> list[Message]:
-        turns = form.read(row)
-        while turns and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        return turns
 
-    return replace(form, read=read)
+def _format(name: str, reader: str, *columns: str) -> Format:
+    """Returns the format that these columns identify, its rows' turns read in this way."""
+    return Format(name, columns, lambda row: READERS[reader](row, *columns))
 
 
 def plain_text(column: str) -> Format:
     """The format of rows with their text in a column; read as turns, it is the user's."""
-    return Format("plain text", (column,), lambda row: _prompt_turns(row[column]))
+    return _format("plain text", "request", column)
 
 
-MESSAGES = Format("messages", ("messages",), lambda row: read_turns(row["messages"]))
-SHAREGPT = Format("ShareGPT conversations", ("conversations",), lambda row: read_turns(row["conversations"]))
-SHAREGPT_PREFERENCE = _preference("ShareGPT preference", "conversations", "chosen", "rejected")
-PREFERENCE = _preference("preference", "prompt", "chosen", "rejected")
-INSTRUCTION_PREFERENCE = _preference("instruction preference", "instruction", "chosen_response", "rejected_response")
-TRANSCRIPT = _preference("hh-rlhf transcript", "chosen", "rejected")
-PLAIN_TEXT = plain_text("text")
-
-FORMATS: dict[str, tuple[Format, ...]] = {  # of each use, in the order in which they are tried
-    "instructions": (
-        MESSAGES,
-        SHAREGPT_PREFERENCE,
-        PREFERENCE,
-        SHAREGPT,
-        Format("Alpaca", ("instruction", "output"), _alpaca),
-        Format("instruction/response", ("instruction", "response"), _exchange("instruction", "response")),
-        INSTRUCTION_PREFERENCE,
-        Format("prompt/completion", ("prompt", "completion"), _prompt_completion),
-        Format("prompt/response", ("prompt", "response"), _exchange("prompt", "response")),
-        Format("question/answer", ("question", "answer"), _exchange("question", "answer")),
-        TRANSCRIPT,
-        PLAIN_TEXT,
-    ),
-    "preferences": (SHAREGPT_PREFERENCE, PREFERENCE, INSTRUCTION_PREFERENCE, TRANSCRIPT),
-    "prompts": (
-        Format("prompt", ("prompt",), lambda row: _prompt_turns(row["prompt"])),
-        _prompts(MESSAGES),
-        _prompts(SHAREGPT),
-        Format("question", ("question",), lambda row: _prompt_turns(row["question"])),
-        Format("instruction", ("instruction",), lambda row: _alpaca({**row, "output": ""})[:-1]),
-        _prompts(replace(TRANSCRIPT, read=lambda row: _pair(row, TRANSCRIPT.columns)[0])),  # what both sides share
-    ),
+FORMATS = {  # of each use, in the order in which they are tried
+    use: tuple(_format(name, *read) for name, read in formats.items())
+    for use, formats in read_table("llmlab.data.chat", "formats").items()
 }
+PLAIN_TEXT = FORMATS["instructions"][-1]
 FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)
 KINDS = {"instructions": "instruction data", "preferences": "preference data"}
 
@@ -188,7 +169,7 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
 def label_column(form: Format, rows: Iterable[Row]) -> str | None:
     """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
     rows = list(rows)
-    if form.name == PLAIN_TEXT.name or form in FORMATS["preferences"]:
+    if form.name in {PLAIN_TEXT.name, *(pair.name for pair in FORMATS["preferences"])}:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
     return next((name for name in LABELS if values[name] and None not in map(as_boolean, values[name])), None)
