@@ -1,6 +1,5 @@
-"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template; chooses
-what computes its attention, and decides whether compiling its layers pays for a run. Data and losses are the
-stages'."""
+"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template; and
+decides whether compiling its layers pays for a run. Data and losses are the stages'."""
 
 import copy
 import os
@@ -14,12 +13,8 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor
 from torch._functorch import config as partitioning
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlab.adapters import lora_config, trainable_share
 from llmlab.data.chat.rendering import add_chat_template
@@ -28,15 +23,14 @@ from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
 from llmlab.model.attention import BIAS_IMPLEMENTATIONS
-from llmlab.model.blocks import block_attention
 from llmlab.runs._trl import expose_head_bias
+from llmlab.runs.attention import use_blocks
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.lora import LoraSettings
 from llmlab.terminal import duration
 
-BLOCKS = "causal_blocks"  # `block_attention` as an attention implementation of Transformers
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
     **{name: name for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")},
     **{f"lora_{name}": name for name in ("r", "bias", "target_modules")},
@@ -222,37 +216,6 @@ def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings
             problem = f"{source} is trained further, whose adapter has {show(trained)}"
             advice = "leave it out, or merge the adapter first: llmlab merge"
             raise UserError(f"{setting.key} = {show(value)}: {problem}; {advice}")
-
-
-def use_blocks(model: PreTrainedModel) -> None:
-    """Replaces sdpa by `attend` in a decoder on a CPU: plain causal attention in bf16, also of batches padded on the
-    right, where no token attends to the padding after it. Everything else goes to sdpa."""
-    biased = getattr(model.config, "positional_encoding", "") == "alibi"
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation() and not biased:
-        ALL_ATTENTION_FUNCTIONS.register(BLOCKS, attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCKS, make_mask)
-        model.set_attn_implementation(BLOCKS)
-
-
-def make_mask(*args: Any, **options: Any) -> Tensor | None:
-    """Returns sdpa's mask, or None where the causal one is enough."""
-    padding = options.get("attention_mask")  # (batch, time), True at tokens
-    plain = options["mask_function"] is causal_mask_function and options["q_length"] == options["kv_length"]
-    plain = plain and options.get("allow_is_causal_skip") and padding is not None
-    if plain and bool((padding[:, 1:] <= padding[:, :-1]).all()):
-        return None
-    return sdpa_mask(*args, **options)
-
-
-def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-    """Returns the outputs of attention, (batch, time, heads, dim), of inputs (batch, heads, time, dim)."""
-    plain = mask is None and not any(options.get(name) for name in ("dropout", "cache", "softcap"))
-    plain = plain and options.get("is_causal", getattr(module, "is_causal", True)) is not False
-    faster = query.dtype == torch.bfloat16 or torch.compiler.is_compiling()  # as measured for llmlab's own decoder
-    alike = query.shape[2:] == key.shape[2:] == value.shape[2:]
-    if plain and faster and alike and options.get("position_bias") is None:
-        return block_attention(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5), None
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
 def decide_compile(

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.runs import policy
+from llmlab.runs import attention
 
 PADDED = {"none": None, "right": torch.arange(90) < torch.tensor([[90], [50]]), "left": torch.arange(90) >= 40}
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    calls, compute = [], policy.block_attention
-    monkeypatch.setattr(policy, "block_attention", lambda *args: (calls.append(1), compute(*args))[1])
+    calls, compute = [], attention.block_attention
+    monkeypatch.setattr(attention, "block_attention", lambda *args: (calls.append(1), compute(*args))[1])
     return calls
 
 
@@ -30,7 +30,7 @@ def test_equals_sdpa(side, dtype, calls):
     ids, mask = torch.randint(0, 64, (2, 90)), PADDED[side]
     mask = mask if mask is None else mask.expand(2, -1).long()
     expected, theirs = gradients(model, ids, mask)
-    policy.use_blocks(model)
+    attention.use_blocks(model)
     loss, ours = gradients(model, ids, mask)
     assert len(calls) == (2 if dtype == "bfloat16" and side != "left" else 0)  # layers
     # bf16 has 8 bits: a rounding error of 2^-9 an operation, as sdpa's own
@@ -45,5 +45,5 @@ def test_generation_is_as_before(calls):
     ids, options = torch.randint(0, 64, (2, 6)), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     options["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     before = model.generate(ids, **options)
-    policy.use_blocks(model)
+    attention.use_blocks(model)
     assert model.generate(ids, **options).equal(before)
