@@ -13,7 +13,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from llmlab.data.chat.conversations import as_boolean
-from llmlab.data.chat.messages import Message, Row, UnusableRow, is_empty
+from llmlab.data.chat.messages import FOLLOWERS, Message, Row, UnusableRow, is_empty
 from llmlab.data.splits import text_hash
 
 FIRST_ROWS = 5  # row numbers kept of each finding
@@ -24,15 +24,6 @@ NEAR = 0.8  # Jaccard similarity of word 5-grams, as in Lee et al. 2021, arXiv 2
 SHINGLE = 5
 PERMUTATIONS = 128
 COMPARED = 100_000  # characters of a row that are compared for near duplicates
-
-_FOLLOWERS = {  # which turns may follow which; a tool call is a turn of the assistant that calls tools
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant", "tool call"),
-    "assistant": ("user",),
-    "tool call": ("tool result",),
-    "tool result": ("tool result", "assistant", "tool call"),
-}
 
 
 @dataclass
@@ -207,7 +198,7 @@ def turn_problems(messages: Sequence[Message]) -> list[str]:
         turn = "tool call" if calls else {"tool": "tool result"}.get(message["role"], message["role"])
         if is_empty(message):
             found[f"empty turn of the {turn}"] = None
-        if turn not in _FOLLOWERS[before]:
+        if turn not in FOLLOWERS[before]:
             found[f"{turn} after {before}" if before else f"starts with the {turn}"] = None
         if turn != "system" or not before:  # a system turn in the middle does not change what may follow
             before = turn

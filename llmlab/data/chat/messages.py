@@ -11,7 +11,7 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 Call = dict[str, Any]
 
-ROLES, PARTS = read_table("llmlab.data.chat", "messages").values()
+ROLES, PARTS, FOLLOWERS = read_table("llmlab.data.chat", "messages").values()
 ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
 
 
