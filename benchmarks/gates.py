@@ -11,8 +11,7 @@ import argparse
 
 import numpy as np
 
-from llmlab.evaluation.gates import Gate, Scores, judge
-from llmlab.evaluation.statistics import distinct_n
+from llmlab.evaluation.gates import Gate, Scores, distinct_n, judge
 from llmlab.rewards.function import Reward
 from llmlab.settings.gates import GateSettings
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from llmlab import PretrainSettings, pretrain
-from llmlab.data import learn_bpe
-from llmlab.runs.guard import Guard
+from llmlab.data.tokenizer import learn_bpe
 from llmlab.runs.health import Health
+from llmlab.runs.optimizers import Guard
 from llmlab.runs.progress import ProgressLine
 from llmlab.settings.data import DataSource
 

@@ -64,7 +64,8 @@ def run_peer(options, folder):
     """Returns validation loss by step of transformers.Trainer with LlamaForCausalLM on the same rows."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from llmlab.data import build_corpus, load_tokenizer
+    from llmlab.data.text.corpus import build_corpus
+    from llmlab.data.tokenizer import load_tokenizer
     from llmlab.hardware import probe
 
     settings, machine = settings_of(options, folder), probe()
@@ -131,7 +132,7 @@ def main():
         (folder / f"{name}.json").write_text(json.dumps(result))
         return
 
-    from llmlab.data import learn_bpe
+    from llmlab.data.tokenizer import learn_bpe
     from llmlab.settings.data import DataSource
 
     with tempfile.TemporaryDirectory() as name:

@@ -14,9 +14,8 @@ from random import Random
 from rich.console import Console
 from rich.table import Table
 
-from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 from llmlab.simulator.tasks import grammar
-from llmlab.simulator.world import Simulator
+from llmlab.simulator.world import Simulator, expert_calls, play_scripted, random_calls
 
 ROUNDS = 3
 

@@ -56,7 +56,7 @@ def prepare(options, folder):
     """Writes the tokenizer, the text of both sides of the split, and their tokens."""
     import numpy as np
 
-    from llmlab.data import learn_bpe, load_tokenizer
+    from llmlab.data.tokenizer import learn_bpe, load_tokenizer
     from llmlab.settings.data import DataSource
 
     text = Path(options.text).read_text(encoding="utf-8")

@@ -20,11 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llmlab.data.mixture import Mixture
 from llmlab.data.sources import Tally, load_text
-from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import PackedRows
-from llmlab.data.text.store import open_store
+from llmlab.data.text.packing import Mixture, PackedRows
+from llmlab.data.text.store import TextEncoder, open_store
 from llmlab.data.tokenizer import learn_bpe, load_tokenizer
 from llmlab.settings.data import DataSettings, DataSource
 

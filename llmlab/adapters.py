@@ -10,16 +10,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import read_table
 from llmlab.settings.lora import LoraSettings
 
-PARENTS = {  # the role of a linear layer, by the name of a module that contains it
-    "attention": re.compile(r"attn|attention|^mixer$", re.IGNORECASE),
-    "ffn": re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE),
-}
-# by its own name, in architectures whose decoder layers contain their projections directly
-FFN = {"fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}
-QUERY_OR_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv", "q_lin", "v_lin"}
-FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "in_proj", "att_proj"}
+NAMES = read_table("llmlab", "adapters")
 
 
 def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = None) -> list[str]:
@@ -39,8 +33,9 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
                 problem = f"no linear module ends in '{ending}'{did_you_mean(ending, leaves)}"
                 raise UserError(f"lora_target_modules: {problem}; expected some of {', '.join(leaves)}")
         return endings
+    smallest = {*NAMES["query_or_value"], *NAMES["fused"]}
     matches = {
-        "minimal": lambda name: roles[name] == "attention" and _leaf(name) in QUERY_OR_VALUE | FUSED,
+        "minimal": lambda name: roles[name] == "attention" and _leaf(name) in smallest,
         "attention_only": lambda name: roles[name] == "attention",
         "ffn_only": lambda name: roles[name] == "ffn",
         "all": lambda name: roles[name] is not None,
@@ -57,8 +52,11 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
 
 def _role(name: str) -> str | None:
     *parents, leaf = name.split(".")
-    roles = (role for part in reversed(parents) for role, pattern in PARENTS.items() if pattern.search(part))
-    return next(roles, "ffn" if leaf in FFN else None)
+    patterns = NAMES["parents"].items()
+    roles = (
+        role for part in reversed(parents) for role, pattern in patterns if re.search(pattern, part, re.IGNORECASE)
+    )
+    return next(roles, "ffn" if leaf in NAMES["ffn"] else None)
 
 
 def _leaf(name: str) -> str:

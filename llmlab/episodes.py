@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from llmlab.data.chat.messages import Message, UnusableRow, result_text
 from llmlab.data.chat.rendering import encode_prompt
 from llmlab.data.tokenizer import stop_token_ids
-from llmlab.rewards.calls import ToolCall, read_turn
+from llmlab.rewards.completions import ToolCall, read_turn
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.simulator.environment import schemas_of, tools_of
 

@@ -21,8 +21,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import TEMPLATE_FAILURES
+from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.decoding import decode, decode_batch
 from llmlab.hardware import probe
 from llmlab.model import fit_vocabulary, load_model, read_adapter

@@ -129,7 +129,7 @@ def share_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(corpus_file, tmp_path_factory):
-    from llmlab.data import learn_bpe
+    from llmlab.data.tokenizer import learn_bpe
 
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     learn_bpe([DataSource(name=str(corpus_file))], 300, folder, show_progress=False)
@@ -151,7 +151,7 @@ def wide_base_folder(tokenizer_folder, tmp_path_factory):
 def make_base(tokenizer_folder, folder, **shape):
     import torch
 
-    from llmlab.data import load_tokenizer, stop_token_ids
+    from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
     from llmlab.model import build_config, new_model
     from llmlab.settings.model import ModelSettings
 

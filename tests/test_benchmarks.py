@@ -45,7 +45,7 @@ def chat_model(questions, tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmlab.data import learn_bpe, stop_token_ids
+    from llmlab.data.tokenizer import learn_bpe, stop_token_ids
     from llmlab.settings.data import DataSource
 
     folder = tmp_path_factory.mktemp("model") / "chat"

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.episodes import Task, play, run_side_by_side, suffix_ids
 from llmlab.settings.errors import UserError
 from llmlab.simulator.environment import Environment, schemas_of

@@ -132,8 +132,8 @@ def _load(source: DataSource, limit: int | None) -> "ConversationSource":
 
 
 def _renderer(name: str | None, loss_on: Any, chat_template: str | None) -> Any:
-    from llmlab.data import load_tokenizer
     from llmlab.data.chat.rendering import Renderer, add_chat_template
+    from llmlab.data.tokenizer import load_tokenizer
 
     if name is None:
         return None

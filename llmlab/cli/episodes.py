@@ -70,7 +70,7 @@ def run_episodes(
         raise UserError(f"{run}: --temperature and --max-new-tokens have no effect on a scripted policy")
 
     from llmlab.episodes import Task
-    from llmlab.simulator.loading import load_environment
+    from llmlab.simulator.environment import load_environment
     from llmlab.training.preference.pairs import load_prompts
 
     make = load_environment(environment, allow_code=allow_code)
@@ -126,7 +126,7 @@ def _play_model(
 def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Outcome]:
     """Plays the simulator's expert or its random policy."""
     from llmlab.episodes import Episode
-    from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
+    from llmlab.simulator.world import expert_calls, play_scripted, random_calls
 
     outcomes, random, unknown = [], Random(seed), 0
     for environment, (*before, last), columns, _ in tasks:

@@ -124,7 +124,7 @@ def init(
     """Write an untrained model as a run folder, with its tokenizer where tokenizer_name is set."""
     from transformers import set_seed
 
-    from llmlab.data import load_tokenizer
+    from llmlab.data.tokenizer import load_tokenizer
     from llmlab.model import build_config, measure, new_model, save_model
     from llmlab.runs import checkpoints
     from llmlab.runs.failures import check_memory
@@ -158,7 +158,7 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert a model between llmlab's architecture and Llama, Mistral, Qwen2 or Qwen3, and verify equal logits."""
-    from llmlab.data import load_tokenizer
+    from llmlab.data.tokenizer import load_tokenizer
     from llmlab.model import from_llmlab, load_model, save_model, to_llmlab
     from llmlab.runs import checkpoints
 

@@ -22,7 +22,7 @@ def show(
     """Show the tokens of a text, their ids, and the bytes per token."""
     from rich.text import Text
 
-    from llmlab.data import load_tokenizer
+    from llmlab.data.tokenizer import load_tokenizer
     from llmlab.terminal import Terminal
 
     loaded = load_tokenizer(tokenizer)

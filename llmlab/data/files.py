@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
 
 FORMATS = ("txt", "json", "jsonl", "csv", "parquet")
+ENDINGS = ", ".join(f".{kind}" for kind in FORMATS) + " (each also with .gz)"
 SEPARATOR = "<|endoftext|>"
 """Ends a document in a text file; a text file without one is a single document."""
 
@@ -56,7 +58,7 @@ def find_files(path: Path) -> dict[str, list[Path]]:
             splits.setdefault(named, []).append(file)
     if not splits:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise UserError(f"{path}: no file in this folder ends in {_endings()} (found {found})")
+        raise UserError(f"{path}: no file in this folder ends in {ENDINGS} (found {found})")
     return splits
 
 
@@ -66,9 +68,8 @@ def is_gzipped(path: Path) -> bool:
 
 def count_rows(files: Sequence[Path]) -> int | None:
     """Returns the number of rows of parquet files; None for others, which would have to be read."""
-    if any(path.suffix.lower() != ".parquet" for path in files):
-        return None
-    return sum(_parquet(path).metadata.num_rows for path in files)
+    known = all(path.suffix.lower() == ".parquet" for path in files)
+    return sum(_parquet(path).metadata.num_rows for path in files) if known else None
 
 
 def files_of(source: DataSource) -> list[Path]:
@@ -85,7 +86,7 @@ def shards_of(files: Iterable[Path], unit: str = "document") -> list[Shard]:
     for path in files:
         kind = format_of(path)
         if kind is None:
-            raise UserError(f"{path}: expected a file that ends in {_endings()}")
+            raise UserError(f"{path}: expected a file that ends in {ENDINGS}")
         with reading(path, kind):
             if kind == "json":
                 with _open_text(path) as handle:
@@ -105,24 +106,16 @@ def read_shard(shard: Shard, column: str | None = None) -> Iterator[dict[str, An
     """Yields the rows of a shard as plain mappings; of a parquet file only `column` is read."""
     path = Path(shard.path)
     with reading(path, shard.format):
-        if shard.format == "parquet":
-            rows = _read_parquet(path, shard, column)
-        elif shard.format == "jsonl":
-            rows = _read_json_lines(path, shard)
-        elif shard.format == "json":
-            rows = _read_json_list(path)
-        elif shard.format == "csv":
-            rows = _read_csv(path)
-        else:
-            rows = _read_text(path, shard.unit)
-        for row in rows:
+        readers = {"parquet": partial(_read_parquet, column=column), "jsonl": _read_json_lines}
+        readers |= {"json": _read_json_list, "csv": _read_csv, "txt": _read_text}
+        for row in readers[shard.format](path, shard):
             yield row if isinstance(row, dict) else {"text": row}
 
 
-def _read_text(path: Path, unit: str) -> Iterator[str]:
+def _read_text(path: Path, shard: Shard) -> Iterator[str]:
     """Yields the documents of a text file, its paragraphs or its lines; only a document may be blank."""
     pieces: list[str] = []
-    length, separated = 0, False
+    unit, length, separated = shard.unit, 0, False
     for text, ends in _split_lines(path):
         pieces.append(text)
         length += len(text)
@@ -172,7 +165,7 @@ def _read_json_lines(path: Path, shard: Shard) -> Iterator[Any]:
             position += len(line)
 
 
-def _read_json_list(path: Path) -> list[Any]:
+def _read_json_list(path: Path, shard: Shard) -> list[Any]:
     with _open_text(path) as handle:
         try:
             rows = json.load(handle)
@@ -183,7 +176,7 @@ def _read_json_list(path: Path) -> list[Any]:
     return rows
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path, shard: Shard) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(LONGEST_DOCUMENT)
     with _open_text(path, newline="") as handle:
         reader = csv.DictReader(handle)
@@ -229,7 +222,3 @@ def _line_number(path: Path, position: int) -> int:
     with _open(path) as handle:
         lines = itertools.takewhile(lambda line: handle.tell() <= position, iter(handle.readline, b""))
         return 1 + sum(1 for _ in lines)
-
-
-def _endings() -> str:
-    return ", ".join(f".{kind}" for kind in FORMATS) + " (each also with .gz)"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from llmlab.data.chat.formats import as_boolean
-from llmlab.data.chat.messages import Message, Row, UnusableRow, is_empty
-from llmlab.data.hashing import text_hash
+from llmlab.data.chat.conversations import as_boolean
+from llmlab.data.chat.messages import FOLLOWERS, Message, Row, UnusableRow, is_empty
+from llmlab.data.splits import text_hash
 
 FIRST_ROWS = 5  # row numbers kept of each finding
 PERCENTILES = (50, 90, 95, 99)
@@ -24,15 +24,6 @@ NEAR = 0.8  # Jaccard similarity of word 5-grams, as in Lee et al. 2021, arXiv 2
 SHINGLE = 5
 PERMUTATIONS = 128
 COMPARED = 100_000  # characters of a row that are compared for near duplicates
-
-_FOLLOWERS = {  # which turns may follow which; a tool call is a turn of the assistant that calls tools
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant", "tool call"),
-    "assistant": ("user",),
-    "tool call": ("tool result",),
-    "tool result": ("tool result", "assistant", "tool call"),
-}
 
 
 @dataclass
@@ -173,21 +164,16 @@ class NearDuplicates:
 
     def add(self, number: int, text: str) -> int | None:
         """Adds a text, and returns the number of an earlier one nearly the same; None where there is none."""
+        words = re.findall(r"\w+", text[:COMPARED].lower())  # a text of fewer than five is one run
+        runs = {" ".join(words[start : start + SHINGLE]) for start in range(max(len(words) - SHINGLE + 1, 1))}
         sketch = self._empty.copy()
-        sketch.update_batch(shingles_of(text[:COMPARED]))
+        sketch.update_batch([run.encode("utf-8", "replace") for run in sorted(runs)])
         for earlier in sorted(self._index.query(sketch)):
             if self._sketches[earlier].jaccard(sketch) >= NEAR:
                 return earlier  # the earlier row represents both
         self._index.insert(number, sketch)
         self._sketches[number] = sketch
         return None
-
-
-def shingles_of(text: str) -> list[bytes]:
-    """Returns the distinct runs of five words, case and punctuation aside; a shorter text is one run."""
-    words = re.findall(r"\w+", text.lower())
-    runs = {" ".join(words[start : start + SHINGLE]) for start in range(max(len(words) - SHINGLE + 1, 1))}
-    return [run.encode("utf-8", "replace") for run in sorted(runs)]
 
 
 def text_of(conversation: Row) -> str:
@@ -208,12 +194,11 @@ def turn_problems(messages: Sequence[Message]) -> list[str]:
     found: dict[str, None] = {}
     before = ""
     for message in messages:
-        turn = {"tool": "tool result"}.get(message["role"], message["role"])
-        if turn == "assistant" and message.get("tool_calls"):
-            turn = "tool call"
+        calls = message["role"] == "assistant" and message.get("tool_calls")
+        turn = "tool call" if calls else {"tool": "tool result"}.get(message["role"], message["role"])
         if is_empty(message):
             found[f"empty turn of the {turn}"] = None
-        if turn not in _FOLLOWERS[before]:
+        if turn not in FOLLOWERS[before]:
             found[f"{turn} after {before}" if before else f"starts with the {turn}"] = None
         if turn != "system" or not before:  # a system turn in the middle does not change what may follow
             before = turn
@@ -226,12 +211,7 @@ def scripts_of(characters: Counter[str]) -> dict[str, float]:
     """Returns the share of the letters that each script has, the largest first; names as in Unicode's, Han for CJK."""
     counts: Counter[str] = Counter()
     for character, count in characters.items():
-        if character.isalpha():
-            counts[_script(character)] += count
+        if character.isalpha():  # the first word of its name, widths, styles and signs (a micro sign is a mu) aside
+            first, *_ = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "OTHER").split()
+            counts["Han" if first in ("CJK", "IDEOGRAPHIC") else first.capitalize()] += count
     return {script: count / counts.total() for script, count in counts.most_common()}
-
-
-def _script(letter: str) -> str:
-    """Returns the first word of a letter's name; widths, styles and signs (a micro sign is a mu) aside."""
-    words = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "OTHER").split()
-    return "Han" if words[0] in ("CJK", "IDEOGRAPHIC") else words[0].capitalize()

@@ -1,17 +1,18 @@
-"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows. Rows without usable text are
-counted by reason. What a row means, mixing and tokenizing are the business of `text` and `chat`."""
+"""Sources: a hub id, local files or a demo corpus, all as one resumable sequence of rows, interleaved so that any
+prefix has rows of all files (`datasets` interleaves too, but reads ahead in threads and by whole tables). Rows without
+usable text are counted by reason. Mixing sources and tokenizing are the business of `text` and `chat`."""
 
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab.data import demo, files
-from llmlab.data.interleaving import Interleaved
 from llmlab.data.splits import Use, choose_splits, choose_subset
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_content", "code")
 """Columns taken for the text, in this order, where no column is named."""
 
+PARTS = 8  # of one source that are read in turn
 LOOK_AT = 100  # rows by which columns are recognized
 CHECK_FROM = 1000  # rows after which a share of dropped rows means something
 
@@ -98,10 +100,8 @@ def take_texts(texts: Iterator[str], characters: int) -> list[str]:
 
 def _unusable(text: Any) -> str | None:
     """Returns why a value is no document, or None."""
-    if text is None:
-        return "empty"
     if not isinstance(text, str):
-        return "not text"
+        return "empty" if text is None else "not text"
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a character
@@ -113,10 +113,10 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
     found = load_rows(source, "text", streaming=streaming)
     column = choose_column(source, found.first())
-    values = {**vars(found)}
+    values = {**vars(found), "column": column}
     if found.select is not None:  # only demo corpora have no other columns
         values |= {"rows": found.select(column), "identity": {**found.identity, "column": column}}
-    return TextSource(**values, column=column)
+    return TextSource(**values)
 
 
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
@@ -174,15 +174,9 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     identity = {"files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in found]}
     if source.text_unit != "document":
         identity["text_unit"] = source.text_unit
-    return RowSource(
-        name=source.name,
-        rows=select(None),
-        identity=identity,
-        splits=tuple(sorted(by_split)),
-        select=select,
-        size=None if any(file.suffix.lower() in (".parquet", ".gz") for file in found) else sum(sizes),
-        count=files.count_rows(found),
-    )
+    size = None if any(file.suffix.lower() in (".parquet", ".gz") for file in found) else sum(sizes)
+    known = {"identity": identity, "splits": tuple(sorted(by_split)), "size": size, "count": files.count_rows(found)}
+    return RowSource(name=source.name, rows=select(None), select=select, **known)
 
 
 def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
@@ -230,15 +224,9 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
     identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}
     identity["streamed"] = streaming  # files and tables have other shards, so another order
-    return RowSource(
-        name=source.name,
-        rows=rows,
-        identity=identity,
-        splits=splits,
-        select=lambda column: rows.select_columns([column]),
-        size=sum(info[name].num_bytes for name in chosen) if is_known else None,
-        count=count,
-    )
+    size = sum(info[name].num_bytes for name in chosen) if is_known else None
+    known = {"identity": identity, "splits": splits, "size": size, "count": count}
+    return RowSource(name=source.name, rows=rows, select=lambda column: rows.select_columns([column]), **known)
 
 
 def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
@@ -255,11 +243,10 @@ def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
 
 def _has_configs(folder: Path) -> bool:
     """Whether a folder is a copy of a hub dataset whose README.md lists the files of each split."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return False
-    head = readme.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    return head.startswith("---") and "\nconfigs:" in head
+    with suppress(FileNotFoundError):
+        head = (folder / "README.md").read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        return head.startswith("---") and "\nconfigs:" in head
+    return False
 
 
 def _fits_disk(info: "DatasetInfo") -> bool:
@@ -305,3 +292,51 @@ def label_of(source: DataSource) -> str:
 def _read_shards(shards: list[Any], read: Callable[..., Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         yield from read(shard)
+
+
+class Interleaved:
+    """All rows of some parts, once, in proportion to their weights (such as sizes; None are equal) until they end."""
+
+    num_shards = 1
+
+    def __init__(self, parts: "Sequence[IterableDataset]", weights: Sequence[float] | None = None):
+        self.parts = list(parts)
+        self.weights = list(weights or [1.0] * len(parts))
+        self.load_state_dict({})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.load_state_dict(self.start)  # an abandoned iteration does not count
+        taken, ended, states = self.taken, self.ended, self.states
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state or {})
+        iterators = list(map(iter, self.parts))
+        while not all(ended):
+            left = (number for number, end in enumerate(ended) if not end)
+            number = min(left, key=lambda each: (taken[each] + 0.5) / self.weights[each])
+            states[number] = None
+            row = next(iterators[number], None)
+            if row is None:
+                ended[number] = True
+            else:
+                taken[number] += 1
+                yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position, which JSON can hold."""
+        rows = zip(self.parts, self.states, self.taken, strict=True)
+        states = [part.state_dict() if state is None and taken else state for part, state, taken in rows]
+        return {"taken": list(self.taken), "ended": list(self.ended), "states": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Lets every iteration begin at a position; an empty one is the start."""
+        self.start = state
+        count = len(self.parts)
+        self.taken = list(state.get("taken", [0] * count))
+        self.ended = list(state.get("ended", [False] * count))
+        self.states = list(state.get("states", [None] * count))  # of parts that were not read since
+
+
+def spread(rows: "IterableDataset") -> "IterableDataset | Interleaved":
+    """Returns the same rows in an order whose prefixes have rows of all parts of the source, not of its first file."""
+    count = min(PARTS, rows.num_shards)
+    return rows if count == 1 else Interleaved([rows.shard(count, index) for index in range(count)])

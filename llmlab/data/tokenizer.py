@@ -92,7 +92,7 @@ def learn_bpe(
     if vocab_size < SMALLEST:
         parts = f"256 bytes, {len(SPECIAL_TOKENS)} special tokens and {len(TOOL_TAGS)} tool tags"
         raise UserError(f"vocab_size = {vocab_size}: expected at least {SMALLEST}: {parts}")
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"output_dir = {folder}: this is a file; expected a folder")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES) if folder.is_dir() else []
     if others:
@@ -107,7 +107,14 @@ def learn_bpe(
     special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, "extra_special_tokens": [END_OF_TURN]}
     options = {"clean_up_tokenization_spaces": False, "chat_template": TEMPLATE.read_text(encoding="utf-8")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
-    _publish(tokenizer, folder)
+    try:  # into a temporary folder first, so that no half-written tokenizer is left behind
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            tokenizer.save_pretrained(temporary)
+            for path in sorted(Path(temporary).iterdir()):
+                os.replace(path, folder / path.name)
+    except Exception as error:  # the library raises nothing narrower where the disk is full
+        raise UserError(f"output_dir = {folder}: cannot be written: {reason_of(error)}") from None
     return tokenizer
 
 
@@ -143,15 +150,3 @@ def _sample(sources: Sequence[DataSource], max_bytes: int, allow_dropped: float)
             if left <= 0:
                 break
         tally.check(source.name, allow_dropped)
-
-
-def _publish(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Saves into a temporary folder first, so that no half-written tokenizer is left behind."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            tokenizer.save_pretrained(temporary)
-            for path in sorted(Path(temporary).iterdir()):
-                os.replace(path, folder / path.name)
-    except Exception as error:  # the library raises nothing narrower where the disk is full
-        raise UserError(f"output_dir = {folder}: cannot be written: {reason_of(error)}") from None

@@ -1,7 +1,5 @@
-"""Builds the optimizer that a stage's settings name, over parameter groups that hold for every architecture.
-
-The schedule belongs to the trainer's arguments.
-"""
+"""Builds the optimizer that a stage's settings name, over parameter groups that hold for every architecture. The
+schedule belongs to the trainer's arguments."""
 
 from typing import Any, NamedTuple
 
@@ -72,6 +70,8 @@ def build_optimizer(
     other_weights: Group = {"params": kinds.other_weights, "weight_decay": weight_decay}
     undecayed: Group = {"params": kinds.undecayed, "weight_decay": 0.0}
     own_rates = _split_off(model, settings, other_weights, undecayed)
+    adam = {"betas": (settings.adamw_beta1, settings.adamw_beta2), "eps": settings.adamw_eps}
+    lion = {"betas": (settings.lion_beta1, settings.lion_beta2)}
 
     if settings.optimizer == "muon":
         from pytorch_optimizer import Muon  # a second of import, for those who use it
@@ -83,8 +83,7 @@ def build_optimizer(
         muon |= {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
         if settings.muon_momentum_warmup:
             muon |= {"momentum_warmup": settings.muon_momentum_warmup, "last_momentum": settings.muon_momentum}
-        betas = (settings.adamw_beta1, settings.adamw_beta2)
-        adamw = {"lr": ADAMW_RATE * learning_rate, "betas": betas, "eps": settings.adamw_eps, "use_muon": False}
+        adamw = {"lr": ADAMW_RATE * learning_rate, "use_muon": False, **adam}
         groups = [hidden | muon, *(adamw | group for group in (other_weights, undecayed, *own_rates))]
         # large matrices keep all cores busy one by one, with less memory
         batched = max(weight.numel() for weight in kinds.hidden) <= BATCHED_SIZE
@@ -95,17 +94,17 @@ def build_optimizer(
     decayed = {"params": kinds.hidden + other_weights["params"], "weight_decay": weight_decay}
     groups = [group for group in (decayed, undecayed, *own_rates) if group["params"]]
     if settings.optimizer.endswith("bit"):
-        return _from_bitsandbytes(model, groups, settings, learning_rate)
+        own = lion if "lion" in settings.optimizer else adam
+        return _from_bitsandbytes(model, groups, settings.optimizer, lr=learning_rate, **own)
     if settings.optimizer == "adamw":
-        betas = (settings.adamw_beta1, settings.adamw_beta2)
-        return AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adamw_eps, fused=True)
+        return AdamW(groups, lr=learning_rate, fused=True, **adam)
     if settings.optimizer == "adafactor":
         # as Transformers' Trainer sets it up: the learning rate comes from the schedule, not from the step count
         return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
     if settings.optimizer == "lion":
         from pytorch_optimizer import Lion  # a second of import, for those who use it
 
-        return Lion(groups, lr=learning_rate, betas=(settings.lion_beta1, settings.lion_beta2))
+        return Lion(groups, lr=learning_rate, **lion)
     betas, every = (settings.sophia_beta1, settings.sophia_beta2), settings.sophia_update_every
     return Sophia(groups, lr=learning_rate, betas=betas, rho=settings.sophia_rho, update_every=every)
 
@@ -138,22 +137,17 @@ def _warm_up_momentum(optimizer: Optimizer, *_: Any) -> None:
             group["momentum"] = FIRST_MOMENTUM + share * (group["last_momentum"] - FIRST_MOMENTUM)
 
 
-def _from_bitsandbytes(
-    model: nn.Module, groups: list[dict[str, Any]], settings: OptimizerSettings, learning_rate: float
-) -> Optimizer:
+def _from_bitsandbytes(model: nn.Module, groups: list[Group], name: str, **options: Any) -> Optimizer:
     """Returns an optimizer with 8-bit states, or with states that are paged between GPU and CPU memory."""
     from bitsandbytes import optim  # an extra; and a second or two, for those who use it
 
-    options = {"lr": learning_rate, "optim_bits": 8 if "8bit" in settings.optimizer else 32}
     # on a CPU there is nothing to page to, and bitsandbytes warns for each weight
-    options["is_paged"] = settings.optimizer.startswith("paged") and next(model.parameters()).device.type != "cpu"
+    paged = name.startswith("paged") and next(model.parameters()).device.type != "cpu"
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # as in Transformers: 8-bit states of embeddings are unstable
             optim.GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    if "lion" in settings.optimizer:
-        return optim.Lion(groups, betas=(settings.lion_beta1, settings.lion_beta2), **options)
-    betas = (settings.adamw_beta1, settings.adamw_beta2)
-    return optim.AdamW(groups, betas=betas, eps=settings.adamw_eps, **options)
+    kind = optim.Lion if "lion" in name else optim.AdamW
+    return kind(groups, optim_bits=8 if "8bit" in name else 32, is_paged=paged, **options)
 
 
 def check_supported(optimizer: str, distributed_type: str) -> None:

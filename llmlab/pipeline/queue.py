@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from llmlab.pipeline.reading import read_pipeline
-from llmlab.runs.lock import locked
+from llmlab.runs.checkpoints import locked
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json, read_layer

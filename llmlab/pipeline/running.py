@@ -16,8 +16,8 @@ from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from llmlab.pipeline.reading import Pipeline, PipelineStage
 from llmlab.report.page import write_page
+from llmlab.runs.checkpoints import locked
 from llmlab.runs.history import RunFolder, curve_metric, flatten, open_or_note, open_run
-from llmlab.runs.lock import locked
 from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_events, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show

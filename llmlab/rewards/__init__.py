@@ -7,12 +7,10 @@ and only a reward model needs torch. `compose` weighs and adds them."""
 from typing import Any
 
 from llmlab.rewards.function import Reward
-from llmlab.rewards.guardrails import guardrail_pass
-from llmlab.rewards.matching import exact_match, numeric_match, regex_match
+from llmlab.rewards.matching import exact_match, json_valid, numeric_match, regex_match, schema_pass
 from llmlab.rewards.python import ast_correct, lint_pass
 from llmlab.rewards.reward_model import RewardModel
-from llmlab.rewards.shape import length, repetition_penalty
-from llmlab.rewards.structured import json_valid, schema_pass
+from llmlab.rewards.shape import guardrail_pass, length, repetition_penalty
 from llmlab.rewards.tools import off_policy_penalty, tool_success, verbosity_penalty
 
 REWARDS: dict[str, Any] = {

@@ -20,7 +20,7 @@ from llmlab.settings.paths import expand
 from llmlab.settings.rewards import RewardSettings
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import load_code
-from llmlab.simulator.loading import load_environment
+from llmlab.simulator.environment import load_environment
 
 
 def load_rewards(

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from llmlab.rewards.completions import Completion, answer, code_blocks
 from llmlab.rewards.function import Row, RowError, Score, reward_function
 from llmlab.settings.errors import UserError
-from llmlab.simulator.python import structure_of
+from llmlab.simulator.tasks import structure_of
 
 LANGUAGES = ("python", "py", "python3")
 RUFF_TIMEOUT = 20  # seconds for one block

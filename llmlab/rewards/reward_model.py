@@ -68,7 +68,11 @@ class RewardModel:
                 raise UserError(f"{self.path}: expected a sequence-classification model, found {found}")
         except UserError as error:
             raise UserError(f"model = {error}") from None
-        self.index = self._index_of(label)
+        labels = {str(name): index for index, name in self.config.id2label.items()}
+        if label not in labels and not (label is None and len(labels) == 1):
+            near = did_you_mean(label or "", labels)
+            raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
+        self.index = None if len(labels) == 1 else labels[str(label)]  # the output to read, of several
         self.bounds = (0.0, 1.0) if squash or self.index is not None else None
         limits = (max_length, self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None))
         self.max_length = int(min(limit for limit in limits if limit)) if max_length is None else max_length
@@ -152,14 +156,6 @@ class RewardModel:
             raise UserError(f"model = {error}") from None
         self._pad_token_id = model.config.pad_token_id
         return model.to(device).eval().requires_grad_(False)
-
-    def _index_of(self, label: str | None) -> int | None:
-        """Returns the output to read, None for a model that has one."""
-        labels = {str(name): index for index, name in self.config.id2label.items()}
-        if label not in labels and not (label is None and len(labels) == 1):
-            near = did_you_mean(label or "", labels)
-            raise UserError(f"label = {label or 'none'}: {self.path} has {', '.join(labels)}; expected one{near}")
-        return None if len(labels) == 1 else labels[str(label)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}  # a child process loads its own

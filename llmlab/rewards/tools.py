@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from llmlab.data.chat.messages import UnusableRow, parse_tools, result_text, text_of
-from llmlab.rewards.calls import tool_calls
-from llmlab.rewards.completions import Completion, answer, tool_results
+from llmlab.rewards.completions import Completion, answer, tool_calls, tool_results
 from llmlab.rewards.function import Row, RowError, Score, reward_function
 from llmlab.settings.errors import UserError
 

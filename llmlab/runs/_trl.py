@@ -1,7 +1,6 @@
-"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs; contract-tested.
-
-The comment beside each says why no public name serves.
-"""
+"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs (the contract test,
+`tests/runs/test_contract.py`, says of each why no public name serves); and the operator that replaces TRL's loss head
+on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,42 +9,54 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.utils.other import TrainableTokensWrapper
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from llmlab.runs.head import TokenLogProbs
-from llmlab.runs.shards import gather, load_weights, scatter_state
+from llmlab.model.loss import _operator as linear_cross_entropy
 from llmlab.settings.errors import reading
+from llmlab.settings.files import read_json
 
-PRIVATE_NAMES = {  # where it is: its parameters
-    # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
-    "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
-    # restoring only weights and step count when a run switches its optimizer
-    "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
-    # stop before a step with non-finite gradients: no callback gets their norm
-    "transformers.Trainer._get_grad_norm": ("self", "model", "grad_norm"),
-    # take no step when the checkpoint already has them all; the first value is the number of epochs
-    "transformers.Trainer.set_initial_training_values": ("self", "args", "dataloader"),
-    # rows that fill up an epoch's last batch are left out of the loss before its tokens are counted
-    "transformers.Trainer._get_num_items_in_batch": ("self", "batch_samples", "device"),
-    # checkpoints of sharded runs are laid out as those of one process
-    "transformers.Trainer._save": ("self", "output_dir", "state_dict"),
-    "transformers.Trainer._save_optimizer_and_scheduler": ("self", "output_dir"),
-    # the same for the best one at the end
-    "transformers.Trainer._load_best_model": ("self",),
-    # damaged checkpoints become a UserError
-    "transformers.Trainer._load_rng_state": ("self", "checkpoint"),
-    # the same for its weights
-    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
-    # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
-    "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", "hidden", "weight", "bias", "targets", "..."),
-    "trl.trainer.utils._use_triton": ("device",),
-    # parameters without memory cannot be replaced in place
-    "torch.nn.Module._apply": ("self", "fn", "recurse"),
-}
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of targets, (tokens,), and their statistics without gradient, (tokens, 4). Where the head is
+    frozen, or `equal` says that all tokens will have the same gradient, gradients are computed with the logits; else
+    the backward pass computes the logits again, knowing each token's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, equal: bool, statistics: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:2]
+        ctx.dtype, ctx.at_once = dtype, equal or not needs[1]
+        flags = needs if ctx.at_once else (False, False)
+        _, grad_hidden, grad_weight, values = linear_cross_entropy(
+            hidden, weight, targets, dtype, *flags, None, statistics
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(values)
+        ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight)
+        return -values[:, 0], values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if grad is None or not any(needs):
+            return (None,) * 6
+        if ctx.at_once and (not needs[1] or bool((grad == grad[:1]).all())):
+            grad_hidden = grad_hidden * -grad[:, None].to(grad_hidden.dtype)
+            grad_weight = grad_weight.mul_(-grad[:1].sum()) if needs[1] else None  # in place: it is large
+        else:
+            _, grad_hidden, grad_weight, _ = linear_cross_entropy(
+                hidden, weight, targets, ctx.dtype, *needs, -grad, False
+            )
+        return grad_hidden if needs[0] else None, grad_weight if needs[1] else None, None, None, None, None
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:
@@ -63,10 +74,8 @@ def expose_head_bias(model: PeftModel) -> None:
 
 @contextmanager
 def chunked_head(*, equal: bool, enabled: bool = True, entropy_bonus: bool = False) -> Iterator[None]:
-    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there.
-
-    Heads with a bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too.
-    """
+    """Has `TokenLogProbs` compute TRL's loss head on CPUs, for scored tokens alone; `equal` as there. Heads with a
+    bias or softcapping stay TRL's. The entropy has no gradient, so those with a bonus on it do too."""
     from trl.trainer import utils
 
     function, scores_alone = utils._ChunkedLogProbFunction, utils._use_triton
@@ -193,10 +202,53 @@ class ResumableCheckpoint:
 class GradientNorms:
     """Mixin for a Trainer: calls `before_update(norm)` with the gradient norm before each optimizer step."""
 
-    def before_update(self, norm: Tensor | float | None) -> None:
-        pass
-
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # type: ignore[attr-defined]
         return norm
+
+
+def gather(tree: Any, *, keep: bool) -> Any:
+    """Returns nested values with sharded tensors whole on the CPU, or None on processes that do not `keep` them."""
+
+    def whole(shards: DTensor) -> Tensor | None:
+        tensor = shards.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return tree_map_only(DTensor, whole, tree)
+
+
+def scatter(whole: Tensor, like: Tensor) -> Tensor:
+    """Returns a tensor, or this process's shards of it where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def scatter_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's whole state dict with this process's shards of what has its parameter's shape."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(value: Any, parameter: Tensor) -> Any:
+        has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+        return scatter(value, parameter) if has_shape else value
+
+    shards = {
+        index: {name: part(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": shards}
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Copies the weights or adapters in a folder into a model, of which each process may have its shards."""
+    if isinstance(model, PeftModel):
+        whole, mine = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    else:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        whole = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        mine = model.state_dict()
+    for name in mine.keys() & whole.keys():  # the other names of tied weights are not saved
+        mine[name].copy_(scatter(whole[name], mine[name]))

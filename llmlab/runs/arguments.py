@@ -1,7 +1,5 @@
-"""Translates a stage's settings into the configuration of the TRL or Transformers trainer underneath.
-
-The `Trl` markers of the settings give most of it; here is what has no one-to-one field.
-"""
+"""Translates a stage's settings into the configuration of the TRL or Transformers trainer underneath. The `Trl`
+markers of the settings give most of it; here is what has no one-to-one field."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -12,39 +10,17 @@ from typing import Any, TypeVar, get_type_hints
 from llmlab.hardware import Hardware
 from llmlab.settings.base import Settings, show, spellings_of
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, reading
-from llmlab.settings.files import check_types
+from llmlab.settings.files import check_types, read_table
 from llmlab.settings.trust import REMOTE_CODE, remote_code_allowed
 
 C = TypeVar("C")
 
-SCHEDULERS = {
-    "none": ("constant_with_warmup", {}),
-    "cosine": ("cosine", {}),
-    "linear": ("linear", {}),
-    "polynomial": ("polynomial", {"power": 2.0, "lr_end": 0.0}),  # power 1 would be "linear" again
-    "wsd": ("warmup_stable_decay", {"decay_type": "linear"}),  # the trainer knows over how many steps
-}
-
-# fields of the trainer's configuration that follow from a setting of another name
-COVERED = {
-    "dtype": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
-    "device": ("use_cpu", "no_cuda"),
-    "optimizer": ("optim", "optim_args", "optim_target_modules"),
-    "compile": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    "save_best_only": ("load_best_model_at_end", "save_strategy", "metric_for_best_model"),
-    "eval_every": ("eval_strategy", "eval_on_start", "do_eval"),
-    "loss_on": ("assistant_only_loss", "completion_only_loss"),
-    "chat_template": ("chat_template_path", "eos_token"),
-    "datasets": ("dataset_text_field", "dataset_kwargs"),
-    "policy_checkpoint": ("model_init_kwargs",),
-    "batch_size": ("generation_batch_size", "steps_per_generation"),
-    "max_seq_len": ("truncation_mode",),
-}
+TABLES = read_table("llmlab.runs", "arguments")
 
 
 def build_arguments(config: type[C], settings: Settings, hardware: Hardware, **fixed: Any) -> C:
     """Returns the trainer's configuration: the settings, over them what the stage fixes, over both `trainer_args`."""
-    scheduler, scheduler_kwargs = SCHEDULERS[settings.scheduler]
+    scheduler, scheduler_kwargs = TABLES["schedulers"][settings.scheduler].values()
     arguments = {
         **settings.trainer_arguments(),
         "lr_scheduler_type": scheduler,
@@ -77,7 +53,7 @@ def blame_trainer_args(settings: Settings, what: str) -> AbstractContextManager[
 def checked_trainer_args(config: type, settings: Settings) -> dict[str, Any]:
     """Returns the settings' `trainer_args`, each name checked against the configuration class."""
     spellings = spellings_of(type(settings))
-    keys = {field: key for key, names in COVERED.items() if key in spellings for field in names}
+    keys = {field: key for key, names in TABLES["covered"].items() if key in spellings for field in names}
     keys |= {"trust_remote_code": "--trust-remote-code"} | {name: setting.key for name, setting in spellings.items()}
     known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     problems = []

@@ -1,23 +1,32 @@
-"""What lies in a run folder: checkpoints, complete or marked as incomplete, and files that are moved in when complete.
-A checkpoint holds `INCOMPLETE` from before its first file until all processes and callbacks have written theirs, and
-is moved away before it is deleted: after a kill at any moment, what looks complete is."""
+"""What lies in a run folder: checkpoints, complete or marked as incomplete, files that are moved in when complete, and
+the lock of the process that writes there. A checkpoint holds `INCOMPLETE` from before its first file until all
+processes and callbacks have written theirs, and is moved away before it is deleted: after a kill at any moment, what
+looks complete is."""
 
+import errno
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
-from llmlab.runs.lock import locked
 from llmlab.runs.record import RECORD
 from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_json
 from llmlab.settings.paths import LOCK, check_free
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems without locks, as some network disks
 STATE = "trainer_state.json"
 INCOMPLETE = ".incomplete"
 TEMPORARY = ".saving-"  # prefix of folders whose contents are about to be moved out, or to be deleted
@@ -69,9 +78,8 @@ def rotate(run: Path, keep: int, scores: dict[int, float], *, best: str | None =
     """Removes all checkpoints but the last, `best`, and the `keep` highest by `scores` (none is the lowest)."""
 
     def rank(path: Path) -> tuple[bool, float]:
-        step = step_of(path) or 0
-        score = scores.get(step, math.nan)
-        return (True, score) if math.isfinite(score) else (False, step)
+        score = scores.get(step_of(path) or 0, math.nan)
+        return (True, score) if math.isfinite(score) else (False, step_of(path) or 0)
 
     found = checkpoints(run)
     kept = {*sorted(found, key=rank, reverse=True)[:keep], *found[-1:]}
@@ -117,6 +125,48 @@ def staged(folder: Path) -> Iterator[Path]:
             if path.is_dir() and target.is_dir():
                 shutil.rmtree(target)  # a rename replaces files only
             os.replace(path, target)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder where it is missing and holds it against other processes, also on shared disks; the system
+    releases it when this one ends. Not filelock's, whose locks forked processes inherit and keep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    while (handle := _lock(folder / LOCK)) is None:
+        pass
+    with handle:
+        try:
+            handle.truncate(0)  # a killed process left its name
+            handle.write(f"{os.getpid()} on {platform.node()}")
+            handle.flush()
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while locked: a process that has it open tries again
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """Returns a locked file, or None where its last owner has just removed it or the folder."""
+    with suppress(FileNotFoundError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                handle.seek(0)
+                owner = handle.read().strip()
+                run = f"another run (process {owner})" if owner else "another run"
+                advice = "wait for it, stop it, or choose another folder"
+                raise UserError(f"{path.parent}: {run} is writing into this folder; {advice}") from None
+            if error.errno not in NO_LOCKS:
+                raise
+        if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
+            return handle
+        handle.close()
+    return None
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from llmlab.health.checks import ONLINE, Watch
 from llmlab.health.symptoms import Event, changes_of, load_table
 from llmlab.runs import checkpoints
 from llmlab.runs.record import EVENTS, RunRecord, read_events, read_metrics
-from llmlab.runs.resume import rollbacks_of
-from llmlab.runs.start import on_main
+from llmlab.runs.start import on_main, rollbacks_of
 from llmlab.settings.base import show, spellings_of
 from llmlab.settings.errors import Unhealthy, UserError
 from llmlab.settings.optimizer import OWN_RATES

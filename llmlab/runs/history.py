@@ -15,24 +15,13 @@ from llmlab.health.symptoms import Event
 from llmlab.runs.record import EVENTS, METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names, show
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import read_table
 from llmlab.settings.paths import expand
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
 
-KEY_METRICS = {  # headline metrics of stages in order of preference; other stages use their losses
-    "tokenizer": ("vocab_size",),
-    "merge": ("max_difference",),
-    "sample": ("completions",),
-    "generate": ("completions",),  # as the stage was called before
-    "ppo": ("eval_reward", "reward"),
-    "grpo": ("eval_reward", "reward"),
-}
-LOSSES = ("eval_loss", "loss")
-BETTER = {  # words of a metric's name: -1 where smaller is better, 1 where larger is
-    **dict.fromkeys(("loss", "perplexity", "ce"), -1),
-    **dict.fromkeys(("accuracy", "accuracies", "reward", "rewards", "margin", "margins", "win_rate"), 1),
-}
-NOT_SHOWN = ("_runtime", "_per_second", "total_flos", "epoch", "num_tokens", "step", "train_loss")
+TABLES = read_table("llmlab.runs", "metrics")
+KEY_METRICS, LOSSES = TABLES["key_metrics"], TABLES["losses"]
 SILENT_SECONDS = 600  # a running run that logs seldom may be silent for this long, or
 SILENT_GAPS = 5  # for this many times its longest time between two log events
 RECENT = 20  # log events that tell the present pace
@@ -332,13 +321,13 @@ def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | N
 
 def is_shown(metric: str) -> bool:
     """Whether a metric is one of the model or of the run's speed, and no bookkeeping of the trainer's."""
-    return metric == "tokens_per_second" or not metric.endswith(NOT_SHOWN)
+    return metric == "tokens_per_second" or not metric.endswith(tuple(TABLES["not_shown"]))
 
 
 def direction(metric: str) -> int:
     """Returns -1 where smaller is better, 1 where larger is, 0 where neither is."""
     name = f"_{metric.replace('/', '_')}_"
-    return next((sign for word, sign in BETTER.items() if f"_{word}_" in name), 0)
+    return next((sign for sign, words in TABLES["better"].items() for word in words if f"_{word}_" in name), 0)
 
 
 def best_of(metric: str, values: Sequence[float | None]) -> float | None:

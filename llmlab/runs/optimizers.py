@@ -1,42 +1,158 @@
-"""What every trainer shares, whatever its loss: llmlab's optimizers, an end at the first number that is not finite,
-evaluation that leaves the random states alone, and checkpoints marked as incomplete while they are written.
-"""
+"""What every trainer shares, whatever its loss: llmlab's optimizers, updates that are refused or left out for a bad
+number, losses of single validation rows, evaluation that leaves the random states alone, and checkpoints marked as
+incomplete while they are written."""
 
+import heapq
+import json
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, set_seed
 
-from llmlab.health.checks import not_finite
+from llmlab.health.checks import SPIKE_FEWEST, SPIKE_WINDOW, not_finite
+from llmlab.health.symptoms import Event
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import ResumableCheckpoint
+from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
-from llmlab.runs.auto_batch import DivisibleBatches, random_states
-from llmlab.runs.guard import Guard
-from llmlab.runs.row_losses import RowLosses
+from llmlab.runs.failures import DivisibleBatches, random_states
+from llmlab.runs.record import HARDEST_ROWS
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, UserError
+from llmlab.settings.files import write_atomically
 from llmlab.settings.optimizer import OptimizerSettings
 
+MOST = 20  # hardest rows that are recorded
+BEGINNING, CHARACTERS = 96, 240  # of a row's text that is recorded: tokens, characters
 LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient norm"}
+SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
+
+
+class Guard(GradientNorms):
+    """Mixin for a Trainer: no update with a loss or gradient norm that is not finite or beyond `skip_spikes` standard
+    deviations of the last 128 steps, nor on the batches of steps in `passed_over`. On a GPU with a fused optimizer its
+    kernel leaves the update out, and the numbers are read one step later, so that nothing waits for them."""
+
+    passed_over: Collection[int] = ()
+    on_event: Callable[[Event], None] = staticmethod(lambda event: None)
+    judges_loss = True
+    step_loss: Tensor | None = None
+    unread: tuple[int, Tensor] | None = None  # step, [gradient norm, loss]
+    left_out = 0  # updates since the last log event
+
+    def __init__(self, **kwargs: Any):
+        self.usual = {name: deque[float](maxlen=SPIKE_WINDOW) for name in SPIKES}
+        super().__init__(**kwargs)
+
+    @property
+    def passes_over(self) -> bool:
+        """Whether the coming update is one that an earlier attempt failed on."""
+        return self.state.global_step + 1 in self.passed_over  # type: ignore[attr-defined]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        self.step_loss = None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if self.passes_over:  # the logged loss is the one before
+            logged = (line["loss"] for line in reversed(self.state.log_history) if "loss" in line)  # type: ignore[attr-defined]
+            loss = self.usual["loss"][-1] if self.usual["loss"] else next(logged, 0.0)
+            loss = torch.tensor(loss / self.current_gradient_accumulation_steps, device=self.args.device)  # type: ignore[attr-defined]
+            if (scaler := self.accelerator.scaler) is not None:  # type: ignore[attr-defined]  # it refuses to have none
+                scaler.scale(loss)
+                parameter = self.optimizer.param_groups[0]["params"][0]  # type: ignore[attr-defined]
+                parameter.grad = torch.zeros_like(parameter)
+            return loss
+        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        self.step_loss = loss if self.step_loss is None else self.step_loss + loss
+        return loss
+
+    def before_update(self, norm: Tensor | float | None) -> None:
+        if self.passes_over:
+            self.left_out += 1
+            return self.drop_update()
+        if norm is None:  # DeepSpeed has none before its first update
+            return None
+        args = self.args  # type: ignore[attr-defined]
+        norm = torch.as_tensor(norm, device=args.device)
+        loss = norm if self.step_loss is None else self.step_loss.detach()
+        numbers = torch.stack([each.float().reshape(()) for each in (norm, loss)])
+        if args.world_size > 1:  # all processes decide alike, to the last bit
+            numbers = self.accelerator.reduce(numbers, reduction="mean")  # type: ignore[attr-defined]
+        self.read_numbers()
+        self.unread = (self.state.global_step + 1, numbers)  # type: ignore[attr-defined]
+        if (optimizer := self.skipping_optimizer()) is not None:
+            highest = self.highest()
+            good = numbers < numbers.new_tensor([highest[name] for name in SPIKES])  # NaN and infinity are not
+            optimizer.found_inf = (~good.all()).to(torch.float32)
+        elif not self.read_numbers():
+            self.drop_update()
+        return None
+
+    def skipping_optimizer(self) -> Any:
+        """Returns torch's fused optimizer on a GPU, which leaves an update out where its `found_inf` is 1, or None."""
+        on_gpu = self.args.device.type == "cuda"  # type: ignore[attr-defined]
+        if not on_gpu or self.is_deepspeed_enabled or self.accelerator.scaler is not None:  # type: ignore[attr-defined]
+            return None
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[attr-defined]
+        return optimizer if optimizer.defaults.get("fused") else None
+
+    def read_numbers(self) -> bool:
+        """Judges the last numbers that were not read; returns whether their update was, or is to be, made."""
+        if self.unread is None:
+            return True
+        (step, values), self.unread = self.unread, None
+        numbers, highest = dict(zip(SPIKES, values.tolist(), strict=True)), self.highest()
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                self.on_nonfinite(name, value)
+                return True  # left out by the loss scaler
+        for name, value in numbers.items():
+            if value >= highest[name]:
+                self.left_out += 1
+                usual = f"{fmean(self.usual[name]):.4g} +- {pstdev(self.usual[name]):.2g}"
+                message = f"spike ({name}): {value:.4g} at step {step}, {usual} before"
+                self.on_event(Event(step, SPIKES[name], name, value, message, action="update left out", since=step))
+                return False
+        for name, value in numbers.items():
+            self.usual[name].append(value)
+        return True
+
+    def highest(self) -> dict[str, float]:
+        """Returns the values from which on an update is left out."""
+        deviations, found = self.settings.skip_spikes, dict.fromkeys(SPIKES, math.inf)  # type: ignore[attr-defined]
+        if deviations is not None and len(self.usual["loss"]) >= SPIKE_FEWEST:
+            names = SPIKES if self.judges_loss else ("grad_norm",)
+            found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in names}
+        return found
+
+    def on_nonfinite(self, name: str, value: float) -> None:
+        """Ends training at a number that is not finite, or returns where a loss scaler leaves the update out."""
+
+    def drop_update(self) -> None:
+        """Takes the gradients away, without which an optimizer changes neither weights nor state."""
+        self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
 
 
 class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
-    finite.
-
-    With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is left.
-    """
+    finite. With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is
+    left."""
 
     has_all_steps = False
     on_cpu = True  # whether losses may use what is faster there
@@ -157,7 +273,10 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
         """Returns, on every process alike, whether the norm of the weights is finite."""
-        norm = get_total_norm([_local(p) for p in self.model.parameters() if p.is_floating_point()])
+        weights = (p for p in self.model.parameters() if p.is_floating_point())
+        # this process's shards under FSDP2 and ZeRO-3
+        local = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in weights]
+        norm = get_total_norm(local)
         return bool(self.accelerator.gather(norm.float().reshape(1)).isfinite().all())
 
     def diverged(self, what: str, value: float, *, update: int = 0) -> Diverged:
@@ -175,6 +294,79 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
 
     predict = staticmethod(next_token_logits)
     """The logits of the choices that the loss scores, (choices, alternatives)."""
+
+
+class RowLosses:
+    """Sums of the losses of validation rows, by source, and the hardest ones, from what evaluation computes anyway.
+    `origins` yields rows as (ids, name of the source, number there). A row is known by its tokens, so packing,
+    shuffling and several processes do not matter; one of pretraining has the text of several documents."""
+
+    def __init__(self, origins: Callable[[], Iterable[tuple[np.ndarray, str, int]]], decode: Callable[[Any], str]):
+        self.decode = decode
+        self.places = {_key(ids): (source, row) for ids, source, row in origins()}
+        self.sources = list(dict.fromkeys(source for source, _ in self.places.values()))
+
+    @contextmanager
+    def watch(self, model: Any) -> Iterator[None]:
+        """Sees what an evaluation's forward passes return: `log_probs` of TRL's loss, or what llmlab's head keeps."""
+        self.sums = np.zeros((len(self.sources), 2))  # losses and tokens
+        self.hardest: list[tuple[float, int, int, str, list[int]]] = []
+
+        def look(module: Any, args: Any, output: Any) -> None:
+            scores = getattr(output, "log_probs", None)
+            self.last = module.get_output_embeddings().token_losses if scores is None else -scores
+
+        handle = model.register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.last = None
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        """Counts the rows of the last forward pass; its token losses are (batch, time - 1) or (batch, time)."""
+        names = ("input_ids", "labels", "position_ids", "attention_mask")
+        ids, labels, positions, mask = (inputs[name].cpu().numpy() if name in inputs else None for name in names)
+        losses = np.zeros(labels.shape)
+        losses[:, 1:] = self.last.float().cpu().numpy()[:, -(labels.shape[1] - 1) :]
+        counted = labels != -100
+        counted[:, 0] = False
+        for row in range(len(ids)):
+            tokens = np.arange(ids.shape[1]) if mask is None else np.flatnonzero(mask[row])
+            starts = [0] if positions is None else np.flatnonzero(positions[row][tokens] == 0)
+            for part in np.split(tokens, starts[1:]):
+                number = int(counted[row][part].sum())
+                place = self.places.get(_key(ids[row][part])) if number else None
+                if place is None:
+                    continue
+                total = float(losses[row][part][counted[row][part]].sum())
+                self.sums[self.sources.index(place[0])] += total, number
+                entry = (total / number, -place[1], number, place[0], ids[row][part][:BEGINNING].tolist())
+                if all(entry[1::2] != each[1::2] for each in self.hardest):  # a mixture may repeat rows
+                    (heapq.heappush if len(self.hardest) < MOST else heapq.heappushpop)(self.hardest, entry)
+
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Returns `eval_loss/SOURCE`, means over the tokens of each source, where there are several."""
+        sums = accelerator.reduce(torch.tensor(self.sums, device=accelerator.device).float(), reduction="sum").tolist()
+        if len(self.sources) < 2:
+            return {}
+        return {f"eval_loss/{name}": total / n for name, (total, n) in zip(self.sources, sums, strict=True) if n}
+
+    def write(self, folder: Path, step: int, accelerator: Accelerator) -> None:
+        """Writes the hardest rows of all processes into a run folder, in place of those of an earlier evaluation."""
+        distinct = {entry[1::2]: entry for entry in sorted(gather_object(self.hardest))}.values()
+        if not accelerator.is_main_process:
+            return
+        lines = [
+            {"step": step, "source": source, "row": -row, "loss": loss, "tokens": tokens}
+            | {"text": self.decode(ids)[:CHARACTERS]}
+            for loss, row, tokens, source, ids in sorted(distinct, reverse=True)[:MOST]
+        ]
+        write_atomically(folder / HARDEST_ROWS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _key(ids: np.ndarray) -> int:
+    return hash(np.ascontiguousarray(ids, np.int64).tobytes())
 
 
 class TokenMeanEvaluation:
@@ -226,8 +418,3 @@ class EstimateFirst(TrainerCallback):
         if batch is not None:
             trainer.estimate_from = None
             trainer.in_parts(estimate)
-
-
-def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Returns a parameter, or this process's shard of it under FSDP2 or ZeRO-3."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)

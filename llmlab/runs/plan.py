@@ -21,22 +21,14 @@ from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
 from llmlab.runs.rehearsal import Rehearsals, Scene, rehearse, rehearse_layers
 from llmlab.settings.errors import UserError, reason_of
+from llmlab.settings.files import read_table
 from llmlab.terminal import duration, human
 
 PLANNED_BYTES, PLANNED_FLOPS = 2e8, 1e13  # of weights and of a run, from which a run opens with its plan
-# share of the device's peak that training reaches: on GPUs what MFU is reported for fine-tuning of such sizes
-UTILIZATION = {"cuda": 0.4, "mps": 0.25, "cpu": 0.5}
-# bytes beside tensors: Python objects and compiled kernels; on GPUs the CUDA context and libraries' workspaces
-LIBRARIES = {"cpu": 20e6, "mps": 300e6, "cuda": 600e6}
+TABLES = read_table("llmlab.runs", "plan")
+UTILIZATION, SHARDINGS = TABLES["utilization"], TABLES["shardings"]
 BLOCK_KERNELS = 2.1e6  # bytes of oneDNN's kernels for each block of attention in bf16, measured
-# of tensors' memory: what a GPU's allocator loses to fragmentation; operators' scratch memory that is not followed
-SPARE, DECODE = {"cuda": 0.05, "mps": 0.05, "cpu": 0.03}, 0.5  # DECODE: share of memory bandwidth in sampling
-SHARDINGS = {  # what each splits over the processes
-    "none": (),
-    "zero2": ("gradients", "optimizer"),
-    "zero3": ("weights", "reference", "value model", "gradients", "optimizer"),
-    "fsdp2": ("weights", "reference", "value model", "gradients", "optimizer"),
-}
+DECODE = 0.5  # share of memory bandwidth in sampling
 STATES = {"use_lora", "use_qlora", "optimizer"}  # settings on which these parts depend
 LENGTHS = ("model", "max_new_tokens", "max_length", "max_seq_len")
 
@@ -330,7 +322,8 @@ def plan_memory(
     ratio = total(lambda run: _state_bytes(run, settings.optimizer)) / max(rehearsed, 1)
     phase, parts = rehearsals.peak({**shares, "optimizer": shares.get("optimizer", 1) * ratio})
     kernels = BLOCK_KERNELS * rehearsals.runs[0].ledger.blocks if hardware.device == "cpu" else 0
-    parts["libraries"] = round(LIBRARIES[hardware.device] + SPARE[hardware.device] * sum(parts.values()) + kernels)
+    libraries, spare = (TABLES[name][hardware.device] for name in ("libraries", "spare"))
+    parts["libraries"] = round(libraries + spare * sum(parts.values()) + kernels)
     if processes > 1 and sharding == "none":  # DDP's buckets
         parts["communication"] = round(total(lambda run: 4 * sum(p.numel() for p in _trained(run))))
     elif processes > 1 and sharding in ("zero3", "fsdp2"):  # a layer's weights, and the next one's
@@ -406,3 +399,14 @@ def measured_peak(hardware: Hardware) -> float:
         return time.perf_counter() - began
 
     return 2 * size**3 / min(seconds() for _ in range(4))
+
+
+def needs_checkpointing(run: Any, rows: Any) -> bool:
+    """Returns whether a run's step needs gradient checkpointing to fit; False for one that cannot be planned."""
+    settings = run.settings.model_copy(update={"gradient_checkpointing": False})
+    try:
+        return not make_plan(run.function, settings, run.hardware, longest=(row_lengths(rows) or (None, None))[1]).fits
+    except UserError:
+        return False
+    finally:
+        gc.collect()  # tensors without memory in reference cycles

@@ -1,20 +1,24 @@
-"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template.
-
-Data and losses are the stages'.
-"""
+"""Loads the policy: the model a stage trains (full fine-tuning or LoRA), its tokenizer and its chat template; and
+decides whether compiling its layers pays for a run. Data and losses are the stages'."""
 
 import copy
 import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch._functorch import config as partitioning
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmlab.adapters import lora_config, trainable_share
-from llmlab.data import load_tokenizer, stop_token_ids
 from llmlab.data.chat.rendering import add_chat_template
+from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
@@ -25,16 +29,20 @@ from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.lora import LoraSettings
+from llmlab.terminal import duration
 
 LORA_FIELDS = {  # setting -> LoraConfig field that must agree when an adapter is trained further
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_bias": "bias",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-    "lora_target_modules": "target_modules",
+    **{name: name for name in ("lora_alpha", "lora_dropout", "use_dora", "use_rslora")},
+    **{f"lora_{name}": name for name in ("r", "bias", "target_modules")},
 }
+
+
+# of compiling: measured once (benchmarks/train_step.py), not by a trial in every run
+WARM_UP = 40.0  # seconds until compiled steps of training (25) and evaluation, from an empty cache
+SAVED = {"cpu": 0.1, "cuda": 0.2}  # share of a step that compiling saves
+SAVED_DYNAMIC = 0.5  # of that, where batches vary in length
+SPEED = {"cpu": 1e11, "cuda": 2e14}  # eager training FLOP/s (a CPU's for each core), rather over- than underrated
+MARGIN = 2.0  # a machine may be slower to compile than ours, and an interrupted run pays again
 
 
 @dataclass(frozen=True)
@@ -87,18 +95,16 @@ def load_policy(
     attach: bool = True,
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Policy:
-    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, to train these further.
-
-    Whole models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
-    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head.
-    """
+    """Loads the policy from a run folder or hub id of a full model or of LoRA adapters, to train these further. Whole
+    models are kept in fp32 and trained under autocast; with adapters the frozen weights have the run's dtype.
+    `attach=False` leaves new adapters to the trainer; the task `SEQ_CLS` is a reward model with a new scalar head."""
     classifies = task == "SEQ_CLS"
     adapter = read_adapter(source, lora_only=not classifies)
+    if adapter is not None and classifies:
+        raise UserError(
+            f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
+        )
     if adapter is not None:
-        if classifies:
-            raise UserError(
-                f"policy_checkpoint = {source}: a reward model starts from a whole model; merge it: llmlab merge"
-            )
         _check_same_adapter(source, adapter.config, settings)
     quantization = None
     if settings.use_qlora:
@@ -111,10 +117,8 @@ def load_policy(
     tokenizer = load_tokenizer(source if adapter is None else adapter.tokenizer_source)
     new_tokens = add_chat_template(tokenizer, chat_template)
     if new_tokens and adapter is not None:
-        raise UserError(
-            f"chat_template = {chat_template}: it adds tokens ({', '.join(new_tokens)}), which the adapter in "
-            f"{source} cannot train; merge it first: llmlab merge"
-        )
+        problem = f"it adds tokens ({', '.join(new_tokens)}), which the adapter in {source} cannot train"
+        raise UserError(f"chat_template = {chat_template}: {problem}; merge it first: llmlab merge")
     fit_vocabulary(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -152,16 +156,14 @@ def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | Non
             return None, "the policy with its adapters disabled"
         return copy.deepcopy(policy.model), "a frozen copy of the initial policy"
     if policy.continues_adapter and same[1]:
-        raise UserError(
-            f"reference_checkpoint = {named}: not supported with the adapters of {policy.parents[0]}, which began "
-            "there; leave it out (the initial adapters), or merge them first: llmlab merge"
-        )
+        problem = f"not supported with the adapters of {policy.parents[0]}, which began there"
+        advice = "leave it out (the initial adapters), or merge them first: llmlab merge"
+        raise UserError(f"reference_checkpoint = {named}: {problem}; {advice}")
     tokenizer = load_tokenizer(named)
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(
-            f"reference_checkpoint = {named}: it has another vocabulary ({len(tokenizer):,} tokens) than the policy "
-            f"({len(policy.tokenizer):,}), so their probabilities cannot be compared"
-        )
+        sizes = f"({len(tokenizer):,} tokens) than the policy ({len(policy.tokenizer):,})"
+        problem = f"it has another vocabulary {sizes}, so their probabilities cannot be compared"
+        raise UserError(f"reference_checkpoint = {named}: {problem}")
     dtype = next(policy.model.parameters()).dtype if settings.use_lora else torch.float32
     with quiet_libraries():
         reference = load_model(named, dtype=dtype)
@@ -211,7 +213,77 @@ def _check_same_adapter(source: str, adapter: PeftConfig, settings: LoraSettings
         if setting.name == "lora_target_modules":
             value, trained = value and sorted(value), sorted(trained)
         if value not in (setting.default, trained):
+            problem = f"{source} is trained further, whose adapter has {show(trained)}"
+            advice = "leave it out, or merge the adapter first: llmlab merge"
+            raise UserError(f"{setting.key} = {show(value)}: {problem}; {advice}")
+
+
+def decide_compile(
+    setting: Literal["auto"] | bool,
+    *,
+    device_type: str,
+    steps: int,
+    tokens_per_step: float,
+    parameters: int,
+    dynamic: bool = False,
+) -> tuple[bool, str]:
+    """Returns whether to compile, and why, for so many steps of this process; dynamic: batches vary in length."""
+    if setting is False:
+        return False, "off, as asked"
+    missing = missing_tool(device_type)
+    if setting is True:
+        if missing:
             raise UserError(
-                f"{setting.key} = {show(value)}: {source} is trained further, whose adapter has {show(trained)}; "
-                "leave it out, or merge the adapter first: llmlab merge"
+                f"compile = true: torch.compile needs {missing}, not found here; install it or leave it off"
             )
+        return True, "on, as asked"
+    if device_type not in SAVED:
+        return False, f"off: not measured on {device_type}"
+    if missing:
+        return False, f"off: it needs {missing}, not found here"
+    speed = SPEED[device_type] * (os.cpu_count() or 1 if device_type == "cpu" else 1)
+    share = SAVED[device_type] * (SAVED_DYNAMIC if dynamic else 1)
+    saved = share * steps * tokens_per_step * 6 * parameters / speed  # 6: arXiv 2001.08361, section 2.1
+    if saved < MARGIN * WARM_UP:
+        return False, f"off: this run would save about {duration(saved)} and wait up to {duration(WARM_UP)} for it"
+    return True, f"on: saves about {duration(saved)} for up to {duration(WARM_UP)} of waiting at the start"
+
+
+def missing_tool(device_type: str) -> str | None:
+    """Returns what torch.compile needs and this machine lacks, or None."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", default) if device_type == "cpu" else os.environ.get("CC", "gcc")
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        return f"a {'C++' if device_type == 'cpu' else 'C'} compiler ({compiler})"
+    if not any((Path(sysconfig.get_path(name)) / "Python.h").is_file() for name in ("include", "platinclude")):
+        return "Python's C headers (on Debian the package python3-dev)"
+    return None
+
+
+def compile_layers(model: torch.nn.Module, *, dynamic: bool = False) -> bool:
+    """Compiles each layer of a decoder in place; returns False where its architecture has no list of layers."""
+    layers = next((part for name, part in model.named_modules() if name.endswith("layers")), None)
+    for layer in layers.children() if layers is not None else ():
+        layer.compile(dynamic=dynamic, **({} if dynamic else {"backend": recompute_elementwise}))
+    return layers is not None
+
+
+def compile_if_worth(model: torch.nn.Module, setting: Literal["auto"] | bool, *, dynamic: bool, **run: Any) -> str:
+    """Compiles a decoder's layers where `decide_compile` says so of the run; returns why."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compiled, reason = decide_compile(setting, parameters=parameters, dynamic=dynamic, **run)
+    if compiled and not compile_layers(model, dynamic=dynamic):
+        reason = "this architecture has no list of 'layers' to compile"
+        if setting is True:
+            raise UserError(f"compile = true: {reason}; leave it off")
+        return f"off: {reason}"
+    return reason
+
+
+def recompute_elementwise(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Compiles a graph as `inductor` does, but saves only products and attention for the backward pass. What lies
+    between them (norms, rotary embeddings, activations, bf16 copies of weights) is recomputed, which takes no longer
+    than reading it back and halves the activations' memory."""
+    # the second flag is for attention, an operator that is not torch's own
+    with partitioning.patch(aggressive_recomputation=True, is_non_builtin_to_include=True):
+        return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)

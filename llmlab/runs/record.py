@@ -4,10 +4,11 @@ weights beside them are ordinary Transformers files, written by the trainer."""
 import json
 import math
 import os
-import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -33,33 +34,21 @@ LARGEST = 1e307  # number: differences of larger ones are infinite
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-# fields that readers rely on; more are allowed
-SHAPE = TypeAdapter(
-    TypedDict(
-        "Record",
-        {
-            "stage": str,
-            "status": str,
-            "started": str,
-            "ended": str,
-            "step": int,
-            "steps": int,
-            "settings": dict[str, Any],
-            "sources": dict[str, str],
-            "parents": list[str | None],
-            "metrics": dict[str, Any],
-            "data": dict[str, Any] | None,
-            "batch": TypedDict("Batch", {"rows": int, "validation_rows": int, "settings": dict[str, int | None]}),
-            "data_files": dict[str, dict[str, Any]],
-            "resumed": list[TypedDict("Resumed", {"step": int, "at": str})],
-            "rollbacks": list[TypedDict("Rollback", {"step": int, "to": int, "changes": dict[str, list[Any]]})],
-            "versions": dict[str, str],
-            "hardware": TypedDict("Hardware", {"memory": float, "processes": int}, total=False),
-            "git": TypedDict("Git", {"revision": str}) | None,
-        },
-        total=False,
-    )
-)
+FIELDS: dict[str, Any] = {  # those that readers rely on; more are allowed
+    **dict.fromkeys(("stage", "status", "started", "ended"), str),
+    **dict.fromkeys(("step", "steps"), int),
+    **dict.fromkeys(("settings", "metrics"), dict[str, Any]),
+    **dict.fromkeys(("sources", "versions"), dict[str, str]),
+    "parents": list[str | None],
+    "data": dict[str, Any] | None,
+    "batch": TypedDict("Batch", {"rows": int, "validation_rows": int, "settings": dict[str, int | None]}),
+    "data_files": dict[str, dict[str, Any]],
+    "resumed": list[TypedDict("Resumed", {"step": int, "at": str})],
+    "rollbacks": list[TypedDict("Rollback", {"step": int, "to": int, "changes": dict[str, list[Any]]})],
+    "hardware": TypedDict("Hardware", {"memory": float, "processes": int}, total=False),
+    "git": TypedDict("Git", {"revision": str}) | None,
+}
+SHAPE = TypeAdapter(TypedDict("Record", FIELDS, total=False))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -101,8 +90,7 @@ class RunRecord:
     def log(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`; `seconds` includes the earlier parts of a resumed run."""
         seconds = round(self._seconds_before + time.monotonic() - self._clock, 3)
-        line = {"step": step, "tokens": tokens, "seconds": seconds, **metrics}
-        self._append(METRICS, line)
+        self._append(METRICS, {"step": step, "tokens": tokens, "seconds": seconds, **metrics})
 
     def log_event(self, event: Event) -> None:
         """Appends a health event to `health.jsonl`; events stay when their steps are undone."""
@@ -189,10 +177,8 @@ def read_events(folder: Path) -> list[Event]:
     for line in _read_lines(folder / EVENTS, "health events"):
         if isinstance(line.get("value"), str) or line.get("value", 0) is None:
             line["value"] = math.nan
-        try:
+        with suppress(ValidationError):  # damaged
             events.append(TypeAdapter(Event).validate_python(line))
-        except ValidationError:
-            continue  # damaged
     return events
 
 
@@ -220,13 +206,9 @@ def parse_lines(texts: Iterable[str]) -> list[dict[str, Any]]:
     """Returns the mappings of lines of JSON but those that are damaged."""
     lines = []
     for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def is_number(value: Any) -> bool:
@@ -236,32 +218,17 @@ def is_number(value: Any) -> bool:
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of Python, llmlab and the libraries that decide what a run does."""
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"python": sys.version.split()[0], "llmlab": __version__, **libraries}
+    return {"python": sys.version.split()[0], "llmlab": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Returns the revision of the working directory's repository, or None outside one. Its files are read here, since
-    git runs what a repository's configuration names (`core.fsmonitor`, filters)."""
-    here = Path.cwd()
-    git = next((place / ".git" for place in (here, *here.parents) if (place / ".git").exists()), None)
-    if git is None:
-        return None
+    """Returns the revision of the working directory's repository, or None outside one; `rev-parse`, unlike `status`,
+    runs nothing that the repository's configuration names."""
     try:
-        if git.is_file():  # of a worktree or submodule, whose folder is elsewhere
-            git = git.parent / _read(git).removeprefix("gitdir:").strip()
-        head = _read(git / "HEAD")
-        if head.startswith("ref:"):
-            name, common = head.removeprefix("ref:").strip(), git / _read(git / "commondir")
-            packed = re.search(f"^([0-9a-f]+) {re.escape(name)}$", _read(common / "packed-refs"), re.MULTILINE)
-            head = _read(git / name) or _read(common / name) or (packed[1] if packed else "")
-    except (OSError, ValueError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=1)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return {"revision": head} if re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", head) else None
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return {"revision": found.stdout.strip()} if found.returncode == 0 else None
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -30,11 +30,11 @@ from llmlab.adapters import lora_config
 from llmlab.data.chat.rows import Rows, RowsReport
 from llmlab.hardware import Hardware
 from llmlab.model import Adapter, measure
-from llmlab.runs.auto_batch import random_states
-from llmlab.runs.batch import batch_of
+from llmlab.runs.failures import random_states
 from llmlab.runs.ledger import Ledger
 from llmlab.runs.policy import Policy
 from llmlab.runs.progress import quiet_libraries
+from llmlab.runs.start import batch_of
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import leaves_machine, remote_code_allowed
 from llmlab.terminal import Terminal
@@ -244,10 +244,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
     """Returns settings of so many steps, of few forward passes, and the completions of a whole rollout."""
     changes: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "warmup_steps": 1, "compile": False}
-    passes, rollout = 1, 0
+    rollout = 0
     if hasattr(settings, "rollout"):
-        rollout = settings.rollout(1).completions
-        passes = min(settings.gradient_accumulation_steps, 2)
+        rollout, passes = settings.rollout(1).completions, min(settings.gradient_accumulation_steps, 2)
         per_pass, group = settings.mini_batch_size * passes, settings.completions_per_prompt
         prompts = math.lcm(per_pass, group) // group
         changes["batch_size"] = min(settings.batch_size, 2 * prompts)
@@ -256,19 +255,17 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
         changes["batch_size"] = passes * settings.mini_batch_size
     else:
         passes = min(settings.gradient_accumulation_steps, 2)
-    changes |= {
-        "gradient_accumulation_steps": passes,
-        "report_to": [],
-        "gradient_checkpointing": settings.gradient_checkpointing is True,
-        "dataloader_num_workers": 0,  # tensors without memory cannot be sent
-        "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
-    }
+    changes |= {"gradient_accumulation_steps": passes, "report_to": []}
+    changes |= {"dataloader_num_workers": 0}  # tensors without memory cannot be sent
+    changes |= {"gradient_checkpointing": settings.gradient_checkpointing is True}
+    changes |= {"optimizer": REHEARSED.get(settings.optimizer, settings.optimizer)}
     sends = {name for name, value in settings.trainer_args.items() if name in APART or leaves_machine(name, value)}
     changes["trainer_args"] = {name: value for name, value in settings.trainer_args.items() if name not in sends}
     # a copy of the policy stands in for a named reference or critic
-    unset = ("epochs", "num_episodes", "value_checkpoint", "reference_checkpoint")
-    changes |= {name: None for name in unset if hasattr(settings, name)}
-    changes |= {"use_vllm": False} if hasattr(settings, "use_vllm") else {}
+    others = dict.fromkeys(("epochs", "num_episodes", "value_checkpoint", "reference_checkpoint")) | {
+        "use_vllm": False
+    }
+    changes |= {name: value for name, value in others.items() if hasattr(settings, name)}
     return settings.model_copy(update=changes), rollout
 
 
@@ -356,23 +353,19 @@ def rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene,
     shared = processes if hasattr(settings, "rollout") else 1
     short = shorten(settings, "", 1)
     key = f"{stage.__name__} {short} {hardware.device} {hardware.dtype} {scene} {shared}"
-    if key not in _rehearsals:
-        if len(_rehearsals) > 8:
-            _rehearsals.clear()
-        _rehearsals[key] = _rehearse_layers(stage, settings, hardware, scene, processes)
-    return _rehearsals[key]
-
-
-def _rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene, processes: int) -> Rehearsals:
-    layers = getattr(scene.config.get_text_config(), "num_hidden_layers", 0)
+    if key in _rehearsals:
+        return _rehearsals[key]
+    if len(_rehearsals) > 8:
+        _rehearsals.clear()
+    layers, found = getattr(scene.config.get_text_config(), "num_hidden_layers", 0), None
     if layers > FEW_LAYERS[1]:
         few = [replace(scene, config=cut_layers(scene.config, count)) for count in FEW_LAYERS]
         steps = (layers - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
         if are_alike(scene, settings, [each.config for each in few], steps):
             runs = [rehearse(stage, settings, hardware, each, processes=processes) for each in few]
-            if len({len(run.ledger.peaks()) for run in runs}) == 1:
-                return Rehearsals(tuple(runs), steps)
-    return Rehearsals((rehearse(stage, settings, hardware, scene, processes=processes),))
+            found = Rehearsals(tuple(runs), steps) if len({len(run.ledger.peaks()) for run in runs}) == 1 else None
+    _rehearsals[key] = found or Rehearsals((rehearse(stage, settings, hardware, scene, processes=processes),))
+    return _rehearsals[key]
 
 
 def _of_layers(config: PreTrainedConfig) -> dict[str, list[Any]]:

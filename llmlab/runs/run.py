@@ -31,22 +31,16 @@ from llmlab.model import fit_context
 from llmlab.runs import checkpoints
 from llmlab.runs._trl import expose_head_bias, use_one_gpu
 from llmlab.runs.arguments import build_arguments
-from llmlab.runs.batch import split_settings
-from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule
-from llmlab.runs.checkpointing import needs_checkpointing
-from llmlab.runs.compile import compile_if_worth
-from llmlab.runs.completions import CompletionLog
+from llmlab.runs.callbacks import CheckpointRotation, EmptyCache, MetricsLog, ResumedSchedule, SaveSchedule, trackers
 from llmlab.runs.failures import check_disk, explain_out_of_memory, record_failures
-from llmlab.runs.gates import GateCallback, held_out_gates
+from llmlab.runs.gates import CompletionLog, GateCallback, held_out_gates
 from llmlab.runs.health import Health, RolledBack, describe_events, steps_to_pass_over
 from llmlab.runs.page import report_at_end
-from llmlab.runs.plan import describe_cost
-from llmlab.runs.policy import Policy, choose_kernels, load_policy
+from llmlab.runs.plan import describe_cost, needs_checkpointing
+from llmlab.runs.policy import Policy, choose_kernels, compile_if_worth, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.resume import check_steps_left, rollbacks_of
-from llmlab.runs.start import S, Start, begin
-from llmlab.runs.trackers import trackers
+from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of, split_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE
@@ -155,11 +149,9 @@ class Run(Start[S]):
         **options: Any,
     ) -> Any:
         """Returns the stage's trainer, whose class has `StageTrainer`, with `options` of its own, on `data.train`.
-
         `arguments` are those of `config` that follow neither from the settings nor from the machine, `progress` those
         of `ProgressLine`; the best checkpoint has the best validation `best_metric`, `loss` or `reward`, or the gate
-        that the settings name.
-        """
+        that the settings name."""
         if self.settings.gradient_checkpointing == "auto":
             chosen = {"gradient_checkpointing": needs_checkpointing(self, data.train)}
             self.settings = self.settings.model_copy(update=chosen)
@@ -274,7 +266,10 @@ class Run(Start[S]):
                 rows += describe_cost(self, trainer, steps - self.done)
                 if trainer.args.gradient_checkpointing:
                     rows.append(("checkpointing", "activations are computed again in the backward pass"))
-                rows += [("unusual", Text(sentence, style="yellow")) for sentence in self.find_unusual(trainer)]
+                size = sum(parameter.numel() for parameter in trainer.model.parameters())
+                options = {"parameters": size, "processes": self.process.num_processes}
+                unusual = find_outside(self.stage, self.settings, self.resolved.sources, **options)
+                rows += [("unusual", Text(sentence, style="yellow")) for sentence in unusual]
                 rows += [("compile", compiled), *tracked, *published]
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -291,12 +286,6 @@ class Run(Start[S]):
         if events := describe_events(self.folder):
             self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
         return RunResult(self.folder, metrics)
-
-    def find_unusual(self, trainer: Trainer) -> list[str]:
-        """Returns a sentence for each setting of the user's that lies outside of the seeds' tables."""
-        size = sum(parameter.numel() for parameter in trainer.model.parameters())
-        count = self.process.num_processes
-        return find_outside(self.stage, self.settings, self.resolved.sources, parameters=size, processes=count)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:
         """Returns the record of this run, not yet written."""

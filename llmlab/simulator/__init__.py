@@ -1,19 +1,6 @@
-"""Environments in which a policy acts by calling tools: the contract, llmlab's own tool world, wrappers of others.
-Public names are imported when they are first used."""
+"""Environments in which a policy acts by calling tools: the contract, llmlab's own tool world, wrappers of others."""
 
-from importlib import import_module
-from typing import Any
+from llmlab.simulator.environment import Environment, from_gymnasium, from_openenv
+from llmlab.simulator.world import Simulator
 
-_HOMES = {
-    "Environment": "environment",
-    "Simulator": "world",
-    **dict.fromkeys(("from_gymnasium", "from_openenv"), "wrappers"),
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'llmlab.simulator' has no attribute '{name}'")
-    return getattr(import_module(f"llmlab.simulator.{_HOMES[name]}"), name)
+__all__ = ["Environment", "Simulator", "from_gymnasium", "from_openenv"]

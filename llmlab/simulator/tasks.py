@@ -1,14 +1,18 @@
-"""Tasks of the simulator: a goal, the files at the beginning, the expected calls, and a test of the final state.
-Generated ones are named `category/difficulty/split/seed`, such as `search_and_edit/2/train/1234`; their wordings and
-layouts are in `tasks.yaml`. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`."""
+"""Tasks of the simulator: a goal, the files at the beginning, the expected calls, and a test of the final state;
+Python that a model wrote is only parsed. Generated ones are named `category/difficulty/split/seed`, such as
+`search_and_edit/2/train/1234`; their wordings and layouts are in `tasks.yaml`, and a curriculum leads from the easiest
+to the hardest. A task of one's own is a mapping, or JSON text, with the fields of `ToolTask`."""
 
+import ast
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from random import Random
 from string import Formatter
-from typing import Annotated, Any, Literal, NamedTuple
+from threading import Lock
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
 
 from annotated_types import Ge
@@ -16,12 +20,43 @@ from pydantic import BaseModel, ValidationError
 
 from llmlab.settings.errors import UserError, did_you_mean, shorten
 from llmlab.settings.files import read_table
-from llmlab.simulator.commands import run
-from llmlab.simulator.files import FileSystem, normalize
-from llmlab.simulator.python import parse_python, structure_of
+from llmlab.simulator.commands import FileSystem, normalize, run
 
+Choice = TypeVar("Choice")
 SPLITS = ("train", "held_out")
 HELD_OUT_IN = 8  # one in so many compound words is for the held-out split only
+DIFFICULTIES = 4
+WINDOW, RAISE, LOWER = 64, 0.8, 0.2  # episodes, and success rates over them that change the level
+MAX_CHARACTERS = 100_000  # of code that is parsed
+MAX_LINE = 100  # characters
+_WARNINGS = Lock()  # `catch_warnings` changes the process
+
+
+def parse_python(code: str, mode: str = "exec") -> Any:
+    """Returns the syntax tree of a model's code, or None where Python cannot parse it."""
+    if len(code) > MAX_CHARACTERS:
+        return None
+    try:
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the model's code
+            return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def structure_of(code: str) -> str | None:
+    """Returns `ast.dump` of a program, or None where it holds no statement or Python cannot parse it."""
+    try:
+        tree = parse_python(code)
+        return ast.dump(tree) if tree is not None and tree.body else None
+    except RecursionError:
+        return None
+
+
+def has_style(code: str) -> bool:
+    """Whether code parses and keeps the style rules: spaces, none of them at the end of a line, no long lines."""
+    tidy = all(len(line) <= MAX_LINE and line == line.rstrip() and "\t" not in line for line in code.split("\n"))
+    return tidy and structure_of(code) is not None
 
 
 class Call(NamedTuple):
@@ -36,28 +71,20 @@ class Success(BaseModel, extra="forbid"):
 
     file_equals: dict[str, str] = {}
     file_contains: dict[str, str] = {}
-    file_lacks: dict[str, str] = {}
-    file_absent: tuple[str, ...] = ()
     python_equals: dict[str, str] = {}  # in its structure: comments and blank space may differ
-    python_parses: tuple[str, ...] = ()
     answer_equals: str | None = None  # what is submitted
 
     def holds(self, texts: Mapping[str, str], answer: str | None) -> bool:
         """Whether the tests hold for these files and the answer, None where there is none yet."""
 
-        def text(path: str) -> str | None:
-            return texts.get(normalize(path))
+        def text(path: str) -> str:
+            return texts.get(normalize(path), "")
 
         return (
             (self.answer_equals is None or (answer is not None and _plain(answer) == _plain(self.answer_equals)))
-            and all(_plain(text(path) or "") == _plain(wanted) for path, wanted in self.file_equals.items())
-            and all(wanted in (text(path) or "") for path, wanted in self.file_contains.items())
-            and all(
-                text(path) is not None and word not in texts[normalize(path)] for path, word in self.file_lacks.items()
-            )
-            and all(text(path) is None for path in self.file_absent)
-            and all(structure_of(text(path) or "") == structure_of(code) for path, code in self.python_equals.items())
-            and all(text(path) is not None and parse_python(texts[normalize(path)]) for path in self.python_parses)
+            and all(_plain(text(path)) == _plain(wanted) for path, wanted in self.file_equals.items())
+            and all(wanted in text(path) for path, wanted in self.file_contains.items())
+            and all(structure_of(text(path)) == structure_of(code) for path, code in self.python_equals.items())
         )
 
 
@@ -97,7 +124,7 @@ def read_task(task: str | Mapping[str, Any], difficulty: int | None = None) -> T
 def generate_task(category: str, difficulty: int, split: str, seed: int) -> ToolTask:
     """Returns a generated task: the same for the same arguments, everywhere."""
     random = Random(f"{category}/{difficulty}/{split}/{seed}")
-    template, slots = _pick(random, _templates(category, difficulty, split))
+    template, slots = pick(random, _templates(category, difficulty, split))
     values: dict[str, Any] = {}
     for slot in slots:
         values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
@@ -177,7 +204,7 @@ def _draw(random: Random, kind: str, split: str, taken: Mapping[str, Any]) -> An
         words = words[split]
     while True:
         if isinstance(words, list):
-            value = _pick(random, words)
+            value = pick(random, words)
         elif isinstance(words, dict):  # lines
             count = words["from"] + int(random.random() * (words["to"] + 1 - words["from"]))
             value = "".join(_compound(random, words["repeat"], split)[0] for _ in range(count))
@@ -200,7 +227,8 @@ def _compound(random: Random, pattern: str, split: str) -> tuple[str, list[str]]
     return pattern.format_map(words), [*words.values()]
 
 
-def _pick(random: Random, choices: Any) -> Any:
+def pick(random: Random, choices: Sequence[Choice]) -> Choice:
+    """Returns one of a few choices, as fair as `Random.choice` for short lists, and faster."""
     return choices[int(random.random() * len(choices))]
 
 
@@ -213,3 +241,39 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+class Curriculum:
+    """The difficulty of the next episodes: `episodes` rises evenly over the first half of a run of `total` episodes,
+    `success` with the success rate of the last 64, and falls with it."""
+
+    def __init__(self, kind: Literal["episodes", "success"], total: int):
+        self.kind, self.total = kind, total
+        self.seen = self.raised = 0
+        self.recent: list[bool] = []
+
+    @property
+    def level(self) -> int:
+        if self.kind == "success":
+            return 1 + self.raised
+        steps = 2 * (DIFFICULTIES - 1) * self.seen // max(self.total, 1)
+        return 1 + min(steps, DIFFICULTIES - 1)
+
+    def update(self, successes: list[bool]) -> None:
+        """Adds episodes that were played at this level, over all processes."""
+        self.seen += len(successes)
+        self.recent = (self.recent + successes)[-WINDOW:]
+        if len(self.recent) < WINDOW:
+            return
+        rate = sum(self.recent) / WINDOW
+        change = int(rate >= RAISE) - int(rate <= LOWER)
+        raised = min(max(self.raised + change, 0), DIFFICULTIES - 1)
+        if raised != self.raised:
+            self.raised, self.recent = raised, []
+
+    def state(self) -> dict[str, object]:
+        """Returns what a checkpoint keeps."""
+        return {"seen": self.seen, "raised": self.raised, "recent": self.recent}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        vars(self).update(state)

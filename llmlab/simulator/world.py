@@ -1,23 +1,24 @@
 """The simulator: a world of files in memory with tools, tasks, guardrails and the RL guide's rewards. It never touches
-disk, network or processes, and the same task and calls give the same observations and rewards."""
+disk, network or processes, and the same task and calls give the same observations and rewards. Scripted policies are
+the two ends of the scale for a model's: the expert, who solves every task, and chance."""
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from posixpath import normpath
+from random import Random
 from typing import Any
 
 from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import is_unicode
 from llmlab.settings.paths import expand
-from llmlab.simulator.commands import lines_of, run, searcher, unquote
-from llmlab.simulator.environment import Environment
-from llmlab.simulator.files import MAX_TEXT, FileSystem, ToolError
+from llmlab.simulator.commands import MAX_TEXT, FileSystem, ToolError, lines_of, run, searcher, unquote
+from llmlab.simulator.environment import Environment, tools_of
 from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, SlowPattern, read_guardrails
-from llmlab.simulator.python import has_style
-from llmlab.simulator.tasks import ToolTask, read_task
+from llmlab.simulator.tasks import Call, ToolTask, has_style, pick, read_task
 
 MAX_OBSERVATION = 4_000  # characters
 SCRIPTS, SHEBANG = (".sh", ".bash", ".zsh"), re.compile(r"#!.*sh\b")  # a shell script by its path, by its first line
@@ -269,3 +270,28 @@ def _text(value: Any) -> str:
         return str(value)[:MAX_TEXT]
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
         return "..."
+
+
+def expert_calls(task: ToolTask) -> list[Call]:
+    """Returns the calls that solve a task."""
+    return list(task.expected)
+
+
+def random_calls(environment: Simulator, random: Random, count: int = 20) -> list[Call]:
+    """Returns calls of random tools, one of which does not exist, with random arguments, some of which are wrong."""
+    tools = {name: [*signature(tool).parameters] for name, tool in tools_of(environment).items()}
+    words = [*environment.task.files, *environment.task.goal.split(), "ls", "*", ".", None, 7, {"path": 1}, "x" * 50]
+    names = [pick(random, [*tools, "open"]) for _ in range(count)]
+    return [Call(name, {key: pick(random, words) for key in tools.get(name, ["path"])}) for name in names]
+
+
+def play_scripted(environment: Environment, calls: list[Call]) -> list[str]:
+    """Makes calls until the episode is done, and returns their observations."""
+    tools, observations = tools_of(environment), []
+    for name, arguments in calls:
+        if environment.done:
+            break
+        call = tools.get(name)
+        found = call(**arguments) if call else environment._reject(name, arguments, f"there is no tool {name}")
+        observations.append(found)
+    return observations

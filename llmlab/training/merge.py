@@ -1,8 +1,6 @@
-"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model.
-
-PEFT merges, in float64; here are the checks around it. The run folder appears only after the model, read back from
-disk, was shown to give the same logits as base + adapter.
-"""
+"""The merge stage: an adapter merged into its base model, checked, and saved as an ordinary model. PEFT merges, in
+float64; here are the checks around it. The run folder appears only after the model, read back from disk, was shown to
+give the same logits as base + adapter."""
 
 import math
 import warnings
@@ -20,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmlab.data import load_tokenizer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import DTYPES
 from llmlab.inference import context_length, encode_prompt
 from llmlab.model import fit_vocabulary, load_classifier, load_config, load_model, read_adapter, save_model

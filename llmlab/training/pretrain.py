@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers import default_data_collator as stack_rows
 
-from llmlab.data import Corpus, build_corpus, load_tokenizer, stop_token_ids
+from llmlab.data.text.corpus import Corpus, build_corpus
+from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.model import (
     LLMLabForCausalLM,
     ModelSize,

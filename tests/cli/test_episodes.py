@@ -6,8 +6,8 @@ from math import sqrt
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.data import load_tokenizer
 from llmlab.data.chat.rendering import add_chat_template
+from llmlab.data.tokenizer import load_tokenizer
 
 BUTTON = '''
 class Button:

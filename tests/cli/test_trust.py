@@ -39,7 +39,7 @@ def edit(path, **changes):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from llmlab.data import learn_bpe
+    from llmlab.data.tokenizer import learn_bpe
     from llmlab.settings.data import DataSource
 
     text = tmp_path_factory.mktemp("text") / "text.txt"

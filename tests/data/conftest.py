@@ -34,3 +34,17 @@ def make_settings(tmp_path):
         return Settings(datasets=list(datasets), cache_dir=str(tmp_path / "cache"), num_proc=1, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sample_id():
+    """Returns the name of a row of a mixture or stream: its source, and its number there."""
+
+    def name(rows, index):
+        if hasattr(rows, "readers"):
+            source, number = rows.schedule.locate(index)
+            return f"{rows.readers[source].name}:{number}"
+        source, number = rows.locate(index)
+        return f"{rows.sources[source].name}:{number}"
+
+    return name

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.data.chat.formats import recognize, to_messages
+from llmlab.data.chat.conversations import recognize, to_messages
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.inspect import BINS, Finding, Lengths, NearDuplicates, inspect_rows, scripts_of, turn_problems
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset, IterableDataset
 
-from llmlab.data.interleaving import Interleaved, spread
+from llmlab.data.sources import Interleaved, spread
 
 
 def rows_of(shards):

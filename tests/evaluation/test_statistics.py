@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from llmlab.evaluation.statistics import compare, distinct_n, self_similarity
+from llmlab.evaluation.gates import compare, distinct_n, self_similarity
 
 
 def decide(differences, **options):

@@ -7,7 +7,7 @@ import torch
 
 from llmlab.model import attention
 from llmlab.model.blocks import BLOCK, block_attention
-from llmlab.runs.compile import compile_layers
+from llmlab.runs.policy import compile_layers
 
 
 def reference(query, key, value, scaling):

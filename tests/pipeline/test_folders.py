@@ -86,7 +86,7 @@ def test_its_own_folders_are_set_aside_and_deleted(pipeline, stages, tmp_path):
 
 def test_a_run_folder_that_a_live_run_writes_into_is_not_moved(pipeline, stages, tmp_path):
     run(pipeline)
-    hold = "from llmlab.runs.lock import locked\nimport sys\nfrom pathlib import Path\n"
+    hold = "from llmlab.runs.checkpoints import locked\nimport sys\nfrom pathlib import Path\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     for place, match in ((tmp_path / "tokenizer", "tokenizer: another run"), (tmp_path, "another run .process")):
         holder = subprocess.Popen(

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmlab.rewards import tool_success
-from llmlab.rewards.calls import ToolCall, calls_in_text, tool_calls
+from llmlab.rewards.completions import ToolCall, calls_in_text, tool_calls
 
 ADD, NOW = ToolCall("add", {"a": 1, "b": [2]}), ToolCall("now", {})
 JSON = '{"name": "add", "arguments": {"a": 1, "b": [2]}}'

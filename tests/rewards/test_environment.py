@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmlab.rewards.environment import environment_reward
+from llmlab.rewards.compose import environment_reward
 
 
 class Game:

@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import Trainer
 
 from llmlab.runs import plan
-from llmlab.runs.batch import smaller_batch
 from llmlab.runs.record import read_metrics, read_record
+from llmlab.runs.start import smaller_batch
 from llmlab.settings.errors import OutOfMemory
 from llmlab.settings.sources import Resolved
 from llmlab.stages import STAGES

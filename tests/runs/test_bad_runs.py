@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from llmlab.data import load_tokenizer
-from llmlab.data.chat.formats import UnusableRow
+from llmlab.data.chat.conversations import UnusableRow
 from llmlab.data.chat.rendering import Renderer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.inference import encode_prompt, load_for_inference
 from llmlab.model import load_config, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.failures import check_memory
-from llmlab.runs.resume import check_undamaged
+from llmlab.runs.start import check_undamaged
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.training.pretrain import pretrain
 from llmlab.training.sft import sft

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.runs.batch import Batch, batch_of, split_again
+from llmlab.runs.start import Batch, batch_of, split_again
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import DPOSettings

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
-from llmlab.runs import compile as compiling
-from llmlab.runs.compile import compile_layers, decide_compile
+from llmlab.runs import policy as compiling
+from llmlab.runs.policy import compile_layers, decide_compile
 from llmlab.settings.errors import UserError
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import DPOSettings

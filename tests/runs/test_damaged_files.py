@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from llmlab.cli.chat import _read_prompts
-from llmlab.data import load_text, load_tokenizer
-from llmlab.data.sources import Tally
+from llmlab.data.sources import Tally, load_text
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.inference import encode_prompt, is_chat_model, load_for_inference
 from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
 from llmlab.runs.history import curve_metric, details, find_runs
 from llmlab.runs.record import RunRecord
-from llmlab.runs.resume import check_undamaged
+from llmlab.runs.start import check_undamaged
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer

@@ -7,9 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 from trl.trainer.utils import add_fused_lm_head
 
 from llmlab.model import loss as loss_module
-from llmlab.runs import head
-from llmlab.runs._trl import chunked_head
-from llmlab.runs.head import TokenLogProbs
+from llmlab.runs import _trl
+from llmlab.runs._trl import TokenLogProbs, chunked_head
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 SHAPE = {
@@ -69,8 +68,8 @@ def test_loss_and_gradients_are_trls(kind, monkeypatch):
     ids = torch.randint(0, 50, (3, 12))
     labels = ids.clone()
     labels[0, :7] = labels[1, 9:] = labels[2] = -100  # a prompt, padding, and a row with nothing to score
-    scored, operator = [], head.linear_cross_entropy
-    monkeypatch.setattr(head, "linear_cross_entropy", lambda *args: (scored.append(len(args[0])), operator(*args))[1])
+    scored, operator = [], _trl.linear_cross_entropy
+    monkeypatch.setattr(_trl, "linear_cross_entropy", lambda *args: (scored.append(len(args[0])), operator(*args))[1])
 
     def step():
         output = model(input_ids=ids, labels=labels, fused_lm_head=True)

@@ -15,11 +15,11 @@ from llmlab.health.symptoms import Event
 from llmlab.runs import gates as gates_module
 from llmlab.runs import run as run_module
 from llmlab.runs.callbacks import StageMetrics
-from llmlab.runs.guard import Guard
 from llmlab.runs.health import Health
 from llmlab.runs.history import open_run
+from llmlab.runs.optimizers import Guard
 from llmlab.runs.record import RunRecord, read_events, read_metrics, read_record
-from llmlab.runs.resume import changed_by, changes_since_start
+from llmlab.runs.start import changed_by, changes_since_start
 from llmlab.settings.errors import Diverged, Unhealthy
 from llmlab.stages import STAGES
 from tests.conftest import VOICES

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from llmlab.runs import completions
+from llmlab.runs import gates
 from llmlab.runs import page as pages
-from llmlab.runs.completions import CompletionLog
+from llmlab.runs.gates import CompletionLog
 from llmlab.runs.history import open_run
 from llmlab.runs.page import write_comparison_page, write_run_page
 from llmlab.runs.record import RunRecord, read_completions
@@ -288,7 +288,7 @@ def test_a_model_that_cannot_sample_ends_no_run(sft_settings, monkeypatch):
         calls.append(args)
         raise AttributeError("the cache has no such method")
 
-    monkeypatch.setattr(completions, "generate_tokens", fail)
+    monkeypatch.setattr(gates, "generate_tokens", fail)
     result = sft(sft_settings(report=True, max_steps=3, eval_every=1, eval_steps=1), console=console)
     assert len(calls) == 1 and read_completions(result.folder) == []
     assert "note: no more completions for the report: the cache has no such method" in console.export_text()

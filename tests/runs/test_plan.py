@@ -18,8 +18,7 @@ from llmlab.cli.app import build_app
 from llmlab.data.tokenizer import load_tokenizer
 from llmlab.hardware import describe_machine, probe
 from llmlab.model import measure
-from llmlab.runs.checkpointing import needs_checkpointing
-from llmlab.runs.plan import count_steps, fitting_changes, make_plan, read_scene
+from llmlab.runs.plan import count_steps, fitting_changes, make_plan, needs_checkpointing, read_scene
 from llmlab.runs.rehearsal import Scene, _rehearsals, are_alike, cut_layers, rehearse, shorten
 from llmlab.settings.errors import UserError
 from llmlab.settings.presets import PASSES

@@ -121,7 +121,7 @@ HOLD = """
 import sys
 from contextlib import suppress
 from pathlib import Path
-from llmlab.runs.lock import locked
+from llmlab.runs.checkpoints import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

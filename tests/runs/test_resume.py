@@ -16,8 +16,7 @@ from llmlab.cli.app import main
 from llmlab.runs import checkpoints
 from llmlab.runs import run as runs
 from llmlab.runs.record import git_revision, read_metrics, read_record, started_in
-from llmlab.runs.resume import _is_same, check_deepspeed, find_checkpoint
-from llmlab.runs.start import sharding_of
+from llmlab.runs.start import _is_same, check_deepspeed, find_checkpoint, sharding_of
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.preference import DPOSettings
 from llmlab.training.sft import sft

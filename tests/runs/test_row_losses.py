@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from llmlab.data.chat.rows import Rows
-from llmlab.data.mixture import Mixture
+from llmlab.data.text.packing import Mixture
+from llmlab.runs.optimizers import RowLosses
 from llmlab.runs.record import read_hardest_rows, read_metrics
-from llmlab.runs.row_losses import RowLosses
 from llmlab.stages import STAGES
 from tests.conftest import write_rows
 

@@ -15,7 +15,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.failures import check_disk, record_failures
 from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
-from llmlab.runs.resume import find_checkpoint
+from llmlab.runs.start import find_checkpoint
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.terminal import human

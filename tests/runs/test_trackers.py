@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from llmlab.health.symptoms import Event
+from llmlab.runs.callbacks import trackers
 from llmlab.runs.record import RunRecord, read_metrics
-from llmlab.runs.trackers import trackers
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.sft import SFTSettings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmlab.data.chat.formats import recognize
+from llmlab.data.chat.conversations import recognize
 from llmlab.rewards.compose import compose
 from llmlab.settings.files import read_layer
 from llmlab.settings.sources import resolve

@@ -5,8 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from llmlab.simulator.commands import run
-from llmlab.simulator.files import MAX_FILES, MAX_TEXT, FileSystem, ToolError, normalize
+from llmlab.simulator.commands import MAX_FILES, MAX_TEXT, FileSystem, ToolError, normalize, run
 
 TEXTS = {
     "a.txt": "pear\nfig\npear\napple 10\n",

@@ -6,7 +6,7 @@ import pytest
 
 from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.simulator.loading import load_environment
+from llmlab.simulator.environment import load_environment
 
 OWN = '''
 class Door:

@@ -5,9 +5,8 @@ from random import Random
 
 import pytest
 
-from llmlab.simulator.policies import expert_calls, play_scripted, random_calls
 from llmlab.simulator.tasks import generate_task, grammar
-from llmlab.simulator.world import Simulator
+from llmlab.simulator.world import Simulator, expert_calls, play_scripted, random_calls
 
 LEVELS = [(category, level) for category, levels in grammar()["categories"].items() for level in levels]
 

@@ -13,8 +13,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from llmlab.settings.errors import UserError
-from llmlab.simulator.environment import tools_of
-from llmlab.simulator.wrappers import from_gymnasium, from_openenv
+from llmlab.simulator.environment import from_gymnasium, from_openenv, tools_of
 
 needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium is not installed")
 needs_openenv = pytest.mark.skipif(find_spec("openenv") is None, reason="openenv-core is not installed")
@@ -277,7 +276,7 @@ def test_sources_that_are_no_environment_are_one_sentence(source, words):
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("llmlab.simulator.wrappers.find_spec", lambda name: None)
+    monkeypatch.setattr("llmlab.simulator.environment.find_spec", lambda name: None)
     for wrap, package in ((from_gymnasium, "gymnasium"), (from_openenv, "openenv-core")):
         with pytest.raises(UserError, match=f"^{package} is not installed: pip install"):
             wrap("x")

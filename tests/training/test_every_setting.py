@@ -127,7 +127,7 @@ def place(tmp_path_factory):
 def capture(tiny_settings, place, monkeypatch):
     """Returns a function that runs a stage as far as its trainer, and says what that was given."""
     monkeypatch.setattr("llmlab.hardware._supports_bf16", lambda device: (True, "for this test"))
-    monkeypatch.setattr("llmlab.runs.compile.missing_tool", lambda device_type: None)
+    monkeypatch.setattr("llmlab.runs.policy.missing_tool", lambda device_type: None)
     monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: stop(self))
 
     def run(stage, **changes):

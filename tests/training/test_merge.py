@@ -21,7 +21,7 @@ from transformers import (
 
 from llmlab.adapters import find_targets
 from llmlab.cli.app import main
-from llmlab.data import load_tokenizer, stop_token_ids
+from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.pipeline import execute, plan, read_pipeline
 from llmlab.settings.errors import UserError

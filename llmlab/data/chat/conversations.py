@@ -1,19 +1,265 @@
-"""Sources of chat data: their format recognized, each row read as a conversation, a preference pair or a prompt.
-Rendering to tokens is `rendering.py`; holding out, mixing and caching are `rows.py`."""
+"""Sources of chat data, recognized by their columns, each row read as a conversation, a preference pair or a prompt.
+All formats become one, so sources can be mixed. Rendering to tokens is `rendering.py`; holding out, mixing and caching
+are `rows.py`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
+from typing import Any
 
-from llmlab.data.chat import formats
-from llmlab.data.chat.messages import Row, UnusableRow
+from llmlab.data.chat.messages import (
+    Message,
+    Row,
+    UnusableRow,
+    has_parts,
+    is_empty,
+    list_of,
+    parse_tools,
+    read_turns,
+    text_of,
+)
 from llmlab.data.sources import RowSource, Tally, choose_column, load_rows
 from llmlab.data.splits import Use
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError
+from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.files import read_table
 
 TREE_COLUMNS = {"message_id", "parent_id", "message_tree_id", "text", "role"}
+LABELS = ("label", "kto_tag")  # columns that say whether a completion is good: KTO's, arXiv 2402.01306
+# columns that rewards do not get: reserved by the trainer, or treated as images
+RESERVED = {"prompt", "prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+RESERVED |= {"environments", "image", "images"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """Columns that identify a format of chat data, beside `system` and `tools`, and how a row's turns are read."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Row], list[Message]]
+
+
+def _turn(role: str, content: Any) -> Message:
+    return {"role": role, "content": text_of(content)}
+
+
+def _exchange(row: Row, prompt: str, answer: str) -> list[Message]:
+    return [_turn("user", row[prompt]), _turn("assistant", row[answer])]
+
+
+def _alpaca(row: Row, *columns: str) -> list[Message]:
+    messages = []
+    for pair in list_of(row.get("history"), "history"):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UnusableRow("expected history as pairs of request and answer")
+        messages += [_turn("user", pair[0]), _turn("assistant", pair[1])]
+    context = text_of(row["input"]) if row.get("input") else ""
+    prompt = text_of(row["instruction"]) + (f"\n\n{context}" if context.strip() else "")
+    answer = [_turn("assistant", row["output"])] if "output" in columns else []
+    return [*messages, _turn("user", prompt), *answer]
+
+
+def _prompt_completion(row: Row, prompt: str, completion: str) -> list[Message]:
+    if isinstance(row[prompt], list):
+        return read_turns([*row[prompt], *list_of(row[completion], completion)])
+    return _exchange(row, prompt, completion)
+
+
+def _prompt_turns(value: Any) -> list[Message]:
+    """Returns a prompt that is a list of turns, or the content (text or parts) of one of the user's."""
+    if not value:
+        return []
+    parts = isinstance(value, list) and all(isinstance(each, dict) and "role" not in each for each in value)
+    if isinstance(value, list) and not (parts and has_parts(value)):
+        return read_turns(value)
+    return read_turns([{"role": "user", "content": value}])
+
+
+def _pair(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Returns prompt, chosen and rejected; what both sides begin with belongs to the prompt."""
+    *prompt, better, worse = columns
+    start = _prompt_turns(row[prompt[0]]) if prompt else []
+    chosen, rejected = (_side(row[column], is_transcript=not prompt) for column in (better, worse))
+    shared = common_prefix_length(chosen, rejected)
+    both = chosen[:shared]
+    if both and both[0]["role"] == "user":  # chosen and rejected repeat the prompt, without its system message
+        start = [message for message in start[:1] if message["role"] == "system"]
+    elif both and both[0]["role"] == "system":
+        start = []
+    return start + both, chosen[shared:], rejected[shared:]
+
+
+def _side(value: Any, is_transcript: bool) -> list[Message]:
+    if isinstance(value, (list, dict)):
+        return read_turns(value if isinstance(value, list) else [value])
+    return transcript_messages(text_of(value)) if is_transcript else [_turn("assistant", value)]
+
+
+def _before_answer(turns: list[Message]) -> list[Message]:
+    """Returns everything before the last assistant message."""
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return turns
+
+
+READERS: dict[str, Callable[..., list[Message]]] = {  # of a row, given the columns
+    "turns": lambda row, column: read_turns(row[column]),
+    "request": lambda row, column: _prompt_turns(row[column]),
+    "exchange": _exchange,
+    "prompt and completion": _prompt_completion,
+    "alpaca": _alpaca,
+    # for a conversation the prompt is the whole common prefix
+    "prompt and chosen": lambda row, *columns: _pair(row, (*columns[:-1], columns[-2]))[0],
+    "turns before the answer": lambda row, column: _before_answer(read_turns(row[column])),
+    "what both sides share": lambda row, *columns: _before_answer(_pair(row, columns)[0]),
+}
+
+
+def _format(name: str, reader: str, *columns: str) -> Format:
+    """Returns the format that these columns identify, its rows' turns read in this way."""
+    return Format(name, columns, lambda row: READERS[reader](row, *columns))
+
+
+def plain_text(column: str) -> Format:
+    """The format of rows with their text in a column; read as turns, it is the user's."""
+    return _format("plain text", "request", column)
+
+
+FORMATS = {  # of each use, in the order in which they are tried
+    use: tuple(_format(name, *read) for name, read in formats.items())
+    for use, formats in read_table("llmlab.data.chat", "formats").items()
+}
+PLAIN_TEXT = FORMATS["instructions"][-1]
+FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)
+KINDS = {"instructions": "instruction data", "preferences": "preference data"}
+
+
+def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> Format:
+    """Returns the first format that has these columns; `where` is the source, for the message."""
+    found = set(columns)
+    for candidate in FORMATS[use]:
+        if found.issuperset(candidate.columns):
+            return candidate
+    label = next((name for name in LABELS if name in found), None)
+    conversations = (form for form in FORMATS["instructions"] if form is not PLAIN_TEXT)
+    if use == "preferences" and label and any(found.issuperset(form.columns) for form in conversations):
+        marks = (
+            f"its column '{label}' marks unpaired preferences (KTO), and this stage compares two answers to one prompt"
+        )
+        rows = "rows of prompt, chosen (an answer whose label is true) and rejected (one whose label is false)"
+        ways = f"give {rows}, or fine-tune on the good ones: llmlab sft --only-label true"
+        raise UserError(f"{where}: not supported: {marks}; {ways}")
+
+    def similarity(form: Format) -> float:
+        """Scores how well columns match a format: +1 exact, +1/2 similar name, -1/4 missing."""
+        missing = [name for name in form.columns if name not in found]
+        similar = sum(bool(did_you_mean(name, found)) for name in missing)
+        return len(form.columns) - len(missing) + similar / 2 - (len(missing) - similar) / 4
+
+    nearest = max(FORMATS[use], key=similarity)
+    missing = [name for name in nearest.columns if name not in found]
+    schemas = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in FORMATS[use])
+    closest = f"The closest is {nearest.name}, which lacks {', '.join(missing)}{did_you_mean(missing[0], found)}"
+    problem = f"no format of {KINDS.get(use, 'prompts')} has the columns {', '.join(sorted(found))}"
+    raise UserError(f"{where}: {problem}; expected one of: {schemas}. {closest}")
+
+
+def label_column(form: Format, rows: Iterable[Row]) -> str | None:
+    """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
+    rows = list(rows)
+    if form.name in {PLAIN_TEXT.name, *(pair.name for pair in FORMATS["preferences"])}:
+        return None
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
+    return next((name for name in LABELS if values[name] and None not in map(as_boolean, values[name])), None)
+
+
+def as_boolean(value: Any) -> bool | None:
+    """Returns a label as true or false: a boolean, 1 or 0, or their names; None for anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+
+
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Returns the length of the common prefix."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def to_messages(row: Row, form: Format) -> Row:
+    """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}` of plain text."""
+    _check_columns(row, form)
+    if form.name == PLAIN_TEXT.name:
+        text = text_of(row[form.columns[0]])
+        if not text.strip():
+            raise UnusableRow("empty")
+        return {"text": text}
+    messages = _system(row) + form.read(row)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise UnusableRow("no turn of the assistant")
+    if all(map(is_empty, answers)):
+        raise UnusableRow("every assistant turn is empty")
+    return {"messages": messages, "tools": _tools(row)}
+
+
+def to_pair(row: Row, form: Format) -> Row:
+    """Returns a row as `{"prompt": [...], "chosen": [...], "rejected": [...], "tools": [...] or None}`."""
+    _check_columns(row, form)
+    prompt, chosen, rejected = _pair(row, form.columns)
+    prompt = _system(row) + prompt
+    if chosen == rejected:
+        raise UnusableRow("chosen and rejected are the same")
+    for side in (chosen, rejected):
+        if not side or is_empty(side[0]):
+            raise UnusableRow("an empty completion")
+        if any(message["role"] != "assistant" for message in (side[0], side[-1])):
+            raise UnusableRow("the completion is not an assistant message")
+    if not prompt:
+        raise UnusableRow("an empty prompt")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}
+
+
+def to_prompt(row: Row, form: Format) -> Row:
+    """Returns a row as `{"prompt": [...], "tools": [...] or None, "columns": {...}}`, the columns for rewards."""
+    _check_columns(row, form)
+    prompt = _system(row) + form.read(row)
+    if not any(message["role"] != "system" and message["content"].strip() for message in prompt):
+        raise UnusableRow("an empty prompt")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise UnusableRow("a prompt that does not end with the user's turn")
+    columns = {name: value for name, value in row.items() if name not in RESERVED}
+    return {"prompt": prompt, "tools": _tools(row), "columns": columns}
+
+
+def transcript_messages(text: str) -> list[Message]:
+    """Returns the turns of an Anthropic transcript: `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
+    messages: list[Message] = []
+    for part in ("\n\n" + text.strip()).split("\n\nHuman:")[1:]:
+        question, *answers = part.split("\n\nAssistant:")
+        messages.append(_turn("user", question.strip()))
+        messages += [_turn("assistant", answer.strip()) for answer in answers]
+    if not messages:
+        raise UnusableRow("no 'Human:' turn in the transcript")
+    return messages
+
+
+def _check_columns(row: Row, form: Format) -> None:
+    for column in form.columns:
+        if row.get(column) is None:
+            raise UnusableRow(f"without '{column}'")
+
+
+def _system(row: Row) -> list[Message]:
+    """Returns the system prompt in a column of its own, as no or one message."""
+    has_text = isinstance(row.get("system"), str) and row["system"].strip()
+    return [_turn("system", row["system"])] if has_text else []
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = parse_tools(row.get("tools"))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("expected tools as JSON schemas")
+    return tools or None
 
 
 class OtherLabel(UnusableRow):
@@ -24,7 +270,7 @@ class OtherLabel(UnusableRow):
 class ConversationSource(RowSource):
     """A source of chat data whose format is known."""
 
-    form: formats.Format
+    form: Format
     use: Use
     label: str | None = None  # the column of unpaired preferences that says whether a completion is good
     only_label: bool | None = None  # the label of the rows to use; None uses all
@@ -32,13 +278,13 @@ class ConversationSource(RowSource):
     def read(self, row: Row) -> Row:
         """Returns a row as `to_messages`, `to_pair` or `to_prompt` does."""
         if self.only_label is not None and self.label is not None:
-            truth = formats.as_boolean(row.get(self.label))
+            truth = as_boolean(row.get(self.label))
             if truth is None:
                 raise UnusableRow(f"without a '{self.label}' that is true or false")
             if truth != self.only_label:
                 raise OtherLabel(f"{self.label} = {str(truth).lower()}")
-        readers = {"preferences": formats.to_pair, "instructions": formats.to_messages}
-        return readers.get(self.use, formats.to_prompt)(row, self.form)
+        readers = {"preferences": to_pair, "instructions": to_messages}
+        return readers.get(self.use, to_prompt)(row, self.form)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
         """Yields the usable rows among the first `limit`, counting the others by reason."""
@@ -102,8 +348,8 @@ def load_conversations(
     if not columns:
         raise UserError(f"{source.name}: it has no rows")
     if source.column is None or use == "preferences":
-        form = formats.recognize(columns, source.name, use)
+        form = recognize(columns, source.name, use)
     else:
-        form = formats.plain_text(choose_column(source, first))
-    label = formats.label_column(form, first) if use == "instructions" else None
+        form = plain_text(choose_column(source, first))
+    label = label_column(form, first) if use == "instructions" else None
     return ConversationSource(**vars(found), form=form, use=use, label=label)

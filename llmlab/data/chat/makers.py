@@ -1,8 +1,8 @@
 """Encoders from conversations, preference pairs and prompts to dataset rows, which `rows.py` reads and mixes."""
 
 import json
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -17,17 +17,18 @@ from llmlab.settings.errors import UserError
 IDS = List(Value("int32"))
 
 
+@dataclass(eq=False)
 class RowEncoder:
     """Base class: encodes rows; `limit` names the length setting in error messages."""
 
-    use: Use
-    columns: Features  # for the trainer
-    counts: tuple[str, ...]  # integers of each row whose sums are reported; `cut` is whether it was truncated
+    use: ClassVar[Use]
+    columns: ClassVar[Features]  # for the trainer
+    counts: ClassVar[tuple[str, ...]]  # of each row whose sums are reported; `cut` is whether it was truncated
+    tokenizer: PreTrainedTokenizerBase
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: str, *options: Any):
-        self.tokenizer = tokenizer
-        self.limit = limit
-        self.identity = [self.use, limit, *options]  # everything that affects the rows, for the cache key
+    def identify(self, limit: str, *options: Any) -> None:
+        """Notes everything that affects the rows, for the cache key."""
+        self.limit, self.identity = limit, [self.use, limit, *options]
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         """Opens a source; at most `at_most` rows will be read."""
@@ -38,35 +39,28 @@ class RowEncoder:
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class InstructionEncoder(RowEncoder):
     """Rows of supervised fine-tuning, truncated on the right; of unpaired preferences those with `only_label`."""
 
     use = "instructions"
     columns = Features({"input_ids": IDS, "labels": IDS})
     counts = ("tokens", "trained_tokens", "cut")
+    max_seq_len: int
+    loss_on: LossOn = "assistant"
+    stops: tuple[int, ...] = ()
+    only_label: bool | None = None
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_seq_len: int,
-        loss_on: LossOn = "assistant",
-        stops: tuple[int, ...] = (),
-        only_label: bool | None = None,
-    ):
-        self.renderer = Renderer(tokenizer, loss_on, stops)
-        self.max_seq_len = max_seq_len
-        self.only_label = only_label
-        super().__init__(tokenizer, f"max_seq_len = {max_seq_len}", loss_on, self.renderer.stops, only_label)
+    def __post_init__(self) -> None:
+        self.renderer = Renderer(self.tokenizer, self.loss_on, self.stops)
+        self.identify(f"max_seq_len = {self.max_seq_len}", self.loss_on, self.renderer.stops, self.only_label)
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         found = super().open(source, at_most)
         if found.label is not None and self.only_label is None:
-            raise UserError(
-                f"{source.name}: its column '{found.label}' marks unpaired preferences (KTO), good answers "
-                "and bad ones, and fine-tuning would learn both; set only_label=true (--only-label true) to learn the "
-                "good ones, or rename the column if it means something else"
-            )
+            marks = f"its column '{found.label}' marks unpaired preferences (KTO), good answers and bad ones"
+            advice = "set only_label=true (--only-label true) to learn the good ones, or rename the column"
+            raise UserError(f"{source.name}: {marks}, and fine-tuning would learn both; {advice}")
         if found.label is None and self.only_label is not None:
             label = str(self.only_label).lower()
             problem = f"{source.name} has no column 'label' that is true or false beside a completion"
@@ -78,36 +72,25 @@ class InstructionEncoder(RowEncoder):
         problem = self.renderer.find_problem(row)
         ids, labels = row.input_ids[: self.max_seq_len], row.labels[: self.max_seq_len]
         trained = sum(label != -100 for label in labels)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "tokens": len(ids),
-            "trained_tokens": trained,
-            "cut": int(len(row.input_ids) > self.max_seq_len),
-            "whole": len(row.input_ids),
-            "lost": not problem and trained == 0,
-            "problem": problem,
-        }
+        counts = {"tokens": len(ids), "trained_tokens": trained, "cut": int(len(row.input_ids) > self.max_seq_len)}
+        checks = {"whole": len(row.input_ids), "lost": not problem and trained == 0, "problem": problem}
+        return {"input_ids": ids, "labels": labels, **counts, **checks}
 
 
+@dataclass(eq=False)
 class PreferenceEncoder(RowEncoder):
     """Rows of preference optimization: prompts truncated on the left, completions on the right."""
 
     use = "preferences"
     columns = Features({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
     counts = ("tokens", "prompt_cut", "cut")
+    max_length: int
+    max_prompt_length: int | None = None
+    stops: tuple[int, ...] = ()
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        max_prompt_length: int | None = None,
-        stops: tuple[int, ...] = (),
-    ):
-        self.renderer = Renderer(tokenizer, "all", stops)
-        self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        super().__init__(tokenizer, f"max_length = {max_length}", max_prompt_length, self.renderer.stops)
+    def __post_init__(self) -> None:
+        self.renderer = Renderer(self.tokenizer, "all", self.stops)
+        self.identify(f"max_length = {self.max_length}", self.max_prompt_length, self.renderer.stops)
 
     def make(self, conversation: Row) -> dict[str, Any]:
         prompt, chosen, rejected = self.renderer.render_pair(conversation)
@@ -116,32 +99,26 @@ class PreferenceEncoder(RowEncoder):
         longest = max(len(chosen), len(rejected))
         context = prompt if self.max_prompt_length is None else prompt[-self.max_prompt_length :]
         room = max(self.max_length - len(context), 0)
-        return {
-            "prompt_ids": context,
-            "chosen_ids": chosen[:room],
-            "rejected_ids": rejected[:room],
-            "tokens": 2 * len(context) + len(chosen[:room]) + len(rejected[:room]),
-            "prompt_cut": int(len(context) < len(prompt)),
-            "cut": int(longest > room),
-            "whole": len(prompt) + longest,
-            "lost": chosen[:room] == rejected[:room],  # after truncation chosen and rejected must still differ
-            "problem": self._problem(chosen) or self._problem(rejected),
-        }
-
-    def _problem(self, completion: list[int]) -> str:
-        return self.renderer.find_problem(RenderedRow(completion, [True] * len(completion)))
+        ids = {"prompt_ids": context, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
+        tokens = 2 * len(context) + len(chosen[:room]) + len(rejected[:room])
+        counts = {"tokens": tokens, "prompt_cut": int(len(context) < len(prompt)), "cut": int(longest > room)}
+        problems = [self.renderer.find_problem(RenderedRow(each, [True] * len(each))) for each in (chosen, rejected)]
+        checks = {"whole": len(prompt) + longest, "problem": problems[0] or problems[1]}
+        # after truncation chosen and rejected must still differ
+        return {**ids, **counts, **checks, "lost": chosen[:room] == rejected[:room]}
 
 
+@dataclass(eq=False)
 class PromptEncoder(RowEncoder):
     """Rows of online training: a prompt as messages, and the row's other columns for rewards, both as JSON."""
 
     use = "prompts"
     columns = Features({"prompt": Value("string"), "columns": Value("string")})
     counts = ("tokens",)
+    max_prompt_length: int | None
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int | None):
-        self.max_prompt_length = max_prompt_length
-        super().__init__(tokenizer, f"max_prompt_length = {max_prompt_length}")
+    def __post_init__(self) -> None:
+        self.identify(f"max_prompt_length = {self.max_prompt_length}")
 
     def make(self, conversation: Row) -> dict[str, Any]:
         tools = conversation["tools"]
@@ -159,9 +136,7 @@ def decode_prompts(rows: Dataset) -> Dataset:
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         others = [json.loads(text) for text in batch["columns"]]
-        return {
-            "prompt": [json.loads(text) for text in batch["prompt"]],
-            **{name: [columns.get(name) for columns in others] for name in names},
-        }
+        prompts = {"prompt": [json.loads(text) for text in batch["prompt"]]}
+        return prompts | {name: [columns.get(name) for columns in others] for name in names}
 
     return rows.with_transform(decode)

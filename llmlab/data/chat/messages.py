@@ -5,24 +5,14 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from llmlab.settings.files import read_table
+
 Row = dict[str, Any]
 Message = dict[str, Any]
 Call = dict[str, Any]
 
-ROLES = {
-    "user": ("user", "human", "prompter", "instruction", "question"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "answer"),
-    "system": ("system", "developer"),
-    "tool": ("tool", "observation", "function_response", "function", "ipython"),
-    "call": ("function_call", "tool_call"),
-}
+ROLES, PARTS, FOLLOWERS = read_table("llmlab.data.chat", "messages").values()
 ROLE_OF = {spelling: role for role, spellings in ROLES.items() for spelling in spellings}
-
-# Types of content parts: OpenAI's chat and responses, Anthropic's messages
-TEXTS = ("text", "input_text", "output_text", "refusal")
-REASONING = ("reasoning", "thinking")
-CALLS = ("tool_call", "tool_use", "function_call")
-RESULTS = ("tool_result", "function_call_output")
 
 
 class UnusableRow(ValueError):
@@ -156,7 +146,7 @@ def _read_turn(turn: Any, read_call: Callable[[Any], Call]) -> list[Message]:
     results = [{"role": "tool", "content": result} for result in parts.results]
     if results and not parts.text:
         return results
-    spellings = ("reasoning_content", *REASONING)
+    spellings = ("reasoning_content", *PARTS["reasoning"])
     reasoning = parts.reasoning or next((turn[key] for key in spellings if turn.get(key)), "")
     text = turn.get("refusal") if parts.text is None else parts.text
     message = {"role": role, "content": text_of("" if text is None and (calls or reasoning) else text)}
@@ -174,13 +164,13 @@ def _read_parts(role: str, content: list[Any]) -> _Parts:
             raise UnusableRow(f"expected a content part with a type, found {type(part).__name__}")
         kind = str(part.get("type") or ("text" if "text" in part else None))
         text = part.get("text") if part.get(kind) is None else part[kind]
-        if kind in TEXTS:
+        if kind in PARTS["text"]:
             texts.append(text_of(text))
-        elif kind in REASONING and role == "assistant":
+        elif kind in PARTS["reasoning"] and role == "assistant":
             reasoning.append(text_of(text))
-        elif kind in CALLS and role == "assistant":
+        elif kind in PARTS["call"] and role == "assistant":
             calls.append(part)
-        elif kind in RESULTS and role in ("user", "tool"):
+        elif kind in PARTS["result"] and role in ("user", "tool"):
             result = result_text(part.get("output") if part.get("content") is None else part["content"])
             results.append(json.dumps({"error": result}, ensure_ascii=False) if part.get("is_error") else result)
         else:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.chat.formats import common_prefix_length
+from llmlab.data.chat.conversations import common_prefix_length
 from llmlab.data.chat.messages import Message, UnusableRow, join_turns
 from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, stop_token_ids
 from llmlab.settings.errors import UserError, reason_of
@@ -53,7 +53,9 @@ class Renderer:
     def render(self, conversation: dict[str, Any]) -> RenderedRow:
         """Returns a conversation (`messages` and `tools`, or plain `text`) as tokens with a loss mask."""
         if "text" in conversation:
-            return self._render_text(conversation["text"])
+            ids = self.tokenizer(conversation["text"])["input_ids"]
+            ids = ids if ids and ids[-1] in self.stops else [*ids, self.tokenizer.eos_token_id]
+            return RenderedRow(ids, [True] * len(ids))
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.tokenizer.name_or_path}: this tokenizer has no chat template")
         messages, tools = self._inline_reasoning(conversation["messages"]), conversation["tools"]
@@ -145,12 +147,6 @@ class Renderer:
             for k in turn:
                 trained[k] = k <= stop  # what follows the end of the turn is the template's, not the assistant's
         return RenderedRow(ids, trained)
-
-    def _render_text(self, text: str) -> RenderedRow:
-        ids = self.tokenizer(text)["input_ids"]
-        if not ids or ids[-1] not in self.stops:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return RenderedRow(ids, [True] * len(ids))
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)

@@ -20,9 +20,8 @@ from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.chat.conversations import ConversationSource, OtherLabel
 from llmlab.data.chat.makers import RowEncoder
 from llmlab.data.chat.messages import UnusableRow
-from llmlab.data.hashing import seeded_keys, text_hash
-from llmlab.data.interleaving import spread
-from llmlab.data.sources import label_of
+from llmlab.data.sources import label_of, spread
+from llmlab.data.splits import seeded_keys, text_hash
 from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError, printable, reading
@@ -202,8 +201,7 @@ def _hold_out(
     return rows.select(np.flatnonzero(~held_out)), rows.select(chosen), chosen
 
 
-@dataclass(frozen=True)
-class _Builder:
+class _Builder(NamedTuple):
     """Reads one source at a time."""
 
     settings: DataSettings
@@ -324,7 +322,6 @@ class _MakeRows:
 
 def row_lengths(rows: Any) -> tuple[float, int] | None:
     """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
-    import numpy as np
     import pyarrow.compute as pc
 
     names = [name for name in getattr(rows, "column_names", None) or () if name in LENGTHS_OF]

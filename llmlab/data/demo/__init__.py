@@ -18,20 +18,13 @@ VALIDATION_SHARE = 0.05
 CHUNK_BYTES = 250_000
 
 
-class DemoCorpus(NamedTuple):
-    """Writes a row of `demo/<name>` for a split; `default_bytes` where no size is given."""
-
-    write_row: Callable[..., dict[str, Any]]
-    default_bytes: int
-
-
-CORPORA = {
-    "stories": DemoCorpus(stories.write_row, 6_000_000),
-    "chat": DemoCorpus(chat.write_row, 2_000_000),
-    "preferences": DemoCorpus(preferences.write_row, 2_000_000),
-    "arithmetic": DemoCorpus(arithmetic.write_row, 8_000_000),
+CORPORA: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {  # what writes a row, and bytes where none are given
+    "stories": (stories.write_row, 6_000_000),
+    "chat": (chat.write_row, 2_000_000),
+    "preferences": (preferences.write_row, 2_000_000),
+    "arithmetic": (arithmetic.write_row, 8_000_000),
     **{
-        f"{name}/{level}" if level else name: DemoCorpus(partial(write, difficulty=level), size)
+        f"{name}/{level}" if level else name: (partial(write, difficulty=level), size)
         for name, write, size in (("tools", tools.write_row, 4_000_000), ("tasks", tools.write_task, 500_000))
         for level in (None, 1, 2, 3, 4)
     },
@@ -56,7 +49,12 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
         raise UserError(f"{name}: there is no such demo corpus{did_you_mean(corpus, CORPORA)} (there is {known})")
     if split not in SPLITS:
         raise UserError(f"{name}: split = {split}: expected one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
-    total = CORPORA[corpus].default_bytes if size is None else _parse_size(name, size)
+    total = CORPORA[corpus][1]
+    if size is not None:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM])B", size)
+        if not match or float(match[1]) == 0:
+            raise UserError(f"{name} | {size}: expected a size such as 2MB or 500kB after the name of a demo corpus")
+        total = int(float(match[1]) * {"k": 1e3, "M": 1e6}[match[2]])
     if split == "validation":
         total = max(1, int(total * VALIDATION_SHARE))
     starts = enumerate(range(0, total, CHUNK_BYTES))
@@ -66,9 +64,9 @@ def demo_shards(name: str, *, split: str = "train", size: str | None = None, see
 def read_shard(shard: DemoShard) -> Iterator[dict[str, Any]]:
     """Yields the rows of one part: about its share of bytes, never less than one row."""
     random = Random(f"{shard.corpus}/{shard.seed}/{shard.split}/{shard.chunk}")
-    written = 0
+    (write_row, _), written = CORPORA[shard.corpus], 0
     while written < shard.size:
-        row = CORPORA[shard.corpus].write_row(random, validation=shard.split == "validation")
+        row = write_row(random, validation=shard.split == "validation")
         written += _text_length({**row, "tools": ""})  # which are the same in every row
         yield row
 
@@ -77,10 +75,3 @@ def _text_length(value: Any) -> int:
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_text_length, value)) if isinstance(value, list) else len(str(value))
-
-
-def _parse_size(name: str, size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM])B", size)
-    if not match or float(match[1]) == 0:
-        raise UserError(f"{name} | {size}: expected a size such as 2MB or 500kB after the name of a demo corpus")
-    return int(float(match[1]) * {"k": 1e3, "M": 1e6}[match[2]])

@@ -5,14 +5,13 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
-from llmlab.data.demo import world
-from llmlab.data.demo.chat import VALIDATION_IN
-from llmlab.data.demo.stories import pick
+from llmlab.data.demo.stories import VALIDATION_IN, read_grammar
+from llmlab.simulator.tasks import pick
 
 SIZES = ((9, 9), (9, 99), (99, 9), (99, 99))
 """The largest the two numbers can be, each as likely; the smallest is 1."""
 
-WORDINGS = world.read_grammar("arithmetic")
+WORDINGS = read_grammar("arithmetic")
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:

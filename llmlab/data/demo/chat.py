@@ -1,18 +1,14 @@
 """Conversations in the world of the demo stories: requests that a few million parameters can learn to follow. An
-exchange is one row of `chat.yaml`: request, answer, and what every good answer contains. `follows` parses requests
-with the same rows, so it judges any answer, a model's too; it compares words, and knows nothing of grammar."""
+exchange is one row of `chat.yaml`: request, answer, and what every good answer contains."""
 
 import re
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from llmlab.data.demo import world
-from llmlab.data.demo.stories import ENDING, PLOTS, Facts, a, invent, narrate, pick
-
-VALIDATION_IN = 20  # one in so many request sets is in the validation split only
+from llmlab.data.demo.stories import ENDING, PEOPLE, PLOTS, VALIDATION_IN, WORLD, invent, narrate, read_grammar
+from llmlab.simulator.tasks import pick
 
 Message = dict[str, str]
 
@@ -34,12 +30,10 @@ class System(NamedTuple):
     obeyed: Callable[[str], bool] = lambda answer: True
 
 
-_GRAMMAR = world.read_grammar("chat")
-_NAMES = {"name", "friend_name", "quick", "steady"}
+_GRAMMAR = read_grammar("chat")
 STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
-_CLAIMABLE = {*world.COLORS, *world.NUMBERS, *(person.name for person in world.PEOPLE)}
-_KNOWN = {each[0]: each._asdict() for each in (*world.ANIMALS, *world.BREAKS)}  # by the animal or thing
+_CLAIMABLE = {*WORLD["colors"], *WORLD["numbers"], *(person["name"] for person in PEOPLE)}
 
 
 def _slots(template: str) -> list[str]:
@@ -100,34 +94,33 @@ PLANS = tuple(  # (how many in a hundred conversations, system prompt, groups of
     (share, SYSTEMS.get(system, System("")), tuple(GROUPS[name] for name in groups))
     for share, system, *groups in _GRAMMAR["plans"]
 )
-REQUESTS = tuple({exchange.ask: exchange for _, _, groups in PLANS for group in groups for exchange in group}.values())
 
 _DRAWN = tuple(number for number, (share, *_) in enumerate(PLANS) for _ in range(share))
-_NUMBER = {choose.__name__: number for number, (choose, _) in enumerate(PLOTS)}
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
     """Returns one conversation; no request of the validation split is in the training split."""
+    return {"messages": converse(random, validation=validation)[0]}
+
+
+def converse(random: Random, *, validation: bool) -> tuple[list[Message], Callable[[str], bool]]:
+    """Returns a conversation, and whether an answer does what its last request asks."""
     while True:
         _, system, groups = PLANS[pick(random, _DRAWN)]
         exchanges = _choose(random, groups)
-        plot = next((exchange.plot for exchange in exchanges if exchange.plot), None)
-        hero = pick(random, world.PEOPLE)
-        friend = pick(random, world.PEOPLE)
-        number = _NUMBER[plot] if plot else 0
-        facts = invent(random, number, hero, friend)
-        if "color" in facts:
-            facts["a_color"] = a(facts["color"])
+        plot = next((exchange.plot for exchange in exchanges if exchange.plot), next(iter(PLOTS)))
+        hero, friend = pick(random, PEOPLE), pick(random, PEOPLE)
+        facts = invent(random, plot, hero, friend)
         request = "\n".join([system.prompt, *(exchange.ask for exchange in exchanges)]).format_map(facts)
-        if hero.name != friend.name and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
+        if hero["name"] != friend["name"] and (crc32(request.encode()) % VALIDATION_IN == 0) is validation:
             break
-    facts["story"] = narrate(random, number, facts)
+    facts["story"] = narrate(random, plot, facts)
     facts["tale"] = facts["story"].removesuffix(" The end.")
     messages = [{"role": "system", "content": system.prompt.format_map(facts)}] if system.prompt else []
     for exchange in exchanges:
         messages.append({"role": "user", "content": exchange.ask.format_map(facts)})
         messages.append({"role": "assistant", "content": pick(random, exchange.answers).format_map(facts)})
-    return {"messages": messages}
+    return messages, judge(system, exchanges[-1], facts)
 
 
 def _choose(random: Random, groups: Sequence[Sequence[Exchange]]) -> list[Exchange]:
@@ -138,50 +131,17 @@ def _choose(random: Random, groups: Sequence[Sequence[Exchange]]) -> list[Exchan
             return exchanges
 
 
-def follows(messages: Sequence[Message]) -> bool:
-    """Whether the last message does what the conversation before it, worded as in this corpus, asks."""
-    *before, last = messages
-    answer, facts, exchange = last["content"], {}, None
-    obeyed = True
-    for message in before:
-        if message["role"] == "system":
-            for system in SYSTEMS.values():
-                if match := _parser(system.prompt).fullmatch(message["content"]):
-                    facts.update(match.groupdict())
-                    obeyed = obeyed and system.obeyed(answer)
-        elif message["role"] == "user":
-            exchange, request_facts = _parse(message["content"])
-            facts.update(request_facts)
-    if exchange is None:
-        raise ValueError("there is no request before the answer")
+def judge(system: System, exchange: Exchange, facts: Mapping[str, str]) -> Callable[[str], bool]:
+    """Returns whether an answer does what a request asks; it compares words, and knows nothing of grammar."""
     must = [needed.format_map(facts) for needed in exchange.must]
-    good = obeyed and all(re.search(rf"(?<!\w){re.escape(needed)}(?!\w)", answer, re.I) for needed in must)
-    if exchange.within is not None:
-        allowed = " ".join([*must, *(facts[slot] for slot in _slots(exchange.within))])
-        good = good and _claims(answer) <= _claims(allowed)
-    return good
+    may = must if exchange.within is None else [*must, *(facts[slot] for slot in _slots(exchange.within))]
 
+    def follows(answer: str) -> bool:
+        named = all(re.search(rf"(?<!\w){re.escape(needed)}(?!\w)", answer, re.I) for needed in must)
+        claims_no_more = exchange.within is None or _claims(answer) <= _claims(" ".join(may))
+        return system.obeyed(answer) and named and claims_no_more
 
-def _parse(request: str) -> tuple[Exchange, Facts]:
-    """Returns the exchange that a request is worded as, and its facts, with those of the animal or thing it names."""
-    for exchange in REQUESTS:
-        if match := _parser(exchange.ask).fullmatch(request):
-            facts = match.groupdict()
-            return exchange, {**_KNOWN.get(facts.get("pet") or facts.get("thing", ""), {}), **facts}
-    raise ValueError(f"this is worded like no request of demo/chat: {request}")
-
-
-@cache
-def _parser(template: str) -> re.Pattern[str]:
-    """Returns a pattern that parses a template's slots, each the same wherever it occurs."""
-    pattern, seen = "", set()
-    for literal, article, slot in re.findall(r"([^{]*)(?:\{([aA]_)?(\w+)\})?", template):
-        pattern += re.escape(literal) + (f"{article[0]}n? " if article else "")
-        if slot:
-            value = r"[A-Z]\w*" if slot in _NAMES else r"[\w' ]+?"
-            pattern += f"(?P={slot})" if slot in seen else f"(?P<{slot}>{value})"
-            seen.add(slot)
-    return re.compile(pattern)
+    return follows
 
 
 def _claims(text: str) -> set[str]:

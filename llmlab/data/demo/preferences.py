@@ -2,16 +2,17 @@
 answers are shorter than the chosen one and some longer, so length alone tells nothing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from llmlab.data.demo import chat, world
-from llmlab.data.demo.chat import STORY_ASKS, Message, follows
-from llmlab.data.demo.stories import pick
+from llmlab.data.demo import chat
+from llmlab.data.demo.chat import STORY_ASKS, Message
+from llmlab.data.demo.stories import PEOPLE
+from llmlab.simulator.tasks import pick
 
 LONGEST_STORY, LONGEST_ANSWER = 160, 24  # words of a good one; the corpus has at most 145 and 14
-NAMES = tuple(dict.fromkeys(person.name for person in world.PEOPLE))
+NAMES = tuple(dict.fromkeys(person["name"] for person in PEOPLE))
 
 _STORY_BEGINNINGS = tuple(ask.partition("{")[0].removesuffix("a ") for ask in STORY_ASKS)
 
@@ -56,24 +57,24 @@ _DRAWN = tuple(spoil for share, spoil in FAILURES for _ in range(share))
 
 def write_row(random: Random, *, validation: bool) -> dict[str, Any]:
     """Returns one pair; no request of the validation split is in the training split."""
-    *prompt, answer = chat.write_row(random, validation=validation)["messages"]
+    (*prompt, answer), follows = chat.converse(random, validation=validation)
     while True:
         spoil = pick(random, _DRAWN)
         other = ""
         if spoil in (answer_something_else, go_on):
             other = chat.write_row(random, validation=validation)["messages"][-1]["content"]
         rejected = {"role": "assistant", "content": spoil(random, prompt, answer["content"], other)}
-        if faults([*prompt, rejected]):
+        if faults([*prompt, rejected], follows):
             return {"prompt": prompt, "chosen": [answer], "rejected": [rejected]}
 
 
-def faults(messages: Sequence[Message]) -> tuple[str, ...]:
-    """Returns what is wrong with the last message, an answer to a request worded as in `demo/chat`."""
+def faults(messages: Sequence[Message], follows: Callable[[str], bool]) -> tuple[str, ...]:
+    """Returns what is wrong with the last message, an answer to a request of `demo/chat` that `follows` judges."""
     answer, request = messages[-1]["content"], messages[-2]["content"] if len(messages) > 1 else ""
     sentences = _sentences(answer)
     longest = LONGEST_STORY if request.startswith(_STORY_BEGINNINGS) else LONGEST_ANSWER
     found = {
-        "does not do what was asked": not follows(messages),
+        "does not do what was asked": not follows(answer),
         "breaks off": not re.search(r'[.!?]"?$', answer.strip()),
         "repeats itself": len(set(sentences)) < len(sentences),
         "is too long": len(answer.split()) > longest,

@@ -1,64 +1,95 @@
 """Short stories from a grammar: ten plots, each a chain of causes, about people who keep their names and pronouns.
 What happens follows from what was said (the tool fits the harm, sums come out right, the thing is found where the
 friend saw it), so a model of a few million parameters has something to learn beyond spelling. The words are in
-`stories.yaml` and `world.yaml`; here is what follows from what."""
+`stories.yaml`, people, places and things in `world.yaml`; here is what follows from what."""
 
-from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from random import Random
-from typing import TypeVar
+from typing import Any
 from zlib import crc32
 
-from llmlab.data.demo import world
-from llmlab.data.demo.world import NUMBERS, PEOPLE, WORLD, Person
+from llmlab.settings.files import read_table
+from llmlab.simulator.tasks import pick
 
 VALIDATION_IN = 20  # one cast in so many is in the validation split only
 
-RUNNER = {"": "name", "_she": "she", "_them": "them"}  # facts of a runner, by the end of their slots
-
-Choice = TypeVar("Choice")
-Facts = dict[str, str]
 Step = tuple[float, tuple[str, ...]]  # its probability, and its wordings
+
+read_grammar = partial(read_table, "llmlab.data.demo")
+WORLD = read_grammar("world")
+_GIRLS, _BOYS, _BEASTS = WORLD["girls"], WORLD["boys"], WORLD["beasts"]
+_GIRL, _BOY = {"she": "she", "her": "her", "them": "her"}, {"she": "he", "her": "his", "them": "him"}
+
+
+def _count(total: int, gift: int) -> dict[str, str]:
+    """Returns in words what is left of some things when some of them, and one more, are gone."""
+    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
+    return {name: WORLD["numbers"][number] for name, number in numbers.items()}
+
+
+PEOPLE = tuple(
+    [{"name": name, "kind": kind} | _GIRL for i, name in enumerate(_GIRLS) for kind in ("girl", _BEASTS[i % 10])]
+    + [{"name": name, "kind": kind} | _BOY for i, name in enumerate(_BOYS) for kind in ("boy", _BEASTS[-i % 10])]
+)
+TABLES = {
+    **WORLD,
+    "looks": [WORLD["colors"], WORLD["sizes"]],
+    "days": WORLD["numbers"][2:10],
+    # with each row the one after it, which begins where it ends
+    "swaps": [first | {f"next_{key}": second[key] for key in second} for first, second in pairwise(WORLD["trades"])],
+    "sums": [[_count(total, gift) for gift in range(1, total - 2)] for total in range(5, 13)],
+}
+
+
+class Facts(dict[str, Any]):
+    """Values of the slots of a plot's steps; `{a_kind}` is the kind with its article, `{She}` capitalized."""
+
+    def __missing__(self, slot: str) -> str:
+        if slot[0].isupper():
+            return self[slot[0].lower() + slot[1:]].capitalize()
+        if not slot.startswith("a_"):
+            raise KeyError(slot)
+        noun = self[slot.removeprefix("a_")]
+        return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def write_row(random: Random, *, validation: bool) -> dict[str, str]:
     """Returns a story; those of the validation split have a plot, hero and friend that training never combines."""
     while True:
         number, hero, friend = int(random.random() * len(PLOTS)), pick(random, PEOPLE), pick(random, PEOPLE)
-        cast = crc32(f"{number} {hero.name} {friend.name}".encode())
-        if hero.name != friend.name and (cast % VALIDATION_IN == 0) is validation:
+        cast = crc32(f"{number} {hero['name']} {friend['name']}".encode())
+        if hero["name"] != friend["name"] and (cast % VALIDATION_IN == 0) is validation:
             break
-    return {"text": narrate(random, number, invent(random, number, hero, friend))}
+    plot = list(PLOTS)[number]
+    return {"text": narrate(random, plot, invent(random, plot, hero, friend))}
 
 
-def invent(random: Random, number: int, hero: Person, friend: Person) -> Facts:
-    """Returns the facts of a plot with these two people: the values of every slot of its steps."""
-    facts = {**_facts_of(hero, ""), **_facts_of(friend, "friend_"), "trait": pick(random, WORLD["traits"])}
-    facts.update(PLOTS[number][0](random, facts))
+def invent(random: Random, plot: str, hero: dict[str, str], friend: dict[str, str]) -> Facts:
+    """Returns the facts of a plot with these two people, as `draws` in `stories.yaml` lists them."""
+    friends = {f"friend_{slot}": value for slot, value in friend.items()}
+    facts = Facts(hero | friends, trait=pick(random, WORLD["traits"]))
+    drawn: list[Any] = []
+    for slot, table in _GRAMMAR["draws"][plot].items():
+        choices = facts.get(table) or TABLES[table]
+        item = pick(random, [choice for choice in choices if not any(choice is each for each in drawn)])
+        while isinstance(item, list):
+            item = pick(random, item)
+        drawn.append(item)
+        if isinstance(item, dict):
+            prefix = slot if slot.endswith("_") else ""
+            for key, value in item.items():
+                facts[prefix + key] = value.format_map(facts) if isinstance(value, str) else value
+        else:
+            facts[slot] = item
     return facts
 
 
-def narrate(random: Random, number: int, facts: Facts) -> str:
+def narrate(random: Random, plot: str, facts: Facts) -> str:
     """Returns the story of a plot's facts in wordings chosen at random."""
-    steps = (*OPENING, *PLOTS[number][1], *ENDING)
+    steps = (*OPENING, *PLOTS[plot], *ENDING)
     sentences = [pick(random, wordings) for chance, wordings in steps if random.random() < chance]
     return " ".join(sentences).format_map(facts)
-
-
-def pick(random: Random, choices: Sequence[Choice]) -> Choice:
-    return choices[int(random.random() * len(choices))]  # as fair as `choice` for such short lists, and faster
-
-
-def other(random: Random, choices: Sequence[Choice], than: Choice) -> Choice:
-    return pick(random, [choice for choice in choices if choice is not than])
-
-
-def a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-def _facts_of(person: Person, prefix: str) -> Facts:
-    more = {"a_kind": a(person.kind), "She": person.she.capitalize(), "Her": person.her.capitalize()}
-    return {f"{prefix}{slot}": value for slot, value in (person._asdict() | more).items()}
 
 
 def _read_steps(name: str) -> tuple[Step, ...]:
@@ -71,80 +102,6 @@ def _read_steps(name: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def lost(random: Random, facts: Facts) -> Facts:
-    place = pick(random, world.PLACES)
-    spot = pick(random, place.spots)
-    thing = pick(random, WORLD["toys"])
-    look = pick(random, pick(random, (world.COLORS, WORLD["sizes"])))
-    elsewhere = other(random, place.spots, spot)
-    return {**place._asdict(), "thing": thing, "look": look, "spot": spot, "elsewhere": elsewhere}
-
-
-def broken(random: Random, facts: Facts) -> Facts:
-    item = pick(random, world.BREAKS)
-    wrong = other(random, world.BREAKS, item)
-    color = pick(random, world.COLORS)
-    return {**item._asdict(), "color": color, "wrong_tool": wrong.tool, "wrong_thing": wrong.thing}
-
-
-def shared(random: Random, facts: Facts) -> Facts:
-    place = pick(random, world.PLACES)
-    total = 5 + int(random.random() * 8)
-    gift = 1 + int(random.random() * (total - 3))
-    numbers = {"total": total, "given": gift, "left": total - gift, "last": total - gift - 1}
-    words = {name: NUMBERS[number] for name, number in numbers.items()}
-    return {**place._asdict(), **words, "fruit": pick(random, WORLD["fruits"])}
-
-
-def weather(random: Random, facts: Facts) -> Facts:
-    change, place = pick(random, world.WEATHERS), pick(random, world.PLACES)
-    return {**change._asdict(), **place._asdict()}
-
-
-def fear(random: Random, facts: Facts) -> Facts:
-    what, sight, helped, deed = pick(random, WORLD["fears"])
-    return {"what": what, "sight": sight, "Sight": sight.capitalize(), "helped": helped, "deed": deed}
-
-
-def animal(random: Random, facts: Facts) -> Facts:
-    pet, color = pick(random, world.ANIMALS), pick(random, world.COLORS)
-    articles = {"a_pet": a(pet.animal), "A_pet": a(pet.animal).capitalize(), "a_color": a(color)}
-    wrong = other(random, world.ANIMALS, pet).food
-    return {**pet._asdict(), **articles, "pet": pet.animal, "color": color, "wrong": wrong}
-
-
-def race(random: Random, facts: Facts) -> Facts:
-    prefixes = ("", "friend_") if random.random() < 0.5 else ("friend_", "")
-    return {
-        **{f"quick{key}": facts[prefixes[0] + slot] for key, slot in RUNNER.items()},
-        **{f"steady{key}": facts[prefixes[1] + slot] for key, slot in RUNNER.items()},
-        "to": pick(random, world.PLACES).to,
-        "prize": pick(random, WORLD["treats"]),
-    }
-
-
-def warned(random: Random, facts: Facts) -> Facts:
-    deed, did, harm = pick(random, WORLD["warnings"])
-    elder, elder_she = pick(random, WORLD["elders"])
-    return {"deed": deed, "did": did, "harm": harm, "elder": elder, "Elder_she": elder_she.capitalize()}
-
-
-def trade(random: Random, facts: Facts) -> Facts:
-    start = int(random.random() * (len(WORLD["trades"]) - 1))
-    (has, who, why, gets), (_, next_who, next_why, goal) = WORLD["trades"][start : start + 2]
-    first = {"has": has, "who": who, "why": why, "gets": gets}
-    return {**first, "next_who": next_who, "next_why": next_why, "goal": goal}
-
-
-def wish(random: Random, facts: Facts) -> Facts:
-    place = pick(random, world.PLACES)
-    dream, treat = pick(random, WORLD["wishes"]), pick(random, WORLD["treats"])
-    return {**place._asdict(), "dream": dream, "treat": treat, "days": NUMBERS[2 + int(random.random() * 8)]}
-
-
-_GRAMMAR = world.read_grammar("stories")
+_GRAMMAR = read_grammar("stories")
 OPENING, ENDING = _read_steps("opening"), _read_steps("ending")
-PLOTS: tuple[tuple[Callable[[Random, Facts], Facts], tuple[Step, ...]], ...] = tuple(
-    (invent_facts, _read_steps(invent_facts.__name__))
-    for invent_facts in (lost, broken, shared, weather, fear, animal, race, warned, trade, wish)
-)
+PLOTS = {plot: _read_steps(plot) for plot in _GRAMMAR["draws"]}

@@ -7,11 +7,9 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from llmlab.data.demo.stories import pick
 from llmlab.simulator.environment import schemas_of
-from llmlab.simulator.policies import expert_calls, play_scripted
-from llmlab.simulator.tasks import grammar
-from llmlab.simulator.world import Simulator
+from llmlab.simulator.tasks import grammar, pick
+from llmlab.simulator.world import Simulator, expert_calls, play_scripted
 
 PROMPT = "Task: "  # the environment appends the goal
 LAST = "Done."

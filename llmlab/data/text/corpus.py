@@ -1,7 +1,5 @@
-"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report.
-
-One function does it for map-style and streaming sources; the parts are in the modules beside this one.
-"""
+"""The text corpus of a stage: locates, tokenizes, splits and mixes the sources, with a report. One function does it
+for map-style and streaming sources; the parts are in the modules beside this one."""
 
 import math
 import sys
@@ -13,12 +11,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.mixture import Mixture, Schedule
 from llmlab.data.sources import Tally, TextSource, label_of, load_text
-from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.packing import WINDOW, PackedRows, hold_out, window_rows
-from llmlab.data.text.store import open_store
-from llmlab.data.text.streaming import Reader, RowStream
+from llmlab.data.text.packing import WINDOW, Mixture, PackedRows, Reader, RowStream, Schedule, hold_out, window_rows
+from llmlab.data.text.store import TextEncoder, open_store
 from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError
 
@@ -98,10 +93,8 @@ def build_corpus(
     rank: int = 0,
     world_size: int = 1,
 ) -> Corpus:
-    """Builds the training and validation rows of `max_seq_len` tokens that the settings describe.
-
-    `rows_needed` (None: one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes.
-    """
+    """Builds the training and validation rows of `max_seq_len` tokens that the settings describe. `rows_needed` (None:
+    one epoch) and `validation_rows` (None: all held out, of a stream 512) are of all processes."""
     seed = settings.seed  # type: ignore[attr-defined]
     builder = _Builder(settings, TextEncoder.of(tokenizer), max_seq_len, seed, validation_rows, rank, world_size)
     weights = [source.weight for source in settings.datasets]
@@ -154,11 +147,15 @@ class _Builder:
         if fraction and "validation" in source.splits and named.split != "validation":
             own, fraction = self.validation_rows(named.model_copy(update={"split": "validation"})), 0.0
             report.held_out = "its own validation split"
-        if self.settings.streaming:
-            train, held_out = self._stream(source, report, fraction)
-        else:
+        if not self.settings.streaming:
             train, held_out = self._pack(source, report, fraction, rows)
-        return train, own or held_out, report
+            return train, own or held_out, report
+        if fraction:
+            own = self._first_rows(f"{report.name}/held-out", source, fraction)
+            report.held_out = f"{fraction:g} of the documents by hash; their first {len(own):,} rows validate"
+        shard = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
+        reader = Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **shard)
+        return reader, own, report
 
     def _pack(
         self, source: TextSource, report: SourceReport, fraction: float, rows: int | None
@@ -185,14 +182,6 @@ class _Builder:
             most = self.most_validation_rows if len(store) > WINDOW else None
             validation = PackedRows(f"{report.name}/held-out", store, self.length, split.validation, most)
         return train, validation
-
-    def _stream(self, source: TextSource, report: SourceReport, fraction: float) -> tuple[Reader, PackedRows | None]:
-        validation = None
-        if fraction:
-            validation = self._first_rows(f"{report.name}/held-out", source, fraction)
-            report.held_out = f"{fraction:g} of the documents by hash; their first {len(validation):,} rows validate"
-        part = {"rank": self.rank, "world_size": self.world_size, "allow_dropped": self.settings.allow_dropped}
-        return Reader(source, self.encoder, report.tally, self.length, self.seed, fraction, **part), validation
 
     def validation_rows(self, named: DataSource) -> PackedRows:
         """Returns the rows of a source that is there for validation."""

@@ -1,30 +1,33 @@
-"""Tokenized corpora on disk: a memory-mapped file of ids, written once and shared by every run that needs the same.
+"""Documents to token ids, each ended by eos, and tokenized corpora on disk: a memory-mapped file of ids, written once
+and shared by every run that needs the same. The one place where text is tokenized for pretraining. The cache key
+covers the source's content, the tokenizer and this format's version, but neither the sequence length nor the split:
+those are views (`packing.py`). A run tokenizes the beginning of a source as far as it needs, and one that needs more
+appends to it. `meta.json` is replaced last and says how much of the other files counts; the last 256 MB are verified
+on opening, other blocks when they are first read."""
 
-The cache key covers the source's content, the tokenizer and this format's version, but neither the sequence length nor
-the split: those are views (`packing.py`).  A run tokenizes the beginning of a source as far as it needs, and one that
-needs more appends to it.  `meta.json` is replaced last and says how much of the other files counts; the last 256 MB
-are verified on opening, other blocks when they are first read.
-"""
-
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
-from llmlab.data.hashing import is_held_out
-from llmlab.data.interleaving import spread
-from llmlab.data.sources import Tally, TextSource, take_texts
-from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.sources import Tally, TextSource, spread, take_texts
+from llmlab.data.splits import is_held_out, text_hash
 from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERIFIED_AT_ONCE = 256 << 20  # bytes of tokens that opening verifies, a fraction of a second
 VERSION = 2  # of this file format, and of what encoding makes of a text
@@ -37,12 +40,61 @@ MOST_BYTES_PER_TOKEN = 6  # so many bytes of text are nearly always enough
 DOCUMENT = np.dtype([("tokens", np.int64), ("hash", np.uint64)])
 
 
+class EncodedBatch(NamedTuple):
+    """Ids of all documents (tokens,); length in tokens and uint64 text hash of each (documents,); characters."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    characters: int
+
+
+class TextEncoder:
+    """Encodes documents with a serialized tokenizer; special tokens written out in a document are plain text."""
+
+    def __init__(self, tokenizer: str, eos_token_id: int):
+        self.serialized = tokenizer
+        self.eos_token_id = eos_token_id
+        self.tokenizer = Tokenizer.from_str(tokenizer)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+        """Returns the encoder of a Transformers tokenizer, which must have an eos token."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no eos token, which has to end documents")
+        return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextEncoder, (self.serialized, self.eos_token_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids."""
+        return hashlib.sha256(f"{self.eos_token_id} {self.tokenizer.to_str()}".encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> EncodedBatch:
+        """Encodes documents, each with the special tokens that the tokenizer adds and an eos at its end."""
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        if not self.adds_eos:
+            for document in ids:
+                document.append(self.eos_token_id)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
+        hashes = np.fromiter(map(text_hash, texts), np.uint64, len(texts))
+        return EncodedBatch(tokens, lengths, hashes, sum(map(len, texts)))
+
+
 class TokenStore:
     """A tokenized corpus or its beginning (`whole` says which); `fresh` where this process has just written to it."""
 
     def __init__(self, folder: Path, *, fresh: bool = False):
-        self.folder = folder
-        self.fresh = fresh
+        self.folder, self.fresh = folder, fresh
         self.meta = read_json(folder / "meta.json")
         with reading(folder / "meta.json", "the record of a tokenized corpus"):
             self.tally = Tally(self.meta["documents"])
@@ -60,7 +112,7 @@ class TokenStore:
     @cached_property
     def tokens(self) -> np.ndarray:
         """(tokens,) ids of all documents, each ended by eos, as stored; `read` verifies them."""
-        return np.asarray(np.memmap(self.folder / "tokens.bin", self.dtype, mode="r", shape=(len(self),)))
+        return np.asarray(np.memmap(self.folder / "tokens.bin", self.dtype, "r", shape=(len(self),)))
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -79,6 +131,14 @@ class TokenStore:
         return self.tokens[begin:end]
 
 
+def _read(folder: Path) -> tuple[TokenStore, bool]:
+    store = TokenStore(folder)
+    tokens = store.sums["tokens.bin"]
+    tokens.verify(folder / "tokens.bin", max(0, tokens.size - VERIFIED_AT_ONCE))
+    store.sums["documents.bin"].verify(folder / "documents.bin")
+    return store, store.whole
+
+
 def open_store(
     source: TextSource,
     encoder: TextEncoder,
@@ -88,92 +148,64 @@ def open_store(
 ) -> TokenStore:
     """Returns at least so many tokens of a source (None: all), or of its held-out (fraction, seed) of documents."""
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
-    folder = cache_folder(
-        settings.cache_dir, {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
-    )
+    key = {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
+    folder = cache_folder(settings.cache_dir, key)
 
-    def write(store: TokenStore | None) -> tuple[TokenStore, bool]:
-        _extend(folder, store, source, encoder, settings, tokens, held_out)
+    def extend(store: TokenStore | None) -> tuple[TokenStore, bool]:
+        """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
+        done = 0 if store is None else len(store)
+        estimates = [tokens, None if source.size is None else source.size // BYTES_PER_TOKEN]
+        expected = min((count for count in estimates if count is not None), default=None)
+        needed, free = ((expected or done) - done) * encoder.dtype.itemsize, shutil.disk_usage(folder.parent).free
+        if needed > free:
+            takes = f"its tokens take about {needed / 1e9:,.1f} GB in {folder.parent}"
+            ways = "set cache_dir to another disk, train for fewer steps, or read it as it comes (streaming=true)"
+            raise UserError(f"{source.name}: {takes}, and the disk has {free / 1e9:,.1f} GB free; {ways}")
+        rows = source.rows if source.size is not None and source.size <= SMALL else spread(source.rows)
+        if store is None:
+            tally, characters, sums = Tally(), 0, {name: Checksums() for name in ("tokens.bin", "documents.bin")}
+        else:
+            tally, characters, sums = store.tally, store.meta["characters"], store.sums
+            rows.load_state_dict(store.meta["position"])
+        texts = source.texts(tally, settings.allow_dropped, rows)
+        if held_out is not None:
+            texts = (text for text in texts if is_held_out(text, *held_out))
+        size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
+        ended = False
+
+        def batches() -> Iterator[list[str]]:
+            nonlocal ended
+            while batch := take_texts(texts, size):
+                yield batch
+                if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
+                    return
+            ended = True
+
+        folder.mkdir(exist_ok=True)
+        bar = tqdm(None, f"tokenizing {source.name}", expected, initial=done, unit="tok", unit_scale=1, disable=None)
+        with bar, (folder / "tokens.bin").open("ab") as ids, (folder / "documents.bin").open("ab") as documents:
+            files = {"tokens.bin": ids, "documents.bin": documents}
+            for name, file in files.items():
+                file.truncate(sums[name].size)  # what an interrupted extension wrote
+            for batch in map_batches(encoder.encode, batches(), settings.num_proc):
+                table = np.empty(len(batch.lengths), DOCUMENT)
+                table["tokens"], table["hash"] = batch.lengths, batch.hashes
+                for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
+                    data = array.tobytes()
+                    files[name].write(data)
+                    sums[name].update(data)
+                characters += batch.characters
+                bar.update(len(batch.tokens))
+            bar.total = bar.n  # what was expected was a guess
+        tally.check(source.name, settings.allow_dropped)
+        meta = {"name": source.name, "dtype": encoder.dtype.name, "characters": characters}
+        meta |= {"documents": tally.documents, "dropped": dict(tally.dropped)}
+        meta |= {"position": None if ended else rows.state_dict()}
+        meta |= {"files": {name: checksums.record() for name, checksums in sums.items()}}
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
         longer = TokenStore(folder, fresh=True)
         return longer, longer.whole
 
-    store, _ = open_cached(folder, source.name, tokens, _read, write)
+    store, _ = open_cached(folder, source.name, tokens, _read, extend)
     store.tally.check(source.name, settings.allow_dropped)
     return store
-
-
-def _read(folder: Path) -> tuple[TokenStore, bool]:
-    store = TokenStore(folder)
-    tokens = store.sums["tokens.bin"]
-    tokens.verify(folder / "tokens.bin", max(0, tokens.size - VERIFIED_AT_ONCE))
-    store.sums["documents.bin"].verify(folder / "documents.bin")
-    return store, store.whole
-
-
-def _extend(
-    folder: Path,
-    store: TokenStore | None,
-    source: TextSource,
-    encoder: TextEncoder,
-    settings: DataSettings,
-    tokens: int | None,
-    held_out: tuple[float, int] | None,
-) -> None:
-    """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
-    done = 0 if store is None else len(store)
-    estimates = [tokens, None if source.size is None else source.size // BYTES_PER_TOKEN]
-    expected = min((count for count in estimates if count is not None), default=None)
-    needed, free = ((expected or done) - done) * encoder.dtype.itemsize, shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise UserError(
-            f"{source.name}: its tokens take about {needed / 1e9:,.1f} GB in {folder.parent}, and the disk has "
-            f"{free / 1e9:,.1f} GB free; set cache_dir to another disk, train for fewer steps, or read it as it comes "
-            "(streaming=true)"
-        )
-    rows = source.rows if source.size is not None and source.size <= SMALL else spread(source.rows)
-    if store is None:
-        tally, characters, sums = Tally(), 0, {name: Checksums() for name in ("tokens.bin", "documents.bin")}
-    else:
-        tally, characters, sums = store.tally, store.meta["characters"], store.sums
-        rows.load_state_dict(store.meta["position"])
-    texts = source.texts(tally, settings.allow_dropped, rows)
-    if held_out is not None:
-        texts = (text for text in texts if is_held_out(text, *held_out))
-    size = BATCH_CHARACTERS if tokens is None else min(BATCH_CHARACTERS, tokens * MOST_BYTES_PER_TOKEN)
-    ended = False
-
-    def batches() -> Iterator[list[str]]:
-        nonlocal ended
-        while batch := take_texts(texts, size):
-            yield batch
-            if tokens is not None and sums["tokens.bin"].size >= tokens * encoder.dtype.itemsize:
-                return
-        ended = True
-
-    folder.mkdir(exist_ok=True)
-    bar = tqdm(desc=f"tokenizing {source.name}", total=expected, initial=done, unit="tok", unit_scale=1, disable=None)
-    with bar, (folder / "tokens.bin").open("ab") as ids, (folder / "documents.bin").open("ab") as documents:
-        files = {"tokens.bin": ids, "documents.bin": documents}
-        for name, file in files.items():
-            file.truncate(sums[name].size)  # what an interrupted extension wrote
-        for batch in map_batches(encoder.encode, batches(), settings.num_proc):
-            table = np.empty(len(batch.lengths), DOCUMENT)
-            table["tokens"], table["hash"] = batch.lengths, batch.hashes
-            for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
-                data = array.tobytes()
-                files[name].write(data)
-                sums[name].update(data)
-            characters += batch.characters
-            bar.update(len(batch.tokens))
-        bar.total = bar.n  # what was expected was a guess
-    tally.check(source.name, settings.allow_dropped)
-    meta = {
-        "name": source.name,
-        "dtype": encoder.dtype.name,
-        "characters": characters,
-        "documents": tally.documents,
-        "dropped": dict(tally.dropped),
-        "position": None if ended else rows.state_dict(),
-        "files": {name: checksums.record() for name, checksums in sums.items()},
-    }
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")

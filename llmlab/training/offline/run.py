@@ -22,8 +22,8 @@ from trl import SFTConfig
 from llmlab.data import samples as store
 from llmlab.data.chat.makers import IDS, PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows, RowsReport, build_rows
-from llmlab.data.hashing import text_hash
 from llmlab.data.samples import Prompt, Sample, group_samples
+from llmlab.data.splits import text_hash
 from llmlab.inference import context_length, end_tokens, generate_tokens
 from llmlab.runs.failures import record_failures
 from llmlab.runs.progress import ProgressLine, quiet_libraries

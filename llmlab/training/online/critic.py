@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmlab.runs.shards import gather, scatter
+from llmlab.runs._trl import gather, scatter
 
 FILE = "critic.safetensors"
 

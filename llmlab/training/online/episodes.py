@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmlab.episodes import NO_TURN, Episode, Task, play
 from llmlab.settings.errors import UserError, did_you_mean
-from llmlab.simulator.curriculum import Curriculum
+from llmlab.simulator.tasks import Curriculum
 
 Factories = Mapping[str | None, Callable[[], Any]]
 """Makes environments, by the name in a row's column `environment`; None is the one of all rows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmlab.adapters import lora_config
-from llmlab.data import load_tokenizer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
 from llmlab.rewards.loading import locate_rewards

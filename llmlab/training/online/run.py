@@ -14,19 +14,17 @@ from transformers import TrainerCallback
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import Rows
 from llmlab.episodes import check_template
-from llmlab.rewards.compose import ComposedReward, compose
-from llmlab.rewards.environment import environment_reward
+from llmlab.rewards.compose import ComposedReward, compose, environment_reward
 from llmlab.rewards.function import Reward
 from llmlab.rewards.loading import may_run_code
 from llmlab.runs.callbacks import ProcessState
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
-from llmlab.runs.resume import changed_by
 from llmlab.runs.run import Run
-from llmlab.runs.start import S
+from llmlab.runs.start import S, changed_by
 from llmlab.settings.errors import UserError
-from llmlab.simulator.curriculum import Curriculum
-from llmlab.simulator.loading import load_environment
+from llmlab.simulator.environment import load_environment
+from llmlab.simulator.tasks import Curriculum
 from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]

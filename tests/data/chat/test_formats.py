@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.chat.formats import FORMATS, PLAIN_TEXT, label_column, recognize, to_messages, transcript_messages
+from llmlab.data.chat.conversations import (
+    FORMATS,
+    PLAIN_TEXT,
+    label_column,
+    recognize,
+    to_messages,
+    transcript_messages,
+)
 from llmlab.data.chat.messages import ROLES, UnusableRow
 from llmlab.settings.errors import UserError
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.chat.conversations import load_conversations
-from llmlab.data.chat.formats import FORMATS, recognize, to_pair
+from llmlab.data.chat.conversations import FORMATS, load_conversations, recognize, to_pair
 from llmlab.data.chat.messages import ROLES, UnusableRow
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource

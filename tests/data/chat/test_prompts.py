@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmlab.data.chat.formats import recognize
+from llmlab.data.chat.conversations import recognize
 from llmlab.data.chat.makers import PromptEncoder, decode_prompts
 from llmlab.data.chat.rows import build_rows
 from llmlab.settings.data import DataSettings, DataSource
@@ -18,8 +18,8 @@ AGAIN = {"role": "user", "content": "Sure?"}
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    from llmlab.data import learn_bpe, load_tokenizer
     from llmlab.data.chat.rendering import add_chat_template
+    from llmlab.data.tokenizer import learn_bpe, load_tokenizer
 
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "What is 2 + 2? Be brief. Sure?"}\n' * 20)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.demo.world import ANIMALS, BREAKS, NUMBERS, PEOPLE
+from llmlab.data.demo.stories import PEOPLE, WORLD
 from llmlab.settings.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_every_slot_is_filled_and_articles_agree(corpus):
 
 
 def test_sums_come_out_right(corpus):
-    number = {word: value for value, word in enumerate(NUMBERS)}
+    number = {word: value for value, word in enumerate(WORLD["numbers"])}
     total = r"had (\w+) \w+ in a basket|In \w+ bag \w+ had (\w+) \w+\."
     given = r'"Take (\w+) of my|said \w+ and gave \w+ (\w+)\.'
     left = r"and \w+ had (\w+)\.|counted what was left: (\w+)\."
@@ -64,7 +64,7 @@ def test_sums_come_out_right(corpus):
 
 
 def test_people_keep_their_pronouns(corpus):
-    pronoun = {person.name: person.she for person in PEOPLE}
+    pronoun = {person["name"]: person["she"] for person in PEOPLE}
     said = re.findall(r'So (\w+) went home. "I am sorry," (she|he) said', " ".join(corpus))
     assert len(said) > 50
     assert all(pronoun[name] == word for name, word in said)
@@ -72,11 +72,11 @@ def test_people_keep_their_pronouns(corpus):
 
 def test_the_right_tool_and_the_right_food(corpus):
     text = " ".join(corpus)
-    tools = {item.thing: item.tool for item in BREAKS}
+    tools = {item["thing"]: item["tool"] for item in WORLD["breaks"]}
     needs = re.findall(r"The (\w+) needs ([\w ]+)\.", text)
     assert needs
     assert all(tools[thing] == tool for thing, tool in needs)
-    foods = {animal.animal: animal.food for animal in ANIMALS}
+    foods = {animal["pet"]: animal["food"] for animal in WORLD["animals"]}
     likes = re.findall(r'"An? (\w+) likes ([\w ]+),"', text)
     assert likes
     assert all(foods[animal] == food for animal, food in likes)

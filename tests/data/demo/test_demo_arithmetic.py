@@ -40,7 +40,7 @@ def corpus():
 def test_a_corpus_is_its_name(corpus):
     assert rows(size="300kB") == corpus
     assert rows(size="300kB", seed=1) != corpus
-    assert sum(shard.size for shard in demo_shards("demo/arithmetic")) == CORPORA["arithmetic"].default_bytes
+    assert sum(shard.size for shard in demo_shards("demo/arithmetic")) == CORPORA["arithmetic"][1]
 
 
 def test_splits_share_no_problem_in_any_wording_or_order(corpus):

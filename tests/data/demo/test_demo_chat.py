@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
-from llmlab.data.demo.chat import PLANS, follows
+from llmlab.data.demo.chat import PLANS
 from llmlab.data.sources import load_text
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -50,7 +50,7 @@ def test_a_corpus_is_its_name(corpus):
 def test_size_is_what_was_asked_for(corpus):
     size = sum(len(message["content"]) for row in corpus for message in row["messages"])
     assert size == pytest.approx(1e6, rel=0.1)
-    assert sum(shard.size for shard in demo_shards("demo/chat")) == CORPORA["chat"].default_bytes
+    assert sum(shard.size for shard in demo_shards("demo/chat")) == CORPORA["chat"][1]
 
 
 def test_splits_share_no_request(corpus):
@@ -75,11 +75,11 @@ def test_every_slot_is_filled(corpus):
     assert text.isascii()
 
 
-def test_every_answer_follows_its_instruction(requests):
+def test_every_answer_follows_its_instruction(requests, follows):
     assert [messages for messages in requests if not follows(messages)] == []
 
 
-def test_an_answer_to_something_else_does_not(requests):
+def test_an_answer_to_something_else_does_not(requests, follows):
     """Answers moved to another conversation's request, which may take one by chance: the same spot, or color."""
     moved = [
         [*messages[:-1], other[-1]]
@@ -127,15 +127,8 @@ STORY = "Tell me a story about a fox named Tim who wants to whistle."
         (talk("Say hello to Mia and Tom.", "Good night, Mia and Tom!"), False),
     ],
 )
-def test_what_is_a_good_answer(messages, good):
+def test_what_is_a_good_answer(messages, good, follows):
     assert follows(messages) is good
-
-
-def test_a_request_of_another_kind_is_no_verdict():
-    with pytest.raises(ValueError, match="like no request of demo/chat: Sing"):
-        follows(talk("Sing!", "La la la"))
-    with pytest.raises(ValueError, match="no request before"):
-        follows([{"role": "assistant", "content": "Hello!"}])
 
 
 def test_the_words_are_those_of_the_stories(corpus):

@@ -12,7 +12,6 @@ from llmlab.data.demo.preferences import (
     FAILURES,
     answer_something_else,
     break_off,
-    faults,
     go_on,
     name_somebody_else,
     repeat,
@@ -43,7 +42,7 @@ def corpus():
 def test_a_corpus_is_its_name(corpus):
     assert rows(size="500kB") == corpus
     assert rows(size="500kB", seed=1) != corpus
-    assert sum(shard.size for shard in demo_shards("demo/preferences")) == CORPORA["preferences"].default_bytes
+    assert sum(shard.size for shard in demo_shards("demo/preferences")) == CORPORA["preferences"][1]
 
 
 def test_splits_share_no_request_nor_does_what_was_learned_from_demo_chat(corpus):
@@ -53,16 +52,16 @@ def test_splits_share_no_request_nor_does_what_was_learned_from_demo_chat(corpus
     assert not held & {asked(row) for row in rows("demo/chat", size="500kB")}
 
 
-def test_the_chosen_answer_is_without_fault_and_the_rejected_one_is_not(corpus):
+def test_the_chosen_answer_is_without_fault_and_the_rejected_one_is_not(corpus, find_faults):
     for row in corpus:
         prompt = row["prompt"]
         assert prompt[-1]["role"] == "user"
-        assert faults([*prompt, *row["chosen"]]) == ()
-        assert faults([*prompt, *row["rejected"]])
+        assert find_faults([*prompt, *row["chosen"]]) == ()
+        assert find_faults([*prompt, *row["rejected"]])
 
 
-def test_failures_are_of_several_kinds(corpus):
-    found = Counter(fault for row in corpus for fault in faults([*row["prompt"], *row["rejected"]]))
+def test_failures_are_of_several_kinds(corpus, find_faults):
+    found = Counter(fault for row in corpus for fault in find_faults([*row["prompt"], *row["rejected"]]))
     assert set(found) == {"does not do what was asked", "breaks off", "repeats itself", "is too long"}
     assert min(found.values()) > 0.1 * len(corpus)
     assert sum(share for share, _ in FAILURES) == 100
@@ -112,8 +111,8 @@ TOLD = "Tim was a little fox. He learned to whistle."
         (STORY, f"{TOLD} {'He went on and on ' * 40}home.", ("is too long",)),
     ],
 )  # fmt: skip
-def test_faults(request_, answer, expected):
-    assert faults([{"role": "user", "content": request_}, {"role": "assistant", "content": answer}]) == expected
+def test_faults(request_, answer, expected, find_faults):
+    assert find_faults([{"role": "user", "content": request_}, {"role": "assistant", "content": answer}]) == expected
 
 
 def test_ways_to_fail():
@@ -128,8 +127,3 @@ def test_ways_to_fail():
         assert answer_something_else(random, prompt, answer, other) == other
         assert go_on(random, prompt, answer, other) == f"{answer} {other}"
     assert name_somebody_else(Random(0), prompt, "It was red.", other) == "It was red."  # a way that does not spoil it
-
-
-def test_a_request_of_another_kind_is_no_verdict():
-    with pytest.raises(ValueError, match="like no request of demo/chat: Sing"):
-        faults([{"role": "user", "content": "Sing!"}, {"role": "assistant", "content": "La."}])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from llmlab.data import build_corpus
 from llmlab.data.text import corpus as corpus_module
 from llmlab.data.text import packing
 from llmlab.data.text import store as store_module
+from llmlab.data.text.corpus import build_corpus
 from llmlab.settings.errors import UserError
 
 LENGTH = 64
@@ -33,10 +33,10 @@ def pages(tmp_path):
     return str(path)
 
 
-def test_two_sources_two_to_one(make_settings, tokenizer, play, pages):
+def test_two_sources_two_to_one(make_settings, tokenizer, play, pages, sample_id):
     settings = make_settings({"name": play, "weight": 2}, pages, validation_fraction=0.1)
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=960)
-    ids = [corpus.train.sample_id(i) for i in range(len(corpus.train))]
+    ids = [sample_id(corpus.train, i) for i in range(len(corpus.train))]
     assert Counter(name.rpartition(":")[0] for name in ids) == {play: 640, pages: 320}
     assert all(corpus.train[i]["input_ids"].shape == (LENGTH,) for i in range(0, 960, 97))
     first, second = corpus.report.sources
@@ -87,11 +87,11 @@ def test_the_same_settings_give_the_same_rows(make_settings, tokenizer, play, pa
     assert rows(1) == rows(1) != rows(2)
 
 
-def test_named_validation_data_leaves_training_whole(make_settings, tokenizer, play, pages):
+def test_named_validation_data_leaves_training_whole(make_settings, tokenizer, play, pages, sample_id):
     settings = make_settings(play, validation_datasets=[pages])
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, validation_rows=5)
     assert len(corpus.validation) == 5
-    assert corpus.validation.sample_id(0).startswith(pages)
+    assert sample_id(corpus.validation, 0).startswith(pages)
     assert corpus.report.sources[0].held_out == "nothing"
     whole = build_corpus(make_settings(play, validation_fraction=0), tokenizer, max_seq_len=LENGTH)
     assert whole.validation is None
@@ -112,11 +112,11 @@ def test_a_folder_brings_its_own_validation(make_settings, tokenizer, tmp_path):
         assert corpus.report.sources[0].held_out == "its own validation split"
 
 
-def test_streaming_gives_the_same_kind_of_corpus(make_settings, tokenizer, pages):
+def test_streaming_gives_the_same_kind_of_corpus(make_settings, tokenizer, pages, sample_id):
     settings = make_settings({"name": "demo/stories", "weight": 3}, pages, streaming=True, validation_fraction=0.2)
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, validation_rows=12)
     rows = list(itertools.islice(corpus.train, 64))
-    assert sum("stories" in corpus.train.sample_id(i) for i in range(64)) == 48
+    assert sum("stories" in sample_id(corpus.train, i) for i in range(64)) == 48
     assert all(row["input_ids"].shape == (LENGTH,) for row in rows)
     assert len(corpus.validation) == 12
     assert corpus.report.sources[1].record()["documents"] > 100  # read so far
@@ -174,7 +174,9 @@ def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer,
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05])
-def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tmp_path, small_windows, fraction):
+def test_a_longer_run_sees_the_same_rows_first(
+    make_settings, tokenizer, web, tmp_path, small_windows, fraction, sample_id
+):
     (tmp_path / "shop.jsonl").write_text(
         "".join(json.dumps({"text": f"Side {i} of it. " * 9}) + "\n" for i in range(90))
     )
@@ -188,7 +190,7 @@ def test_a_longer_run_sees_the_same_rows_first(make_settings, tokenizer, web, tm
     assert [corpus.report.sources[0].whole for corpus in (first, second, third)] == [False, False, True]
     assert rows_of(first.train) == rows_of(again.train) == rows_of(second.train)[:90]
     assert rows_of(second.train) == rows_of(third.train)[:400]
-    ids = [name for name in map(second.train.sample_id, range(400)) if name.startswith(web)]
+    ids = [name for name in (sample_id(second.train, row) for row in range(400)) if name.startswith(web)]
     assert len(set(ids)) == len(ids) == pytest.approx(300, abs=2)  # not one window again and again
     if fraction:
         held = [sorted(rows_of(corpus.validation)) for corpus in (first, second, third)]

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.text.encoding import TextEncoder
+from llmlab.data.text.store import TextEncoder
 from llmlab.data.tokenizer import QWEN_PATTERN
 
 EOS = "<eos>"

@@ -12,9 +12,8 @@ from llmlab.data import cache
 from llmlab.data import workers as workers_module
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
-from llmlab.data.text.encoding import TextEncoder
 from llmlab.data.text.packing import PackedRows, as_example, hold_out
-from llmlab.data.text.store import open_store
+from llmlab.data.text.store import TextEncoder, open_store
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 
@@ -51,7 +50,6 @@ def test_rows_are_the_documents_each_ended_by_eos(open_, tokenizer):
     assert example["input_ids"].tolist() == expected[3 * 128 : 4 * 128]
     assert torch.equal(example["input_ids"], example["labels"])
     assert example["input_ids"].dtype == torch.int64
-    assert rows.sample_id(3) == "stories:3"
     assert store.documents["tokens"].sum() == len(expected) == len(store)
     with pytest.raises(IndexError):
         rows.row(len(rows))

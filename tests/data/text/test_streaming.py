@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llmlab.data.hashing import is_held_out
 from llmlab.data.sources import Tally, TextSource, load_text
-from llmlab.data.text import streaming
-from llmlab.data.text.encoding import TextEncoder
-from llmlab.data.text.streaming import Reader, RowStream
+from llmlab.data.splits import is_held_out
+from llmlab.data.text import packing as streaming
+from llmlab.data.text.packing import Reader, RowStream
+from llmlab.data.text.store import TextEncoder
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 
@@ -173,14 +173,14 @@ def test_the_next_pass_takes_the_shards_in_another_order(make, source):
     assert stream.state_dict()["sources"][0]["epoch"] >= 2
 
 
-def test_proportions_hold_on_counts(make, tokenizer):
+def test_proportions_hold_on_counts(make, tokenizer, sample_id):
     rows = take(make(weights=[2.0, 1.0]), 640)
     from_table = sum(
         "of the table" in texts_of([row], tokenizer) or "many" in texts_of([row], tokenizer) for row in rows
     )
     assert from_table == pytest.approx(640 / 3, abs=15)
     stream = make(weights=[3.0, 1.0])
-    names = [stream.sample_id(i) for i in range(640)]
+    names = [sample_id(stream, i) for i in range(640)]
     assert sum(name.startswith("table") for name in names) == 160
     assert len(set(names)) == 640
 
@@ -203,7 +203,7 @@ def test_processes_share_the_documents(make, arrow_source, world_size):
     assert sorted(itertools.chain(*shares)) == sorted(row["text"] for row in arrow_source.rows)
 
 
-def test_each_process_resumes_its_own_share(make):
+def test_each_process_resumes_its_own_share(make, sample_id):
     for rank in range(2):
         whole = take(make(rank=rank, world_size=2), 300)
         stream = make(rank=rank, world_size=2)
@@ -211,7 +211,7 @@ def test_each_process_resumes_its_own_share(make):
         resumed = make(rank=rank, world_size=2)
         resumed.load_state_dict(stream.state_dict())
         assert take(resumed, 170) == whole[130:]
-        assert stream.sample_id(0).partition(":")[0].endswith(f"@{rank}")
+        assert sample_id(stream, 0).partition(":")[0].endswith(f"@{rank}")
 
 
 def test_held_out_documents_are_never_trained_on(make, arrow_source):

@@ -13,7 +13,7 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.simulator.curriculum import Curriculum
+from llmlab.simulator.tasks import Curriculum
 from llmlab.training.online import episodes as rollouts
 from llmlab.training.online.grpo import grpo
 from llmlab.training.online.ppo import ppo
@@ -59,8 +59,7 @@ def turn(name):
 @pytest.fixture(scope="module")
 def levers(tmp_path_factory, tokenizer_folder):
     """A policy that pulls either lever, an environment in which one is worth something, and prompts."""
-    from llmlab.simulator.environment import schemas_of
-    from llmlab.simulator.loading import load_environment
+    from llmlab.simulator.environment import load_environment, schemas_of
 
     folder = tmp_path_factory.mktemp("levers")
     base = make_base(tokenizer_folder, folder / "base", max_seq_len=1024, d_model=48)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
-from llmlab.data import load_tokenizer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.model import load_model
 from llmlab.rewards import Reward
 from llmlab.runs.record import read_metrics, read_record

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.data import load_tokenizer
 from llmlab.data.chat.makers import PreferenceEncoder
 from llmlab.data.chat.rows import build_rows
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.inference import load_for_inference
 from llmlab.rewards.compose import compose
 from llmlab.settings.data import DataSettings, DataSource

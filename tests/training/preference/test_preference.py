@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from llmlab.data import load_tokenizer
+from llmlab.data.tokenizer import load_tokenizer
 from llmlab.model import load_classifier, load_model
 from llmlab.optim.sophia import Sophia, estimate_hessian
 from llmlab.rewards import RewardModel
@@ -262,7 +262,7 @@ def test_a_named_reference_is_used_and_must_share_the_vocabulary(
             tokens += ids.shape[1] - len(prompt)
     assert logged(result.folder, "kl")[0] == pytest.approx(ratio / tokens, abs=1e-5)  # nats a token
     assert logged(result.folder, "completion_length")[0] == pytest.approx(tokens / 16)
-    from llmlab.data import learn_bpe
+    from llmlab.data.tokenizer import learn_bpe
     from llmlab.settings.data import DataSource
 
     other = tmp_path / "other"

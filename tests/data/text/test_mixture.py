@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.mixture import Mixture, Schedule
+from llmlab.data.text.packing import Mixture, Schedule
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=12)
 
@@ -24,9 +24,6 @@ class Numbered:
 
     def row(self, index):
         return np.full(self.length, index)
-
-    def sample_id(self, index):
-        return f"{self.name}:{index}"
 
 
 @given(WEIGHTS, st.integers(0, 5), st.integers(0, 3000))
@@ -52,14 +49,14 @@ def test_rows_of_a_source_are_counted_up_without_gaps(weights, seed, start):
     assert np.array_equal(counts, schedule.counts(start + 200))
 
 
-def test_two_to_one_is_two_thirds_and_one_third():
+def test_two_to_one_is_two_thirds_and_one_third(sample_id):
     counts = Schedule([2.0, 1.0], seed=42).counts(64 * 300)
     assert counts.tolist() == [12_800, 6_400]
     assert Schedule([3.0, 1.0], seed=42).counts(1024).tolist() == [768, 256]
     mixture = Mixture([Numbered("a", 50), Numbered("b", 50)], [2.0, 1.0], seed=42, length=1920)
     tokens = Counter()
     for index in range(len(mixture)):
-        tokens[mixture.sample_id(index)[0]] += mixture[index]["input_ids"].numel()
+        tokens[sample_id(mixture, index)[0]] += mixture[index]["input_ids"].numel()
     assert tokens == {"a": 1280 * 4, "b": 640 * 4}
 
 
@@ -71,9 +68,9 @@ def test_every_pass_over_a_source_is_whole_and_shuffled_anew():
     assert mixture.epochs() == [3.0]
 
 
-def test_an_epoch_shows_every_row_of_every_source():
+def test_an_epoch_shows_every_row_of_every_source(sample_id):
     mixture = Mixture([Numbered("large", 900), Numbered("small", 70)], [1.0, 2.0], seed=7)
-    ids = Counter(mixture.sample_id(i) for i in range(len(mixture)))
+    ids = Counter(sample_id(mixture, i) for i in range(len(mixture)))
     assert len(ids) == 970
     assert len(mixture) % mixture.schedule.block == 0
     large, small = mixture.epochs()
@@ -84,18 +81,18 @@ def test_an_epoch_shows_every_row_of_every_source():
     assert len(Mixture([Numbered("only", 17)], [1.0], seed=7)) == 17
 
 
-def test_a_longer_run_begins_like_a_shorter_one():
+def test_a_longer_run_begins_like_a_shorter_one(sample_id):
     def ids(length, start=0):
         mixture = Mixture([Numbered("a", 30), Numbered("b", 200)], [1.0, 1.5], seed=3, length=length)
-        return [mixture.sample_id(i) for i in range(start, length)]
+        return [sample_id(mixture, i) for i in range(start, length)]
 
     assert ids(1000)[:400] == ids(400)
     assert ids(1000, start=700) == ids(1000)[700:]  # without having been at what is before
 
 
-def test_seeds_differ_and_mixtures_travel():
+def test_seeds_differ_and_mixtures_travel(sample_id):
     def ids(mixture):
-        return [mixture.sample_id(i) for i in range(len(mixture))]
+        return [sample_id(mixture, i) for i in range(len(mixture))]
 
     sources = [Numbered("a", 30), Numbered("b", 30)]
     first = Mixture(sources, [1, 1], seed=1)
