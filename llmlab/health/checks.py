@@ -11,7 +11,7 @@ from operator import itemgetter
 from statistics import fmean, median, pstdev
 from typing import Any
 
-from llmlab.health.symptoms import Event, load_table
+from llmlab.health.symptoms import Event, Symptom, load_table
 from llmlab.settings.files import is_number
 
 Curve = list[tuple[int, float]]
@@ -139,7 +139,7 @@ def perplexity_low(curves: Curves, metric: str, limit: float) -> Found:
     seen, new = math.exp(level(losses)), values[-1][1]
     if seen >= limit or new <= 2 * seen or new <= limit or new <= 1.02 * min(value for _, value in values):
         return None
-    return f"{seen:.3g} on training data, {new:.3g} on validation data", _best(values, -1)[0] + 1
+    return f"{seen:.3g} on training data, {new:.3g} on validation data", min(values, key=itemgetter(1))[0] + 1
 
 
 def entropy_collapse(curves: Curves, metric: str, limit: float) -> Found:
@@ -187,7 +187,7 @@ def length_out_of_range(curves: Curves, metric: str, limit: float) -> Found:
 def overfitting(curves: Curves, metric: str, limit: float) -> Found:
     """Two evaluations are above the best one, while the training loss went on to fall."""
     curve, losses = curves[metric], curves.get("loss", [])
-    step, best = _best(curve, -1)
+    step, best = min(curve, key=itemgetter(1))
     before, after = ([point for point in losses if (point[0] <= step) == early] for early in (True, False))
     rises = all(value > best + limit * abs(best) for _, value in curve[-2:])
     if len(curve) < FEW or not rises or not before or not after or level(after) >= level(before):
@@ -254,42 +254,7 @@ def source_hard(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
 
 
-@dataclass(frozen=True)
-class Check:
-    """A symptom, the metrics that show it (patterns), the function that finds it, and the stages where it means it."""
-
-    symptom: str
-    metrics: tuple[str, ...]
-    find: Callable[[Curves, str, float], Found]
-    online: bool | None = None
-
-
-CHECKS = (
-    Check("loss_rising", ("loss",), loss_rising, online=False),
-    Check("loss_spike", ("loss",), loss_spike, online=False),
-    Check("gradient_norm_high", ("grad_norm",), gradient_norm_high),
-    Check("gradient_norm_exploding", ("grad_norm",), gradient_norm_exploding),
-    Check("value_loss_exploding", ("value_loss",), value_loss_exploding),
-    Check("kl_high", ("kl",), kl_high),
-    Check("kl_too_high", ("kl",), kl_high),
-    Check("perplexity_high", ("eval_perplexity",), perplexity_high),
-    Check("perplexity_low", ("eval_perplexity",), perplexity_low),
-    Check("entropy_collapse", ("entropy",), entropy_collapse, online=True),
-    Check("diversity_falling", ("reward/distinct_n*", "gate/distinct_n*"), fall),
-    Check("repetition", ("reward/repetition_penalty*", "gate/repetition_penalty*", "gate/self_similarity*"), fall),
-    Check("gate_regression", ("gate/*",), fall),
-    Check("reward_hacking", ("gate/*",), reward_hacking, online=True),
-    Check("length_out_of_range", ("completion_length",), length_out_of_range, online=True),
-    Check("overfitting", ("eval_loss",), overfitting, online=False),
-    Check("underfitting", ("loss",), underfitting, online=False),
-    Check("reward_flat", ("reward",), reward_flat, online=True),
-    Check("groups_alike", ("zero_variance_share",), groups_alike, online=True),
-    Check("win_rate_flat", ("eval_win_rate",), win_rate_flat, online=False),
-    Check("source_dead", ("loss/*", "eval_loss/*"), source_dead),
-    Check("source_hard", ("loss/*", "eval_loss/*"), source_hard),
-)
 NOT_FINITE = ("loss", "eval_loss")  # a gradient norm is judged before it is logged, and a loss scaler may go on
-LIMIT_OF = {"reward_hacking": "gate_regression"}
 
 
 @dataclass
@@ -313,17 +278,18 @@ class Watch:
             if name != "learning_rate" or not curve or line[name] > curve[-1][1]:  # of which only the peak counts
                 curve.append((step, float(line[name])))
         events = [not_finite(step, name, line[name]) for name in NOT_FINITE if name in line and name not in names]
-        for check in CHECKS:
-            limit = self.limits.get(LIMIT_OF.get(check.symptom, check.symptom))
-            if limit is None or check.online not in (None, self.stage in ONLINE):
+        for symptom in load_table()[0].values():
+            limit = self.limits.get(symptom.limit or symptom.name)
+            if limit is None or symptom.online not in (None, self.stage in ONLINE):
                 continue
             for name in names:
-                if any(fnmatchcase(name, pattern) for pattern in check.metrics):
-                    events += self._follow(check, name, limit)
+                if any(fnmatchcase(name, pattern) for pattern in symptom.metrics):
+                    events += self._follow(symptom, name, limit)
         return events
 
-    def _follow(self, check: Check, metric: str, limit: float) -> Iterable[Event]:
-        found, key = check.find(self.curves, metric, limit), (check.symptom, metric)
+    def _follow(self, symptom: Symptom, metric: str, limit: float) -> Iterable[Event]:
+        check: Callable[[Curves, str, float], Found] = globals()[symptom.check or symptom.name]  # a function above
+        found, key = check(self.curves, metric, limit), (symptom.name, metric)
         if found is None:
             lines = self.ongoing.pop(key, WINDOW) + 1
             self.ongoing |= {key: lines} if lines < WINDOW else {}
@@ -331,9 +297,8 @@ class Watch:
         begins = key not in self.ongoing
         self.ongoing[key] = 0
         if begins:
-            symptom, (step, value) = load_table()[0][check.symptom], self.curves[metric][-1]
-            message = f"{symptom.title} ({metric}): {found[0]}"
-            yield Event(step, check.symptom, metric, value, message, symptom.severity, since=found[1])
+            (step, value), message = self.curves[metric][-1], f"{symptom.title} ({metric}): {found[0]}"
+            yield Event(step, symptom.name, metric, value, message, symptom.severity, since=found[1])
 
 
 def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:
@@ -352,10 +317,6 @@ def not_finite(step: int, metric: str, value: Any) -> Event:
     value = value if isinstance(value, float) else math.nan
     message = f"{metric} is {value} at step {step}"
     return Event(step, "loss_not_finite", metric, value, message, "critical", since=step)
-
-
-def _best(curve: Curve, sign: int) -> tuple[int, float]:
-    return max(curve, key=lambda point: sign * point[1])
 
 
 def _since(curve: Curve, limit: float, sign: int = 1) -> int:

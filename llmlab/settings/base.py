@@ -81,8 +81,16 @@ class Settings(BaseModel):
     sibling_classes: ClassVar[tuple[str, ...]] = ()
     """Classes (`module:name`) whose keys may stand in the same file; those that have no effect here are warned of."""
 
+    type_name: ClassVar[str] = "mapping"
+    """What errors and help call a value of this class."""
+
+    def __init_subclass__(cls, **facts: Any) -> None:
+        """Takes the above from a class's header."""
+        for name, value in facts.items():
+            setattr(cls, name, value)
+
     @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+    def __pydantic_init_subclass__(cls, **facts: Any) -> None:
         """Lets fields that only change a default keep their help."""
         for name, info in cls.model_fields.items():
             declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
@@ -210,7 +218,7 @@ def describe_type(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if is_group(annotation):
-        return getattr(annotation, "type_name", "mapping")
+        return annotation.type_name
     names = {str: "text", bool: "true | false", types.NoneType: "none"}
     return names.get(annotation, annotation.__name__)
 

@@ -2,7 +2,7 @@
 Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Simulator)"."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from annotated_types import Gt
 from pydantic import model_validator
@@ -13,10 +13,8 @@ IN_EPISODES = When("environment")
 SIMULATOR = "simulator"
 
 
-class RewardConfig(Settings):
+class RewardConfig(Settings, panel="Simulator"):
     """What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."""
-
-    panel: ClassVar[str] = "Simulator"
 
     task_complete: float = 10.0
     """Reward of an episode that reaches its task's goal."""
@@ -40,10 +38,8 @@ class RewardConfig(Settings):
     """Reward of a call that repeats the one before."""
 
 
-class EnvironmentSettings(Settings):
+class EnvironmentSettings(Settings, panel="Episodes"):
     """Where a policy acts."""
-
-    panel: ClassVar[str] = "Episodes"
 
     environment: str | dict[str, str] | None = None
     """Play episodes with tools in it: simulator, gymnasium:ID, openenv:URL, path/to/file.py:Class, or a mapping of

@@ -82,11 +82,9 @@ class EvaluateSettings(Settings):
     gates: Gates
 
 
-class GatesSettings(Settings):
+class GatesSettings(Settings, panel="Gates", resume=Resume.FREE):
     """Gates during training. Source: seed, RL guide, section 7, "Eval gates"."""
 
-    panel: ClassVar[str] = "Gates"
-    resume: ClassVar[Resume] = Resume.FREE
     writes_answers: ClassVar[bool] = True
 
     gates: Gates = []

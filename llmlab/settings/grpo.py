@@ -1,6 +1,6 @@
 """Settings of `llmlab grpo`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 from pydantic import model_validator
@@ -12,11 +12,10 @@ from llmlab.settings.rl import OnlineSettings, Temperature
 NO_VALUES = "GRPO compares completions with each other, and has no value function"
 
 
-class GRPOSettings(OnlineSettings):
+class GRPOSettings(OnlineSettings, panel="GRPO"):
     """Group relative policy optimization. Source: seed, LLM-Lab document, "GRPO"; arXiv:2402.03300."""
 
-    panel: ClassVar[str] = "GRPO"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         "vf_coef": NO_VALUES,
         "gamma": "a completion has one reward, at its end, for all of its tokens",
         **dict.fromkeys(("lam", "gae_lambda"), NO_VALUES),

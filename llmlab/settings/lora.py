@@ -1,6 +1,6 @@
 """LoRA adapters in the words of the LLM-Lab document; the RL guide's (`r`, `target_modules`) are accepted too."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import model_validator
@@ -10,11 +10,8 @@ from llmlab.settings.base import Alias, Settings, When
 ON = When("use_lora", True)
 
 
-class LoraSettings(Settings):
+class LoraSettings(Settings, panel="LoRA", inapplicable={"task_type": "it follows from the stage"}):
     """Source: seed, LLM-Lab document, "LoRA Parameters"; RL guide, section 1 (its values are a preset)."""
-
-    panel: ClassVar[str] = "LoRA"
-    inapplicable: ClassVar[dict[str, str]] = {"task_type": "it follows from the stage"}
 
     use_lora: bool = False
     """Train low-rank adapters instead of all weights; any other LoRA option implies it."""

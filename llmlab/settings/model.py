@@ -3,7 +3,7 @@
 `llmlab.model.build_config` turns these settings into a Transformers configuration.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
@@ -15,13 +15,11 @@ ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu", "swiglu", "relu2")
 YARN = When("positional_encoding", "yarn")
 
 
-class ModelSettings(Settings):
+class ModelSettings(Settings, panel="Model"):
     """The decoder's shape; the defaults are Qwen2.5-0.5B's, about 494 million parameters.
 
     Source: seed, LLM-Lab document, "Model Configuration".
     """
-
-    panel: ClassVar[str] = "Model"
 
     tokenizer_name: Annotated[PathName, Reads("path")] = "Qwen/Qwen2.5-0.5B"
     """Tokenizer: a hub id, a folder, or a tokenizer.json file."""

@@ -1,7 +1,7 @@
 """Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
 Source: seed, RL guide, section 3, "AWR / RS-SFT"."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge, Gt
 from pydantic import model_validator
@@ -15,11 +15,10 @@ from llmlab.settings.rl import CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 
-class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings):
+class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings, panel="Samples"):
     """Learning from scored samples of the policy, drawn before training."""
 
-    panel: ClassVar[str] = "Samples"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "kl_weight": "samples are drawn once, and their rewards have no KL penalty",
         "streaming": "prompts are tokenized and measured before the first sample",
@@ -63,10 +62,8 @@ class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings):
         return self
 
 
-class RSSFTSettings(OfflineSettings):
+class RSSFTSettings(OfflineSettings, panel="RS-SFT"):
     """Rejection-sampled fine-tuning. Source: seed, RL guide, section 3; arXiv:2308.01825."""
-
-    panel: ClassVar[str] = "RS-SFT"
 
     output_dir: v.OutputDir = "rs_sft_checkpoints"
     top_p: v.TopP = 0.9
@@ -75,10 +72,8 @@ class RSSFTSettings(OfflineSettings):
     max_samples: Annotated[int | None, Gt(0)] = 20000
 
 
-class AWRSettings(OfflineSettings):
+class AWRSettings(OfflineSettings, panel="AWR"):
     """Advantage-weighted regression. Source: seed, RL guide, section 3; Peng et al. 2019 (arXiv:1910.00177)."""
-
-    panel: ClassVar[str] = "AWR"
 
     output_dir: v.OutputDir = "awr_checkpoints"
     num_samples_per_prompt: Annotated[int, Gt(0)] = 8

@@ -1,6 +1,6 @@
 """Settings of `llmlab pretrain`."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import model_validator
 
@@ -18,7 +18,7 @@ LORA_KEYS = ("task_type", *(name for setting in fields_of(LoraSettings) for name
 class PretrainSettings(TrainingSettings, TextDataSettings):
     """Pretraining on plain text. Source: seed, LLM-Lab document, "Base Training (Pretraining)"."""
 
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(LORA_KEYS, "pretraining updates all weights; adapters are for the stages after it"),
         **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "pretraining counts in steps: max_steps"),
         **dict.fromkeys(("save_every", "save_steps"), "checkpoints are saved at evaluations: eval_every"),

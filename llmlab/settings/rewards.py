@@ -1,7 +1,7 @@
 """What a completion is rewarded for: rewards in the form `name | weight`, or a mapping with their parameters.
 `llmlab.rewards` knows which rewards and parameters there are, and computes them."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from annotated_types import Gt, MinLen
 from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_validator
@@ -9,15 +9,13 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_val
 from llmlab.settings.base import Alias, Settings
 
 
-class RewardSettings(Settings):
+class RewardSettings(Settings, type_name="name | weight"):
     """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
 
     Every key that is none of these fields is a parameter of the reward.
 
     Source: seed, RL guide, section 3, "Reward Function Weights".
     """
-
-    type_name: ClassVar[str] = "name | weight"
 
     name: Annotated[str, MinLen(1)]
     """A reward of llmlab, or a function of your own: path/to/file.py:name."""
@@ -79,10 +77,8 @@ def as_list(value: Any) -> Any:
 SPELLINGS = Alias("reward_funcs", "reward_functions", "reward_weights")
 
 
-class RewardsSettings(Settings):
+class RewardsSettings(Settings, panel="Rewards"):
     """The rewards of a stage, and how they become one number. Source: seed, RL guide, section 3."""
-
-    panel: ClassVar[str] = "Rewards"
 
     rewards: Annotated[list[RewardSettings], BeforeValidator(as_list), MinLen(1), SPELLINGS]
     """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}."""

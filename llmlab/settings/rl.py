@@ -2,7 +2,7 @@
 LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt
 from pydantic import BeforeValidator, Field, model_validator
@@ -37,10 +37,8 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class CompletionSettings(EnvironmentSettings, RewardsSettings):
+class CompletionSettings(EnvironmentSettings, RewardsSettings, panel="Training"):
     """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
-
-    panel: ClassVar[str] = "Training"
 
     max_new_tokens: v.MaxNewTokens = 256
     max_prompt_length: Annotated[int | None, Gt(0)] = 1024
@@ -81,21 +79,20 @@ class CompletionSettings(EnvironmentSettings, RewardsSettings):
         return rewards
 
 
-class OnlineSettings(CompletionSettings, FineTuningSettings):
+class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
     """Learning from rewards of the policy's own completions."""
 
-    panel: ClassVar[str] = "Training"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
     }
-    best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+    best_metrics = ("eval_reward", "reward")
+    alternatives = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
     )
-    sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
-    rows_per_pass: ClassVar[str] = "mini_batch_size"
+    sibling_classes = v.RLHF
+    rows_per_pass = "mini_batch_size"
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]

@@ -26,7 +26,7 @@ BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together w
 class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings, HealthSettings):
     """What every training stage has. Source: seed, LLM-Lab document, "Base Training"."""
 
-    panel: ClassVar[str] = "Training"
+    panel = "Training"
     best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
     rows_per_pass: ClassVar[str] = "batch_size"  # the setting that counts the rows of a forward pass on a device
 
@@ -99,11 +99,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
         return getattr(self, self.rows_per_pass) * self.accumulation(processes) * processes
 
 
-class FineTuningSettings(LoraSettings, TrainingSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings, panel="Training", alternatives=(("max_steps", "epochs"),)):
     """What the stages share that start from a trained model."""
-
-    panel: ClassVar[str] = "Training"
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
     """Model to train: a run folder, a hub id, or a folder of LoRA adapters."""
