@@ -19,7 +19,7 @@ from llmlab.settings.errors import UNPRINTABLE, printable
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARK = 0x100  # of a character of a chart: a point, in place of the eight bits of its dots
-NARROWEST = 10  # characters across a chart, however narrow the terminal
+NARROWEST, WIDEST = 10, 100  # characters across a chart, however narrow or wide the terminal
 
 
 class Terminal(Console):
@@ -42,6 +42,21 @@ class Terminal(Console):
         """Whether colors cannot be told apart here."""
         return self.color_system is None or self.no_color
 
+    def section(self, title: str) -> None:
+        self.print(f"\n[bold]{safe(title)}[/]")
+
+    def table(self, columns: Iterable[Column | str], rows: Iterable[Iterable[Any]], **options: Any) -> None:
+        """Prints a table of rows of cells, which are markup; `options` as in `make_table`."""
+        table = make_table(*columns, **options)
+        for row in rows:
+            table.add_row(*row)
+        self.print(table)
+
+    def chart(self, curves: Sequence["Curve"], height: int = 9, **options: Any) -> None:
+        """Prints curves; `options` as in `draw_curves`."""
+        for line in draw_curves(curves, width=min(self.width, WIDEST), height=height, **options):
+            self.print(line, soft_wrap=True)
+
 
 def say(text: str, *, error: bool = False, **style: Any) -> None:
     typer.secho(printable(text), err=error, **style)
@@ -56,6 +71,13 @@ def say_json(values: Any, **options: Any) -> None:
 def safe(text: Any) -> str:
     """Returns text from elsewhere as markup that shows it as it is."""
     return escape(printable(str(text)))
+
+
+def one_line(*parts: str) -> Text:
+    """Returns markup, its parts apart, as one line that is cut where its room ends."""
+    line = Text.from_markup("  ".join(filter(None, parts)).replace("\n", " "), overflow="ellipsis")
+    line.no_wrap = True
+    return line
 
 
 def make_table(*columns: Column | str, gap: int = 2, **options: Any) -> Table:

@@ -39,9 +39,9 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
-    "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "queue:queue"),
+    "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "run:queue"),
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
-    "tune": (TRAIN, "Find a learning rate by a range test.", "tune:app"),
+    "tune": (TRAIN, "Find a learning rate by a range test.", "plan:tune"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "report": (USE, "Write the page of a run or pipeline again, and open it.", "runs:report"),
@@ -101,21 +101,15 @@ def _placeholder() -> None:
     """Stands in the list of commands for one that was not requested."""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"llmlab {__version__}")
-        raise typer.Exit()
-
-
 def _root(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    if context.invoked_subcommand is not None:
-        return
-    open_menu()
+    if version:
+        typer.echo(f"llmlab {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        open_menu()
 
 
 def open_menu() -> None:
@@ -156,8 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
-        if limit := _system_limit(error):
-            _print_error(limit)
+        if isinstance(error, OSError) and error.filename is not None:  # of the file system, which is no bug
+            _print_error(f"{os.fsdecode(error.filename)}: {reason_of(error)}")
+            raise SystemExit(2) from None
+        if is_out_of_memory(error):
+            _print_error(f"out of memory: {reason_of(error)}")
             raise SystemExit(2) from None
         print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -180,15 +177,6 @@ def _print_error(line: str) -> None:
     if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
         line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
     print(f"error: {line}", file=sys.stderr)
-
-
-def _system_limit(error: Exception) -> str:
-    """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
-    if is_out_of_memory(error):
-        return f"out of memory: {reason_of(error)}"
-    return ""
 
 
 def _write_log(arguments: Sequence[str]) -> str:

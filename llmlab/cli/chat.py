@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.cells import cell_len
+from typer import Option
 
-from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.settings.base import fields_of
+from llmlab.cli.options import Run, Seed, TrustRemoteCode, resolve_options, setting_option
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
-from llmlab.settings.files import Layer, write_atomically
+from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.hardware import DeviceSettings
-from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.stages import import_heavy
 from llmlab.terminal import human, say, track
@@ -31,23 +29,13 @@ class InferenceSettings(SamplingSettings, DeviceSettings):
 
 
 DEFAULT = InferenceSettings()
-Run = Annotated[str, typer.Argument(help="Run folder, adapter folder or hub id.", show_default=False)]
-Temperature = setting_option(InferenceSettings, "temperature")
-TopP = setting_option(InferenceSettings, "top_p")
-TopK = setting_option(InferenceSettings, "top_k")
-MaxNewTokens = setting_option(InferenceSettings, "max_new_tokens")
-RepetitionPenalty = setting_option(InferenceSettings, "repetition_penalty")
-Device = setting_option(InferenceSettings, "device")
-Dtype = setting_option(InferenceSettings, "dtype")
-System = Annotated[str | None, typer.Option(help="System prompt, for models that answer messages.")]
-Chats = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--complete",
-        help="Answer messages, or continue text. Without either: pretraining runs and models without a chat template "
-        "continue text, all others answer.",
-    ),
-]
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty")
+Temperature, TopP, TopK, MaxNewTokens, RepetitionPenalty = (setting_option(InferenceSettings, s) for s in SAMPLING)
+Device, Dtype = (setting_option(InferenceSettings, name) for name in ("device", "dtype"))
+System = Annotated[str | None, Option(help="System prompt, for models that answer messages.")]
+lines = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
+how = "Answer messages, or continue text; by default pretraining runs and models without a chat template continue."
+Chats = Annotated[bool | None, Option("--chat/--complete", help=how)]
 
 
 def chat(
@@ -57,7 +45,7 @@ def chat(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
+    seed: Annotated[int | None, Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -65,7 +53,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
-    settings = _resolve(locals())
+    settings = resolve_options(InferenceSettings, locals())
     model, tokenizer, chats = _load(run, settings, chats, system)
     if seed is not None:
         from transformers import set_seed
@@ -96,22 +84,17 @@ def chat(
 
 def generate(
     run: Run,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", help="Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write prompts and completions (.jsonl).")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
+    prompt: Annotated[list[str] | None, Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[Path | None, Option("--file", "-f", help=lines)] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Write prompts and completions (.jsonl).")] = None,
+    num_samples: Annotated[int, Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
+    batch_size: Annotated[int, Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
     temperature: Temperature = DEFAULT.temperature,
     top_p: TopP = DEFAULT.top_p,
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    seed: Seed = 42,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -119,7 +102,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts from the command line, a file or standard input."""
-    settings = _resolve(locals())
+    settings = resolve_options(InferenceSettings, locals())
     prompts = [*(prompt or ()), *(_read_prompts(file) if file else ())]
     if not prompts and sys.stdin is not None and not sys.stdin.isatty():
         with reading("standard input", "UTF-8 text"):
@@ -271,12 +254,6 @@ def _read_line(interactive: bool) -> str | None:
     if interactive:
         print()
     return None
-
-
-def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
-    names = {setting.name for setting in fields_of(InferenceSettings)}
-    options = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
-    return resolve(InferenceSettings, Layer("command line", options)).settings
 
 
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:

@@ -10,22 +10,20 @@ from random import Random
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
-import typer
 from rich.rule import Rule
 from rich.table import Column
 from rich.text import Text
+from typer import Argument, Context, Option, Typer
 
-from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.cli.pairs import MaxNewTokens, Temperature, parse_source
+from llmlab.cli.chat import MaxNewTokens, Temperature
+from llmlab.cli.options import Seed, TrustRemoteCode, resolve_options, setting_option
+from llmlab.cli.pairs import parse_source
 from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import UserError, shorten
-from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
-from llmlab.settings.sources import resolve
-from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import Terminal, make_table, numeric, percent, safe, say, say_json
+from llmlab.terminal import Terminal, numeric, percent, safe, say, say_json
 
-app = typer.Typer(no_args_is_help=True)
+app = Typer(no_args_is_help=True)
 
 SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
 GROUPS = ("category", "difficulty")  # columns by which success is shown
@@ -46,27 +44,27 @@ class Outcome(NamedTuple):
 
 @app.command("run")
 def run_episodes(
-    context: typer.Context,
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id; or expert, or random.")],
-    tasks: Annotated[str, typer.Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
-    count: Annotated[int, typer.Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
-    environment: Annotated[str, typer.Option(help="As in settings: simulator, gymnasium:ID, ...")] = SIMULATOR,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run files, and use other machines.")] = False,
+    context: Context,
+    run: Annotated[str, Argument(metavar="RUN", help="Run folder, adapter or hub id; or expert, or random.")],
+    tasks: Annotated[str, Option(help="Source of prompts, such as demo/tasks.", metavar="SOURCE")],
+    count: Annotated[int, Option("--count", "-n", help="Episodes to play.", min=1, metavar="INT")] = 20,
+    environment: Annotated[str, Option(help="As in settings: simulator, gymnasium:ID, ...")] = SIMULATOR,
+    allow_code: Annotated[bool, Option("--allow-code", help="Run files, and use other machines.")] = False,
     max_episode_length: setting_option(EnvironmentSettings, "max_episode_length") = 20,  # type: ignore[valid-type]
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    show: Annotated[int, typer.Option(help="Replays to print.", min=0, metavar="INT")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures and all replays as JSON.")] = False,
+    seed: Seed = 42,
+    show: Annotated[int, Option(help="Replays to print.", min=0, metavar="INT")] = 2,
+    as_json: Annotated[bool, Option("--json", help="Print figures and all replays as JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Play a model: its success, reward and length, beside the expert's and a random policy's, and replays."""
-    options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    sampling = resolve(SamplingSettings, Layer("command line", options)).settings
+    sampling = resolve_options(SamplingSettings, locals())
     source = parse_source(tasks, "--tasks ")
     if run in SCRIPTED and environment != SIMULATOR:
         raise UserError(f"{run}: only the simulator has scripted policies; expected a model to play {environment}")
-    if run in SCRIPTED and any(context.get_parameter_source(key).name == "COMMANDLINE" for key in options):
+    sources = (context.get_parameter_source(key).name for key in ("temperature", "max_new_tokens"))
+    if run in SCRIPTED and "COMMANDLINE" in sources:
         raise UserError(f"{run}: --temperature and --max-new-tokens have no effect on a scripted policy")
 
     from llmlab.episodes import Task
@@ -89,11 +87,11 @@ def run_episodes(
     console = Terminal()
     for number, outcome in enumerate(played[run][:show], start=1):
         _print_replay(console, number, outcome)
-    table = make_table(Column(overflow="fold"), *(numeric(safe(Path(name).name)) for name in results))
+    rows = []
     for name in dict.fromkeys(name for each in results.values() for name in each):
         values, share = [each.get(name, 0.0) for each in results.values()], name.startswith(SHARES)
-        table.add_row(safe(name), *(percent(value) if share else f"{value:.2f}" for value in values))
-    console.print(table)
+        rows.append((safe(name), *(percent(value) if share else f"{value:.2f}" for value in values)))
+    console.table([Column(overflow="fold"), *(numeric(safe(Path(name).name)) for name in results)], rows)
 
 
 def _play_model(
@@ -183,15 +181,12 @@ def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
     ending = "[green]success[/]" if getattr(episode.environment, "success", None) else "[red]no success[/]"
     title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, ended by {ENDS[episode.end]}"
     console.print(Rule(title, align="left", style="dim"))
-    table = make_table(Column(style="dim"), Column(overflow="fold", ratio=1), numeric(""), show_header=False)
-    table.add_row("prompt", Text(shorten(episode.prompt[-1]["content"].strip(), LONGEST)))
+    rows: list[tuple[Any, ...]] = [("prompt", Text(shorten(episode.prompt[-1]["content"].strip(), LONGEST)))]
     for message in episode.completion:
         calls = [call["function"] for call in message.get("tool_calls", ())]
         lines = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
         text = Text(shorten("\n".join([message["content"], *lines]).strip(), LONGEST))
-        if message["role"] == "tool":
-            table.add_row("result", text)
-        else:
-            table.add_row("[bold]model[/]", text, f"{next(rewards):.1f}")
-    console.print(table)
+        is_tool = message["role"] == "tool"
+        rows.append(("result", text) if is_tool else ("[bold]model[/]", text, f"{next(rewards):.1f}"))
+    console.table((Column(style="dim"), Column(overflow="fold", ratio=1), numeric("")), rows, show_header=False)
     console.print()

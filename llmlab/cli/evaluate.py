@@ -6,44 +6,42 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Column
+from typer import Context, Exit, Option
 
-from llmlab.cli.chat import DEFAULT, Device, Dtype, Run
-from llmlab.cli.options import TrustRemoteCode, setting_option
+from llmlab.cli.chat import DEFAULT, Device, Dtype
+from llmlab.cli.options import AllowCode, AsJson, Run, Seed, TrustRemoteCode, setting_option
 from llmlab.cli.pairs import parse_source
-from llmlab.cli.rewards import AllowCode
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, dump, finite
 from llmlab.settings.gates import EvaluateSettings, GateSettings, read_gates
 from llmlab.settings.paths import check_model
 from llmlab.settings.sources import resolve
-from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.stages import import_heavy
-from llmlab.terminal import Terminal, make_table, numeric, safe, say, say_json, short_number
+from llmlab.terminal import Terminal, numeric, safe, say, say_json, short_number
 
 FAILED = 3  # exit code
 OPTIONS = ("n", "num_samples", "temperature", "max_new_tokens")  # of all gates
 NumSamples, Temperature, MaxNewTokens = (setting_option(GateSettings, name) for name in OPTIONS[1:])
-N = Annotated[int, typer.Option("--n", "-n", help="Prompts, the first ones of the source.", metavar="INT")]
-Gates = typer.Option(metavar="FILE|NAMES", help="List of gates (YAML), or their names.")
-Prompts = typer.Option("--prompts", "-p", metavar="SOURCE", help="Held-out prompts of gates that name none.")
+N = Annotated[int, Option("--n", "-n", help="Prompts, the first ones of the source.", metavar="INT")]
+Gates = Option(metavar="FILE|NAMES", help="List of gates (YAML), or their names.")
+Prompts = Option("--prompts", "-p", metavar="SOURCE", help="Held-out prompts of gates that name none.")
 
 
 def evaluate(
-    context: typer.Context,
+    context: Context,
     run: Run,
     gates: Annotated[str | None, Gates] = None,
-    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Model that must not be better.")] = None,
+    baseline: Annotated[str | None, Option(metavar="RUN", help="Model that must not be better.")] = None,
     prompts: Annotated[str | None, Prompts] = None,
     n: N = 100,
     num_samples: NumSamples = 1,
     temperature: Temperature = 0.0,
     max_new_tokens: MaxNewTokens = 256,
-    lm_eval: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File (.json) or folder to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    lm_eval: Annotated[str | None, Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
+    seed: Seed = 42,
+    output: Annotated[Path | None, Option("--output", "-o", help="File (.json) or folder to write.")] = None,
+    as_json: AsJson = False,
     allow_code: AllowCode = False,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
@@ -99,7 +97,7 @@ def evaluate(
     else:
         _print(verdicts, settings, tasks, tasks_before)
     if not passed:
-        raise typer.Exit(FAILED)
+        raise Exit(FAILED)
 
 
 def _benchmark(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, float]]:
@@ -115,20 +113,21 @@ def _benchmark(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, fl
 def _print(verdicts: list[Any], settings: list[GateSettings], tasks: dict[str, Any], before: dict[str, Any]) -> None:
     compared = bool(before) or any(verdict.baseline is not None for verdict in verdicts)
     columns = [numeric(name) for name in ("n", "score", *(("baseline", "change") if compared else ()))]
-    table = make_table(Column("gate", overflow="fold"), *columns, Column("95 % interval", no_wrap=True), "verdict")
+    rows: list[tuple[str, ...]] = []
     notes = []
     for v, entry in zip(verdicts, settings, strict=True):
         cells = [short_number(v.baseline), f"{v.change:+.3g}"] if v.baseline is not None else [""] * (len(columns) - 2)
         verdict = "[red]fails[/red]" if v.failures else "[green]passes[/green]"
         interval = f"{v.low:.3g} to {v.high:.3g}"
-        table.add_row(safe(v.gate), f"{v.prompts:,}", short_number(v.score), *cells, interval, verdict)
+        rows.append((safe(v.gate), f"{v.prompts:,}", short_number(v.score), *cells, interval, verdict))
         notes += [f"{v.gate} fails: {failure}" for failure in v.failures]
         if not v.failures and v.needed is not None and v.needed > v.prompts:
             notes.append(f"{v.gate} needs {v.needed:,} prompts to detect {entry.regression:.0%}; it has {v.prompts:,}")
     for task, metrics in tasks.items():
         for name, value in metrics.items():
             cells = [short_number(before[task][name]), ""] if before else [""] * (len(columns) - 2)
-            table.add_row(safe(f"{task} {name}"), "", short_number(value), *cells)
-    Terminal().print(table)
+            rows.append((safe(f"{task} {name}"), "", short_number(value), *cells))
+    headings = (Column("gate", overflow="fold"), *columns, Column("95 % interval", no_wrap=True), "verdict")
+    Terminal().table(headings, rows)
     for note in notes:
         say(note, fg="yellow")

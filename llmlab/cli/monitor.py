@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
+from typer import Argument, Option
 
 from llmlab import terminal
 from llmlab.cli.runs import curves_of, show_result, show_status
@@ -40,9 +40,9 @@ RUNS = Path("runs")
 
 
 def monitor(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
-    refresh: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print the view once and exit.")] = False,
+    folder: Annotated[Path, Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
+    refresh: Annotated[float, Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print the view once and exit.")] = False,
 ) -> None:
     """Watch running and finished runs: progress, time left, key metric, health; up and down choose one, q quits.
 

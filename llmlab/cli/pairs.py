@@ -7,74 +7,60 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from pydantic import ValidationError
 from rich.table import Column
 from rich.text import Text
+from typer import Argument, Option
 
-from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.cli.rewards import AllowCode, FromFile, Named, Normalize, reward_settings
+from llmlab.cli.chat import MaxNewTokens, Temperature, TopP
+from llmlab.cli.options import AllowCode, Seed, TrustRemoteCode, resolve_options
+from llmlab.cli.rewards import FromFile, Named, Normalize, reward_settings
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
-from llmlab.settings.files import Layer, parse_scalar
+from llmlab.settings.files import parse_scalar
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import expand
-from llmlab.settings.sources import resolve
-from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import Terminal, make_table, numeric, safe, track
+from llmlab.terminal import Terminal, numeric, safe, track
 
 if TYPE_CHECKING:
     from llmlab.training.preference.pairs import PairsReport
 
 SHOWN = 2  # pairs that are printed
 LONGEST = 400  # characters of a text that is printed
+OUTPUT = Path("pairs.jsonl")
 
-Temperature = setting_option(SamplingSettings, "temperature")
-TopP = setting_option(SamplingSettings, "top_p")
-NumSamples = Annotated[int, typer.Option("--num-samples", "-n", help="Completions a prompt.", min=2, metavar="INT")]
-MaxNewTokens = setting_option(SamplingSettings, "max_new_tokens")
+source_help = (
+    "File, hub id or demo/...: a `prompt` column (text or messages), or conversations, whose last turn of the user is "
+    "the prompt. Rewards are given the other columns."
+)
+Prompts = Annotated[str | None, Option("--prompts", "-p", help=source_help, metavar="FILE")]
+samples_help = "Compare the samples.jsonl of rs-sft or awr instead; rewards score them again."
+NumSamples = Annotated[int, Option("--num-samples", "-n", help="Completions a prompt.", min=2, metavar="INT")]
 
 
 def pairs(
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Run folder, adapter or hub id of a model that chats.")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="File, hub id or demo/...: a `prompt` column (text or messages), or conversations, whose last turn "
-            "of the user is the prompt. Rewards are given the other columns.",
-            metavar="FILE",
-        ),
-    ] = None,
-    samples: Annotated[
-        Path | None,
-        typer.Option(help="Compare the samples.jsonl of rs-sft or awr instead; rewards score them again."),
-    ] = None,
+    run: Annotated[str | None, Argument(metavar="RUN", help="Run folder, adapter or hub id, of a chat model.")] = None,
+    prompts: Prompts = None,
+    samples: Annotated[Path | None, Option(help=samples_help)] = None,
     rewards: Named = None,
     config: FromFile = None,
     normalize: Normalize = None,
     allow_code: AllowCode = False,
     num_samples: NumSamples = 4,
-    min_difference: Annotated[float, typer.Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
+    min_difference: Annotated[float, Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    limit: Annotated[int | None, typer.Option(help="Read so many rows of the prompts.", min=1, metavar="INT")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File (.jsonl) to write or replace.")] = Path(
-        "pairs.jsonl"
-    ),
+    seed: Seed = 42,
+    limit: Annotated[int | None, Option(help="Read so many rows of the prompts.", min=1, metavar="INT")] = None,
+    output: Annotated[Path, Option("--output", "-o", help="File (.jsonl) to write or replace.")] = OUTPUT,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
     dpo."""
     if (run is None) != (prompts is None) or (run is None) == (samples is None):
         raise UserError("expected RUN and --prompts FILE, or --samples FILE alone")
-    options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    sampling = resolve(SamplingSettings, Layer("command line", options)).settings
+    sampling = resolve_options(SamplingSettings, locals())
     source = DataSource(name=str(samples)) if prompts is None else parse_source(prompts, "--prompts ")
     scores = samples is None or rewards is not None or config is not None
     settings, folder = reward_settings(rewards, config, normalize) if scores else (None, Path())
@@ -148,13 +134,10 @@ def _print(report: "PairsReport", output: Path) -> None:
             shown = printable(text[:LONGEST]) + (" ..." if len(text) > LONGEST else "")
             console.print(Text.assemble((f"{name}: ", style), shown))
         console.print()
-    table = make_table(Column(overflow="fold"), numeric(""), show_header=False)
-    for name, value in (("mean score", report.mean), ("best, mean", report.best), ("worst, mean", report.worst)):
-        table.add_row(name, "-" if value is None else f"{value:.3f}")
-    table.add_row("completions", f"{report.completions:,}")
-    table.add_row("prompts", f"{report.prompts:,}")
-    for reason, count in report.without.most_common():
-        table.add_row(f"[yellow]no pair: {safe(reason)}[/]", f"{count:,}")
-    table.add_row("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]")
-    console.print(table)
+    means = {"mean score": report.mean, "best, mean": report.best, "worst, mean": report.worst}
+    rows = [(name, "-" if value is None else f"{value:.3f}") for name, value in means.items()]
+    rows += [("completions", f"{report.completions:,}"), ("prompts", f"{report.prompts:,}")]
+    rows += [(f"[yellow]no pair: {safe(why)}[/]", f"{count:,}") for why, count in report.without.most_common()]
+    rows.append(("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]"))
+    console.table((Column(overflow="fold"), numeric("")), rows, show_header=False)
     console.print(f"\nWritten to {output}", markup=False, soft_wrap=True)

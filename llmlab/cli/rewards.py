@@ -10,19 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.bar import Bar
 from rich.table import Column
-from rich.text import Text
+from typer import Argument, Option
 
-from llmlab.cli.options import TrustRemoteCode
+from llmlab.cli.options import AllowCode, AsJson, TrustRemoteCode
 from llmlab.settings.base import spellings_of
-from llmlab.settings.errors import UserError, printable
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.paths import expand, missing
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
-from llmlab.terminal import Terminal, draw_bars, make_table, numeric, safe, say_json
+from llmlab.terminal import Terminal, draw_bars, numeric, safe, say_json
 
 if TYPE_CHECKING:
     from llmlab.rewards.compose import ComposedReward, Scores
@@ -30,40 +29,23 @@ if TYPE_CHECKING:
 BINS = 10
 LONGEST_BAR = 40
 
-Named = Annotated[
-    str | None,
-    typer.Option(
-        "--rewards",
-        "--reward",
-        "-r",
-        help="Names with commas between, each with | WEIGHT if wanted, or a YAML list: "
-        "'\\[json_valid, {name: length, target: 50}]'.",
-        metavar="NAMES",
-    ),
-]
-FromFile = Annotated[Path | None, typer.Option("--config", "-c", help="Take `rewards` from a file or a recipe.")]
-Normalize = Annotated[
-    bool | None,
-    typer.Option("--normalize/--no-normalize", help="Map the sum to [0, 1]. [dim]\\[true][/dim]", show_default=False),
-]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run reward functions from files (file.py:function).")]
+named = "Names with commas, each with | WEIGHT if wanted, or YAML: '\\[json_valid, {name: length, target: 50}]'."
+Named = Annotated[str | None, Option("--rewards", "--reward", "-r", help=named, metavar="NAMES")]
+FromFile = Annotated[Path | None, Option("--config", "-c", help="Take `rewards` from a file or a recipe.")]
+mapped = "Map the sum to [0, 1]. [dim]\\[true][/dim]"
+Normalize = Annotated[bool | None, Option("--normalize/--no-normalize", help=mapped, show_default=False)]
+rows_help = "Rows with `completion` (jsonl, json, csv, parquet), `prompt` and the columns that rewards ask for."
 
 
 def reward_check(
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Completions: jsonl, json, csv or parquet with `completion` and, beside it, `prompt` and the columns "
-            "that rewards ask for.",
-        ),
-    ] = None,
+    file: Annotated[Path | None, Argument(help=rows_help)] = None,
     rewards: Named = None,
     config: FromFile = None,
     normalize: Normalize = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", help="Rows to show.", min=0, metavar="INT")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    rows: Annotated[int, Option("--rows", "-n", help="Rows to show.", min=0, metavar="INT")] = 10,
+    as_json: AsJson = False,
     allow_code: AllowCode = False,
-    list_rewards: Annotated[bool, typer.Option("--list", help="Show the rewards and their parameters.")] = False,
+    list_rewards: Annotated[bool, Option("--list", help="Show the rewards and their parameters.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score completions in a file with rewards, and show each component: debug rewards before you train with them."""
@@ -107,6 +89,7 @@ def reward_settings(rewards: str | None, config: Path | None, normalize: bool | 
 def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """Returns prompts, completions and the other columns of a file, as trainers give them to rewards."""
     from llmlab.data import files
+    from llmlab.rewards.completions import read_messages
 
     if not os.path.exists(expand(path)):
         raise missing(str(path))
@@ -119,28 +102,19 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
             found = ", ".join(map(str, row)) or "nothing"
             raise UserError(f"{path}: row {number} has no 'completion' (found {found})")
         for name in ("prompt", "completion"):
-            _check_readable(row.get(name, ""), f"{path}: row {number}: {name}")
-    prompts = [row.get("prompt", "") for row in rows]
-    completions = [
-        [{"role": "assistant", "content": row["completion"]}]
-        if isinstance(prompt, list) and isinstance(row["completion"], str)
-        else row["completion"]
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+            value, where = row.get(name, ""), f"{path}: row {number}: {name}"
+            if not isinstance(value, (str, list)):
+                raise UserError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
+            try:
+                read_messages(value)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+    prompts, completions = [row.get("prompt", "") for row in rows], [row["completion"] for row in rows]
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if isinstance(prompt, list) and isinstance(completion, str):
+            completions[number] = [{"role": "assistant", "content": completion}]
     names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
     return prompts, completions, {str(name): [row.get(name) for row in rows] for name in names}
-
-
-def _check_readable(value: Any, where: str) -> None:
-    """Raises UserError for what is neither text nor messages that rewards can read."""
-    from llmlab.rewards.completions import read_messages
-
-    if not isinstance(value, (str, list)):
-        raise UserError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
-    try:
-        read_messages(value)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _groups(prompts: list[Any]) -> list[list[int]]:
@@ -209,11 +183,8 @@ def _print_tables(report: dict[str, Any], completions: list[Any], shown: int) ->
         console.print(f"[dim]flat: share of the {groups:,} prompts whose completions all get the same value.[/]")
     else:
         console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
-    same = [
-        label
-        for label, found in report["components"].items()
-        if found["min"] == found["max"] and found["count"] in (0, report["rows"]) and report["rows"] > 1
-    ]
+    components, rows = report["components"].items(), report["rows"]
+    same = [label for label, of in components if of["min"] == of["max"] and of["count"] in (0, rows) and rows > 1]
     if same:
         console.print(f"[yellow]The same value in every row: {safe(', '.join(same))}.[/]")
 
@@ -224,52 +195,40 @@ def _print_rows(console: Terminal, scores: list[dict[str, Any]], completions: li
     labels = list(scores[0]["components"])
     fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
     width, digits, gap = (None, 3, 2) if fits else (5, 2, 1)  # else names are folded
-    table = make_table(
-        numeric("row", style="dim"),
-        numeric("reward", style="bold"),
-        *(Column(safe(label), justify="right", width=width, overflow="fold") for label in labels),
-        Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12),
-        expand=True,
-        gap=gap,
-    )
+    columns = [numeric("row", style="dim"), numeric("reward", style="bold")]
+    columns += [Column(safe(label), justify="right", width=width, overflow="fold") for label in labels]
+    columns += [Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)]
+    rows = []
     for score, completion in zip(scores, completions, strict=False):
         values = (_cell(value, digits) for value in score["components"].values())
         text = " ".join((answer(completion) or model_text(completion))[:400].split())
-        table.add_row(str(score["row"]), _cell(score["reward"]), *values, Text(printable(text) or "(empty)"))
-    console.print(table)
+        rows.append((str(score["row"]), _cell(score["reward"]), *values, safe(text) or "(empty)"))
+    console.table(columns, rows, expand=True, gap=gap)
 
 
 def _print_components(console: Terminal, report: dict[str, Any]) -> None:
     """Prints a line for each component, and one for their sum."""
-    flat = ["flat"] if report["groups"] else []
-    table = make_table(
-        Column("component", no_wrap=True, overflow="ellipsis"),
-        *map(numeric, ("weight", "mean", "min", "max", *flat, "none")),
-        Column("distribution", no_wrap=True),
-    )
+    flat, rows = ["flat"] if report["groups"] else [], []
     for label, found in [*report["components"].items(), ("reward", report["reward"])]:
-        table.add_row(
-            safe(label),
-            f"{found['weight']:g}" if "weight" in found else "",
-            *(_cell(found[name]) for name in ("mean", "min", "max")),
-            *(f"{found['zero_variance']:.0%}" for _ in flat),
-            str(report["rows"] - found["count"] or "-"),
-            draw_bars(found["histogram"]["counts"])[0],
-            style=None if "weight" in found else "bold",
-        )
-    console.print(table)
+        cells = [safe(label), f"{found['weight']:g}" if "weight" in found else ""]
+        cells += [_cell(found[name]) for name in ("mean", "min", "max")]
+        cells += [f"{found['zero_variance']:.0%}" for _ in flat]
+        cells += [str(report["rows"] - found["count"] or "-"), draw_bars(found["histogram"]["counts"])[0]]
+        rows.append(cells if "weight" in found else [f"[bold]{cell}[/]" for cell in cells])
+    columns = [Column("component", no_wrap=True, overflow="ellipsis"), Column("distribution", no_wrap=True)]
+    columns[1:1] = map(numeric, ("weight", "mean", "min", "max", *flat, "none"))
+    console.table(columns, rows)
     console.print()
 
 
 def _print_histogram(console: Terminal, low: float, high: float, counts: list[int]) -> None:
     """Prints a line for each bin, or one for all where every value is the same."""
-    table = make_table(numeric("reward"), numeric("rows"), Column(no_wrap=True))
-    step = (high - low) / BINS
+    step, rows = (high - low) / BINS, []
     for number, count in enumerate(counts if step else [sum(counts)]):
         start = low + number * step
         bar = Bar(max(counts), 0, count, width=LONGEST_BAR, color="cyan")
-        table.add_row(f"{start:.2f} - {start + step:.2f}" if step else f"{start:.3g}", str(count or "-"), bar)
-    console.print(table)
+        rows.append((f"{start:.2f} - {start + step:.2f}" if step else f"{start:.3g}", str(count or "-"), bar))
+    console.table((numeric("reward"), numeric("rows"), Column(no_wrap=True)), rows)
     console.print()
 
 
@@ -278,8 +237,7 @@ def _print_list() -> None:
 
     from llmlab.rewards import REWARDS
 
-    name = Column("reward", style="bold", no_wrap=True)
-    table = make_table(name, numeric("weight"), "what it scores, and its parameters")
+    rows = []
     for name, target in REWARDS.items():
         parameters = [
             key if parameter.default is parameter.empty else f"{key}={parameter.default!r}"
@@ -288,8 +246,9 @@ def _print_list() -> None:
         ]
         line = str(inspect.getdoc(target)).split("\n\n")[0].replace("\n", " ").removeprefix("Scores ")
         text = f"{line[0].upper()}{line[1:]}\n[dim]{', '.join(parameters) or 'no parameters'}[/dim]"
-        table.add_row(name, f"{target.weight:g}", text)
-    Terminal().print(table)
+        rows.append((name, f"{target.weight:g}", text))
+    columns = (Column("reward", style="bold", no_wrap=True), numeric("weight"), "what it scores, and its parameters")
+    Terminal().table(columns, rows)
 
 
 def _cell(value: float | None, digits: int = 3) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, echo
 
 from llmlab.settings.base import fields_of, spellings_of
 from llmlab.settings.errors import UserError, did_you_mean
@@ -36,6 +36,6 @@ def stage_schema(name: str) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"llmlab {name}"}
 
 
-def schema(stage: Annotated[str, typer.Argument(help=f"One of: {', '.join(STAGES)}.")]) -> None:
+def schema(stage: Annotated[str, Argument(help=f"One of: {', '.join(STAGES)}.")]) -> None:
     """Print the JSON Schema of a stage's settings, for editors that complete recipes."""
-    typer.echo(json.dumps(stage_schema(stage), indent=2))
+    echo(json.dumps(stage_schema(stage), indent=2))
