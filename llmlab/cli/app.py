@@ -50,13 +50,13 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
-    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
+    "episodes": (USE, "Play a model in an environment with tools.", "evaluate:app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
-    "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),
+    "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "model:tokenizer"),
     "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
     "doctor": (PREPARE, "Try what this machine can do: devices, versions, folders.", "doctor:doctor"),
-    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
+    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "options:schema"),
 }
 COMMANDS = {name: (panel, line or STAGES[name].help, path) for name, (panel, line, path) in COMMANDS.items()}
 

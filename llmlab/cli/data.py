@@ -11,8 +11,8 @@ from rich.table import Column
 from rich.text import Text
 from typer import Argument, Option, Typer
 
-from llmlab.cli.options import AsJson, Seed, TrustRemoteCode, setting_option
-from llmlab.cli.pairs import pairs, parse_source
+from llmlab.cli.options import AsJson, Seed, TrustRemoteCode, parse_source, setting_option
+from llmlab.cli.rewards import pairs
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand
