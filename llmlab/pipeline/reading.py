@@ -19,6 +19,7 @@ from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.presets import SECTIONS, read_preset
+from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import REMOTE_CODE, refusals
 from llmlab.stages import STAGES, Stage
@@ -108,7 +109,10 @@ def read_pipeline(
             machine = names and (names["hardware"] or hardware or layer.values.get("hardware")) or None
             layers = [section, Layer("command line", options)]
             resolved = STAGES[kind].resolve(layers, below=below, hardware=machine, processes=processes)
-            resolved = STAGES[kind].prepare(resolved)
+            if issubclass(STAGES[kind].settings_class, RewardsSettings):  # it may start much later
+                from llmlab.rewards.loading import check_rewards
+
+                resolved = check_rewards(resolved)
         except UserError as error:
             problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]
             continue

@@ -10,7 +10,7 @@ from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from llmlab.settings import CLASSES, settings_class
@@ -95,6 +95,17 @@ class Settings(BaseModel):
         for name, info in cls.model_fields.items():
             declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
             info.description = next((field.description for field in declared if field.description), None)
+
+    def contradictions(self) -> Iterator[str]:
+        """Yields a sentence for what is wrong between the fields of this very class; bases are asked by themselves."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def check_contradictions(self) -> "Settings":
+        for base in (base for base in reversed(type(self).__mro__) if "contradictions" in vars(base)):
+            for problem in base.contradictions(self):
+                raise ValueError(problem)
+        return self
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:

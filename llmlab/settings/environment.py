@@ -1,11 +1,10 @@
 """Settings of stages that learn from episodes with tools: which environment, how long, what the simulator rewards.
 Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Simulator)"."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from annotated_types import Gt
-from pydantic import model_validator
 
 from llmlab.settings.base import Alias, Resume, Settings, When
 
@@ -64,10 +63,8 @@ class EnvironmentSettings(Settings, panel="Episodes"):
             values.setdefault("kl_weight", points["kl_weight"])
         super().translate(values, warn)
 
-    @model_validator(mode="after")
-    def check_environment(self) -> "EnvironmentSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.environment == {}:
-            raise ValueError("environment: expected at least one")
+            yield "environment: expected at least one"
         if self.reward_config != RewardConfig() and SIMULATOR not in self.environments.values():
-            raise ValueError("reward_config applies only when environment is simulator")
-        return self
+            yield "reward_config applies only when environment is simulator"

@@ -1,9 +1,9 @@
 """Settings of `llmlab grpo`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
@@ -34,12 +34,10 @@ class GRPOSettings(OnlineSettings, panel="GRPO"):
     def completions_per_prompt(self) -> int:
         return self.group_size
 
-    @model_validator(mode="after")
-    def check_penalty(self) -> "GRPOSettings":
+    def contradictions(self) -> Iterator[str]:
         loss = self.trainer_args.get("loss_type", "dapo"), self.trainer_args.get("importance_sampling_level", "token")
         if self.kl_penalty == "abs" and self.init_kl_coef > 0 and loss != ("dapo", "token"):
-            raise ValueError(
+            yield (
                 f"kl_penalty = abs: not supported with trainer_args loss_type = {loss[0]} and "
                 f"importance_sampling_level = {loss[1]}; expected dapo and token, TRL's defaults"
             )
-        return self

@@ -1,5 +1,6 @@
 """LoRA adapters in the words of the LLM-Lab document; the RL guide's (`r`, `target_modules`) are accepted too."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -53,8 +54,6 @@ class LoraSettings(Settings, panel="LoRA", inapplicable={"task_type": "it follow
             implied["use_lora"] = True
         return {**values, **implied}
 
-    @model_validator(mode="after")
-    def check_targets(self) -> "LoraSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.use_lora and self.lora_preset == "custom" and not self.lora_target_modules:
-            raise ValueError("lora_preset = custom needs lora_target_modules")
-        return self
+            yield "lora_preset = custom needs lora_target_modules"

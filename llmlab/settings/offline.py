@@ -1,10 +1,10 @@
 """Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
 Source: seed, RL guide, section 3, "AWR / RS-SFT"."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from annotated_types import Ge, Gt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Resume
@@ -53,13 +53,11 @@ class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings, 
     eval_batches: v.EvalBatches = 50
     save_every: v.SaveEvery = 200
 
-    @model_validator(mode="after")
-    def check_samples(self) -> "OfflineSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_samples_per_prompt > 1:
-            raise ValueError("temperature = 0: all samples of a prompt are the same; expected more than 0")
+            yield "temperature = 0: all samples of a prompt are the same; expected more than 0"
         if self.rescore and self.samples is None:
-            raise ValueError("rescore: it scores earlier samples again, which `samples` names")
-        return self
+            yield "rescore: it scores earlier samples again, which `samples` names"
 
 
 class RSSFTSettings(OfflineSettings, panel="RS-SFT"):
@@ -85,9 +83,7 @@ class AWRSettings(OfflineSettings, panel="AWR"):
     clip_advantage: Annotated[float, Gt(0)] = 10.0
     """Largest weight of a sample, before the weights of an optimizer step are scaled to mean 1."""
 
-    @model_validator(mode="after")
-    def check_group(self) -> "AWRSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.num_samples_per_prompt == 1 and self.samples is None:
             why = "a sample is compared with others of its prompt"
-            raise ValueError(f"num_samples_per_prompt = 1: {why}; expected 2 or more")
-        return self
+            yield f"num_samples_per_prompt = 1: {why}; expected 2 or more"

@@ -1,10 +1,10 @@
 """Settings of stages that learn from preference pairs: DPO, ORPO and reward models. Source: seed, LLM-Lab document,
 "Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Resume, Trl
@@ -36,14 +36,12 @@ class PreferenceSettings(FineTuningSettings):
     allow_truncated: v.AllowTruncated = 0.05
     eval_batches: v.EvalBatches = 50
 
-    @model_validator(mode="after")
-    def check_lengths(self) -> "PreferenceSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             no_room = f"leaves no room for an answer in max_length = {self.max_length}"
-            raise ValueError(f"max_prompt_length = {self.max_prompt_length} {no_room}")
+            yield f"max_prompt_length = {self.max_prompt_length} {no_room}"
         if self.gradient_accumulation_steps is None:
             self.accumulation(1)
-        return self
 
     def accumulation(self, processes: int) -> int:
         """Returns the forward passes of one optimizer step on each of so many processes."""

@@ -1,6 +1,7 @@
 """What a completion is rewarded for: rewards in the form `name | weight`, or a mapping with their parameters.
 `llmlab.rewards` knows which rewards and parameters there are, and computes them."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from annotated_types import Gt, MinLen
@@ -51,11 +52,9 @@ class RewardSettings(Settings, type_name="name | weight"):
             raise ValueError(f"'{twice[0]}' is set both beside and inside of `parameters`; keep one")
         return {**fields, "parameters": {**parameters, **inline}}
 
-    @model_validator(mode="after")
-    def check(self) -> "RewardSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.min is not None and self.max is not None and self.min >= self.max:
-            raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
-        return self
+            yield f"min = {self.min:g} must be below max = {self.max:g}"
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
@@ -82,13 +82,11 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
             warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
-    @model_validator(mode="after")
-    def check_alternatives(self) -> "TrainingSettings":
+    def contradictions(self) -> Iterator[str]:
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
-        return self
+                yield f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one"
 
     def accumulation(self, processes: int) -> int:
         """Returns the forward passes of one optimizer step on each of so many processes."""
