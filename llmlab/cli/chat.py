@@ -154,11 +154,11 @@ class Session:
         elif word == "reset":
             self.turns = []
             notice("Started a new conversation.")
-        elif word == "system" and self.chats:
+        elif word == "system" and not self.chats:
+            notice("This model continues text: it takes no system prompt.")
+        elif word == "system":
             self.system, self.turns = rest, []
             notice(f"Started a new conversation, {'with this' if rest else 'without a'} system prompt.")
-        elif word == "system":
-            notice("This model continues text: it takes no system prompt.")
         else:
             notice(f"There is no command /{word}{did_you_mean(f'/{word}', COMMANDS)} (/help lists them)")
         return True
@@ -246,13 +246,11 @@ def _read_line(interactive: bool) -> str | None:
         return input(">>> " if interactive else "")
     except UnicodeDecodeError:
         raise UserError("standard input: this is not UTF-8 text") from None
-    except EOFError:
-        pass
-    except KeyboardInterrupt:
-        if not interactive:
+    except (EOFError, KeyboardInterrupt) as end:
+        if interactive:
+            print()
+        elif isinstance(end, KeyboardInterrupt):
             raise
-    if interactive:
-        print()
     return None
 
 

@@ -55,16 +55,22 @@ def check(
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
-    options = {"renderer": renderer, "max_seq_len": max_seq_len}
     reports = []
     for source in found:
-        form = source.form.name + (", unpaired" if source.label else "")
-        names = {"name": source.name, "form": form, "label": source.label}
-        reports.append(inspect_rows(_rows(source, limit), source.read, **names, **options))
+        names = {"name": source.name, "form": source.form.name + (", unpaired" if source.label else "")}
+        options = {**names, "label": source.label, "renderer": renderer, "max_seq_len": max_seq_len}
+        reports.append(inspect_rows(_rows(source, limit), source.read, **options))
     if as_json:
         return say_json({"sources": [asdict(report) for report in reports]})
-    console = Terminal()
-    _print_overview(console, reports)
+    console, rows = Terminal(), []
+    for report in reports:
+        counts = (report.rows - report.usable, report.exact_duplicates.rows, report.near_duplicates.rows)
+        marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
+        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
+        source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"
+        rows.append((source, f"{report.rows:,}", *marked, tokens))
+    counted = map(numeric, ("rows", "dropped", "duplicate", "similar", "tokens"))
+    console.table([Column("source", overflow="fold", ratio=1), *counted], rows)
     for report in reports:
         _print_details(console, report)
 
@@ -101,7 +107,9 @@ def preview(
     console = Terminal()
     for number, row in sorted(Random(seed).sample(rendered, min(count, len(rendered))), key=lambda pair: pair[0]):
         _print_row(console, number, row, renderer, max_seq_len)
-    _print_legend(console)
+    kinds = {"trained": (True, False), "special, trained": (True, True), "not trained": (False, False)}
+    legend = (Text(f" {name} ", style=_style(*kind)) for name, kind in (kinds | {"special": (False, True)}).items())
+    console.print(f"{OPEN}trained{CLOSE}  not trained" if console.plain else Text("  ").join(legend))
     lengths = Lengths.of([len(row.input_ids) for _, row in rendered])
     over = sum(len(row.input_ids) > max_seq_len for _, row in rendered)
     dropped = f", {tally.dropped.total():,} dropped" if tally.dropped else ""
@@ -149,18 +157,6 @@ def _rows(source: "ConversationSource", limit: int | None) -> Iterator[dict[str,
 def _short(name: str) -> str:
     """Returns a source's name for a place with little room."""
     return path.name if (path := expand(name)).exists() else name
-
-
-def _print_overview(console: Terminal, reports: "list[DataReport]") -> None:
-    counted = ("rows", "dropped", "duplicate", "similar", "tokens")
-    rows = []
-    for report in reports:
-        counts = (report.rows - report.usable, report.exact_duplicates.rows, report.near_duplicates.rows)
-        marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
-        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
-        source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"
-        rows.append((source, f"{report.rows:,}", *marked, tokens))
-    console.table([Column("source", overflow="fold", ratio=1), *map(numeric, counted)], rows)
 
 
 def _print_details(console: Terminal, report: "DataReport") -> None:
@@ -246,15 +242,6 @@ def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Re
         console.print(Rule(f"[bold red]✂ {cut}[/]", align="left", style="red", characters="╌"))
     if total > max_seq_len or not text.plain.endswith("\n"):
         console.print()
-
-
-def _print_legend(console: Terminal) -> None:
-    if console.plain:
-        console.print(f"{OPEN}trained{CLOSE}  not trained")
-        return
-    names = {(True, False): "trained", (True, True): "special, trained", (False, False): "not trained"}
-    names[False, True] = "special"
-    console.print(Text("  ").join(Text(f" {name} ", style=_style(*kind)) for kind, name in names.items()))
 
 
 def _style(trained: bool, special: bool) -> str:

@@ -2,18 +2,18 @@
 `llmlab tune lr STAGE`: a learning-rate range test through the stage itself, its chart and a suggestion."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Context, Exit, Option, Typer
 from typer.main import get_command
 
-from llmlab.cli.options import AsJson, Overwrite
+from llmlab.cli.options import AsJson, Overwrite, PlainHelp, stage_command
+from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.paths import check_inputs
+from llmlab.settings.presets import hardware_presets, launch_of
 from llmlab.stages import STAGES
 from llmlab.terminal import Curve, Terminal, duration, numeric, safe, say_json
-
-if TYPE_CHECKING:
-    from llmlab.runs.plan import Plan
 
 PLANNED = [name for name, stage in STAGES.items() if stage.resumes]  # those that train
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
@@ -48,7 +48,7 @@ def plan(
         raise UserError(f"plan {stage}: expected one of {', '.join(PLANNED)}{did_you_mean(stage, PLANNED)}")
     from llmlab.hardware import describe_machine, probe, recommend_preset
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
-    from llmlab.settings.presets import hardware_presets, launch_of
+    from llmlab.runs.progress import print_plan
 
     if sharding not in (None, "none") and processes == 1:
         raise UserError(f"--sharding {sharding}: one process has nothing to share; set --processes")
@@ -68,11 +68,22 @@ def plan(
         plans[name or machine.name] = (made, machine, changes)
     if json:
         values = {name: {**made.record(), "changes": changes} for name, (made, _, changes) in plans.items()}
-        say_json(values if hardware == "all" else next(iter(values.values())))
-    elif hardware == "all":
-        _print_table(stage, plans)
-    else:
-        _print_plan(stage, *next(iter(plans.values())))
+        return say_json(values if hardware == "all" else next(iter(values.values())))
+    rows: list[Any] = []
+    if hardware == "all":
+        for name, (made, _, changes) in plans.items():
+            sizes = (f"{made.total / 1e9:.1f}", f"{made.memory / 1e9:.1f}", "yes" if made.fits else "no")
+            time = duration(made.seconds) if made.seconds else "?"
+            rows.append((name, *sizes, time, safe(changes[0] if changes else "")))
+        columns = ("hardware", numeric("GB"), numeric("of"), "fits", "time", "first to change")
+        return Terminal(whole_rows=True).table(columns, rows, title=f"{stage}: planned")
+    ((made, machine, changes),) = plans.values()
+    rows = [("device", f"{machine.name} ({machine.device}), {machine.dtype}"), *made.summary()]
+    rows += [("note", note) for note in made.notes]
+    if not made.fits:
+        gpus = ", nor are 16 such GPUs with --accelerate fsdp2" if machine.device == "cuda" else ""
+        rows.append(("does not fit", "; or ".join(changes) or f"no change that was tried is enough{gpus}"))
+    print_plan(Terminal(), f"{stage}: planned", rows)
 
 
 plan.context_settings = REST  # type: ignore[attr-defined]
@@ -80,8 +91,6 @@ plan.context_settings = REST  # type: ignore[attr-defined]
 
 def resolve_words(command: str, stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
     """Returns the resolved settings that a stage's command has with these words, for another command."""
-    from llmlab.cli.options import PlainHelp, stage_command
-
     found: list[Any] = []
     app = Typer(pretty_exceptions_enable=False)
     app.command(stage, cls=PlainHelp)(stage_command(stage, use=found.append, processes=processes))
@@ -90,27 +99,6 @@ def resolve_words(command: str, stage: str, words: list[str], hardware: str | No
     if not found:
         raise Exit  # --help, --show-config
     return found[0]
-
-
-def _print_plan(stage: str, plan: "Plan", machine: Any, changes: list[str]) -> None:
-    from llmlab.runs.progress import print_plan
-
-    rows = [("device", f"{machine.name} ({machine.device}), {machine.dtype}"), *plan.summary()]
-    rows += [("note", note) for note in plan.notes]
-    if not plan.fits:
-        gpus = ", nor are 16 such GPUs with --accelerate fsdp2" if machine.device == "cuda" else ""
-        rows.append(("does not fit", "; or ".join(changes) or f"no change that was tried is enough{gpus}"))
-    print_plan(Terminal(), f"{stage}: planned", rows)
-
-
-def _print_table(stage: str, plans: dict[str, Any]) -> None:
-    rows = []
-    for name, (made, _, changes) in plans.items():
-        sizes = (f"{made.total / 1e9:.1f}", f"{made.memory / 1e9:.1f}")
-        time = duration(made.seconds) if made.seconds else "?"
-        rows.append((name, *sizes, "yes" if made.fits else "no", time, safe(changes[0] if changes else "")))
-    columns = ("hardware", numeric("GB"), numeric("of"), "fits", "time", "first to change")
-    Terminal(whole_rows=True).table(columns, rows, title=f"{stage}: planned")
 
 
 @tune.command("lr", context_settings=REST)
@@ -139,9 +127,6 @@ def tune_lr(
         raise UserError(f"--plot {plot}: expected a name that ends in .png or .svg, in a folder that exists")
     if taken := [path for path in (plot, plot.with_suffix(".csv")) if path.exists() and not overwrite]:
         raise UserError(f"--plot {plot}: {taken[0]} exists; choose another name, or --overwrite")
-    from llmlab.settings.base import spellings_of
-    from llmlab.settings.paths import check_inputs
-
     resolved = resolve_words("tune lr", stage, context.args, None, 1)
     if getattr(resolved.settings, "samples", "") is None:
         raise UserError(f"tune lr {stage}: it would draw samples first; name those of an earlier run: samples=RUN")

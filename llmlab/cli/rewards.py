@@ -77,7 +77,11 @@ def reward_check(
 
     composed = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     prompts, completions, columns = _read(file)
-    report = _report(file, composed, composed.score(completions, prompts=prompts, **columns), _groups(prompts))
+    by_prompt: dict[str, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        by_prompt[json.dumps(prompt, sort_keys=True, default=str)].append(row)
+    groups = [rows for prompt, rows in by_prompt.items() if len(rows) > 1 and prompt not in ('""', "[]")]
+    report = _report(file, composed, composed.score(completions, prompts=prompts, **columns), groups)
     if as_json:
         say_json(report, indent=2, allow_nan=False)
     else:
@@ -133,14 +137,6 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
             completions[number] = [{"role": "assistant", "content": completion}]
     names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
     return prompts, completions, {str(name): [row.get(name) for row in rows] for name in names}
-
-
-def _groups(prompts: list[Any]) -> list[list[int]]:
-    """Returns the rows of each prompt that has several completions."""
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        by_prompt[json.dumps(prompt, sort_keys=True, default=str)].append(row)
-    return [rows for prompt, rows in by_prompt.items() if len(rows) > 1 and prompt not in ('""', "[]")]
 
 
 def _report(file: Path, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from llmlab.settings import CLASSES, settings_class
+from llmlab.settings.files import read_table
 from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
 
@@ -144,6 +145,13 @@ class Settings(BaseModel):
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""
         named = ((setting.marker(Trl), setting.of(self)) for setting in fields_of(type(self)))
         return {trl.name: value for trl, value in named if trl is not None and value is not None}
+
+
+def settings_of_table(name: str, module: str, doc: str, table: str, kind: Any, **facts: Any) -> type[Settings]:
+    """Returns the settings class of a YAML table beside this module: names of fields of one type, default and help."""
+    rows = read_table("llmlab.settings", table)
+    fields: dict[str, Any] = {name: (kind, Field(default, description=text)) for name, (default, text) in rows.items()}
+    return create_model(name, __base__=Settings, __module__=module, __doc__=doc, __cls_kwargs__=facts, **fields)
 
 
 @dataclass(frozen=True)

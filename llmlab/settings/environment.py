@@ -6,35 +6,14 @@ from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from llmlab.settings.base import Alias, Resume, Settings, When
+from llmlab.settings.base import Alias, Resume, Settings, When, settings_of_table
 
 IN_EPISODES = When("environment")
 SIMULATOR = "simulator"
 
 
-class RewardConfig(Settings, panel="Simulator"):
-    """What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."""
-
-    task_complete: float = 10.0
-    """Reward of an episode that reaches its task's goal."""
-    task_failed: float = -5.0
-    """Reward of an episode that does not."""
-    correct_tool: float = 5.0
-    """Reward of a call that the task expects."""
-    wrong_tool: float = -3.0
-    """Reward of a call that it does not expect, or of a tool that does not exist."""
-    schema_pass: float = 2.0
-    """Reward of a call whose arguments fit the tool's schema."""
-    schema_fail: float = -5.0
-    """Reward of a call whose arguments do not, or that is no JSON."""
-    style_pass: float = 1.0
-    """Reward of writing code that parses and keeps the style rules."""
-    guardrail_violation: float = -10.0
-    """Reward of a call that breaks a guardrail, which ends the episode."""
-    step_penalty: float = -0.5
-    """Reward of every call."""
-    redundant_action: float = -2.0
-    """Reward of a call that repeats the one before."""
+what = "What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."
+RewardConfig = settings_of_table("RewardConfig", __name__, what, "points", float, panel="Simulator")
 
 
 class EnvironmentSettings(Settings, panel="Episodes"):

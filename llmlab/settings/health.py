@@ -4,19 +4,14 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import Field, create_model
 
-from llmlab.settings.base import Resume, Settings
-from llmlab.settings.files import read_table
+from llmlab.settings.base import Resume, Settings, settings_of_table
 
-Limit = Annotated[float | None, Gt(0)]
 Response = Literal["warn", "stop", "rollback"]
-LIMITS = read_table("llmlab.settings", "limits")
-FIELDS = {name: (Limit, Field(limit, description=text)) for name, (limit, text) in LIMITS.items()}
-FACTS = {"panel": "Health", "resume": Resume.FREE}
 
-HealthLimits = create_model("HealthLimits", __base__=Settings, __cls_kwargs__=FACTS, **FIELDS)
-"""The limits of the checks, each with the name of its symptom; none turns a check off."""
+what = "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
+FACTS = {"panel": "Health", "resume": Resume.FREE}
+HealthLimits = settings_of_table("HealthLimits", __name__, what, "limits", Annotated[float | None, Gt(0)], **FACTS)
 
 
 class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
