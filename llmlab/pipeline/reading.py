@@ -144,18 +144,13 @@ def _substitute(section: Layer, folders: dict[str, str], needs: list[str], probl
     """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed. A run
     folder that is written out is needed just as well."""
 
-    def replace(match: re.Match[str], key: str) -> str:
-        if match[1] not in folders:
-            known = ", ".join(folders) or "none comes before it"
-            problems.append(f"{section.where(key)}: {match[0]}: expected an earlier stage ({known})")
-            return match[0]
-        needs.append(match[1])
-        return folders[match[1]]
-
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, str):
-            text = REFERENCE.sub(lambda match: replace(match, key), value)
-            needs.extend(name for name, folder in folders.items() if Path(text).is_relative_to(folder))
+            found, known = REFERENCE.findall(value), ", ".join(folders) or "none comes before it"
+            unknown = (f"${{{name}}}: expected an earlier stage ({known})" for name in found if name not in folders)
+            problems.extend(f"{section.where(key)}: {problem}" for problem in unknown)
+            text = REFERENCE.sub(lambda match: folders.get(match[1], match[0]), value)
+            needs.extend(name for name, path in folders.items() if name in found or Path(text).is_relative_to(path))
             return text
         if isinstance(value, dict):
             return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
