@@ -18,15 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import (
-    OfMainProcess,
-    UserError,
-    is_first_process,
-    is_out_of_memory,
-    is_unicode,
-    printable,
-    reason_of,
-)
+from llmlab.settings import errors
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
@@ -128,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
     for number, word in enumerate(arguments, start=1):
-        if "\0" in word or not is_unicode(word):
+        if "\0" in word or not errors.is_unicode(word):
             _print_error(f"command line: argument {number}, '{word}': this is not UTF-8 text")
             raise SystemExit(2)
     requested = next((word for word in arguments if not word.startswith("-")), None)
@@ -137,26 +129,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app = build_app(requested)
             gc.enable()
             app(args=arguments, prog_name="llmlab", obj=arguments)
-    except OfMainProcess as error:
+    except errors.OfMainProcess as error:
         raise SystemExit(error.exit_code) from None
-    except UserError as error:
-        if not is_first_process():  # most often the first one says the same, and its launcher ends this one
+    except errors.UserError as error:
+        if not errors.is_first_process():  # most often the first one says the same, and its launcher ends this one
             time.sleep(TIME_TO_END)
         for line in str(error).split("\n"):
             _print_error(line)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        if is_first_process():
+        if errors.is_first_process():
             print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
         if isinstance(error, OSError) and error.filename is not None:  # of the file system, which is no bug
-            _print_error(f"{os.fsdecode(error.filename)}: {reason_of(error)}")
+            _print_error(f"{os.fsdecode(error.filename)}: {errors.reason_of(error)}")
             raise SystemExit(2) from None
-        if is_out_of_memory(error):
-            _print_error(f"out of memory: {reason_of(error)}")
+        if errors.is_out_of_memory(error):
+            _print_error(f"out of memory: {errors.reason_of(error)}")
             raise SystemExit(2) from None
-        print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
+        print(f"error: {errors.reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -173,7 +165,7 @@ def _quiet_libraries() -> None:
 
 
 def _print_error(line: str) -> None:
-    line = printable(line)
+    line = errors.printable(line)
     if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
         line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
     print(f"error: {line}", file=sys.stderr)

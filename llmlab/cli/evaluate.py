@@ -19,17 +19,7 @@ from rich.text import Text
 from typer import Argument, Context, Exit, Option, Typer
 
 from llmlab.cli import chat
-from llmlab.cli.chat import DEFAULT, Device, Dtype
-from llmlab.cli.options import (
-    AllowCode,
-    AsJson,
-    Run,
-    Seed,
-    TrustRemoteCode,
-    parse_source,
-    resolve_options,
-    setting_option,
-)
+from llmlab.cli.options import AllowCode, AsJson, Seed, TrustRemoteCode, parse_source, resolve_options, setting_option
 from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import UserError, reading, shorten
 from llmlab.settings.files import Layer, dump, finite
@@ -50,7 +40,7 @@ Prompts = Option("--prompts", "-p", metavar="SOURCE", help="Held-out prompts of 
 
 def evaluate(
     context: Context,
-    run: Run,
+    run: chat.Run,
     gates: Annotated[str | None, Gates] = None,
     baseline: Annotated[str | None, Option(metavar="RUN", help="Model that must not be better.")] = None,
     prompts: Annotated[str | None, Prompts] = None,
@@ -63,8 +53,8 @@ def evaluate(
     output: Annotated[Path | None, Option("--output", "-o", help="File (.json) or folder to write.")] = None,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
+    device: chat.Device = chat.DEFAULT.device,
+    dtype: chat.Dtype = chat.DEFAULT.dtype,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score answers to held-out prompts; exit code 3 where a gate fails or certainly lost 2.5 % to the baseline."""

@@ -11,10 +11,7 @@ from llmlab.settings.paths import PathName, Reads
 
 
 class DataSource(Settings, type_name="name | subset | weight | split"):
-    """One dataset: a hub id, a local file or folder, or `demo/...`.
-
-    Source of the form `name | subset | weight`: seed, LLM-Lab document, "Dataset Configuration".
-    """
+    """One dataset, `name | subset | weight`. Source: seed, LLM-Lab document, "Dataset Configuration"."""
 
     name: PathName
     """Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."""

@@ -1,7 +1,5 @@
-"""The architecture of a decoder trained from scratch, in the seed's words.
-
-`llmlab.model.build_config` turns these settings into a Transformers configuration.
-"""
+"""The architecture of a decoder trained from scratch, in the seed's words; `llmlab.model.build_config` turns these
+settings into a Transformers configuration."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -16,10 +14,7 @@ YARN = When("positional_encoding", "yarn")
 
 
 class ModelSettings(Settings, panel="Model"):
-    """The decoder's shape; the defaults are Qwen2.5-0.5B's, about 494 million parameters.
-
-    Source: seed, LLM-Lab document, "Model Configuration".
-    """
+    """The decoder's shape, by default Qwen2.5-0.5B's. Source: seed, LLM-Lab document, "Model Configuration"."""
 
     tokenizer_name: Annotated[PathName, Reads("path")] = "Qwen/Qwen2.5-0.5B"
     """Tokenizer: a hub id, a folder, or a tokenizer.json file."""

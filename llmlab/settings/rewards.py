@@ -11,12 +11,8 @@ from llmlab.settings.base import Alias, Settings
 
 
 class RewardSettings(Settings, type_name="name | weight"):
-    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
-
-    Every key that is none of these fields is a parameter of the reward.
-
-    Source: seed, RL guide, section 3, "Reward Function Weights".
-    """
+    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`; other keys are its
+    parameters. Source: seed, RL guide, section 3, "Reward Function Weights"."""
 
     name: Annotated[str, MinLen(1)]
     """A reward of llmlab, or a function of your own: path/to/file.py:name."""
