@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from llmlab.cli.options import AsJson, Overwrite
+from llmlab.cli.arguments import AsJson, Overwrite
 from llmlab.health import advice
 from llmlab.health.symptoms import load_table
 from llmlab.runs import history

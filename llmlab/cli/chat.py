@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from rich.cells import cell_len
 from typer import Option
 
-from llmlab.cli.options import Run, Seed, TrustRemoteCode, resolve_options, setting_option
+from llmlab.cli.arguments import Run, Seed, TrustRemoteCode
+from llmlab.cli.options import resolve_options, setting_option
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings

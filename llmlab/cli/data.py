@@ -11,8 +11,9 @@ from rich.table import Column
 from rich.text import Text
 from typer import Argument, Option, Typer
 
-from llmlab.cli.options import AsJson, Seed, TrustRemoteCode, parse_source, setting_option
-from llmlab.cli.rewards import pairs
+from llmlab.cli.arguments import AsJson, Seed, TrustRemoteCode
+from llmlab.cli.options import setting_option
+from llmlab.cli.rewards import pairs, parse_source
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand

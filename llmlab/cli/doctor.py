@@ -5,7 +5,7 @@ from itertools import groupby
 
 from typer import Exit
 
-from llmlab.cli.options import AsJson
+from llmlab.cli.arguments import AsJson
 from llmlab.terminal import Terminal, safe, say_json
 
 STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red", "absent": "dim"}

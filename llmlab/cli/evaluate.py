@@ -19,7 +19,9 @@ from rich.text import Text
 from typer import Argument, Context, Exit, Option, Typer
 
 from llmlab.cli import chat
-from llmlab.cli.options import AllowCode, AsJson, Seed, TrustRemoteCode, parse_source, resolve_options, setting_option
+from llmlab.cli.arguments import AllowCode, AsJson, Seed, TrustRemoteCode
+from llmlab.cli.options import resolve_options, setting_option
+from llmlab.cli.rewards import parse_source
 from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import UserError, reading, shorten
 from llmlab.settings.files import Layer, dump, finite

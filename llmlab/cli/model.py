@@ -1,13 +1,13 @@
-"""`llmlab model info`, `init` and `convert`: sizes, initialization, conversion from and to related families; `llmlab
-tokenizer train` and `show`: train a tokenizer, and see the tokens of a text."""
+"""`llmlab model info`, `init` and `convert`: sizes, initialization, conversion from and to related families."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from llmlab.cli.options import PlainHelp, Seed, TrustRemoteCode, print_warnings, stage_command
-from llmlab.settings.errors import UserError, printable, reading
+from llmlab.cli.arguments import Seed, TrustRemoteCode
+from llmlab.cli.options import print_warnings
+from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
@@ -169,32 +169,3 @@ def _settings(source: str | None, changes: dict[str, Any]) -> ModelSettings:
     resolved = resolve(ModelSettings, *layers, Layer("command line", changes))
     print_warnings(resolved.warnings)
     return resolved.settings
-
-
-# Tokenizers -------------------------------------------------------------------------------------------------------
-
-tokenizer = Typer(no_args_is_help=True)
-tokenizer.command("train", cls=PlainHelp)(stage_command("tokenizer"))
-
-
-@tokenizer.command()
-def show(
-    name: Annotated[str, Argument(metavar="TOKENIZER", help="Hub id, folder or tokenizer.json.")],
-    text: Annotated[str, Argument(help="Text to tokenize.")],
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Show the tokens of a text, their ids, and the bytes per token."""
-    from rich.text import Text
-
-    from llmlab.data import load_tokenizer
-
-    loaded = load_tokenizer(name)
-    ids = loaded.encode(text, add_special_tokens=False)
-    pieces = Text()
-    for number, token in enumerate(ids):
-        pieces.append(printable(loaded.decode([token])), style="black on cyan" if number % 2 else "black on green")
-    console = Terminal()
-    console.print(pieces, soft_wrap=True)
-    console.print(" ".join(map(str, ids)), soft_wrap=True, style="dim")
-    per_token = len(text.encode()) / max(len(ids), 1)
-    console.print(f"{len(ids)} tokens of {len(loaded):,} entries, {per_token:.2f} bytes per token")

@@ -1,39 +1,25 @@
 """Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys. Values stay
-text until the settings validate them, so that a file, the command line and a notebook get the same errors. Beside it:
-options of several commands, and the JSON Schema of a stage's settings, by which editors complete and check recipes."""
+text until the settings validate them, so that a file, the command line and a notebook get the same errors."""
 
 import inspect
-import json
 import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ValidationError
 from typer import Argument, Context, Option, echo
 from typer.core import TyperCommand
 
+from llmlab.cli.arguments import TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch, read_launch, without_launch_options
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.data import DataSource
-from llmlab.settings.errors import LAUNCHED, UserError, did_you_mean, is_first_process
+from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
 from llmlab.settings.sources import Resolved, resolve
-from llmlab.settings.trust import allow_remote_code
-from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, safe, say
-
-# Options of several commands
-code_help = "Run Python code that a model or tokenizer brings along; read it first."
-TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help=code_help, callback=allow_remote_code)]
-AllowCode = Annotated[bool, Option("--allow-code", help="Run reward functions from files (file.py:function).")]
-AsJson = Annotated[bool, Option("--json", help="Print JSON for other programs.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
-Run = Annotated[str, Argument(metavar="RUN", help="Run folder, adapter folder or hub id.", show_default=False)]
-Seed = Annotated[int, Option(help="Random seed.", min=0, max=LARGEST_SEED, metavar="INT")]
 
 
 class PlainHelp(TyperCommand):
@@ -167,15 +153,6 @@ def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -
     return Annotated[setting.type, Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
 
 
-def parse_source(text: str, option: str = "") -> DataSource:
-    """Returns a data source in either form, `name | subset | weight | split` or a mapping; `option` is for errors."""
-    try:
-        return DataSource.model_validate(parse_scalar(text) if text.startswith("{") else text)
-    except ValidationError as error:
-        details = "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors())
-        raise UserError(f"{option}{text}: {details.removeprefix('Value error, ')}") from None
-
-
 def resolve_options(settings: type[Settings], arguments: dict[str, Any]) -> Any:
     """Returns the settings of a class that are among a command's arguments."""
     names = {setting.name for setting in fields_of(settings)}
@@ -303,34 +280,3 @@ def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:
 
 def _metavar(setting: Setting) -> str:
     return setting.type_name.removesuffix(" or none").replace(" | ", "|").replace("list of ", "").upper()
-
-
-def stage_schema(name: str) -> dict[str, Any]:
-    """Returns the JSON Schema of a stage's recipe, every accepted spelling a property."""
-    if name not in STAGES:
-        raise UserError(f"unknown stage '{name}': expected one of {', '.join(STAGES)}{did_you_mean(name, STAGES)}")
-    stage = STAGES[name].settings_class
-    schema = stage.model_json_schema()
-    properties = schema["properties"]
-    for setting in fields_of(stage):
-        home = properties
-        if len(setting.path) > 1:  # a field of a nested group is also accepted beside the group
-            group = properties[setting.path[0]]
-            reference = group["$ref"] if "$ref" in group else group["anyOf"][0]["$ref"]
-            home = schema["$defs"][reference.rsplit("/", 1)[1]]["properties"]
-            file = {"type": "string", "description": "A settings file."}
-            properties[setting.path[0]] = {"anyOf": [{"$ref": reference}, file]}
-        own = {key: value for key, value in home[setting.name].items() if key != "title"}
-        if own.get("type") == "array":
-            own = {"anyOf": [own, own["items"]]}
-        own["description"] = setting.help
-        for spelling in setting.spellings:
-            if spellings_of(stage)[spelling] is setting:
-                properties[spelling] = own
-    properties["stage"] = {"const": name, "description": "The stage this recipe is for."}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"llmlab {name}"}
-
-
-def schema(stage: Annotated[str, Argument(help=f"One of: {', '.join(STAGES)}.")]) -> None:
-    """Print the JSON Schema of a stage's settings, for editors that complete recipes."""
-    echo(json.dumps(stage_schema(stage), indent=2))

@@ -7,11 +7,8 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Context, Exit, Option, Typer
 from typer.main import get_command
 
-from llmlab.cli.options import AsJson, Overwrite, PlainHelp, stage_command
-from llmlab.settings.base import spellings_of
+from llmlab.cli.arguments import AsJson, Overwrite
 from llmlab.settings.errors import UserError, did_you_mean
-from llmlab.settings.paths import check_inputs
-from llmlab.settings.presets import hardware_presets, launch_of
 from llmlab.stages import STAGES
 from llmlab.terminal import Curve, Terminal, duration, numeric, safe, say_json
 
@@ -49,6 +46,7 @@ def plan(
     from llmlab.hardware import describe_machine, probe, recommend_preset
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
     from llmlab.runs.progress import print_plan
+    from llmlab.settings.presets import hardware_presets, launch_of
 
     if sharding not in (None, "none") and processes == 1:
         raise UserError(f"--sharding {sharding}: one process has nothing to share; set --processes")
@@ -91,6 +89,8 @@ plan.context_settings = REST  # type: ignore[attr-defined]
 
 def resolve_words(command: str, stage: str, words: list[str], hardware: str | None, processes: int | None) -> Any:
     """Returns the resolved settings that a stage's command has with these words, for another command."""
+    from llmlab.cli.options import PlainHelp, stage_command
+
     found: list[Any] = []
     app = Typer(pretty_exceptions_enable=False)
     app.command(stage, cls=PlainHelp)(stage_command(stage, use=found.append, processes=processes))
@@ -127,6 +127,9 @@ def tune_lr(
         raise UserError(f"--plot {plot}: expected a name that ends in .png or .svg, in a folder that exists")
     if taken := [path for path in (plot, plot.with_suffix(".csv")) if path.exists() and not overwrite]:
         raise UserError(f"--plot {plot}: {taken[0]} exists; choose another name, or --overwrite")
+    from llmlab.settings.base import spellings_of
+    from llmlab.settings.paths import check_inputs
+
     resolved = resolve_words("tune lr", stage, context.args, None, 1)
     if getattr(resolved.settings, "samples", "") is None:
         raise UserError(f"tune lr {stage}: it would draw samples first; name those of an earlier run: samples=RUN")

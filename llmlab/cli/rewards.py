@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import ValidationError
 from rich.bar import Bar
 from rich.table import Column
 from rich.text import Text
 from typer import Argument, Option
 
+from llmlab.cli.arguments import AllowCode, AsJson, Seed, TrustRemoteCode
 from llmlab.cli.chat import MaxNewTokens, Temperature, TopP
-from llmlab.cli.options import AllowCode, AsJson, Seed, TrustRemoteCode, parse_source, resolve_options
+from llmlab.cli.options import resolve_options
 from llmlab.settings.base import spellings_of
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
@@ -365,3 +367,12 @@ def _print_pairs(report: "PairsReport", output: Path) -> None:
     rows.append(("[bold]pairs[/]", f"[bold]{len(report.pairs):,}[/]"))
     console.table((Column(overflow="fold"), numeric("")), rows, show_header=False)
     console.print(f"\nWritten to {output}", markup=False, soft_wrap=True)
+
+
+def parse_source(text: str, option: str = "") -> DataSource:
+    """Returns a data source in either form, `name | subset | weight | split` or a mapping; `option` is for errors."""
+    try:
+        return DataSource.model_validate(parse_scalar(text) if text.startswith("{") else text)
+    except ValidationError as error:
+        details = "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors())
+        raise UserError(f"{option}{text}: {details.removeprefix('Value error, ')}") from None

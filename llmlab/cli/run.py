@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Column
 from typer import Argument, Option
 
+from llmlab.cli.arguments import AllowCode, TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, read_launch
-from llmlab.cli.options import AllowCode, TrustRemoteCode, print_warnings
+from llmlab.cli.options import print_warnings
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.presets import recipe_folder
 from llmlab.terminal import Terminal, safe

@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 from typer import Argument, Option, Typer
 
-from llmlab.cli.options import AsJson
+from llmlab.cli.arguments import AsJson
 from llmlab.health.checks import outside_bands
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
