@@ -6,8 +6,8 @@ from typer import Argument, Option
 
 from llmlab.settings.trust import allow_remote_code
 
-code_help = "Run Python code that a model or tokenizer brings along; read it first."
-TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help=code_help, callback=allow_remote_code)]
+TRUST_HELP = "Run Python code that a model or tokenizer brings along; read it first."
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help=TRUST_HELP, callback=allow_remote_code)]
 AllowCode = Annotated[bool, Option("--allow-code", help="Run reward functions from files (file.py:function).")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for other programs.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]

@@ -34,9 +34,11 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "repetition_penal
 Temperature, TopP, TopK, MaxNewTokens, RepetitionPenalty = (setting_option(InferenceSettings, s) for s in SAMPLING)
 Device, Dtype = (setting_option(InferenceSettings, name) for name in ("device", "dtype"))
 System = Annotated[str | None, Option(help="System prompt, for models that answer messages.")]
-lines = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
-how = "Answer messages, or continue text; by default pretraining runs and models without a chat template continue."
-Chats = Annotated[bool | None, Option("--chat/--complete", help=how)]
+FILE_HELP = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
+CHATS_HELP = (
+    "Answer messages or continue text; by default, what was only pretrained or has no chat template continues."
+)
+Chats = Annotated[bool | None, Option("--chat/--complete", help=CHATS_HELP)]
 
 
 def chat(
@@ -86,7 +88,7 @@ def chat(
 def generate(
     run: Run,
     prompt: Annotated[list[str] | None, Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    file: Annotated[Path | None, Option("--file", "-f", help=lines)] = None,
+    file: Annotated[Path | None, Option("--file", "-f", help=FILE_HELP)] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write prompts and completions (.jsonl).")] = None,
     num_samples: Annotated[int, Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
     batch_size: Annotated[int, Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 app = Typer(no_args_is_help=True)
 
-about = "A model's configuration file (YAML or JSON) or folder, and settings; nothing is the default model."
-Words = Annotated[list[str] | None, Argument(metavar="[CONFIG|FOLDER] [KEY=VALUE]...", help=about)]
+WORDS_HELP = "A model's configuration file (YAML or JSON) or folder, and settings; nothing is the default model."
+Words = Annotated[list[str] | None, Argument(metavar="[CONFIG|FOLDER] [KEY=VALUE]...", help=WORDS_HELP)]
 OutputDir = Annotated[Path, Option("--output-dir", "-o", help="The folder to write.")]
 
 

@@ -14,7 +14,7 @@ from llmlab.terminal import Curve, Terminal, duration, numeric, safe, say_json
 
 PLANNED = [name for name, stage in STAGES.items() if stage.resumes]  # those that train
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
-flops = "Share of the device's peak FLOP/s; none is a usual one."
+FLOPS_HELP = "Share of the device's peak FLOP/s; none is a usual one."
 REST = {"allow_extra_args": True, "ignore_unknown_options": True}  # they go to the stage's command
 
 tune = Typer(no_args_is_help=True, help="Find settings by short trials.")
@@ -32,7 +32,7 @@ def plan(
     mean: Annotated[float | None, Option(help="Tokens of a row in the mean; none is the longest.", min=1)] = None,
     processes: Annotated[int | None, Option(help="Processes that train together; else the preset's.", min=1)] = None,
     sharding: Annotated[Sharding | None, Option(help="What processes share, none is DDP; else the preset's.")] = None,
-    utilization: Annotated[float | None, Option(help=flops, min=0.001, max=1)] = None,
+    utilization: Annotated[float | None, Option(help=FLOPS_HELP, min=0.001, max=1)] = None,
     measure: Annotated[bool, Option("--measure", help="Take real steps here, with random weights.")] = False,
     json: AsJson = False,
 ) -> None:

@@ -41,24 +41,26 @@ SHOWN = 2  # pairs that are printed
 LONGEST = 400  # characters of a text that is printed
 OUTPUT = Path("pairs.jsonl")
 
-source_help = (
+PROMPTS_HELP = (
     "File, hub id or demo/...: a `prompt` column (text or messages), or conversations, whose last turn of the user is "
     "the prompt. Rewards are given the other columns."
 )
-Prompts = Annotated[str | None, Option("--prompts", "-p", help=source_help, metavar="FILE")]
-samples_help = "Compare the samples.jsonl of rs-sft or awr instead; rewards score them again."
+Prompts = Annotated[str | None, Option("--prompts", "-p", help=PROMPTS_HELP, metavar="FILE")]
+SAMPLES_HELP = "Compare the samples.jsonl of rs-sft or awr instead; rewards score them again."
 NumSamples = Annotated[int, Option("--num-samples", "-n", help="Completions a prompt.", min=2, metavar="INT")]
 
-named = "Names with commas, each with | WEIGHT if wanted, or YAML: '\\[json_valid, {name: length, target: 50}]'."
-Named = Annotated[str | None, Option("--rewards", "--reward", "-r", help=named, metavar="NAMES")]
+NAMED_HELP = "Names with commas, each with | WEIGHT if wanted, or YAML: '\\[json_valid, {name: length, target: 50}]'."
+Named = Annotated[str | None, Option("--rewards", "--reward", "-r", help=NAMED_HELP, metavar="NAMES")]
 FromFile = Annotated[Path | None, Option("--config", "-c", help="Take `rewards` from a file or a recipe.")]
-mapped = "Map the sum to [0, 1]. [dim]\\[true][/dim]"
-Normalize = Annotated[bool | None, Option("--normalize/--no-normalize", help=mapped, show_default=False)]
-rows_help = "Rows with `completion` (jsonl, json, csv, parquet), `prompt` and the columns that rewards ask for."
+NORMALIZE_HELP = "Map the sum to [0, 1]. [dim]\\[true][/dim]"
+Normalize = Annotated[bool | None, Option("--normalize/--no-normalize", help=NORMALIZE_HELP, show_default=False)]
+FILE_HELP = (
+    "jsonl, json, csv or parquet with `completion` and, beside it, `prompt` and the columns that rewards ask for."
+)
 
 
 def reward_check(
-    file: Annotated[Path | None, Argument(help=rows_help)] = None,
+    file: Annotated[Path | None, Argument(help=FILE_HELP)] = None,
     rewards: Named = None,
     config: FromFile = None,
     normalize: Normalize = None,
@@ -276,7 +278,7 @@ def _cell(value: float | None, digits: int = 3) -> str:
 def pairs(
     run: Annotated[str | None, Argument(metavar="RUN", help="Run folder, adapter or hub id, of a chat model.")] = None,
     prompts: Prompts = None,
-    samples: Annotated[Path | None, Option(help=samples_help)] = None,
+    samples: Annotated[Path | None, Option(help=SAMPLES_HELP)] = None,
     rewards: Named = None,
     config: FromFile = None,
     normalize: Normalize = None,
@@ -291,8 +293,7 @@ def pairs(
     output: Annotated[Path, Option("--output", "-o", help="File (.jsonl) to write or replace.")] = OUTPUT,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Sample completions, score them, and write the best and the worst completion of each prompt: data for llmlab
-    dpo."""
+    """Sample completions, score them, and write the best and the worst of each prompt: data for llmlab dpo."""
     if (run is None) != (prompts is None) or (run is None) == (samples is None):
         raise UserError("expected RUN and --prompts FILE, or --samples FILE alone")
     sampling = resolve_options(SamplingSettings, locals())

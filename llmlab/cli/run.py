@@ -24,15 +24,15 @@ CHANGES_SHOWN = 8  # lines a stage
 GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
 BUSY = "another process works on this queue, and runs what waits"
 
-override = "Settings that override the file's."
-Overrides = Annotated[list[str] | None, Argument(metavar="[STAGE.KEY=VALUE]...", help=override)]
+OVERRIDES_HELP = "Settings that override the file's."
+Overrides = Annotated[list[str] | None, Argument(metavar="[STAGE.KEY=VALUE]...", help=OVERRIDES_HELP)]
 
 
 def run(
     pipeline: Annotated[str, Argument(help="A pipeline file, or the name of a shipped one: quickstart.")],
     overrides: Overrides = None,
-    first: Annotated[str | None, Option("--from", metavar="STAGE", help="Rerun it and every later one.")] = None,
-    only: Annotated[str | None, Option(metavar="STAGE", help="Run it alone; those it needs must be finished.")] = None,
+    first: Annotated[str | None, Option("--from", metavar="STAGE", help="Rerun this stage and later ones.")] = None,
+    only: Annotated[str | None, Option(metavar="STAGE", help="Run it alone; what it needs must be finished.")] = None,
     hardware: Annotated[str | None, Option(help="A machine's values for what the file leaves unset.")] = None,
     allow_code: AllowCode = False,
     trust_remote_code: TrustRemoteCode = False,

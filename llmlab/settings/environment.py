@@ -12,8 +12,8 @@ IN_EPISODES = When("environment")
 SIMULATOR = "simulator"
 
 
-what = "What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."
-RewardConfig = settings_of_table("RewardConfig", __name__, what, "points", float, panel="Simulator")
+REWARD_CONFIG = "What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."
+RewardConfig = settings_of_table("RewardConfig", __name__, REWARD_CONFIG, "points", float, panel="Simulator")
 
 
 class EnvironmentSettings(Settings, panel="Episodes"):

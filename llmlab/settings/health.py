@@ -9,9 +9,11 @@ from llmlab.settings.base import Resume, Settings, settings_of_table
 
 Response = Literal["warn", "stop", "rollback"]
 
-what = "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
+LIMITS = (
+    "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
+)
 FACTS = {"panel": "Health", "resume": Resume.FREE}
-HealthLimits = settings_of_table("HealthLimits", __name__, what, "limits", Annotated[float | None, Gt(0)], **FACTS)
+HealthLimits = settings_of_table("HealthLimits", __name__, LIMITS, "limits", Annotated[float | None, Gt(0)], **FACTS)
 
 
 class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
