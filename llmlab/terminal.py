@@ -93,12 +93,11 @@ def numeric(name: str, **options: Any) -> Column:
 
 def track(items: Iterable[Any], total: int | None, description: str) -> Iterator[Any]:
     """Yields the items, with a progress bar on standard error where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress
 
     console = Terminal(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=safe(description))
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    return progress.track(items, safe(description), total, **options)
 
 
 # Numbers ----------------------------------------------------------------------------------------------------------

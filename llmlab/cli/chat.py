@@ -35,9 +35,7 @@ Temperature, TopP, TopK, MaxNewTokens, RepetitionPenalty = (setting_option(Infer
 Device, Dtype = (setting_option(InferenceSettings, name) for name in ("device", "dtype"))
 System = Annotated[str | None, Option(help="System prompt, for models that answer messages.")]
 FILE_HELP = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
-CHATS_HELP = (
-    "Answer messages or continue text; by default, what was only pretrained or has no chat template continues."
-)
+CHATS_HELP = "Answer messages or continue text; by default, what was only pretrained or has no template continues."
 Chats = Annotated[bool | None, Option("--chat/--complete", help=CHATS_HELP)]
 
 

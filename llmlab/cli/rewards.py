@@ -54,9 +54,7 @@ Named = Annotated[str | None, Option("--rewards", "--reward", "-r", help=NAMED_H
 FromFile = Annotated[Path | None, Option("--config", "-c", help="Take `rewards` from a file or a recipe.")]
 NORMALIZE_HELP = "Map the sum to [0, 1]. [dim]\\[true][/dim]"
 Normalize = Annotated[bool | None, Option("--normalize/--no-normalize", help=NORMALIZE_HELP, show_default=False)]
-FILE_HELP = (
-    "jsonl, json, csv or parquet with `completion` and, beside it, `prompt` and the columns that rewards ask for."
-)
+FILE_HELP = "jsonl, json, csv or parquet with `completion`, and beside it `prompt` and the columns of rewards."
 
 
 def reward_check(
