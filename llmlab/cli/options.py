@@ -16,7 +16,7 @@ from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch,
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
 from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
+from llmlab.settings.presets import for_stage, hardware_presets, presets, read_preset
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, safe, say
@@ -45,7 +45,7 @@ class PlainHelp(TyperCommand):
 
 
 OF_TRAINING = (
-    *("resume", "load_optimizer", "allow_changed_data"),
+    *("preset", "hardware", "resume", "load_optimizer", "allow_changed_data"),
     *("accelerate", "num_processes", "launch_args", "print_launch"),
 )
 POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
@@ -129,7 +129,6 @@ def stage_command(
 
     absent = {"options"} if stage.resumes else {"options", *OF_TRAINING}
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
-    absent |= set() if name in SECTIONS else {"preset", "hardware"}
     parameters = [each for each in inspect.signature(command).parameters.values() if each.name not in absent]
     table = spellings_of(kind)
     for setting in fields_of(kind):
