@@ -65,13 +65,12 @@ def build_app(requested: str | None) -> typer.Typer:
     )
     app.callback()(_root)
     for name, (panel, line, path) in COMMANDS.items():
-        target = _load(name, path) if name == requested else _placeholder
+        target = _load(name, path) if name == requested else lambda: None  # in the list of commands alone
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
-            text = line if target is _placeholder else target.__doc__
             words = {word: getattr(target, word, None) for word in ("context_settings", "cls")}
-            app.command(name, help=text, rich_help_panel=panel, **words)(target)
+            app.command(name, help=target.__doc__ or line, rich_help_panel=panel, **words)(target)
     if requested == MENU:  # as bare `llmlab`
         app.command(MENU, hidden=True)(open_menu)
     if requested == JOB:  # of a process that llmlab itself starts
@@ -87,10 +86,6 @@ def _load(name: str, path: str) -> Any:
         return stage_command(name)
     module, _, attribute = path.partition(":")
     return getattr(import_module(f"llmlab.cli.{module}"), attribute)
-
-
-def _placeholder() -> None:
-    """Stands in the list of commands for one that was not requested."""
 
 
 def _root(
