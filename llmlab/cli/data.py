@@ -41,9 +41,7 @@ ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 @app.command()
 def check(
     sources: Annotated[list[str], Argument(metavar="SOURCE...", help=SOURCE_HELP)],
-    tokenizer: Annotated[
-        str | None, Option("--tokenizer", "-t", help="Run folder or hub id, to count tokens.")
-    ] = None,
+    tokenizer: Annotated[str | None, Option("--tokenizer", "-t", help="Run or hub id, to count tokens.")] = None,
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
