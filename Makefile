@@ -23,7 +23,7 @@ bench: $(VENV)/installed-dev ## speed and memory against peers, as ratios in one
 	$(BIN)/python benchmarks/tokenize_corpus.py
 
 docs: $(VENV)/installed-docs ## generate the pages of options and symptoms, and build docs/_build/html
-	$(BIN)/python -m llmlab.cli.reference docs/options.md
+	$(BIN)/python docs/reference.py docs/options.md
 	$(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build/html
 	$(BIN)/python -m sphinx -b linkcheck -W --keep-going -q docs docs/_build/linkcheck
 

@@ -61,9 +61,6 @@ def examine(say: Callable[[str], None] = lambda text: None) -> tuple[list[Check]
     return [*checks, *check_folders(), check_hub(), *check_packages()], preset, problem
 
 
-# Versions and packages --------------------------------------------------------------------------------------------
-
-
 def requirements(*, optional: bool) -> list[Requirement]:
     """Returns what llmlab's own package requires, or what its extras do."""
     try:
@@ -86,8 +83,7 @@ def check_versions() -> Iterator[Check]:
 def check_packages() -> Iterator[Check]:
     """Looks for the optional packages."""
     listed = {requirement.name: requirement for requirement in requirements(optional=True)}
-    for name, use in OPTIONAL.items():
-        yield check_version(listed.get(name, Requirement(name)), f"{use}; ")
+    yield from (check_version(listed.get(name, Requirement(name)), f"{use}; ") for name, use in OPTIONAL.items())
 
 
 def check_version(requirement: Requirement, use: str = "") -> Check:
@@ -113,9 +109,6 @@ def check_imports() -> Check:
         except (Exception, SystemExit) as error:
             return Check("versions", name, "broken", f"cannot be imported: {reason_of(error)}")
     return Check("versions", "trainers", "ok", "torch, Transformers and TRL can be imported together")
-
-
-# Devices ----------------------------------------------------------------------------------------------------------
 
 
 def find_devices() -> list[str]:
@@ -224,9 +217,6 @@ def compile_in_child(device: str, limit: float = COMPILE_LIMIT) -> str:
         lines = [line for line in done.stderr.splitlines() if "Error: " in line or ".exc." in line] or [done.stderr]
         raise UserError(f"does not work: {lines[-1][-200:].strip()}: runs need compile=false")
     return f"compiled and right, after {time.monotonic() - start:.0f} s with torch's own start"
-
-
-# Folders and hub --------------------------------------------------------------------------------------------------
 
 
 def check_folders() -> Iterator[Check]:

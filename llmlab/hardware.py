@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 
@@ -133,15 +134,8 @@ def _identify(device: str) -> tuple[str, int]:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    memory = torch.mps.recommended_max_memory() if device == "mps" else system_memory()
+    memory = torch.mps.recommended_max_memory() if device == "mps" else psutil.virtual_memory().total
     return name or platform.processor() or platform.machine(), memory
-
-
-def system_memory() -> int:
-    """Returns the bytes of main memory, 0 where the system does not say."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0
 
 
 def peak_memory(device: str) -> int:

@@ -68,16 +68,6 @@ class Stage:
         if not resumed and os.environ.get("RANK", "0") == "0":  # the first process may have begun to write
             check_output(resolved.settings.output_dir)
 
-    def prepare(self, resolved: Any) -> Any:
-        """Returns the settings with their rewards checked and complete, for a stage that may start much later."""
-        from llmlab.settings.rewards import RewardsSettings
-
-        if not issubclass(self.settings_class, RewardsSettings):
-            return resolved
-        from llmlab.rewards.loading import check_rewards
-
-        return check_rewards(resolved)
-
 
 STAGES = {
     stage.name: stage

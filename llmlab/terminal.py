@@ -19,7 +19,7 @@ from llmlab.settings.errors import UNPRINTABLE, printable
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARK = 0x100  # of a character of a chart: a point, in place of the eight bits of its dots
-NARROWEST = 10  # characters across a chart, however narrow the terminal
+NARROWEST, WIDEST = 10, 100  # characters across a chart, however narrow or wide the terminal
 
 
 class Terminal(Console):
@@ -42,6 +42,21 @@ class Terminal(Console):
         """Whether colors cannot be told apart here."""
         return self.color_system is None or self.no_color
 
+    def section(self, title: str) -> None:
+        self.print(f"\n[bold]{safe(title)}[/]")
+
+    def table(self, columns: Iterable[Column | str], rows: Iterable[Iterable[Any]], **options: Any) -> None:
+        """Prints a table of rows of cells, which are markup; `options` as in `make_table`."""
+        table = make_table(*columns, **options)
+        for row in rows:
+            table.add_row(*row)
+        self.print(table)
+
+    def chart(self, curves: Sequence["Curve"], height: int = 9, **options: Any) -> None:
+        """Prints curves; `options` as in `draw_curves`."""
+        for line in draw_curves(curves, width=min(self.width, WIDEST), height=height, **options):
+            self.print(line, soft_wrap=True)
+
 
 def say(text: str, *, error: bool = False, **style: Any) -> None:
     typer.secho(printable(text), err=error, **style)
@@ -58,6 +73,13 @@ def safe(text: Any) -> str:
     return escape(printable(str(text)))
 
 
+def one_line(*parts: str) -> Text:
+    """Returns markup, its parts apart, as one line that is cut where its room ends."""
+    line = Text.from_markup("  ".join(filter(None, parts)).replace("\n", " "), overflow="ellipsis")
+    line.no_wrap = True
+    return line
+
+
 def make_table(*columns: Column | str, gap: int = 2, **options: Any) -> Table:
     """Returns an empty table without lines around its cells, and so many spaces between them."""
     plain = {"box": None, "pad_edge": False, "padding": (0, gap, 0, 0), "header_style": "bold"}
@@ -71,12 +93,11 @@ def numeric(name: str, **options: Any) -> Column:
 
 def track(items: Iterable[Any], total: int | None, description: str) -> Iterator[Any]:
     """Yields the items, with a progress bar on standard error where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress
 
     console = Terminal(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=safe(description))
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    return progress.track(items, safe(description), total, **options)
 
 
 # Numbers ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 import typer
 import yaml
 
+from docs.reference import render_symptoms
 from llmlab.cli.app import COMMANDS, build_app, main
-from llmlab.cli.reference import render_symptoms
 from llmlab.health.symptoms import load_table
 from llmlab.pipeline.reading import read_pipeline
 from llmlab.settings.files import Layer, read_layer

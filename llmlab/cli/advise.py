@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
+from llmlab.cli.arguments import AsJson, Overwrite
 from llmlab.health import advice
 from llmlab.health.symptoms import load_table
 from llmlab.runs import history
@@ -15,18 +16,16 @@ from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, dump, finite
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
-from llmlab.terminal import Terminal, make_table, safe, say_json
+from llmlab.terminal import Terminal, safe, say_json
 
 LOOKED_AT = ("loss", "eval_loss", "grad_norm", "reward", "kl", "entropy", "zero_variance_share", "eval_win_rate")
 
 
 def advise(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    apply: Annotated[
-        Path | None, typer.Option(help="Write the run's settings with the changes into this YAML or JSON file.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --apply: replace the file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Run folders.")],
+    apply: Annotated[Path | None, Option(help="Write the changed settings into this YAML or JSON file.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Name what a run's metrics, events and settings show, with numbers and steps, and what to change.
 
@@ -97,10 +96,9 @@ def _print_report(console: Terminal, report: dict[str, Any]) -> None:
         console.print(f"[green]healthy[/]: no condition of the guides shows{few}")
     looked = ", ".join(f"{name} ({count})" for name, count in report["looked_at"].items())
     console.print(f"[dim]looked at (values): {looked}[/]", soft_wrap=True)
-    table = make_table("setting", "now", "", "next")
-    for key, (before, after) in report["changes"].items():
-        table.add_row(safe(key), safe(show(before)), "->", f"[bold]{safe(show(after))}[/]")
-    if table.row_count:
-        console.print(table)
+    changes = report["changes"].items()
+    rows = [(safe(key), safe(show(now)), "->", f"[bold]{safe(show(after))}[/]") for key, (now, after) in changes]
+    if rows:
+        console.table(("setting", "now", "", "next"), rows)
     for sentence in dict.fromkeys(line for finding in report["findings"] for line in finding["advice"]):
         console.print(sentence, soft_wrap=True)

@@ -18,15 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from llmlab import __version__
-from llmlab.settings.errors import (
-    OfMainProcess,
-    UserError,
-    is_first_process,
-    is_out_of_memory,
-    is_unicode,
-    printable,
-    reason_of,
-)
+from llmlab.settings import errors
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
@@ -39,9 +31,9 @@ TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
 COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
-    "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "queue:queue"),
+    "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "run:queue"),
     "plan": (TRAIN, "Plan a run: memory, steps, time, disk, and what would fit.", "plan:plan"),
-    "tune": (TRAIN, "Find a learning rate by a range test.", "tune:app"),
+    "tune": (TRAIN, "Find a learning rate by a range test.", "plan:tune"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "report": (USE, "Write the page of a run or pipeline again, and open it.", "runs:report"),
@@ -50,7 +42,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
-    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
+    "episodes": (USE, "Play a model in an environment with tools.", "evaluate:app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
     "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),
@@ -73,13 +65,12 @@ def build_app(requested: str | None) -> typer.Typer:
     )
     app.callback()(_root)
     for name, (panel, line, path) in COMMANDS.items():
-        target = _load(name, path) if name == requested else _placeholder
+        target = _load(name, path) if name == requested else lambda: None  # in the list of commands alone
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=line, rich_help_panel=panel)
         else:
-            text = line if target is _placeholder else target.__doc__
             words = {word: getattr(target, word, None) for word in ("context_settings", "cls")}
-            app.command(name, help=text, rich_help_panel=panel, **words)(target)
+            app.command(name, help=target.__doc__ or line, rich_help_panel=panel, **words)(target)
     if requested == MENU:  # as bare `llmlab`
         app.command(MENU, hidden=True)(open_menu)
     if requested == JOB:  # of a process that llmlab itself starts
@@ -97,25 +88,15 @@ def _load(name: str, path: str) -> Any:
     return getattr(import_module(f"llmlab.cli.{module}"), attribute)
 
 
-def _placeholder() -> None:
-    """Stands in the list of commands for one that was not requested."""
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"llmlab {__version__}")
-        raise typer.Exit()
-
-
 def _root(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    if context.invoked_subcommand is not None:
-        return
-    open_menu()
+    if version:
+        typer.echo(f"llmlab {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        open_menu()
 
 
 def open_menu() -> None:
@@ -134,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
     for number, word in enumerate(arguments, start=1):
-        if "\0" in word or not is_unicode(word):
+        if "\0" in word or not errors.is_unicode(word):
             _print_error(f"command line: argument {number}, '{word}': this is not UTF-8 text")
             raise SystemExit(2)
     requested = next((word for word in arguments if not word.startswith("-")), None)
@@ -143,23 +124,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app = build_app(requested)
             gc.enable()
             app(args=arguments, prog_name="llmlab", obj=arguments)
-    except OfMainProcess as error:
+    except errors.OfMainProcess as error:
         raise SystemExit(error.exit_code) from None
-    except UserError as error:
-        if not is_first_process():  # most often the first one says the same, and its launcher ends this one
+    except errors.UserError as error:
+        if not errors.is_first_process():  # most often the first one says the same, and its launcher ends this one
             time.sleep(TIME_TO_END)
         for line in str(error).split("\n"):
             _print_error(line)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        if is_first_process():
+        if errors.is_first_process():
             print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
-        if limit := _system_limit(error):
-            _print_error(limit)
+        if isinstance(error, OSError) and error.filename is not None:  # of the file system, which is no bug
+            _print_error(f"{os.fsdecode(error.filename)}: {errors.reason_of(error)}")
             raise SystemExit(2) from None
-        print(f"error: {reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
+        if errors.is_out_of_memory(error):
+            _print_error(f"out of memory: {errors.reason_of(error)}")
+            raise SystemExit(2) from None
+        print(f"error: {errors.reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -176,19 +160,10 @@ def _quiet_libraries() -> None:
 
 
 def _print_error(line: str) -> None:
-    line = printable(line)
+    line = errors.printable(line)
     if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
         line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
     print(f"error: {line}", file=sys.stderr)
-
-
-def _system_limit(error: Exception) -> str:
-    """Returns a sentence for an error of the file system or of memory, which is no bug; else an empty text."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
-    if is_out_of_memory(error):
-        return f"out of memory: {reason_of(error)}"
-    return ""
 
 
 def _write_log(arguments: Sequence[str]) -> str:

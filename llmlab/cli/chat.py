@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.cells import cell_len
+from typer import Option
 
-from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.settings.base import fields_of
+from llmlab.cli.arguments import Run, Seed, TrustRemoteCode
+from llmlab.cli.options import resolve_options, setting_option
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
-from llmlab.settings.files import Layer, write_atomically
+from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.hardware import DeviceSettings
-from llmlab.settings.sources import resolve
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.stages import import_heavy
 from llmlab.terminal import human, say, track
@@ -31,23 +30,13 @@ class InferenceSettings(SamplingSettings, DeviceSettings):
 
 
 DEFAULT = InferenceSettings()
-Run = Annotated[str, typer.Argument(help="Run folder, adapter folder or hub id.", show_default=False)]
-Temperature = setting_option(InferenceSettings, "temperature")
-TopP = setting_option(InferenceSettings, "top_p")
-TopK = setting_option(InferenceSettings, "top_k")
-MaxNewTokens = setting_option(InferenceSettings, "max_new_tokens")
-RepetitionPenalty = setting_option(InferenceSettings, "repetition_penalty")
-Device = setting_option(InferenceSettings, "device")
-Dtype = setting_option(InferenceSettings, "dtype")
-System = Annotated[str | None, typer.Option(help="System prompt, for models that answer messages.")]
-Chats = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--complete",
-        help="Answer messages, or continue text. Without either: pretraining runs and models without a chat template "
-        "continue text, all others answer.",
-    ),
-]
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty")
+Temperature, TopP, TopK, MaxNewTokens, RepetitionPenalty = (setting_option(InferenceSettings, s) for s in SAMPLING)
+Device, Dtype = (setting_option(InferenceSettings, name) for name in ("device", "dtype"))
+System = Annotated[str | None, Option(help="System prompt, for models that answer messages.")]
+FILE_HELP = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
+CHATS_HELP = "Answer messages or continue text; by default, what was only pretrained or has no template continues."
+Chats = Annotated[bool | None, Option("--chat/--complete", help=CHATS_HELP)]
 
 
 def chat(
@@ -57,7 +46,7 @@ def chat(
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int | None, typer.Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
+    seed: Annotated[int | None, Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -65,7 +54,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
-    settings = _resolve(locals())
+    settings = resolve_options(InferenceSettings, locals())
     model, tokenizer, chats = _load(run, settings, chats, system)
     if seed is not None:
         from transformers import set_seed
@@ -96,22 +85,17 @@ def chat(
 
 def generate(
     run: Run,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", help="Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write prompts and completions (.jsonl).")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
+    prompt: Annotated[list[str] | None, Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[Path | None, Option("--file", "-f", help=FILE_HELP)] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Write prompts and completions (.jsonl).")] = None,
+    num_samples: Annotated[int, Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
+    batch_size: Annotated[int, Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
     temperature: Temperature = DEFAULT.temperature,
     top_p: TopP = DEFAULT.top_p,
     top_k: TopK = DEFAULT.top_k,
     max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
     repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
+    seed: Seed = 42,
     system: System = None,
     chats: Chats = None,
     device: Device = DEFAULT.device,
@@ -119,7 +103,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts from the command line, a file or standard input."""
-    settings = _resolve(locals())
+    settings = resolve_options(InferenceSettings, locals())
     prompts = [*(prompt or ()), *(_read_prompts(file) if file else ())]
     if not prompts and sys.stdin is not None and not sys.stdin.isatty():
         with reading("standard input", "UTF-8 text"):
@@ -171,11 +155,11 @@ class Session:
         elif word == "reset":
             self.turns = []
             notice("Started a new conversation.")
-        elif word == "system" and self.chats:
+        elif word == "system" and not self.chats:
+            notice("This model continues text: it takes no system prompt.")
+        elif word == "system":
             self.system, self.turns = rest, []
             notice(f"Started a new conversation, {'with this' if rest else 'without a'} system prompt.")
-        elif word == "system":
-            notice("This model continues text: it takes no system prompt.")
         else:
             notice(f"There is no command /{word}{did_you_mean(f'/{word}', COMMANDS)} (/help lists them)")
         return True
@@ -263,20 +247,12 @@ def _read_line(interactive: bool) -> str | None:
         return input(">>> " if interactive else "")
     except UnicodeDecodeError:
         raise UserError("standard input: this is not UTF-8 text") from None
-    except EOFError:
-        pass
-    except KeyboardInterrupt:
-        if not interactive:
+    except (EOFError, KeyboardInterrupt) as end:
+        if interactive:
+            print()
+        elif isinstance(end, KeyboardInterrupt):
             raise
-    if interactive:
-        print()
     return None
-
-
-def _resolve(arguments: dict[str, Any]) -> InferenceSettings:
-    names = {setting.name for setting in fields_of(InferenceSettings)}
-    options = {name: value for name, value in arguments.items() if name in names and value != getattr(DEFAULT, name)}
-    return resolve(InferenceSettings, Layer("command line", options)).settings
 
 
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:

@@ -6,26 +6,26 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.rule import Rule
 from rich.table import Column
 from rich.text import Text
+from typer import Argument, Option, Typer
 
-from llmlab.cli.options import TrustRemoteCode, setting_option
-from llmlab.cli.pairs import pairs, parse_source
+from llmlab.cli.arguments import AsJson, Seed, TrustRemoteCode
+from llmlab.cli.options import setting_option
+from llmlab.cli.rewards import pairs, parse_source
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand
 from llmlab.settings.sft import SFTSettings
-from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import Terminal, draw_bars, make_table, numeric, percent, safe, say_json, track
+from llmlab.terminal import Terminal, draw_bars, numeric, percent, safe, say_json, track
 
 if TYPE_CHECKING:
     from llmlab.data.chat.conversations import ConversationSource
     from llmlab.data.chat.rendering import RenderedRow, Renderer
     from llmlab.data.inspect import DataReport, Lengths
 
-app = typer.Typer(no_args_is_help=True)
+app = Typer(no_args_is_help=True)
 
 HEIGHT = 5  # lines of a histogram
 TICKS = 10  # bins between two labels of its axis
@@ -34,21 +34,19 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
 LossOn = setting_option(SFTSettings, "loss_on", panel=False)
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Where rows are truncated.", min=1, metavar="TOKENS")]
+MaxSeqLen = Annotated[int, Option("--max-seq-len", help="Where rows are truncated.", min=1, metavar="TOKENS")]
 ChatTemplate = setting_option(SFTSettings, "chat_template", panel=False)
 
 
 @app.command()
 def check(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE_HELP)],
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", "-t", help="Run folder or hub id: also count tokens.")
-    ] = None,
+    sources: Annotated[list[str], Argument(metavar="SOURCE...", help=SOURCE_HELP)],
+    tokenizer: Annotated[str | None, Option("--tokenizer", "-t", help="Run or hub id, to count tokens.")] = None,
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    limit: Annotated[int | None, typer.Option(help="Maximal number of rows per source.", min=1, metavar="INT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    limit: Annotated[int | None, Option(help="Maximal number of rows per source.", min=1, metavar="INT")] = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check data before training: formats, unusable rows, duplicates, turns out of order, scripts, lengths."""
@@ -56,30 +54,36 @@ def check(
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
-    options = {"renderer": renderer, "max_seq_len": max_seq_len}
     reports = []
     for source in found:
-        form = source.form.name + (", unpaired" if source.label else "")
-        names = {"name": source.name, "form": form, "label": source.label}
-        reports.append(inspect_rows(_rows(source, limit), source.read, **names, **options))
+        names = {"name": source.name, "form": source.form.name + (", unpaired" if source.label else "")}
+        options = {**names, "label": source.label, "renderer": renderer, "max_seq_len": max_seq_len}
+        reports.append(inspect_rows(_rows(source, limit), source.read, **options))
     if as_json:
         return say_json({"sources": [asdict(report) for report in reports]})
-    console = Terminal()
-    _print_overview(console, reports)
+    console, rows = Terminal(), []
+    for report in reports:
+        counts = (report.rows - report.usable, report.exact_duplicates.rows, report.near_duplicates.rows)
+        marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
+        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
+        source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"
+        rows.append((source, f"{report.rows:,}", *marked, tokens))
+    counted = map(numeric, ("rows", "dropped", "duplicate", "similar", "tokens"))
+    console.table([Column("source", overflow="fold", ratio=1), *counted], rows)
     for report in reports:
         _print_details(console, report)
 
 
 @app.command()
 def preview(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Run folder or hub id.")],
-    count: Annotated[int, typer.Option("--count", "-n", help="Rows to show.", min=1, metavar="INT")] = 3,
+    source: Annotated[str, Argument(metavar="SOURCE", help=SOURCE_HELP)],
+    tokenizer: Annotated[str, Option("--tokenizer", "-t", help="Run folder or hub id.")],
+    count: Annotated[int, Option("--count", "-n", help="Rows to show.", min=1, metavar="INT")] = 3,
     max_seq_len: MaxSeqLen = 1024,
     loss_on: LossOn = "assistant",
     chat_template: ChatTemplate = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampled rows.", min=0, max=LARGEST_SEED, metavar="INT")] = 42,
-    limit: Annotated[int, typer.Option(help="Rows to sample from, and to tokenize.", min=1, metavar="INT")] = 2000,
+    seed: Seed = 42,
+    limit: Annotated[int, Option(help="Rows to sample from, and to tokenize.", min=1, metavar="INT")] = 2000,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show rows as tokenized: special tokens, the loss mask, and where rows are truncated."""
@@ -102,7 +106,9 @@ def preview(
     console = Terminal()
     for number, row in sorted(Random(seed).sample(rendered, min(count, len(rendered))), key=lambda pair: pair[0]):
         _print_row(console, number, row, renderer, max_seq_len)
-    _print_legend(console)
+    kinds = {"trained": (True, False), "special, trained": (True, True), "not trained": (False, False)}
+    legend = (Text(f" {name} ", style=_style(*kind)) for name, kind in (kinds | {"special": (False, True)}).items())
+    console.print(f"{OPEN}trained{CLOSE}  not trained" if console.plain else Text("  ").join(legend))
     lengths = Lengths.of([len(row.input_ids) for _, row in rendered])
     over = sum(len(row.input_ids) > max_seq_len for _, row in rendered)
     dropped = f", {tally.dropped.total():,} dropped" if tally.dropped else ""
@@ -152,18 +158,6 @@ def _short(name: str) -> str:
     return path.name if (path := expand(name)).exists() else name
 
 
-def _print_overview(console: Terminal, reports: "list[DataReport]") -> None:
-    counted = ("rows", "dropped", "duplicate", "similar", "tokens")
-    table = make_table(Column("source", overflow="fold", ratio=1), *map(numeric, counted))
-    for report in reports:
-        counts = (report.rows - report.usable, report.exact_duplicates.rows, report.near_duplicates.rows)
-        marked = (f"[yellow]{count:,}[/]" if count else "[dim]0[/]" for count in counts)
-        tokens = f"{report.tokens.lengths.total:,}" if report.tokens else "-"
-        source = f"{safe(_short(report.name))}\n[dim]{safe(report.format)}[/]"
-        table.add_row(source, f"{report.rows:,}", *marked, tokens)
-    console.print(table)
-
-
 def _print_details(console: Terminal, report: "DataReport") -> None:
     console.print()
     console.print(Rule(f"[bold]{safe(report.name)}[/]", align="left", style="dim"))
@@ -183,12 +177,10 @@ def _print_details(console: Terminal, report: "DataReport") -> None:
     if report.tokens:
         measured["tokens"] = report.tokens.lengths
     marks = (*(f"{mark} %" for mark in report.words.percentiles), "longest", "total")
-    table = make_table("length of a row", *(numeric(mark, min_width=8) for mark in marks))
-    for unit, lengths in measured.items():
-        values = (*lengths.percentiles.values(), lengths.longest, lengths.total)
-        table.add_row(unit, *(f"{value:,}" for value in values))
+    numbers = {unit: (*each.percentiles.values(), each.longest, each.total) for unit, each in measured.items()}
+    rows = ((unit, *(f"{value:,}" for value in values)) for unit, values in numbers.items())
     console.print()
-    console.print(table)
+    console.table(["length of a row", *(numeric(mark, min_width=8) for mark in marks)], rows)
     unit, lengths = list(measured.items())[-1]
     console.print(f"\n[bold]{unit.capitalize()} a row[/]")
     _print_histogram(console, lengths)
@@ -202,14 +194,15 @@ def _print_findings(console: Terminal, report: "DataReport") -> None:
     if report.tokens:
         findings.append(("red", "no trained token left after truncation", report.tokens.lost))
         findings.append(("yellow", f"longer than {report.tokens.max_seq_len:,} tokens", report.tokens.truncated))
-    table = make_table(Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows")
+    rows = []
     for style, what, found in findings:
         if found.rows:
             first = ", ".join(map(str, found.first)) + (", ..." if found.rows > len(found.first) else "")
-            share = percent(found.rows / report.rows)
-            table.add_row(Text(printable(what), style=style), f"{found.rows:,}", share, first)
+            rows.append((f"[{style}]{safe(what)}[/]", f"{found.rows:,}", percent(found.rows / report.rows), first))
     console.print()
-    console.print(table if table.row_count else "[green]No problems were found.[/]")
+    if not rows:
+        return console.print("[green]No problems were found.[/]")
+    console.table((Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows"), rows)
 
 
 def _print_histogram(console: Terminal, lengths: "Lengths") -> None:
@@ -248,15 +241,6 @@ def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Re
         console.print(Rule(f"[bold red]✂ {cut}[/]", align="left", style="red", characters="╌"))
     if total > max_seq_len or not text.plain.endswith("\n"):
         console.print()
-
-
-def _print_legend(console: Terminal) -> None:
-    if console.plain:
-        console.print(f"{OPEN}trained{CLOSE}  not trained")
-        return
-    names = {(True, False): "trained", (True, True): "special, trained", (False, False): "not trained"}
-    names[False, True] = "special"
-    console.print(Text("  ").join(Text(f" {name} ", style=_style(*kind)) for kind, name in names.items()))
 
 
 def _style(trained: bool, special: bool) -> str:

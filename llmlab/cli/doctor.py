@@ -2,18 +2,16 @@
 
 from dataclasses import asdict
 from itertools import groupby
-from typing import Annotated
 
-import typer
+from typer import Exit
 
-from llmlab.terminal import Terminal, make_table, safe, say_json
+from llmlab.cli.arguments import AsJson
+from llmlab.terminal import Terminal, safe, say_json
 
 STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red", "absent": "dim"}
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
-) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Try what this machine can do: versions, devices, memory, folders, hub, optional packages."""
     from llmlab.doctor import examine
 
@@ -21,16 +19,14 @@ def doctor(
         checks, preset, problem = examine(lambda text: status.update(safe(text)))
     if as_json:
         say_json({"checks": [asdict(check) for check in checks], "preset": preset, "problem": problem}, indent=2)
-        raise typer.Exit(1 if problem else 0)
+        raise Exit(1 if problem else 0)
     console = Terminal(whole_rows=True)
     for section, rows in groupby(checks, key=lambda check: check.section):
-        table = make_table("", "", "", show_header=False)
-        for check in rows:
-            table.add_row("  " + safe(check.name), f"[{STYLES[check.status]}]{check.status}[/]", safe(check.detail))
         console.print(f"[bold]{section.capitalize()}[/bold]")
-        console.print(table)
+        cells = ((f"  {safe(c.name)}", f"[{STYLES[c.status]}]{c.status}[/]", safe(c.detail)) for c in rows)
+        console.table(("", "", ""), cells, show_header=False)
     if preset:
         console.print(f"[bold]Preset[/bold] for this machine: --hardware {safe(preset)}")
     bad = f"[bold red]nothing can be trained here[/]: {safe(problem)}"
     console.print(bad if problem else "[green]this machine can train[/]")
-    raise typer.Exit(1 if problem else 0)
+    raise Exit(1 if problem else 0)

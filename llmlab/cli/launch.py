@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
+from typer import Option
 
 from llmlab.settings.errors import LAUNCHED, UserError, did_you_mean, reading, reason_of
 from llmlab.settings.files import read_json
@@ -33,7 +33,7 @@ TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 VALUED = ("--accelerate", "--num-processes", "--launch-args")
 TIME_TO_SAVE = 3600  # seconds that an interrupted run has for its checkpoint; torch's own limit is 30
 
-option = partial(typer.Option, rich_help_panel="Launch")
+option = partial(Option, rich_help_panel="Launch")
 by_name = f"Launch by this Accelerate configuration: {', '.join(NAMES)}."
 Accelerate = Annotated[str | None, option(metavar="NAME|FILE", help=by_name)]
 NumProcesses = Annotated[int | None, option(min=1, help="Processes, of all machines; by default one per visible GPU.")]

@@ -3,41 +3,40 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
-from llmlab.cli.options import TrustRemoteCode, print_warnings
+from llmlab.cli.arguments import Seed, TrustRemoteCode
+from llmlab.cli.options import print_warnings
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
-from llmlab.settings.vocabulary import LARGEST_SEED
-from llmlab.terminal import Terminal, make_table, numeric, safe, say
+from llmlab.terminal import Terminal, numeric, safe, say
 
 if TYPE_CHECKING:
     from llmlab.model import ModelSize
 
-app = typer.Typer(no_args_is_help=True)
+app = Typer(no_args_is_help=True)
 
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG|FOLDER] [KEY=VALUE]...",
-        help="A model's configuration file (YAML or JSON) or folder, and settings; nothing is the default model.",
-    ),
-]
+WORDS_HELP = "A model's configuration file (YAML or JSON) or folder, and settings; nothing is the default model."
+Words = Annotated[list[str] | None, Argument(metavar="[CONFIG|FOLDER] [KEY=VALUE]...", help=WORDS_HELP)]
+OutputDir = Annotated[Path, Option("--output-dir", "-o", help="The folder to write.")]
 
 
 @app.command()
 def info(
     words: Words = None,
-    sequence: Annotated[int | None, typer.Option(help="Sequence length; none is the longest.", min=1)] = None,
+    sequence: Annotated[int | None, Option(help="Sequence length; none is the longest.", min=1)] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show exact parameter counts by part, memory for training with each optimizer, FLOPs and cache per token.
 
     Of other architectures than llmlab's, and of adapters, parameters and the memory for them are shown.
     """
+    from rich.table import Column
+
     from llmlab.model import LLMLabConfig, build_config, measure
+    from llmlab.model.size import OPTIMIZERS, PARTS
 
     source, changes = _split(words)
     adapter = ""
@@ -56,10 +55,22 @@ def info(
     console = Terminal()
     if source:
         console.print(f"{safe(source)}: {safe(config.model_type)}", soft_wrap=True)
-    _print_parameters(console, size)
+    rows = []
+    for part in PARTS:
+        count = getattr(size, part)
+        if count or part not in ("norms", "other"):
+            note = "shared" if part == "head" and not count else f"{count / size.total:.1%}"
+            rows.append((part, f"{count:,}", note))
+    rows.append(("[bold]total[/]", f"[bold]{size.total:,}[/]", ""))
+    columns = ("part", numeric("count"), numeric("share"))
+    console.table(columns, rows, title="Parameters", title_justify="left")
     if adapter:
         console.print(f"{'':11}{safe(adapter)}", soft_wrap=True)
-    _print_memory(console, size)
+    bytes_of = {name: (4 * size.total, 4 * size.total, size.optimizer_bytes(name)) for name in OPTIMIZERS}
+    gigabytes = {name: [f"{part / 1e9:.2f}" for part in (*parts, sum(parts))] for name, parts in bytes_of.items()}
+    title = "\nTraining memory in GB in fp32, without activations (those: llmlab plan)"
+    columns = (Column("optimizer", no_wrap=True), *map(numeric, ("weights", "gradients", "states", "together")))
+    console.table(columns, ((name, *row) for name, row in gigabytes.items()), title=title, title_justify="left")
     if ours:
         flops = (count(length) for count in (size.forward_flops_per_token, size.training_flops_per_token))
         cache = (size.kv_cache_bytes_per_token(dtype) for dtype in ("bf16", "fp32"))
@@ -87,38 +98,11 @@ def _of_folder(source: str) -> "tuple[Any, ModelSize, str]":
     return config, size, f"adapters ({kind}): {count:,} parameters, {count / size.total:.2%} of {home}"
 
 
-def _print_parameters(console: Terminal, size: "ModelSize") -> None:
-    from llmlab.model.size import PARTS
-
-    shape = make_table("part", numeric("count"), numeric("share"), title="Parameters", title_justify="left")
-    for part in PARTS:
-        count = getattr(size, part)
-        note = "shared" if part == "head" and not count else f"{count / size.total:.1%}"
-        if count or part not in ("norms", "other"):
-            shape.add_row(part, f"{count:,}", note)
-    shape.add_row("total", f"{size.total:,}", "", style="bold")
-    console.print(shape)
-
-
-def _print_memory(console: Terminal, size: "ModelSize") -> None:
-    from rich.table import Column
-
-    from llmlab.model.size import OPTIMIZERS
-
-    columns = map(numeric, ("weights", "gradients", "states", "together"))
-    title = "\nTraining memory in GB in fp32, without activations (those: llmlab plan)"
-    memory = make_table(Column("optimizer", no_wrap=True), *columns, title=title, title_justify="left")
-    for name in OPTIMIZERS:
-        values = [4 * size.total, 4 * size.total, size.optimizer_bytes(name)]
-        memory.add_row(name, *(f"{value / 1e9:.2f}" for value in (*values, sum(values))))
-    console.print(memory)
-
-
 @app.command()
 def init(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run folder to write.")],
+    output_dir: OutputDir,
     words: Words = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0, max=LARGEST_SEED)] = 42,
+    seed: Seed = 42,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write an untrained model as a run folder, with its tokenizer where tokenizer_name is set."""
@@ -150,11 +134,9 @@ def init(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Run folder or hub id of the model to convert.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The folder to write.")],
-    to: Annotated[
-        str, typer.Option(help="llmlab, or a family that runs anywhere: llama, mistral, qwen2, qwen3.")
-    ] = "llmlab",
+    source: Annotated[str, Argument(help="Run folder or hub id of the model to convert.")],
+    output_dir: OutputDir,
+    to: Annotated[str, Option(help="llmlab, or what runs anywhere: llama, mistral, qwen2, qwen3.")] = "llmlab",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert a model between llmlab's architecture and Llama, Mistral, Qwen2 or Qwen3, and verify equal logits."""

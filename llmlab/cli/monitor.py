@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Column, Table
-from rich.text import Text
+from typer import Argument, Option
 
 from llmlab import terminal
 from llmlab.cli.runs import curves_of, show_result, show_status
 from llmlab.runs.history import RunFolder, curve_metric, find_runs
 from llmlab.runs.signals import handle_signals, interrupt
-from llmlab.terminal import Terminal, duration, safe, short_number
+from llmlab.terminal import Terminal, duration, one_line, safe, short_number
 
 try:
     import termios
@@ -40,9 +39,9 @@ RUNS = Path("runs")
 
 
 def monitor(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
-    refresh: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print the view once and exit.")] = False,
+    folder: Annotated[Path, Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
+    refresh: Annotated[float, Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print the view once and exit.")] = False,
 ) -> None:
     """Watch running and finished runs: progress, time left, key metric, health; up and down choose one, q quits.
 
@@ -112,7 +111,7 @@ class Screen:
         runs, number = self.sort()
         counts = Counter(show_status(run) for run in runs)
         found = "  ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"
-        title = _line(f"[bold]{safe(self.folder)}[/]", found, "[dim]↑ ↓ choose, q quits[/]" if height else "")
+        title = one_line(f"[bold]{safe(self.folder)}[/]", found, "[dim]↑ ↓ choose, q quits[/]" if height else "")
         if not runs:
             return title
         rows = len(runs) if height is None else min(len(runs), max((height - AROUND) // 2, 1))
@@ -152,14 +151,14 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
     done, steps = run.step, run.record.get("steps")
     full = min(max(12 * (done or 0) // (steps or 1), 0), 12)
     drawn: list[RenderableType] = [
-        _line(
+        one_line(
             *(f"[bold]{safe(run.folder)}[/]", safe(run.stage), show_status(run)),
             f"{'█' * full}{'░' * (12 - full)} {done / steps:.0%}" if done is not None and steps else "",
             f"left {duration(run.seconds_left)}" if run.seconds_left is not None else "",
             terminal.human(run.tokens, "tokens") if run.tokens else "",
             f"after {duration(run.seconds)}" if run.seconds is not None else "",
         ),
-        _line(
+        one_line(
             f"[red]{safe(run.problem)}[/]" if run.problem else "",
             f"[red]silent for {duration(run.silence)}[/]" if run.status == "died" else "",
             *(f"[dim]{word}[/] {short_number(last[name])}" for name, word in VALUES.items() if name in last),
@@ -168,16 +167,9 @@ def draw_details(run: RunFolder, width: int, height: int) -> list[RenderableType
     name = (curve_metric([run]) or "").removeprefix("eval_")
     curves, legend = curves_of(run, name)
     if curves and height >= 3:
-        drawn.append(_line(*legend))
+        drawn.append(one_line(*legend))
         drawn += terminal.draw_curves(curves, width=width, height=height)
-    return [*drawn, _line(_last_event(run, whole=True), safe(run.events[-1].message) if run.events else "")]
-
-
-def _line(*parts: str) -> Text:
-    """Returns markup as one line, cut where the terminal ends."""
-    line = Text.from_markup("  ".join(filter(None, parts)))
-    line.no_wrap, line.overflow = True, "ellipsis"
-    return line
+    return [*drawn, one_line(_last_event(run, whole=True), safe(run.events[-1].message) if run.events else "")]
 
 
 def _last_event(run: RunFolder, *, whole: bool) -> str:

@@ -8,27 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Context, Option, echo
 from typer.core import TyperCommand
 
+from llmlab.cli.arguments import TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch, read_launch, without_launch_options
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
 from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.presets import SECTIONS, for_stage, hardware_presets, presets, read_preset
-from llmlab.settings.sources import Resolved
-from llmlab.settings.trust import allow_remote_code
+from llmlab.settings.presets import for_stage, hardware_presets, presets, read_preset
+from llmlab.settings.sources import Resolved, resolve
 from llmlab.stages import STAGES
-from llmlab.terminal import Terminal, make_table, safe, say
-
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run Python code that a model or tokenizer brings along; read it first.",
-        callback=allow_remote_code,
-    ),
-]
+from llmlab.terminal import Terminal, safe, say
 
 
 class PlainHelp(TyperCommand):
@@ -53,6 +44,10 @@ class PlainHelp(TyperCommand):
                 formatter.write_dl(records)
 
 
+OF_TRAINING = (
+    *("preset", "hardware", "resume", "load_optimizer", "allow_changed_data"),
+    *("accelerate", "num_processes", "launch_args", "print_launch"),
+)
 POSITIONAL = {"merge": "adapter", "tokenizer": "datasets"}  # the setting that arguments without `=` are entries of
 
 
@@ -66,34 +61,24 @@ def stage_command(
     positional = POSITIONAL.get(name)
     usage = (f"[{positional.upper()}]... " if positional else "") + "[KEY=VALUE]..."
     named = f"Named values: {', '.join(presets(name))}."
+    files = "Settings file: YAML, JSON or .py; of several the later wins."
+    state = "With --resume: restore the optimizer's state, or only weights and step count."
+    changed = "With --resume: accept data files that have changed since."
+    Words = Annotated[list[str] | None, Argument(metavar=usage, help="Settings, as an alternative to options.")]
     machines = f"A machine's values for what nothing else sets: {', '.join(['auto', *hardware_presets()])}."
 
     def command(
         *,
-        context: typer.Context,
-        overrides: Annotated[
-            list[str] | None, typer.Argument(metavar=usage, help="Settings, as an alternative to options.")
-        ] = None,
-        config: Annotated[
-            list[Path] | None,
-            typer.Option("--config", "-c", help="Settings file: YAML, JSON or .py; of several the later wins."),
-        ] = None,
-        preset: Annotated[str | None, typer.Option(help=named)] = None,
-        hardware: Annotated[str | None, typer.Option(help=machines)] = None,
-        show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and its source.")] = False,
-        save_config: Annotated[
-            Path | None, typer.Option(help="Write the resolved settings to a file instead of running.")
-        ] = None,
-        resume: Annotated[
-            Path | None, typer.Option(help="Resume this run folder from its last checkpoint, or this checkpoint.")
-        ] = None,
-        load_optimizer: Annotated[
-            bool, typer.Option(help="With --resume: restore the optimizer's state, or only weights and step count.")
-        ] = True,
-        allow_changed_data: Annotated[
-            bool,
-            typer.Option("--allow-changed-data", help="With --resume: accept data files that have changed since."),
-        ] = False,
+        context: Context,
+        overrides: Words = None,
+        config: Annotated[list[Path] | None, Option("--config", "-c", help=files)] = None,
+        preset: Annotated[str | None, Option(help=named)] = None,
+        hardware: Annotated[str | None, Option(help=machines)] = None,
+        show_config: Annotated[bool, Option("--show-config", help="Print each value and its source.")] = False,
+        save_config: Annotated[Path | None, Option(help="Write the resolved settings to a file, and exit.")] = None,
+        resume: Annotated[Path | None, Option(help="Resume a run from its last checkpoint, or from one.")] = None,
+        load_optimizer: Annotated[bool, Option(help=state)] = True,
+        allow_changed_data: Annotated[bool, Option("--allow-changed-data", help=changed)] = False,
         trust_remote_code: TrustRemoteCode = False,
         accelerate: Accelerate = None,
         num_processes: NumProcesses = None,
@@ -128,7 +113,7 @@ def stage_command(
             use(resolved)
         elif launch is not None and print_launch:
             words, _ = launch.command(without_launch_options(context.obj), resolved.settings.device, here=False)
-            typer.echo(shlex.join(["accelerate", "launch", *words]))
+            echo(shlex.join(["accelerate", "launch", *words]))
         else:
             here = Path.cwd()
             if resume is not None and started not in (None, here):
@@ -142,19 +127,16 @@ def stage_command(
             resuming = {"load_optimizer": load_optimizer, "allow_changed_data": allow_changed_data, "resume": resume}
             stage.function(resolved, **(resuming if stage.resumes else {}))
 
-    absent = {"options"}
-    if not stage.resumes:
-        absent |= {"resume", "load_optimizer", "allow_changed_data"}
-        absent |= {"accelerate", "num_processes", "launch_args", "print_launch"}
+    absent = {"options"} if stage.resumes else {"options", *OF_TRAINING}
     absent |= {"trust_remote_code"} if name == "tokenizer" else set()  # it reads text alone
-    absent |= set() if name in SECTIONS else {"preset", "hardware"}
-    fixed = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name not in absent]
-    parameters = fixed + [
-        inspect.Parameter(
-            spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(setting, spelling, kind)
-        )
-        for setting, spelling in _spellings(kind)
-    ]
+    parameters = [each for each in inspect.signature(command).parameters.values() if each.name not in absent]
+    table = spellings_of(kind)
+    for setting in fields_of(kind):
+        for spelling in (word for word in setting.spellings if table[word] is setting):  # no other setting's own name
+            option = _option(setting, spelling, kind)
+            parameters.append(
+                inspect.Parameter(spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+            )
     command.cls = PlainHelp  # type: ignore[attr-defined]
     command.__name__ = name
     command.__doc__ = stage.help
@@ -167,7 +149,13 @@ def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -
     """Returns a setting as the annotated parameter of a command that is no stage: its type, help and panel."""
     setting = spellings_of(settings)[name]
     title = setting.owner.panel if panel else None
-    return Annotated[setting.type, typer.Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
+    return Annotated[setting.type, Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
+
+
+def resolve_options(settings: type[Settings], arguments: dict[str, Any]) -> Any:
+    """Returns the settings of a class that are among a command's arguments."""
+    names = {setting.name for setting in fields_of(settings)}
+    return resolve(settings, Layer("command line", {k: v for k, v in arguments.items() if k in names})).settings
 
 
 def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
@@ -206,11 +194,13 @@ def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
     from rich.table import Column
 
-    table = make_table("setting", Column("value", overflow="fold"), Column("source", overflow="fold"))
+    rows = []
     for setting in fields_of(type(resolved.settings)):
         value, source = show(setting.of(resolved.settings)), resolved.sources[setting.key]
-        table.add_row(setting.key, safe(value), safe(source), style="dim" if source == "default" else "bold")
-    Terminal(whole_rows=True).print(table)
+        style = "dim" if source == "default" else "bold"
+        rows.append([f"[{style}]{safe(text)}[/]" for text in (setting.key, value, source)])
+    columns = ("setting", Column("value", overflow="fold"), Column("source", overflow="fold"))
+    Terminal(whole_rows=True).table(columns, rows)
 
 
 def _command_line_layer(
@@ -259,42 +249,32 @@ def _is_list(setting: Setting) -> bool:
     return setting.type_name.startswith("list of")
 
 
-def _spellings(kind: type[Settings]) -> list[tuple[Setting, str]]:
-    """Returns each setting with each of its spellings, but for those that are another setting's own name."""
-    table = spellings_of(kind)
-    return [(s, spelling) for s in fields_of(kind) for spelling in s.spellings if table[spelling] is s]
-
-
 def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:
-    """Returns the option of one spelling, as an annotation; only that of a setting's own name is in the help."""
+    """Returns the option of one spelling, as an annotation, its help with bounds, condition, default and TRL field;
+    only that of a setting's own name is in the help."""
     from llmlab.settings.training import TrainingSettings  # not for commands that train nothing
 
+    trl, condition = setting.marker(Trl), setting.marker(When)
+    facts = [
+        setting.bounds,
+        f"only when {condition}" if condition else "",
+        f"default: {setting.shown_default}",
+        f"TRL: {trl.name}" if trl and issubclass(kind, TrainingSettings) else "",
+    ]
     flag = spelling.replace("_", "-")
     is_flag = setting.type_name == "true | false"
     flags = [f"--{flag}/--no-{flag}" if is_flag else f"--{flag}"]
     if spelling == "output_dir":
         flags.append("-o")
-    info = typer.Option(
+    info = Option(
         *flags,
-        help=_describe(setting, trains=issubclass(kind, TrainingSettings)),
+        help=f"{setting.help} [{'; '.join(filter(None, facts))}]",
         hidden=spelling != setting.name,
         metavar=None if is_flag else _metavar(setting),
         show_default=False,
         rich_help_panel=setting.owner.panel,
     )
     return Annotated[bool | None if is_flag else list[str] | None, info]  # a list, to see what is given twice
-
-
-def _describe(setting: Setting, *, trains: bool) -> str:
-    """Returns a setting's help with its bounds, condition, default and TRL field."""
-    trl, condition = setting.marker(Trl), setting.marker(When)
-    facts = [
-        setting.bounds,
-        f"only when {condition}" if condition else "",
-        f"default: {setting.shown_default}",
-        f"TRL: {trl.name}" if trl and trains else "",
-    ]
-    return f"{setting.help} [{'; '.join(filter(None, facts))}]"
 
 
 def _metavar(setting: Setting) -> str:

@@ -1,43 +1,42 @@
-"""`llmlab run PIPELINE.yaml`: shows what each stage will do, then does it."""
+"""`llmlab run PIPELINE.yaml` shows what each stage will do, then does it; `llmlab queue` runs several pipelines one
+after the other, or lists them."""
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Column
+from typer import Argument, Option
 
+from llmlab.cli.arguments import AllowCode, TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, read_launch
-from llmlab.cli.options import TrustRemoteCode, print_warnings
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.cli.options import print_warnings
+from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.presets import recipe_folder
-from llmlab.terminal import Terminal, make_table, safe
+from llmlab.terminal import Terminal, safe
 
 if TYPE_CHECKING:
     from llmlab.pipeline import Step
 
 CHANGES_SHOWN = 8  # lines a stage
+GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
+BUSY = "another process works on this queue, and runs what waits"
+
+OVERRIDES_HELP = "Settings that override the file's."
+Overrides = Annotated[list[str] | None, Argument(metavar="[STAGE.KEY=VALUE]...", help=OVERRIDES_HELP)]
 
 
 def run(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline file, or the name of a shipped one: quickstart.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Settings that override the file's.")
-    ] = None,
-    first: Annotated[
-        str | None,
-        typer.Option("--from", metavar="STAGE", help="Rerun this stage and every later one."),
-    ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished."),
-    ] = None,
-    hardware: Annotated[str | None, typer.Option(help="A machine's values for what the file leaves unset.")] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let stages run reward functions from Python files.")
-    ] = False,
+    pipeline: Annotated[str, Argument(help="A pipeline file, or the name of a shipped one: quickstart.")],
+    overrides: Overrides = None,
+    first: Annotated[str | None, Option("--from", metavar="STAGE", help="Rerun this stage and later ones.")] = None,
+    only: Annotated[str | None, Option(metavar="STAGE", help="Run it alone; what it needs must be finished.")] = None,
+    hardware: Annotated[str | None, Option(help="A machine's values for what the file leaves unset.")] = None,
+    allow_code: AllowCode = False,
     trust_remote_code: TrustRemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and exit.")] = False,
     accelerate: Accelerate = None,
     num_processes: NumProcesses = None,
     launch_args: LaunchArgs = "",
@@ -75,13 +74,14 @@ def _print_plan(console: Terminal, title: str, steps: "list[Step]") -> None:
     console.print(f"[bold]Pipeline[/] {safe(title)}", soft_wrap=True)
     changed = [Column("changed since", overflow="fold")] if any(step.changes for step in steps) else []
     columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"), *changed)
-    table = make_table(*columns, header_style="dim")
+    rows = []
     for step in steps:
         more = len(step.changes) - CHANGES_SHOWN
         changes = [*step.changes[:CHANGES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         cells = (step.stage.name, step.action, step.reason, *(["\n".join(changes)] if changed else []))
-        table.add_row(*map(safe, cells), style={"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action])
-    console.print(table)
+        style = {"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action]
+        rows.append([f"[{style}]{safe(cell)}[/]" for cell in cells])
+    console.table(columns, rows, header_style="dim")
 
 
 def find_pipeline(name: str) -> Path:
@@ -94,3 +94,54 @@ def find_pipeline(name: str) -> Path:
         known = sorted(recipe.stem for recipe in recipe_folder().glob("*.yaml"))
         raise UserError(f"{name}: there is no such pipeline file or shipped recipe{did_you_mean(name, known)}")
     return shipped
+
+
+def queue(
+    files: Annotated[list[str] | None, Argument(metavar="[FILE]...", help="Pipeline files, or shipped names.")] = None,
+    folder: Annotated[Path, Option(help="The folder of the queue.")] = Path("runs/queue"),
+    add_only: Annotated[bool, Option("--add-only", help="Add the files, and run nothing now.")] = False,
+    work: Annotated[bool, Option("--work", help="Run what is in the queue, without adding anything.")] = False,
+    run_options: Annotated[str, Option(help="Options of llmlab run: '--allow-code --accelerate ddp'.")] = "",
+) -> None:
+    """Run pipelines one after the other; without files, list the queue.
+
+    A job is a copy of its file: later changes to that do not change it. Relative paths count from the folder in which
+    it was added. A job that fails does not stop the others; one whose process was killed goes on with --work.
+    """
+    from llmlab.pipeline import queue as jobs
+
+    works = bool(files or work) and not add_only
+    if add_only and (work or not files):
+        raise UserError("--add-only: expected FILE beside it, and no --work")
+    if run_options and not (files or work):
+        raise UserError("--run-options: expected FILE or --work beside it; without them the queue is listed")
+    with reading("--run-options", "words of a shell"):
+        words = shlex.split(run_options)
+    console = Terminal()
+    allow_code, paths = "--allow-code" in words, [*map(find_pipeline, files or ())]
+    copies = [(path, jobs.copy_recipe(path, allow_code=allow_code)) for path in paths]
+    for path, values in copies:  # once all of them are right
+        console.print(f"added {safe(jobs.add(folder, path, values).name)}", soft_wrap=True)
+    ended, failed = 0, []
+    for job, code in jobs.work(folder, [sys.executable, "-m", "llmlab", "run", *words]) if works else ():
+        if code is None:
+            console.rule(f"[bold]{safe(job.name)}[/]", align="left")
+            continue
+        ended, failed = ended + 1, failed + ([f"{job.name} (exit code {code})"] if code else [])
+        console.print(f"[bold]{job.parent.name}[/]", safe(job.name), safe(jobs.read_job(job)["problem"]))
+    if failed:
+        again = "llmlab queue FILE adds it again, and finished stages are skipped"
+        error = UserError(f"{len(failed)} of {ended} jobs failed: {', '.join(failed)}; {again}")
+        error.exit_code = 1
+        raise error
+    if not works and not files:
+        rows = []
+        for job in jobs.find_jobs(folder):
+            record = {"exit_code": "", "recipe": "damaged", **jobs.read_job(job)}
+            rows.append(map(safe, (job.name, job.parent.name, record["exit_code"], record["recipe"])))
+        if rows:
+            console.table(("job", "state", "exit code", Column("recipe", overflow="fold")), rows)
+        else:
+            console.print(f"no jobs in {safe(folder)}")
+    if jobs.find_jobs(folder, jobs.LEFT):
+        console.print(f"[dim]{BUSY if works else GO_ON}[/]")

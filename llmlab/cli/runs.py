@@ -6,34 +6,24 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.segment import Segments
 from rich.table import Column
 from rich.text import Text
 from rich.tree import Tree
+from typer import Argument, Option, Typer
 
+from llmlab.cli.arguments import AsJson
 from llmlab.health.checks import outside_bands
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
-from llmlab.runs.record import read_events, read_hardest_rows
+from llmlab.runs.record import read_hardest_rows
 from llmlab.settings.base import show as written
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite, is_number
 from llmlab.settings.paths import expand
-from llmlab.terminal import (
-    Curve,
-    Terminal,
-    draw_curves,
-    duration,
-    make_table,
-    numeric,
-    safe,
-    say,
-    say_json,
-    short_number,
-)
+from llmlab.terminal import Curve, Terminal, duration, make_table, numeric, one_line, safe, say, say_json, short_number
 
-app = typer.Typer(no_args_is_help=True)
+app = Typer(no_args_is_help=True)
 
 STATUS_STYLES = {
     **{"finished": "green", "running": "cyan", "interrupted": "yellow"},
@@ -44,27 +34,22 @@ CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
 LEFT_OUT = ("started", "took")  # first on a narrow terminal
 SHRINKING = {"run": 12, "from": 12}  # then, down to so many characters
 NAMES = Column(style="dim", overflow="fold")
-WIDEST, HEIGHT = 100, 9  # of a chart, in characters
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-Metric = Annotated[str | None, typer.Option(help="Draw this metric; none is the loss, or the stage's own.")]
+Metric = Annotated[str | None, Option(help="Draw this metric; none is the loss, or the stage's own.")]
 
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Where to search, with all below; none is the current folder.")
-    ] = None,
+    folder: Annotated[Path, Argument(help="Where to search, with all below.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder and below: their status, result and parents."""
-    runs = history.find_runs(folder or Path())
+    runs = history.find_runs(folder)
     if as_json:
         return say_json(finite([history.summary(run) for run in runs]), indent=2)
     console = Terminal(whole_rows=True)
     if not runs:
-        console.print(f"no runs in {safe(folder or 'this folder')} or below", soft_wrap=True)
-        return
+        return console.print(f"no runs in {safe(folder)} or below", soft_wrap=True)
     _print_list(console, runs)
     for run in runs:
         if run.problem:
@@ -73,9 +58,9 @@ def list_runs(
 
 @app.command()
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="A run folder.")],
     metric: Metric = None,
-    rows: Annotated[bool, typer.Option("--rows", help="Show the validation rows with the highest loss.")] = False,
+    rows: Annotated[bool, Option("--rows", help="Show the validation rows with the highest loss.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show one run: its lineage, its settings and their sources, its data, metrics and curve."""
@@ -89,23 +74,20 @@ def show(
         return say_json(finite(history.details(chosen)), indent=2)
     console = Terminal()
     _print_heading(console, chosen)
-    _print_section(console, "Lineage")
+    console.section("Lineage")
     console.print(_tree(history.ancestors(chosen)))
-    settings = [row for row in history.changed_settings(chosen) if row[0] != "output_dir"]
-    if settings:
-        _print_section(console, "Settings that are not defaults")
-        value = Column("value", ratio=1, overflow="fold")
-        table = make_table("setting", value, Column("source", style="dim", overflow="fold"), gap=1)
-        for key, value, source in settings:
-            table.add_row(safe(key), safe(history.brief(value)), safe(source))
-        console.print(table)
+    if settings := [row for row in history.changed_settings(chosen) if row[0] != "output_dir"]:
+        console.section("Settings that are not defaults")
+        value, source = Column("value", ratio=1, overflow="fold"), Column("source", style="dim", overflow="fold")
+        cells = ((safe(key), safe(history.brief(value)), safe(source)) for key, value, source in settings)
+        console.table(("setting", value, source), cells, gap=1)
     _print_data(console, chosen)
     _print_metrics(console, [chosen], ["last"])
     _print_health(console, chosen)
     if curve_name:
-        _print_section(console, curve_name)
+        console.section(curve_name)
         curves, legend = curves_of(chosen, curve_name)
-        _print_chart(console, curves)
+        console.chart(curves)
         if curves[1:]:
             console.print("   ".join(legend))
     _print_surroundings(console, chosen)
@@ -113,10 +95,10 @@ def show(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
     metric: Metric = None,
     as_json: AsJson = False,
-    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page with all curves instead.")] = None,
+    html: Annotated[Path | None, Option(metavar="PAGE", help="Write a page with all curves instead.")] = None,
 ) -> None:
     """Compare runs: the settings that differ, the metrics side by side, the curves on one scale."""
     if len({folder.resolve() for folder in runs}) < len(runs):
@@ -136,34 +118,34 @@ def compare(
     console = Terminal()
     styles = [CURVE_STYLES[number % len(CURVE_STYLES)] for number in range(len(chosen))]
     names = [f"[{style}]{safe(name)}[/]" for name, style in zip(history.short_names(chosen), styles, strict=True)]
-    _print_section(console, "Settings that differ")
-    table = make_table(NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names), gap=1)
-    for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware ")):
-        for key, values in history.differing(chosen, part).items():
-            cells = ("-" if value is ... else safe(history.brief(value)) for value in values)
-            table.add_row(title + safe(key), *cells)
-    console.print(table if table.row_count else "[dim]none[/]")
+    console.section("Settings that differ")
+    rows = [
+        (title + safe(key), *("-" if value is ... else safe(history.brief(value)) for value in values))
+        for part, title in (("settings", ""), ("versions", "version of "), ("hardware", "hardware "))
+        for key, values in history.differing(chosen, part).items()
+    ]
+    if rows:
+        console.table([NAMES.copy(), *(Column(name, ratio=1, overflow="fold") for name in names)], rows, gap=1)
+    else:
+        console.print("[dim]none[/]")
     _print_metrics(console, chosen, names)
     if curve_name is None:
         return
-    _print_section(console, curve_name)
+    console.section(curve_name)
     curves = [Curve(run.curves.get(curve_name, []), style) for run, style in zip(chosen, styles, strict=True)]
     logged = [name if curve.points else f"{name} (none logged)" for name, curve in zip(names, curves, strict=True)]
     if not console.plain:
-        _print_chart(console, [curve for curve in curves if curve.points])
-        legend = zip(styles, logged, strict=True)
-        console.print("   ".join(f"[{style}]⠒⠒[/] {name}" for style, name in legend))
-        return
-    whole = [point for curve in curves for point in curve.points]
+        console.chart(curves)
+        return console.print("   ".join(f"[{style}]⠒⠒[/] {name}" for style, name in zip(styles, logged, strict=True)))
     for name, curve in zip(logged, curves, strict=True):  # lines of one color would be one line
         console.print(name)
         if curve.points:
-            _print_chart(console, [curve], scale=whole)
+            console.chart([curve], scale=[point for each in curves for point in each.points])
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a pipeline.")],
-    browse: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    folder: Annotated[Path, Argument(metavar="RUN", help="A run folder, or the folder of a pipeline.")],
+    browse: Annotated[bool, Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write report.html of a run or a pipeline again, from its records: curves, health events, settings, lineage."""
     from llmlab.pipeline.running import STATE, write_pipeline_page
@@ -186,11 +168,10 @@ def _show_rows(run: RunFolder, as_json: bool) -> None:
         raise UserError(f"{run.folder}: no hardest rows are recorded; pretrain and sft record them at evaluations")
     console = Terminal()
     console.print(f"[bold]rows with the highest loss[/] at step {found[0].get('step', '?')}, nats a token")
-    table = make_table(numeric("loss"), numeric("tokens"), "source", numeric("row"), Column("begins", ratio=1), gap=1)
-    for line in found:
-        cells = (_cell(line.get(name)) for name in ("loss", "tokens", "source", "row"))
-        table.add_row(*cells, safe(" ".join(str(line.get("text", "")).split())))
-    console.print(table)
+    columns = (numeric("loss"), numeric("tokens"), "source", numeric("row"), Column("begins", ratio=1))
+    names = ("loss", "tokens", "source", "row")
+    cells = ((*(_cell(row.get(name)) for name in names), " ".join(str(row.get("text", "")).split())) for row in found)
+    console.table(columns, ((*row, safe(text)) for *row, text in cells), gap=1)
 
 
 def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
@@ -199,8 +180,7 @@ def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
     for run in runs:
         groups.setdefault(run.folder.resolve().parent, []).append(run)
     rows = [_list_row(run) for group in groups.values() for run in group]
-    cells = {name: [name, *(row[name] for row in rows)] for name in rows[0]}
-    widths = {name: max(Text.from_markup(cell).cell_len for cell in column) for name, column in cells.items()}
+    widths = {name: max(len(name), *(Text.from_markup(row[name]).cell_len for row in rows)) for name in rows[0]}
     for name in LEFT_OUT:
         if sum(min(width, SHRINKING.get(name, width)) + 1 for name, width in widths.items()) - 1 > console.width:
             del widths[name]
@@ -209,10 +189,7 @@ def _print_list(console: Terminal, runs: Sequence[RunFolder]) -> None:
         justify = "right" if name in ("steps", "took") else "left"
         table.add_column(name, justify=justify, no_wrap=name not in SHRINKING)
     for row in rows:
-        cells = [Text.from_markup(row[name].replace("\n", " ")) for name in widths]
-        for cell in cells:
-            cell.no_wrap = True  # one line each
-        table.add_row(*cells)
+        table.add_row(*(one_line(row[name]) for name in widths))
     heading, *lines = console.render_lines(table, pad=False, new_lines=True)
     console.print(Segments(heading))
     for folder, group in groups.items():
@@ -294,7 +271,7 @@ def _print_data(console: Terminal, run: RunFolder) -> None:
         name = [safe(values.pop("name"))] if "name" in values else []
         lines.append("  ".join([*name, *(f"[dim]{safe(key)}[/] {_cell(value)}" for key, value in values.items())]))
     if any(lines):
-        _print_section(console, "Data")
+        console.section("Data")
         console.print("\n".join(line for line in lines if line))
 
 
@@ -304,7 +281,7 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
     metrics = [name for name in metrics if history.is_shown(name)]
     if not metrics:
         return
-    _print_section(console, "Metrics")
+    console.section("Metrics")
     table = make_table(NAMES.copy(), *map(numeric, headings), gap=1)
     for name in metrics:
         last = [run.metrics.get(name) for run in runs]
@@ -324,10 +301,10 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
 
 def _print_health(console: Terminal, run: RunFolder) -> None:
     """Prints the health events, and the metrics that end outside the guide's healthy bands."""
-    events, outside = read_events(run.folder), outside_bands(run.curves, run.stage)
+    events, outside = run.events, outside_bands(run.curves, run.stage)
     if not events and not outside:
         return
-    _print_section(console, "Health")
+    console.section("Health")
     for event in events:
         done = f"; {event.action}" if event.action else ""
         severity = f"[{EVENT_STYLES[event.severity]}]{event.severity}[/]"
@@ -340,7 +317,7 @@ def _print_health(console: Terminal, run: RunFolder) -> None:
 
 def _print_surroundings(console: Terminal, run: RunFolder) -> None:
     hardware, git = run.record.get("hardware") or {}, run.record.get("git")
-    _print_section(console, "Made with")
+    console.section("Made with")
     if hardware:
         memory = f", {hardware['memory'] / 1e9:.0f} GB" if hardware.get("memory") else ""
         processes = f", {hardware['processes']} processes" if hardware.get("processes", 1) != 1 else ""
@@ -350,15 +327,6 @@ def _print_surroundings(console: Terminal, run: RunFolder) -> None:
     console.print(safe("  ".join(f"{name} {number}" for name, number in versions.items())), style="dim")
     if git:
         console.print(f"[dim]git {safe(git['revision'][:12])}[/]")
-
-
-def _print_section(console: Terminal, title: str) -> None:
-    console.print(f"\n[bold]{safe(title)}[/]")
-
-
-def _print_chart(console: Terminal, curves: Sequence[Curve], scale: Sequence[tuple[int, float]] | None = None) -> None:
-    for line in draw_curves(curves, width=min(console.width, WIDEST), height=HEIGHT, scale=scale):
-        console.print(line, soft_wrap=True)
 
 
 def _path(folder: Path) -> str:

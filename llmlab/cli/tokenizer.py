@@ -2,21 +2,20 @@
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Typer
 
-from llmlab.cli.options import PlainHelp, TrustRemoteCode, stage_command
+from llmlab.cli.arguments import TrustRemoteCode
+from llmlab.cli.options import PlainHelp, stage_command
 from llmlab.settings.errors import printable
 
-app = typer.Typer(no_args_is_help=True)
-
-
+app = Typer(no_args_is_help=True)
 app.command("train", cls=PlainHelp)(stage_command("tokenizer"))
 
 
 @app.command()
 def show(
-    tokenizer: Annotated[str, typer.Argument(help="Hub id, folder or tokenizer.json.")],
-    text: Annotated[str, typer.Argument(help="Text to tokenize.")],
+    tokenizer: Annotated[str, Argument(help="Hub id, folder or tokenizer.json.")],
+    text: Annotated[str, Argument(help="Text to tokenize.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the tokens of a text, their ids, and the bytes per token."""

@@ -11,7 +11,7 @@ from operator import itemgetter
 from statistics import fmean, median, pstdev
 from typing import Any
 
-from llmlab.health.symptoms import Event, load_table
+from llmlab.health.symptoms import Event, Symptom, load_table
 from llmlab.settings.files import is_number
 
 Curve = list[tuple[int, float]]
@@ -19,6 +19,8 @@ Curve = list[tuple[int, float]]
 Curves = Mapping[str, Curve]
 Found = tuple[str, int] | None
 """What is seen, with numbers, and the first step at which it shows."""
+Check = Callable[[Curve, float, Curves, str], Found]
+"""A metric's curve, the limit, all curves and the metric's name."""
 
 FEW, WINDOW = 3, 10  # logged lines that a level is the median of: where it counts at once, and "consistently"
 SPIKE_WINDOW, SPIKE_FEWEST = 128, 16
@@ -57,9 +59,8 @@ def after_warmup(curves: Curves, curve: Curve) -> Curve:
     return curve[bisect_right(curve, peak, key=itemgetter(0)) :]
 
 
-def loss_rising(curves: Curves, metric: str, limit: float) -> Found:
+def loss_rising(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The last lines are all above the run's start, or a level of ten lines is above the lowest (of many, some)."""
-    curve = curves[metric]
     first, last = start(curve), curve[-5:]
     if len(curve) >= 5 + FEW and all(value > first + (0.1 + limit) * abs(first) for _, value in last):
         return f"{level(last, 5):.4g} in the last 5 lines, {first:.4g} at the start", last[0][0]
@@ -75,9 +76,8 @@ def loss_rising(curves: Curves, metric: str, limit: float) -> Found:
     return None
 
 
-def loss_spike(curves: Curves, metric: str, limit: float) -> Found:
+def loss_spike(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The newest value is so many standard deviations above the mean of those before it, and twice their median."""
-    curve = curves[metric]
     step, value = curve[-1]
     before = [each for _, each in curve[-1 - SPIKE_WINDOW : -1]]
     if len(before) < SPIKE_FEWEST or value <= 2 * median(before) or value <= fmean(before) + limit * pstdev(before):
@@ -85,26 +85,24 @@ def loss_spike(curves: Curves, metric: str, limit: float) -> Found:
     return f"{value:.4g} at step {step}, {fmean(before):.4g} +- {pstdev(before):.2g} before", curve[-2][0] + 1
 
 
-def gradient_norm_high(curves: Curves, metric: str, limit: float) -> Found:
+def gradient_norm_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of ten lines after warmup is above the limit, and above twice the run's start."""
-    last, first = after_warmup(curves, curves[metric])[-WINDOW:], start(curves[metric], WINDOW)
+    last, first = after_warmup(curves, curve)[-WINDOW:], start(curve, WINDOW)
     if len(last) < WINDOW or level(last, WINDOW) <= max(limit, 2 * first):
         return None
     return f"{level(last, WINDOW):.3g} in the last {WINDOW} lines, {first:.3g} at the start", last[0][0]
 
 
-def gradient_norm_exploding(curves: Curves, metric: str, limit: float) -> Found:
+def gradient_norm_exploding(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The newest value is above the limit, and above ten times the median of those before it."""
-    curve = curves[metric]
     usual = level(curve[:-1], 2 * WINDOW) if len(curve) > 5 else math.inf
     if curve[-1][1] <= max(limit, 10 * usual):
         return None
     return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {usual:.3g} before", curve[-2][0] + 1
 
 
-def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
+def value_loss_exploding(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The value loss is far above what any estimate between zero and the largest return could have."""
-    curve = curves[metric]
     if len(curve) < FEW or level(curve, 2) <= limit * start(curve):
         return None
     seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
@@ -114,46 +112,43 @@ def value_loss_exploding(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
 
 
-def kl_high(curves: Curves, metric: str, limit: float) -> Found:
+def kl_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of three lines is above the limit."""
-    curve = curves[metric]
     if len(curve) < FEW or level(curve) <= limit:
         return None
     return f"{level(curve):.3g} nats per token in the last {FEW} lines, limit {limit:g}", _since(curve, limit)
 
 
-def perplexity_high(curves: Curves, metric: str, limit: float) -> Found:
+def perplexity_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Validation perplexity left the range in which it has been, and is a fifth above its best."""
-    curve = curves[metric]
     best = min(value for _, value in curve)
     if best > limit or curve[-1][1] <= max(limit, 1.2 * best):
         return None
     return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best:.3g} at best", _since(curve, limit)
 
 
-def perplexity_low(curves: Curves, metric: str, limit: float) -> Found:
+def perplexity_low(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Training data is known by heart: its perplexity is low, and the validation data's more than twice as high."""
-    losses, values = curves.get("loss", []), curves[metric]
+    losses = curves.get("loss", [])
     if len(losses) < FEW or level(losses) >= 10:
         return None
-    seen, new = math.exp(level(losses)), values[-1][1]
-    if seen >= limit or new <= 2 * seen or new <= limit or new <= 1.02 * min(value for _, value in values):
+    seen, new = math.exp(level(losses)), curve[-1][1]
+    if seen >= limit or new <= 2 * seen or new <= limit or new <= 1.02 * min(value for _, value in curve):
         return None
-    return f"{seen:.3g} on training data, {new:.3g} on validation data", _best(values, -1)[0] + 1
+    return f"{seen:.3g} on training data, {new:.3g} on validation data", min(curve, key=itemgetter(1))[0] + 1
 
 
-def entropy_collapse(curves: Curves, metric: str, limit: float) -> Found:
+def entropy_collapse(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of three lines is below the limit, which for a policy that started low is a share of its start."""
-    curve = curves[metric]
     lowest = limit * min(1.0, start(curve) / HEALTHY_ENTROPY)
     if len(curve) <= FEW or level(curve) >= lowest:
         return None
     return f"{level(curve):.3g} in the last {FEW} lines, {start(curve):.3g} at the start", _since(curve, lowest, -1)
 
 
-def fall(curves: Curves, metric: str, limit: float) -> Found:
+def fall(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The last two measurements are below the best one by a share of it, and by more than measurements vary."""
-    curve, sign = curves[metric], -1 if any(word in metric for word in LOWER_IS_BETTER) else 1
+    sign = -1 if any(word in metric for word in LOWER_IS_BETTER) else 1
     if len(curve) < FEW:
         return None
     place, best = max(enumerate(curve), key=lambda each: sign * each[1][1])
@@ -163,9 +158,9 @@ def fall(curves: Curves, metric: str, limit: float) -> Found:
     return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best[1]:.3g} at step {best[0]}", best[0] + 1
 
 
-def reward_hacking(curves: Curves, metric: str, limit: float) -> Found:
+def reward_hacking(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """A gate regressed since a step from which on the reward rose."""
-    found, rewards = fall(curves, metric, limit), curves.get("reward", [])
+    found, rewards = fall(curve, limit, curves, metric), curves.get("reward", [])
     if found is None or len(rewards) < 2 * FEW:
         return None
     before = [point for point in rewards if point[0] < found[1]] or rewards[:FEW]
@@ -174,9 +169,9 @@ def reward_hacking(curves: Curves, metric: str, limit: float) -> Found:
     return f"{found[0]}, while the reward rose from {level(before):.3g} to {level(rewards):.3g}", found[1]
 
 
-def length_out_of_range(curves: Curves, metric: str, limit: float) -> Found:
+def length_out_of_range(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Completions are so many times longer or shorter than at first, where most were not cut off then."""
-    curve, cut = curves[metric], curves.get("clipped_share", [])
+    cut = curves.get("clipped_share", [])
     first, last = start(curve), level(curve)
     shorter = last * limit < first and not (cut and start(cut) > 0.5)
     if len(curve) < 2 * FEW or not (shorter or last > limit * first):
@@ -184,10 +179,10 @@ def length_out_of_range(curves: Curves, metric: str, limit: float) -> Found:
     return f"{last:.3g} tokens in the last {FEW} lines, {first:.3g} at the start", curve[-FEW][0]
 
 
-def overfitting(curves: Curves, metric: str, limit: float) -> Found:
+def overfitting(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Two evaluations are above the best one, while the training loss went on to fall."""
-    curve, losses = curves[metric], curves.get("loss", [])
-    step, best = _best(curve, -1)
+    losses = curves.get("loss", [])
+    step, best = min(curve, key=itemgetter(1))
     before, after = ([point for point in losses if (point[0] <= step) == early] for early in (True, False))
     rises = all(value > best + limit * abs(best) for _, value in curve[-2:])
     if len(curve) < FEW or not rises or not before or not after or level(after) >= level(before):
@@ -196,9 +191,8 @@ def overfitting(curves: Curves, metric: str, limit: float) -> Found:
     return f"{curve[-1][1]:.4g} at step {curve[-1][0]}, {best:.4g} at step {step}, {trend}", step + 1
 
 
-def underfitting(curves: Curves, metric: str, limit: float) -> Found:
+def underfitting(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss is where it started fifty lines after warmup, and far from that of a trained model."""
-    curve = curves[metric]
     wins = curves.get("win_rate")
     learned = level(wins, WINDOW) > 0.55 if wins else level(curve, WINDOW) < math.log(20)
     if learned or len(after_warmup(curves, curve)) < 5 * WINDOW or level(curve, WINDOW) < (1 - limit) * start(curve):
@@ -206,9 +200,9 @@ def underfitting(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
 
 
-def reward_flat(curves: Curves, metric: str, limit: float) -> Found:
+def reward_flat(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The reward does not rise, and is neither the highest possible nor the same for all completions."""
-    curve, equal = curves[metric], curves.get("zero_variance_share", [])
+    equal = curves.get("zero_variance_share", [])
     rise = level(curve, WINDOW) - start(curve, WINDOW)
     if len(curve) < max(limit, 2 * WINDOW) or rise > noise(curve[-SPIKE_WINDOW:]) or 0.9 <= level(curve, WINDOW) <= 1:
         return None
@@ -217,17 +211,17 @@ def reward_flat(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, WINDOW):.3g} at step {curve[-1][0]}, {start(curve, WINDOW):.3g} at the start", curve[0][0]
 
 
-def groups_alike(curves: Curves, metric: str, limit: float) -> Found:
+def groups_alike(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Nearly all groups have equal rewards, which are not the highest possible: there is nothing to compare."""
-    curve, rewards = curves[metric], curves.get("reward", [])
+    rewards = curves.get("reward", [])
     if len(curve) < WINDOW or level(curve, WINDOW) <= limit or (rewards and 0.9 <= level(rewards, WINDOW) <= 1):
         return None
     return f"{level(curve, WINDOW):.0%} of the groups in the last {WINDOW} lines", _since(curve, limit)
 
 
-def win_rate_flat(curves: Curves, metric: str, limit: float) -> Found:
+def win_rate_flat(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss fell, and three evaluations of the win rate are no higher than the first one."""
-    curve, losses = curves[metric], curves.get("loss", [])
+    losses = curves.get("loss", [])
     if len(curve) <= FEW or len(losses) < 2 * FEW or level(losses) > (1 - limit) * start(losses):
         return None
     if (first := curve[0][1]) > 0.9 or any(value > first for _, value in curve[-FEW:]):
@@ -236,17 +230,16 @@ def win_rate_flat(curves: Curves, metric: str, limit: float) -> Found:
     return f"{first:.1%} at step {curve[0][0]}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", curve[0][0]
 
 
-def source_dead(curves: Curves, metric: str, limit: float) -> Found:
+def source_dead(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss of a source is nearly nothing from its first line on."""
-    curve = curves[metric]
     if len(curve) < 5 or max(start(curve), level(curve, 5)) >= limit:
         return None
     return f"{level(curve, 5):.2g} since step {curve[0][0]}", curve[0][0]
 
 
-def source_hard(curves: Curves, metric: str, limit: float) -> Found:
+def source_hard(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss of a source stays where it started, while the whole loss fell by a tenth."""
-    curve, whole = curves[metric], curves.get("loss", [])
+    whole = curves.get("loss", [])
     if len(curve) < 2 * WINDOW or len(whole) < 2 * WINDOW or level(whole, WINDOW) > 0.9 * start(whole):
         return None
     if level(curve, WINDOW) < (1 - limit) * start(curve):
@@ -254,42 +247,7 @@ def source_hard(curves: Curves, metric: str, limit: float) -> Found:
     return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
 
 
-@dataclass(frozen=True)
-class Check:
-    """A symptom, the metrics that show it (patterns), the function that finds it, and the stages where it means it."""
-
-    symptom: str
-    metrics: tuple[str, ...]
-    find: Callable[[Curves, str, float], Found]
-    online: bool | None = None
-
-
-CHECKS = (
-    Check("loss_rising", ("loss",), loss_rising, online=False),
-    Check("loss_spike", ("loss",), loss_spike, online=False),
-    Check("gradient_norm_high", ("grad_norm",), gradient_norm_high),
-    Check("gradient_norm_exploding", ("grad_norm",), gradient_norm_exploding),
-    Check("value_loss_exploding", ("value_loss",), value_loss_exploding),
-    Check("kl_high", ("kl",), kl_high),
-    Check("kl_too_high", ("kl",), kl_high),
-    Check("perplexity_high", ("eval_perplexity",), perplexity_high),
-    Check("perplexity_low", ("eval_perplexity",), perplexity_low),
-    Check("entropy_collapse", ("entropy",), entropy_collapse, online=True),
-    Check("diversity_falling", ("reward/distinct_n*", "gate/distinct_n*"), fall),
-    Check("repetition", ("reward/repetition_penalty*", "gate/repetition_penalty*", "gate/self_similarity*"), fall),
-    Check("gate_regression", ("gate/*",), fall),
-    Check("reward_hacking", ("gate/*",), reward_hacking, online=True),
-    Check("length_out_of_range", ("completion_length",), length_out_of_range, online=True),
-    Check("overfitting", ("eval_loss",), overfitting, online=False),
-    Check("underfitting", ("loss",), underfitting, online=False),
-    Check("reward_flat", ("reward",), reward_flat, online=True),
-    Check("groups_alike", ("zero_variance_share",), groups_alike, online=True),
-    Check("win_rate_flat", ("eval_win_rate",), win_rate_flat, online=False),
-    Check("source_dead", ("loss/*", "eval_loss/*"), source_dead),
-    Check("source_hard", ("loss/*", "eval_loss/*"), source_hard),
-)
 NOT_FINITE = ("loss", "eval_loss")  # a gradient norm is judged before it is logged, and a loss scaler may go on
-LIMIT_OF = {"reward_hacking": "gate_regression"}
 
 
 @dataclass
@@ -313,17 +271,18 @@ class Watch:
             if name != "learning_rate" or not curve or line[name] > curve[-1][1]:  # of which only the peak counts
                 curve.append((step, float(line[name])))
         events = [not_finite(step, name, line[name]) for name in NOT_FINITE if name in line and name not in names]
-        for check in CHECKS:
-            limit = self.limits.get(LIMIT_OF.get(check.symptom, check.symptom))
-            if limit is None or check.online not in (None, self.stage in ONLINE):
+        for symptom in load_table()[0].values():
+            limit = self.limits.get(symptom.limit or symptom.name)
+            if limit is None or symptom.online not in (None, self.stage in ONLINE):
                 continue
             for name in names:
-                if any(fnmatchcase(name, pattern) for pattern in check.metrics):
-                    events += self._follow(check, name, limit)
+                if any(fnmatchcase(name, pattern) for pattern in symptom.metrics):
+                    events += self._follow(symptom, name, limit)
         return events
 
-    def _follow(self, check: Check, metric: str, limit: float) -> Iterable[Event]:
-        found, key = check.find(self.curves, metric, limit), (check.symptom, metric)
+    def _follow(self, symptom: Symptom, metric: str, limit: float) -> Iterable[Event]:
+        check: Check = globals()[symptom.check or symptom.name]  # a function above
+        found, key = check(self.curves[metric], limit, self.curves, metric), (symptom.name, metric)
         if found is None:
             lines = self.ongoing.pop(key, WINDOW) + 1
             self.ongoing |= {key: lines} if lines < WINDOW else {}
@@ -331,9 +290,8 @@ class Watch:
         begins = key not in self.ongoing
         self.ongoing[key] = 0
         if begins:
-            symptom, (step, value) = load_table()[0][check.symptom], self.curves[metric][-1]
-            message = f"{symptom.title} ({metric}): {found[0]}"
-            yield Event(step, check.symptom, metric, value, message, symptom.severity, since=found[1])
+            (step, value), message = self.curves[metric][-1], f"{symptom.title} ({metric}): {found[0]}"
+            yield Event(step, symptom.name, metric, value, message, symptom.severity, since=found[1])
 
 
 def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:
@@ -352,10 +310,6 @@ def not_finite(step: int, metric: str, value: Any) -> Event:
     value = value if isinstance(value, float) else math.nan
     message = f"{metric} is {value} at step {step}"
     return Event(step, "loss_not_finite", metric, value, message, "critical", since=step)
-
-
-def _best(curve: Curve, sign: int) -> tuple[int, float]:
-    return max(curve, key=lambda point: sign * point[1])
 
 
 def _since(curve: Curve, limit: float, sign: int = 1) -> int:

@@ -73,6 +73,14 @@ class Symptom:
     severity: Severity
     condition: str
     title: str
+    metrics: tuple[str, ...] = ()
+    """Patterns of the metrics that show it."""
+    check: str = ""
+    """The function in `checks` that finds it, if not that of its name."""
+    limit: str = ""
+    """The limit in the settings, if not that of its name."""
+    online: bool | None = None
+    """Whether it means something in stages that sample alone, or in all others alone; None is both."""
 
 
 @cache
@@ -80,9 +88,8 @@ def load_table() -> tuple[dict[str, Symptom], dict[str, Condition]]:
     """Returns symptoms and conditions by name."""
     table, conditions = read_table("llmlab.health", "symptoms"), {}
     for name, entry in table["conditions"].items():
-        changes = [{"source" if key == "from" else key: each[key] for key in each} for each in entry["changes"]]
-        made = tuple(Change(**each) for each in changes)
-        conditions[name] = Condition(entry["title"], made, tuple(entry["advice"]))
+        changes = tuple(Change(**each) for each in entry["changes"])
+        conditions[name] = Condition(entry["title"], changes, tuple(entry["advice"]))
     return {name: Symptom(name=name, **entry) for name, entry in table["symptoms"].items()}, conditions
 
 

@@ -2,7 +2,7 @@
 set is judged: defaults and shipped presets are the seeds' own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,10 +18,10 @@ class Band:
     """Usual values of a setting, `low` to `high`; the other fields are those of `tables.yaml`."""
 
     setting: str
-    stages: tuple[str, ...]
+    stages: Sequence[str]
     source: str
     low: float
-    high: float
+    high: float = math.inf
     effect: str = ""
     recommended: float | None = None
     sized: bool | str = False
@@ -36,11 +36,8 @@ def load_bands() -> tuple[tuple[Band, ...], dict[str, tuple[float, float]]]:
     """Returns all bands, and the parameters of the models of each size, from and to."""
     table, bands = read_table("llmlab.health", "tables"), []
     for each in table["tables"]:
-        for band in each["bands"]:
-            values = {"to": math.inf, **each, **band, "stages": tuple(each["stages"])}
-            low, high = values.pop("from"), values.pop("to")
-            del values["bands"]
-            bands.append(Band(low=low, high=high, **values))
+        shared = {key: value for key, value in each.items() if key != "bands"}
+        bands += [Band(**{**shared, **band}) for band in each["bands"]]
     return tuple(bands), {name: tuple(limits) for name, limits in table["sizes"].items()}
 
 

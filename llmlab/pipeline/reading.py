@@ -19,6 +19,7 @@ from llmlab.settings.base import show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.presets import SECTIONS, read_preset
+from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import REMOTE_CODE, refusals
 from llmlab.stages import STAGES, Stage
@@ -108,7 +109,10 @@ def read_pipeline(
             machine = names and (names["hardware"] or hardware or layer.values.get("hardware")) or None
             layers = [section, Layer("command line", options)]
             resolved = STAGES[kind].resolve(layers, below=below, hardware=machine, processes=processes)
-            resolved = STAGES[kind].prepare(resolved)
+            if issubclass(STAGES[kind].settings_class, RewardsSettings):  # it may start much later
+                from llmlab.rewards.loading import check_rewards
+
+                resolved = check_rewards(resolved)
         except UserError as error:
             problems += [f"{problem} (stage '{name}')" for problem in getattr(error, "problems", [error])]
             continue
@@ -140,18 +144,13 @@ def _substitute(section: Layer, folders: dict[str, str], needs: list[str], probl
     """Returns the values with every `${stage}` replaced by that stage's run folder, noting which were needed. A run
     folder that is written out is needed just as well."""
 
-    def replace(match: re.Match[str], key: str) -> str:
-        if match[1] not in folders:
-            known = ", ".join(folders) or "none comes before it"
-            problems.append(f"{section.where(key)}: {match[0]}: expected an earlier stage ({known})")
-            return match[0]
-        needs.append(match[1])
-        return folders[match[1]]
-
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, str):
-            text = REFERENCE.sub(lambda match: replace(match, key), value)
-            needs.extend(name for name, folder in folders.items() if Path(text).is_relative_to(folder))
+            found, known = REFERENCE.findall(value), ", ".join(folders) or "none comes before it"
+            unknown = (f"${{{name}}}: expected an earlier stage ({known})" for name in found if name not in folders)
+            problems.extend(f"{section.where(key)}: {problem}" for problem in unknown)
+            text = REFERENCE.sub(lambda match: folders.get(match[1], match[0]), value)
+            needs.extend(name for name, path in folders.items() if name in found or Path(text).is_relative_to(path))
             return text
         if isinstance(value, dict):
             return {name: walk(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}

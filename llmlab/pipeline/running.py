@@ -22,7 +22,7 @@ from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_events, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
-from llmlab.settings.files import read_json, write_atomically
+from llmlab.settings.files import dump, read_json
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
 from llmlab.settings.sources import Resolved
 from llmlab.stages import Stage
@@ -99,9 +99,8 @@ def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[
     for need in stage.needs:
         if state[need]["run"] != recorded["needed_runs"].get(need):
             return "run", f"'{need}' was rerun since"
-    ended = recorded["status"]
-    if ended != "finished":  # the run's own record knows of an end that the pipeline did not see
-        ended = read_record(stage.folder).get("status")
+    # the run's own record knows of an end that the pipeline did not see
+    ended = recorded["status"] if recorded["status"] == "finished" else read_record(stage.folder).get("status")
     if ended != "finished":
         resumes = stage.stage.resumes and (stage.folder / RECORD).is_file()
         reason = "it was interrupted" if resumes else "it did not finish"
@@ -111,16 +110,13 @@ def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[
 
 def _select(steps: dict[str, Step], only: str) -> list[Step]:
     """Returns the steps with every stage but one skipped; raises if its dependencies are not up to date."""
-    needed: set[str] = set()
-    for name in reversed(steps):
-        if name == only or name in needed:
-            needed |= set(steps[name].stage.needs)
-    problems = []
-    for name, step in steps.items():
-        if name in needed and step.action != "skip":
+    needed, problems = {only}, []
+    for name, step in reversed(steps.items()):
+        needed |= set(step.stage.needs) if name in needed else set()
+        if name in needed - {only} and step.action != "skip":
             details = f"{step.reason} ({', '.join(step.changes)})" if step.changes else step.reason
             why = f"it needs '{name}' finished and unchanged, and that has to {step.action}: {details}"
-            problems.append(f"--only {only}: {why}; leave --only out, or finish '{name}' first")
+            problems.insert(0, f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
     left_out = f"left out: only '{only}' was asked for"
@@ -136,25 +132,17 @@ def _check_folders(steps: list[Step], state: State) -> None:
     problems = []
     for step in steps:
         folder, name = step.stage.folder, step.stage.name
-        touched = {"skip": (), "resume": (folder,), "run": (folder, _previous(folder))}[step.action]
-        problems += [
-            f"stage '{name}': {place} was not written by this pipeline; "
-            "move it away, or choose another output_dir or stage name"
-            for place in touched
-            if not _is_ours(place, state[name]["owner"] if name in state else None)
-        ]
+        owner = state[name]["owner"] if name in state else None
+        for place in {"skip": (), "resume": (folder,), "run": (folder, _previous(folder))}[step.action]:
+            mark = place / OWNER
+            is_free = not place.exists() and not place.is_symlink()
+            is_ours = owner is not None and mark.is_file() and mark.read_text(encoding="utf-8") == owner
+            is_empty = place.is_dir() and all(path.name in (LOCK, OWNER) for path in place.iterdir())
+            if not (is_free or is_ours or is_empty):
+                move = "move it away, or choose another output_dir or stage name"
+                problems.append(f"stage '{name}': {place} was not written by this pipeline; {move}")
     if problems:
         raise SettingsError(problems)
-
-
-def _is_ours(folder: Path, owner: str | None) -> bool:
-    """Whether a folder is free, or has the mark of the stage that owns it."""
-    mark = folder / OWNER
-    if not folder.exists() and not folder.is_symlink():
-        return True
-    if owner is not None and mark.is_file() and mark.read_text(encoding="utf-8") == owner:
-        return True
-    return folder.is_dir() and all(path.name in (LOCK, OWNER) for path in folder.iterdir())
 
 
 def _check_inputs(steps: list[Step]) -> None:
@@ -203,13 +191,13 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
         "needed_runs": {need: state[need]["run"] for need in step.stage.needs},
         "inputs": step.inputs,
     }
-    _write_state(pipeline, state)
+    dump(state, pipeline.output_dir / STATE)
     folder.mkdir(exist_ok=True)
     (folder / OWNER).write_text(state[name]["owner"], encoding="utf-8")
     try:
         run(step.stage.stage, step.stage.resolved, {"resume": folder} if resumes else {})
         state[name]["status"] = "finished"
-        _write_state(pipeline, state)
+        dump(state, pipeline.output_dir / STATE)
     finally:
         if any(getattr(stage.resolved.settings, "report", False) for stage in pipeline.stages):
             if not step.stage.stage.resumes and (folder / RECORD).is_file():  # stages that train write their own
@@ -244,12 +232,11 @@ def _inputs(stage: PipelineStage, processes: int) -> Inputs:
     if fitted:
         settings["effective batch"] = resolved.settings.effective_batch(processes)
     made_here = [stage.folder.parent / name for name in stage.needs]
-    versions = library_versions()
     return {
         "kind": {"stage": stage.stage.name},
         "settings": flatten(settings),
         FILES: {path: _identity(expand(path)) for path in _local_paths(settings, made_here)},
-        "versions": {name: versions[name] for name in VERSIONS},
+        "versions": {name: version for name, version in library_versions().items() if name in VERSIONS},
     }
 
 
@@ -298,10 +285,6 @@ def read_state(output_dir: Path) -> State:
     except (UserError, ValidationError):
         again = "remove it and the stages' folders to run every stage again"
         raise UserError(f"{path}: this record is damaged, or of another version of llmlab; {again}") from None
-
-
-def _write_state(pipeline: Pipeline, state: State) -> None:
-    write_atomically(pipeline.output_dir / STATE, json.dumps(state, indent=2) + "\n")
 
 
 def write_pipeline_page(folder: Path) -> Path:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from llmlab.hardware import free_disk, peak_memory, system_memory
+from llmlab.hardware import free_disk, peak_memory
 from llmlab.runs import checkpoints
 from llmlab.runs.health import RolledBack
 from llmlab.runs.progress import ProgressLine, human
@@ -46,7 +47,7 @@ NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 def check_memory(parameters: int, *, batch_tokens: int = 0, width: int = 0) -> None:
     """Refuses a model whose fp32 weights, or a batch whose 16-bit embeddings, exceed this machine's memory."""
-    memory = system_memory()
+    memory = psutil.virtual_memory().total
     for what, needed in (("this model", 4 * parameters), ("one batch", 2 * batch_tokens * width)):
         if needed > memory > 0:
             here = f"and this machine has {human(memory, 'B')}"

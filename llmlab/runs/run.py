@@ -159,7 +159,7 @@ class Run(Start[S]):
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
         if best is not None:
-            settings.check_gates()  # eval_every may have been converted from completions
+            settings.check_contradictions()  # eval_every may have been converted from completions
             best_metric = f"gate/{best.label}"
             if not evaluates:
                 raise UserError(f"metric_for_best_model = {GATE}{best.label}: there is no validation data")

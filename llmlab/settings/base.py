@@ -10,10 +10,11 @@ from functools import cache, reduce
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from llmlab.settings import CLASSES, settings_class
+from llmlab.settings.files import read_table
 from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
 
@@ -81,12 +82,31 @@ class Settings(BaseModel):
     sibling_classes: ClassVar[tuple[str, ...]] = ()
     """Classes (`module:name`) whose keys may stand in the same file; those that have no effect here are warned of."""
 
+    type_name: ClassVar[str] = "mapping"
+    """What errors and help call a value of this class."""
+
+    def __init_subclass__(cls, **facts: Any) -> None:
+        """Takes the above from a class's header."""
+        for name, value in facts.items():
+            setattr(cls, name, value)
+
     @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+    def __pydantic_init_subclass__(cls, **facts: Any) -> None:
         """Lets fields that only change a default keep their help."""
         for name, info in cls.model_fields.items():
             declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
             info.description = next((field.description for field in declared if field.description), None)
+
+    def contradictions(self) -> Iterator[str]:
+        """Yields a sentence for what is wrong between the fields of this very class; bases are asked by themselves."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def check_contradictions(self) -> "Settings":
+        for base in (base for base in reversed(type(self).__mro__) if "contradictions" in vars(base)):
+            for problem in base.contradictions(self):
+                raise ValueError(problem)
+        return self
 
     @classmethod
     def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
@@ -125,6 +145,13 @@ class Settings(BaseModel):
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""
         named = ((setting.marker(Trl), setting.of(self)) for setting in fields_of(type(self)))
         return {trl.name: value for trl, value in named if trl is not None and value is not None}
+
+
+def settings_of_table(name: str, module: str, doc: str, table: str, kind: Any, **facts: Any) -> type[Settings]:
+    """Returns the settings class of a YAML table beside this module: names of fields of one type, default and help."""
+    rows = read_table("llmlab.settings", table)
+    fields: dict[str, Any] = {name: (kind, Field(default, description=text)) for name, (default, text) in rows.items()}
+    return create_model(name, __base__=Settings, __module__=module, __doc__=doc, __cls_kwargs__=facts, **fields)
 
 
 @dataclass(frozen=True)
@@ -210,7 +237,7 @@ def describe_type(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if is_group(annotation):
-        return getattr(annotation, "type_name", "mapping")
+        return annotation.type_name
     names = {str: "text", bool: "true | false", types.NoneType: "none"}
     return names.get(annotation, annotation.__name__)
 

@@ -1,6 +1,6 @@
 """Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator, GetJsonSchemaHandler, model_validator
@@ -10,13 +10,8 @@ from llmlab.settings.base import Alias, Help, Resume, Settings
 from llmlab.settings.paths import PathName, Reads
 
 
-class DataSource(Settings):
-    """One dataset: a hub id, a local file or folder, or `demo/...`.
-
-    Source of the form `name | subset | weight`: seed, LLM-Lab document, "Dataset Configuration".
-    """
-
-    type_name: ClassVar[str] = "name | subset | weight | split"
+class DataSource(Settings, type_name="name | subset | weight | split"):
+    """One dataset, `name | subset | weight`. Source: seed, LLM-Lab document, "Dataset Configuration"."""
 
     name: PathName
     """Hub id, file (txt, json, jsonl, csv, parquet, each also .gz), folder or demo/..."""
@@ -65,10 +60,8 @@ Datasets = Annotated[
 ]
 
 
-class DataSettings(Settings):
+class DataSettings(Settings, panel="Data"):
     """The datasets of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
-
-    panel: ClassVar[str] = "Data"
 
     datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
     validation_datasets: Annotated[list[DataSource] | None, BeforeValidator(_as_list), Reads("path")] = None

@@ -1,49 +1,23 @@
 """Settings of stages that learn from episodes with tools: which environment, how long, what the simulator rewards.
 Source: seed, RL guide, section 4, "PPO Configuration" and "Reward Function (Simulator)"."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 from annotated_types import Gt
-from pydantic import model_validator
 
-from llmlab.settings.base import Alias, Resume, Settings, When
+from llmlab.settings.base import Alias, Resume, Settings, When, settings_of_table
 
 IN_EPISODES = When("environment")
 SIMULATOR = "simulator"
 
 
-class RewardConfig(Settings):
-    """What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."""
-
-    panel: ClassVar[str] = "Simulator"
-
-    task_complete: float = 10.0
-    """Reward of an episode that reaches its task's goal."""
-    task_failed: float = -5.0
-    """Reward of an episode that does not."""
-    correct_tool: float = 5.0
-    """Reward of a call that the task expects."""
-    wrong_tool: float = -3.0
-    """Reward of a call that it does not expect, or of a tool that does not exist."""
-    schema_pass: float = 2.0
-    """Reward of a call whose arguments fit the tool's schema."""
-    schema_fail: float = -5.0
-    """Reward of a call whose arguments do not, or that is no JSON."""
-    style_pass: float = 1.0
-    """Reward of writing code that parses and keeps the style rules."""
-    guardrail_violation: float = -10.0
-    """Reward of a call that breaks a guardrail, which ends the episode."""
-    step_penalty: float = -0.5
-    """Reward of every call."""
-    redundant_action: float = -2.0
-    """Reward of a call that repeats the one before."""
+REWARD_CONFIG = "What the simulator rewards: per episode, and per call of a tool. Source: seed, RL guide, section 4."
+RewardConfig = settings_of_table("RewardConfig", __name__, REWARD_CONFIG, "points", float, panel="Simulator")
 
 
-class EnvironmentSettings(Settings):
+class EnvironmentSettings(Settings, panel="Episodes"):
     """Where a policy acts."""
-
-    panel: ClassVar[str] = "Episodes"
 
     environment: str | dict[str, str] | None = None
     """Play episodes with tools in it: simulator, gymnasium:ID, openenv:URL, path/to/file.py:Class, or a mapping of
@@ -68,10 +42,8 @@ class EnvironmentSettings(Settings):
             values.setdefault("kl_weight", points["kl_weight"])
         super().translate(values, warn)
 
-    @model_validator(mode="after")
-    def check_environment(self) -> "EnvironmentSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.environment == {}:
-            raise ValueError("environment: expected at least one")
+            yield "environment: expected at least one"
         if self.reward_config != RewardConfig() and SIMULATOR not in self.environments.values():
-            raise ValueError("reward_config applies only when environment is simulator")
-        return self
+            yield "reward_config applies only when environment is simulator"

@@ -1,5 +1,6 @@
 """Settings of gates: scores of answers to held-out prompts, with thresholds, after training or during it."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -44,13 +45,11 @@ class GateSettings(Settings):
     def parse(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def check(self) -> "GateSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.min is not None and self.max is not None and self.min >= self.max:
-            raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
+            yield f"min = {self.min:g} must be below max = {self.max:g}"
         if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(f"num_samples = {self.num_samples}: with temperature 0 all samples are the same")
-        return self
+            yield f"num_samples = {self.num_samples}: with temperature 0 all samples are the same"
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -82,11 +81,9 @@ class EvaluateSettings(Settings):
     gates: Gates
 
 
-class GatesSettings(Settings):
+class GatesSettings(Settings, panel="Gates", resume=Resume.FREE):
     """Gates during training. Source: seed, RL guide, section 7, "Eval gates"."""
 
-    panel: ClassVar[str] = "Gates"
-    resume: ClassVar[Resume] = Resume.FREE
     writes_answers: ClassVar[bool] = True
 
     gates: Gates = []
@@ -99,17 +96,15 @@ class GatesSettings(Settings):
     """`gate NAME`: the best checkpoint is the one with the best score of this gate; none is the one with the best
     validation loss or reward. Gates are then never skipped, always on the same prompts, and may take more time."""
 
-    @model_validator(mode="after")
-    def check_gates(self) -> "GatesSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.gates and not self.writes_answers:
-            raise ValueError("gates are not supported here: a reward model scores answers and writes none")
+            yield "gates are not supported here: a reward model scores answers and writes none"
         if bool(self.gates) != (self.gate_every is not None):
-            raise ValueError("gates and gate_every need each other: what is measured, and how often")
+            yield "gates and gate_every need each other: what is measured, and how often"
         best, names = self.metric_for_best_model, [GATE + gate.name for gate in self.gates]
         if best is not None and best not in names:
             choices = " or ".join(names) or "gates, and 'gate NAME' of one of them"
-            raise ValueError(f"metric_for_best_model = {best}: expected {choices}")
+            yield f"metric_for_best_model = {best}: expected {choices}"
         if best is not None and self.eval_every % self.gate_every:  # type: ignore[attr-defined]
             steps = f"eval_every must be a multiple of gate_every = {self.gate_every}"
-            raise ValueError(f"metric_for_best_model = {best}: {steps}, since evaluations choose the best checkpoint")
-        return self
+            yield f"metric_for_best_model = {best}: {steps}, since evaluations choose the best checkpoint"

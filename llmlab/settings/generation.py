@@ -1,6 +1,6 @@
 """How text is sampled, and the settings of the `sample` stage that writes samples of a model into a run folder."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge, Gt, MinLen
 
@@ -9,10 +9,8 @@ from llmlab.settings.base import Alias, Settings
 from llmlab.settings.paths import PathName, Reads
 
 
-class SamplingSettings(Settings):
+class SamplingSettings(Settings, panel="Sampling"):
     """Source: seed, LLM-Lab document, "Model Inference and Testing"."""
-
-    panel: ClassVar[str] = "Sampling"
 
     temperature: Annotated[float, Ge(0)] = 0.7
     """Sampling temperature; 0 is greedy decoding."""
@@ -23,10 +21,8 @@ class SamplingSettings(Settings):
     """Above 1, repeated tokens become less likely."""
 
 
-class SampleSettings(SamplingSettings):
+class SampleSettings(SamplingSettings, panel="Sample"):
     """Completions of fixed prompts."""
-
-    panel: ClassVar[str] = "Sample"
 
     model: Annotated[PathName, Reads("model"), Alias("policy_checkpoint")]
     """Run folder or hub id."""

@@ -1,9 +1,9 @@
 """Settings of `llmlab grpo`."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Trl, When
@@ -12,11 +12,10 @@ from llmlab.settings.rl import OnlineSettings, Temperature
 NO_VALUES = "GRPO compares completions with each other, and has no value function"
 
 
-class GRPOSettings(OnlineSettings):
+class GRPOSettings(OnlineSettings, panel="GRPO"):
     """Group relative policy optimization. Source: seed, LLM-Lab document, "GRPO"; arXiv:2402.03300."""
 
-    panel: ClassVar[str] = "GRPO"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         "vf_coef": NO_VALUES,
         "gamma": "a completion has one reward, at its end, for all of its tokens",
         **dict.fromkeys(("lam", "gae_lambda"), NO_VALUES),
@@ -35,12 +34,10 @@ class GRPOSettings(OnlineSettings):
     def completions_per_prompt(self) -> int:
         return self.group_size
 
-    @model_validator(mode="after")
-    def check_penalty(self) -> "GRPOSettings":
+    def contradictions(self) -> Iterator[str]:
         loss = self.trainer_args.get("loss_type", "dapo"), self.trainer_args.get("importance_sampling_level", "token")
         if self.kl_penalty == "abs" and self.init_kl_coef > 0 and loss != ("dapo", "token"):
-            raise ValueError(
+            yield (
                 f"kl_penalty = abs: not supported with trainer_args loss_type = {loss[0]} and "
                 f"importance_sampling_level = {loss[1]}; expected dapo and token, TRL's defaults"
             )
-        return self

@@ -1,7 +1,7 @@
 """Where and in which precision a stage runs; what the machine has is probed by `llmlab.hardware`."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
@@ -12,11 +12,8 @@ LAUNCH = "processes are started from outside: --accelerate ddp --num-processes N
 TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
 
 
-class DeviceSettings(Settings):
+class DeviceSettings(Settings, panel="Hardware", resume=Resume.FREE):
     """Device and precision."""
-
-    panel: ClassVar[str] = "Hardware"
-    resume: ClassVar[Resume] = Resume.FREE
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device; auto prefers CUDA, then MPS, then the CPU."""
@@ -24,11 +21,10 @@ class DeviceSettings(Settings):
     """Precision of the computation; auto is bf16 where the device supports it, else fp16 on GPUs and fp32 on CPUs."""
 
 
-class HardwareSettings(DeviceSettings):
+class HardwareSettings(DeviceSettings, resume=Resume.FREE):
     """Device, precision, and what trades compute for memory or start-up time for speed."""
 
-    resume: ClassVar[Resume] = Resume.FREE
-    inapplicable: ClassVar[dict[str, str]] = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
+    inapplicable = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
 
     tf32: bool | None = None
     """TF32 matrix products on CUDA devices that have them; none keeps torch's default."""

@@ -1,73 +1,23 @@
 """What a run does about symptoms in its metrics, and from which values on something is one. The checks are
-`llmlab.health.checks`; the defaults of the limits are the RL guide's, section 7."""
+`llmlab.health.checks`; the defaults of the limits are in `limits.yaml`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from llmlab.settings.base import Resume, Settings
+from llmlab.settings.base import Resume, Settings, settings_of_table
 
-Limit = Annotated[float | None, Gt(0)]
 Response = Literal["warn", "stop", "rollback"]
 
-
-class HealthLimits(Settings):
-    """Limits of the checks, each with the name of its symptom; none turns a check off. Source: seed, RL guide,
-    section 7."""
-
-    panel: ClassVar[str] = "Health"
-    resume: ClassVar[Resume] = Resume.FREE
-
-    loss_rising: Limit = 0.2
-    """Rise of the training loss above its lowest level, as a share of it, beyond what it varies by."""
-    loss_spike: Limit = 6.0
-    """Standard deviations of the last 128 logged losses by which a loss exceeds their mean."""
-    gradient_norm_high: Limit = 5.0
-    """Median gradient norm before clipping, after warmup, where it is also twice that of the run's start."""
-    gradient_norm_exploding: Limit = 10.0
-    """Gradient norm before clipping, where it is also ten times the median before it."""
-    value_loss_exploding: Limit = 10.0
-    """Value loss over the square of the largest rewards and returns so far."""
-    kl_high: Limit = 0.2
-    """KL divergence to the reference model, in nats per token."""
-    kl_too_high: Limit = 0.3
-    """KL divergence to the reference model that is critical."""
-    perplexity_high: Limit = 20.0
-    """Validation perplexity, once an earlier one was below."""
-    perplexity_low: Limit = 2.0
-    """Training perplexity, where the validation perplexity is more than twice as high."""
-    entropy_collapse: Limit = 1.0
-    """Policy entropy in nats per token; of a policy that started below 2 nats, half of its start."""
-    gate_regression: Limit = 0.05
-    """Fall of a gate below its best score, as a share of it, in two measurements, beyond what it varies by."""
-    diversity_falling: Limit = 0.3
-    """Fall of distinct_n below its best, as a share of it."""
-    repetition: Limit = 0.3
-    """Fall of the reward repetition_penalty below its best, as a share of it, or rise of self_similarity."""
-    length_out_of_range: Limit = 3.0
-    """Times by which completions are longer or shorter than at the start."""
-    overfitting: Limit = 0.05
-    """Rise of the validation loss above its best, as a share of it, in two evaluations, while the training loss
-    falls."""
-    underfitting: Limit = 0.02
-    """Share of its start by which the loss has to fall within 50 logged lines after warmup."""
-    reward_flat: Limit = 50.0
-    """Logged lines within which the reward has to rise beyond what it varies by."""
-    groups_alike: Limit = 0.9
-    """Share of groups with equal rewards, below the highest reward, in ten logged lines."""
-    win_rate_flat: Limit = 0.1
-    """Fall of the loss, as a share of its start, with which the validation win rate has to rise."""
-    source_dead: Limit = 0.01
-    """Loss of a source, from its first line on, that teaches nothing."""
-    source_hard: Limit = 0.02
-    """Share of its start by which the loss of a source has to fall while the whole loss falls by 10 %."""
+LIMITS = (
+    "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
+)
+FACTS = {"panel": "Health", "resume": Resume.FREE}
+HealthLimits = settings_of_table("HealthLimits", __name__, LIMITS, "limits", Annotated[float | None, Gt(0)], **FACTS)
 
 
-class HealthSettings(Settings):
+class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
     """What a run does about symptoms. Source: seed, RL guide, sections 6 and 7."""
-
-    panel: ClassVar[str] = "Health"
-    resume: ClassVar[Resume] = Resume.FREE
 
     on_warning: Response = "warn"
     """What a run does about a warning: print and record it, end with exit code 4, or go back to the last healthy

@@ -1,6 +1,7 @@
 """LoRA adapters in the words of the LLM-Lab document; the RL guide's (`r`, `target_modules`) are accepted too."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import model_validator
@@ -10,11 +11,8 @@ from llmlab.settings.base import Alias, Settings, When
 ON = When("use_lora", True)
 
 
-class LoraSettings(Settings):
+class LoraSettings(Settings, panel="LoRA", inapplicable={"task_type": "it follows from the stage"}):
     """Source: seed, LLM-Lab document, "LoRA Parameters"; RL guide, section 1 (its values are a preset)."""
-
-    panel: ClassVar[str] = "LoRA"
-    inapplicable: ClassVar[dict[str, str]] = {"task_type": "it follows from the stage"}
 
     use_lora: bool = False
     """Train low-rank adapters instead of all weights; any other LoRA option implies it."""
@@ -56,8 +54,6 @@ class LoraSettings(Settings):
             implied["use_lora"] = True
         return {**values, **implied}
 
-    @model_validator(mode="after")
-    def check_targets(self) -> "LoraSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.use_lora and self.lora_preset == "custom" and not self.lora_target_modules:
-            raise ValueError("lora_preset = custom needs lora_target_modules")
-        return self
+            yield "lora_preset = custom needs lora_target_modules"

@@ -1,6 +1,6 @@
 """Settings of `llmlab merge`."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -16,10 +16,8 @@ def _only_one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
 
-class MergeSettings(Settings):
+class MergeSettings(Settings, panel="Merge"):
     """Adapters and the base model to merge them into. Source: seed, LLM-Lab document, "LoRA Adapter Merging"."""
-
-    panel: ClassVar[str] = "Merge"
 
     adapter: Annotated[PathName, BeforeValidator(_only_one), Reads("path"), Alias("adapter_folder")]
     """Adapter folder, a run folder with adapters, or a checkpoint-N in it."""

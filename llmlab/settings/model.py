@@ -1,12 +1,10 @@
-"""The architecture of a decoder trained from scratch, in the seed's words.
+"""The architecture of a decoder trained from scratch, in the seed's words; `llmlab.model.build_config` turns these
+settings into a Transformers configuration."""
 
-`llmlab.model.build_config` turns these settings into a Transformers configuration.
-"""
-
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import model_validator
 
 from llmlab.settings.base import Alias, Settings, When
 from llmlab.settings.paths import PathName, Reads
@@ -15,13 +13,8 @@ ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu", "swiglu", "relu2")
 YARN = When("positional_encoding", "yarn")
 
 
-class ModelSettings(Settings):
-    """The decoder's shape; the defaults are Qwen2.5-0.5B's, about 494 million parameters.
-
-    Source: seed, LLM-Lab document, "Model Configuration".
-    """
-
-    panel: ClassVar[str] = "Model"
+class ModelSettings(Settings, panel="Model"):
+    """The decoder's shape, by default Qwen2.5-0.5B's. Source: seed, LLM-Lab document, "Model Configuration"."""
 
     tokenizer_name: Annotated[PathName, Reads("path")] = "Qwen/Qwen2.5-0.5B"
     """Tokenizer: a hub id, a folder, or a tokenizer.json file."""
@@ -75,30 +68,26 @@ class ModelSettings(Settings):
     """Initial weights: normal with initializer_range, or zero in the last matrix of each sublayer and uniform with
     variance 1 / fan_in in the others, beside N(0, 0.8) in the embedding and N(0, 0.001) in the head, if untied."""
 
-    @model_validator(mode="after")
-    def check_heads(self) -> "ModelSettings":
+    def contradictions(self) -> Iterator[str]:
         width, heads, groups = self.d_model, self.n_heads, self.n_kv_heads
         if width % heads:
-            raise ValueError(
+            yield (
                 f"d_model = {width} is not divisible by n_heads = {heads}; "
                 f"the nearest number of heads that divides it is {nearest_divisor(width, heads)}"
             )
         if self.attention_type == "gqa" and heads % groups:
-            raise ValueError(
+            yield (
                 f"n_heads = {heads} is not divisible by n_kv_heads = {groups}; "
                 f"the nearest number of key/value heads that divides it is {nearest_divisor(heads, groups)}"
             )
         if self.positional_encoding in ("rope", "yarn") and width // heads % 2:
-            raise ValueError(
+            yield (
                 f"positional_encoding = {self.positional_encoding} rotates pairs, so d_model / n_heads must be even; "
                 f"{width} / {heads} is {width // heads}"
             )
         original = self.yarn_original_max_seq_len
         if self.positional_encoding == "yarn" and original is not None and original >= self.max_seq_len:
-            raise ValueError(
-                f"yarn_original_max_seq_len = {original} must be shorter than max_seq_len = {self.max_seq_len}"
-            )
-        return self
+            yield f"yarn_original_max_seq_len = {original} must be shorter than max_seq_len = {self.max_seq_len}"
 
     def count_parameters(self) -> int:
         """Returns the number of weights with vocab_size as it is; `llmlab.model.measure` counts them with torch."""

@@ -1,10 +1,10 @@
 """Settings of `llmlab rs-sft` and `llmlab awr`: samples of the policy are drawn and scored once, and trained on.
 Source: seed, RL guide, section 3, "AWR / RS-SFT"."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Iterator
+from typing import Annotated
 
 from annotated_types import Ge, Gt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Resume
@@ -15,11 +15,10 @@ from llmlab.settings.rl import CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 
-class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings):
+class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings, panel="Samples"):
     """Learning from scored samples of the policy, drawn before training."""
 
-    panel: ClassVar[str] = "Samples"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "kl_weight": "samples are drawn once, and their rewards have no KL penalty",
         "streaming": "prompts are tokenized and measured before the first sample",
@@ -54,19 +53,15 @@ class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings):
     eval_batches: v.EvalBatches = 50
     save_every: v.SaveEvery = 200
 
-    @model_validator(mode="after")
-    def check_samples(self) -> "OfflineSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.temperature == 0 and self.num_samples_per_prompt > 1:
-            raise ValueError("temperature = 0: all samples of a prompt are the same; expected more than 0")
+            yield "temperature = 0: all samples of a prompt are the same; expected more than 0"
         if self.rescore and self.samples is None:
-            raise ValueError("rescore: it scores earlier samples again, which `samples` names")
-        return self
+            yield "rescore: it scores earlier samples again, which `samples` names"
 
 
-class RSSFTSettings(OfflineSettings):
+class RSSFTSettings(OfflineSettings, panel="RS-SFT"):
     """Rejection-sampled fine-tuning. Source: seed, RL guide, section 3; arXiv:2308.01825."""
-
-    panel: ClassVar[str] = "RS-SFT"
 
     output_dir: v.OutputDir = "rs_sft_checkpoints"
     top_p: v.TopP = 0.9
@@ -75,10 +70,8 @@ class RSSFTSettings(OfflineSettings):
     max_samples: Annotated[int | None, Gt(0)] = 20000
 
 
-class AWRSettings(OfflineSettings):
+class AWRSettings(OfflineSettings, panel="AWR"):
     """Advantage-weighted regression. Source: seed, RL guide, section 3; Peng et al. 2019 (arXiv:1910.00177)."""
-
-    panel: ClassVar[str] = "AWR"
 
     output_dir: v.OutputDir = "awr_checkpoints"
     num_samples_per_prompt: Annotated[int, Gt(0)] = 8
@@ -90,9 +83,7 @@ class AWRSettings(OfflineSettings):
     clip_advantage: Annotated[float, Gt(0)] = 10.0
     """Largest weight of a sample, before the weights of an optimizer step are scaled to mean 1."""
 
-    @model_validator(mode="after")
-    def check_group(self) -> "AWRSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.num_samples_per_prompt == 1 and self.samples is None:
             why = "a sample is compared with others of its prompt"
-            raise ValueError(f"num_samples_per_prompt = 1: {why}; expected 2 or more")
-        return self
+            yield f"num_samples_per_prompt = 1: {why}; expected 2 or more"

@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule of every training stage; `llmlab.optim` builds them."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -28,11 +28,8 @@ OWN_RATES = ("embedding_lr", "head_lr")  # what changes the learning rate change
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
-class OptimizerSettings(Settings):
+class OptimizerSettings(Settings, panel="Optimizer", resume=Resume.NEW_OPTIMIZER):
     """Source: seed, LLM-Lab document, "Optimizer"; `sophia_update_every` from Liu et al. 2023 (arXiv:2305.14342)."""
-
-    panel: ClassVar[str] = "Optimizer"
-    resume: ClassVar[Resume] = Resume.NEW_OPTIMIZER
 
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     """Optimizer. muon updates 2-D hidden weights, AdamW at 0.1 x the rate all others; 8-bit and paged ones need

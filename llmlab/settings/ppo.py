@@ -1,7 +1,7 @@
 """Settings of `llmlab ppo`."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -11,10 +11,8 @@ from llmlab.settings.paths import PathName, Reads
 from llmlab.settings.rl import OnlineSettings, Temperature
 
 
-class PPOSettings(OnlineSettings):
+class PPOSettings(OnlineSettings, panel="PPO"):
     """Proximal policy optimization. Source: seed, LLM-Lab document, "PPO"; RL guide, section 4; arXiv:1707.06347."""
-
-    panel: ClassVar[str] = "PPO"
 
     output_dir: v.OutputDir = "ppo_checkpoints"
     temperature: Temperature = 1.0

@@ -1,10 +1,10 @@
 """Settings of stages that learn from preference pairs: DPO, ORPO and reward models. Source: seed, LLM-Lab document,
 "Common RLHF Parameters", "LoRA for RLHF" and "DPO"; RL guide, section 2."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Iterator
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Resume, Trl
@@ -16,10 +16,10 @@ from llmlab.settings.training import BATCH, FineTuningSettings
 class PreferenceSettings(FineTuningSettings):
     """Learning from pairs of a chosen and a rejected completion of one prompt."""
 
-    inapplicable: ClassVar[dict[str, str]] = {"streaming": "every pair is checked before the first step"}
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (*FineTuningSettings.alternatives, BATCH)
-    sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
-    rows_per_pass: ClassVar[str] = "mini_batch_size"
+    inapplicable = {"streaming": "every pair is checked before the first step"}
+    alternatives = (*FineTuningSettings.alternatives, BATCH)
+    sibling_classes = v.RLHF
+    rows_per_pass = "mini_batch_size"
 
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
     batch_size: v.EffectiveBatchSize = 128
@@ -36,14 +36,12 @@ class PreferenceSettings(FineTuningSettings):
     allow_truncated: v.AllowTruncated = 0.05
     eval_batches: v.EvalBatches = 50
 
-    @model_validator(mode="after")
-    def check_lengths(self) -> "PreferenceSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             no_room = f"leaves no room for an answer in max_length = {self.max_length}"
-            raise ValueError(f"max_prompt_length = {self.max_prompt_length} {no_room}")
+            yield f"max_prompt_length = {self.max_prompt_length} {no_room}"
         if self.gradient_accumulation_steps is None:
             self.accumulation(1)
-        return self
 
     def accumulation(self, processes: int) -> int:
         """Returns the forward passes of one optimizer step on each of so many processes."""
@@ -63,10 +61,8 @@ class PreferenceSettings(FineTuningSettings):
         return self.batch_size // rows if passes is None else passes
 
 
-class DPOSettings(PreferenceSettings):
+class DPOSettings(PreferenceSettings, panel="DPO"):
     """Direct preference optimization. Source: seed, LLM-Lab document, "DPO"; arXiv:2305.18290."""
-
-    panel: ClassVar[str] = "DPO"
 
     output_dir: v.OutputDir = "dpo_checkpoints"
     beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = 0.2
@@ -76,10 +72,8 @@ class DPOSettings(PreferenceSettings):
     """Assumed probability that a pair's labels are swapped (conservative DPO); try 0.1 when overfitting."""
 
 
-class ORPOSettings(PreferenceSettings):
+class ORPOSettings(PreferenceSettings, panel="ORPO"):
     """Odds-ratio preference optimization. Source: seed, RL guide, section 2; arXiv:2403.07691."""
-
-    panel: ClassVar[str] = "ORPO"
 
     output_dir: v.OutputDir = "orpo_checkpoints"
     beta: Annotated[float, Gt(0), Trl("beta"), Alias("clip_range")] = 0.1
@@ -94,11 +88,8 @@ class ORPOSettings(PreferenceSettings):
     save_total_limit: v.SaveTotalLimit = 3
 
 
-class RewardModelSettings(PreferenceSettings):
+class RewardModelSettings(PreferenceSettings, panel="Reward model", writes_answers=False):
     """A reward model trained on pairs with the Bradley-Terry loss (arXiv:2009.01325)."""
-
-    panel: ClassVar[str] = "Reward model"
-    writes_answers: ClassVar[bool] = False
 
     output_dir: v.OutputDir = "reward_checkpoints"
     max_steps: v.MaxSteps = 3000

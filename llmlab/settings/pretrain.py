@@ -1,8 +1,7 @@
 """Settings of `llmlab pretrain`."""
 
-from typing import Annotated, Any, ClassVar
-
-from pydantic import model_validator
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, fields_of
@@ -18,7 +17,7 @@ LORA_KEYS = ("task_type", *(name for setting in fields_of(LoraSettings) for name
 class PretrainSettings(TrainingSettings, TextDataSettings):
     """Pretraining on plain text. Source: seed, LLM-Lab document, "Base Training (Pretraining)"."""
 
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(LORA_KEYS, "pretraining updates all weights; adapters are for the stages after it"),
         **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "pretraining counts in steps: max_steps"),
         **dict.fromkeys(("save_every", "save_steps"), "checkpoints are saved at evaluations: eval_every"),
@@ -42,14 +41,12 @@ class PretrainSettings(TrainingSettings, TextDataSettings):
     """Clip the global gradient norm to this; 0 turns clipping off."""
     eval_steps: v.EvalBatches = 100
 
-    @model_validator(mode="after")
-    def check_head_lr(self) -> "PretrainSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.head_lr is not None and self.model.tie_word_embeddings and self.init_from is None:
-            raise ValueError(
+            yield (
                 f"head_lr = {self.head_lr:g} beside tie_word_embeddings: the head is the embedding, whose rate is "
                 "embedding_lr; set tie_word_embeddings = false, or leave head_lr out"
             )
-        return self
 
     def recorded(self) -> dict[str, Any]:
         """Leaves out the shape beside init_from, whose model has its own."""

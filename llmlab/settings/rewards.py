@@ -1,7 +1,8 @@
 """What a completion is rewarded for: rewards in the form `name | weight`, or a mapping with their parameters.
 `llmlab.rewards` knows which rewards and parameters there are, and computes them."""
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from annotated_types import Gt, MinLen
 from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_validator
@@ -9,15 +10,9 @@ from pydantic import BeforeValidator, GetJsonSchemaHandler, JsonValue, model_val
 from llmlab.settings.base import Alias, Settings
 
 
-class RewardSettings(Settings):
-    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`.
-
-    Every key that is none of these fields is a parameter of the reward.
-
-    Source: seed, RL guide, section 3, "Reward Function Weights".
-    """
-
-    type_name: ClassVar[str] = "name | weight"
+class RewardSettings(Settings, type_name="name | weight"):
+    """One reward: `json_valid`, `length | 0.5`, or `{name: length, weight: 0.5, target: 200}`; other keys are its
+    parameters. Source: seed, RL guide, section 3, "Reward Function Weights"."""
 
     name: Annotated[str, MinLen(1)]
     """A reward of llmlab, or a function of your own: path/to/file.py:name."""
@@ -53,11 +48,9 @@ class RewardSettings(Settings):
             raise ValueError(f"'{twice[0]}' is set both beside and inside of `parameters`; keep one")
         return {**fields, "parameters": {**parameters, **inline}}
 
-    @model_validator(mode="after")
-    def check(self) -> "RewardSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.min is not None and self.max is not None and self.min >= self.max:
-            raise ValueError(f"min = {self.min:g} must be below max = {self.max:g}")
-        return self
+            yield f"min = {self.min:g} must be below max = {self.max:g}"
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -79,10 +72,8 @@ def as_list(value: Any) -> Any:
 SPELLINGS = Alias("reward_funcs", "reward_functions", "reward_weights")
 
 
-class RewardsSettings(Settings):
+class RewardsSettings(Settings, panel="Rewards"):
     """The rewards of a stage, and how they become one number. Source: seed, RL guide, section 3."""
-
-    panel: ClassVar[str] = "Rewards"
 
     rewards: Annotated[list[RewardSettings], BeforeValidator(as_list), MinLen(1), SPELLINGS]
     """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}."""

@@ -2,10 +2,11 @@
 LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
@@ -37,10 +38,8 @@ class Rollout(NamedTuple):
         return max(round(episodes / self.completions * self.updates), 1)
 
 
-class CompletionSettings(EnvironmentSettings, RewardsSettings):
+class CompletionSettings(EnvironmentSettings, RewardsSettings, panel="Training"):
     """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
-
-    panel: ClassVar[str] = "Training"
 
     max_new_tokens: v.MaxNewTokens = 256
     max_prompt_length: Annotated[int | None, Gt(0)] = 1024
@@ -57,14 +56,12 @@ class CompletionSettings(EnvironmentSettings, RewardsSettings):
     allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
     """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
 
-    @model_validator(mode="after")
-    def check_completions(self) -> "CompletionSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
             no_room = f"leaves no room for a prompt in max_seq_len = {self.max_seq_len}"
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens} {no_room}")
+            yield f"max_new_tokens = {self.max_new_tokens} {no_room}"
         if self.rewards == [] and self.reward_model is None and self.environment is None:
-            raise ValueError("rewards: expected at least one")
-        return self
+            yield "rewards: expected at least one"
 
     @property
     def prompt_limit(self) -> int | None:
@@ -81,21 +78,20 @@ class CompletionSettings(EnvironmentSettings, RewardsSettings):
         return rewards
 
 
-class OnlineSettings(CompletionSettings, FineTuningSettings):
+class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
     """Learning from rewards of the policy's own completions."""
 
-    panel: ClassVar[str] = "Training"
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         **dict.fromkeys(("max_possible", "min_possible"), "the bounds of the rewards follow from their weights"),
         "streaming": "prompts are tokenized and measured before the first step",
     }
-    best_metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "reward")
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+    best_metrics = ("eval_reward", "reward")
+    alternatives = (
         ("max_steps", "epochs", "num_episodes"),
         *((steps, episodes) for episodes, steps in INTERVALS.items()),
     )
-    sibling_classes: ClassVar[tuple[str, ...]] = v.RLHF
-    rows_per_pass: ClassVar[str] = "mini_batch_size"
+    sibling_classes = v.RLHF
+    rows_per_pass = "mini_batch_size"
 
     reference_checkpoint: v.ReferenceCheckpoint = None
     datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
@@ -152,16 +148,14 @@ class OnlineSettings(CompletionSettings, FineTuningSettings):
         """Completions of each prompt in a rollout."""
         return 1
 
-    @model_validator(mode="after")
-    def check_sizes(self) -> "OnlineSettings":
+    def contradictions(self) -> Iterator[str]:
         if self.adaptive_kl and self.init_kl_coef == 0:
-            raise ValueError("adaptive_kl needs init_kl_coef above 0: it scales the coefficient")
+            yield "adaptive_kl needs init_kl_coef above 0: it scales the coefficient"
         if self.reference_checkpoint is not None and self.init_kl_coef == 0:
-            raise ValueError("reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used")
+            yield "reference_checkpoint needs init_kl_coef above 0: without a KL penalty it is not used"
         if self.curriculum != "none" and set(self.environments.values()) != {SIMULATOR}:
-            raise ValueError(f"curriculum = {self.curriculum}: only the simulator has tasks of several difficulties")
+            yield f"curriculum = {self.curriculum}: only the simulator has tasks of several difficulties"
         self.rollout(1)
-        return self
 
     def rollout(self, processes: int) -> Rollout:
         """Returns the sizes of a rollout on so many processes, which must be whole optimizer steps."""

@@ -1,6 +1,6 @@
 """Settings of `llmlab sft`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Trl
@@ -11,7 +11,7 @@ from llmlab.settings.training import FineTuningSettings
 class SFTSettings(FineTuningSettings):
     """Supervised fine-tuning. Source: seed, LLM-Lab document, "Supervised Fine-Tuning (SFT)" and "LoRA for SFT"."""
 
-    inapplicable: ClassVar[dict[str, str]] = {
+    inapplicable = {
         "streaming": "every row is checked before the first step; large sources are read as far as the run needs"
     }
 

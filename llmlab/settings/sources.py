@@ -93,8 +93,8 @@ def resolve(stage: type[S], *layers: Layer) -> Resolved[S]:
         problems += [message for message, is_error in misplaced.values() if is_error]
         warnings += [message for message, is_error in misplaced.values() if not is_error]
         if misplaced and not problems:
-            settings, problems = _validate(stage, {k: entry for k, entry in entries.items() if k not in misplaced})
             entries = {key: entry for key, entry in entries.items() if key not in misplaced}
+            settings, problems = _validate(stage, entries)
     if problems or settings is None:
         raise SettingsError(problems)
     sources = {s.key: "default" if s.of(settings) == s.default else "implied" for s in fields_of(stage)}

@@ -1,6 +1,6 @@
 """Settings of `llmlab tokenizer train`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Gt
 
@@ -9,10 +9,8 @@ from llmlab.settings.base import Settings
 from llmlab.settings.data import Datasets, DataSource
 
 
-class TokenizerSettings(Settings):
+class TokenizerSettings(Settings, panel="Tokenizer"):
     """A byte-level BPE tokenizer with ChatML tokens and a chat template that supports tools."""
-
-    panel: ClassVar[str] = "Tokenizer"
 
     datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
     vocab_size: Annotated[int, Gt(0)] = 32768

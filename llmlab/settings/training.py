@@ -1,6 +1,6 @@
 """What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
@@ -26,7 +26,7 @@ BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together w
 class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings, HealthSettings):
     """What every training stage has. Source: seed, LLM-Lab document, "Base Training"."""
 
-    panel: ClassVar[str] = "Training"
+    panel = "Training"
     best_metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "loss")  # metric_for_best_model of these changes nothing
     rows_per_pass: ClassVar[str] = "batch_size"  # the setting that counts the rows of a forward pass on a device
 
@@ -82,13 +82,11 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
             warn(f"eval_steps = {values[meaning]} is set beside {beside}, so it counts {sense} ({meaning})")
         super().translate(values, warn)
 
-    @model_validator(mode="after")
-    def check_alternatives(self) -> "TrainingSettings":
+    def contradictions(self) -> Iterator[str]:
         for names in self.alternatives:
             chosen = [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
             if chosen[1:] and names != BATCH:
-                raise ValueError(f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one")
-        return self
+                yield f"{chosen[0]} and {chosen[1]} set one quantity in two units; keep one"
 
     def accumulation(self, processes: int) -> int:
         """Returns the forward passes of one optimizer step on each of so many processes."""
@@ -99,11 +97,8 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
         return getattr(self, self.rows_per_pass) * self.accumulation(processes) * processes
 
 
-class FineTuningSettings(LoraSettings, TrainingSettings):
+class FineTuningSettings(LoraSettings, TrainingSettings, panel="Training", alternatives=(("max_steps", "epochs"),)):
     """What the stages share that start from a trained model."""
-
-    panel: ClassVar[str] = "Training"
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     policy_checkpoint: v.PolicyCheckpoint = "sft_checkpoints"
     """Model to train: a run folder, a hub id, or a folder of LoRA adapters."""

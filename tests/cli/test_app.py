@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.reference import render
 from llmlab.cli.app import COMMANDS, main
-from llmlab.cli.reference import render
 from llmlab.settings.base import fields_of
 from llmlab.stages import STAGES, import_heavy
 

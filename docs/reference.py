@@ -1,5 +1,5 @@
 """Writes the generated pages: `docs/options.md` from the settings, and `symptoms.md` beside it from the health table.
-python -m llmlab.cli.reference docs/options.md"""
+python docs/reference.py docs/options.md"""
 
 import sys
 from pathlib import Path
