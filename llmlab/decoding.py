@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
 from transformers.utils import logging
 
-from llmlab.model.step import DecodeStep, suits
+from llmlab.model.step import DecodeStep, state_of, suits
 
 ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
 CHUNK = 64  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
 PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
+SHORT = 16  # tokens for which copying weights costs more than it saves
+STEPS: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
+"""The last fused step of a model that is not in training, and the weights' state it was made of."""
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
 # processors that look at a row's scores alone, whatever is beside it and however it is padded
 CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
@@ -117,6 +121,7 @@ def decode_batch(
     loop = Loop(model, sampler, rows, [generation_config.max_length - input_ids.shape[1]] * len(rows), len(rows))
     loop.check = 1 if own else loop.check
     if streamer is not None:
+        loop.patience = max(loop.patience, PATIENCE)
         streamer.put(input_ids.cpu())
     for token in loop:
         if streamer is not None:
@@ -278,6 +283,7 @@ class Loop:
         self.model, self.sampler, self.rows, self.limits, self.size = _base(model), sampler, rows, limits, size
         self.tokens: list[list[int]] = [[] for _ in rows]
         self.log_probs: list[list[float]] = [[] for _ in rows]
+        self.was_training = self.model.training
         self.scored, self.check = False, 1 if self.model.device.type == "cpu" else CHECK
         self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
         self.numbers: list[int] = []  # of the batch's rows
@@ -285,6 +291,7 @@ class Loop:
         config = self.model.config.get_text_config(decoder=True)
         self.cache = Cache(layers=[_Columns(self) for _ in StaticCache(config, 1).layers])
         self.fused = None if suits(self.model) else False
+        self.patience, self.state = 0 if max(limits, default=0) >= SHORT else math.inf, None
         self.accepted = inspect.signature(self.model.forward).parameters
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -325,15 +332,16 @@ class Loop:
         if self.time == self.room:
             self._grow()
         self.mask[:, self.time] = 1
-        last, positions = self.ids[:, self.time], self.time - self.starts
-        self.steps += 1
-        if self.fused is None and self.steps > PATIENCE and self.cache.layers[0].is_initialized:
-            self.fused = DecodeStep(self.model, self.cache.layers[0].keys.dtype)
+        last, self.steps = self.ids[:, self.time], self.steps + 1
+        if self.fused is None and self.cache.layers[0].is_initialized:
+            self.fused = self._fuse()
         if self.fused and self.cache.layers[0].is_initialized:
-            self.fused.pack_some(len(self.numbers))
-            logits = self.fused(last, positions, self.cache, self.time, self._attention_bias())
+            self.fused.pack_some()
+            bias = self._attention_bias()
+            cos, sin = self.rotary
+            logits = self.fused(last, (cos[self.time], sin[self.time]), self.cache, self.time, bias)
         else:
-            logits = self._forward(last[:, None], self.mask, positions[:, None], self.cache)
+            logits = self._forward(last[:, None], self.mask, (self.time - self.starts)[:, None], self.cache)
         self.time += 1
         logits = logits.float()
         tokens = self.sampler.choose(self.ids[:, : self.time], logits)
@@ -345,6 +353,22 @@ class Loop:
             return (tokens,)
         scores = (logits / self.sampler.temperature).log_softmax(-1)
         return tokens, scores.gather(1, tokens[:, None])[:, 0]
+
+    def _fuse(self) -> DecodeStep | None:
+        """Returns the fused step of the weights as they are, from an earlier call or once copying them pays."""
+        dtype = self.cache.layers[0].keys.dtype
+        if self.state is None and not self.was_training:
+            self.state = [dtype, *state_of(self.model)]
+        state, step = STEPS.get(self.model, (None, None))
+        if step is not None and state == self.state:
+            return step
+        if self.steps <= self.patience:
+            return None
+        STEPS.clear()
+        step = DecodeStep(self.model, dtype)
+        if not self.was_training:  # else the next ones differ, and memory is scarce
+            STEPS[self.model] = self.state, step
+        return step
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
@@ -359,6 +383,7 @@ class Loop:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
             columns = torch.arange(self.room, device=self.mask.device)
+            self.rotary = self.fused.rotate(self.ids[:, 0], (columns - self.starts[:, None]).clamp(min=0))
             for window in {layer.window for layer in self.fused.layers}:
                 seen = self.mask.bool() if window is None else self.mask.bool() & (columns > self.time - window)
                 zeros = torch.zeros((), dtype=self.fused.dtype, device=seen.device)
