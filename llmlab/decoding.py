@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
@@ -21,7 +22,7 @@ from transformers.utils import logging
 from llmlab.model.step import DecodeStep, state_of, suits
 
 ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
-CHUNK = 64  # columns by which a cache grows
+CHUNK = 32  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
 PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
 SHORT = 16  # tokens for which copying weights costs more than it saves
@@ -54,19 +55,10 @@ def decode(
     batch_size: int | None = None,
     log_probs: bool = False,
 ) -> Decoded:
-    """Continues rows of token ids, in the order of the rows.
+    """Continues prompts of token ids, without padding, in their order, within `max_length` of both together.
 
-    The model samples in evaluation mode and is left as it was. Identical prompts are read once; rows that finish make
-    room for those that wait. The global random state of torch is drawn from.
-
-    Args:
-        model: a causal language model or a PEFT model; precision is that of the model, or of the autocast that this is
-            called in.
-        rows: prompts, each of at least one token, without padding.
-        config: `max_new_tokens`, end tokens and sampling options; what it leaves open is the model's own.
-        max_length: of prompt and completion together; None is no limit.
-        batch_size: rows that are decoded at the same time; None is all.
-        log_probs: whether to return the log-probabilities of the tokens.
+    The model samples in evaluation mode, in its own precision or that of the autocast around, and is left as it was.
+    Identical prompts are read once; of `batch_size` rows (None: all) those that end make room for those that wait.
     """
     sampler = Sampler(*model.generate(torch.tensor([[0]], device=model.device), config, custom_generate=_prepared))
     most = sampler.config.max_length - 1  # of a completion: the prompt that was prepared has one token
@@ -90,21 +82,17 @@ def decode(
 
 def decode_batch(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
     **inputs: Any,
-) -> torch.Tensor:
-    """Decodes for `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own.
+) -> Tensor:
+    """Decodes for `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own;
+    returns prompts and completions, (rows, time), with its padding.
 
-    Args:
-        model: whose `generate` was called; the other arguments are what it prepared.
-        streamer: of tokens; `generate` hands none on, so use `custom_generate=partial(decode_batch, streamer=...)`.
-
-    Returns:
-        Prompts and completions, (rows, time), with the padding of `generate`.
+    `generate` hands no streamer on, so use `custom_generate=partial(decode_batch, streamer=...)`.
     """
     sampler, mask = Sampler(logits_processor, stopping_criteria, generation_config), inputs.get("attention_mask")
     own = StoppingCriteriaList(sampler.criteria)
@@ -137,19 +125,16 @@ def decode_batch(
 
 def why_not(model: Any) -> str | None:
     """Returns why the loop does not suit a model; None where it does."""
-    base = _base(model)
+    base, adapter = _base(model), getattr(model, "active_peft_config", None)
     config, attention = base.config.get_text_config(decoder=True), base.config._attn_implementation
-    kinds = {type(layer).__name__ for layer in StaticCache(config, 1).layers}
+    others = {type(layer).__name__ for layer in StaticCache(config, 1).layers} - LAYERS
+    sharded = (type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters())
     reasons = {
-        "its adapter is a learned prompt": getattr(
-            getattr(model, "active_peft_config", None), "is_prompt_learning", False
-        ),
+        "its adapter is a learned prompt": getattr(adapter, "is_prompt_learning", False),
         "it has an encoder": base.config.is_encoder_decoder,
-        "its weights are sharded": any(
-            type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters()
-        ),
+        "its weights are sharded": any(sharded),
         f"{attention} reads no cache with free columns": attention not in ATTENTION,
-        f"it remembers more than keys and values ({', '.join(sorted(kinds - LAYERS))})": kinds - LAYERS,
+        f"it remembers more than keys and values ({', '.join(sorted(others))})": others,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -181,7 +166,7 @@ def _generate(
     ids = torch.tensor([[sampler.pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
 
-    def is_full(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def is_full(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         full = torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
         return full.repeat_interleave(len(ids) // len(full))  # beams
 
@@ -211,7 +196,7 @@ class Sampler:
         elif cache not in (None, "dynamic", "static"):
             self.obstacle = f"cache_implementation = {cache}"
 
-    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Returns a token a row, (rows,), from the sequences so far, (rows, time), and logits, (rows, vocabulary)."""
         if not self.config.do_sample:
             return self.processors(ids, logits).argmax(-1)
@@ -238,7 +223,7 @@ class Sampler:
         return tokens
 
 
-def _draw(scores: torch.Tensor) -> torch.Tensor:
+def _draw(scores: Tensor) -> Tensor:
     """Draws from the softmax of each row by its distribution function: `multinomial` draws a number for each token."""
     edges = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     if not edges[:, -1].isfinite().all():
@@ -256,9 +241,7 @@ class _Columns(DynamicLayer):
         super().__init__()
         self.loop = loop
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -294,7 +277,7 @@ class Loop:
         self.patience, self.state = 0 if max(limits, default=0) >= SHORT else math.inf, None
         self.accepted = inspect.signature(self.model.forward).parameters
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
         with torch.no_grad(), _evaluating(self.model):
             while self.waiting or any(map(self._is_going, self.numbers)):
                 self._fill_batch()
@@ -304,9 +287,9 @@ class Loop:
         made = self.tokens[number]
         return len(made) < self.limits[number] and not (made and made[-1] in self.sampler.ends)
 
-    def _decode_some(self) -> Iterator[torch.Tensor]:
+    def _decode_some(self) -> Iterator[Tensor]:
         """Decodes until rows should leave or join the batch."""
-        pending: list[tuple[torch.Tensor, ...]] = []
+        pending: list[tuple[Tensor, ...]] = []
         while True:
             left = min(self.limits[n] - len(self.tokens[n]) for n in self.numbers if self._is_going(n))
             pending.append(self._advance())
@@ -318,7 +301,7 @@ class Loop:
             if done == len(self.numbers) or done >= max(1, len(self.numbers) // 4):
                 return
 
-    def _record(self, pending: list[tuple[torch.Tensor, ...]]) -> None:
+    def _record(self, pending: list[tuple[Tensor, ...]]) -> None:
         """Appends tokens and log-probabilities, (rows,) each of some steps, to the rows that are not done."""
         for step in pending:
             columns = [part.tolist() for part in step]
@@ -327,7 +310,7 @@ class Loop:
                     self.tokens[number].append(values[0])
                     self.log_probs[number].extend(values[1:])
 
-    def _advance(self) -> tuple[torch.Tensor, ...]:
+    def _advance(self) -> tuple[Tensor, ...]:
         """Decodes one token a row; returns them, and their log-probabilities where these were asked for."""
         if self.time == self.room:
             self._grow()
@@ -370,16 +353,14 @@ class Loop:
             STEPS[self.model] = self.state, step
         return step
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
         """Returns the last logits of the model's own forward pass, (rows, vocabulary)."""
         options = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in self.accepted}
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return output.logits[:, -1]
 
-    def _attention_bias(self) -> dict[int | None, torch.Tensor]:
+    def _attention_bias(self) -> dict[int | None, Tensor]:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
             columns = torch.arange(self.room, device=self.mask.device)
@@ -407,19 +388,17 @@ class Loop:
         going = [k for k, number in enumerate(self.numbers) if self._is_going(number)]
         count = self.size - len(going)
         new, self.waiting = self.waiting[:count], self.waiting[count:]
-        width = max(
-            (len(self.rows[n]) - 1 for n in new), default=0
-        )  # all but the last token, which is the next one in
+        width = max((len(self.rows[n]) - 1 for n in new), default=0)  # the last token is the next one in
         left = min((int(self.starts[k]) for k in going), default=self.time)
         columns = max(self.time - left, width)
         self.room = (columns // CHUNK + 1) * CHUNK
         old = torch.tensor(going, dtype=torch.long, device=self.model.device)
-        read, copies = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
+        read, places = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
         for index, layer in enumerate(self.cache.layers):
             parts = []
             for name in ("keys", "values") if columns else ():
                 past = [getattr(layer, name)[old, :, left : self.time]] if going else []
-                fresh = [getattr(read.layers[index], name)[copies]] if width else []
+                fresh = [getattr(read.layers[index], name)[places].transpose(1, 2)] if width else []
                 if new and not width:
                     fresh = [past[0].new_zeros(len(new), *past[0].shape[1:])]
                 aligned = [F.pad(x, (0, 0, columns - x.shape[2], self.room - columns)) for x in past + fresh]
@@ -437,16 +416,19 @@ class Loop:
         self.mask = ((places >= self.starts[:, None]) & (places < columns)).long()
         self.time, self.bias = columns, {}
 
-    def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[DynamicCache, torch.Tensor]:
-        """Returns a cache of the prompts, each different one once, and the row of each prompt in it."""
+    def _read_prompts(
+        self, prompts: list[tuple[int, ...]], width: int
+    ) -> tuple[DynamicCache, tuple[Tensor, slice, Tensor]]:
+        """Returns a cache of the prompts, each different one once, and the index in it of each prompt's columns, with
+        its end in the last one."""
         cache, device = DynamicCache(), self.model.device
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        if width:
-            ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in numbers], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in numbers], device=device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            self._forward(ids, None if mask.all() else mask, positions, cache)
-        return cache, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
+        if width:  # padding after a prompt needs no mask, with which attention is slower
+            ids = torch.tensor([[*p] + [0] * (width - len(p)) for p in numbers], device=device)
+            self._forward(ids, None, None, cache)
+        copies = torch.tensor([[numbers[p]] for p in prompts], dtype=torch.long, device=device).view(-1, 1)
+        places = [[(column + len(p)) % width for column in range(width)] for p in prompts]
+        return cache, (copies, slice(None), torch.tensor(places, dtype=torch.long, device=device))
 
 
 @contextmanager

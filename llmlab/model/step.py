@@ -115,14 +115,11 @@ class DecodeStep:
     def __call__(
         self, tokens: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, column: int, bias: dict[Any, Tensor]
     ) -> Tensor:
-        """Returns the next token's logits, (rows, vocabulary), and writes keys and values into the cache.
+        """Returns the logits after tokens, (rows,), as (rows, vocabulary), and writes keys and values, (rows, heads,
+        columns, dim), into that column of the cache's layers.
 
-        Args:
-            tokens: (rows,).
-            rotary: from `rotate`, of this column, each (rows, 1, dim).
-            cache: with `layers` whose `keys` and `values` are (rows, key/value heads, columns, dim).
-            column: where keys and values go.
-            bias: by window, (rows, 1, columns): 0 where attention looks, else minus infinity.
+        Cosines and sines are the column's of `rotate`; the bias, by window, is 0 where attention looks, (rows, 1,
+        columns), else minus infinity.
         """
         hidden = self.decoder.embed_tokens(tokens)  # (rows, hidden)
         for layer, past in zip(self.layers, cache.layers, strict=True):
