@@ -100,7 +100,7 @@ def gae(
 def center(
     x: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Tensor]:
-    """Returns x minus its mean over the masked tokens of all processes, 0 elsewhere, (batch, time), and its variance."""
+    """Returns x minus its mean over the masked tokens of all processes, (batch, time), and its variance."""
     count, total = sum_over_processes(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
     centered = (x - total / count.clamp(min=1)) * mask
     return centered, sum_over_processes(centered.square().sum()) / count.clamp(min=1)
