@@ -28,6 +28,7 @@ PATIENCE = 4  # tokens before weights are copied for the fused step: the first w
 SHORT = 16  # tokens for which copying weights costs more than it saves
 STEPS: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
 """The last fused step of a model that is not in training, and the weights' state it was made of."""
+SMALL = 2**19  # keys or values of a layer, up to which a CPU is faster with them in fp32
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
 # processors that look at a row's scores alone, whatever is beside it and however it is padded
 CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
@@ -363,11 +364,16 @@ class Loop:
     def _attention_bias(self) -> dict[int | None, Tensor]:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
+            keys = self.cache.layers[0].keys
+            small = keys.device.type == "cpu" and keys.numel() <= SMALL
+            dtype = torch.promote_types(self.fused.dtype, torch.float32) if small else self.fused.dtype
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
             columns = torch.arange(self.room, device=self.mask.device)
             self.rotary = self.fused.rotate(self.ids[:, 0], (columns - self.starts[:, None]).clamp(min=0))
             for window in {layer.window for layer in self.fused.layers}:
                 seen = self.mask.bool() if window is None else self.mask.bool() & (columns > self.time - window)
-                zeros = torch.zeros((), dtype=self.fused.dtype, device=seen.device)
+                zeros = torch.zeros((), dtype=dtype, device=seen.device)
                 self.bias[window] = torch.where(seen, zeros, -torch.inf)[:, None]
         for window, bias in self.bias.items():
             bias[:, :, self.time] = 0
