@@ -24,11 +24,11 @@ from llmlab.model.step import DecodeStep, state_of, suits
 ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
 CHUNK = 32  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
-PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
+PATIENCE = 4  # tokens of a reply before weights are copied for the fused step, so that its first word does not wait
 SHORT = 16  # tokens for which copying weights costs more than it saves
+# the last fused step of a model that is not in training, and the weights' state it was made of
 STEPS: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
-"""The last fused step of a model that is not in training, and the weights' state it was made of."""
-SMALL = 2**19  # keys or values of a layer, up to which a CPU is faster with them in fp32
+READ = 2048  # tokens of prompts, padding included, that are read at the same time, the shorter ones first
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
 # processors that look at a row's scores alone, whatever is beside it and however it is padded
 CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
@@ -267,8 +267,8 @@ class Loop:
         self.model, self.sampler, self.rows, self.limits, self.size = _base(model), sampler, rows, limits, size
         self.tokens: list[list[int]] = [[] for _ in rows]
         self.log_probs: list[list[float]] = [[] for _ in rows]
-        self.was_training = self.model.training
-        self.scored, self.check = False, 1 if self.model.device.type == "cpu" else CHECK
+        self.was_training, self.scored = self.model.training, False
+        self.check = 1 if self.model.device.type == "cpu" else CHECK
         self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
         self.numbers: list[int] = []  # of the batch's rows
         self.time = self.room = self.steps = 0
@@ -364,16 +364,11 @@ class Loop:
     def _attention_bias(self) -> dict[int | None, Tensor]:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
-            keys = self.cache.layers[0].keys
-            small = keys.device.type == "cpu" and keys.numel() <= SMALL
-            dtype = torch.promote_types(self.fused.dtype, torch.float32) if small else self.fused.dtype
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
             columns = torch.arange(self.room, device=self.mask.device)
             self.rotary = self.fused.rotate(self.ids[:, 0], (columns - self.starts[:, None]).clamp(min=0))
             for window in {layer.window for layer in self.fused.layers}:
                 seen = self.mask.bool() if window is None else self.mask.bool() & (columns > self.time - window)
-                zeros = torch.zeros((), dtype=dtype, device=seen.device)
+                zeros = torch.zeros((), dtype=self.fused.dtype, device=seen.device)
                 self.bias[window] = torch.where(seen, zeros, -torch.inf)[:, None]
         for window, bias in self.bias.items():
             bias[:, :, self.time] = 0
@@ -399,12 +394,12 @@ class Loop:
         columns = max(self.time - left, width)
         self.room = (columns // CHUNK + 1) * CHUNK
         old = torch.tensor(going, dtype=torch.long, device=self.model.device)
-        read, places = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
+        read, copies = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
         for index, layer in enumerate(self.cache.layers):
             parts = []
-            for name in ("keys", "values") if columns else ():
+            for which, name in enumerate(("keys", "values") if columns else ()):
                 past = [getattr(layer, name)[old, :, left : self.time]] if going else []
-                fresh = [getattr(read.layers[index], name)[places].transpose(1, 2)] if width else []
+                fresh = [read[index][which][copies]] if width else []
                 if new and not width:
                     fresh = [past[0].new_zeros(len(new), *past[0].shape[1:])]
                 aligned = [F.pad(x, (0, 0, columns - x.shape[2], self.room - columns)) for x in past + fresh]
@@ -422,19 +417,26 @@ class Loop:
         self.mask = ((places >= self.starts[:, None]) & (places < columns)).long()
         self.time, self.bias = columns, {}
 
-    def _read_prompts(
-        self, prompts: list[tuple[int, ...]], width: int
-    ) -> tuple[DynamicCache, tuple[Tensor, slice, Tensor]]:
-        """Returns a cache of the prompts, each different one once, and the index in it of each prompt's columns, with
-        its end in the last one."""
-        cache, device = DynamicCache(), self.model.device
-        numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        if width:  # padding after a prompt needs no mask, with which attention is slower
-            ids = torch.tensor([[*p] + [0] * (width - len(p)) for p in numbers], device=device)
+    def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[list[list[Tensor]], Tensor]:
+        """Returns each layer's keys and values of the different prompts, (prompts, heads, width, dim), with a prompt's
+        end in the last column, and the row of each prompt in them."""
+        unique, parts, device = sorted(set(prompts), key=len), [], self.model.device
+        numbers = {prompt: k for k, prompt in enumerate(unique)}
+        while width and unique:
+            count = max(1, sum(k * len(prompt) <= READ for k, prompt in enumerate(unique, 1)))
+            some, unique = unique[:count], unique[count:]
+            length, cache = max(1, len(some[-1])), DynamicCache()
+            # padding after a prompt needs no mask, with which attention is slower
+            ids = torch.tensor([[*prompt] + [0] * (length - len(prompt)) for prompt in some], device=device)
             self._forward(ids, None, None, cache)
-        copies = torch.tensor([[numbers[p]] for p in prompts], dtype=torch.long, device=device).view(-1, 1)
-        places = [[(column + len(p)) % width for column in range(width)] for p in prompts]
-        return cache, (copies, slice(None), torch.tensor(places, dtype=torch.long, device=device))
+            places = [[(column + len(prompt)) % length for column in range(length)] for prompt in some]
+            index = torch.arange(count, device=device)[:, None], slice(None), torch.tensor(places, device=device)
+            pairs = (
+                [layer.keys[index], layer.values[index]] for layer in cache.layers
+            )  # (prompts, length, heads, dim)
+            parts.append([[F.pad(x.transpose(1, 2), (0, 0, width - length, 0)) for x in pair] for pair in pairs])
+        read = [[torch.cat(each) for each in zip(*pairs, strict=True)] for pairs in zip(*parts, strict=True)]
+        return read, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
 
 
 @contextmanager

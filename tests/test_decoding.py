@@ -8,6 +8,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from llmlab import decoding as module
 from llmlab.decoding import STEPS, decode, decode_batch, why_not
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.model.step import Product, suits
@@ -90,6 +91,19 @@ def test_greedy_tokens_are_those_of_generate(name):
     for batch_size in (None, 2):
         assert decode(model, ROWS, config, batch_size=batch_size).tokens == expected
     assert generated(model, ROWS, config, custom_generate=decode_batch) == expected
+
+
+def test_prompts_are_read_in_parts(monkeypatch):
+    """Of at most 8 tokens with padding: [9] and [1, 2] without their last tokens, [5, 6, 7], [8] * 11, the longest."""
+    model, read, config = make(), [], greedy(20)
+    expected = generated(model, ROWS, config)
+    monkeypatch.setattr(module, "READ", 8)
+    forward = module.Loop._forward
+    monkeypatch.setattr(
+        module.Loop, "_forward", lambda loop, ids, *rest: (read.append(tuple(ids.shape)), forward(loop, ids, *rest))[1]
+    )
+    assert decode(model, ROWS, config).tokens == expected
+    assert read == [(3, 2), (1, 10), (1, 24)]
 
 
 def test_one_token_whole_contexts_and_ends_at_once():
