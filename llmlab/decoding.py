@@ -68,10 +68,8 @@ def decode(
     if sampler.criteria:
         sampler.obstacle = type(sampler.criteria[0]).__name__
     if _falls_back(model, sampler):
-        batches = (slice(start, start + size) for start in range(0, len(rows), size))
-        return Decoded(
-            [ids for part in batches for ids in _generate(model, rows[part], config, limits[part], sampler)]
-        )
+        parts = (slice(start, start + size) for start in range(0, len(rows), size))
+        return Decoded([ids for part in parts for ids in _generate(model, rows[part], config, limits[part], sampler)])
     order = sorted(range(len(rows)), key=lambda k: (-len(rows[k]), rows[k]))  # identical ones beside each other
     loop = Loop(model, sampler, [rows[k] for k in order], [limits[k] for k in order], size)
     loop.scored = log_probs
@@ -272,8 +270,8 @@ class Loop:
         self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
         self.numbers: list[int] = []  # of the batch's rows
         self.time = self.room = self.steps = 0
-        config = self.model.config.get_text_config(decoder=True)
-        self.cache = Cache(layers=[_Columns(self) for _ in StaticCache(config, 1).layers])
+        layers = StaticCache(self.model.config.get_text_config(decoder=True), 1).layers
+        self.cache = Cache(layers=[_Columns(self) for _ in layers])
         self.fused = None if suits(self.model) else False
         self.patience, self.state = 0 if max(limits, default=0) >= SHORT else math.inf, None
         self.accepted = inspect.signature(self.model.forward).parameters
