@@ -3,7 +3,8 @@
     python benchmarks/decode.py [--model FOLDER] [--batches 1 8 32] [--tokens 128] [--turns 5] [--compiled]
 
 Without a folder, a Llama of 7.7 M parameters with random weights.  Prompts are random tokens, all of one length, and
-nothing ends early, so that both do the same work; greedy decoding, sampling from all tokens and top-p are timed.
+nothing ends early, so that both do the same work; greedy decoding, sampling from all tokens and top-p are timed.  With
+new weights, as in each rollout of GRPO, these are arranged anew; chat, gates and data generation arrange them once.
 `--compiled` adds `generate` with a static cache and torch.compile; its first call, the warm-up, has a line of its own.
 """
 
@@ -14,7 +15,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llmlab.decoding import decode
+from llmlab.decoding import STEPS, decode
 
 WAYS = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 0}}
 WAYS["top-p 0.9"] = WAYS["sampled"] | {"top_p": 0.9}
@@ -35,7 +36,12 @@ def contenders(model, compiled):
         ids = torch.tensor(rows)
         return model.generate(ids, config, attention_mask=torch.ones_like(ids), **options)
 
+    def by_new_weights(rows, config):
+        STEPS.clear()
+        return decode(model, rows, config)
+
     found = {"generate": by_generate, "llmlab": lambda rows, config: decode(model, rows, config)}
+    found["llmlab, new weights"] = by_new_weights
     if compiled:
         everywhere = CompileConfig()
         everywhere._compile_all_devices = True
@@ -78,7 +84,7 @@ def main():
             for contender, times in seconds.items():
                 ratio = statistics.median(a / b for a, b in zip(seconds["generate"][1:], times[1:], strict=True))
                 speed = batch * options.tokens / statistics.median(times[1:])
-                print(f"batch {batch:>2}  {name:<10} {contender:<18} {speed:>7,.0f} tokens/s  {ratio:.2f}x generate")
+                print(f"batch {batch:>2}  {name:<10} {contender:<19} {speed:>7,.0f} tokens/s  {ratio:.2f}x generate")
 
 
 if __name__ == "__main__":

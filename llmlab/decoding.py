@@ -8,21 +8,27 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
 from transformers.utils import logging
 
-from llmlab.model.step import DecodeStep, suits
+from llmlab.model.step import DecodeStep, state_of, suits
 
 ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
-CHUNK = 64  # columns by which a cache grows
+CHUNK = 32  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
-PATIENCE = 4  # tokens before weights are copied for the fused step: the first word of a reply does not wait for it
+PATIENCE = 4  # tokens of a reply before weights are copied for the fused step, so that its first word does not wait
+SHORT = 16  # tokens for which copying weights costs more than it saves
+# the last fused step of a model that is not in training, and the weights' state it was made of
+STEPS: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
+READ = 2048  # tokens of prompts, padding included, that are read at the same time, the shorter ones first
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
 # processors that look at a row's scores alone, whatever is beside it and however it is padded
 CHOICE = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta", "RepetitionPenalty", "SuppressTokens")
@@ -50,19 +56,10 @@ def decode(
     batch_size: int | None = None,
     log_probs: bool = False,
 ) -> Decoded:
-    """Continues rows of token ids, in the order of the rows.
+    """Continues prompts of token ids, without padding, in their order, within `max_length` of both together.
 
-    The model samples in evaluation mode and is left as it was. Identical prompts are read once; rows that finish make
-    room for those that wait. The global random state of torch is drawn from.
-
-    Args:
-        model: a causal language model or a PEFT model; precision is that of the model, or of the autocast that this is
-            called in.
-        rows: prompts, each of at least one token, without padding.
-        config: `max_new_tokens`, end tokens and sampling options; what it leaves open is the model's own.
-        max_length: of prompt and completion together; None is no limit.
-        batch_size: rows that are decoded at the same time; None is all.
-        log_probs: whether to return the log-probabilities of the tokens.
+    The model samples in evaluation mode, in its own precision or that of the autocast around, and is left as it was.
+    Identical prompts are read once; of `batch_size` rows (None: all) those that end make room for those that wait.
     """
     sampler = Sampler(*model.generate(torch.tensor([[0]], device=model.device), config, custom_generate=_prepared))
     most = sampler.config.max_length - 1  # of a completion: the prompt that was prepared has one token
@@ -71,10 +68,8 @@ def decode(
     if sampler.criteria:
         sampler.obstacle = type(sampler.criteria[0]).__name__
     if _falls_back(model, sampler):
-        batches = (slice(start, start + size) for start in range(0, len(rows), size))
-        return Decoded(
-            [ids for part in batches for ids in _generate(model, rows[part], config, limits[part], sampler)]
-        )
+        parts = (slice(start, start + size) for start in range(0, len(rows), size))
+        return Decoded([ids for part in parts for ids in _generate(model, rows[part], config, limits[part], sampler)])
     order = sorted(range(len(rows)), key=lambda k: (-len(rows[k]), rows[k]))  # identical ones beside each other
     loop = Loop(model, sampler, [rows[k] for k in order], [limits[k] for k in order], size)
     loop.scored = log_probs
@@ -86,21 +81,17 @@ def decode(
 
 def decode_batch(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any = None,
     **inputs: Any,
-) -> torch.Tensor:
-    """Decodes for `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own.
+) -> Tensor:
+    """Decodes for `model.generate(..., custom_generate=decode_batch)`, Transformers' hook for loops of one's own;
+    returns prompts and completions, (rows, time), with its padding.
 
-    Args:
-        model: whose `generate` was called; the other arguments are what it prepared.
-        streamer: of tokens; `generate` hands none on, so use `custom_generate=partial(decode_batch, streamer=...)`.
-
-    Returns:
-        Prompts and completions, (rows, time), with the padding of `generate`.
+    `generate` hands no streamer on, so use `custom_generate=partial(decode_batch, streamer=...)`.
     """
     sampler, mask = Sampler(logits_processor, stopping_criteria, generation_config), inputs.get("attention_mask")
     own = StoppingCriteriaList(sampler.criteria)
@@ -117,6 +108,7 @@ def decode_batch(
     loop = Loop(model, sampler, rows, [generation_config.max_length - input_ids.shape[1]] * len(rows), len(rows))
     loop.check = 1 if own else loop.check
     if streamer is not None:
+        loop.patience = max(loop.patience, PATIENCE)
         streamer.put(input_ids.cpu())
     for token in loop:
         if streamer is not None:
@@ -132,19 +124,16 @@ def decode_batch(
 
 def why_not(model: Any) -> str | None:
     """Returns why the loop does not suit a model; None where it does."""
-    base = _base(model)
+    base, adapter = _base(model), getattr(model, "active_peft_config", None)
     config, attention = base.config.get_text_config(decoder=True), base.config._attn_implementation
-    kinds = {type(layer).__name__ for layer in StaticCache(config, 1).layers}
+    others = {type(layer).__name__ for layer in StaticCache(config, 1).layers} - LAYERS
+    sharded = (type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters())
     reasons = {
-        "its adapter is a learned prompt": getattr(
-            getattr(model, "active_peft_config", None), "is_prompt_learning", False
-        ),
+        "its adapter is a learned prompt": getattr(adapter, "is_prompt_learning", False),
         "it has an encoder": base.config.is_encoder_decoder,
-        "its weights are sharded": any(
-            type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in base.parameters()
-        ),
+        "its weights are sharded": any(sharded),
         f"{attention} reads no cache with free columns": attention not in ATTENTION,
-        f"it remembers more than keys and values ({', '.join(sorted(kinds - LAYERS))})": kinds - LAYERS,
+        f"it remembers more than keys and values ({', '.join(sorted(others))})": others,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -176,7 +165,7 @@ def _generate(
     ids = torch.tensor([[sampler.pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
 
-    def is_full(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def is_full(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         full = torch.tensor([ids.shape[1] - width >= limit for limit in limits], device=ids.device)
         return full.repeat_interleave(len(ids) // len(full))  # beams
 
@@ -206,7 +195,7 @@ class Sampler:
         elif cache not in (None, "dynamic", "static"):
             self.obstacle = f"cache_implementation = {cache}"
 
-    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Returns a token a row, (rows,), from the sequences so far, (rows, time), and logits, (rows, vocabulary)."""
         if not self.config.do_sample:
             return self.processors(ids, logits).argmax(-1)
@@ -233,7 +222,7 @@ class Sampler:
         return tokens
 
 
-def _draw(scores: torch.Tensor) -> torch.Tensor:
+def _draw(scores: Tensor) -> Tensor:
     """Draws from the softmax of each row by its distribution function: `multinomial` draws a number for each token."""
     edges = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     if not edges[:, -1].isfinite().all():
@@ -251,9 +240,7 @@ class _Columns(DynamicLayer):
         super().__init__()
         self.loop = loop
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -278,16 +265,18 @@ class Loop:
         self.model, self.sampler, self.rows, self.limits, self.size = _base(model), sampler, rows, limits, size
         self.tokens: list[list[int]] = [[] for _ in rows]
         self.log_probs: list[list[float]] = [[] for _ in rows]
-        self.scored, self.check = False, 1 if self.model.device.type == "cpu" else CHECK
+        self.was_training, self.scored = self.model.training, False
+        self.check = 1 if self.model.device.type == "cpu" else CHECK
         self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
         self.numbers: list[int] = []  # of the batch's rows
         self.time = self.room = self.steps = 0
-        config = self.model.config.get_text_config(decoder=True)
-        self.cache = Cache(layers=[_Columns(self) for _ in StaticCache(config, 1).layers])
+        layers = StaticCache(self.model.config.get_text_config(decoder=True), 1).layers
+        self.cache = Cache(layers=[_Columns(self) for _ in layers])
         self.fused = None if suits(self.model) else False
+        self.patience, self.state = 0 if max(limits, default=0) >= SHORT else math.inf, None
         self.accepted = inspect.signature(self.model.forward).parameters
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
         with torch.no_grad(), _evaluating(self.model):
             while self.waiting or any(map(self._is_going, self.numbers)):
                 self._fill_batch()
@@ -297,9 +286,9 @@ class Loop:
         made = self.tokens[number]
         return len(made) < self.limits[number] and not (made and made[-1] in self.sampler.ends)
 
-    def _decode_some(self) -> Iterator[torch.Tensor]:
+    def _decode_some(self) -> Iterator[Tensor]:
         """Decodes until rows should leave or join the batch."""
-        pending: list[tuple[torch.Tensor, ...]] = []
+        pending: list[tuple[Tensor, ...]] = []
         while True:
             left = min(self.limits[n] - len(self.tokens[n]) for n in self.numbers if self._is_going(n))
             pending.append(self._advance())
@@ -311,7 +300,7 @@ class Loop:
             if done == len(self.numbers) or done >= max(1, len(self.numbers) // 4):
                 return
 
-    def _record(self, pending: list[tuple[torch.Tensor, ...]]) -> None:
+    def _record(self, pending: list[tuple[Tensor, ...]]) -> None:
         """Appends tokens and log-probabilities, (rows,) each of some steps, to the rows that are not done."""
         for step in pending:
             columns = [part.tolist() for part in step]
@@ -320,20 +309,21 @@ class Loop:
                     self.tokens[number].append(values[0])
                     self.log_probs[number].extend(values[1:])
 
-    def _advance(self) -> tuple[torch.Tensor, ...]:
+    def _advance(self) -> tuple[Tensor, ...]:
         """Decodes one token a row; returns them, and their log-probabilities where these were asked for."""
         if self.time == self.room:
             self._grow()
         self.mask[:, self.time] = 1
-        last, positions = self.ids[:, self.time], self.time - self.starts
-        self.steps += 1
-        if self.fused is None and self.steps > PATIENCE and self.cache.layers[0].is_initialized:
-            self.fused = DecodeStep(self.model, self.cache.layers[0].keys.dtype)
+        last, self.steps = self.ids[:, self.time], self.steps + 1
+        if self.fused is None and self.cache.layers[0].is_initialized:
+            self.fused = self._fuse()
         if self.fused and self.cache.layers[0].is_initialized:
-            self.fused.pack_some(len(self.numbers))
-            logits = self.fused(last, positions, self.cache, self.time, self._attention_bias())
+            self.fused.pack_some()
+            bias = self._attention_bias()
+            cos, sin = self.rotary
+            logits = self.fused(last, (cos[self.time], sin[self.time]), self.cache, self.time, bias)
         else:
-            logits = self._forward(last[:, None], self.mask, positions[:, None], self.cache)
+            logits = self._forward(last[:, None], self.mask, (self.time - self.starts)[:, None], self.cache)
         self.time += 1
         logits = logits.float()
         tokens = self.sampler.choose(self.ids[:, : self.time], logits)
@@ -346,19 +336,34 @@ class Loop:
         scores = (logits / self.sampler.temperature).log_softmax(-1)
         return tokens, scores.gather(1, tokens[:, None])[:, 0]
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
+    def _fuse(self) -> DecodeStep | None:
+        """Returns the fused step of the weights as they are, from an earlier call or once copying them pays."""
+        dtype = self.cache.layers[0].keys.dtype
+        if self.state is None and not self.was_training:
+            self.state = [dtype, *state_of(self.model)]
+        state, step = STEPS.get(self.model, (None, None))
+        if step is not None and state == self.state:
+            return step
+        if self.steps <= self.patience:
+            return None
+        STEPS.clear()
+        step = DecodeStep(self.model, dtype)
+        if not self.was_training:  # else the next ones differ, and memory is scarce
+            STEPS[self.model] = self.state, step
+        return step
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
         """Returns the last logits of the model's own forward pass, (rows, vocabulary)."""
         options = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in self.accepted}
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return output.logits[:, -1]
 
-    def _attention_bias(self) -> dict[int | None, torch.Tensor]:
+    def _attention_bias(self) -> dict[int | None, Tensor]:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
             columns = torch.arange(self.room, device=self.mask.device)
+            self.rotary = self.fused.rotate(self.ids[:, 0], (columns - self.starts[:, None]).clamp(min=0))
             for window in {layer.window for layer in self.fused.layers}:
                 seen = self.mask.bool() if window is None else self.mask.bool() & (columns > self.time - window)
                 zeros = torch.zeros((), dtype=self.fused.dtype, device=seen.device)
@@ -382,9 +387,7 @@ class Loop:
         going = [k for k, number in enumerate(self.numbers) if self._is_going(number)]
         count = self.size - len(going)
         new, self.waiting = self.waiting[:count], self.waiting[count:]
-        width = max(
-            (len(self.rows[n]) - 1 for n in new), default=0
-        )  # all but the last token, which is the next one in
+        width = max((len(self.rows[n]) - 1 for n in new), default=0)  # the last token is the next one in
         left = min((int(self.starts[k]) for k in going), default=self.time)
         columns = max(self.time - left, width)
         self.room = (columns // CHUNK + 1) * CHUNK
@@ -392,9 +395,9 @@ class Loop:
         read, copies = self._read_prompts([tuple(self.rows[n][:-1]) for n in new], width)
         for index, layer in enumerate(self.cache.layers):
             parts = []
-            for name in ("keys", "values") if columns else ():
+            for which, name in enumerate(("keys", "values") if columns else ()):
                 past = [getattr(layer, name)[old, :, left : self.time]] if going else []
-                fresh = [getattr(read.layers[index], name)[copies]] if width else []
+                fresh = [read[index][which][copies]] if width else []
                 if new and not width:
                     fresh = [past[0].new_zeros(len(new), *past[0].shape[1:])]
                 aligned = [F.pad(x, (0, 0, columns - x.shape[2], self.room - columns)) for x in past + fresh]
@@ -412,16 +415,26 @@ class Loop:
         self.mask = ((places >= self.starts[:, None]) & (places < columns)).long()
         self.time, self.bias = columns, {}
 
-    def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[DynamicCache, torch.Tensor]:
-        """Returns a cache of the prompts, each different one once, and the row of each prompt in it."""
-        cache, device = DynamicCache(), self.model.device
-        numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        if width:
-            ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in numbers], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in numbers], device=device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            self._forward(ids, None if mask.all() else mask, positions, cache)
-        return cache, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
+    def _read_prompts(self, prompts: list[tuple[int, ...]], width: int) -> tuple[list[list[Tensor]], Tensor]:
+        """Returns each layer's keys and values of the different prompts, (prompts, heads, width, dim), with a prompt's
+        end in the last column, and the row of each prompt in them."""
+        unique, parts, device = sorted(set(prompts), key=len), [], self.model.device
+        numbers = {prompt: k for k, prompt in enumerate(unique)}
+        while width and unique:
+            count = max(1, sum(k * len(prompt) <= READ for k, prompt in enumerate(unique, 1)))
+            some, unique = unique[:count], unique[count:]
+            length, cache = max(1, len(some[-1])), DynamicCache()
+            # padding after a prompt needs no mask, with which attention is slower
+            ids = torch.tensor([[*prompt] + [0] * (length - len(prompt)) for prompt in some], device=device)
+            self._forward(ids, None, None, cache)
+            places = [[(column + len(prompt)) % length for column in range(length)] for prompt in some]
+            index = torch.arange(count, device=device)[:, None], slice(None), torch.tensor(places, device=device)
+            pairs = (
+                [layer.keys[index], layer.values[index]] for layer in cache.layers
+            )  # (prompts, length, heads, dim)
+            parts.append([[F.pad(x.transpose(1, 2), (0, 0, width - length, 0)) for x in pair] for pair in pairs])
+        read = [[torch.cat(each) for each in zip(*pairs, strict=True)] for pairs in zip(*parts, strict=True)]
+        return read, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from llmlab.data.chat.rendering import TEMPLATE_FAILURES
 from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
 from llmlab.decoding import decode, decode_batch
 from llmlab.hardware import probe
-from llmlab.model import fit_vocabulary, load_model, read_adapter
+from llmlab.model import LLMLabForCausalLM, fit_vocabulary, load_model, read_adapter
+from llmlab.model.causal_blocks import use_blocks
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.files import read_json
 from llmlab.settings.generation import SamplingSettings
@@ -68,6 +69,8 @@ def load_for_inference(
         problem = f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}"
         raise UserError(f"{source}: {problem}; expected the tokenizer that the model was trained with")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if hardware.device == "cpu" and not isinstance(model, LLMLabForCausalLM):  # which knows them itself
+        use_blocks(model.get_base_model() if adapter is not None else model)
     return model.to(hardware.device).eval(), tokenizer
 
 
@@ -171,11 +174,8 @@ def generate_tokens(
     *,
     batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Returns the tokens that follow each row of token ids, up to and with the end token where there is one.
-
-    Args:
-        batch_size: rows generated at the same time; None is all.
-    """
+    """Returns the tokens that follow each row of token ids, up to and with the end token where there is one;
+    `batch_size` rows at the same time, None is all."""
     config, limit = _generation_config(model, tokenizer, sampling), context_length(model)
     return decode(model, rows, config, max_length=limit, batch_size=batch_size).tokens
 

@@ -8,7 +8,8 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from llmlab.decoding import decode, decode_batch, why_not
+from llmlab import decoding as module
+from llmlab.decoding import STEPS, decode, decode_batch, why_not
 from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.model.step import Product, suits
 
@@ -22,6 +23,7 @@ SHAPE = {
 ENDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
 LLAMA = {**SHAPE, **ENDS, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 128}
 OLD = {**ENDS, "vocab_size": 300, "initializer_range": 0.3}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 WINDOWS = {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
 ROWS = [[5, 6, 7], [9], [5, 6, 7], list(range(20, 45)), [1, 2], [8] * 11]  # a prompt twice, and one of one token
 
@@ -36,6 +38,7 @@ MODELS = {  # and whether the fused step is theirs
     "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, sliding_window=9, head_dim=8)), True),
     "qwen2": (lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA, **WINDOWS)), True),
     "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=8)), True),
+    "dynamic": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | {"rope_parameters": DYNAMIC})), False),
     "rope": (lambda: own(sliding_window=6), True),
     "yarn beyond its length": (
         lambda: own(positional_encoding="yarn", hidden_act="gelu", norm_type="layernorm"),
@@ -90,6 +93,19 @@ def test_greedy_tokens_are_those_of_generate(name):
     assert generated(model, ROWS, config, custom_generate=decode_batch) == expected
 
 
+def test_prompts_are_read_in_parts(monkeypatch):
+    """Of at most 8 tokens with padding: [9] and [1, 2] without their last tokens, [5, 6, 7], [8] * 11, the longest."""
+    model, read, config = make(), [], greedy(20)
+    expected = generated(model, ROWS, config)
+    monkeypatch.setattr(module, "READ", 8)
+    forward = module.Loop._forward
+    monkeypatch.setattr(
+        module.Loop, "_forward", lambda loop, ids, *rest: (read.append(tuple(ids.shape)), forward(loop, ids, *rest))[1]
+    )
+    assert decode(model, ROWS, config).tokens == expected
+    assert read == [(3, 2), (1, 10), (1, 24)]
+
+
 def test_one_token_whole_contexts_and_ends_at_once():
     model = make()
     assert decode(model, ROWS, greedy(1)).tokens == generated(model, ROWS, greedy(1))
@@ -121,6 +137,29 @@ def test_adapters_take_part(dora):
     assert found == generated(model.eval(), ROWS, greedy(20))
     with model.disable_adapter():
         assert decode(model, ROWS, greedy(20)).tokens == decode(make(), ROWS, greedy(20)).tokens != found
+
+
+def test_arranged_weights_serve_the_next_call_until_they_change():
+    """Of a model that is not in training; edits of `.data` and merged adapters, which make no new version, count."""
+    model = get_peft_model(make(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    base = model.get_base_model()
+    edits = [
+        lambda: None,
+        lambda: base.model.embed_tokens.weight.data.mul_(-1),
+        lambda: model.merge_adapter(),
+        lambda: model.unmerge_adapter(),
+        lambda: torch.optim.SGD([base.model.norm.weight], lr=1.0).step(),
+    ]
+    base.model.norm.weight.grad = torch.linspace(-3, 3, 32)
+    steps = []
+    for edit in edits:
+        edit()
+        assert decode(model, ROWS, greedy(20)).tokens == generated(model, ROWS, greedy(20))
+        steps.append(STEPS[base][1])
+        assert decode(model, ROWS, greedy(20)).tokens and STEPS[base][1] is steps[-1]
+    assert len(set(map(id, steps))) == len(edits)
+    decode(model.train(), ROWS, greedy(20))
+    assert not STEPS
 
 
 @pytest.mark.parametrize(
@@ -219,7 +258,7 @@ def test_packed_products_are_those_of_linear_layers(bias):
         expected = torch.cat([layer(x) for layer in layers], 1)
         for pack in (False, True):
             if pack:
-                product.pack(5)
+                product.pack()
             torch.testing.assert_close(product(x), expected, atol=0.02, rtol=0.01)  # one rounding of bf16 is 2^-8
 
 

@@ -1,4 +1,4 @@
-"""Self-attention of llmlab's decoder, by Transformers' attention interface and, for training on CPUs, by `blocks`.
+"""Self-attention of llmlab's decoder, by Transformers' attention interface and, on CPUs, by `blocks`.
 
 Masks are made once a forward pass for each kind of layer, by Transformers' mask functions; ALiBi's bias is added here.
 """
@@ -72,11 +72,10 @@ class LLMLabAttention(LlamaAttention):
         return self.o_proj(output.reshape(*shape, -1)), weights  # from (batch, time, heads, head_dim)
 
     def _uses_blocks(self, query: torch.Tensor, key: torch.Tensor) -> bool:
-        """Whether this is training on a CPU in bf16 or compiled, where `block_attention` is faster than sdpa."""
-        faster = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or torch.compiler.is_compiling())
-        # without gradients too, so that RL's old log-probabilities are those of the first update
-        trains = (self.training or query.requires_grad) and query.shape[2] == key.shape[2] > 1
-        return faster and trains and self.config._attn_implementation == "sdpa"
+        """Whether this is a CPU in bf16 or compiled training, where `block_attention` is faster than sdpa."""
+        compiled = torch.compiler.is_compiling() and (self.training or query.requires_grad)
+        faster = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or compiled)
+        return faster and query.shape[2] == key.shape[2] > 1 and self.config._attn_implementation == "sdpa"
 
 
 def attention_inputs(

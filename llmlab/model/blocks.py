@@ -1,4 +1,4 @@
-"""Exact causal attention in blocks of queries, for training on CPUs, where it is faster than torch's own kernel.
+"""Exact causal attention in blocks of queries, for CPUs, where it is faster than torch's own kernel.
 
 Keys and values are not repeated for their query heads, no block computes scores of later keys, and the backward pass
 computes the weights again, so that memory is linear in the length.  Masks, windows and dropout are left to

@@ -29,21 +29,13 @@ def linear_cross_entropy(
     with_tokens: bool = False,
     softcap: float | None = None,
 ) -> Any:
-    """Returns the cross entropy of the next tokens, with the output head's product in it.
+    """Returns the cross entropy of the next tokens in nats, with the output head's product in it, a scalar in fp32,
+    and `with_tokens` the loss of each, (batch, time - 1), too; 0 where labels are ignored.
 
-    Products are in autocast's dtype where it is on, else in the weight's; softmax and sums in fp32.  The backward pass
-    scales the gradients in place, so it cannot be repeated with `retain_graph`.
-
-    Args:
-        hidden: last hidden states, (batch, time, hidden).
-        weight: the head's, (vocabulary, hidden).
-        labels: not shifted, (batch, time); -100 is ignored.
-        num_items_in_batch: divisor of the summed loss; None is the number of labels that are not ignored.
-        with_tokens: whether to return the losses of the next tokens too, (batch, time - 1), 0 where ignored.
-        softcap: bound of the logits, `softcap * tanh(logits / softcap)`; None is no bound.
-
-    Returns:
-        The loss in nats, a scalar in fp32; 0 where every label is ignored.
+    Hidden states are (batch, time, hidden), the head's weight (vocabulary, hidden), labels (batch, time), not shifted.
+    Products are in autocast's dtype where it is on, else in the weight's; softmax and sums in fp32. The sum is divided
+    by `num_items_in_batch`, or the number of labels that count; logits stay within `softcap * tanh(logits / softcap)`.
+    The backward pass scales the gradients in place, so it cannot be repeated with `retain_graph`.
     """
     device = hidden.device
     autocast = torch.is_autocast_enabled(device.type)

@@ -35,9 +35,10 @@ class Product:
         self.bias = torch.cat(biases) if any(bias is not None for _, bias in found) else None
         self.packed = self.weight.device.type != "cpu" or dtype != torch.bfloat16 or not packs_weights()
 
-    def pack(self, rows: int) -> None:
+    def pack(self) -> None:
         """Arranges the weight for the CPU's bf16 instructions."""
-        self.weight, self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), True
+        # the operator wants a number of rows; the arrangement is the same for 1 and 32
+        self.weight, self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8), True
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight.is_mkldnn:
@@ -97,29 +98,46 @@ class DecodeStep:
             products.append(self.head)
         self.unpacked = [product for product in products if not product.packed]
 
-    def pack_some(self, rows: int) -> None:
+    def pack_some(self) -> None:
         """Packs the weights of two layers, so that no single token waits for those of all."""
         for product in self.unpacked[:8]:
-            product.pack(rows)
+            product.pack()
         del self.unpacked[:8]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: Any, column: int, bias: dict[Any, Tensor]) -> Tensor:
-        """Returns the next token's logits, (rows, vocabulary), and writes keys and values into the cache.
+    def rotate(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosines and signed sines, each (columns, rows, 1, dim), for tokens, (rows,), at positions, (rows,
+        columns)."""
+        cos, sin = self.decoder.rotary_emb(self.decoder.embed_tokens(tokens), positions)
+        low, high = sin.chunk(2, -1)
+        signed = torch.cat((-low, high), -1)
+        return cos.transpose(0, 1)[:, :, None].contiguous(), signed.transpose(0, 1)[:, :, None].contiguous()
 
-        Args:
-            tokens: (rows,).
-            positions: (rows,).
-            cache: with `layers` whose `keys` and `values` are (rows, key/value heads, columns, dim).
-            column: where keys and values go.
-            bias: by window, (rows, 1, columns): 0 where attention looks, else minus infinity.
+    def __call__(
+        self, tokens: Tensor, rotary: tuple[Tensor, Tensor], cache: Any, column: int, bias: dict[Any, Tensor]
+    ) -> Tensor:
+        """Returns the logits after tokens, (rows,), as (rows, vocabulary), and writes keys and values, (rows, heads,
+        columns, dim), into that column of the cache's layers.
+
+        Cosines and sines are the column's of `rotate`; the bias, by window, is 0 where attention looks, (rows, 1,
+        columns), else minus infinity.
         """
         hidden = self.decoder.embed_tokens(tokens)  # (rows, hidden)
-        cos, sin = self.decoder.rotary_emb(hidden, positions[:, None])  # each (rows, 1, dim)
-        low, high = sin.chunk(2, -1)
-        rotary = cos, torch.cat((-low, high), -1)
         for layer, past in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, rotary, past, column, bias[layer.window])
         return self.head(_norm(self.decoder.norm, hidden))
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Returns what is different once weights or active adapters are: addresses, versions, sums."""
+    weights = [weight.detach() for weight in model.parameters()]
+    versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+    sums = torch.stack([w.sum(dtype=torch.float32) for w in weights]).tolist()  # an edit of `.data` is no new version
+    adapters = [
+        (part.merged, part.disable_adapters, [*part.active_adapters], {**part.scaling})
+        for part in model.modules()
+        if hasattr(part, "lora_A")
+    ]
+    return [versions, sums, adapters]
 
 
 def suits(model: Any) -> bool:
@@ -131,6 +149,8 @@ def suits(model: Any) -> bool:
     if isinstance(config, LLMLabConfig) and (
         not config.uses_rope or any(getattr(config, name) != getattr(LLMLabConfig, name) for name in others)
     ):
+        return False
+    if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):  # whose frequencies depend on the longest row
         return False
     return all(_suits_layer(layer) for layer in model.model.layers)
 

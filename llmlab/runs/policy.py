@@ -23,8 +23,8 @@ from llmlab.hardware import Hardware
 from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
 from llmlab.model.attention import BIAS_IMPLEMENTATIONS
+from llmlab.model.causal_blocks import use_blocks
 from llmlab.runs._trl import expose_head_bias
-from llmlab.runs.attention import use_blocks
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
 from llmlab.settings.errors import UserError, reading

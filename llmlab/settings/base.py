@@ -64,7 +64,12 @@ class Settings(BaseModel):
     """The base of every settings class: unknown keys are errors, and resolved values never change."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,
     )
 
     panel: ClassVar[str] = "Options"

@@ -75,6 +75,16 @@ def test_training_in_bf16_uses_blocks_and_stays_near_fp32(tiny_model, calls):
         assert (parameter.grad - expected[name]).norm() < 0.05 * expected[name].norm(), name
 
 
+def test_scoring_in_bf16_gives_the_log_probabilities_of_training(tiny_model, calls):
+    """Bit by bit: a policy's first KL from its frozen copy is 0."""
+    model, tokens = tiny_model().train(), random_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model(tokens).logits.detach()
+        with torch.no_grad():
+            scored = model.eval().requires_grad_(False)(tokens).logits
+    assert scored.equal(trained) and len(calls) == 2 * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("options", "inputs"),
     [

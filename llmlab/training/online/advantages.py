@@ -100,13 +100,7 @@ def gae(
 def center(
     x: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Tensor]:
-    """Returns x minus its mean over the masked tokens, 0 elsewhere, and its variance, a scalar.
-
-    Args:
-        x: (batch, time).
-        mask: (batch, time).
-        sum_over_processes: sums a tensor over processes; the default is one process alone.
-    """
+    """Returns x minus its mean over the masked tokens of all processes, (batch, time), and its variance."""
     count, total = sum_over_processes(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
     centered = (x - total / count.clamp(min=1)) * mask
     return centered, sum_over_processes(centered.square().sum()) / count.clamp(min=1)

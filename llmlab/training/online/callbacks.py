@@ -69,12 +69,8 @@ class StopWithoutSignal(TrainerCallback):
 
 
 class KLController:
-    """The KL coefficient: grows while the KL is above its target, and shrinks while it is below.
-
-    Args:
-        coefficient: the first one.
-        target: wanted divergence, in the unit of `update`.
-        horizon: samples over which the coefficient changes by at most a fifth.
+    """The KL coefficient: grows while the KL is above its target, and shrinks while it is below, by at most a fifth in
+    `horizon` samples.
 
     Source: Ziegler et al. 2019 (arXiv:1909.08593), section 2.2.
     """

@@ -75,21 +75,12 @@ class PPOConfig(GRPOConfig):
 class PPOTrainer(RolloutSteps, GRPOTrainer):
     """Proximal policy optimization with a learned value function (`PPOConfig` says how).
 
-    The reward of each token of a completion is minus `beta` times its KL penalty; the last token also gets the
-    completion's score, the weighted sum of the reward functions. GAE makes advantages from these and the critic's
-    values; `gamma` and `gae_lambda` apply per token, and per turn where tools are called, so that a long episode keeps
-    its reward. Tokens that tools wrote are skipped and get no gradient. The loss is TRL's clipped one, a mean over
-    tokens, plus `vf_coef` times the clipped value loss, minus `entropy_coef` times the entropy.
+    A token's reward is minus `beta` times its KL penalty; the last one also gets the completion's score. Advantages
+    are GAE's, per token, and per turn where tools are called, whose tokens are skipped. The loss is TRL's clipped
+    one, plus `vf_coef` times the clipped value loss, minus `entropy_coef` times the entropy. Where the policy's KL
+    from the one that sampled exceeds `stop_kl`, the passes over the rollout end with that update.
 
-    `beta` may change between rollouts. Where the policy's KL from the one that sampled exceeds `stop_kl`, the passes
-    over the rollout end with that update, and the same prompts are sampled again: each prompt still gets the same
-    number of optimizer steps. A run that resumes in the middle of a rollout begins with a new one.
-
-    Args:
-        args: the configuration.
-        scorer: a sequence classifier with one label and the policy's vocabulary that a separate critic starts from;
-            None starts it from the policy.
-        kwargs: of GRPOTrainer.
+    A separate critic starts from `scorer`, a classifier with one label and the policy's vocabulary, or the policy.
 
     Source: arXiv:1707.06347; arXiv:1506.02438; arXiv:1909.08593.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmlab.runs import attention
+from llmlab.model import causal_blocks as attention
 
 PADDED = {"none": None, "right": torch.arange(90) < torch.tensor([[90], [50]]), "left": torch.arange(90) >= 40}
 
