@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from llmlab import PretrainSettings, pretrain
 from llmlab.data.tokenizer import learn_bpe
 from llmlab.runs.health import Health
-from llmlab.runs.optimizers import Guard
 from llmlab.runs.progress import ProgressLine
+from llmlab.runs.trainer import Guard
 from llmlab.settings.data import DataSource
 
 STORIES = DataSource(name="demo/stories", subset="2MB")

@@ -26,11 +26,11 @@ from llmlab.model import (
 )
 from llmlab.runs.callbacks import ProcessState, StageMetrics
 from llmlab.runs.failures import check_memory
-from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.progress import human
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.runs.start import S
+from llmlab.runs.trainer import StageTrainer, TokenMeanEvaluation
 from llmlab.settings.errors import UserError
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved

@@ -14,9 +14,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llmlab.data.chat.makers import InstructionEncoder
 from llmlab.runs._trl import chunked_head
 from llmlab.runs.callbacks import StageMetrics
-from llmlab.runs.optimizers import StageTrainer, TokenMeanEvaluation
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
+from llmlab.runs.trainer import StageTrainer, TokenMeanEvaluation
 from llmlab.settings.errors import UserError
 from llmlab.settings.sft import SFTSettings
 

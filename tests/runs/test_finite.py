@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llmlab.cli.app import main
 from llmlab.model import load_model
 from llmlab.runs.history import open_run
-from llmlab.runs.optimizers import StageTrainer
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.errors import Diverged, UserError
 from llmlab.settings.preference import DPOSettings
 from llmlab.stages import STAGES

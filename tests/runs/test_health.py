@@ -17,9 +17,9 @@ from llmlab.runs import run as run_module
 from llmlab.runs.callbacks import StageMetrics
 from llmlab.runs.health import Health
 from llmlab.runs.history import open_run
-from llmlab.runs.optimizers import Guard
 from llmlab.runs.record import RunRecord, read_events, read_metrics, read_record
 from llmlab.runs.start import changed_by, changes_since_start
+from llmlab.runs.trainer import Guard
 from llmlab.settings.errors import Diverged, Unhealthy
 from llmlab.stages import STAGES
 from tests.conftest import VOICES

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from llmlab.data.chat.rows import Rows
 from llmlab.data.text.packing import Mixture
-from llmlab.runs.optimizers import RowLosses
 from llmlab.runs.record import read_hardest_rows, read_metrics
+from llmlab.runs.trainer import RowLosses
 from llmlab.stages import STAGES
 from tests.conftest import write_rows
 

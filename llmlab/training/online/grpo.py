@@ -14,9 +14,9 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from llmlab.rewards.loading import locate_rewards
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.grpo import GRPOSettings
 from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, has_dropout, policy_mask
 from llmlab.training.online.episodes import EpisodeRollouts

@@ -16,10 +16,10 @@ from llmlab.data.tokenizer import load_tokenizer
 from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
 from llmlab.rewards.loading import locate_rewards
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
 from llmlab.training.online._trl import ResumableRollouts

@@ -6,10 +6,10 @@ The loop and the loss are TRL's DPOTrainer; the pairs reach it as token ids, pro
 from trl import DPOConfig, DPOTrainer
 
 from llmlab.runs._trl import TokenizedPairs
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.policy import load_reference
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.preference import DPOSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 

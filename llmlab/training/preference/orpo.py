@@ -13,9 +13,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read at import
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmlab.runs._trl import TokenizedORPOPairs
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.preference import ORPOSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardConfig, RewardTrainer
 
-from llmlab.runs.optimizers import StageTrainer
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.preference import RewardModelSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
