@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from llmlab.model import LLMLabForCausalLM, LLMLabForSequenceClassification
+from llmlab.model import LLMLabForCausalLM, LLMLabForSequenceClassification, attention
 
 OPTIONS = {
     "qk_norm": {"qk_norm": True},
@@ -118,12 +118,13 @@ def test_compiled_layers_give_the_same_gradients(model):
 
 def test_attention_stays_in_autocasts_precision(model, monkeypatch):
     seen = set()
-    function = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **kwargs: (seen.update(x.dtype for x in args[:3]), function(*args, **kwargs))[1],
-    )
+    for module, name in ((torch.nn.functional, "scaled_dot_product_attention"), (attention, "block_attention")):
+
+        def record(*args, function=getattr(module, name), **kwargs):
+            seen.update(x.dtype for x in args[:3])
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, record)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         model(rows(1, 9))
     assert seen == {torch.bfloat16}
