@@ -21,12 +21,12 @@ from transformers.utils import logging
 
 from llmlab.model.step import DecodeStep, state_of, suits
 
-ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa where there is a cache
+ATTENTION = ("sdpa", "eager", "causal_blocks")  # the last is sdpa once there are tokens in a cache
 CHUNK = 32  # columns by which a cache grows
 CHECK = 8  # tokens between looks at what an accelerator sampled, which wait for it
 PATIENCE = 4  # tokens of a reply before weights are copied for the fused step, so that its first word does not wait
 SHORT = 16  # tokens for which copying weights costs more than it saves
-# the last fused step of a model that is not in training, and the weights' state it was made of
+# the last fused step of a model whose weights are frozen, and their state when it was made
 STEPS: WeakKeyDictionary[Any, tuple[list[Any], DecodeStep]] = WeakKeyDictionary()
 READ = 2048  # tokens of prompts, padding included, that are read at the same time, the shorter ones first
 ROUNDS = 8  # draws for top-p before the whole vocabulary is sorted
@@ -265,7 +265,7 @@ class Loop:
         self.model, self.sampler, self.rows, self.limits, self.size = _base(model), sampler, rows, limits, size
         self.tokens: list[list[int]] = [[] for _ in rows]
         self.log_probs: list[list[float]] = [[] for _ in rows]
-        self.was_training, self.scored = self.model.training, False
+        self.frozen, self.scored = not any(weight.requires_grad for weight in self.model.parameters()), False
         self.check = 1 if self.model.device.type == "cpu" else CHECK
         self.waiting = [n for n, limit in enumerate(limits) if limit > 0]
         self.numbers: list[int] = []  # of the batch's rows
@@ -339,7 +339,7 @@ class Loop:
     def _fuse(self) -> DecodeStep | None:
         """Returns the fused step of the weights as they are, from an earlier call or once copying them pays."""
         dtype = self.cache.layers[0].keys.dtype
-        if self.state is None and not self.was_training:
+        if self.state is None and self.frozen and (self.model in STEPS or self.steps > self.patience):
             self.state = [dtype, *state_of(self.model)]
         state, step = STEPS.get(self.model, (None, None))
         if step is not None and state == self.state:
@@ -348,7 +348,7 @@ class Loop:
             return None
         STEPS.clear()
         step = DecodeStep(self.model, dtype)
-        if not self.was_training:  # else the next ones differ, and memory is scarce
+        if self.frozen:  # else the next ones differ, and memory is scarce
             STEPS[self.model] = self.state, step
         return step
 

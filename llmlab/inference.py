@@ -44,7 +44,7 @@ Prompt = str | list[Message]  # a text to continue, or a conversation to answer
 def load_for_inference(
     source: str | Path, *, dtype: str = "auto", device: str = "auto"
 ) -> tuple[Model, PreTrainedTokenizerBase]:
-    """Returns a model in evaluation mode and its tokenizer.
+    """Returns a model in evaluation mode, its weights frozen, and its tokenizer.
 
     Args:
         source: a run folder, any Transformers or PEFT adapter folder, or a hub id of either.
@@ -71,7 +71,7 @@ def load_for_inference(
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if hardware.device == "cpu" and not isinstance(model, LLMLabForCausalLM):  # which knows them itself
         use_blocks(model.get_base_model() if adapter is not None else model)
-    return model.to(hardware.device).eval(), tokenizer
+    return model.to(hardware.device).eval().requires_grad_(False), tokenizer
 
 
 def is_chat_model(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,7 +1,8 @@
-"""`block_attention` as an attention implementation of Transformers, for fine-tuning any of its decoders on a CPU.
+"""`block_attention` as an attention implementation of Transformers, for fine-tuning any of its decoders on a CPU, and
+for the prompts that they answer.
 
 Batches padded on the right need no mask: no token attends to the padding after it.  Whatever is not plain causal
-attention in bf16 (padding on the left, packed rows, windows, caches, dropout) goes to sdpa.
+attention in bf16 (padding on the left, packed rows, windows, tokens in a cache, dropout) goes to sdpa.
 """
 
 from typing import Any

@@ -4,6 +4,7 @@ Queries, keys and values are one product, as are gate and up; on CPUs bf16 weigh
 Formulas are those of the models' own `forward`, which `decoding` uses where `suits` is false.
 """
 
+from threading import Lock
 from typing import Any
 
 import torch
@@ -96,13 +97,14 @@ class DecodeStep:
         if _weight_and_bias(self.head):
             self.head = Product(self.head, dtype=dtype)
             products.append(self.head)
-        self.unpacked = [product for product in products if not product.packed]
+        self.unpacked, self.packing = [product for product in products if not product.packed], Lock()
 
     def pack_some(self) -> None:
         """Packs the weights of two layers, so that no single token waits for those of all."""
-        for product in self.unpacked[:8]:
-            product.pack()
-        del self.unpacked[:8]
+        with self.packing:
+            for product in self.unpacked[:8]:
+                product.pack()
+            del self.unpacked[:8]
 
     def rotate(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, each (columns, rows, 1, dim), for tokens, (rows,), at positions, (rows,
@@ -128,16 +130,18 @@ class DecodeStep:
 
 
 def state_of(model: nn.Module) -> list[Any]:
-    """Returns what is different once weights or active adapters are: addresses, versions, sums."""
+    """Returns what is different once weights or active adapters are: addresses, versions, hashes, sums."""
     weights = [weight.detach() for weight in model.parameters()]
     versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-    sums = torch.stack([w.sum(dtype=torch.float32) for w in weights]).tolist()  # an edit of `.data` is no new version
+    # an edit of `.data` is no new version: hashes see single values, sums of some values what cancels out in a hash
+    hashes = torch.stack([torch.hash_tensor(w).view(torch.int64) for w in weights]).tolist()
+    sums = torch.stack([w.flatten()[::61].sum(dtype=torch.float32) for w in weights]).tolist()
     adapters = [
         (part.merged, part.disable_adapters, [*part.active_adapters], {**part.scaling})
         for part in model.modules()
         if hasattr(part, "lora_A")
     ]
-    return [versions, sums, adapters]
+    return [versions, hashes, sums, adapters]
 
 
 def suits(model: Any) -> bool:

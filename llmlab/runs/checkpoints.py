@@ -26,6 +26,7 @@ try:
 except ImportError:  # Windows has none: two runs in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
+ATTEMPTS = 100  # other processes may remove the file between opening and locking it
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems without locks, as some network disks
 STATE = "trainer_state.json"
 INCOMPLETE = ".incomplete"
@@ -135,9 +136,7 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    while (handle := _lock(folder / LOCK)) is None:
-        pass
-    with handle:
+    with _lock(folder / LOCK) as handle:
         try:
             handle.truncate(0)  # a killed process left its name
             handle.write(f"{os.getpid()} on {platform.node()}")
@@ -147,26 +146,27 @@ def locked(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)  # while locked: a process that has it open tries again
 
 
-def _lock(path: Path) -> IO[str] | None:
-    """Returns a locked file, or None where its last owner has just removed it or the folder."""
-    with suppress(FileNotFoundError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+def _lock(path: Path) -> IO[str]:
+    """Returns a locked file, tried again where its last owner has just removed it or the folder."""
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return handle
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
                 handle.seek(0)
-                owner = handle.read().strip()
+                owner, advice = handle.read().strip(), "wait for it, stop it, or choose another folder"
                 run = f"another run (process {owner})" if owner else "another run"
-                advice = "wait for it, stop it, or choose another folder"
                 raise UserError(f"{path.parent}: {run} is writing into this folder; {advice}") from None
-            if error.errno not in NO_LOCKS:
-                raise
-        if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
-            return handle
-        handle.close()
-    return None
+            if os.path.samestat(path.stat(), os.fstat(handle.fileno())):
+                return handle
+            handle.close()
+    raise UserError(f"{path.parent}: other runs keep taking this folder; choose another")
 
 
 @contextmanager

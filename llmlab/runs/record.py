@@ -225,7 +225,8 @@ def git_revision() -> dict[str, Any] | None:
     """Returns the revision of the working directory's repository, or None outside one; `rev-parse`, unlike `status`,
     runs nothing that the repository's configuration names."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=1)
+        words = ["git", "-c", "safe.directory=*", "rev-parse", "HEAD"]  # mounted folders have other owners
+        found = subprocess.run(words, capture_output=True, text=True, timeout=1)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return {"revision": found.stdout.strip()} if found.returncode == 0 else None

@@ -43,7 +43,7 @@ from llmlab.runs.record import RunRecord, RunResult, read_record
 from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of, split_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
-from llmlab.settings.gates import GATE
+from llmlab.settings.gates import GATE, GatesSettings
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import destinations, takes_trust
 
@@ -159,7 +159,8 @@ class Run(Start[S]):
         gates = held_out_gates(settings, model, tokenizer, self.stage != "pretrain") if settings.gates else []
         best = next((gate for gate in gates if GATE + gate.label == settings.metric_for_best_model), None)
         if best is not None:
-            settings.check_contradictions()  # eval_every may have been converted from completions
+            for problem in GatesSettings.contradictions(settings):  # eval_every may have come from completions
+                raise UserError(problem)
             best_metric = f"gate/{best.label}"
             if not evaluates:
                 raise UserError(f"metric_for_best_model = {GATE}{best.label}: there is no validation data")

@@ -155,7 +155,7 @@ class Settings(BaseModel):
 def settings_of_table(name: str, module: str, doc: str, table: str, kind: Any, **facts: Any) -> type[Settings]:
     """Returns the settings class of a YAML table beside this module: names of fields of one type, default and help."""
     rows = read_table("llmlab.settings", table)
-    fields: dict[str, Any] = {name: (kind, Field(default, description=text)) for name, (default, text) in rows.items()}
+    fields: dict[str, Any] = {key: (kind, Field(default, description=text)) for key, (default, text) in rows.items()}
     return create_model(name, __base__=Settings, __module__=module, __doc__=doc, __cls_kwargs__=facts, **fields)
 
 

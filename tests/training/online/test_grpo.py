@@ -608,6 +608,18 @@ def test_epochs_and_the_context_count_prompts(grpo_settings, quiet):
     assert record["step"] == 2 * 24 // 8 and "max_steps" not in record["settings"]
 
 
+def test_a_gate_chooses_the_best_checkpoint_of_a_run_counted_in_episodes(grpo_settings, chat_file, tmp_path, quiet):
+    prompts = shutil.copy(chat_file, tmp_path / "held_out.jsonl")
+    gate = {"name": "distinct_n", "prompts": str(prompts), "n": 4, "max_new_tokens": 4}
+    changes = {"num_episodes": 16, "eval_every": 4, "gate_every": 4, "validation_fraction": 0.1, "eval_batches": 1}
+    changes |= {"gates": [gate], "metric_for_best_model": "gate distinct_n", "allow_code": True}
+    values = {**grpo_settings().model_dump(exclude_unset=True), **changes}
+    values.pop("max_steps")
+    result = grpo(GRPOSettings(**values), console=quiet)
+    assert read_record(result.folder)["step"] == 4  # a rollout of 4 x 4, twice in updates of 8
+    assert 0 <= result.metrics["gate/distinct_n"] <= 1
+
+
 def test_tools_of_a_row_are_shown_to_the_policy_and_known_to_rewards(
     grpo_settings, base_folder, tmp_path, quiet, monkeypatch
 ):
