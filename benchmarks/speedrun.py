@@ -282,7 +282,7 @@ def table(options):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (rate, runs) in found.items():
-        reached = [seconds_until(run["curve"], finals[best]) for run in runs] if best else [None]
+        reached = [seconds_until(run["curve"], finals.get(best, 0.0)) for run in runs]
         lines.append(
             f"| {NAMES.get(name, name)} | {'its own' if rate is None else f'{rate:g}'} "
             f"| {runs[0]['parameters'] / 1e6:.1f} M | {1000 * seconds_of(options, name)[1]:.0f} ms "
