@@ -118,7 +118,8 @@ def _benchmark(model: Any, tokenizer: Any, tasks: str) -> dict[str, dict[str, fl
     from lm_eval.models.huggingface import HFLM
 
     with reading(f"--lm-eval {tasks}", "tasks"):
-        found = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks.split(","))["results"]
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        found = simple_evaluate(model=harness, tasks=tasks.split(","))["results"]
     return {task: {k: v for k, v in row.items() if isinstance(v, float)} for task, row in found.items()}
 
 
@@ -152,7 +153,7 @@ app = Typer(no_args_is_help=True)
 SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
 GROUPS = ("category", "difficulty")  # columns by which success is shown
 SHARES = ("success", "ended")  # figures in percent; the others are means
-BATCH = 16  # turns that are sampled at the same time
+BATCH = 16  # turns that are sampled at the same time, and rows that lm-evaluation-harness scores
 ENDS = {"done": "the environment", "answer": "an answer"}
 ENDS |= {"calls": "the limit of calls", "length": "the limit of tokens"}
 LONGEST = 800  # characters of a text in a replay

@@ -150,7 +150,7 @@ def test_the_harness_where_it_is_installed(evaluate, base_folder, monkeypatch):
     names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
     harness, models, wrapper = map(ModuleType, names)
     harness.__spec__ = object()
-    wrapper.HFLM = lambda pretrained, tokenizer: (pretrained, tokenizer)
+    wrapper.HFLM = lambda pretrained, tokenizer, batch_size: (pretrained, tokenizer)
 
     def simple_evaluate(model, tasks):
         assert tasks == ["piqa", "arc_easy"] and hasattr(model[0], "generate")
