@@ -211,9 +211,8 @@ def train(options, name, rate, seed, steps, out, limit=None):
     """Runs one contestant in a process of its own, unless the folder has it; a trial ends after `limit` seconds."""
     if out.exists():
         return
-    print(
-        NAMES.get(name, name), *([] if rate is None else [f"rate {rate:g}"]), f"{steps} steps, seed {seed}", flush=True
-    )
+    parts = [NAMES.get(name, name), *([] if rate is None else [f"rate {rate:g}"]), f"{steps} steps, seed {seed}"]
+    print(*parts, sep=", ", flush=True)
     if name in PEERS:
         python = options.litgpt_python if name == "litgpt" else sys.executable
         words = [python, Path(__file__).with_name("speedrun_peers.py"), name, tokens_of(options, name), out]
@@ -222,15 +221,8 @@ def train(options, name, rate, seed, steps, out, limit=None):
         words += [] if limit is None else ["--limit", limit]
         words += ["--layers", SHAPE["n_layers"], "--width", SHAPE["d_model"], "--sequence", SHAPE["max_seq_len"]]
     else:
-        words = [
-            sys.executable,
-            __file__,
-            options.text,
-            "--folder",
-            options.folder,
-            "--vocab-size",
-            options.vocab_size,
-        ]
+        words = [sys.executable, __file__, options.text, "--folder", options.folder]
+        words += ["--vocab-size", options.vocab_size]
         words += ["--own-vocab-size", options.own_vocab_size, "--run", name, rate, seed, steps, out, limit]
     start([str(word) for word in words])
 
@@ -282,13 +274,14 @@ def table(options):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (rate, runs) in found.items():
-        reached = [seconds_until(run["curve"], finals.get(best, 0.0)) for run in runs]
+        reached = [seconds_until(run["curve"], finals[best]) for run in runs] if best else []
+        until = "not reached by all" if None in reached else spread(reached, "{:.0f}") if reached else ""
         lines.append(
             f"| {NAMES.get(name, name)} | {'its own' if rate is None else f'{rate:g}'} "
             f"| {runs[0]['parameters'] / 1e6:.1f} M | {1000 * seconds_of(options, name)[1]:.0f} ms "
             f"| {statistics.mean(run['tokens'] for run in runs) / 1e6:.2f} M | {runs[0]['curve'][-1][0]:.0f} "
             f"| {spread([run['curve'][-1][1] for run in runs], '{:.3f}')} "
-            f"| {'not reached by all' if None in reached else spread(reached, '{:.0f}')} |"
+            f"| {until} |"
         )
     ours = found.get("speedrun", (None, []))[1]
     for name in [*([best] if best else []), *(["adamw"] if "adamw" in found else [])]:
@@ -355,7 +348,7 @@ def main():
         if not all((tokens_of(options, name) / "bytes.json").exists() for name in options.only):
             prepare(options, options.folder)
         for number in range(options.trials):
-            for name in (name for name in options.only if name not in RECIPE):
+            for name in dict.fromkeys("speedrun" if name in RECIPE else name for name in options.only):
                 out = path_of(options, name, "trial", number)
                 train(options, name, (PEERS | OURS).get(name, [None])[0], 1, 10**5, out, TRIAL)
         if options.trials_only:

@@ -429,9 +429,8 @@ class Loop:
             self._forward(ids, None, None, cache)
             places = [[(column + len(prompt)) % length for column in range(length)] for prompt in some]
             index = torch.arange(count, device=device)[:, None], slice(None), torch.tensor(places, device=device)
-            pairs = (
-                [layer.keys[index], layer.values[index]] for layer in cache.layers
-            )  # (prompts, length, heads, dim)
+            # (prompts, length, heads, dim)
+            pairs = ([layer.keys[index], layer.values[index]] for layer in cache.layers)
             parts.append([[F.pad(x.transpose(1, 2), (0, 0, width - length, 0)) for x in pair] for pair in pairs])
         read = [[torch.cat(each) for each in zip(*pairs, strict=True)] for pairs in zip(*parts, strict=True)]
         return read, torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.long, device=device)
