@@ -294,7 +294,7 @@ def write_pipeline_page(folder: Path) -> Path:
         place = folder / name
         recorded = (place / RECORD).is_file()  # it may have ended before it wrote a record
         run = open_or_note(place) if recorded else RunFolder(place, {})
-        metric = curve_metric([run])
+        metric = curve_metric(run)
         charts = charts_of(run, metric) if metric else []
         stage = {
             "name": name,
