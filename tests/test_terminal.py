@@ -139,8 +139,6 @@ def test_data(cli, tmp_path):
     assert code == 0 and EVIL in json.loads(output)["sources"][0]["columns"], errors
     code, output, errors = cli("data", "preview", path, "-t", tmp_path / "t")
     assert code == 0 and r"\x9b31m\u202e[/][red]x[/red][link=http://x]y[/link]:smile:" in output, errors
-    code, output, errors = cli("tokenizer", "show", tmp_path / "t", EVIL)
-    assert code == 0 and "[/][red]x[/red]" in output.replace("\n", "") and r"\x1b" in output, errors
 
 
 def test_rewards(cli, tmp_path):

@@ -45,7 +45,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "episodes": (USE, "Play a model in an environment with tools.", "evaluate:app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
-    "tokenizer": (PREPARE, "Train or inspect a tokenizer.", "tokenizer:app"),
+    "tokenizer": (PREPARE, "Train a tokenizer.", "tokenizer:app"),
     "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
     "doctor": (PREPARE, "Try what this machine can do: devices, versions, folders.", "doctor:doctor"),
     "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
