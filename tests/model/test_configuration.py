@@ -50,7 +50,7 @@ def test_every_valid_architecture_learns_and_is_counted(shape):
     assert outputs.logits.shape == (2, 9, shape.vocab_size) and outputs.loss.isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())
     size = measure(config)
-    assert size.total == sum(p.numel() for p in model.parameters()) == shape.count_parameters()
+    assert size.total == sum(p.numel() for p in model.parameters())
     layers = list(model.model.layers)
     attention = [(n, p) for layer in layers for n, p in layer.self_attn.named_parameters() if "norm" not in n]
     assert size.attention == sum(p.numel() for _, p in attention)
