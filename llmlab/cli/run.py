@@ -20,7 +20,6 @@ from llmlab.terminal import Terminal, safe
 if TYPE_CHECKING:
     from llmlab.pipeline import Step
 
-CHANGES_SHOWN = 8  # lines a stage
 GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
 BUSY = "another process works on this queue, and runs what waits"
 
@@ -72,15 +71,11 @@ def run(
 
 def _print_plan(console: Terminal, title: str, steps: "list[Step]") -> None:
     console.print(f"[bold]Pipeline[/] {safe(title)}", soft_wrap=True)
-    changed = [Column("changed since", overflow="fold")] if any(step.changes for step in steps) else []
-    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"), *changed)
+    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"))
     rows = []
     for step in steps:
-        more = len(step.changes) - CHANGES_SHOWN
-        changes = [*step.changes[:CHANGES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        cells = (step.stage.name, step.action, step.reason, *(["\n".join(changes)] if changed else []))
         style = {"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action]
-        rows.append([f"[{style}]{safe(cell)}[/]" for cell in cells])
+        rows.append([f"[{style}]{safe(cell)}[/]" for cell in (step.stage.name, step.action, step.reason)])
     console.table(columns, rows, header_style="dim")
 
 
