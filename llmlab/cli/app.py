@@ -36,7 +36,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "tune": (TRAIN, "Find a learning rate by a range test.", "plan:tune"),
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
-    "report": (USE, "Write the page of a run or pipeline again, and open it.", "runs:report"),
+    "report": (USE, "Write the page of a run or pipeline again.", "runs:report"),
     "monitor": (USE, "Watch the runs in a folder while they train.", "monitor:monitor"),
     "advise": (USE, "Say what a run's metrics show, and what to change.", "advise:advise"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
