@@ -109,7 +109,6 @@ def tune_lr(
     steps: Annotated[int, Option(help="Optimizer steps.", min=20)] = 100,
     plot: Annotated[Path | None, Option(help="Image, .png or .svg; none is lr_STAGE.png.")] = None,
     overwrite: Overwrite = False,
-    as_json: AsJson = False,
 ) -> None:
     """Raise the learning rate exponentially over a few steps, and suggest one.
 
@@ -135,7 +134,7 @@ def tune_lr(
     check_inputs(resolved.settings, resolved.sources)
     from llmlab.runs.lr_range import RangeTest, run_range_test
 
-    console, test = Terminal(stderr=as_json), RangeTest(low, high, steps)
+    console, test = Terminal(), RangeTest(low, high, steps)
     run_range_test(stage, STAGES[stage].function, resolved, test, console)
     if len(test.losses) < 5:
         raise UserError(f"--low {low:g}: the loss exploded after {len(test.losses)} steps; start lower")
@@ -143,9 +142,6 @@ def tune_lr(
     test.draw(plot, f"{stage}: learning-rate range test")
     setting = spellings_of(type(resolved.settings))["learning_rate"]
     key, now = setting.key, setting.of(resolved.settings)
-    if as_json:
-        curve = list(zip(test.rates.tolist(), test.losses, strict=True))
-        return say_json({"setting": key, "now": now, "suggestion": suggestion, "curve": curve})
     lowest = min(smooth)
     at = f"{lowest:.4g} at {test.rates[smooth.index(lowest)]:.1e}, from {smooth[0]:.4g}"
     console.print(f"lowest loss {at}; ended after {len(smooth)} of {steps} steps", soft_wrap=True)
