@@ -189,7 +189,10 @@ def run_episodes(
         played[name] = play(fresh, max_episode_length, seed)
     results = {name: figures(episodes) for name, episodes in played.items()}
     if as_json:
-        replays = [{"messages": each.prompt + each.completion, "end": each.end} for each in played[run]]
+        replays = [
+            {"messages": each.prompt + each.completion, "end": each.end, "reward": reward_of(each.environment)}
+            for each in played[run]
+        ]
         return say_json({"figures": results, "replays": replays}, indent=2)
     console = Terminal()
     for number, episode in enumerate(played[run][:show], start=1):

@@ -3,6 +3,7 @@ prefix has rows of all files (`datasets` interleaves too, but reads ahead in thr
 usable text are counted by reason. Mixing sources and tokenizing are the business of `text` and `chat`."""
 
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -252,9 +253,10 @@ def _fits_disk(info: "DatasetInfo") -> bool:
     """Whether a dataset can be downloaded, as far as its sizes are known."""
     import datasets
 
-    from llmlab.hardware import free_disk
-
-    return (info.download_size or 0) + (info.dataset_size or 0) < free_disk(Path(datasets.config.HF_DATASETS_CACHE))
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    return (info.download_size or 0) + (info.dataset_size or 0) < shutil.disk_usage(folder).free
 
 
 def choose_column(source: DataSource, rows: Iterable[dict[str, Any]]) -> str:

@@ -112,7 +112,7 @@ def test_a_model_plays_in_an_environment_of_ones_own(cli, model, button, monkeyp
     assert figures["reward"] == (3.5 - 0.5 + 2.5 - 0.5) / 4
     assert figures["reward, presses"] == (4 + 3) / 4
     first = found["replays"][0]
-    assert first["end"] == "done"
+    assert (first["reward"], first["end"]) == (3.5, "done")
     assert [message["role"] for message in first["messages"]] == ["user", "assistant", "tool", "assistant", "tool"]
     assert first["messages"][0]["content"] == "Press. Hint 0"
     out = cli(model, *button, "-n", 1)[1]
