@@ -81,7 +81,7 @@ class LLMLabConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = {"mha": self.num_attention_heads, "mqa": 1, "gqa": 2}[self.attention_type]
         if self.head_dim is None:
-            self._check_divides("hidden_size", "num_attention_heads", "heads")
+            self._check_divides("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -123,7 +123,7 @@ class LLMLabConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises ValueError where values contradict each other; the model calls it too, since fields can be set."""
         self._check_fields()
-        self._check_divides("num_attention_heads", "num_key_value_heads", "key/value heads")
+        self._check_divides("num_attention_heads", "num_key_value_heads")
         expected = {"mha": self.num_attention_heads, "mqa": 1}.get(self.attention_type, self.num_key_value_heads)
         if self.num_key_value_heads != expected:
             raise ValueError(
@@ -131,8 +131,9 @@ class LLMLabConfig(PreTrainedConfig):
                 f"{self.attention_type}, which has {expected}; expected attention_type = gqa, or leave one out"
             )
         if self.uses_rope and self.head_dim % 2:
-            problem = f"{self.positional_encoding} rotates pairs, so it must be even"
-            raise ValueError(f"head_dim = {self.head_dim}: {problem}; the nearest is {self.head_dim + 1}")
+            raise ValueError(
+                f"head_dim = {self.head_dim}: {self.positional_encoding} rotates pairs, so it must be even"
+            )
         if len(self.layer_types) != self.num_hidden_layers:
             found, expected = len(self.layer_types), self.num_hidden_layers
             raise ValueError(f"layer_types has {found} entries; expected num_hidden_layers = {expected}")
@@ -159,12 +160,10 @@ class LLMLabConfig(PreTrainedConfig):
         if (softcap := self.final_logit_softcapping) is not None and not softcap > 0:
             raise ValueError(f"final_logit_softcapping = {softcap}: expected more than 0, or None")
 
-    def _check_divides(self, whole: str, part: str, what: str) -> None:
+    def _check_divides(self, whole: str, part: str) -> None:
         number, divisor = getattr(self, whole), getattr(self, part)
         if number % divisor:
-            near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - divisor), -d))
-            problem = f"{whole} = {number} is not divisible by {part} = {divisor}"
-            raise ValueError(f"{problem}; the nearest number of {what} that divides it is {near}")
+            raise ValueError(f"{whole} = {number} is not divisible by {part} = {divisor}")
 
     def _complete_rope_parameters(self) -> None:
         parameters = dict(self.rope_parameters or {})
