@@ -12,13 +12,13 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
+from .norms import RMSNorm
 from .positions import alibi_bias
 
 MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -35,7 +35,7 @@ class LLMLabAttention(LlamaAttention):
             width = config.num_attention_heads * config.head_dim
             self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig, PreTrainedConfig
 
 # saved beside the weights, for machines without llmlab; they import each other by relative paths
-CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
+CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "norms.py", "attention.py", "loss.py", "modeling.py")
 CHOICES = {
     "positional_encoding": ("sinusoidal", "rope", "alibi", "yarn"),
     "attention_type": ("mha", "mqa", "gqa"),

@@ -15,13 +15,14 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LLMLabAttention, attention_inputs
 from .configuration import LLMLabConfig
 from .loss import linear_cross_entropy
+from .norms import RMSNorm
 from .positions import positions_from_mask, sinusoidal_encoding
 
 # where the embedding is not the head too. Source: karpathy/nanochat, nanochat/gpt.py, init_weights
@@ -69,7 +70,7 @@ class LLMLabDecoderLayer(GradientCheckpointingLayer):
 
 
 def _norm(config: LLMLabConfig) -> nn.Module:
-    norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    norm = RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
