@@ -52,6 +52,8 @@ class ModelSettings(Settings, panel="Model"):
     """Epsilon of the normalization layers."""
     qk_norm: bool = False
     """Normalize each head's queries and keys (RMSNorm, before rotary embeddings), as Qwen3 does."""
+    value_embeddings: bool = False
+    """Add a learned vector of each token to the attention values of every second layer, as nanochat does."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
     logit_softcap: Annotated[float | None, Gt(0), Alias("final_logit_softcapping")] = None
@@ -95,10 +97,12 @@ class ModelSettings(Settings, panel="Model"):
         keys = width // self.n_heads * heads
         attention = 2 * width * (width + keys) + self.attention_bias * 2 * (width + keys)
         attention += self.qk_norm * 2 * width // self.n_heads
+        value_layers = (self.n_layers + 1) // 2 if self.value_embeddings else 0
+        values = value_layers * self.vocab_size * keys
         mlp = (3 if self.activation == "swiglu" else 2) * width * self.d_ff
         norm = width if self.norm_type == "rmsnorm" else 2 * width
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.n_layers * (attention + mlp + 2 * norm) + norm
+        return embeddings + values + self.n_layers * (attention + mlp + 2 * norm) + norm
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
