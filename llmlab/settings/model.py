@@ -52,6 +52,8 @@ class ModelSettings(Settings, panel="Model"):
     """Epsilon of the normalization layers."""
     qk_norm: bool = False
     """Normalize each head's queries and keys (RMSNorm, before rotary embeddings), as Qwen3 does."""
+    value_embeddings: bool = False
+    """Add a learned vector of each token to the attention values of every second layer, as nanochat does."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
     logit_softcap: Annotated[float | None, Gt(0), Alias("final_logit_softcapping")] = None

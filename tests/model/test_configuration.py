@@ -35,6 +35,7 @@ def shapes(draw) -> ModelSettings:
         attention_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
+        value_embeddings=draw(st.booleans()),
         yarn_factor=draw(st.sampled_from([1.5, 4.0])),
     )
 
