@@ -1,28 +1,22 @@
-"""Proximal policy optimization: policy, reference model and critic, prompts, rewards, trainer.
+"""Proximal policy optimization (PPO) as a stage: what `llmlab grpo` has, with a critic.
 
-The algorithm is `ppo_trainer.py`'s; prompts, rewards and metrics are what `llmlab grpo` has.
+To understand PPO from end to end, read `run.py` (from settings to a trainer), this file, `ppo_trainer.py` (the
+algorithm), `advantages.py` (its formulas), `critic.py`, `_trl.py` (the steps of a rollout and what they hand to the
+loss) and `callbacks.py` (what is logged, and when a run stops).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from llmlab.adapters import lora_config
-from llmlab.data.tokenizer import load_tokenizer
-from llmlab.model import fit_vocabulary, load_classifier, load_config, read_adapter
 from llmlab.optim.sophia import next_token_logits
 from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.runs.trainer import StageTrainer
-from llmlab.settings.errors import UserError
 from llmlab.settings.ppo import PPOSettings
-from llmlab.training.online._trl import ResumableRollouts
+from llmlab.training.online.critic_file import load_scorer
 from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
 from llmlab.training.online.run import OnlineRun, RewardFunction
@@ -31,7 +25,7 @@ STOP_KL_FACTOR = 1.5
 """Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
 
 
-class LLMLabPPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, PPOTrainer):
+class LLMLabPPOTrainer(EpisodeRollouts, PPOTrainer):
     """PPOTrainer with llmlab's optimizers, which resumes in the middle of a rollout."""
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -63,52 +57,16 @@ def ppo(run: OnlineRun[PPOSettings], *, rewards: Sequence[RewardFunction] = ()) 
     settings = run.settings
     run.load(rewards)
     with quiet_libraries():
-        scorer = load_value_model(run)
-    trainer = run.make_online_trainer(
-        LLMLabPPOTrainer,
-        PPOConfig,
-        arguments={
-            "kl_penalty": settings.kl_penalty,
-            "cliprange_value": settings.cliprange_value,
-            "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
-        },
-        scorer=scorer,
-    )
-    return run.train_online(
-        trainer,
-        temperature=settings.temperature,
-        plan=[("critic", describe_critic(settings, trainer))],
-        parents=[settings.value_checkpoint] if settings.value_checkpoint else [],
-    )
-
-
-def load_value_model(run: OnlineRun[PPOSettings]) -> PreTrainedModel | PeftModel | None:
-    """Returns the reward model that initializes the critic, with adapters where the policy has them."""
-    settings, policy = run.settings, run.policy
-    source = settings.value_checkpoint
-    if source is None:
-        return None
-    where = f"value_checkpoint = {source}:"
-    adapter = read_adapter(source)
-    kinds = load_config(source).architectures or [] if adapter is None else [str(adapter.config.task_type)]
-    if not any(kind.endswith(("ForSequenceClassification", "SEQ_CLS")) for kind in kinds):
-        raise UserError(
-            f"{where} it has no score head (found {', '.join(kinds) or 'none'}), and a new one would be random; "
-            "expected a run folder of llmlab reward"
-        )
-    scorer = load_classifier(source, dtype=policy.model.dtype if run.with_adapters else torch.float32)
-    if not isinstance(getattr(scorer, "score", None), nn.Linear):
-        kind = f"model_type = {scorer.config.model_type}"
-        raise UserError(f"{where} {kind}: it does not score at each token; expected a run folder of llmlab reward")
-    if load_tokenizer(source).get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"{where} it has another vocabulary than the policy; leave it out")
-    fit_vocabulary(scorer, policy.tokenizer)
-    return get_peft_model(scorer, lora_config(scorer, settings, task="SEQ_CLS")) if run.with_adapters else scorer
-
-
-def describe_critic(settings: PPOSettings, trainer: PPOTrainer) -> str:
-    """Returns the plan's line about the value function."""
+        scorer = load_scorer(run)
+    arguments = {
+        "kl_penalty": settings.kl_penalty,
+        "cliprange_value": settings.cliprange_value,
+        "stop_kl": STOP_KL_FACTOR * settings.target_kl if settings.early_stop else None,
+    }
+    trainer = run.make_online_trainer(LLMLabPPOTrainer, PPOConfig, arguments=arguments, scorer=scorer)
     trained = human(sum(tensor.numel() for tensor in trainer.critic.trained().values()))
+    critic = f"its own, from {settings.value_checkpoint or 'the policy'}: {trained} trained parameters"
     if settings.value_model == "shared":
-        return f"a head on the policy: {trained} parameters"
-    return f"its own, from {settings.value_checkpoint or 'the policy'}: {trained} trained parameters"
+        critic = f"a head on the policy: {trained} parameters"
+    parents = [settings.value_checkpoint] if settings.value_checkpoint else []
+    return run.train_online(trainer, temperature=settings.temperature, plan=[("critic", critic)], parents=parents)

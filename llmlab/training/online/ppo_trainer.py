@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from llmlab.settings.errors import UserError
-from llmlab.training.online._trl import RolloutSteps, adapters_are_on, policy_mask
+from llmlab.training.online._trl import RolloutSteps
 from llmlab.training.online.advantages import (
     explained_variance,
     gae,
@@ -29,16 +29,7 @@ from llmlab.training.online.advantages import (
     whiten,
 )
 from llmlab.training.online.critic import Critic
-
-PRIVATE_NAMES = {  # of GRPOTrainer, in addition to those in `_trl.py`; contract-tested
-    # the critic's values come from the policy's forward passes; vLLM must not see its weights
-    "trl.GRPOTrainer._generate": ("self", "prompts"),
-    "trl.GRPOTrainer._get_per_token_logps_and_entropies": (
-        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "..."),
-    ),
-    # the critic is loaded from its own file
-    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
-}
+from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
 
 
 @dataclass
@@ -72,7 +63,7 @@ class PPOConfig(GRPOConfig):
         self.num_generations = generations
 
 
-class PPOTrainer(RolloutSteps, GRPOTrainer):
+class PPOTrainer(RolloutSteps):
     """Proximal policy optimization with a learned value function (`PPOConfig` says how).
 
     A token's reward is minus `beta` times its KL penalty; the last one also gets the completion's score. Advantages
@@ -95,24 +86,9 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if separate and args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if args.disable_dropout:
-            _disable_dropout(self.model)  # TRL leaves dropout in attention on
-        if not isinstance(self.model, PeftModel):  # whose save methods exclude the critic
-            names = {f"critic.{name}" for name, _ in self.critic.named_parameters()}
-            self.model._keys_to_ignore_on_save = names.union(self.model._keys_to_ignore_on_save or ())
+            for module, name in dropout_rates(self.model):  # TRL leaves dropout in attention on
+                setattr(module, name, 0.0)
         self.divergences: list[float] = []  # KL from the sampling policy, one a forward pass of this update
-
-    def _generate(self, prompts: list[Any]) -> Any:
-        with self.critic.detached() if self.use_vllm else nullcontext():  # vLLM is sent every weight that it sees
-            return super()._generate(prompts)
-
-    def score_rows(self, model: nn.Module, *args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns the values of the policy's forward passes too."""
-        if model is self.ref_model or not adapters_are_on(self.accelerator.unwrap_model(self.model)):
-            return super().score_rows(model, *args)
-        with self.critic.collect_values() as values:
-            scores = super().score_rows(model, *args)
-        # a state's value is that of the token before the action
-        return *scores[:2], values[0][tuple(self.places)]
 
     @torch.no_grad()
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
@@ -125,41 +101,36 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
         if "ref_per_token_logps" in rollout:
             reference = rollout["ref_per_token_logps"]
             penalties = self.beta * kl_penalty(old, reference, self.args.kl_penalty)
-            self.note("kl", self._mean(k3(old, reference), mask))
+            self.note("kl", self.mean(k3(old, reference), mask))
             self.note("kl_coef", self.beta)
-            self.note("kl_penalty", self._mean(penalties, mask))
-        scores, scored = self._scores(len(old))
-        mask = mask * scored[:, None]  # where no reward applies, nothing is learned
-        rewards = token_rewards(scores, penalties, mask)
+            self.note("kl_penalty", self.mean(penalties, mask))
+        scores = self.own_rows(self.scores, len(old))
+        mask = mask * ~scores.isnan()[:, None]  # where no reward applies, nothing is learned
+        rewards = token_rewards(scores.where(~scores.isnan(), 0), penalties, mask)
         gamma, lam = self.args.gamma, self.args.gae_lambda
         if "tool_mask" in rollout:
             gamma, lam = per_turn(mask, gamma), per_turn(mask, lam)
         advantages, returns = gae(rewards, values, mask, gamma, lam)
-        self.note("explained_variance", explained_variance(values, returns, mask, self._sum_over_processes))
-        self.note("return", self._mean(returns, mask))
-        self.note("value", self._mean(values, mask))
+        self.note("explained_variance", explained_variance(values, returns, mask, self.sum_over_processes))
+        self.note("return", self.mean(returns, mask))
+        self.note("value", self.mean(values, mask))
         if self.args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._sum_over_processes)
+            advantages = whiten(advantages, mask, self.sum_over_processes)
         returns = torch.where(mask.bool(), returns, values)
         return {**rollout, "advantages": advantages, "old_values": values, "returns": returns}
 
-    def _scores(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Returns the weighted sums of this process' rewards and where any reward applies, both (rows,)."""
-        mine = self.all_rewards[self.accelerator.process_index * rows :][:rows]  # (rows, rewards), NaN is "no reward"
-        return (mine * self.reward_weights.to(mine.device)).nansum(dim=1), ~mine.isnan().all(dim=1)
-
     def total_loss(self, policy_loss: Callable[[], Tensor], inputs: dict[str, Any]) -> Tensor:
         """Returns TRL's loss without its KL term, which is in the rewards here, plus the value loss."""
-        with self.without_kl_term():
+        with attributes(self, beta=0.0):
             loss = policy_loss()
         mask = policy_mask(inputs)
         losses, clipped = value_loss(self.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
-        self.note("value_loss", self._mean(losses.detach(), mask))
-        self.note("value_clip_ratio", self._mean(clipped, mask))
-        divergence = self._mean(k3(inputs["old_per_token_logps"], self.log_probs.detach()), mask)
-        self.note("policy_kl", divergence)
+        divergences = k3(inputs["old_per_token_logps"], self.log_probs.detach())
+        parts = {"value_loss": losses.detach(), "value_clip_ratio": clipped, "policy_kl": divergences}
+        for name, part in parts.items():
+            self.note(name, mean := self.mean(part, mask) * self.token_share)
         if self.model.training:
-            self.divergences.append(divergence * self.token_share)
+            self.divergences.append(mean)
         return loss + self.args.vf_coef * self.token_mean(losses, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -174,6 +145,10 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
             self.divergences = []
         return loss
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self.critic.detached() if self.use_vllm else nullcontext():  # vLLM is sent every weight that it sees
+            return super()._generate(prompts)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call:  # a checkpoint; the critic is no part of an export
@@ -182,19 +157,3 @@ class PPOTrainer(RolloutSteps, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.critic.load(Path(resume_from_checkpoint))
-
-    def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
-
-    def _mean(self, x: Tensor, mask: Tensor) -> float:
-        """Returns the mean over the masked tokens of all processes."""
-        total, count = self._sum_over_processes(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)])).tolist()
-        return total / max(count, 1)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # Transformers' name in every architecture
-            module.attention_dropout = 0.0
