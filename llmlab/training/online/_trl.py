@@ -34,7 +34,6 @@ PRIVATE_NAMES = {  # of this folder, contract-tested; where it is: its parameter
     # a dataset's tools differ from prompt to prompt
     "trl.GRPOTrainer._tokenize_prompts": ("self", "prompts"),
     # the critic is loaded from its own file
-    "transformers.Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "transformers.Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 

@@ -17,9 +17,10 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
+from llmlab.settings.ppo import PPOSettings
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
 from llmlab.training.online.critic_file import FILE
-from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
+from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
 WORDS, PAD, EOS, TARGET = 14, 14, 15, 7
 SHAPE = {
@@ -79,6 +80,7 @@ def trainer(toy, tmp_path):
         adapters = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.3, target_modules="all-linear")
         prompts = [{"prompt": " ".join(f"w{(i + j) % WORDS}" for j in range(1 + i % 3))} for i in range(64)]
         return kind(
+            settings=PPOSettings(policy_checkpoint=str(toy), rewards=["length"]),  # arguments are those below
             model=LlamaForCausalLM.from_pretrained(toy),
             processing_class=PreTrainedTokenizerFast.from_pretrained(toy),
             reward_funcs=reward,
