@@ -62,6 +62,7 @@ def learn(contender, seed, samples, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    from llmlab.settings.ppo import PPOSettings
     from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
     model, tokenizer = make_model(folder / "model", seed)
@@ -69,16 +70,18 @@ def learn(contender, seed, samples, folder):
     updates = samples // ROLLOUT * PASSES * (ROLLOUT // MINIBATCH)
     common = {**SHARED, "output_dir": str(folder / "run"), "max_steps": updates, "seed": seed}
     if contender.startswith("GRPO"):
-        kind, args = GRPOTrainer, GRPOConfig(**common, num_generations=GROUP)
+        kind, args, own = GRPOTrainer, GRPOConfig(**common, num_generations=GROUP), {}
     else:
         value_model = "shared" if "shared" in contender else "separate"
         kind, args = PPOTrainer, PPOConfig(**common, value_model=value_model, vf_coef=0.5)
+        own = {"settings": PPOSettings(policy_checkpoint=str(folder / "model"), rewards=["length"])}  # its optimizer
     trainer = kind(
         model=model,
         args=args,
         reward_funcs=target_share,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(prompts),
+        **own,
     )
     trainer.train()
     return [line["reward"] for line in trainer.state.log_history if line.get("reward") is not None]

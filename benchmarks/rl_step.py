@@ -123,8 +123,7 @@ def _make_ours(name, data, callbacks, folder, options):
     from llmlab.settings.grpo import GRPOSettings
     from llmlab.settings.ppo import PPOSettings
     from llmlab.training.online.grpo import LLMLabGRPOTrainer
-    from llmlab.training.online.ppo import LLMLabPPOTrainer
-    from llmlab.training.online.ppo_trainer import PPOConfig
+    from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
     machine, group = probe(), name == "grpo"
     own = {"group_size": options.group} if group else {"value_model": name.removeprefix("ppo-"), "temperature": 1.0}
@@ -150,7 +149,7 @@ def _make_ours(name, data, callbacks, folder, options):
     )
     policy = load_policy(settings.policy_checkpoint, settings, machine, chat_template=None, attach=False)
     reference = load_reference(settings, policy)[0] if options.beta else None
-    return (LLMLabGRPOTrainer if group else LLMLabPPOTrainer)(
+    return (LLMLabGRPOTrainer if group else PPOTrainer)(
         settings=settings,
         model=policy.model,
         args=build_arguments(

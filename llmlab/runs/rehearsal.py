@@ -140,7 +140,7 @@ class Rehearsal:
         ledger.assign("weights", *model.parameters(), *model.buffers())
         if (reference := getattr(trainer, "ref_model", None)) is not None:
             ledger.assign("reference", *reference.parameters(), *reference.buffers())
-        if hasattr(trainer, "critic"):
+        if getattr(trainer, "critic", None) is not None:
             own = {id(parameter) for parameter in trainer.critic.parameters() if parameter.requires_grad}
             ledger.assign("value model", *(p for p in trainer.critic.parameters() if id(p) in own))
         optimizer = trainer.create_optimizer()

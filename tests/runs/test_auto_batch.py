@@ -179,7 +179,7 @@ def refuse(*args, **kwargs):
         ("dpo", "llmlab.runs.run.build_rows", "reading the data"),
         ("pretrain", "llmlab.training.pretrain.new_model", "loading"),
         ("grpo", "transformers.GenerationMixin.generate", "sampling"),
-        ("ppo", "llmlab.training.online._trl.RolloutSteps._get_per_token_logps_and_entropies", "scoring"),
+        ("ppo", "llmlab.training.online.passes.ForwardPasses._get_per_token_logps_and_entropies", "scoring"),
         ("orpo", "torch.nn.functional.embedding", "evaluation"),
         ("pretrain", "torch.nn.functional.embedding", "forward pass"),
         ("reward", "torch.Tensor.backward", "backward pass"),

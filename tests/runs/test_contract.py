@@ -13,7 +13,7 @@ from trl.experimental.orpo import ORPOTrainer
 from llmlab.runs import _trl
 from llmlab.runs.ledger import LOGPROB_CHUNK
 from llmlab.training.online import _trl as online
-from llmlab.training.online import ppo_trainer
+from llmlab.training.online import episodes, passes, ppo, recovery
 
 PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serves, its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
@@ -41,10 +41,11 @@ PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serv
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
-TABLES = {_trl: PRIVATE_NAMES, online: online.PRIVATE_NAMES, ppo_trainer: ppo_trainer.PRIVATE_NAMES}
+ONLINE = (online, passes, recovery, episodes, ppo)
+TABLES = {_trl: PRIVATE_NAMES, **dict.fromkeys(ONLINE, online.PRIVATE_NAMES)}
 
 
-@pytest.mark.parametrize(("place", "expected"), [names for table in TABLES.values() for names in table.items()])
+@pytest.mark.parametrize(("place", "expected"), [*PRIVATE_NAMES.items(), *online.PRIVATE_NAMES.items()])
 def test_private_names_are_still_there(place, expected):
     """A table that ends in `...` lists the first parameters, which are those used."""
     library, owner, name = place.rsplit(".", 2)

@@ -1,31 +1,27 @@
-"""The value function of PPO: a value head on the policy's hidden states or on a backbone of its own, and its file.
+"""The value function of PPO: a value head on the policy's hidden states or on a backbone of its own.
 
-What it learns from, and its loss, are in `ppo_trainer.py`.
+What it learns from, and its loss, are in `ppo.py`; how it is saved and restored is in `critic_file.py`.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmlab.runs._trl import gather, scatter
-
-FILE = "critic.safetensors"
+from llmlab.training.online.critic_file import PolicyPart
 
 
-class Critic(nn.Module):
+class Critic(PolicyPart):
     """Value function: predicts the return at each token, via hooks on the policy's forward passes.
 
-    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both, but in no state dict of
-    it: checkpoints store it separately. A `separate` critic has a copy of the policy's backbone, which shares frozen
-    tensors if it may (with LoRA a second set of adapters), or backbone and head (`score`) of the classifier `scorer`.
+    It is a submodule of the policy, so that one optimizer and one DDP/FSDP wrapper cover both. A `separate` critic has
+    a copy of the policy's backbone, which shares frozen tensors if it may (with LoRA a second set of adapters), or
+    backbone and head (`score`) of the classifier `scorer`.
     """
 
     def __init__(
@@ -54,12 +50,7 @@ class Critic(nn.Module):
         self.to(next(base.parameters()).device)
         self.collected: list[Tensor] | None = None
         base.base_model.register_forward_hook(self._collect, with_kwargs=True)
-        self.register_load_state_dict_post_hook(_forgive)
-        policy.critic = self
-        object.__setattr__(self, "policy", policy)  # kept outside the module tree: a parent reference would be a cycle
-        if isinstance(policy, PeftModel):  # PEFT would look for the critic's adapters in the policy's files
-            policy.save_pretrained = self.detached()(policy.save_pretrained)
-            policy.load_adapter = self.detached()(policy.load_adapter)
+        self.attach(policy)
 
     @contextmanager
     def collect_values(self) -> Iterator[list[Tensor]]:
@@ -70,15 +61,6 @@ class Critic(nn.Module):
         finally:
             self.collected = None
 
-    @contextmanager
-    def detached(self) -> Iterator[None]:
-        """Removes the critic from the policy's modules within, or within each call of a method it decorates."""
-        del self.policy.critic
-        try:
-            yield
-        finally:
-            self.policy.critic = self
-
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.collected is None:
             return
@@ -86,32 +68,3 @@ class Critic(nn.Module):
         hidden = output.last_hidden_state  # (batch, time, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             self.collected.append(self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float())
-
-    def trained(self) -> dict[str, Tensor]:
-        """Returns the trainable parameters by name; frozen ones are restored from their source."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def save(self, folder: Path | None) -> None:
-        """Saves the trainable parameters, on the process that has a folder; all call it, as they may be sharded."""
-        whole = gather(self.trained(), keep=folder is not None)
-        if folder is not None:
-            save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / FILE)
-
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote."""
-        saved, mine = load_file(folder / FILE), self.trained()
-        if saved.keys() != mine.keys():
-            raise ValueError(
-                f"{folder / FILE}: a critic with other parameters: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
-            )
-        for name, tensor in mine.items():
-            tensor.copy_(scatter(saved[name], tensor))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Is empty, so that no export of the policy has a part of the critic in it."""
-        return kwargs.get("destination", args[0] if args else {})
-
-
-def _forgive(critic: Critic, keys: Any) -> None:
-    """Lets a strict load, which DeepSpeed's is, go without the critic's weights: they have a file of their own."""
-    keys.missing_keys[:] = [key for key in keys.missing_keys if "critic." not in key]

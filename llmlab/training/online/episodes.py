@@ -1,11 +1,14 @@
-"""Rollouts of episodes for GRPO and PPO: which environments, at which difficulty, and what TRL's trainer gets of them.
+"""Rollouts with tools for GRPO and PPO: prompts that show a row's tools, and episodes: in which environments, at which
+difficulty, and what TRL's trainer gets of them.
 
 How an episode is played is `llmlab/episodes.py`; TRL's own loop is not used: it runs tools one after the other, and
 no tool can end an episode.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 from zlib import crc32
@@ -16,51 +19,71 @@ from torch import Tensor
 from llmlab.episodes import NO_TURN, Episode, Task, play
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.simulator.tasks import Curriculum
+from llmlab.training.online.recovery import ResumableRollouts
 
 Factories = Mapping[str | None, Callable[[], Any]]
 """Makes environments, by the name in a row's column `environment`; None is the one of all rows."""
+LIMITS = ("max_episode_length", "max_new_tokens", "tool_timeout")  # settings that `play` takes
 
 
-class EpisodeRollouts:
-    """Mixin for a GRPOTrainer: after `play_in`, a rollout is one of episodes."""
+class EpisodeRollouts(ResumableRollouts):
+    """A GRPOTrainer of which, after `play_episodes`, a rollout is one of episodes."""
 
     factories: Factories = {}
     curriculum: Curriculum | None = None
 
-    def play_in(self, factories: Factories, curriculum: Curriculum | None, **options: Any) -> None:
-        """Makes rollouts of episodes in these environments; `options` are those of `play`."""
-        self.factories, self.curriculum, self.play_options = factories, curriculum, options
+    def play_episodes(self, run: Any) -> None:
+        """Makes rollouts of episodes in the environments of an `OnlineRun`."""
+        settings, processes = run.settings, run.process.num_processes
+        together = self.is_fsdp_enabled or self.is_deepspeed_enabled or settings.use_vllm
+        if together and processes > 1:
+            raise UserError(
+                "environment: not supported with FSDP2, DeepSpeed or vLLM in several processes, which sample in "
+                "step while episodes end at different times; use --accelerate ddp without vLLM"
+            )
+        self.factories = run.environments
+        if settings.curriculum != "none":
+            total = settings.max_steps * run.rollout.completions // run.rollout.updates
+            self.curriculum = Curriculum(settings.curriculum, total)
+        self.play_options = {name: getattr(settings, name) for name in LIMITS}
+        self.play_options["max_length"] = run.policy.cap_length(settings.max_seq_len or sys.maxsize)
         self._pool: dict[str | None, list[Any]] = defaultdict(list)
         self.rollout_func = self._play  # set here, since the constructor warns that it is experimental
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._rows = inputs
-        return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Renders each prompt with its row's tools, where TRL knows only tools that all prompts share."""
+        tools = [row.get("tools") for row in self.rows]
+        if not any(tools):
+            return super()._tokenize_prompts(prompts)
+        options = {"add_generation_prompt": True, "return_dict": True, **self.chat_template_kwargs}
+        encode = partial(self.processing_class.apply_chat_template, **options)
+        pairs = zip(prompts, tools, strict=True)
+        return [encode(prompt, tools=own or None)["input_ids"] for prompt, own in pairs], None, {}
 
     def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Plays one episode of each row; TRL's `rollout_func`."""
         known: dict[tuple[int, ...], list[float]] = {}
-        training = self.model.training  # type: ignore[attr-defined]
+        training = self.model.training
         level = {"difficulty": self.curriculum.level} if self.curriculum is not None and training else {}
-        names = [None if None in self.factories else row.get("environment") for row in self._rows]
+        names = [None if None in self.factories else row.get("environment") for row in self.rows]
         tasks = [
             Task(self._take(name), row["prompt"], row | level, seed)
-            for name, row, seed in zip(names, self._rows, map(self._seed, self._rows), strict=True)
+            for name, row, seed in zip(names, self.rows, map(self._seed, self.rows), strict=True)
         ]
 
         def sample(rows: list[list[int]]) -> list[list[int]]:
-            sampled, log_probs = self._generate_single_turn(rows, None, {}, 1)  # type: ignore[attr-defined]
+            sampled, log_probs = self._generate_single_turn(rows, None, {}, 1)
             for row, ids, values in zip(rows, sampled, log_probs or (), strict=False):
                 known[(*row, *ids)] = values  # equal rows have equal ones
             return sampled
 
-        options = {**self.play_options, "ends": self.eos_token_ids}  # type: ignore[attr-defined]
-        self._episodes = play(tasks, sample, self.processing_class, **options)  # type: ignore[attr-defined]
+        options = {**self.play_options, "ends": self.eos_token_ids}
+        self._episodes = play(tasks, sample, self.processing_class, **options)
         for name, episode in zip(names, self._episodes, strict=True):
             if not episode.abandoned:
                 self._pool[name].append(episode.environment)
         self._note_episodes()
-        end = self.processing_class.eos_token_id  # type: ignore[attr-defined]
+        end = self.processing_class.eos_token_id
         return {
             "prompt_ids": [episode.prompt_ids for episode in self._episodes],
             # a prompt that leaves no room for a turn has one token, which is not trained
@@ -71,8 +94,8 @@ class EpisodeRollouts:
 
     def _seed(self, row: dict[str, Any]) -> int:
         """Returns the seed of a row's environments: that of the whole group, another one in the next rollout."""
-        rollout = self._step if self.model.training else 0  # type: ignore[attr-defined]
-        return crc32(f"{self.args.seed} {rollout} {row}".encode(errors="replace"))  # type: ignore[attr-defined]
+        rollout = self._step if self.model.training else 0
+        return crc32(f"{self.args.seed} {rollout} {row}".encode(errors="replace"))
 
     def _take(self, name: str | None) -> Any:
         if name not in self.factories:
@@ -86,7 +109,7 @@ class EpisodeRollouts:
     def _note_episodes(self) -> None:
         """Notes lengths and successes, and lets the curriculum know."""
         successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
-        device = self.accelerator.device  # type: ignore[attr-defined]
+        device = self.accelerator.device
         table = torch.tensor(
             [
                 [episode.calls, -1 if success is None else success]
@@ -102,14 +125,14 @@ class EpisodeRollouts:
                 f"environment: prompts of up to {longest} tokens, with the tools and the text of reset, leave no room "
                 f"for {limits} tokens (max_seq_len, or the model's context)"
             )
-        table = self.accelerator.gather(table)  # type: ignore[attr-defined]
+        table = self.accelerator.gather(table)
         calls, success = table.unbind(1)  # (episodes of all processes,)
-        self.note("episode_length", calls.mean().item())  # type: ignore[attr-defined]
+        self.note("episode_length", calls.mean().item())
         solved = success[success >= 0]
         if len(solved):
-            self.note("success_rate", solved.mean().item())  # type: ignore[attr-defined]
-        if self.curriculum is not None and self.model.training:  # type: ignore[attr-defined]
-            self.note("difficulty", self.curriculum.level)  # type: ignore[attr-defined]
+            self.note("success_rate", solved.mean().item())
+        if self.curriculum is not None and self.model.training:
+            self.note("difficulty", self.curriculum.level)
             self.curriculum.update([value > 0 for value in success.tolist()])
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,16 +141,16 @@ class EpisodeRollouts:
             prompts = [episode.prompt for episode in self._episodes]
             completions = [episode.completion or [NO_TURN] for episode in self._episodes]
         try:
-            return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)  # type: ignore[misc]
+            return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
         finally:
             self.environments = None  # else TRL resets them before the next rollout, for its rows
 
     def rollout_state(self, step: int) -> dict[str, Any]:
-        state = super().rollout_state(step)  # type: ignore[misc]
+        state = super().rollout_state(step)
         return state if self.curriculum is None else {**state, "curriculum": self.curriculum.state()}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        super().load_rollout_state(state)  # type: ignore[misc]
+        super().load_rollout_state(state)
         if self.curriculum is not None and "curriculum" in state:
             self.curriculum.load_state(state["curriculum"])
 

@@ -1,7 +1,8 @@
 """Group relative policy optimization (GRPO).
 
-Sampling, the loop and the loss are TRL's GRPOTrainer; here are the global baseline, the absolute KL penalty and group
-metrics.
+Sampling, the loop, advantages of groups and the clipped loss are TRL's GRPOTrainer; here are the global baseline, the
+absolute KL penalty and group metrics. To understand GRPO from end to end, read `run.py` (from settings to a trainer),
+this file, `_trl.py` (the steps of a rollout) and `callbacks.py` (what is logged, and when a run stops).
 
 Source: Shao et al. 2024 (arXiv:2402.03300); seed, LLM-Lab document, "GRPO"; RL guide, section 4.
 """
@@ -11,19 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.grpo import GRPOSettings
-from llmlab.training.online._trl import ResumableRollouts, RolloutSteps, has_dropout, policy_mask
 from llmlab.training.online.episodes import EpisodeRollouts
+from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 
-class LLMLabGRPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, RolloutSteps, GRPOTrainer):
+class LLMLabGRPOTrainer(EpisodeRollouts):
     """TRL's GRPOTrainer with llmlab's optimizers, a choice of baselines and penalties, and metrics of groups."""
 
     penalty = staticmethod(torch.abs)
@@ -31,51 +31,38 @@ class LLMLabGRPOTrainer(EpisodeRollouts, ResumableRollouts, StageTrainer, Rollou
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.scores_later = not (self.use_vllm or has_dropout(self.model))
+        # with dropout two passes differ, and vLLM's log-probabilities are its own
+        self.scores_later = not (self.use_vllm or any(dropout_rates(self.model)))
 
     def finish_rollout(self, rollout: dict[str, Any]) -> dict[str, Any]:
         if not self.model.training:
             return rollout  # validation prompts have one completion each
-        rewards = total_rewards(self.all_rewards, self.reward_weights)
-        for name, value in group_metrics(rewards.view(-1, self.num_generations)).items():
+        for name, value in group_metrics(self.scores.view(-1, self.num_generations)).items():
             self.note(name, value)
         if self.settings.baseline_mode == "global_mean":
-            advantages = global_advantages(rewards, scale=self.scale_rewards != "none")
-            self.set_logged_advantages(advantages)
-            rows = len(rollout["advantages"])
-            first = self.accelerator.process_index * rows
-            rollout["advantages"] = advantages[first : first + rows]
+            advantages = global_advantages(self.scores, scale=self.scale_rewards != "none")
+            self._logs["advantages"].extend(advantages.tolist())  # of TRL's table, in place of its own
+            rollout["advantages"] = self.own_rows(advantages, len(rollout["advantages"]))
         return rollout
 
     def total_loss(self, loss: Callable[[], Tensor], batch: dict[str, Any]) -> Tensor:
         """Returns TRL's loss; with `kl_penalty: abs` its KL term is the mean of absolute log-ratios instead."""
         if self.settings.kl_penalty == "kl" or self.beta == 0:
             return loss()
-        with self.without_kl_term():
+        with attributes(self, beta=0.0):
             policy_loss = loss()
         log_ratio = self.log_probs - batch["ref_per_token_logps"]  # (rows, time)
         weight = torch.ones_like(log_ratio)
         if self.args.use_bias_correction_kl:  # importance-weighted like TRL's KL term
             weight = (self.log_probs - batch.get("old_per_token_logps", self.log_probs.detach())).exp()
-        mask = policy_mask(batch)
         kl = ((torch.exp(-log_ratio) + log_ratio - 1) * weight).detach()  # the estimate that TRL logs
-        total, tokens = self.accelerator.reduce(torch.stack([(kl * mask).sum(), mask.sum()]), reduction="sum")
-        self.note("kl", (total / tokens.clamp(min=1)).item())
+        self.note("kl", self.mean(kl, policy_mask(batch)) * self.token_share)
         return policy_loss + self.beta * self.token_mean(self.penalty(log_ratio) * weight, batch)
 
 
-def total_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
-    """Returns the weighted sum of rewards (completions, functions), NaN where none applies."""
-    total = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(1)
-    return total.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
-
-
 def group_metrics(rewards: Tensor) -> dict[str, float]:
-    """Returns the group metrics of rewards, (groups, completions), NaN where none applies.
-
-    `best_of_group` is the mean of the groups' best, `group_variance` the mean of their variances, and
-    `zero_variance_share` the share of groups whose completions all have the same reward.
-    """
+    """Returns the group metrics of rewards, (groups, completions), NaN where none applies: the mean of the groups'
+    best, of their variances, and the share of groups whose completions all have the same reward."""
     known = rewards.isfinite()
     deviations = torch.where(known, rewards - rewards.nanmean(1, keepdim=True), 0.0)
     variance = deviations.square().sum(1) / (known.sum(1) - 1).clamp(min=1)  # (groups,)
@@ -89,10 +76,8 @@ def group_metrics(rewards: Tensor) -> dict[str, float]:
 
 
 def global_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
-    """Returns rewards minus the global mean, (completions,), divided by the standard deviation if `scale`.
-
-    A completion without a reward (NaN) has none: 0.
-    """
+    """Returns rewards minus the global mean, (completions,), divided by the standard deviation if `scale`; 0 where
+    there is no reward (NaN)."""
     known = rewards[rewards.isfinite()]
     advantages = rewards - known.mean()
     if scale and len(known) > 1:

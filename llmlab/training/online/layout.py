@@ -1,4 +1,5 @@
-"""How prompts and completions are laid out for a forward pass: without padding between, and equal prompts read once.
+"""How prompts and completions are laid out for forward passes: rows of similar length together, without padding
+between, and equal prompts read once.
 
 Ids and masks are (batch, time): prompts padded on the left, completions of `new` columns on the right.
 """
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.utils import split_tensor_dict
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3", "llmlab")  # whose tokens depend on position ids and mask alone
 
@@ -20,6 +22,18 @@ class Layout(NamedTuple):
     columns: Tensor
 
 
+def lay_out(ids: Tensor, mask: Tensor, new: int, config: Any, *, compact: bool, experts: bool) -> Layout:
+    """Returns a layout of rows for a model of this configuration, as they are unless `compact`; with the loss of
+    `experts` it has a mask of the real tokens."""
+    if compact and not experts and (shared := share_prompts(ids, mask, new, config)):
+        return shared
+    inputs, *places = pad_right(ids, mask, new, int(mask.sum(1).max()) if compact else ids.shape[1])
+    if experts:
+        real = torch.arange(inputs["input_ids"].shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+        inputs |= {"attention_mask": real.long(), "output_router_logits": True}
+    return Layout(inputs, *places)
+
+
 def order_rows(prompts: Tensor, prompt_mask: Tensor, new: Tensor) -> Tensor:
     """Returns an order in which rows are beside those of the same prompt, else of similar length."""
     lengths = prompt_mask.sum(1)
@@ -28,6 +42,16 @@ def order_rows(prompts: Tensor, prompt_mask: Tensor, new: Tensor) -> Tensor:
         return (lengths + new).argsort(stable=True)
     order = new.argsort(stable=True)
     return order[kind[order].argsort(stable=True)]
+
+
+def sort_updates(parts: list[dict[str, Any]], passes: int) -> list[dict[str, Any]]:
+    """Returns the micro-batches of a rollout with the rows of each update, so many of them, in that order."""
+    if len(parts) > passes:
+        return [part for k in range(0, len(parts), passes) for part in sort_updates(parts[k : k + passes], passes)]
+    tensors = [name for name, value in parts[0].items() if isinstance(value, Tensor) and value.ndim]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in tensors}
+    order = order_rows(whole["prompt_ids"], whole["prompt_mask"], whole["completion_mask"].sum(1))
+    return split_tensor_dict(parts[0] | {name: value[order] for name, value in whole.items()}, len(parts))
 
 
 def pad_right(ids: Tensor, mask: Tensor, new: int, length: int) -> Layout:
@@ -45,6 +69,9 @@ def share_prompts(ids: Tensor, mask: Tensor, new: int, config: Any) -> Layout | 
     with a copy of the prompt's last token; None where the model cannot do so, or it would cost more."""
     windows = getattr(config, "sliding_window", None), getattr(config, "positional_encoding", None) == "alibi"
     if config.model_type not in ROTARY or config._attn_implementation != "sdpa" or any(windows):
+        return None
+    prompts = torch.cat([mask[:, :-new], ids[:, :-new] * mask[:, :-new]], 1)
+    if len(prompts.unique(dim=0)) == len(ids):
         return None
     sequences = [
         [i for i, real in zip(*row, strict=True) if real] for row in zip(ids.tolist(), mask.tolist(), strict=True)

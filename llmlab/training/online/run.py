@@ -1,9 +1,8 @@
-"""What GRPO and PPO share: rewards, policy and reference model, prompts, the trainer, the plan.
+"""What GRPO and PPO share around their trainers: rewards, policy and reference model, prompts, the plan of a run.
 
 How rewards become advantages and a loss is each trainer's own business.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -24,8 +23,7 @@ from llmlab.runs.run import Run
 from llmlab.runs.start import S, changed_by
 from llmlab.settings.errors import UserError
 from llmlab.simulator.environment import load_environment
-from llmlab.simulator.tasks import Curriculum
-from llmlab.training.online.callbacks import AdaptiveKL, KLController, OnlineMetrics, StopWithoutSignal
+from llmlab.training.online.callbacks import AdaptiveKL, OnlineMetrics, StopWithoutSignal
 
 RewardFunction = Reward | Callable[..., Any]
 
@@ -39,17 +37,13 @@ class RewardedRun(Run[S]):
         named = settings.all_rewards() if settings.rewards or settings.reward_model or not rewards else []
         if settings.environment is not None:
             rewards = [*rewards, environment_reward(normalize=settings.normalize_rewards)]
-        return compose(
-            [*named, *rewards], normalize=settings.normalize_rewards, allow_code=may_run_code(self.resolved)
-        )
+        options = {"normalize": settings.normalize_rewards, "allow_code": may_run_code(self.resolved)}
+        return compose([*named, *rewards], **options)
 
     def load_environments(self) -> dict[str | None, Callable[[], Any]]:
         """Returns the environments' factories by name."""
-        settings, allowed = self.settings, may_run_code(self.resolved)
-        return {
-            name: load_environment(spec, allow_code=allowed, reward_config=settings.reward_config)
-            for name, spec in settings.environments.items()
-        }
+        options = {"allow_code": may_run_code(self.resolved), "reward_config": self.settings.reward_config}
+        return {name: load_environment(spec, **options) for name, spec in self.settings.environments.items()}
 
 
 class OnlineRun(RewardedRun[S]):
@@ -82,11 +76,9 @@ class OnlineRun(RewardedRun[S]):
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
         """Reads the prompts and returns the trainer; validation prompts get one completion each, and their reward is
         the best."""
-        settings, processes = self.settings, self.process.num_processes
-        rows = self.build_rows(
-            PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit),
-            rows_per_step=settings.batch_size / self.rollout.updates,
-        )
+        settings = self.settings
+        encoder = PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit)
+        rows = self.build_rows(encoder, rows_per_step=settings.batch_size / self.rollout.updates)
         if len(rows.train) < settings.batch_size:
             raise UserError(
                 f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
@@ -94,44 +86,21 @@ class OnlineRun(RewardedRun[S]):
             )
         validation = rows.validation and decode_prompts(rows.validation)
         self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
-        steps = settings.steps_for(len(rows.train), processes)
+        steps = settings.steps_for(len(rows.train), self.process.num_processes)
         self.settings = settings.model_copy(update={"max_steps": steps})
-        made = self.make_trainer(
-            trainer,
-            config,
-            self.policy.model,
-            self.policy.tokenizer,
-            self.prompts,
-            arguments={
-                "generation_batch_size": self.rollout.completions,
-                "per_device_eval_batch_size": settings.mini_batch_size,
-                "num_generations_eval": 1,
-                "eval_on_start": validation is not None and self.checkpoint is None,
-                **arguments,
-            },
-            best_metric="reward",
-            reference=self.reference,
-            reward_funcs=self.reward,
-            peft_config=self.policy.new_adapters(settings),
-            **options,
-        )
+        arguments = {
+            "generation_batch_size": self.rollout.completions,
+            "per_device_eval_batch_size": settings.mini_batch_size,
+            "num_generations_eval": 1,
+            "eval_on_start": validation is not None and self.checkpoint is None,
+            **arguments,
+        }
+        options |= {"reference": self.reference, "reward_funcs": self.reward, "best_metric": "reward"}
+        options |= {"arguments": arguments, "peft_config": self.policy.new_adapters(settings)}
+        policy = self.policy
+        made = self.make_trainer(trainer, config, policy.model, policy.tokenizer, self.prompts, **options)
         if self.environments:
-            together = made.is_fsdp_enabled or made.is_deepspeed_enabled or settings.use_vllm
-            if together and processes > 1:
-                raise UserError(
-                    "environment: not supported with FSDP2, DeepSpeed or vLLM in several processes, which sample in "
-                    "step while episodes end at different times; use --accelerate ddp without vLLM"
-                )
-            total = steps * self.rollout.completions // self.rollout.updates
-            curriculum = None if settings.curriculum == "none" else Curriculum(settings.curriculum, total)
-            made.play_in(
-                self.environments,
-                curriculum,
-                max_episode_length=settings.max_episode_length,
-                max_new_tokens=settings.max_new_tokens,
-                max_length=self.policy.cap_length(settings.max_seq_len or sys.maxsize),
-                tool_timeout=settings.tool_timeout,
-            )
+            made.play_episodes(self)
         return made
 
     def train_online(
@@ -139,28 +108,25 @@ class OnlineRun(RewardedRun[S]):
     ) -> RunResult:
         """Trains; `plan` and `parents` are added to the common ones."""
         settings, prompts, rollout = self.settings, self.prompts, self.rollout
-        weights = {name: part.weight for name, part in self.reward.components.items()}
+        state = (trainer.rollout_state, trainer.load_rollout_state)
         callbacks: list[TrainerCallback] = [  # in reverse order of execution
-            ProcessState(
-                "rollout.pt",
-                trainer,
-                self.checkpoint,
-                trainer.rollout_state,
-                trainer.load_rollout_state,
-                required=False,
-            ),
+            ProcessState("rollout.pt", trainer, self.checkpoint, *state, required=False),
             StopWithoutSignal(settings.stop_patience, settings.max_new_tokens),
         ]
         if settings.adaptive_kl:
-            controller = KLController(settings.init_kl_coef, target=settings.target_kl, horizon=settings.kl_horizon)
             samples, factor = rollout.completions / rollout.updates, changed_by(self.folder, "init_kl_coef", self.done)
-            callbacks.append(AdaptiveKL(trainer, controller, samples, factor=factor))
+            callbacks.append(AdaptiveKL(trainer, settings.target_kl, settings.kl_horizon, samples, factor=factor))
         prompts.set_epochs(settings.max_steps / rollout.updates * settings.batch_size / len(prompts.train))
+        what = f"completions of up to {settings.max_new_tokens} tokens"
+        if self.environments:
+            what = f"episodes of up to {settings.max_episode_length} calls and {settings.max_new_tokens} tokens a turn"
         sampling = f"temperature {temperature:g}, top_p {settings.top_p:g}, top_k {settings.top_k}"
         if settings.top_p < 1 or settings.top_k:
             # the loss takes the log-probabilities of the whole distribution
             sampling += " (top_p and top_k other than 1 and 0 bias the gradient)"
+        weights = {name: part.weight for name, part in self.reward.components.items()}
         shares = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+        passes = f"{settings.ppo_epochs} passes, {rollout.per_update} completions a step"
         return self.train(
             trainer,
             steps=settings.max_steps,
@@ -170,24 +136,10 @@ class OnlineRun(RewardedRun[S]):
                 *plan,
                 ("data", prompts.summary()),
                 ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
-                (
-                    "rollout",
-                    f"{settings.batch_size} prompts, {rollout.completions} {self._describe_rollout()}; {sampling}",
-                ),
-                (
-                    "steps",
-                    f"{settings.max_steps:,}: {rollout.updates} for each rollout ({settings.ppo_epochs} passes, "
-                    f"{rollout.per_update} completions a step)",
-                ),
+                ("rollout", f"{settings.batch_size} prompts, {rollout.completions} {what}; {sampling}"),
+                ("steps", f"{settings.max_steps:,}: {rollout.updates} for each rollout ({passes})"),
             ],
             parents=[*self.policy.parents, *parents],
             data={**prompts.record(), "rewards": weights},
             callbacks=[*callbacks, OnlineMetrics()],
         )
-
-    def _describe_rollout(self) -> str:
-        """Returns what a rollout consists of, for the plan."""
-        settings = self.settings
-        if not self.environments:
-            return f"completions of up to {settings.max_new_tokens} tokens"
-        return f"episodes of up to {settings.max_episode_length} calls and {settings.max_new_tokens} tokens a turn"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
-from llmlab.training.online._trl import RolloutSteps, sort_rows
-from llmlab.training.online.callbacks import KLController
+from llmlab.training.online._trl import RolloutSteps
+from llmlab.training.online.callbacks import AdaptiveKL
 from llmlab.training.online.grpo import LLMLabGRPOTrainer, global_advantages, group_metrics, grpo
+from llmlab.training.online.layout import sort_updates
 from llmlab.training.preference.reward import reward
 
 SHARE = '''
@@ -199,9 +201,10 @@ def test_an_update_is_sorted_by_length():
         "completion_mask": mask,
         "advantages": lengths.float(),
     }
-    parts = sort_rows(
-        [{**{k: v[i : i + 2] for k, v in whole.items()}, "num_items_in_batch": mask.sum()} for i in (0, 2, 4)]
-    )
+    parts = [{**{k: v[i : i + 2] for k, v in whole.items()}, "num_items_in_batch": mask.sum()} for i in (0, 2, 4)]
+    alone = [part["advantages"].tolist() for part in sort_updates(parts, 1)]
+    assert alone == [sorted(part["advantages"].tolist()) for part in parts]  # an update of each part
+    parts = sort_updates(parts, 3)
     rows = [part["advantages"].tolist() for part in parts]
     assert [len(row) for row in rows] == [2, 2, 2] and sum(rows, []) == sorted(lengths.tolist())
     assert all((part["completion_mask"].sum(1) == part["advantages"]).all() for part in parts)
@@ -257,7 +260,7 @@ def test_the_baseline_reaches_the_trainer(grpo_settings, quiet, monkeypatch):
 
     def watch(self, rollout):
         rollout = original(self, rollout)
-        seen[self.settings.baseline_mode] = (self.all_rewards[:, 0].clone(), rollout["advantages"].clone())
+        seen[self.settings.baseline_mode] = (self.scores.clone(), rollout["advantages"].clone())
         return rollout
 
     monkeypatch.setattr(LLMLabGRPOTrainer, "finish_rollout", watch)
@@ -312,24 +315,28 @@ def test_the_absolute_penalty_is_another_one(grpo_settings, quiet):
 
 
 def test_the_controller_by_hand():
-    controller = KLController(0.1, target=0.5, horizon=1000)
-    assert controller.update(0.55, 100) == pytest.approx(0.1 * (1 + 0.1 * 100 / 1000))  # 10 % above the target
-    before = controller.coefficient
-    assert controller.update(50.0, 100) == pytest.approx(before * (1 + 0.2 * 0.1))  # the error is clipped
-    before = controller.coefficient
-    assert controller.update(0.0, 500) == pytest.approx(before * (1 - 0.2 * 0.5))
-    before = controller.coefficient
-    assert controller.update(0.0, 2500) == pytest.approx(before * 0.8**2 * 0.9)  # as if told in between
+    trainer = SimpleNamespace(beta=0.1)
+    controller = AdaptiveKL(trainer, target=0.5, horizon=1000, samples_per_step=100)
+    for step, kl, factor in (
+        (1, 0.55, 1 + 0.1 * 100 / 1000),  # 10 % above the target
+        (2, 50.0, 1 + 0.2 * 0.1),  # the error is clipped
+        (7, 0.0, 1 - 0.2 * 0.5),
+        (32, 0.0, 0.8**2 * 0.9),  # 2,500 completions, as if updated in between
+    ):
+        before = trainer.beta
+        controller.update(step, kl)
+        assert trainer.beta == pytest.approx(before * factor)
 
 
 def test_adaptive_kl_follows_the_controller(grpo_settings, quiet):
     settings = grpo_settings(adaptive_kl=True, init_kl_coef=0.2, target_kl=0.01, kl_horizon=100, max_steps=12)
     result = grpo(settings, console=quiet)
     kl, charged = logged(result.folder, "kl"), logged(result.folder, "kl_coef")
-    by_hand = KLController(0.2, target=0.01, horizon=100)
+    by_hand = SimpleNamespace(beta=0.2)
+    controller = AdaptiveKL(by_hand, target=0.01, horizon=100, samples_per_step=16 / 4)
     for step, coefficient in enumerate(charged):
-        assert coefficient == pytest.approx(by_hand.coefficient)
-        by_hand.update(kl[step], 16 / 4)  # 16 completions for each 4 updates
+        assert coefficient == pytest.approx(by_hand.beta)
+        controller.update(step + 1, kl[step])  # 16 completions for each 4 updates
     assert charged[-1] > charged[3] and kl[0] < 0.01 and charged[1] == pytest.approx(0.2 * (1 - 0.2 * 4 / 100))
 
 

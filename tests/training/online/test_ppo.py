@@ -17,9 +17,10 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
+from llmlab.settings.ppo import PPOSettings
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
-from llmlab.training.online.critic import FILE
-from llmlab.training.online.ppo_trainer import PPOConfig, PPOTrainer
+from llmlab.training.online.critic_file import FILE
+from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
 WORDS, PAD, EOS, TARGET = 14, 14, 15, 7
 SHAPE = {
@@ -79,6 +80,7 @@ def trainer(toy, tmp_path):
         adapters = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.3, target_modules="all-linear")
         prompts = [{"prompt": " ".join(f"w{(i + j) % WORDS}" for j in range(1 + i % 3))} for i in range(64)]
         return kind(
+            settings=PPOSettings(policy_checkpoint=str(toy), rewards=["length"]),  # arguments are those below
             model=LlamaForCausalLM.from_pretrained(toy),
             processing_class=PreTrainedTokenizerFast.from_pretrained(toy),
             reward_funcs=reward,
@@ -249,7 +251,7 @@ def test_the_kl_is_in_the_reward_and_not_in_the_loss(trainer):
 
     written = batch["completion_mask"] * batch["tool_mask"]
     scores = torch.tensor([1.0, 2.0, float("nan"), 3.0])
-    ppo.all_rewards = scores[:, None]
+    ppo.scores = scores
     values = torch.randn(4, 6)
     ppo.values = values
     ppo.args.whiten_advantages, ppo.args.gamma, ppo.args.gae_lambda = False, 0.9, 0.8
@@ -434,11 +436,13 @@ def test_several_rewards_are_weighted(trainer):
 
     ppo = trainer(Watched, reward=[share, length], reward_weights=[2.0, -0.5], max_steps=1, beta=0.0, vf_coef=0.0)
     ppo.train()
-    scores, scored = ppo._scores(16)
-    assert scored.all() and torch.allclose(scores, 2 * ppo.all_rewards[:, 0] - 0.5 * ppo.all_rewards[:, 1])
+    completions, mask = (ppo.rollouts[0][name] for name in ("completion_ids", "completion_mask"))
+    lengths = mask.sum(1)
+    scores = 2 * ((completions == TARGET) * mask).sum(1) / lengths - 0.5 * lengths
+    assert torch.allclose(ppo.scores, scores)
     # with values of 0, gamma 1 and nothing charged, a return is at most the score away from 0
     first = ppo.rollouts[0]["returns"]
-    assert torch.allclose(first[torch.arange(16), ppo.rollouts[0]["completion_mask"].sum(1) - 1], scores)
+    assert torch.allclose(first[torch.arange(16), lengths - 1], scores)
 
 
 LEARN = {

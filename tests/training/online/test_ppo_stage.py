@@ -19,8 +19,8 @@ from llmlab.settings.preference import RewardModelSettings
 from llmlab.settings.rl import OnlineSettings
 from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
-from llmlab.training.online.critic import FILE
-from llmlab.training.online.ppo import LLMLabPPOTrainer, ppo
+from llmlab.training.online.critic_file import FILE
+from llmlab.training.online.ppo import PPOTrainer, ppo
 from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
 
@@ -148,13 +148,13 @@ def test_the_split_of_an_update_changes_nothing(ppo_settings, tmp_path, quiet):
 
 def test_the_early_stop_is_at_one_and_a_half_targets(ppo_settings, monkeypatch, quiet):
     seen = []
-    original = LLMLabPPOTrainer.__init__
+    original = PPOTrainer.__init__
 
     def init(self, *args, **kwargs):
         seen.append(kwargs["args"])
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
+    monkeypatch.setattr(PPOTrainer, "__init__", init)
     result = ppo(ppo_settings(target_kl=1e-6, max_steps=8), console=quiet)
     assert seen[0].stop_kl == pytest.approx(1.5e-6)
     assert logged(result.folder, "early_stop") == [0, 1] * 4
@@ -168,7 +168,7 @@ def test_options_reach_the_trainer(ppo_settings, monkeypatch, quiet):
     def init(self, *, args, **kwargs):
         raise Seen(args)
 
-    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
+    monkeypatch.setattr(PPOTrainer, "__init__", init)
     options = {
         "temperature": 0.6,
         "value_model": "shared",
@@ -420,13 +420,13 @@ def test_a_chat_template_that_adds_tokens(use_lora, ppo_settings, base_folder, t
 def test_frozen_weights_in_four_bits_are_held_once(ppo_settings, wide_base_folder, monkeypatch, quiet):
     pytest.importorskip("bitsandbytes")
     seen = []
-    original = LLMLabPPOTrainer.__init__
+    original = PPOTrainer.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         seen.append(self)
 
-    monkeypatch.setattr(LLMLabPPOTrainer, "__init__", init)
+    monkeypatch.setattr(PPOTrainer, "__init__", init)
     settings = ppo_settings(policy_checkpoint=str(wide_base_folder), use_qlora=True, lora_preset="all")
     result = ppo(settings, console=quiet)
     (trainer,) = seen
