@@ -64,7 +64,7 @@ class LLMLabConfig(PreTrainedConfig):
     dropout: float = 0.0  # of the embeddings and of each sublayer's output
     attention_dropout: float | None = None  # of the attention weights; as dropout
     rms_norm_eps: float = 1e-6
-    value_embeddings: bool = False  # see `LLMLabAttention`; the last layer and every second before it have them
+    value_embeddings: bool = False  # see `LLMLabAttention`
     qk_norm: bool = False  # an RMSNorm on each head's queries and keys, as in Qwen3
     initialization: str = "normal"  # see `LLMLabPreTrainedModel._init_weights`
     initializer_range: float = 0.02
@@ -115,11 +115,6 @@ class LLMLabConfig(PreTrainedConfig):
     def uses_rope(self) -> bool:
         """Whether queries and keys get rotary embeddings."""
         return self.positional_encoding in ("rope", "yarn")
-
-    @property
-    def value_layers(self) -> range:
-        """The layers that have value embeddings."""
-        return range((self.num_hidden_layers - 1) % 2, self.num_hidden_layers if self.value_embeddings else 0, 2)
 
     @property
     def is_gated(self) -> bool:

@@ -27,6 +27,7 @@ from .positions import positions_from_mask, sinusoidal_encoding
 
 # where the embedding is not the head too. Source: karpathy/nanochat, nanochat/gpt.py, init_weights
 ZERO_OUTPUTS_EMBEDDING_STD, ZERO_OUTPUTS_HEAD_STD = 0.8, 0.001
+SQUARED_INPUT_SCALE = 0.4  # of the matrix before relu2. Source: as above
 
 
 class LLMLabMLP(nn.Module):
@@ -61,7 +62,9 @@ class LLMLabDecoderLayer(GradientCheckpointingLayer):
             for name, module in self.named_modules():
                 if isinstance(module, nn.Linear):
                     is_output = name.endswith(("o_proj", "down_proj"))
-                    module.initial_bound = 0.0 if is_output else (3 / module.in_features) ** 0.5
+                    squared = config.hidden_act == "relu2" and name.endswith("up_proj")
+                    factor = 0.0 if is_output else SQUARED_INPUT_SCALE if squared else 1.0
+                    module.initial_bound = factor * (3 / module.in_features) ** 0.5
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (batch, time, hidden)
         mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
@@ -96,7 +99,7 @@ class LLMLabPreTrainedModel(LlamaPreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
         """Resizes the value embeddings too: those of new tokens are the mean of the others."""
         resized = super().resize_token_embeddings(*args, **options)
-        for table in self.base_model.value_embeddings.values():
+        for table in self.base_model.value_embeddings:
             old, rows = table.weight.data, resized.num_embeddings
             new = old.mean(0, keepdim=True).expand(max(rows - len(old), 0), -1)
             table.weight = nn.Parameter(torch.cat([old[:rows], new]), table.weight.requires_grad)
@@ -114,11 +117,10 @@ class LLMLabModel(LLMLabPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([LLMLabDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         values = config.num_key_value_heads * config.head_dim
-        self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, values) for i in config.value_layers}
-        )
+        tables = config.num_hidden_layers if config.value_embeddings else 0
+        self.value_embeddings = nn.ModuleList([nn.Embedding(config.vocab_size, values) for _ in range(tables)])
         if config.initialization == "zero_outputs":
-            for table in self.value_embeddings.values():
+            for table in self.value_embeddings:
                 table.initial_bound = (3 / config.hidden_size) ** 0.5  # as large as the values
         self.norm = _norm(config)
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.uses_rope else None
@@ -166,7 +168,7 @@ class LLMLabModel(LLMLabPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            values = self.value_embeddings[str(i)](input_ids) if str(i) in self.value_embeddings else None
+            values = self.value_embeddings[i](input_ids) if self.config.value_embeddings else None
             kwargs |= inputs_of[kind] | {"value_embeddings": values}
             hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

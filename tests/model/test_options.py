@@ -8,7 +8,7 @@ from llmlab.model import LLMLabForCausalLM, LLMLabForSequenceClassification, att
 
 OPTIONS = {
     "qk_norm": {"qk_norm": True},
-    "value_embeddings": {"value_embeddings": True, "num_hidden_layers": 3},
+    "value_embeddings": {"value_embeddings": True},
     "relu2": {"hidden_act": "relu2"},
     "softcap": {"final_logit_softcapping": 1.5},
     "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False, "logit_softcap": 1.5},
@@ -148,22 +148,24 @@ def test_zero_outputs_leave_the_residual_stream_alone_at_first(tiny_config, tied
     embedding, head = (0.02, 0.02) if tied else (0.8, 0.001)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(embedding, rel=0.05)
     assert model.lm_head.weight.std().item() == pytest.approx(head, rel=0.05)
+    squared = LLMLabForCausalLM(tiny_config(initialization="zero_outputs", hidden_act="relu2", **shape))
+    assert squared.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.4 * 64**-0.5, rel=0.1)
     classifier = LLMLabForSequenceClassification(config)
     assert not classifier.model.layers[1].mlp.down_proj.weight.any() and classifier.score.weight.any()
 
 
 def test_value_embeddings_grow_with_the_vocabulary(tiny_model):
-    model = tiny_model(value_embeddings=True, num_hidden_layers=3)
-    before = {name: table.weight.clone() for name, table in model.model.value_embeddings.items()}
-    assert before.keys() == {"0", "2"}  # the last layer, and every second before it
+    model = tiny_model(value_embeddings=True)
+    before = [table.weight.clone() for table in model.model.value_embeddings]
+    assert len(before) == model.config.num_hidden_layers
     model.resize_token_embeddings(70)
-    for name, table in model.model.value_embeddings.items():
+    for table, old in zip(model.model.value_embeddings, before, strict=True):
         assert table.weight.shape[0] == table.num_embeddings == 70
-        assert torch.equal(table.weight[:64], before[name])
-        torch.testing.assert_close(table.weight[64:], before[name].mean(0).expand(6, -1))
+        assert torch.equal(table.weight[:64], old)
+        torch.testing.assert_close(table.weight[64:], old.mean(0).expand(6, -1))
     assert model(torch.tensor([[69, 3]])).logits.shape == (1, 2, 70)
     model.resize_token_embeddings(32)
-    assert torch.equal(model.model.value_embeddings["0"].weight, before["0"][:32])
+    assert torch.equal(model.model.value_embeddings[0].weight, before[0][:32])
 
 
 def test_value_embeddings_need_ids(tiny_model):

@@ -191,7 +191,8 @@ def test_value_embeddings_take_the_rate_of_embeddings():
         model, OptimizerSettings(embedding_lr=0.3), learning_rate=1e-3, weight_decay=0.1
     ).param_groups
     own = [parameter for group in groups if group["lr"] == 0.3 for parameter in group["params"]]
-    assert {id(p) for p in own} == {id(model.model.embed_tokens.weight), id(model.model.value_embeddings["1"].weight)}
+    tables = [model.model.embed_tokens, *model.model.value_embeddings]
+    assert {id(p) for p in own} == {id(table.weight) for table in tables} and len(tables) == 3
 
 
 def test_a_reward_models_score_is_its_head():
