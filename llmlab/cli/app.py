@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with remote_code(False):  # until the command's own option says otherwise
             app = build_app(requested)
+            gc.freeze()  # no collection looks at what was imported
             gc.enable()
             app(args=arguments, prog_name="llmlab", obj=arguments)
     except errors.OfMainProcess as error:
