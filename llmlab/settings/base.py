@@ -1,8 +1,6 @@
 """What a setting is: a field of a small frozen pydantic class whose annotated type holds everything else about it. The
 loader, command line, schema, docs, trainers and run records read the markers here, and nothing else."""
 
-import ast
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -10,8 +8,6 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache, reduce
 from importlib import import_module
-from inspect import cleandoc, getsource
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -73,6 +69,7 @@ class Settings(BaseModel):
         frozen=True,
         validate_default=True,
         allow_inf_nan=False,
+        use_attribute_docstrings=True,
         defer_build=True,
     )
 
@@ -101,11 +98,8 @@ class Settings(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **facts: Any) -> None:
-        """Takes each field's help from its docstring; fields that only change a default keep that of a base."""
-        texts = _docstrings(cls.__module__)
+        """Lets fields that only change a default keep their help."""
         for name, info in cls.model_fields.items():
-            if name in cls.__annotations__:
-                info.description = info.description or texts.get((cls.__name__, name))
             declared = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
             info.description = next((field.description for field in declared if field.description), None)
 
@@ -162,22 +156,6 @@ class Settings(BaseModel):
         """Returns the arguments of the TRL or Transformers configuration that the `Trl` markers name."""
         named = ((setting.marker(Trl), setting.of(self)) for setting in fields_of(type(self)))
         return {trl.name: value for trl, value in named if trl is not None and value is not None}
-
-
-@cache
-def _docstrings(module: str) -> dict[tuple[str, str], str]:
-    """Returns the texts below the fields in a module's source, by class and field: in a tenth of pydantic's time."""
-    try:
-        source = getsource(sys.modules[module])
-    except (OSError, TypeError):  # of a terminal
-        return {}
-    found = {}
-    for node in ast.walk(ast.parse(source)):
-        for pair in pairwise(node.body) if isinstance(node, ast.ClassDef) else ():
-            match pair:
-                case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[node.name, field] = cleandoc(text)
-    return found
 
 
 def settings_of_table(name: str, module: str, doc: str, table: str, kind: Any, **facts: Any) -> type[Settings]:
