@@ -107,11 +107,13 @@ class DecodeStep:
                 product.pack()
             del self.unpacked[:8]
 
-    def cache_dtype(self, keys: Tensor) -> torch.dtype:
-        """Returns the precision for keys, (rows, heads, columns, dim), and values; their own fits in either."""
-        products = keys[:, 0].numel() * self.decoder.config.num_attention_heads
-        little = self.dtype == torch.bfloat16 and keys.device.type == "cpu" and products <= SMALL
-        return torch.float32 if little else self.dtype
+    def convert_cache(self, cache: Any) -> None:
+        """Keeps keys and values, (rows, heads, columns, dim), in fp32 where they are few, which loses nothing."""
+        for layer in cache.layers:
+            products = layer.keys[:, 0].numel() * self.decoder.config.num_attention_heads
+            few = self.dtype == torch.bfloat16 and layer.keys.device.type == "cpu" and products <= SMALL
+            dtype = torch.float32 if few else self.dtype
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 
     def rotate(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, each (columns, rows, 1, dim), for tokens, (rows,), at positions, (rows,
