@@ -42,22 +42,20 @@ class Check:
     detail: str
 
 
-def examine(say: Callable[[str], None] = lambda text: None) -> tuple[list[Check], str | None, str | None]:
+def examine() -> tuple[list[Check], str | None, str | None]:
     """Tries everything once; returns the checks, the recommended hardware preset, and what keeps all runs from
     training."""
-    say("importing torch and the trainers")
     checks = [*check_versions(), check_imports()]
     problem = next((f"{check.name}: {check.detail}" for check in checks if check.status == "broken"), None)
     preset = None
     if checks[-1].status == "ok":
         from llmlab.hardware import probe, recommend_preset
 
-        devices = [check for device in find_devices() for check in check_device(device, say)]
+        devices = [check for device in find_devices() for check in check_device(device)]
         if all(check.status == "broken" for check in devices if check.name.endswith(" training")):
             problem = problem or "no device can train"
         checks += devices
         preset = recommend_preset(probe())
-    say("looking at folders and the hub")
     return [*checks, *check_folders(), check_hub(), *check_packages()], preset, problem
 
 
@@ -119,7 +117,7 @@ def find_devices() -> list[str]:
     return [*gpus, *(["mps"] if torch.mps.is_available() else []), "cpu"]
 
 
-def check_device(device: str, say: Callable[[str], None] = lambda text: None) -> Iterator[Check]:
+def check_device(device: str) -> Iterator[Check]:
     """Tries on a device what a run may use; a UserError of a trial is its whole reason."""
     trials: dict[str, Callable[[str], str]] = {
         "memory": describe_memory,
@@ -132,7 +130,6 @@ def check_device(device: str, say: Callable[[str], None] = lambda text: None) ->
         "torch.compile": compile_in_child,
     }
     for name, trial in trials.items():
-        say(f"trying {name} on {device}")
         try:
             yield Check("device", f"{device} {name}", "ok", trial(device))
         except Exception as error:

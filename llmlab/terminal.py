@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -18,8 +17,6 @@ from rich.text import Text
 from llmlab.settings.errors import UNPRINTABLE, printable
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-MARK = 0x100  # of a character of a chart: a point, in place of the eight bits of its dots
-NARROWEST, WIDEST = 10, 100  # characters across a chart, however narrow or wide the terminal
 
 
 class Terminal(Console):
@@ -51,11 +48,6 @@ class Terminal(Console):
         for row in rows:
             table.add_row(*row)
         self.print(table)
-
-    def chart(self, curves: Sequence["Curve"], height: int = 9, **options: Any) -> None:
-        """Prints curves; `options` as in `draw_curves`."""
-        for line in draw_curves(curves, width=min(self.width, WIDEST), height=height, **options):
-            self.print(line, soft_wrap=True)
 
 
 def say(text: str, *, error: bool = False, **style: Any) -> None:
@@ -153,62 +145,3 @@ def draw_sparkline(values: Sequence[float], width: int) -> str:
     shown = [values[len(values) * (column + 1) // count - 1] for column in range(count)]
     low, high = min(shown, default=0), max(shown, default=0)
     return "".join(BLOCKS[1 + round(7 * (mean - low) / ((high - low) or 1))] for mean in shown)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart, or with `marks` single points."""
-
-    points: Sequence[tuple[int, float]]
-    style: str
-    marks: bool = False
-
-
-def draw_curves(
-    curves: Sequence[Curve],
-    *,
-    width: int,
-    height: int,
-    scale: Sequence[tuple[int, float]] | None = None,
-    ends: tuple[str, str] | None = None,
-) -> list[Text]:
-    """Returns curves in braille dots (two across and four down a character), the means of points that share a column,
-    over an axis of steps (or `ends`); the axes span the points of `scale`, or of all curves."""
-    whole = scale or [point for curve in curves for point in curve.points]
-    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*whole, strict=True))
-    labels = {0: short_number(high), height // 2: short_number((low + high) / 2), height - 1: short_number(low)}
-    margin = max(map(len, labels.values()))
-    across, down = 2 * max(width - margin - 2, NARROWEST), 4 * height  # dots
-    cells: dict[tuple[int, int], tuple[int, str]] = {}
-    for curve in curves:
-        columns: dict[int, list[float]] = {}
-        for step, value in curve.points:
-            columns.setdefault(round((step - left) / ((right - left) or 1) * (across - 1)), []).append(value)
-        means = [(x, sum(values) / len(values)) for x, values in sorted(columns.items())]
-        places = [(x, round((high - mean) / ((high - low) or 1) * (down - 1))) for x, mean in means]
-        for x, y in places if curve.marks else _join(places):
-            dot = 0x40 << x % 2 if y % 4 == 3 else 1 << (y % 4 + 3 * (x % 2))  # as Unicode numbers them
-            earlier, _ = cells.get((y // 4, x // 2), (0, ""))
-            cells[y // 4, x // 2] = (earlier | (MARK if curve.marks else dot), curve.style)
-    lines = []
-    for row in range(height):
-        line = Text(f"{labels.get(row, ''):>{margin}} {'┤' if row in labels else '│'}", style="dim")
-        for column in range(across // 2):
-            dots, style = cells.get((row, column), (0, ""))
-            character = "●" if dots & MARK else chr(0x2800 + dots) if dots else " "
-            line.append(character, style=f"not dim {style}" if style else "")
-        line.rstrip()
-        lines.append(line)
-    first, last = ends or (f"{left:,}", f"step {right:,}")
-    lines.append(Text(f"{'':>{margin}} └{'─' * (across // 2)}", style="dim"))
-    lines.append(Text(f"{'':>{margin}}  {first}{last:>{across // 2 - len(first)}}", style="dim"))
-    return lines
-
-
-def _join(dots: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the dots with those between them, so that the line has no gaps."""
-    line = dots[:1]
-    for (x, y), (to_x, to_y) in zip(dots, dots[1:], strict=False):
-        count = max(to_x - x, abs(to_y - y))
-        line += [(x + round((to_x - x) * i / count), y + round((to_y - y) * i / count)) for i in range(1, count + 1)]
-    return line

@@ -48,7 +48,7 @@ def advise(
     for report in reports:
         _print_report(console, report)
     if apply is not None:
-        command = " ".join([f"llmlab {reports[0]['stage']} --config {apply}", *reports[0]["command_line"]])
+        command = f"llmlab {reports[0]['stage']} --config {apply}"
         console.print(f"[green]wrote[/] {safe(apply)}: {safe(command)}", soft_wrap=True)
 
 
@@ -66,7 +66,6 @@ def _report(run: RunFolder) -> dict[str, Any]:
     names = (f"{settings.output_dir}-{number}" for number in range(2, 10**6))
     new = {key: after for key, (_, after) in changes.items()}
     new["output_dir"] = next(name for name in names if not Path(name).exists())
-    file, command_line = advice.split_trusted(advice.changed(own, new))
     return {
         "run": str(run.folder),
         "stage": run.stage,
@@ -80,8 +79,7 @@ def _report(run: RunFolder) -> dict[str, Any]:
             for name, lines in found.items()
         ],
         "changes": {key: list(values) for key, values in changes.items()},
-        "command_line": command_line,
-        "file": {"stage": run.stage, **file},
+        "file": {"stage": run.stage, **advice.changed(own, new)},
     }
 
 

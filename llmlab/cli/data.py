@@ -171,19 +171,16 @@ def _print_details(console: Terminal, report: "DataReport") -> None:
     if report.tokens:
         console.print(f"[dim]trained[/]  {percent(report.tokens.trained / report.tokens.lengths.total)} of the tokens")
     _print_findings(console, report)
-    if report.characters is None or report.words is None:
+    if report.characters is None:
         return
-    measured = {"characters": report.characters, "words": report.words}
+    measured = {"characters": report.characters}
     if report.tokens:
         measured["tokens"] = report.tokens.lengths
-    marks = (*(f"{mark} %" for mark in report.words.percentiles), "longest", "total")
+    marks = (*(f"{mark} %" for mark in report.characters.percentiles), "longest", "total")
     numbers = {unit: (*each.percentiles.values(), each.longest, each.total) for unit, each in measured.items()}
     rows = ((unit, *(f"{value:,}" for value in values)) for unit, values in numbers.items())
     console.print()
     console.table(["length of a row", *(numeric(mark, min_width=8) for mark in marks)], rows)
-    unit, lengths = list(measured.items())[-1]
-    console.print(f"\n[bold]{unit.capitalize()} a row[/]")
-    _print_histogram(console, lengths)
 
 
 def _print_findings(console: Terminal, report: "DataReport") -> None:

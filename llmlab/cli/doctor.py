@@ -15,8 +15,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Try what this machine can do: versions, devices, memory, folders, hub, optional packages."""
     from llmlab.doctor import examine
 
-    with Terminal(stderr=True).status("starting") as status:
-        checks, preset, problem = examine(lambda text: status.update(safe(text)))
+    with Terminal(stderr=True).status("trying this machine, at most a few minutes"):
+        checks, preset, problem = examine()
     if as_json:
         say_json({"checks": [asdict(check) for check in checks], "preset": preset, "problem": problem}, indent=2)
         raise Exit(1 if problem else 0)

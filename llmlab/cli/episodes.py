@@ -3,12 +3,10 @@
 
 import json
 from functools import partial
-from itertools import compress
-from math import sqrt
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from rich.rule import Rule
 from rich.table import Column
@@ -27,20 +25,11 @@ from llmlab.terminal import Terminal, numeric, percent, safe, say, say_json
 app = Typer(no_args_is_help=True)
 
 SIMULATOR, SCRIPTED = "simulator", ("expert", "random")
-GROUPS = ("category", "difficulty")  # columns by which success is shown
 SHARES = ("success", "ended")  # figures in percent; the others are means
 BATCH = 16  # turns that are sampled at the same time
 ENDS = {"done": "the environment", "answer": "an answer"}
 ENDS |= {"calls": "the limit of calls", "length": "the limit of tokens"}
 LONGEST = 800  # characters of a text in a replay
-
-
-class Outcome(NamedTuple):
-    """An episode, the columns of its row, and the reward after each turn."""
-
-    episode: Any
-    columns: dict[str, Any]
-    rewards: list[float]
 
 
 @app.command("run")
@@ -81,13 +70,16 @@ def run_episodes(
         fresh = [Task(make(), prompt.messages, prompt.columns) for prompt in prompts]
         play = partial(_play_scripted, name) if name in SCRIPTED else partial(_play_model, name, sampling)
         played[name] = play(fresh, max_episode_length, seed)
-    results = {name: figures(outcomes) for name, outcomes in played.items()}
+    results = {name: figures(episodes) for name, episodes in played.items()}
     if as_json:
-        replays = [{"messages": e.prompt + e.completion, "end": e.end, "rewards": r} for e, _, r in played[run]]
+        replays = [
+            {"messages": each.prompt + each.completion, "end": each.end, "reward": reward_of(each.environment)}
+            for each in played[run]
+        ]
         return say_json({"figures": results, "replays": replays}, indent=2)
     console = Terminal()
-    for number, outcome in enumerate(played[run][:show], start=1):
-        _print_replay(console, number, outcome)
+    for number, episode in enumerate(played[run][:show], start=1):
+        _print_replay(console, number, episode)
     rows = []
     for name in dict.fromkeys(name for each in results.values() for name in each):
         values, share = [each.get(name, 0.0) for each in results.values()], name.startswith(SHARES)
@@ -97,18 +89,15 @@ def run_episodes(
 
 def _play_model(
     run: str, sampling: SamplingSettings, tasks: list[Any], max_episode_length: int, seed: int
-) -> list[Outcome]:
-    """Plays a model; rewards after a turn are those before the next one is sampled, or those of the end."""
+) -> list[Any]:
+    """Plays a model."""
     from transformers import set_seed
 
     from llmlab.episodes import play
     from llmlab.inference import context_length, end_tokens, generate_tokens, load_for_inference
     from llmlab.runs.progress import quiet_libraries
 
-    rewards: list[list[float]] = []  # of all episodes, before each turn
-
     def sample(rows: list[list[int]]) -> list[list[int]]:
-        rewards.append([reward_of(task.environment) for task in tasks])
         return generate_tokens(model, tokenizer, rows, sampling, batch_size=BATCH)
 
     with quiet_libraries(), Terminal(stderr=True).status("Playing"):
@@ -116,21 +105,18 @@ def _play_model(
         set_seed(seed)
         limits = {"max_episode_length": max_episode_length, "max_new_tokens": sampling.max_new_tokens}
         limits |= {"max_length": context_length(model), "ends": end_tokens(model, tokenizer)}
-        played = play(tasks, sample, tokenizer, **limits)
-    rewards.append([reward_of(task.environment) for task in tasks])
-    after = rewards[1:]  # (turns, tasks)
-    return [Outcome(each, tasks[k].columns, [turn[k] for turn in after]) for k, each in enumerate(played)]
+        return play(tasks, sample, tokenizer, **limits)
 
 
-def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Outcome]:
+def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Any]:
     """Plays the simulator's expert or its random policy."""
     from llmlab.episodes import Episode
     from llmlab.simulator.world import expert_calls, play_scripted, random_calls
 
-    outcomes, random, unknown = [], Random(seed), 0
+    episodes, random, unknown = [], Random(seed), 0
     for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
-        episode, rewards = Episode(environment, prompt, []), []
+        episode = Episode(environment, prompt, [])
         calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)
         unknown += not calls
         for name, arguments in calls[:max_episode_length]:
@@ -141,12 +127,11 @@ def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed:
             episode.completion.append({"role": "assistant", "content": "", "tool_calls": [call]})
             episode.completion.append({"role": "tool", "name": name, "content": result})
             episode.calls += 1
-            rewards.append(environment.get_reward())
         episode.end = "done" if environment.done else "calls"
-        outcomes.append(Outcome(episode, columns, rewards))
+        episodes.append(episode)
     if unknown:
         say(f"{policy}: {unknown} of {len(tasks)} tasks name no expected calls, so that it makes none", error=True)
-    return outcomes
+    return episodes
 
 
 def reward_of(environment: Any) -> float:
@@ -154,21 +139,13 @@ def reward_of(environment: Any) -> float:
     return float(environment.get_reward()) if hasattr(environment, "get_reward") else 0.0
 
 
-def figures(outcomes: list[Outcome]) -> dict[str, float]:
-    """Returns shares of success, with Wilson's interval of 95 % (1927) and by the rows' groups, and means."""
-    environments, count, z = [each.episode.environment for each in outcomes], len(outcomes), 1.96
-    success = [float(bool(getattr(each, "success", None))) for each in environments]
-    share, scale = fmean(success), 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    spread = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
-    table = {"success": share, "success, at least": max(middle - spread, 0.0), "success, at most": middle + spread}
-    for column in GROUPS:
-        values = [str(each.columns.get(column)) for each in outcomes]
-        for value in sorted({*values} - {"None"}):
-            table[f"success, {column} {value}"] = fmean(compress(success, [each == value for each in values]))
+def figures(episodes: list[Any]) -> dict[str, float]:
+    """Returns shares of success and of ends, and means."""
+    environments = [each.environment for each in episodes]
+    table = {"success": fmean(bool(getattr(each, "success", None)) for each in environments)}
     for end, name in ENDS.items():
-        table[f"ended by {name}"] = fmean(each.episode.end == end for each in outcomes)
-    table["calls"] = fmean(each.episode.calls for each in outcomes)
+        table[f"ended by {name}"] = fmean(each.end == end for each in episodes)
+    table["calls"] = fmean(each.calls for each in episodes)
     table["reward"] = fmean(map(reward_of, environments))
     parts = [getattr(each, "rewards", {}) for each in environments]
     for name in dict.fromkeys(name for each in parts for name in each):
@@ -176,11 +153,11 @@ def figures(outcomes: list[Outcome]) -> dict[str, float]:
     return table
 
 
-def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
-    """Prints an episode turn by turn, with the reward after each."""
-    episode, rewards = outcome.episode, iter(outcome.rewards)
+def _print_replay(console: Terminal, number: int, episode: Any) -> None:
+    """Prints an episode turn by turn."""
     ending = "[green]success[/]" if getattr(episode.environment, "success", None) else "[red]no success[/]"
-    title = f"[bold]episode {number}[/]  {ending}, {episode.calls} calls, ended by {ENDS[episode.end]}"
+    reward = f"reward {reward_of(episode.environment):.1f}"
+    title = f"[bold]episode {number}[/]  {ending}, {reward}, {episode.calls} calls, ended by {ENDS[episode.end]}"
     console.print(Rule(title, align="left", style="dim"))
     rows: list[tuple[Any, ...]] = [("prompt", Text(shorten(episode.prompt[-1]["content"].strip(), LONGEST)))]
     for message in episode.completion:
@@ -188,6 +165,6 @@ def _print_replay(console: Terminal, number: int, outcome: Outcome) -> None:
         lines = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
         text = Text(shorten("\n".join([message["content"], *lines]).strip(), LONGEST))
         is_tool = message["role"] == "tool"
-        rows.append(("result", text) if is_tool else ("[bold]model[/]", text, f"{next(rewards):.1f}"))
-    console.table((Column(style="dim"), Column(overflow="fold", ratio=1), numeric("")), rows, show_header=False)
+        rows.append(("result", text) if is_tool else ("[bold]model[/]", text))
+    console.table((Column(style="dim"), Column(overflow="fold", ratio=1)), rows, show_header=False)
     console.print()

@@ -1,9 +1,7 @@
 """`llmlab evaluate`: gates of a model, against thresholds and another model's scores, or public benchmarks. Measuring
 and judging are in `llmlab.evaluation`; here are only options and tables."""
 
-import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 from rich.table import Column
@@ -14,7 +12,7 @@ from llmlab.cli.arguments import AllowCode, AsJson, Seed, TrustRemoteCode
 from llmlab.cli.options import setting_option
 from llmlab.cli.rewards import parse_source
 from llmlab.settings.errors import UserError, reading
-from llmlab.settings.files import Layer, dump, finite
+from llmlab.settings.files import Layer, finite
 from llmlab.settings.gates import EvaluateSettings, GateSettings, read_gates
 from llmlab.settings.paths import check_model
 from llmlab.settings.sources import resolve
@@ -42,7 +40,6 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 256,
     lm_eval: Annotated[str | None, Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     seed: Seed = 42,
-    output: Annotated[Path | None, Option("--output", "-o", help="File (.json) or folder to write.")] = None,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
     device: chat.Device = chat.DEFAULT.device,
@@ -60,9 +57,6 @@ def evaluate(
     named = ({"name": entry} if isinstance(entry, str) else entry for entry in entries)
     complete = [default | entry | options if isinstance(entry, dict) else entry for entry in named]
     settings = resolve(EvaluateSettings, Layer(gates or "command line", {"gates": complete})).settings.gates
-    output = output / "evaluation.json" if output and output.is_dir() else output
-    if output and (output.suffix != ".json" or not os.access(output.parent, os.W_OK)):
-        raise UserError(f"--output {output}: expected a file .json in a folder that exists and can be written to")
     check_model(baseline or run)  # loading checks the run
 
     import_heavy("llmlab.inference")
@@ -92,8 +86,6 @@ def evaluate(
     report = {"run": run, "baseline": baseline, "seed": seed, "passed": passed}
     report["gates"] = [v._asdict() | {"settings": s.recorded()} for v, s in zip(verdicts, settings, strict=True)]
     report = finite(report | ({"lm_eval": tasks, "lm_eval_baseline": tasks_before} if lm_eval else {}))
-    if output is not None:
-        dump(report, output)
     if as_json:
         say_json(report, indent=2)
     else:

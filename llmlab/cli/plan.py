@@ -10,7 +10,7 @@ from typer.main import get_command
 from llmlab.cli.arguments import AsJson, Overwrite
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.stages import STAGES
-from llmlab.terminal import Curve, Terminal, duration, numeric, safe, say_json
+from llmlab.terminal import Terminal, duration, numeric, safe, say_json
 
 PLANNED = [name for name, stage in STAGES.items() if stage.resumes]  # those that train
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
@@ -21,7 +21,6 @@ tune = Typer(no_args_is_help=True, help="Find settings by short trials.")
 
 TESTED = ("pretrain", "sft", "dpo", "orpo", "reward", "rs-sft", "awr")
 NO_LOSS = "its loss is no measure of progress: it is near 0 however high the reward; compare rewards of short runs"
-HEIGHT = 12  # lines of the chart
 
 
 def plan(
@@ -108,9 +107,8 @@ def tune_lr(
     low: Annotated[float, Option(help="Lowest rate, of the first step.", min=1e-12)] = 1e-7,
     high: Annotated[float, Option(help="Highest rate, of the last step.", min=1e-12)] = 1.0,
     steps: Annotated[int, Option(help="Optimizer steps.", min=20)] = 100,
-    plot: Annotated[Path | None, Option(help="Image, .png or .svg, with a .csv beside; none is lr_STAGE.png.")] = None,
+    plot: Annotated[Path | None, Option(help="Image, .png or .svg; none is lr_STAGE.png.")] = None,
     overwrite: Overwrite = False,
-    as_json: AsJson = False,
 ) -> None:
     """Raise the learning rate exponentially over a few steps, and suggest one.
 
@@ -125,8 +123,8 @@ def tune_lr(
     plot = plot or Path(f"lr_{stage}.png")
     if plot.suffix not in (".png", ".svg") or not plot.absolute().parent.is_dir():
         raise UserError(f"--plot {plot}: expected a name that ends in .png or .svg, in a folder that exists")
-    if taken := [path for path in (plot, plot.with_suffix(".csv")) if path.exists() and not overwrite]:
-        raise UserError(f"--plot {plot}: {taken[0]} exists; choose another name, or --overwrite")
+    if plot.exists() and not overwrite:
+        raise UserError(f"--plot {plot}: it exists; choose another name, or --overwrite")
     from llmlab.settings.base import spellings_of
     from llmlab.settings.paths import check_inputs
 
@@ -136,24 +134,18 @@ def tune_lr(
     check_inputs(resolved.settings, resolved.sources)
     from llmlab.runs.lr_range import RangeTest, run_range_test
 
-    console, test = Terminal(stderr=as_json), RangeTest(low, high, steps)
+    console, test = Terminal(), RangeTest(low, high, steps)
     run_range_test(stage, STAGES[stage].function, resolved, test, console)
     if len(test.losses) < 5:
         raise UserError(f"--low {low:g}: the loss exploded after {len(test.losses)} steps; start lower")
     suggestion, smooth = test.suggest(), test.smooth().tolist()
-    test.write(plot, plot.with_suffix(".csv"), f"{stage}: learning-rate range test")
+    test.draw(plot, f"{stage}: learning-rate range test")
     setting = spellings_of(type(resolved.settings))["learning_rate"]
     key, now = setting.key, setting.of(resolved.settings)
-    if as_json:
-        curve = list(zip(test.rates.tolist(), test.losses, strict=True))
-        return say_json({"setting": key, "now": now, "suggestion": suggestion, "curve": curve})
-    lowest, last = min(smooth), test.rates[-1]
-    shown = [(step, min(value, 2 * smooth[0] - lowest)) for step, value in enumerate(smooth)]
-    ends = (f"{low:.0e}", f"learning rate {last:.1e}, logarithmic")
-    console.chart([Curve(shown, "cyan")], height=HEIGHT, ends=ends)
+    lowest = min(smooth)
     at = f"{lowest:.4g} at {test.rates[smooth.index(lowest)]:.1e}, from {smooth[0]:.4g}"
     console.print(f"lowest loss {at}; ended after {len(smooth)} of {steps} steps", soft_wrap=True)
-    console.print(f"wrote {safe(plot)}, {safe(plot.with_suffix('.csv'))}", soft_wrap=True)
+    console.print(f"wrote {safe(plot)}", soft_wrap=True)
     if suggestion is None:
         console.print("no suggestion: the loss never fell by 1 %; try --high, more --steps, or look at the data")
     else:

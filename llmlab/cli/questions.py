@@ -225,16 +225,12 @@ class Form:
         return {"stage": self.stage.name, **(values[part] if part else values)}
 
     def status(self, text: str = "") -> tuple[str, str]:
-        """Returns what is below questions: what contradicts, or the model's size and what the run will take."""
+        """Returns what is below questions: what contradicts, or what the run will take."""
         if self.problems:
             return "problem", "; ".join(self.problems)
         if not self.stage.resumes:
             return "", ""
-        settings, later = self.resolved.settings, "memory and time follow"
-        is_new = getattr(settings, "init_from", "") is None  # a model of this shape; its vocabulary may be a folder's
-        if is_new and not os.path.exists(settings.model.tokenizer_name):
-            later = f"{human(settings.model.count_parameters())} parameters, {later}"
-        return "", f"plan: {PLANNER.line(self.stage.name, self.plain()) or later}"
+        return "", f"plan: {PLANNER.line(self.stage.name, self.plain()) or 'memory and time follow'}"
 
 
 def parse_answer(setting: Setting, text: str) -> Any:

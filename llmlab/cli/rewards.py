@@ -2,20 +2,15 @@
 pairs` turns a model's completions, scored by rewards, into preference pairs. Scoring is in `rewards`, sampling in
 `training/preference/pairs.py`; here are only reading, the tables and the JSON."""
 
-import json
-import math
 import os
-import re
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ValidationError
-from rich.bar import Bar
 from rich.table import Column
-from rich.text import Text
 from typer import Argument, Option
 
 from llmlab.cli.arguments import AllowCode, AsJson, Seed, TrustRemoteCode
@@ -23,22 +18,18 @@ from llmlab.cli.chat import MaxNewTokens, Temperature, TopP
 from llmlab.cli.options import resolve_options
 from llmlab.settings.base import spellings_of
 from llmlab.settings.data import DataSource
-from llmlab.settings.errors import UserError, printable
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer, parse_scalar, read_layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import expand, missing
 from llmlab.settings.rewards import RewardsSettings
 from llmlab.settings.sources import resolve
-from llmlab.terminal import Terminal, draw_bars, numeric, safe, say_json, track
+from llmlab.terminal import Terminal, numeric, safe, say_json, track
 
 if TYPE_CHECKING:
     from llmlab.rewards.compose import ComposedReward, Scores
     from llmlab.training.preference.pairs import PairsReport
 
-BINS = 10
-LONGEST_BAR = 40
-SHOWN = 2  # pairs that are printed
-LONGEST = 400  # characters of a text that is printed
 OUTPUT = Path("pairs.jsonl")
 
 PROMPTS_HELP = (
@@ -79,11 +70,7 @@ def reward_check(
 
     composed = compose(settings.rewards, normalize=settings.normalize_rewards, allow_code=allow_code, folder=folder)
     prompts, completions, columns = _read(file)
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        by_prompt[json.dumps(prompt, sort_keys=True, default=str)].append(row)
-    groups = [rows for prompt, rows in by_prompt.items() if len(rows) > 1 and prompt not in ('""', "[]")]
-    report = _report(file, composed, composed.score(completions, prompts=prompts, **columns), groups)
+    report = _report(file, composed, composed.score(completions, prompts=prompts, **columns))
     if as_json:
         say_json(report, indent=2, allow_nan=False)
     else:
@@ -141,19 +128,17 @@ def _read(path: Path) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     return prompts, completions, {str(name): [row.get(name) for row in rows] for name in names}
 
 
-def _report(file: Path, composed: "ComposedReward", scores: "Scores", groups: list[list[int]]) -> dict[str, Any]:
+def _report(file: Path, composed: "ComposedReward", scores: "Scores") -> dict[str, Any]:
     """Returns everything that is shown, as plain values."""
-    bounds = (0.0, 1.0) if composed.normalize else composed.bounds or (None, None)
     return {
         "file": str(file),
         "rows": len(scores.totals),
-        "groups": len(groups),
         "normalized": composed.normalize,
         "bounds": composed.bounds,
-        "reward": _summarize(scores.totals, bounds, groups),
+        "reward": _summarize(scores.totals),
         "components": {
             label: {"weight": reward.weight, "range": [reward.low, reward.high], "cap": reward.cap}
-            | _summarize(scores.components[label], (reward.low, reward.high), groups)
+            | _summarize(scores.components[label])
             for label, reward in composed.components.items()
         },
         "scores": [
@@ -164,88 +149,39 @@ def _report(file: Path, composed: "ComposedReward", scores: "Scores", groups: li
     }
 
 
-def _summarize(
-    values: list[float | None], bounds: tuple[float | None, float | None], groups: list[list[int]]
-) -> dict[str, Any]:
-    """Returns statistics of the values that are not None; `zero_variance` is the share of groups with one value."""
+def _summarize(values: list[float | None]) -> dict[str, Any]:
+    """Returns statistics of the values that are not None."""
     numbers = [value for value in values if value is not None]
-    flat = [rows for rows in groups if len({values[row] for row in rows}) == 1]
-    low = min(numbers, default=0.0) if bounds[0] is None else bounds[0]
-    high = max(numbers, default=0.0) if bounds[1] is None else bounds[1]
-    counts = [0] * BINS
-    for value in numbers:
-        share = (value - low) / (high - low) if high > low else 0.0
-        counts[min(max(math.floor(share * BINS + 1e-9), 0), BINS - 1)] += 1
-    return {
-        "count": len(numbers),
-        "mean": statistics.fmean(numbers) if numbers else None,
-        "min": min(numbers, default=None),
-        "max": max(numbers, default=None),
-        "zero_variance": len(flat) / len(groups) if groups else None,
-        "histogram": {"from": low, "to": high, "counts": counts},
-    }
+    mean = statistics.fmean(numbers) if numbers else None
+    return {"count": len(numbers), "mean": mean, "min": min(numbers, default=None), "max": max(numbers, default=None)}
 
 
 def _print_tables(report: dict[str, Any], completions: list[Any], shown: int) -> None:
-    console, groups = Terminal(), report["groups"]
-    if shown:
-        _print_rows(console, report["scores"], completions[:shown])
-        if len(completions) > shown:
-            console.print(f"[dim]... {len(completions) - shown:,} more rows (--rows)[/dim]")
-        console.print()
-    _print_components(console, report)
-    _print_histogram(console, *report["reward"]["histogram"].values())
-    if groups:
-        console.print(f"[dim]flat: share of the {groups:,} prompts whose completions all get the same value.[/]")
-    else:
-        console.print("[dim]No prompt has several completions here, so nothing shows how they differ.[/]")
-    components, rows = report["components"].items(), report["rows"]
-    same = [label for label, of in components if of["min"] == of["max"] and of["count"] in (0, rows) and rows > 1]
-    if same:
-        console.print(f"[yellow]The same value in every row: {safe(', '.join(same))}.[/]")
-
-
-def _print_rows(console: Terminal, scores: list[dict[str, Any]], completions: list[Any]) -> None:
+    """Prints the first rows with their completions, then a line for each component and for the sum."""
     from llmlab.rewards.completions import answer, model_text
 
-    labels = list(scores[0]["components"])
-    fits = 4 + sum(max(len(label), 6) + 2 for label in labels) + 8 + 24 <= console.width
-    width, digits, gap = (None, 3, 2) if fits else (5, 2, 1)  # else names are folded
-    columns = [numeric("row", style="dim"), numeric("reward", style="bold")]
-    columns += [Column(safe(label), justify="right", width=width, overflow="fold") for label in labels]
-    columns += [Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)]
+    console, components = Terminal(), report["components"]
     rows = []
-    for score, completion in zip(scores, completions, strict=False):
-        values = (_cell(value, digits) for value in score["components"].values())
+    for score, completion in zip(report["scores"], completions[:shown], strict=False):
+        values = (_cell(value, 2) for value in score["components"].values())
         text = " ".join((answer(completion) or model_text(completion))[:400].split())
         rows.append((str(score["row"]), _cell(score["reward"]), *values, safe(text) or "(empty)"))
-    console.table(columns, rows, expand=True, gap=gap)
-
-
-def _print_components(console: Terminal, report: dict[str, Any]) -> None:
-    """Prints a line for each component, and one for their sum."""
-    flat, rows = ["flat"] if report["groups"] else [], []
-    for label, found in [*report["components"].items(), ("reward", report["reward"])]:
+    if rows:
+        columns = [numeric("row", style="dim"), numeric("reward", style="bold")]
+        width = 5 if len(components) > 4 else None  # folded, so that completions have room
+        columns += [Column(safe(label), justify="right", width=width, overflow="fold") for label in components]
+        columns += [Column("completion", style="dim", no_wrap=True, overflow="ellipsis", ratio=1, min_width=12)]
+        console.table(columns, rows, expand=True, gap=1)
+    if shown and len(completions) > shown:
+        console.print(f"[dim]... {len(completions) - shown:,} more rows (--rows)[/dim]")
+    rows = []
+    for label, found in [*components.items(), ("reward", report["reward"])]:
         cells = [safe(label), f"{found['weight']:g}" if "weight" in found else ""]
         cells += [_cell(found[name]) for name in ("mean", "min", "max")]
-        cells += [f"{found['zero_variance']:.0%}" for _ in flat]
-        cells += [str(report["rows"] - found["count"] or "-"), draw_bars(found["histogram"]["counts"])[0]]
-        rows.append(cells if "weight" in found else [f"[bold]{cell}[/]" for cell in cells])
-    columns = [Column("component", no_wrap=True, overflow="ellipsis"), Column("distribution", no_wrap=True)]
-    columns[1:1] = map(numeric, ("weight", "mean", "min", "max", *flat, "none"))
-    console.table(columns, rows)
+        rows.append([*cells, str(report["rows"] - found["count"] or "-")])
+    named = Column("component", no_wrap=True, overflow="ellipsis")
     console.print()
-
-
-def _print_histogram(console: Terminal, low: float, high: float, counts: list[int]) -> None:
-    """Prints a line for each bin, or one for all where every value is the same."""
-    step, rows = (high - low) / BINS, []
-    for number, count in enumerate(counts if step else [sum(counts)]):
-        start = low + number * step
-        bar = Bar(max(counts), 0, count, width=LONGEST_BAR, color="cyan")
-        rows.append((f"{start:.2f} - {start + step:.2f}" if step else f"{start:.3g}", str(count or "-"), bar))
-    console.table((numeric("reward"), numeric("rows"), Column(no_wrap=True)), rows)
-    console.print()
+    console.table((named, *map(numeric, ("weight", "mean", "min", "max", "none"))), rows)
 
 
 def _print_list() -> None:
@@ -331,10 +267,8 @@ def pairs(
 
 def _check_output(output: Path, source: DataSource) -> None:
     """Checks the output path before sampling."""
-    if output.is_dir():
-        raise UserError(f"--output {output}: this is a folder; expected a file, such as {output / 'pairs.jsonl'}")
-    if not output.name.endswith(".jsonl"):
-        raise UserError(f"--output {output}: pairs are JSON lines; expected a name that ends in .jsonl")
+    if output.is_dir() or output.suffix != ".jsonl":
+        raise UserError(f"--output {output}: expected a file whose name ends in .jsonl")
     prompts = expand(source.name)
     if output.exists() and prompts.exists() and output.samefile(prompts):
         raise UserError(f"--output {output}: these are the prompts; expected another file")
@@ -348,17 +282,6 @@ def _check_output(output: Path, source: DataSource) -> None:
 
 def _print_pairs(report: "PairsReport", output: Path) -> None:
     console = Terminal()
-    for pair in report.pairs[:SHOWN]:
-        scores = pair["scores"]
-        for name, style, messages in (
-            ("prompt", "bold", pair["prompt"]),
-            (f"chosen, {scores[0]:.3f}", "green", pair["chosen"]),
-            (f"rejected, {scores[1]:.3f}", "red", pair["rejected"]),
-        ):
-            text = re.sub(r"\s*\n\s*", "\n", messages[-1]["content"].strip())
-            shown = printable(text[:LONGEST]) + (" ..." if len(text) > LONGEST else "")
-            console.print(Text.assemble((f"{name}: ", style), shown))
-        console.print()
     means = {"mean score": report.mean, "best, mean": report.best, "worst, mean": report.worst}
     rows = [(name, "-" if value is None else f"{value:.3f}") for name, value in means.items()]
     rows += [("completions", f"{report.completions:,}"), ("prompts", f"{report.prompts:,}")]

@@ -20,7 +20,6 @@ from llmlab.terminal import Terminal, safe
 if TYPE_CHECKING:
     from llmlab.pipeline import Step
 
-CHANGES_SHOWN = 8  # lines a stage
 GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
 BUSY = "another process works on this queue, and runs what waits"
 
@@ -72,15 +71,11 @@ def run(
 
 def _print_plan(console: Terminal, title: str, steps: "list[Step]") -> None:
     console.print(f"[bold]Pipeline[/] {safe(title)}", soft_wrap=True)
-    changed = [Column("changed since", overflow="fold")] if any(step.changes for step in steps) else []
-    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"), *changed)
+    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"))
     rows = []
     for step in steps:
-        more = len(step.changes) - CHANGES_SHOWN
-        changes = [*step.changes[:CHANGES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        cells = (step.stage.name, step.action, step.reason, *(["\n".join(changes)] if changed else []))
         style = {"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action]
-        rows.append([f"[{style}]{safe(cell)}[/]" for cell in cells])
+        rows.append([f"[{style}]{safe(cell)}[/]" for cell in (step.stage.name, step.action, step.reason)])
     console.table(columns, rows, header_style="dim")
 
 
@@ -99,7 +94,6 @@ def find_pipeline(name: str) -> Path:
 def queue(
     files: Annotated[list[str] | None, Argument(metavar="[FILE]...", help="Pipeline files, or shipped names.")] = None,
     folder: Annotated[Path, Option(help="The folder of the queue.")] = Path("runs/queue"),
-    add_only: Annotated[bool, Option("--add-only", help="Add the files, and run nothing now.")] = False,
     work: Annotated[bool, Option("--work", help="Run what is in the queue, without adding anything.")] = False,
     run_options: Annotated[str, Option(help="Options of llmlab run: '--allow-code --accelerate ddp'.")] = "",
 ) -> None:
@@ -110,10 +104,8 @@ def queue(
     """
     from llmlab.pipeline import queue as jobs
 
-    works = bool(files or work) and not add_only
-    if add_only and (work or not files):
-        raise UserError("--add-only: expected FILE beside it, and no --work")
-    if run_options and not (files or work):
+    works = bool(files or work)
+    if run_options and not works:
         raise UserError("--run-options: expected FILE or --work beside it; without them the queue is listed")
     with reading("--run-options", "words of a shell"):
         words = shlex.split(run_options)
@@ -134,7 +126,7 @@ def queue(
         error = UserError(f"{len(failed)} of {ended} jobs failed: {', '.join(failed)}; {again}")
         error.exit_code = 1
         raise error
-    if not works and not files:
+    if not works:
         rows = []
         for job in jobs.find_jobs(folder):
             record = {"exit_code": "", "recipe": "damaged", **jobs.read_job(job)}

@@ -88,7 +88,6 @@ class DataReport:
     problems: dict[str, Finding] = field(default_factory=dict)
     scripts: dict[str, float] = field(default_factory=dict)  # share of the letters
     characters: Lengths | None = None
-    words: Lengths | None = None
     tokens: TokenReport | None = None  # where a tokenizer was given
     labels: dict[str, int] = field(default_factory=dict)  # rows by label, of unpaired preferences
 
@@ -108,7 +107,7 @@ def inspect_rows(
     columns: dict[str, None] = {}
     alphabet: Counter[str] = Counter()
     labels: Counter[str] = Counter()
-    characters, words, tokens = [], [], []
+    characters, tokens = [], []
     trained, truncated, lost = 0, Finding(), Finding()
     seen: set[int] = set()
     similar = NearDuplicates()
@@ -123,7 +122,6 @@ def inspect_rows(
             text = text_of(conversation)
             alphabet.update(text)
             characters.append(len(text))
-            words.append(len(text.split()))
             content = text_hash(json.dumps(conversation, sort_keys=True, default=str))
             if content in seen:
                 report.exact_duplicates.add(number)
@@ -148,7 +146,7 @@ def inspect_rows(
     report.usable = report.rows - sum(finding.rows for finding in report.dropped.values())
     if characters:
         report.scripts = scripts_of(alphabet)
-        report.characters, report.words = Lengths.of(characters), Lengths.of(words)
+        report.characters = Lengths.of(characters)
     if tokens:
         report.tokens = TokenReport(Lengths.of(tokens), trained, max_seq_len, truncated, lost)
     return report

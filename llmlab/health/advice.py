@@ -14,7 +14,6 @@ from llmlab.settings.base import Settings, fields_of
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
 from llmlab.settings.sources import resolve
-from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
 URGENCY = (  # a setting that two conditions change follows the first of them
     *("unstable", "drift", "reward_hacking", "regression", "collapse", "alike", "overfitting", "preference", "data"),
@@ -101,18 +100,6 @@ def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         first, _, rest = key.partition(".")
         result[first] = changed(result.get(first) or {}, {rest: value}) if rest else value
     return result
-
-
-def split_trusted(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns a file's settings, and those as words of a command line that no file may decide."""
-    file, words = dict(values), []
-    if remote_services(values.get(REPORT_TO)):
-        words.append(f"{REPORT_TO}={','.join(file.pop(REPORT_TO))}")
-    arguments = values.get(TRAINER_ARGS, {})
-    words += [f"{TRAINER_ARGS}.{name}={value}" for name, value in arguments.items() if leaves_machine(name, value)]
-    if arguments:
-        file[TRAINER_ARGS] = {name: value for name, value in arguments.items() if not leaves_machine(name, value)}
-    return file, words
 
 
 def _ends(curve: Curve, share: int = 5) -> tuple[float, float, float]:

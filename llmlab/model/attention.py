@@ -12,13 +12,13 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from .blocks import block_attention
 from .configuration import LLMLabConfig
+from .norms import RMSNorm
 from .positions import alibi_bias
 
 MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -26,7 +26,11 @@ BIAS_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 class LLMLabAttention(LlamaAttention):
-    """Llama's causal self-attention with sliding windows, other position encodings and `block_attention`."""
+    """Llama's causal self-attention with sliding windows, other position encodings and `block_attention`.
+
+    Value embeddings, a vector of each token, are added to its values. Source: Zhou et al. 2024, arXiv 2410.17897, who
+    add the first layer's values; tables of their own are KellerJordan/modded-nanogpt's.
+    """
 
     def __init__(self, config: LLMLabConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -35,7 +39,7 @@ class LLMLabAttention(LlamaAttention):
             width = config.num_attention_heads * config.head_dim
             self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(
         self,
@@ -43,16 +47,21 @@ class LLMLabAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        value_embeddings: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the outputs, (batch, time, hidden), and the weights where the implementation returns them.
 
-        Hidden states are (batch, time, hidden); the cosines and sines of rotary embeddings (batch, time, head_dim).
+        Hidden states are (batch, time, hidden); the cosines and sines of rotary embeddings (batch, time, head_dim);
+        value embeddings (batch, time, key/value heads * head_dim).
         """
         shape = hidden_states.shape[:-1]
         by_head = (*shape, -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(by_head), self.k_proj(hidden_states).view(by_head)
-        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)  # (batch, key/value heads, time, head_dim)
+        value = self.v_proj(hidden_states).view(by_head)
+        if value_embeddings is not None:
+            value = value + value_embeddings.view(by_head).to(value.dtype)
+        value = value.transpose(1, 2)  # (batch, key/value heads, time, head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)

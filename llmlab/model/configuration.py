@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig, PreTrainedConfig
 
 # saved beside the weights, for machines without llmlab; they import each other by relative paths
-CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "attention.py", "loss.py", "modeling.py")
+CODE_FILES = ("configuration.py", "positions.py", "blocks.py", "norms.py", "attention.py", "loss.py", "modeling.py")
 CHOICES = {
     "positional_encoding": ("sinusoidal", "rope", "alibi", "yarn"),
     "attention_type": ("mha", "mqa", "gqa"),
@@ -64,6 +64,7 @@ class LLMLabConfig(PreTrainedConfig):
     dropout: float = 0.0  # of the embeddings and of each sublayer's output
     attention_dropout: float | None = None  # of the attention weights; as dropout
     rms_norm_eps: float = 1e-6
+    value_embeddings: bool = False  # see `LLMLabAttention`; the last layer and every second before it have them
     qk_norm: bool = False  # an RMSNorm on each head's queries and keys, as in Qwen3
     initialization: str = "normal"  # see `LLMLabPreTrainedModel._init_weights`
     initializer_range: float = 0.02
@@ -81,7 +82,7 @@ class LLMLabConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = {"mha": self.num_attention_heads, "mqa": 1, "gqa": 2}[self.attention_type]
         if self.head_dim is None:
-            self._check_divides("hidden_size", "num_attention_heads", "heads")
+            self._check_divides("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -116,6 +117,11 @@ class LLMLabConfig(PreTrainedConfig):
         return self.positional_encoding in ("rope", "yarn")
 
     @property
+    def value_layers(self) -> range:
+        """The layers that have value embeddings."""
+        return range((self.num_hidden_layers - 1) % 2, self.num_hidden_layers if self.value_embeddings else 0, 2)
+
+    @property
     def is_gated(self) -> bool:
         """Whether the feed-forward layers have a gate."""
         return self.hidden_act == "swiglu"
@@ -123,7 +129,7 @@ class LLMLabConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises ValueError where values contradict each other; the model calls it too, since fields can be set."""
         self._check_fields()
-        self._check_divides("num_attention_heads", "num_key_value_heads", "key/value heads")
+        self._check_divides("num_attention_heads", "num_key_value_heads")
         expected = {"mha": self.num_attention_heads, "mqa": 1}.get(self.attention_type, self.num_key_value_heads)
         if self.num_key_value_heads != expected:
             raise ValueError(
@@ -131,8 +137,9 @@ class LLMLabConfig(PreTrainedConfig):
                 f"{self.attention_type}, which has {expected}; expected attention_type = gqa, or leave one out"
             )
         if self.uses_rope and self.head_dim % 2:
-            problem = f"{self.positional_encoding} rotates pairs, so it must be even"
-            raise ValueError(f"head_dim = {self.head_dim}: {problem}; the nearest is {self.head_dim + 1}")
+            raise ValueError(
+                f"head_dim = {self.head_dim}: {self.positional_encoding} rotates pairs, so it must be even"
+            )
         if len(self.layer_types) != self.num_hidden_layers:
             found, expected = len(self.layer_types), self.num_hidden_layers
             raise ValueError(f"layer_types has {found} entries; expected num_hidden_layers = {expected}")
@@ -159,12 +166,10 @@ class LLMLabConfig(PreTrainedConfig):
         if (softcap := self.final_logit_softcapping) is not None and not softcap > 0:
             raise ValueError(f"final_logit_softcapping = {softcap}: expected more than 0, or None")
 
-    def _check_divides(self, whole: str, part: str, what: str) -> None:
+    def _check_divides(self, whole: str, part: str) -> None:
         number, divisor = getattr(self, whole), getattr(self, part)
         if number % divisor:
-            near = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - divisor), -d))
-            problem = f"{whole} = {number} is not divisible by {part} = {divisor}"
-            raise ValueError(f"{problem}; the nearest number of {what} that divides it is {near}")
+            raise ValueError(f"{whole} = {number} is not divisible by {part} = {divisor}")
 
     def _complete_rope_parameters(self) -> None:
         parameters = dict(self.rope_parameters or {})

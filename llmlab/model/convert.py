@@ -64,6 +64,7 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
     possible = {  # dropout is left behind
         "positional_encoding": config.uses_rope,
         "qk_norm": config.qk_norm == (family == "qwen3"),
+        "value_embeddings": not config.value_embeddings,
         "norm_type": config.norm_type == "rmsnorm",
         "activation": config.is_gated,
         "sliding_window": family != "llama" or windows == {"full_attention"},

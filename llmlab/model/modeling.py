@@ -15,13 +15,14 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LLMLabAttention, attention_inputs
 from .configuration import LLMLabConfig
 from .loss import linear_cross_entropy
+from .norms import RMSNorm
 from .positions import positions_from_mask, sinusoidal_encoding
 
 # where the embedding is not the head too. Source: karpathy/nanochat, nanochat/gpt.py, init_weights
@@ -69,7 +70,7 @@ class LLMLabDecoderLayer(GradientCheckpointingLayer):
 
 
 def _norm(config: LLMLabConfig) -> nn.Module:
-    norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    norm = RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -86,10 +87,21 @@ class LLMLabPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "initial_bound"):
             init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
+            return
         own_head = self.config.initialization == "zero_outputs" and not self.config.tie_word_embeddings
         if own_head and isinstance(module, (nn.Embedding, LanguageModelHead)):
             std = ZERO_OUTPUTS_EMBEDDING_STD if isinstance(module, nn.Embedding) else ZERO_OUTPUTS_HEAD_STD
             init.normal_(module.weight, std=std)
+
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
+        """Resizes the value embeddings too: those of new tokens are the mean of the others."""
+        resized = super().resize_token_embeddings(*args, **options)
+        for table in self.base_model.value_embeddings.values():
+            old, rows = table.weight.data, resized.num_embeddings
+            new = old.mean(0, keepdim=True).expand(max(rows - len(old), 0), -1)
+            table.weight = nn.Parameter(torch.cat([old[:rows], new]), table.weight.requires_grad)
+            table.num_embeddings = rows
+        return resized
 
 
 class LLMLabModel(LLMLabPreTrainedModel):
@@ -101,6 +113,13 @@ class LLMLabModel(LLMLabPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([LLMLabDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        values = config.num_key_value_heads * config.head_dim
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): nn.Embedding(config.vocab_size, values) for i in config.value_layers}
+        )
+        if config.initialization == "zero_outputs":
+            for table in self.value_embeddings.values():
+                table.initial_bound = (3 / config.hidden_size) ** 0.5  # as large as the values
         self.norm = _norm(config)
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.uses_rope else None
         self.gradient_checkpointing = False
@@ -124,6 +143,8 @@ class LLMLabModel(LLMLabPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
+        if input_ids is None and self.config.value_embeddings:
+            raise ValueError("inputs_embeds: not supported with value_embeddings, which need the ids; pass input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
@@ -144,8 +165,10 @@ class LLMLabModel(LLMLabPreTrainedModel):
                 hidden_states = inputs_embeds * self.config.hidden_size**0.5 + encoding
         hidden_states = self.dropout(hidden_states)
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **inputs_of[kind], **kwargs)
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            values = self.value_embeddings[str(i)](input_ids) if str(i) in self.value_embeddings else None
+            kwargs |= inputs_of[kind] | {"value_embeddings": values}
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _default_positions(self, embeds: torch.Tensor, attention_mask: Any, cache: Cache | None) -> torch.Tensor:

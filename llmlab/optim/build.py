@@ -115,6 +115,8 @@ def _split_off(model: Any, settings: OptimizerSettings, other_weights: Group, un
     output = transformer.get_output_embeddings() or getattr(transformer, "score", None)
     head = set() if output is None else set(output.parameters())
     embeddings = set(transformer.get_input_embeddings().parameters())
+    values = getattr(transformer.base_model, "value_embeddings", None)  # of llmlab's decoder
+    embeddings |= set() if values is None else set(values.parameters())
     groups = []
     for key, chosen, group in (("embedding_lr", embeddings, undecayed), ("head_lr", head, other_weights)):
         if (rate := getattr(settings, key)) is None:

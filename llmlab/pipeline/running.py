@@ -21,7 +21,7 @@ from llmlab.runs.history import RunFolder, curve_metric, flatten, open_or_note, 
 from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
 from llmlab.runs.record import RECORD, library_versions, read_events, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
-from llmlab.settings.errors import SettingsError, UserError, did_you_mean
+from llmlab.settings.errors import SettingsError, UserError, did_you_mean, shorten
 from llmlab.settings.files import dump, read_json
 from llmlab.settings.paths import LOCK, OWNER, check_inputs, expand
 from llmlab.settings.sources import Resolved
@@ -30,7 +30,7 @@ from llmlab.stages import Stage
 STATE = "pipeline.json"
 FILES = "input files"
 VERSIONS = ("llmlab", "torch", "transformers", "trl", "tokenizers", "datasets")
-LONGEST_CHANGE = 40  # characters; of a longer change only the name is shown
+LONGEST_CHANGES = 400  # characters
 Action = Literal["skip", "run", "resume"]
 Inputs = dict[str, dict[str, Any]]
 
@@ -50,13 +50,12 @@ State = dict[str, StageState]
 
 @dataclass(frozen=True)
 class Step:
-    """What will be done with a stage, and why: the changes since the recorded run, such as `lr 0.001 → 0.002`, and all
+    """What will be done with a stage, and why, with changes since the recorded run such as `lr 0.001 → 0.002`; and all
     inputs that determine what the stage writes (settings, local files, versions)."""
 
     stage: PipelineStage
     action: Action
     reason: str
-    changes: tuple[str, ...] = ()
     inputs: Inputs = field(default_factory=dict, repr=False)
 
 
@@ -73,26 +72,25 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
     steps: dict[str, Step] = {}
     for number, stage in enumerate(pipeline.stages):
         inputs = _inputs(stage, pipeline.processes)
-        changed, changes = _compare(state[stage.name]["inputs"], inputs) if stage.name in state else ([], ())
         if first is not None and number >= names.index(first):
             action: Action = "run"
             reason = "asked for by --from" if stage.name == first else f"comes after '{first}' (--from)"
         else:
-            action, reason = _decide(stage, state, changed, steps)
-        steps[stage.name] = Step(stage, action, reason, changes, inputs)
+            action, reason = _decide(stage, state, inputs, steps)
+        steps[stage.name] = Step(stage, action, reason, inputs)
     chosen = list(steps.values()) if only is None else _select(steps, only)
     _check_folders(chosen, state)
     _check_inputs(chosen)
     return chosen
 
 
-def _decide(stage: PipelineStage, state: State, changed: list[str], steps: dict[str, Step]) -> tuple[Action, str]:
+def _decide(stage: PipelineStage, state: State, inputs: Inputs, steps: dict[str, Step]) -> tuple[Action, str]:
     """Returns what to do with a stage, and why; `steps` are those of the stages before it."""
     if stage.name not in state:
         return "run", "not run yet"
     recorded = state[stage.name]
-    if changed:
-        return "run", f"its {' and '.join(changed)} changed"
+    if changed := _changes(recorded["inputs"], inputs):
+        return "run", changed
     for need in stage.needs:
         if steps[need].action != "skip":
             return "run", f"'{need}' runs again"
@@ -114,13 +112,12 @@ def _select(steps: dict[str, Step], only: str) -> list[Step]:
     for name, step in reversed(steps.items()):
         needed |= set(step.stage.needs) if name in needed else set()
         if name in needed - {only} and step.action != "skip":
-            details = f"{step.reason} ({', '.join(step.changes)})" if step.changes else step.reason
-            why = f"it needs '{name}' finished and unchanged, and that has to {step.action}: {details}"
+            why = f"it needs '{name}' finished and unchanged, and that has to {step.action}: {step.reason}"
             problems.insert(0, f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
     left_out = f"left out: only '{only}' was asked for"
-    selected = {name: replace(step, action="skip", reason=left_out, changes=()) for name, step in steps.items()}
+    selected = {name: replace(step, action="skip", reason=left_out) for name, step in steps.items()}
     selected[only] = steps[only]
     if steps[only].action == "skip":
         selected[only] = replace(steps[only], action="run", reason="asked for by --only")
@@ -240,17 +237,16 @@ def _inputs(stage: PipelineStage, processes: int) -> Inputs:
     }
 
 
-def _compare(before: Inputs, now: Inputs) -> tuple[list[str], tuple[str, ...]]:
-    """Returns which kinds of inputs differ from a recorded run, and each difference for a reader."""
+def _changes(before: Inputs, now: Inputs) -> str:
+    """Returns which inputs differ from those of a recorded run, and how; empty where none does."""
     kinds, details = [], []
     for kind in now:
         old, new = before.get(kind, {}), now[kind]
         keys = [key for key in new | old if old.get(key, ...) != new.get(key, ...)]
         kinds += [kind] if keys else []
-        for key in keys:
-            change = f"{key} {show(old.get(key))} → {show(new.get(key))}"
-            details.append(key if kind == FILES or len(change) > LONGEST_CHANGE else change)
-    return kinds, tuple(details)
+        changes = (f"{key} {shorten(show(old.get(key)))} → {shorten(show(new.get(key)))}" for key in keys)
+        details += keys if kind == FILES else changes
+    return f"its {' and '.join(kinds)} changed ({shorten(', '.join(details), LONGEST_CHANGES)})" if kinds else ""
 
 
 def _local_paths(value: Any, made_here: list[Path]) -> list[str]:
@@ -294,14 +290,13 @@ def write_pipeline_page(folder: Path) -> Path:
         place = folder / name
         recorded = (place / RECORD).is_file()  # it may have ended before it wrote a record
         run = open_or_note(place) if recorded else RunFolder(place, {})
-        metric = curve_metric([run])
+        metric = curve_metric(run)
         charts = charts_of(run, metric) if metric else []
         stage = {
             "name": name,
             "kind": run.stage or entry["inputs"].get("kind", {}).get("stage", name),
             "status": run.status if recorded or entry["status"] == "finished" else "failed",
             "run": run,
-            "sparklines": charts_of(run, metric, small=True) if metric else [],
             "charts": charts_of(run, metric, title=f"{name}: {charts[0].title}") if charts else [],
             "events": len(read_events(run.folder)),
             "needs": list(entry["needed_runs"]),

@@ -3,6 +3,7 @@ matplotlib gets numbers alone: titles and names of metrics stand in the page aro
 equal bytes. It is imported when the first chart is drawn, since that takes half a second."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ from typing import Any, NamedTuple
 
 from llmlab.settings.files import read_table
 
-SIZES = {False: (360, 200), True: (150, 36)}  # of charts and sparklines, in SVG units
-MARGINS = {False: (46, 14, 14, 22), True: (3, 3, 3, 3)}  # left, right, above, below
+SIZE = (360, 200)  # in SVG units
+MARGINS = (46, 14, 14, 22)  # left, right, above, below
 POINTS = 500  # of a curve; the curves of a chart share twice as many
 FEW = 16  # points that are marked one by one
 MEANS = 60  # of a curve with at least twice as many points: they are drawn over it
 HUES = 8
 MOST_CURVES = 2 * HUES  # of a chart: the second half is dashed; parts.html says the same
-BESIDE = 0.06  # of the steps: events that are nearer share a label, which would cover each other
+BESIDE = 0.06  # of the steps: of events that are nearer the first has a label
 LOG_RATIO = 50  # of the largest to the smallest value, from which an axis is logarithmic
 SMALL = 1e-3  # numbers below are short with an exponent
 # variables of style.css; matplotlib draws with colors that number them
@@ -63,13 +64,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves with a title and the events that concern them; `small` is a sparkline without axes. Of more curves than
-    can be told apart, the first ones are drawn."""
+    """Curves with a title and the events that concern them. Of more curves than can be told apart, the first ones are
+    drawn."""
 
     title: str
     curves: Sequence[Curve]
     marks: Sequence[Mark] = ()
-    small: bool = False
     log: bool = False
 
     @property
@@ -122,7 +122,7 @@ def _draw(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    (width, height), (left, right, above, below) = SIZES[chart.small], MARGINS[chart.small]
+    (width, height), (left, right, above, below) = SIZE, MARGINS
     look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
     with style.context(look, after_reset=True):  # not as a notebook or a matplotlibrc styles its figures
         figure = Figure(figsize=(width / 72, height / 72))
@@ -134,17 +134,13 @@ def _draw(chart: Chart) -> str:
         curves = chart.curves[:MOST_CURVES]
         for curve in curves:
             steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
-            marker = "o" if len(steps) == 1 or (len(steps) <= FEW and not chart.small) else ""
+            marker = "o" if len(steps) <= FEW else ""
             line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "-" if curve.number < HUES else "--"}
-            noisy = curve.noisy and not chart.small
-            axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if noisy else 1, **line)
-            if noisy:
+            axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if curve.noisy else 1, **line)
+            if curve.noisy:
                 axes.plot(*zip(*smooth(curve.points), strict=True), **line)
         points = [point for curve in curves for point in curve.points]
-        if chart.small:
-            axes.set_axis_off()
-        else:
-            _draw_axes(axes, *zip(*points, strict=True), log=chart.log)
+        _draw_axes(axes, *zip(*points, strict=True), log=chart.log)
         _draw_marks(axes, chart, min(points)[0], max(points)[0])
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -172,19 +168,13 @@ def _draw_axes(axes: Any, steps: Sequence[float], values: Sequence[float], *, lo
 
 
 def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
-    labels: list[list[Mark]] = []  # one for events beside each other
+    labelled = -math.inf
     for mark in sorted(mark for mark in chart.marks if first <= mark.step <= last):
         axes.axvline(mark.step, color=_color(mark.severity), linewidth=1.2, dashes=(3, 2))
-        if labels and mark.step - labels[-1][0].step <= (last - first) * BESIDE:
-            labels[-1].append(mark)
-        else:
-            labels.append([mark])
-    for marks in [] if chart.small else labels:
-        numbers = sorted(mark.number for mark in marks)
-        in_a_row = len(numbers) > 2 and numbers[-1] - numbers[0] < len(numbers)
-        text = f"{numbers[0]}–{numbers[-1]}" if in_a_row else ",".join(map(str, numbers))
-        style = {"color": _color(marks[0].severity), "size": 9, "ha": "center"}
-        axes.text(marks[0].step, 1.02, text, transform=axes.get_xaxis_transform(), **style)
+        if mark.step - labelled > (last - first) * BESIDE:
+            labelled = mark.step
+            style = {"color": _color(mark.severity), "size": 9, "ha": "center"}
+            axes.text(mark.step, 1.02, str(mark.number), transform=axes.get_xaxis_transform(), **style)
 
 
 def _inline(svg: str) -> str:

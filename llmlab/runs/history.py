@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from llmlab.health.symptoms import Event
 from llmlab.runs.record import EVENTS, METRICS, RECORD, is_number, read_events, read_metrics, read_record, started_in
 from llmlab.settings.base import local_names, show
-from llmlab.settings.errors import UserError, did_you_mean
+from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_table
-from llmlab.settings.paths import expand
+from llmlab.settings.paths import expand, missing
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed", "died", "damaged"]
 
@@ -167,19 +167,9 @@ def open_run(folder: str | Path) -> RunFolder:
     if os.path.lexists(folder / RECORD):
         return RunFolder(folder, read_record(folder))
     if not os.path.exists(folder):
-        near = next(parent for parent in folder.parents if parent.is_dir())
-        at_root = near.is_absolute() and near == near.parent  # a whole disk is not searched for a misspelling
-        known = [] if at_root else [str(run.folder) for run in find_runs(near)]
-        by_name = {Path(path).name: path for path in known}
-        hint = did_you_mean(str(folder), known) or did_you_mean(folder.name, by_name)
-        for name, path in by_name.items():
-            hint = hint.replace(f"'{name}'", f"'{path}'")
-        raise UserError(f"{folder}: there is no such run folder{hint}")
-    if (folder.parent / RECORD).is_file():
-        raise UserError(f"{folder}: this is no run folder; did you mean '{folder.parent}', which holds it?")
-    inside = [str(run.folder) for run in find_runs(folder)] if folder.is_dir() else []
-    some = f"; in it are {', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}" if inside else ""
-    raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{some}")
+        raise missing(str(folder), "run folder")
+    holds = f"; did you mean '{folder.parent}', which holds it?" if (folder.parent / RECORD).is_file() else ""
+    raise UserError(f"{folder}: this is no run folder of llmlab: it has no {RECORD}{holds}")
 
 
 def find_runs(folder: str | Path, earlier: Iterable[RunFolder] = (), *, deepest: int | None = None) -> list[RunFolder]:
@@ -261,40 +251,6 @@ def summary(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def details(run: RunFolder) -> dict[str, Any]:
-    """Returns everything that is shown of one run, as plain values."""
-
-    def lineage(ancestor: Ancestor) -> dict[str, Any]:
-        stage = ancestor.run.stage if ancestor.run else None
-        return {"name": ancestor.name, "stage": stage, "parents": [lineage(parent) for parent in ancestor.parents]}
-
-    return {
-        **summary(run),
-        "settings": {key: {"value": value, "source": source} for key, value, source in changed_settings(run)},
-        "lineage": lineage(ancestors(run)),
-        "data": run.record.get("data"),
-        "metrics": _metric_values(run),
-        "health": [asdict(event) for event in read_events(run.folder)],
-        **{part: run.record.get(part) for part in ("resumed", "rollbacks", "versions", "hardware", "git")},
-    }
-
-
-def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Returns what differs between runs and each one's metrics, by folder, as plain values."""
-    folders = [str(run.folder) for run in runs]
-    report = {"runs": [summary(run) for run in runs]}
-    for part in ("settings", "versions", "hardware"):
-        rows = {key: zip(folders, values, strict=True) for key, values in differing(runs, part).items()}
-        report[part] = {key: {run: value for run, value in row if value is not ...} for key, row in rows.items()}
-    return report | {"metrics": {str(run.folder): _metric_values(run) for run in runs}}
-
-
-def _metric_values(run: RunFolder) -> dict[str, dict[str, Any]]:
-    bests = {name: run.best(name) for name in run.metrics}
-    keys = {name: {"best": best[1], "best_step": best[0]} if best else {} for name, best in bests.items()}
-    return {name: {"last": value, **keys[name]} for name, value in run.metrics.items()}
-
-
 def short_names(runs: Sequence[RunFolder]) -> list[str]:
     """Returns the names of the runs' folders, or where two are the same, their paths below what all share."""
     folders = [run.folder.resolve() for run in runs]
@@ -303,20 +259,10 @@ def short_names(runs: Sequence[RunFolder]) -> list[str]:
     return [os.path.relpath(folder, os.path.commonpath([folder.parent for folder in folders])) for folder in folders]
 
 
-def curve_metric(runs: Iterable[RunFolder], asked: str | None = None) -> str | None:
-    """Returns the metric to draw: the one asked for, else the one that suits all runs with curves best."""
-    drawn = [run for run in runs if run.curves]
-    known = sorted({name for run in drawn for name in run.curves})
-    if asked is not None:
-        if asked not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "nothing was logged here"
-            raise UserError(f"--metric {asked}: {expected}{did_you_mean(asked, known)}")
-        return asked
-    preferred = [name for run in drawn for name in KEY_METRICS.get(run.stage, ())]
-    for name in (*preferred, *LOSSES):
-        if drawn and all(len(run.curves.get(name, ())) >= 3 for run in drawn):
-            return name
-    return next((name for name in (*preferred, *reversed(LOSSES)) if name in known), None)
+def curve_metric(run: RunFolder) -> str | None:
+    """Returns the metric to draw of a run: the stage's own or a loss, the first that has a few values."""
+    names = [name for name in (*KEY_METRICS.get(run.stage, ()), *LOSSES) if name in run.curves]
+    return max(names, key=lambda name: min(len(run.curves[name]), 3), default=None)
 
 
 def is_shown(metric: str) -> bool:

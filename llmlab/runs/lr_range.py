@@ -20,7 +20,6 @@ from llmlab.runs.progress import ProgressLine, print_plan, quiet_libraries
 from llmlab.runs.start import begin
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged
-from llmlab.settings.files import write_atomically
 from llmlab.settings.optimizer import OWN_RATES
 from llmlab.settings.sources import Resolved
 from llmlab.settings.trust import leaves_machine
@@ -86,14 +85,11 @@ class RangeTest(TrainerCallback):
         found = self.landmarks()
         return float(f"{math.sqrt(found[0] * found[1]):.1e}") if found else None
 
-    def write(self, chart: Path, table: Path, title: str) -> None:
-        """Writes the curve as CSV, and as an image, PNG or SVG by the file's ending."""
+    def draw(self, chart: Path, title: str) -> None:
+        """Writes the curve as an image, PNG or SVG by the file's ending."""
         from matplotlib.figure import Figure
 
         smooth, suggestion = self.smooth(), self.suggest()
-        rows = zip(self.rates.tolist(), self.losses, smooth.tolist(), strict=True)
-        lines = ["learning_rate,loss,smoothed_loss", *(",".join(f"{value:.6g}" for value in row) for row in rows)]
-        write_atomically(table, "\n".join(lines) + "\n")
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.semilogx(self.rates, self.losses, color="0.75", label="loss")

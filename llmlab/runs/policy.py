@@ -24,6 +24,7 @@ from llmlab.inference import context_length
 from llmlab.model import fit_vocabulary, load_classifier, load_model, read_adapter
 from llmlab.model.attention import BIAS_IMPLEMENTATIONS
 from llmlab.model.causal_blocks import use_blocks
+from llmlab.model.norms import use_fast_norms
 from llmlab.runs._trl import expose_head_bias
 from llmlab.runs.progress import human, quiet_libraries
 from llmlab.settings.base import fields_of, show
@@ -188,6 +189,8 @@ def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def choose_kernels(model: PreTrainedModel | PeftModel, settings: Any, on_cpu: bool) -> None:
     """Makes a model compute attention as the settings say, and refuses kernels that its architecture does not have."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if on_cpu:
+        use_fast_norms(model)
     name, kind = settings.attn_implementation, model.config.model_type
     if settings.use_liger_kernel:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

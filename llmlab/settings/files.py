@@ -198,15 +198,14 @@ def _read_python(text: str, path: Path) -> tuple[Any, Places]:
     return values, places
 
 
-def read_json(path: str | Path, shape: type = dict) -> Any:
-    """Returns what a JSON file holds, checked to be a mapping or list."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Returns what a JSON file holds, checked to be a mapping."""
     path = Path(path)
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
         _check_extent(value, most=math.inf)
-    if not isinstance(value, shape):
-        expected = "list" if shape is list else "object"
-        raise UserError(f"{path}: expected a JSON {expected}, found {type(value).__name__}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 

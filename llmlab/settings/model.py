@@ -52,6 +52,8 @@ class ModelSettings(Settings, panel="Model"):
     """Epsilon of the normalization layers."""
     qk_norm: bool = False
     """Normalize each head's queries and keys (RMSNorm, before rotary embeddings), as Qwen3 does."""
+    value_embeddings: bool = False
+    """Add a learned vector of each token to the attention values of every second layer, as nanochat does."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
     logit_softcap: Annotated[float | None, Gt(0), Alias("final_logit_softcapping")] = None
@@ -88,17 +90,6 @@ class ModelSettings(Settings, panel="Model"):
         original = self.yarn_original_max_seq_len
         if self.positional_encoding == "yarn" and original is not None and original >= self.max_seq_len:
             yield f"yarn_original_max_seq_len = {original} must be shorter than max_seq_len = {self.max_seq_len}"
-
-    def count_parameters(self) -> int:
-        """Returns the number of weights with vocab_size as it is; `llmlab.model.measure` counts them with torch."""
-        width, heads = self.d_model, {"mha": self.n_heads, "mqa": 1, "gqa": self.n_kv_heads}[self.attention_type]
-        keys = width // self.n_heads * heads
-        attention = 2 * width * (width + keys) + self.attention_bias * 2 * (width + keys)
-        attention += self.qk_norm * 2 * width // self.n_heads
-        mlp = (3 if self.activation == "swiglu" else 2) * width * self.d_ff
-        norm = width if self.norm_type == "rmsnorm" else 2 * width
-        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.n_layers * (attention + mlp + 2 * norm) + norm
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -35,7 +35,7 @@ class OptimizerSettings(Settings, panel="Optimizer", resume=Resume.NEW_OPTIMIZER
     """Optimizer. muon updates 2-D hidden weights, AdamW at 0.1 x the rate all others; 8-bit and paged ones need
     bitsandbytes."""
     embedding_lr: Annotated[float | None, Gt(0)] = None
-    """Peak learning rate of the token embeddings; none is that of the other weights, with muon 0.1 x."""
+    """Peak learning rate of the token and value embeddings; none is that of the other weights, with muon 0.1 x."""
     head_lr: Annotated[float | None, Gt(0)] = None
     """Peak learning rate of an untied output head (in llmlab reward, of the score); none is as for embedding_lr."""
     adamw_beta1: Annotated[Beta, ADAMW] = 0.9

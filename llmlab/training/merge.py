@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,7 +97,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         weights = load_peft_weights(str(adapter), device="cpu", key_mapping=renamed)
 
     notes: list[str] = []
-    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter, notes))
+    probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
     tied_head = _tied_head(model)
     wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
@@ -161,7 +161,10 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
         plan.append(("rounding", f"to {name} moves logits by at most {rounding:.2g}"))
         if rounding > effect / 2:
             notes.append("rounding moves logits almost as much as the adapter does; dtype=fp32 keeps it whole")
-    return metrics, plan + [("note", note) for note in notes + notes_on(adapter)]
+    records = (read_record(place) for place in (adapter, adapter.parent))
+    if any(record.get("settings", {}).get("use_qlora") for record in records):
+        notes.append("trained over a base in 4 bits (QLoRA); merged into the unquantized base, which differs slightly")
+    return metrics, plan + [("note", note) for note in notes]
 
 
 def find_adapter(source: str) -> Path:
@@ -193,10 +196,6 @@ def find_adapter(source: str) -> Path:
         raise UserError(f"{where}: {NOT_FOUND}: not in this folder itself; did you mean {nearest}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{where}: {NOT_FOUND}: this folder has no {ADAPTER_CONFIG}; {COMPLETED}")
-    for path in folder.glob("*.safetensors"):
-        with suppress(SafetensorError), safe_open(path, "pt") as weights:
-            if any("lora_" in name for name in weights.keys()):  # noqa: SIM118  no mapping
-                raise UserError(f"{where}: {NO_CONFIG}: it has no {ADAPTER_CONFIG}; {COMPLETED}")
     merged = " (it was: its llmlab.json says so)" if read_record(folder).get("stage") == "merge" else ""
     raise UserError(
         f"{where}: Checkpoint doesn't have LoRA parameters: it is a whole model, which was trained without LoRA "
@@ -214,9 +213,6 @@ def read_config(adapter: Path) -> PeftConfig:
         raise UserError(f"{adapter}: an adapter of type {kind} adds to a model's inputs, not to its weights")
     if config.task_type not in (None, "CAUSAL_LM", SEQ_CLS):
         raise UserError(f"{adapter}: this adapter is for {config.task_type}; expected a language or reward model's")
-    for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
-        if getattr(config, key, None):
-            raise UserError(f"{adapter}: {key} is set, and such an adapter is no change of the base model's weights")
     return config
 
 
@@ -265,41 +261,21 @@ def describe(adapter: Path, config: PeftConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def notes_on(adapter: Path) -> list[str]:
-    """Returns what a user should know about an adapter that can be merged."""
-    notes = []
-    records = (read_record(place) for place in (adapter, adapter.parent))
-    if any(record.get("settings", {}).get("use_qlora") for record in records):
-        notes.append("trained over a base in 4 bits (QLoRA); merged into the unquantized base, which differs slightly")
-    others = sorted(path.parent.name for path in adapter.glob(f"*/{ADAPTER_CONFIG}"))
-    if others := [name for name in others if name != BEST_ADAPTERS and not name.startswith("checkpoint-")]:
-        notes.append(f"the adapters in its folders {', '.join(others)} are left out")
-    return notes
-
-
 def _fit_vocabulary(
-    model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path, notes: list[str]
+    model: PreTrainedModel, config: PeftConfig, tokenizer: PreTrainedTokenizerBase, adapter: Path
 ) -> list[int]:
     """Gives the model an embedding row for each token, and returns the rows that the adapter changes."""
     rows = model.get_input_embeddings().num_embeddings
     vocabulary = max(rows, len(tokenizer))
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    leaves = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
-    trained = getattr(config, "trainable_token_indices", None) or {}
-    trained = trained if isinstance(trained, dict) else {leaves[0]: trained}
-    indices = {index for listed in trained.values() for index in listed}
+    trained = getattr(config, "trainable_token_indices", None) or []
+    indices = {index for listed in (trained.values() if isinstance(trained, dict) else [trained]) for index in listed}
     if indices and max(indices) >= vocabulary:
         problem = f"it trains token {max(indices)}, and base model and tokenizer have {vocabulary} tokens"
         raise UserError(f"{adapter}: {problem}; expected the base model and the tokenizer that it was trained with")
-    added = set(range(rows, vocabulary))
-    whole = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "target_modules", None) or ())}
-    for leaf in leaves[:1] if _tied_head(model) is not None else leaves:
-        if untrained := set() if leaf in whole else added.difference(trained.get(leaf, ())):
-            notes.append(f"{leaf}: {len(untrained)} rows of new tokens are in no adapter, and get the others' mean")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the rows that no adapter holds are the same each time
         fit_vocabulary(model, tokenizer)
-    return sorted(indices | added)
+    return sorted(indices.union(range(rows, vocabulary)))
 
 
 def _tied_head(model: PreTrainedModel) -> nn.Module | None:

@@ -84,13 +84,3 @@ def test_texts_of_records_steer_no_terminal(cli):
     (folder / "health.jsonl").write_text(json.dumps(event) + "\n")
     output = cli("x")[1]
     assert "\x1b" not in output and "[red]jump[/red]" in output and "Training is unstable" in output
-
-
-def test_what_no_file_may_decide_goes_to_the_command_line(cli):
-    """Such a file would be refused."""
-    sent = {"report_to": ["wandb"], "trainer_args": {"push_to_hub": True, "seed": 1}}
-    run_folder("b", [3.0, 2.9, 2.9, 2.9, 2.9], **sent)
-    output = " ".join(cli("b", "--apply", "new.yaml")[1].split())
-    assert "llmlab sft --config new.yaml report_to=wandb trainer_args.push_to_hub=True" in output
-    resolved = STAGES["sft"].resolve([for_stage(read_layer("new.yaml"), "sft")], below=[])
-    assert resolved.settings.report_to == [] and resolved.settings.trainer_args == {"seed": 1}

@@ -54,7 +54,7 @@ def test_check_shows_what_was_found_within_80_columns(cli, rows_file, tokenizer)
     assert re.search(r"same as an earlier row +1 +16\.7 % +3 *\n", output)
     assert re.search(r"empty turn of the user +1 +16\.7 % +5 *\n", output)
     assert re.search(r"no trained token left after truncation +1 +16\.7 % +6 *\n", output)
-    assert "Cyrillic" in output and "█" in output
+    assert "Cyrillic" in output
     assert max(map(len, output.splitlines())) <= 80
 
 
@@ -65,8 +65,6 @@ def test_check_as_json_is_one_object(cli, rows_file, tokenizer):
     assert (report["rows"], report["usable"], report["columns"]) == (6, 5, ["question", "answer"])
     assert report["dropped"] == {"without 'answer'": {"rows": 1, "first": [4]}}
     assert report["tokens"]["truncated"] == report["tokens"]["lost"] == {"rows": 1, "first": [6]}
-    assert report["words"]["percentiles"]["50"] == 9  # 9, 9, 9, 2 and 91 words
-    assert report["words"]["longest"] == 3 * 30 + 1
 
 
 def test_unpaired_preferences_are_recognized_and_their_labels_counted(cli, tmp_path):
@@ -92,7 +90,7 @@ def test_plain_text_by_any_usual_column(cli, tmp_path):
     _, output, _ = cli("check", path, "{name: demo/stories, subset: 5kB}", "--json")
     pages, stories = json.loads(output)["sources"]
     assert pages["format"] == stories["format"] == "plain text"
-    assert pages["usable"] == 2 and pages["words"]["total"] == 4
+    assert pages["usable"] == 2
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,10 @@ def test_the_same_model_passes_and_a_damaged_one_fails(evaluate, gates_file, bas
     for parameter in model.parameters():
         parameter.data *= 2.5
     model.save_pretrained(damaged)
-    words = ("--gates", gates_file, "--baseline", base_folder, "--output", tmp_path)
+    words = ("--gates", gates_file, "--baseline", base_folder)
     code, text = evaluate(damaged, *words)
     assert code == 3 and "perplexity fails: regressed by" in text
-    report = json.loads((tmp_path / "evaluation.json").read_text())
+    report = json.loads(evaluate(damaged, *words, "--json")[1])
     assert not report["passed"] and report["gates"][0]["failures"] and report["gates"][0]["high"] > 0
     assert report["gates"][0]["settings"]["n"] == 100 and report["gates"][0]["prompts"] == 20
     code, text = evaluate(damaged, "--gates", gates_file, "--json")
@@ -111,8 +111,6 @@ def test_files_without_gates(text, problem, evaluate, base_folder, tmp_path):
         (("--gates", "json_vald", "-p", "TEXTS"), "did you mean 'json_valid'"),
         (("--gates", "json_valid", "-p", "nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
         (("--gates", "json_valid", "-p", "TEXTS", "--baseline", "./no/run"), "./no/run: there is no such folder"),
-        (("--gates", "json_valid", "-p", "TEXTS", "-o", "no/folder/e.json"), "--output no/folder/e.json: expected"),
-        (("--gates", "json_valid", "-p", "TEXTS", "-o", "evaluation"), "--output evaluation: expected"),
     ],
 )
 def test_mistakes_come_before_the_model_is_loaded(words, problem, evaluate, texts, base_folder, tmp_path, monkeypatch):

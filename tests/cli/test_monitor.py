@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.cli.monitor import Screen
+from llmlab.cli.monitor import draw
 from llmlab.runs import history
 from llmlab.terminal import Terminal, draw_sparkline
 
@@ -40,13 +40,10 @@ def make_run(folder, stage="sft", status="running", steps=400, done=40, silent=0
 SPIKE = {"step": 30, "symptom": "loss_spike", "metric": "loss", "value": 9.0, "message": "loss 9 \x1b[31m[red]now"}
 
 
-def look(folder):
-    return Screen(folder, history.find_runs(folder))
-
-
-def lines_of(screen, width=80, height=24):
-    console = Terminal(width=width, height=height or 100, color_system=None)
-    drawn = console.render_lines(screen.draw(width, height), pad=False)
+def lines_of(folder, width=80, height=24, runs=None):
+    console = Terminal(width=width, height=height, color_system=None)
+    runs = history.find_runs(folder) if runs is None else runs
+    drawn = console.render_lines(draw(folder, runs, width, height), pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in drawn]
 
 
@@ -56,10 +53,9 @@ def test_running_runs_come_first_with_progress_time_left_and_health(tmp_path, mo
     make_run(tmp_path / "b" / "sft", events=[SPIKE])
     make_run(tmp_path / "c", stage="ppo", silent=3600, started=5)
     make_run(tmp_path / "d", status="finished", steps=40, started=3)
-    screen = look(Path())
-    title, heading, *rows = lines_of(screen, width=130)
+    title, heading, *rows = lines_of(Path(), width=130)
     assert "1 died  1 running  2 finished" in title and heading.split()[:4] == ["run", "stage", "status", "step"]
-    died, running, last, first = (row.split() for row in rows[:4])
+    died, running, last, first = (row.split() for row in rows)
     assert [row[0] for row in (died, running, last, first)] == ["c", "b/sft", "a", "d"]
     assert died[:4] == ["c", "ppo", "died", "40/400"]
     assert running[2:4] == ["running", "40/400"]
@@ -67,41 +63,31 @@ def test_running_runs_come_first_with_progress_time_left_and_health(tmp_path, mo
     assert 175 <= 60 * int(minutes) + int(seconds) <= 180  # 360 steps of half a second
     assert running[6:8] == ["loss", "2"] and running[-3:] == ["loss_spike", "at", "30"]
     assert last[3] == "40" and len(last[-1]) == 12 and last[-1].endswith("▁▁▁")  # 1 + 40 / s falls
-    assert any(row.startswith("silent for 1h 00m") and "grad norm 1.5  tok/s 2,048" in row for row in rows)
-    screen.choose(1)
-    details = lines_of(screen, width=130)
-    assert r"loss_spike at 30  loss 9 \x1b[31m[red]now" in details
-    assert any("b/sft  sft  running  █░░░░░░░░░░░ 10%  left " in line for line in details)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 14), (140, 50), (40, 10), (20, 5)])
-def test_it_fits_the_terminal_and_keeps_the_chosen_run_in_sight(tmp_path, width, height):
+def test_it_fits_the_terminal(tmp_path, width, height):
     for number in range(30):
         make_run(tmp_path / f"some-long-folder-{number:02}", done=20, started=-number, events=[SPIKE])
-    screen = look(tmp_path)
-    screen.choose(27)
-    lines = lines_of(screen, width, height)
-    assert max(map(len, lines)) <= width and (len(lines) <= height or height < 12)
-    assert any("folder-27" in line for line in lines[2:]) or width < 60
-    screen.choose(100)
-    assert screen.chosen == tmp_path / "some-long-folder-29"
+    lines = lines_of(tmp_path, width, height)
+    assert max(map(len, lines)) <= width and len(lines) == min(height, 32)
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     folders = [make_run(tmp_path / name, started=number) for number, name in enumerate("abc")]
-    screen = look(tmp_path)
-    lines_of(screen)
+    runs = history.find_runs(tmp_path)
+    lines_of(tmp_path, runs=runs)
     read = []
     for name in ("read_record", "read_metrics", "read_events"):
         original = getattr(history, name)
         monkeypatch.setattr(history, name, lambda folder, f=original, **k: read.append(folder.name) or f(folder, **k))
-    screen.runs = history.find_runs(tmp_path, screen.runs)
-    lines_of(screen)
+    runs = history.find_runs(tmp_path, runs)
+    lines_of(tmp_path, runs=runs)
     assert read == []
     with (folders[1] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 80, "tokens": 1, "seconds": 40.0, "loss": 0.5}) + "\n")
-    screen.runs = history.find_runs(tmp_path, screen.runs)
-    assert "80/400" in lines_of(screen)[3] and set(read) == {"b"}
+    runs = history.find_runs(tmp_path, runs)
+    assert "80/400" in lines_of(tmp_path, runs=runs)[3] and set(read) == {"b"}
 
 
 def test_metrics_of_finished_runs_out_of_sight_are_not_read(tmp_path, monkeypatch):
@@ -110,9 +96,8 @@ def test_metrics_of_finished_runs_out_of_sight_are_not_read(tmp_path, monkeypatc
     read = []
     original = history.read_metrics
     monkeypatch.setattr(history, "read_metrics", lambda folder, **k: read.append(folder.name) or original(folder, **k))
-    screen = look(tmp_path)
-    lines_of(screen)
-    assert set(read) == {f"r{number}" for number in range(33, 40)}  # the newest, of which 7 fit on 24 lines
+    lines_of(tmp_path)
+    assert set(read) == {f"r{number}" for number in range(18, 40)}  # the newest, of which 22 fit on 24 lines
 
 
 def test_without_a_terminal_it_prints_once(tmp_path, capsys):
@@ -130,44 +115,45 @@ def test_without_a_terminal_it_prints_once(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-def test_on_a_terminal_it_redraws_and_q_and_ctrl_c_leave_it_as_it_was(tmp_path):
+def test_on_a_terminal_it_redraws_and_ctrl_c_leaves_it_as_it_was(tmp_path):
     import pyte
 
     folder = make_run(tmp_path / "live", done=10)
-    for ending in (b"q", b"\x03"):
-        pid, terminal = pty.fork()
-        if pid == 0:  # what runs in the terminal
-            os.environ |= {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", "LINES": "24"}
-            words = ["-m", "llmlab", "monitor", str(tmp_path), "--refresh", "0.2"]
-            os.execv(sys.executable, [sys.executable, *words])
-        view = pyte.Screen(80, 24)
-        stream = pyte.ByteStream(view)
-        raw = b""
+    pid, terminal = pty.fork()
+    if pid == 0:  # what runs in the terminal
+        os.environ |= {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", "LINES": "24"}
+        words = ["-m", "llmlab", "monitor", str(tmp_path), "--refresh", "0.2"]
+        os.execv(sys.executable, [sys.executable, *words])
+    view = pyte.Screen(80, 24)
+    stream = pyte.ByteStream(view)
+    raw = b""
 
-        def read_until(text, stream=stream, view=view, terminal=terminal):
-            nonlocal raw
-            for _ in range(400):
-                if select.select([terminal], [], [], 0.05)[0]:
-                    try:
-                        part = os.read(terminal, 65536)
-                    except OSError:  # it has ended
-                        return False
-                    raw += part
-                    stream.feed(part)
-                if any(text in line for line in view.display):
-                    return True
-            return False
+    def read_until(
+        text,
+    ):
+        nonlocal raw
+        for _ in range(400):
+            if select.select([terminal], [], [], 0.05)[0]:
+                try:
+                    part = os.read(terminal, 65536)
+                except OSError:  # it has ended
+                    return False
+                raw += part
+                stream.feed(part)
+            if any(text in line for line in view.display):
+                return True
+        return False
 
-        step = len((folder / "metrics.jsonl").read_text().splitlines())
-        assert read_until(f"{step}/400")
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step + 1, "tokens": 1, "seconds": 9.0, "loss": 0.5}) + "\n")
-        assert read_until(f"{step + 1}/400")
-        os.write(terminal, ending)
-        read_until("never shown")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert raw.count(b"\x1b[?1049h") == raw.count(b"\x1b[?1049l") == 1 and b"Traceback" not in raw
-        os.close(terminal)
+    step = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert read_until(f"{step}/400")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step + 1, "tokens": 1, "seconds": 9.0, "loss": 0.5}) + "\n")
+    assert read_until(f"{step + 1}/400")
+    os.write(terminal, b"\x03")
+    read_until("never shown")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert raw.count(b"\x1b[?1049h") == raw.count(b"\x1b[?1049l") == 1 and b"Traceback" not in raw
+    os.close(terminal)
 
 
 def test_sparklines():
@@ -182,12 +168,11 @@ def test_values_out_of_all_bounds_end_no_view(tmp_path, steps, loss):
     folder = make_run(tmp_path / "a", steps=steps, done=9)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 10**9, "tokens": 1, "seconds": 9, "loss": loss}) + "\n")
-    assert any("a" in line for line in lines_of(look(tmp_path)))
+    assert any("a" in line for line in lines_of(tmp_path))
 
 
 def test_a_run_that_was_removed_since_the_last_look_ends_no_view(tmp_path):
     folder = make_run(tmp_path / "a")
-    screen = look(tmp_path)
-    lines_of(screen)
+    runs = history.find_runs(tmp_path)
     shutil.rmtree(folder)
-    assert any("a" in line for line in lines_of(screen))
+    assert any("a" in line for line in lines_of(tmp_path, runs=runs))

@@ -154,11 +154,6 @@ def test_an_option_that_a_family_cannot_express_is_refused_by_name(cli, tokenize
     assert not (tmp_path / "llama").exists()
 
 
-def test_tokenizer_show(cli, tokenizer):
-    code, output, _ = cli("tokenizer", "show", tokenizer, "The cat")
-    assert code == 0 and "The cat" in output and "of 290 entries" in output
-
-
 def test_a_pipeline_from_text_to_samples(cli, tmp_path):
     """Trains for real, then shows that a rerun skips everything."""
     overrides = ["pretrain.max_steps=3", "pretrain.eval_every=3", "pretrain.n_layers=1", "pretrain.d_ff=32"]

@@ -1,4 +1,4 @@
-"""`llmlab runs ...` in a terminal's words: tables that fit 80 columns, curves, JSON, errors."""
+"""`llmlab runs ...` in a terminal's words: tables that fit 80 columns, errors; pages."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.terminal import Curve, draw_curves, short_number
+from llmlab.terminal import short_number
 
 
 @pytest.fixture
@@ -66,17 +66,20 @@ def write(folder, stage, lines=(), **record):
     return folder
 
 
-def test_the_list_fits_and_tells_how_runs_went(cli, runs):
+def test_the_list_fits_and_tells_how_runs_went(cli, runs, monkeypatch):
     code, output, _ = cli("list")
     lines = output.splitlines()
     assert code == 0 and all(len(line) <= 80 for line in lines)
     rows = {line.split()[0]: line.split() for line in lines}
-    assert lines[0].split() == ["run", "stage", "status", "steps", "result", "from", "started", "took"]
+    assert lines[1].split() == ["run", "stage", "status", "steps", "result", "from"]
     assert "runs/a/" in lines and "runs/b/" in lines
     assert rows["tokenizer"][1:6] == ["tokenizer", "finished", "-", "vocab_size", "1,024"]
-    assert rows["again"][1:7] == ["pretrain", "finished", "100", "eval_loss", "3.5", "tokenizer"]
-    assert rows["again"][-2:] == ["1m", "41s"]
-    assert rows["sft"][2] == "died" and rows["sft"][6] == "a/again"  # elsewhere: with the folder that it is in
+    assert rows["again"][1:] == ["pretrain", "finished", "100", "eval_loss", "3.5", "tokenizer"]
+    assert rows["sft"][2] == "died" and rows["sft"][-1] == "a/again"  # elsewhere: with the folder that it is in
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = cli("list")[1].splitlines()
+    assert lines[1].split()[-2:] == ["started", "took"]
+    assert next(line for line in lines if line.startswith("again")).endswith("1m 41s")
 
 
 def test_a_list_of_long_names_and_numbers_folds_nothing(cli, runs):
@@ -87,7 +90,7 @@ def test_a_list_of_long_names_and_numbers_folds_nothing(cli, runs):
     assert code == 0 and all(len(line) <= 80 for line in lines)
     (row,) = (line for line in lines if line.startswith("long-name"))
     assert "interrupted" in row and "123,456" in row and "loss 1.2" in row
-    assert len(lines) == 1 + 3 + 5  # a heading, three folders, five runs: a line each
+    assert len(lines) == 2 * 3 + 5  # three folders with headings, five runs: a line each
 
 
 def test_the_list_of_one_folder_and_of_none(cli, runs):
@@ -113,16 +116,7 @@ def test_show_tells_everything_at_80_columns(cli, runs):
     assert all(len(line) <= 80 for line in output.splitlines())
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert rows["lr"] == ["lr", "0.001", "p.yaml:3"] and "seed" not in rows and "output_dir" not in rows
-    assert "rows 1,234  dropped.empty 3" in output and "A [fast] CPU (cpu, 8 GB), bf16: it can" in output
-    assert "git 0123456789ab\n" in output and "torch 2.0" in output
-    assert "● eval_loss" in output and "step 100" in output
-
-
-def test_show_as_json(cli, runs):
-    values = json.loads(cli("show", "runs/a/pretrain", "--json")[1])
-    assert values["settings"] == {"lr": {"value": 0.001, "source": "p.yaml:3"}}
-    assert values["metrics"]["loss"] == {"last": 3.0, "best": 3.0, "best_step": 100}
-    assert values["lineage"]["parents"][0]["stage"] == "tokenizer"
+    assert rows["loss"] == ["loss", "3", "█████▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▂▂▁"] or rows["loss"][:2] == ["loss", "3"]
 
 
 def test_compare_leaves_out_what_is_equal(cli, runs):
@@ -130,28 +124,17 @@ def test_compare_leaves_out_what_is_equal(cli, runs):
     assert code == 0 and all(len(line) <= 80 for line in output.splitlines())
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert rows["lr"] == ["lr", "0.001", "0.002"] and "seed" not in rows
-    top, bottom = "3.99 ┤", "2 ┤"  # both curves on the scale of both: 4 - 0.01 and 4 - 0.02 * 100
-    assert output.count(top) == 2 and output.count(bottom) == 2
-    values = json.loads(cli("compare", "runs/a/pretrain", "runs/a/again", "--json")[1])
-    assert values["settings"] == {"lr": {"runs/a/pretrain": 0.001, "runs/a/again": 0.002}}
-
-
-def test_curves_are_overlaid_where_colors_tell_them_apart(cli, runs, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    output = cli("compare", "runs/a/pretrain", "runs/a/again")[1]
-    assert output.count("step 100") == 1 and "\x1b[36m" in output and "\x1b[35m" in output
+    assert rows["loss"] == ["loss", "3", "2"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show", "runs/a/pretrian"], "there is no such run folder; did you mean 'runs/a/pretrain'?"),
+        (["show", "runs/a/pretrian"], "there is no such run folder; did you mean 'pretrain'?"),
         (["show", "runs/a"], "this is no run folder of llmlab"),
-        (["show", "runs/a/pretrain", "--metric", "los"], "did you mean 'loss'?"),
         (["compare", "runs/a/pretrain"], "expected two runs or more"),
         (["compare", "runs/a/pretrain", "runs/a/pretrain"], "given twice"),
-        (["compare", "runs/a/pretrain", "runs/a/agian"], "did you mean 'runs/a/again'?"),
+        (["compare", "runs/a/pretrain", "runs/a/agian"], "did you mean 'again'?"),
         (["list", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
@@ -163,21 +146,17 @@ def test_mistakes_are_sentences(cli, runs, words, message):
 def test_compare_writes_a_page(cli, runs):
     code, output, _ = cli("compare", "runs/a/pretrain", "runs/a/again", "--html", "both.html")
     assert (code, output) == (0, "both.html\n")
-    assert cli("compare", "runs/a/pretrain", "runs/a/again", "--html", "both.html", "--json")[0] == 2
     assert "again from 3.98 at step 1 to 2 at step 100" in Path("both.html").read_text()
 
 
-def test_report_writes_a_page_again_and_opens_it(runs, capsys, monkeypatch):
-    opened = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
+def test_report_writes_a_page_again(runs, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["report", "runs/a/pretrain", "--open"])
+        main(["report", "runs/a/pretrain"])
     page = Path("runs/a/pretrain/report.html")
     assert not caught.value.code and capsys.readouterr().out == f"{page}\n" and page.is_file()
-    assert opened == [page.resolve().as_uri()]
     with pytest.raises(SystemExit) as caught:
         main(["report", "runs/a/pretrian"])
-    assert caught.value.code == 2 and "did you mean 'runs/a/pretrain'?" in capsys.readouterr().err
+    assert caught.value.code == 2 and "did you mean 'pretrain'?" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_imported(runs):
@@ -190,28 +169,6 @@ def test_nothing_heavy_is_imported(runs):
     environment = {**os.environ, "PYTHONPATH": root}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-
-
-# The chart ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_falling_line_goes_from_corner_to_corner():
-    lines = [line.plain for line in draw_curves([Curve([(0, 3.0), (10, 1.0)], "cyan")], width=20, height=4)]
-    assert len(lines) == 6 and all(len(line) <= 20 for line in lines)
-    assert lines[0].startswith("3 ┤") and lines[3].startswith("1 ┤") and lines[2].startswith("2 ┤")
-    drawing = [line[3:] for line in lines[:4]]
-    assert ord(drawing[0][0]) & 0x01 and not drawing[0][5:]  # the dot at the top left
-    assert len(drawing[3]) == 17 and ord(drawing[3][16]) & 0x80  # the dot at the bottom right
-    covered = {column for line in drawing for column, character in enumerate(line) if character != " "}
-    assert covered == set(range(17))  # without gaps
-
-
-def test_marks_are_points_and_a_flat_curve_is_a_line():
-    lines = [
-        line.plain for line in draw_curves([Curve([(0, 1.0), (10, 1.0)], "cyan", marks=True)], width=20, height=4)
-    ]
-    assert "".join(lines).count("●") == 2
-    assert draw_curves([Curve([(5, 1.0)], "cyan")], width=20, height=4)
 
 
 @pytest.mark.parametrize(

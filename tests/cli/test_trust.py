@@ -137,7 +137,6 @@ COMMANDS = {
     "data check": "data check chats.jsonl -t OWN",
     "data preview": "data preview chats.jsonl -t OWN",
     "data pairs": "data pairs OWN --prompts done.jsonl --rewards length",
-    "tokenizer show": "tokenizer show OWN cat",
     "reward-check": "reward-check done.jsonl --rewards '[{name: reward_model, model: SCORER}]'",
 }
 
@@ -158,7 +157,7 @@ def test_no_command_runs_code_of_a_folder_or_asks(cli, own, name, stdin):
     assert "it requires its own Python code, which runs only with --trust-remote-code" in errors
 
 
-@pytest.mark.parametrize("name", ["sft", "generate", "model info", "data check", "tokenizer show", "reward-check"])
+@pytest.mark.parametrize("name", ["sft", "generate", "model info", "data check", "reward-check"])
 def test_with_the_flag_it_loads(cli, own, name):
     code, _, errors = cli(*words_of(COMMANDS[name], own), "--trust-remote-code", stdin=None)
     assert code == 0, errors

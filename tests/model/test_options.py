@@ -8,10 +8,12 @@ from llmlab.model import LLMLabForCausalLM, LLMLabForSequenceClassification, att
 
 OPTIONS = {
     "qk_norm": {"qk_norm": True},
+    "value_embeddings": {"value_embeddings": True, "num_hidden_layers": 3},
     "relu2": {"hidden_act": "relu2"},
     "softcap": {"final_logit_softcapping": 1.5},
     "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False, "logit_softcap": 1.5},
 }
+OPTIONS["all"]["value_embeddings"] = True
 OPTIONS["all in windows"] = OPTIONS["all"] | {"sliding_window": 4}
 
 
@@ -148,3 +150,23 @@ def test_zero_outputs_leave_the_residual_stream_alone_at_first(tiny_config, tied
     assert model.lm_head.weight.std().item() == pytest.approx(head, rel=0.05)
     classifier = LLMLabForSequenceClassification(config)
     assert not classifier.model.layers[1].mlp.down_proj.weight.any() and classifier.score.weight.any()
+
+
+def test_value_embeddings_grow_with_the_vocabulary(tiny_model):
+    model = tiny_model(value_embeddings=True, num_hidden_layers=3)
+    before = {name: table.weight.clone() for name, table in model.model.value_embeddings.items()}
+    assert before.keys() == {"0", "2"}  # the last layer, and every second before it
+    model.resize_token_embeddings(70)
+    for name, table in model.model.value_embeddings.items():
+        assert table.weight.shape[0] == table.num_embeddings == 70
+        assert torch.equal(table.weight[:64], before[name])
+        torch.testing.assert_close(table.weight[64:], before[name].mean(0).expand(6, -1))
+    assert model(torch.tensor([[69, 3]])).logits.shape == (1, 2, 70)
+    model.resize_token_embeddings(32)
+    assert torch.equal(model.model.value_embeddings["0"].weight, before["0"][:32])
+
+
+def test_value_embeddings_need_ids(tiny_model):
+    model = tiny_model(value_embeddings=True)
+    with pytest.raises(ValueError, match="inputs_embeds: not supported with value_embeddings"):
+        model(inputs_embeds=model.get_input_embeddings()(rows(1, 4)))

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.optim.build import build_optimizer, sort_parameters
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
@@ -181,6 +182,16 @@ def test_embeddings_and_head_take_their_own_rates(name):
         assert rates[id(parameter)] == special.get(parameter_name, vectors if "norm" in parameter_name else 1e-3)
     assert len(rates) == len(list(model.parameters()))
     assert decay[id(model.get_input_embeddings().weight)] == 0 and decay[id(model.lm_head.weight)] == 0.1
+
+
+def test_value_embeddings_take_the_rate_of_embeddings():
+    shape = {key: size for key, size in SMALL.items() if not key.endswith("id")}
+    model = LLMLabForCausalLM(LLMLabConfig(**shape, attention_type="mqa", value_embeddings=True))
+    groups = build_optimizer(
+        model, OptimizerSettings(embedding_lr=0.3), learning_rate=1e-3, weight_decay=0.1
+    ).param_groups
+    own = [parameter for group in groups if group["lr"] == 0.3 for parameter in group["params"]]
+    assert {id(p) for p in own} == {id(model.model.embed_tokens.weight), id(model.model.value_embeddings["1"].weight)}
 
 
 def test_a_reward_models_score_is_its_head():

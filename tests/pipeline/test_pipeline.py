@@ -278,5 +278,5 @@ def test_a_machine_keeps_a_stage_on_other_processes(pipeline, ran):
         steps = {step.stage.name: step for step in plan(read(processes))}
         assert steps["pretrain"].action == pretrain, processes
         assert steps["more"].action == ("resume" if pretrain == "skip" else "run")
-    assert steps["pretrain"].changes == ("effective batch 16 → 15",)
+    assert steps["pretrain"].reason == "its settings changed (effective batch 16 → 15)"
     assert actions(pipeline)["pretrain"] == "run"  # without the machine: 8 x 4

@@ -68,12 +68,8 @@ def test_events_are_numbered_lines_at_their_steps():
     left, width = 46, 360 - 46 - 14  # the margins; a twentieth of the steps are free at both ends
     at = [left + width * (step / 40 + 0.05) / 1.1 for step in (4, 20, 21)]
     assert lines == pytest.approx(at, abs=0.2)  # step 900 is behind the last one
-    assert ">1</text>" in chart.svg and ">2,3</text>" in chart.svg and "var(--warning)" in chart.svg
-    steps = {20: 2, 5: 1, 21: 5, 22: 6}  # a rollback took the run from step 20 to 5, and back
-    marks = [Mark(step, "warning", number) for step, number in steps.items()]
-    assert ">2,5,6</text>" in make_chart("KL divergence", {"kl": RISING}, marks=marks).svg
-    marks = [Mark(20 + number % 3, "warning", number) for number in (4, 5, 6)]
-    assert ">4–6</text>" in make_chart("KL divergence", {"kl": RISING}, marks=marks).svg
+    assert re.findall(r">(\d+)</text>", chart.svg)[-2:] == ["1", "2"]  # 3 would cover 2
+    assert "var(--warning)" in chart.svg
 
 
 def test_more_curves_than_colors_are_dashed_and_the_rest_is_left_out():

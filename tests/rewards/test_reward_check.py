@@ -43,12 +43,9 @@ def test_json(cli, file):
     report = json.loads(output)
     assert [row["reward"] for row in report["scores"]] == [1, 0, 1, 0.75, 0]
     assert [row["components"]["numeric_match"] for row in report["scores"]] == [1, 0, 1, 1, None]
-    assert (report["rows"], report["groups"], report["bounds"]) == (5, 2, [0, 4])
-    assert report["reward"]["histogram"] == {"from": 0, "to": 1, "counts": [2, 0, 0, 0, 0, 0, 0, 1, 0, 2]}
+    assert (report["rows"], report["bounds"]) == (5, [0, 4])
     numeric = report["components"]["numeric_match"]
     assert (numeric["weight"], numeric["count"], numeric["mean"], numeric["min"]) == (3, 4, 0.75, 0)
-    assert numeric["zero_variance"] == 0.5  # q's two completions are both right
-    assert report["components"]["json_valid"]["zero_variance"] == 0
 
 
 MANY = (
@@ -65,24 +62,19 @@ def test_tables_fit_the_terminal(cli, file, rewards):
     assert max(map(len, lines)) <= 80
     for name in rewards.split(","):
         assert name in output
-    assert "[bold]x[/bold]" in output or "#### 3 [b" in output  # a completion is text, not markup
+    assert "[bold]x[/bold]" in output or "#### 3" in output  # a completion is text, not markup
     assert "\x1b[31m" not in output  # nor a command to the terminal
     assert "(empty)" in output
-    ends = {line.index("distribution") for line in lines if "distribution" in line}
-    bars = [line for line in lines if line.startswith("json_valid")]
-    assert len(ends) == 1 and len(bars) == 1
+    assert [line.split() for line in lines if line.startswith("json_valid")] == [
+        ["json_valid", "1", "0.400", "0.000", "1.000", "-"]
+    ]
 
 
 def test_fewer_rows(cli, file):
     _, output, _ = cli(file, "--rewards", "json_valid", "--rows", 2)
     assert "... 3 more rows" in output and "(empty)" not in output
     _, output, _ = cli(file, "--rewards", "json_valid", "--rows", 0)
-    assert "completion" not in output.splitlines()[0]
-
-
-def test_flat_rewards_are_pointed_out(cli, file):
-    _, output, _ = cli(file, "--rewards", "json_valid,verbosity_penalty")
-    assert "The same value in every row: verbosity_penalty." in output
+    assert "completion" not in output
 
 
 def test_settings_files_and_recipes(cli, file, tmp_path):

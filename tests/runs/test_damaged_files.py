@@ -22,7 +22,7 @@ from llmlab.inference import encode_prompt, is_chat_model, load_for_inference
 from llmlab.model import load_model
 from llmlab.pipeline import plan, read_pipeline
 from llmlab.rewards.compose import compose
-from llmlab.runs.history import curve_metric, details, find_runs
+from llmlab.runs.history import ancestors, changed_settings, curve_metric, find_runs, summary
 from llmlab.runs.record import RunRecord
 from llmlab.runs.start import check_undamaged
 from llmlab.settings.data import DataSource
@@ -57,8 +57,10 @@ def chats(folder):
 def lists(folder):
     runs = find_runs(folder)
     assert len(runs) == 1  # a damaged record is listed too
-    json.dumps(details(runs[0]), default=str)
-    curve_metric(runs)
+    json.dumps(summary(runs[0]), default=str)
+    ancestors(runs[0])
+    changed_settings(runs[0])
+    curve_metric(runs[0])
 
 
 def texts(path):

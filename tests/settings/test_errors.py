@@ -58,8 +58,8 @@ def test_a_damaged_json_file_is_a_sentence_with_its_name(tmp_path, content):
 
 
 def test_a_whole_json_file_is_read(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([1]))
-    assert read_json(tmp_path / "a.json", list) == [1]
+    (tmp_path / "a.json").write_text(json.dumps({"a": [1]}))
+    assert read_json(tmp_path / "a.json") == {"a": [1]}
 
 
 def test_a_pipe_is_written_and_not_replaced(tmp_path):

@@ -237,7 +237,6 @@ def test_the_command_writes_what_dpo_reads(cli, chatty, prompts, tmp_path):
     assert f"pairs {len(rows)}" in lines and "prompts 12" in lines and "completions 48" in lines
     counted = sum(int(line.split()[-1]) for line in lines if line.startswith("no pair:"))
     assert counted == 12 - len(rows)
-    assert output.count("chosen, ") == output.count("rejected, ") == 2
     assert max(map(len, [line for line in output.splitlines() if "Written to" not in line])) <= 80
     assert [entry.name for entry in path.parent.iterdir()] == ["pairs.jsonl"]
 
@@ -293,9 +292,9 @@ def test_columns_reach_rewards_from_a_file_of_ones_own(cli, chatty, prompts, tmp
         ({"--temperature": -1}, "temperature"),
         ({"--temperature": 0}, "with temperature 0 all samples are the same"),
         ({"-n": 1}, "greater than or"),
-        ({"--output": "FOLDER"}, "this is a folder"),
+        ({"--output": "FOLDER"}, "expected a file whose name ends in .jsonl"),
         ({"--output": "PROMPTS"}, "these are the prompts"),
-        ({"--output": "x.json"}, "expected a name that ends in .jsonl"),
+        ({"--output": "x.json"}, "expected a file whose name ends in .jsonl"),
         ({"--output": "PROMPTS/x.jsonl"}, "cannot be written"),
         ({"RUN": "nowhere/at/all"}, "nowhere/at/all"),
     ],

@@ -1,0 +1,64 @@
+"""RMSNorm for training on CPUs: what autograd makes of its formula takes several times as long as its backward pass.
+
+This file is saved beside the weights and needs torch and Transformers alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+class RMSNorm(LlamaRMSNorm):
+    """Llama's RMSNorm, with a backward pass of its own on CPUs."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., hidden) in and out
+        eager = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled():
+            return _Normalize.apply(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class _Normalize(torch.autograd.Function):
+    """Llama's formula; its gradient is a layer norm's with a mean of 0, but for the term of the mean's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        size, grad, wide_weight = weight.numel(), grad.float(), weight.float()
+        needs = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x.float(), [size], torch.zeros_like(scale), scale, wide_weight, None, needs
+        )
+        if needs[0]:
+            grad_x = grad_x.add_((grad @ wide_weight)[..., None] * scale / size).to(x.dtype)
+        return grad_x, grad_weight.to(weight.dtype) if needs[1] else None, None
+
+
+def use_fast_norms(model: nn.Module) -> None:
+    """Replaces those norms of a Transformers model on a CPU that compute what Llama's do."""
+    for parent in [*model.modules()]:
+        for name, norm in parent.named_children():
+            if type(norm).__name__.endswith("RMSNorm") and _is_llamas(norm):
+                fast = RMSNorm(norm.weight.numel(), norm.variance_epsilon)
+                fast.weight = norm.weight
+                setattr(parent, name, fast.train(norm.training))
+
+
+def _is_llamas(norm: nn.Module) -> bool:
+    """Whether a norm has Llama's attributes and results: others add 1 to their weights, or have a gate."""
+    if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "variance_epsilon"):
+        return False
+    x = torch.linspace(-3, 2, 2 * norm.weight.numel()).view(2, -1).to(norm.weight.dtype)
+    with torch.no_grad():
+        return norm.weight.device.type == "cpu" and torch.equal(norm(x), LlamaRMSNorm.forward(norm, x))
