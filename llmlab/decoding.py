@@ -362,6 +362,7 @@ class Loop:
     def _attention_bias(self) -> dict[int | None, Tensor]:
         """Returns, by window, 0 where the last token looks and minus infinity elsewhere, (rows, 1, room)."""
         if not self.bias:
+            self.fused.convert_cache(self.cache)
             columns = torch.arange(self.room, device=self.mask.device)
             self.rotary = self.fused.rotate(self.ids[:, 0], (columns - self.starts[:, None]).clamp(min=0))
             for window in {layer.window for layer in self.fused.layers}:

@@ -21,8 +21,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from llmlab.data.chat.rendering import TEMPLATE_FAILURES
-from llmlab.data.tokenizer import load_tokenizer, stop_token_ids
+from llmlab.data.tokenizer import TEMPLATE_FAILURES, load_tokenizer, stop_token_ids
 from llmlab.decoding import decode, decode_batch
 from llmlab.hardware import probe
 from llmlab.model import LLMLabForCausalLM, fit_vocabulary, load_model, read_adapter

@@ -13,7 +13,7 @@ from llmlab.settings import settings_class
 
 def import_heavy(module: str) -> Any:
     """Imports a module that brings torch; without garbage collection, which finds nothing and takes a sixth of it."""
-    if "torch" in sys.modules or not gc.isenabled():
+    if module in sys.modules or not gc.isenabled():
         return import_module(module)
     gc.disable()
     try:

@@ -42,7 +42,7 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
-    "episodes": (USE, "Play a model in an environment with tools.", "evaluate:app"),
+    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
     "tokenizer": (PREPARE, "Train a tokenizer.", "tokenizer:app"),
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with remote_code(False):  # until the command's own option says otherwise
             app = build_app(requested)
+            gc.freeze()  # no collection looks at what was imported
             gc.enable()
             app(args=arguments, prog_name="llmlab", obj=arguments)
     except errors.OfMainProcess as error:

@@ -15,6 +15,7 @@ from rich.cells import cell_len
 from typer import Option
 
 from llmlab.cli.arguments import Run, Seed, TrustRemoteCode
+from llmlab.cli.lean import import_model_classes
 from llmlab.cli.options import resolve_options, setting_option
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
 from llmlab.settings.files import write_atomically
@@ -256,6 +257,8 @@ def _read_line(interactive: bool) -> str | None:
 
 
 def _load(run: str, settings: InferenceSettings, chats: bool | None, system: str | None) -> tuple[Any, Any, bool]:
+    if sys.argv[1:2] in (["chat"], ["generate"]):  # this process does nothing else
+        import_model_classes()
     import_heavy("llmlab.inference")
     from transformers.utils import logging
 

@@ -19,7 +19,6 @@ from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.presets import for_stage, hardware_presets, presets, read_preset
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.stages import STAGES
-from llmlab.terminal import Terminal, safe, say
 
 
 class PlainHelp(TyperCommand):
@@ -186,6 +185,8 @@ def print_warnings(warnings: tuple[str, ...]) -> None:
 
 def print_note(line: str, **style: Any) -> None:
     """Prints a line on standard error, once in a run of several processes."""
+    from llmlab.terminal import say  # not for help
+
     if is_first_process() and LAUNCHED not in os.environ:
         say(line, error=True, **style)
 
@@ -193,6 +194,8 @@ def print_note(line: str, **style: Any) -> None:
 def print_config(resolved: Resolved[Any]) -> None:
     """Prints each setting, its value and its source as a table."""
     from rich.table import Column
+
+    from llmlab.terminal import Terminal, safe  # not for help
 
     rows = []
     for setting in fields_of(type(resolved.settings)):

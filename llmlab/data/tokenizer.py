@@ -29,6 +29,9 @@ QWEN_PATTERN = (
 )
 """How Qwen2 splits text before merging, which llama.cpp and Ollama know; every digit stands alone."""
 
+TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+"""Python errors raised from within Jinja templates."""
+
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "llmlab.json"}
 FILES |= {".llmlab.lock", ".llmlab.pipeline"}  # the lock of the run itself

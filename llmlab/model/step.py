@@ -19,6 +19,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "llmlab")
 # of llmlab's decoder, beside Llama's; a model that uses another one keeps to its own forward pass
 OPTIONS = {"attention_type", "norm_type", "positional_encoding", "sliding_window", "layer_types", "qk_norm"}
 OPTIONS |= {"attention_output_bias", "dropout", "initialization"}
+SMALL = 2**19  # products of a layer's scores up to which a CPU multiplies faster in fp32 than in bf16
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "dropout"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
@@ -66,7 +67,7 @@ class Layer:
 
     def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Any, column: int, bias: Tensor) -> Tensor:
         """Returns the hidden states after this layer, (rows, hidden)."""
-        rows, (_, shared, columns, dim) = len(hidden), past.keys.shape
+        rows, shared, columns, dim = past.keys.shape
         heads = self.qkv(_norm(self.norms[0], hidden)).view(rows, -1, dim)  # of queries, keys and values
         mixed, past.values[:, :, column] = heads[:, :-shared], heads[:, -shared:]
         if self.normed:
@@ -76,10 +77,10 @@ class Layer:
         mixed = mixed * rotary[0] + torch.cat((second, first), -1) * rotary[1]
         past.keys[:, :, column] = mixed[:, -shared:]
         keys, values = (x.view(-1, columns, dim) for x in (past.keys, past.values))
-        query = mixed[:, :-shared].to(keys.dtype).reshape(len(keys), -1, dim)  # those of a group share their keys
+        query = mixed[:, :-shared].to(keys.dtype).reshape(rows * shared, -1, dim)  # those of a group share their keys
         scores = torch.bmm(query, keys.transpose(1, 2)).view(rows, -1, columns)
         weights = torch.softmax(torch.add(bias, scores, alpha=self.attention.scaling), -1).to(values.dtype)
-        hidden = hidden + self.out(torch.bmm(weights.view(len(keys), -1, columns), values).view(rows, -1))
+        hidden = hidden + self.out(torch.bmm(weights.view(rows * shared, -1, columns), values).view(rows, -1))
         inner = self.up(_norm(self.norms[1], hidden))
         if not self.gated:
             return hidden + self.down(self.mlp.act_fn(inner))
@@ -105,6 +106,14 @@ class DecodeStep:
             for product in self.unpacked[:8]:
                 product.pack()
             del self.unpacked[:8]
+
+    def convert_cache(self, cache: Any) -> None:
+        """Keeps keys and values, (rows, heads, columns, dim), in fp32 where they are few, which loses nothing."""
+        for layer in cache.layers:
+            products = layer.keys[:, 0].numel() * self.decoder.config.num_attention_heads
+            few = self.dtype == torch.bfloat16 and layer.keys.device.type == "cpu" and products <= SMALL
+            dtype = torch.float32 if few else self.dtype
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 
     def rotate(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, each (columns, rows, 1, dim), for tokens, (rows,), at positions, (rows,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from llmlab.settings import CLASSES, settings_class
+from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import read_table
 from llmlab.settings.trust import REPORT_TO, TRAINER_ARGS, leaves_machine, remote_services
 
@@ -108,9 +109,14 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def check_contradictions(self) -> "Settings":
+        problems: list[str] = []
         for base in (base for base in reversed(type(self).__mro__) if "contradictions" in vars(base)):
-            for problem in base.contradictions(self):
-                raise ValueError(problem)
+            try:
+                problems.extend(base.contradictions(self))
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise SettingsError(problems)
         return self
 
     @classmethod

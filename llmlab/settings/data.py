@@ -63,7 +63,7 @@ Datasets = Annotated[
 class DataSettings(Settings, panel="Data"):
     """The datasets of a stage. Source: seed, LLM-Lab document, "Dataset Configuration"."""
 
-    datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceFW/fineweb-edu")]
     validation_datasets: Annotated[list[DataSource] | None, BeforeValidator(_as_list), Reads("path")] = None
     """Validation data; none holds out a share of each training source."""
     validation_fraction: v.ValidationFraction = 0.01

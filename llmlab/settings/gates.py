@@ -105,6 +105,6 @@ class GatesSettings(Settings, panel="Gates", resume=Resume.FREE):
         if best is not None and best not in names:
             choices = " or ".join(names) or "gates, and 'gate NAME' of one of them"
             yield f"metric_for_best_model = {best}: expected {choices}"
-        if best is not None and self.eval_every % self.gate_every:  # type: ignore[attr-defined]
+        if best is not None and self.gate_every and self.eval_every % self.gate_every:  # type: ignore[attr-defined]
             steps = f"eval_every must be a multiple of gate_every = {self.gate_every}"
             yield f"metric_for_best_model = {best}: {steps}, since evaluations choose the best checkpoint"

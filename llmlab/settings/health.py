@@ -30,4 +30,4 @@ class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
     skip_spikes: Annotated[float | None, Ge(3)] = None
     """Leave out updates whose loss or gradient norm exceeds the mean of the last 128 steps by so many standard
     deviations (6 is usual); none takes all updates that are finite."""
-    health: HealthLimits = HealthLimits()
+    health: HealthLimits = HealthLimits.model_construct()

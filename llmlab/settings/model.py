@@ -84,7 +84,7 @@ class ModelSettings(Settings, panel="Model"):
                 f"n_heads = {heads} is not divisible by n_kv_heads = {groups}; "
                 f"the nearest number of key/value heads that divides it is {nearest_divisor(heads, groups)}"
             )
-        if self.positional_encoding in ("rope", "yarn") and width // heads % 2:
+        if self.positional_encoding in ("rope", "yarn") and not width % heads and width // heads % 2:
             yield (
                 f"positional_encoding = {self.positional_encoding} rotates pairs, so d_model / n_heads must be even; "
                 f"{width} / {heads} is {width // heads}"

@@ -24,7 +24,7 @@ class OfflineSettings(CompletionSettings, SamplingSettings, FineTuningSettings, 
         "streaming": "prompts are tokenized and measured before the first sample",
     }
 
-    datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
+    datasets: Datasets = [DataSource.model_construct(name="Anthropic/hh-rlhf")]
     max_prompts: Annotated[int | None, Gt(0)] = None
     """Prompts to sample for at most, drawn at random; none is all."""
     num_samples_per_prompt: Annotated[int, Gt(0)] = 4

@@ -21,7 +21,7 @@ class PreferenceSettings(FineTuningSettings):
     sibling_classes = v.RLHF
     rows_per_pass = "mini_batch_size"
 
-    datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
+    datasets: Datasets = [DataSource.model_construct(name="Anthropic/hh-rlhf")]
     batch_size: v.EffectiveBatchSize = 128
     """Pairs of one optimizer step, over all devices."""
     mini_batch_size: v.BatchSize = 32

@@ -94,7 +94,7 @@ class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
     rows_per_pass = "mini_batch_size"
 
     reference_checkpoint: v.ReferenceCheckpoint = None
-    datasets: Datasets = [DataSource(name="Anthropic/hh-rlhf")]
+    datasets: Datasets = [DataSource.model_construct(name="Anthropic/hh-rlhf")]
     curriculum: Annotated[Literal["none", "episodes", "success"], IN_EPISODES] = "none"
     """Difficulty of the simulator's tasks: that of the data, or rising with episodes or with the success rate."""
 

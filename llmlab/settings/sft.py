@@ -16,7 +16,7 @@ class SFTSettings(FineTuningSettings):
     }
 
     policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"
-    datasets: Datasets = [DataSource(name="HuggingFaceTB/smoltalk2", subset="SFT")]
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceTB/smoltalk2", subset="SFT")]
     validation_fraction: v.ValidationFraction = 0.05
     output_dir: v.OutputDir = "sft_checkpoints"
     batch_size: v.BatchSize = 4

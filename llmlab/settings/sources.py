@@ -217,14 +217,18 @@ def _validate(stage: type[S], entries: dict[str, Entry]) -> tuple[S | None, list
     try:
         return stage.model_validate(tree), []
     except ValidationError as error:
-        return None, list(dict.fromkeys(_sentence(stage, detail, entries) for detail in error.errors()))
+        sentences = []
+        for detail in error.errors():
+            reason = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
+            reasons = reason.problems if isinstance(reason, SettingsError) else [str(reason)]
+            sentences += [_sentence(stage, detail, each, entries) for each in reasons]
+        return None, list(dict.fromkeys(sentences))
 
 
-def _sentence(stage: type[Settings], detail: ErrorDetails, entries: dict[str, Entry]) -> str:
+def _sentence(stage: type[Settings], detail: ErrorDetails, reason: str, entries: dict[str, Entry]) -> str:
     """Returns one of pydantic's errors as a sentence with the place, key, value and what was expected."""
     parts = [str(part) for part in detail["loc"]]
     setting = next((s for s in fields_of(stage) if list(s.path) == parts[: len(s.path)]), None)
-    reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
     if setting is None and detail["type"] == "value_error":  # of a check between fields, which the reason names
         named = (".".join([*parts, word]) for word in re.findall(r"\w+", reason))
         places = [entries[key].where for key in named if key in entries]

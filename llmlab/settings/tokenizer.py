@@ -12,7 +12,7 @@ from llmlab.settings.data import Datasets, DataSource
 class TokenizerSettings(Settings, panel="Tokenizer"):
     """A byte-level BPE tokenizer with ChatML tokens and a chat template that supports tools."""
 
-    datasets: Datasets = [DataSource(name="HuggingFaceFW/fineweb-edu")]
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceFW/fineweb-edu")]
     vocab_size: Annotated[int, Gt(0)] = 32768
     """Size of the vocabulary, special tokens included."""
     max_bytes: Annotated[int, Gt(0)] = 200_000_000

@@ -14,6 +14,7 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.health import HealthLimits
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.preference import DPOSettings
 from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sft import SFTSettings
@@ -127,7 +128,8 @@ def test_all_problems_at_once_each_with_file_and_line(tmp_path):
     assert f"{path}:3: batch_size = 0: expected greater than 0" in found
     assert any(line.startswith(f"{path}:5: d_model = 10 is not divisible by n_heads = 3") for line in found)
     assert any(line.startswith(f"{path}:6: datasets[0] = a|b|c|d|e: expected 'name | subset") for line in found)
-    assert len(found) == 5
+    assert any("n_heads = 3 is not divisible by n_kv_heads = 2" in line for line in found)
+    assert len(found) == 6
 
 
 def test_two_spellings_in_one_file_are_an_error(tmp_path):
@@ -366,3 +368,12 @@ def test_python_files_of_blocks(tmp_path):
 )
 def test_what_a_resumed_run_may_change(resume, names):
     assert {s.name for s in fields_of(SFTSettings) if s.resume is resume} == names
+
+
+def test_all_contradictions_are_said_at_once():
+    words = {"batch_size": 7, "mini_batch_size": 2, "adaptive_kl": True, "init_kl_coef": 0.0}
+    with pytest.raises(SettingsError) as caught:
+        resolve(PPOSettings, Layer("here", words))
+    found = caught.value.problems
+    assert len(found) == 2 and found[0].startswith("here: adaptive_kl needs init_kl_coef above 0")
+    assert found[1].startswith("here: batch_size = 7 is not a multiple of mini_batch_size = 2")

@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import common_prefix_length
 from llmlab.data.chat.messages import Message, UnusableRow, join_turns
-from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, stop_token_ids
+from llmlab.data.tokenizer import BOS, END_OF_TURN, TEMPLATE, TEMPLATE_FAILURES, stop_token_ids
 from llmlab.settings.errors import UserError, reason_of
 
 LossOn = Literal["assistant", "completion", "all"]
-TEMPLATE_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
-"""Python errors raised from within Jinja templates."""
 COMPACT = "chatml_compact"
 TOOL_LISTING = {  # of chatml: of its compact form
     ", given as JSON schemas:": ":",

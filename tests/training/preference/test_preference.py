@@ -25,7 +25,7 @@ from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSet
 from llmlab.settings.sources import resolve
 from llmlab.training.merge import merge
 from llmlab.training.preference.dpo import dpo
-from llmlab.training.preference.orpo import orpo
+from llmlab.training.preference.orpo import LLMLabORPOTrainer, orpo
 from llmlab.training.preference.reward import LLMLabRewardTrainer, reward
 from llmlab.training.preference.run import PreferenceMetrics
 from llmlab.training.sft import sft
@@ -97,7 +97,21 @@ def test_dpo_losses_are_trls(use_lora, preference_settings, pairs_file, base_fol
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_orpo_losses_are_trls(use_lora, preference_settings, pairs_file, base_folder, tmp_path, quiet):
+def test_orpo_losses_are_trls(use_lora, preference_settings, pairs_file, base_folder, tmp_path, quiet, monkeypatch):
+    scored = LLMLabORPOTrainer.concatenated_forward
+
+    def score_beside_trl(self, model, batch):
+        """Log-probabilities, NLL and gradients are those of all logits in fp32, up to the order of sums."""
+        ours, theirs = scored(self, model, batch), ORPOTrainer.concatenated_forward(self, model, batch)
+        (pairs, tokens), (mean_pairs, mean_tokens) = self.count_pairs(batch), self.sizes
+        parts = (*ours[:2], ours[4]), (*theirs[:2], theirs[4] * tokens / pairs * mean_pairs / mean_tokens)
+        losses = [nll + (chosen * rejected).sum() for chosen, rejected, nll in parts]
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
+        torch.testing.assert_close([*parts[0], *gradients[0]], [*parts[1], *gradients[1]], rtol=1e-4, atol=1e-5)
+        return ours
+
+    monkeypatch.setattr(LLMLabORPOTrainer, "concatenated_forward", score_beside_trl)
     lora = {"use_lora": True, "lora_preset": "all", "lora_dropout": 0.0} if use_lora else {}
     ours = orpo(preference_settings(ORPOSettings, beta=0.2, **SHORT, **lora), console=quiet)
     tokenizer = load_tokenizer(str(base_folder))
