@@ -32,22 +32,25 @@ NAMES = {
 }
 SWITCHES = {  # the preset with one of its choices changed; a step of those in RECIPE takes as long as the preset's
     "vocabulary 1024": {},
-    "initialization: normal": {"model": {"initialization": "normal"}},
+    "value_embeddings: false": {"model": {"value_embeddings": False}},
+    "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 704}},  # nearly as many weights
     "qk_norm: false": {"model": {"qk_norm": False}},
-    "one rate for all": {"embedding_lr": None, "head_lr": None},
-    "16 x 256 tokens a step": {"batch_size": 16, "model": {"max_seq_len": 256}},
-    "weight_decay: 0.1": {"weight_decay": 0.1},
-    "scheduler: cosine": {"scheduler": "cosine"},
-    "scheduler: wsd": {"scheduler": "wsd"},
-    "activation: relu2": {"model": {"activation": "relu2", "d_ff": 1056}},  # as many weights
+    "initialization: normal": {"model": {"initialization": "normal"}},
     "logit_softcap: 15": {"model": {"logit_softcap": 15.0}},
-    "optimizer: muon": {"optimizer": "muon", "lr": 1.2e-2},
-    "optimizer: muon, with momentum warmup": {"optimizer": "muon", "lr": 1.2e-2, "muon_momentum_warmup": 300},
+    "optimizer: adamw": {"optimizer": "adamw", "lr": 2e-3, "adamw_beta1": 0.9, "adamw_beta2": 0.95},
+    "muon_momentum: 0.95": {"muon_momentum": 0.95},
+    "muon_momentum: 0.95, with warmup": {"muon_momentum": 0.95, "muon_momentum_warmup": 300},
+    "one rate for all": {"embedding_lr": None, "head_lr": None},
+    "scheduler: linear": {"scheduler": "linear"},
+    "scheduler: cosine": {"scheduler": "cosine"},
+    "weight_decay: 0.1": {"weight_decay": 0.1},
+    "4 x 256 tokens a step": {"batch_size": 4},
+    "16 x 256 tokens a step": {"batch_size": 16},
 }
 RECIPE = {
     name
     for name in SWITCHES
-    if name.split(":")[0] in ("initialization", "one rate for all", "weight_decay", "scheduler")
+    if name.split(":")[0] in ("initialization", "muon_momentum", "one rate for all", "scheduler", "weight_decay")
 }
 BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations of a run, seconds of a trial
 
@@ -327,7 +330,7 @@ def main():
     parser.add_argument("--trials", type=int, default=3, help="short runs of each contestant, which take turns")
     parser.add_argument("--trials-only", action="store_true", help="stop after them: the rest may share the machine")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--own-vocab-size", type=int, default=2048, help="of the preset; losses are a byte's")
+    parser.add_argument("--own-vocab-size", type=int, default=4096, help="of the preset; losses are a byte's")
     parser.add_argument("--litgpt-python", default=sys.executable, help="an interpreter that has LitGPT")
     parser.add_argument("--folder", type=Path, help="where finished runs are kept, to be continued")
     parser.add_argument("--plot", type=Path, help="write a plot of loss over seconds")
