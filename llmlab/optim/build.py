@@ -74,7 +74,7 @@ def build_optimizer(
     lion = {"betas": (settings.lion_beta1, settings.lion_beta2)}
 
     if settings.optimizer == "muon":
-        from pytorch_optimizer import Muon  # a second of import, for those who use it
+        from llmlab.optim.muon import MuonAndAdamW  # a second of import, for those who use it
 
         if not kinds.hidden:
             raise UserError("optimizer = muon: no hidden 2-D weight is trainable; expected adamw, adafactor or lion")
@@ -83,11 +83,11 @@ def build_optimizer(
         muon |= {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
         if settings.muon_momentum_warmup:
             muon |= {"momentum_warmup": settings.muon_momentum_warmup, "last_momentum": settings.muon_momentum}
-        adamw = {"lr": ADAMW_RATE * learning_rate, "use_muon": False, **adam}
+        adamw = {"lr": ADAMW_RATE * learning_rate, "use_muon": False, "foreach": True, **adam}
         groups = [hidden | muon, *(adamw | group for group in (other_weights, undecayed, *own_rates))]
         # large matrices keep all cores busy one by one, with less memory
         batched = max(weight.numel() for weight in kinds.hidden) <= BATCHED_SIZE
-        optimizer = Muon([group for group in groups if group["params"]], foreach=batched)
+        optimizer = MuonAndAdamW([group for group in groups if group["params"]], foreach=batched)
         optimizer.defaults["lr"] = learning_rate  # which some schedules read
         optimizer.register_step_pre_hook(_warm_up_momentum)
         return optimizer

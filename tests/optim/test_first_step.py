@@ -103,6 +103,32 @@ def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw(nesterov, ste
         torch.testing.assert_close(after, before - 0.1 * LR * gradient.sign())
 
 
+def test_muons_adamw_is_that_of_its_library(tiny_llama, build, set_gradients, monkeypatch):
+    from pytorch_optimizer import Muon
+
+    from llmlab.optim import muon
+
+    weights, fused = {}, muon.adamw
+    for own in (False, True):
+        model = tiny_llama()
+        optimizer = build(model, "muon", LR, DECAY, adamw_beta1=0.8, adamw_eps=1e-4)
+        calls = []
+        monkeypatch.setattr(muon, "adamw", lambda *args, calls=calls, **kw: (calls.append(args), fused(*args, **kw)))
+        for seed in range(3):
+            set_gradients(model, seed=seed)
+            _step_as(type(optimizer) if own else Muon, optimizer)
+        weights[own] = [parameter.detach().clone() for parameter in model.parameters()]
+        assert bool(calls) == own
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-6)
+
+
+def _step_as(kind, optimizer):
+    """Takes a step of an optimizer as one of its base classes."""
+    own, optimizer.__class__ = optimizer.__class__, kind
+    optimizer.step()
+    optimizer.__class__ = own
+
+
 def test_muons_momentum_rises(tiny_llama, build, set_gradients):
     model = tiny_llama()
     optimizer = build(model, "muon", muon_momentum=0.95, muon_momentum_warmup=4)

@@ -38,6 +38,8 @@ PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serv
     # on CPUs TRL's loss head is slower and larger than full logits, and scores prompts and padding too
     "trl.trainer.utils._ChunkedLogProbFunction.forward": ("ctx", "hidden", "weight", "bias", "targets", "..."),
     "trl.trainer.utils._use_triton": ("device",),
+    # Muon's own AdamW goes over memory eight times
+    "pytorch_optimizer.Muon._step_foreach": ("self", "group", "params", "grads", "state_dict", "..."),
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
