@@ -40,6 +40,7 @@ MODELS = {  # and whether the fused step is theirs
     "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=8)), True),
     "dynamic": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | {"rope_parameters": DYNAMIC})), False),
     "rope": (lambda: own(sliding_window=6), True),
+    "value embeddings": (lambda: own(value_embeddings=True, hidden_act="relu2", qk_norm=True), True),
     "yarn beyond its length": (
         lambda: own(positional_encoding="yarn", hidden_act="gelu", norm_type="layernorm"),
         True,

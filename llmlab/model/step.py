@@ -4,6 +4,7 @@ Queries, keys and values are one product, as are gate and up; on CPUs bf16 weigh
 Formulas are those of the models' own `forward`, which `decoding` uses where `suits` is false.
 """
 
+from itertools import repeat
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmlab.model.modeling import LanguageModelHead
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "llmlab")
 # of llmlab's decoder, beside Llama's; a model that uses another one keeps to its own forward pass
 OPTIONS = {"attention_type", "norm_type", "positional_encoding", "sliding_window", "layer_types", "qk_norm"}
-OPTIONS |= {"attention_output_bias", "dropout", "initialization"}
+OPTIONS |= {"attention_output_bias", "dropout", "initialization", "value_embeddings"}
 SMALL = 2**19  # products of a layer's scores up to which a CPU multiplies faster in fp32 than in bf16
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "dropout"},
@@ -65,11 +66,14 @@ class Layer:
         self.out, self.down = (Product(part, dtype=dtype) for part in (attention.o_proj, mlp.down_proj))
         self.up = Product(*([mlp.gate_proj] if self.gated else []), mlp.up_proj, dtype=dtype)
 
-    def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Any, column: int, bias: Tensor) -> Tensor:
-        """Returns the hidden states after this layer, (rows, hidden)."""
+    def __call__(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], past: Any, column: int, bias: Tensor, embedded: Any = None
+    ) -> Tensor:
+        """Returns the hidden states after this layer, (rows, hidden); its value embeddings are (rows, values)."""
         rows, shared, columns, dim = past.keys.shape
         heads = self.qkv(_norm(self.norms[0], hidden)).view(rows, -1, dim)  # of queries, keys and values
-        mixed, past.values[:, :, column] = heads[:, :-shared], heads[:, -shared:]
+        mixed, values = heads[:, :-shared], heads[:, -shared:]
+        past.values[:, :, column] = values if embedded is None else values + embedded.view_as(values).to(values.dtype)
         if self.normed:
             query, key = mixed[:, :-shared], mixed[:, -shared:]
             mixed = torch.cat((_norm(self.attention.q_norm, query), _norm(self.attention.k_norm, key)), 1)
@@ -133,8 +137,10 @@ class DecodeStep:
         columns), else minus infinity.
         """
         hidden = self.decoder.embed_tokens(tokens)  # (rows, hidden)
-        for layer, past in zip(self.layers, cache.layers, strict=True):
-            hidden = layer(hidden, rotary, past, column, bias[layer.window])
+        tables = getattr(self.decoder, "value_embeddings", None) or repeat(None)  # of llmlab's decoder
+        for layer, past, table in zip(self.layers, cache.layers, tables, strict=False):
+            values = None if table is None else table(tokens)
+            hidden = layer(hidden, rotary, past, column, bias[layer.window], values)
         return self.head(_norm(self.decoder.norm, hidden))
 
 
