@@ -36,10 +36,8 @@ SWITCHES = {  # the preset with one of its choices changed; a step of those in R
     "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 704}},  # nearly as many weights
     "qk_norm: false": {"model": {"qk_norm": False}},
     "initialization: normal": {"model": {"initialization": "normal"}},
-    "logit_softcap: 15": {"model": {"logit_softcap": 15.0}},
     "optimizer: adamw": {"optimizer": "adamw", "lr": 2e-3, "adamw_beta1": 0.9, "adamw_beta2": 0.95},
     "muon_momentum: 0.95": {"muon_momentum": 0.95},
-    "muon_momentum: 0.95, with warmup": {"muon_momentum": 0.95, "muon_momentum_warmup": 300},
     "one rate for all": {"embedding_lr": None, "head_lr": None},
     "scheduler: linear": {"scheduler": "linear"},
     "scheduler: cosine": {"scheduler": "cosine"},

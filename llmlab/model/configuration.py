@@ -39,7 +39,6 @@ class LLMLabConfig(PreTrainedConfig):
         "max_seq_len": "max_position_embeddings",
         "activation": "hidden_act",
         "norm_eps": "rms_norm_eps",
-        "logit_softcap": "final_logit_softcapping",
     }
     base_model_tp_plan = LlamaConfig.base_model_tp_plan  # the modules have Llama's names
     base_model_pp_plan = LlamaConfig.base_model_pp_plan
@@ -69,7 +68,6 @@ class LLMLabConfig(PreTrainedConfig):
     initialization: str = "normal"  # see `LLMLabPreTrainedModel._init_weights`
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    final_logit_softcapping: float | None = None  # c in c * tanh(logits / c); TRL's loss head reads it by this name
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -158,8 +156,6 @@ class LLMLabConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 0 and less than 1")
-        if (softcap := self.final_logit_softcapping) is not None and not softcap > 0:
-            raise ValueError(f"final_logit_softcapping = {softcap}: expected more than 0, or None")
 
     def _check_divides(self, whole: str, part: str) -> None:
         number, divisor = getattr(self, whole), getattr(self, part)

@@ -68,7 +68,6 @@ def from_llmlab(model: LLMLabForCausalLM, family: str) -> PreTrainedModel:
         "norm_type": config.norm_type == "rmsnorm",
         "activation": config.is_gated,
         "sliding_window": family != "llama" or windows == {"full_attention"},
-        "logit_softcap": config.final_logit_softcapping is None,
         "layer_types": family != "mistral" or len(windows) == 1,
         "attention_bias": biases in possible_biases.get(family, [(False, False), (True, True)]),
     }

@@ -27,14 +27,13 @@ def linear_cross_entropy(
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
     with_tokens: bool = False,
-    softcap: float | None = None,
 ) -> Any:
     """Returns the cross entropy of the next tokens in nats, with the output head's product in it, a scalar in fp32,
     and `with_tokens` the loss of each, (batch, time - 1), too; 0 where labels are ignored.
 
     Hidden states are (batch, time, hidden), the head's weight (vocabulary, hidden), labels (batch, time), not shifted.
     Products are in autocast's dtype where it is on, else in the weight's; softmax and sums in fp32. The sum is divided
-    by `num_items_in_batch`, or the number of labels that count; logits stay within `softcap * tanh(logits / softcap)`.
+    by `num_items_in_batch`, or the number of labels that count.
     The backward pass scales the gradients in place, so it cannot be repeated with `retain_graph`.
     """
     device = hidden.device
@@ -42,9 +41,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(device)  # (batch * time,)
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss, _, _, token_losses = _operator(
-        hidden.flatten(0, 1), weight, targets, dtype, *needs_grad, None, False, softcap
-    )
+    loss, _, _, token_losses = _operator(hidden.flatten(0, 1), weight, targets, dtype, *needs_grad)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
@@ -62,7 +59,6 @@ def loss_and_gradients(
     weight_needs_grad: bool,
     weights: torch.Tensor | None = None,
     with_statistics: bool = False,
-    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the summed loss, its gradients, empty where not needed, and of each token the loss and with statistics
     entropy, mean logit and whether the target is the likeliest token; products are in `dtype`.
@@ -85,7 +81,7 @@ def loss_and_gradients(
     parts = (x.chunk(chunks) for x in (states, targets, grad_states, own, scales))
     for chunk, labels, grad_chunk, own_chunk, scale in zip(*parts, strict=True):
         logits = torch.mm(chunk, head.t(), out=buffer[: len(chunk)])  # (chunk, vocabulary)
-        loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale, softcap)
+        loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale)
         if hidden_needs_grad:
             torch.mm(logits, head, out=grad_chunk)
         if weight_needs_grad and grad_weight is None:
@@ -110,9 +106,8 @@ def _replace_by_gradient(
     wide: torch.dtype,
     statistics: torch.Tensor,
     scales: torch.Tensor,
-    softcap: float | None,
 ) -> torch.Tensor:
-    """Returns the summed loss of logits before their cap, (tokens, vocabulary), and overwrites them with its gradient,
+    """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient,
     each row times its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
@@ -121,8 +116,6 @@ def _replace_by_gradient(
         here = slice(start, start + rows)
         part = logits[here]
         score = part if part.dtype == wide else scores[: len(part)].copy_(part)
-        if softcap is not None:
-            score.div_(softcap).tanh_().mul_(softcap)
         share = torch.softmax(score, -1, out=shares[: len(part)])
         largest, index = score.amax(-1), targets[here, None]
         # the largest share is 1 / sum(exp(score - largest score)), and never underflows
@@ -135,8 +128,6 @@ def _replace_by_gradient(
             first = (target == largest).nonzero()[:, 0]  # of equal scores the first is the likeliest
             statistics[start + first, 3] = (score[first].argmax(-1) == index[first, 0]).to(wide)
         share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-        if softcap is not None:  # d capped / d logit = 1 - tanh^2
-            share.mul_(score.div_(softcap).square_().neg_().add_(1))
         torch.mul(share, scales[here], out=part)
     return statistics[:, 0].sum()
 
@@ -170,7 +161,6 @@ def _fake_loss_and_gradients(
     weight_needs_grad: bool,
     weights: Any = None,
     with_statistics: bool = False,
-    softcap: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     needs = ((hidden, hidden_needs_grad), (weight, weight_needs_grad))
     gradients = (torch.empty_like(x) if needed else x.new_empty(0) for x, needed in needs)
@@ -187,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     gradients = [x.mul_(grad_loss) if n else None for x, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)]
-    return *gradients, *(None,) * 7
+    return *gradients, *(None,) * 6
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

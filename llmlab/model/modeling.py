@@ -192,12 +192,11 @@ class LanguageModelHead(nn.Linear):
         hidden_states: torch.Tensor,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        softcap: float | None = None,
     ) -> torch.Tensor:
-        """Returns logits before their cap, (batch, time, vocabulary), or with labels, (batch, time), the loss."""
+        """Returns logits, (batch, time, vocabulary), or with labels, (batch, time), the loss."""
         if labels is None:
             return super().forward(hidden_states.contiguous())  # a slice has a CPU copy a frozen head for each row
-        count = {"num_items_in_batch": num_items_in_batch, "softcap": softcap}
+        count = {"num_items_in_batch": num_items_in_batch}
         if self.training:
             return linear_cross_entropy(hidden_states, self.weight, labels, **count)
         loss, self.token_losses = linear_cross_entropy(hidden_states, self.weight, labels, **count, with_tokens=True)
@@ -249,16 +248,13 @@ class LLMLabForCausalLM(LLMLabPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss = logits = None
-        softcap = self.config.final_logit_softcapping
         if labels is not None and not return_logits:
             if not isinstance(self.lm_head, LanguageModelHead) or "shift_labels" in kwargs:
                 reason = "shift_labels" if "shift_labels" in kwargs else type(self.lm_head).__name__
                 raise ValueError(f"return_logits = False: the chunked loss does not support {reason}; expected True")
-            loss = self.lm_head(outputs.last_hidden_state, labels, num_items_in_batch, softcap)
+            loss = self.lm_head(outputs.last_hidden_state, labels, num_items_in_batch)
         else:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
             if labels is not None:
                 loss = self.loss_function(
                     logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs

@@ -16,7 +16,6 @@ from llmlab.settings.optimizer import OptimizerSettings
 Parameters = list[nn.Parameter]
 Group = dict[str, Any]
 ADAMW_RATE = 0.1  # AdamW's learning rate over Muon's. Source: seed, LLM-Lab document, "Optimizer"
-FIRST_MOMENTUM = 0.85  # of Muon, where it is warmed up. Source: karpathy/nanochat, scripts/base_train.py
 BATCHED_SIZE = 2**19  # elements of the largest matrix up to which Muon's products are batched
 
 
@@ -81,15 +80,12 @@ def build_optimizer(
         # steps have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982): learning rates carry over
         muon = {"lr": learning_rate, "use_muon": True, "use_adjusted_lr": True}
         muon |= {"momentum": settings.muon_momentum, "nesterov": settings.muon_nesterov}
-        if settings.muon_momentum_warmup:
-            muon |= {"momentum_warmup": settings.muon_momentum_warmup, "last_momentum": settings.muon_momentum}
         adamw = {"lr": ADAMW_RATE * learning_rate, "use_muon": False, "foreach": True, **adam}
         groups = [hidden | muon, *(adamw | group for group in (other_weights, undecayed, *own_rates))]
         # large matrices keep all cores busy one by one, with less memory
         batched = max(weight.numel() for weight in kinds.hidden) <= BATCHED_SIZE
         optimizer = MuonAndAdamW([group for group in groups if group["params"]], foreach=batched)
         optimizer.defaults["lr"] = learning_rate  # which some schedules read
-        optimizer.register_step_pre_hook(_warm_up_momentum)
         return optimizer
     decayed = {"params": kinds.hidden + other_weights["params"], "weight_decay": weight_decay}
     groups = [group for group in (decayed, undecayed, *own_rates) if group["params"]]
@@ -129,14 +125,6 @@ def _split_off(model: Any, settings: OptimizerSettings, other_weights: Group, un
         group["params"] = [parameter for parameter in group["params"] if parameter not in chosen]
         groups.append({**group, "params": own, "lr": rate})
     return groups
-
-
-def _warm_up_momentum(optimizer: Optimizer, *_: Any) -> None:
-    """Sets Muon's momentum for the coming step; steps are counted in its group, so that resumed runs go on alike."""
-    for group in optimizer.param_groups:
-        if "momentum_warmup" in group:
-            share = min(group.get("step", 0) / group["momentum_warmup"], 1.0)
-            group["momentum"] = FIRST_MOMENTUM + share * (group["last_momentum"] - FIRST_MOMENTUM)
 
 
 def _from_bitsandbytes(model: nn.Module, groups: list[Group], name: str, **options: Any) -> Optimizer:

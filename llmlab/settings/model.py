@@ -57,8 +57,6 @@ class ModelSettings(Settings, panel="Model"):
     more embeddings."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
-    logit_softcap: Annotated[float | None, Gt(0), Alias("final_logit_softcapping")] = None
-    """Bound c of the logits, c * tanh(logits / c), as in Gemma 2 (30) and nanochat (15); none is no bound."""
     rope_theta: Annotated[float, Gt(0), When("positional_encoding", "rope", "yarn")] = 10000.0
     """Base of the rotary frequencies."""
     yarn_factor: Annotated[float, Gt(1), YARN] = 4.0

@@ -60,8 +60,6 @@ class OptimizerSettings(Settings, panel="Optimizer", resume=Resume.NEW_OPTIMIZER
     """Muon's momentum."""
     muon_nesterov: Annotated[bool, MUON] = True
     """Nesterov momentum in Muon."""
-    muon_momentum_warmup: Annotated[int, Ge(0), MUON] = 0
-    """Steps over which Muon's momentum goes linearly from 0.85 to muon_momentum; 0 is none."""
     scheduler: Annotated[Literal[SCHEDULERS], Alias("lr_scheduler_type")] = "cosine"  # type: ignore[valid-type]
     """Decay of the learning rate after warmup; none keeps it constant, wsd does so before a linear decay to 0."""
     decay_share: Annotated[float, Gt(0), Le(1), When("scheduler", "wsd")] = 0.2

@@ -127,7 +127,6 @@ def test_precision_is_kept():
         ({}, "qwen3", "qk_norm = False, which qwen3"),
         ({"qk_norm": True}, "llama", "qk_norm = True, which llama"),
         ({"value_embeddings": True}, "llama", "value_embeddings = True, which llama"),
-        ({"logit_softcap": 15.0}, "llama", "logit_softcap = 15.0, which llama"),
         ({"qk_norm": True, "hidden_act": "relu2"}, "qwen3", "activation = relu2, which qwen3"),
         ({}, "lama", "family = lama: expected one of llama, mistral, qwen2, qwen3; did you mean 'llama'"),
     ],

@@ -10,8 +10,7 @@ OPTIONS = {
     "qk_norm": {"qk_norm": True},
     "value_embeddings": {"value_embeddings": True},
     "relu2": {"hidden_act": "relu2"},
-    "softcap": {"final_logit_softcapping": 1.5},
-    "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False, "logit_softcap": 1.5},
+    "all": {"qk_norm": True, "hidden_act": "relu2", "tie_word_embeddings": False},
 }
 OPTIONS["all"]["value_embeddings"] = True
 OPTIONS["all in windows"] = OPTIONS["all"] | {"sliding_window": 4}

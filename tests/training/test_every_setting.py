@@ -347,7 +347,6 @@ def other_values(stage, others, wide_base_folder, base_folder, place):
         "model.max_seq_len": 16,
         "model.vocab_size": 512,
         "model.sliding_window": 4,
-        "model.logit_softcap": 15.0,
         "model.yarn_original_max_seq_len": 12,
     }
 
