@@ -1,8 +1,8 @@
-"""Transformers' model classes for a process that only samples, in a quarter of the time that they usually take.
+"""Imports Transformers' model classes 0.8 s faster in a process that only samples.
 
-They bring torch's sharded tensors, its compiler and SciPy along, for sharded weights, compiled kernels and the losses
-of object detection. Sharded tensors and SciPy are left out, as on machines that lack them; the compiler is imported
-once something asks for more than its decorators. Not for a process that also trains.
+They import torch's sharded tensors (for sharded weights), its compiler (for compiled kernels) and SciPy (for losses of
+object detection). Sharded tensors and SciPy are left out, as on machines that lack them; the compiler is imported once
+something asks for more than its decorators. Not for a process that also trains.
 """
 
 import sys

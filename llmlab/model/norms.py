@@ -22,7 +22,8 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class _Normalize(torch.autograd.Function):
-    """Llama's formula; its gradient is a layer norm's with a mean of 0, but for the term of the mean's gradient."""
+    """Llama's formula; its gradient is layer norm's at a mean of 0, plus mean(grad * weight) * scale, which that takes
+    off. Not for torch.func, double backward and forward-mode differentiation."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

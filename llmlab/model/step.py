@@ -112,10 +112,11 @@ class DecodeStep:
             del self.unpacked[:8]
 
     def convert_cache(self, cache: Any) -> None:
-        """Keeps keys and values, (rows, heads, columns, dim), in fp32 where they are few, which loses nothing."""
+        """Keeps keys and values, (rows, heads, columns, dim), in fp32 where they are few: bf16 is exact in it."""
         for layer in cache.layers:
             products = layer.keys[:, 0].numel() * self.decoder.config.num_attention_heads
             few = self.dtype == torch.bfloat16 and layer.keys.device.type == "cpu" and products <= SMALL
+            few = few and not torch.is_autocast_enabled("cpu")  # which would cast them back for each product
             dtype = torch.float32 if few else self.dtype
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 

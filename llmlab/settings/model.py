@@ -53,8 +53,8 @@ class ModelSettings(Settings, panel="Model"):
     qk_norm: bool = False
     """Normalize each head's queries and keys (RMSNorm, before rotary embeddings), as Qwen3 does."""
     value_embeddings: bool = False
-    """Add a learned vector of each token to the attention values of each layer: better on little text, and n_layers
-    more embeddings."""
+    """Add a learned vector of each token to the attention values of each layer: a lower loss on small corpora, and
+    n_layers more tables of the vocabulary."""
     tie_word_embeddings: bool = True
     """Share the weights of the input embedding and the output head."""
     rope_theta: Annotated[float, Gt(0), When("positional_encoding", "rope", "yarn")] = 10000.0
@@ -67,8 +67,8 @@ class ModelSettings(Settings, panel="Model"):
     """Standard deviation of the initial weights."""
     initialization: Literal["normal", "zero_outputs"] = "normal"
     """Initial weights: normal with initializer_range, or zero in the last matrix of each sublayer and uniform with
-    variance 1 / fan_in in the others (0.4 x that before relu2), beside N(0, 0.8) in the embedding and N(0, 0.001) in
-    the head, if untied."""
+    variance 1 / fan_in in the others (0.4 times as wide before relu2), beside N(0, 0.8) in the embedding and
+    N(0, 0.001) in the head, if untied."""
 
     def contradictions(self) -> Iterator[str]:
         width, heads, groups = self.d_model, self.n_heads, self.n_kv_heads

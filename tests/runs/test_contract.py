@@ -102,7 +102,7 @@ def test_fine_tuning_leaves_labels_alone():
 
 
 def test_references_are_made_in_one_place():
-    """`reference_is` stands in for what GRPOTrainer reads from disk: its policy is given, so nothing else is read."""
+    """`RolloutSteps` stands in for what GRPOTrainer reads from disk: its policy is given, so nothing else is read."""
     source = inspect.getsource(trl.GRPOTrainer.__init__)
     assert "if isinstance(model, str):" in source and source.count("create_model_from_path(") == 2
     assert "self.ref_model = create_model_from_path(get_config_model_id(self.model.config)" in source

@@ -74,12 +74,14 @@ def test_four_bit_weights(planned):
     assert run.ledger.most["weights"] >= packed and run.ledger.flops["backward"] > 0
 
 
-def test_logits_grow_with_rows_and_length(planned):
+def test_logits_grow_with_the_rows_of_a_rollout(planned):
     sizes = {}
-    for rows, length in ((2, 32), (2, 64), (4, 32)):
-        run, _ = planned("orpo", mini_batch_size=rows, batch_size=rows, max_length=length, max_prompt_length=8)
-        sizes[rows, length] = run.ledger.most["logits"]
-    assert sizes[2, 64] == pytest.approx(2 * sizes[2, 32], rel=0.1) == pytest.approx(sizes[4, 32] * 1.0, rel=0.1)
+    for rows in (3, 6):
+        run, _ = planned("grpo", batch_size=rows, group_size=2, mini_batch_size=2)
+        sizes[rows] = run.ledger.most["logits"]
+    assert sizes[6] == pytest.approx(2 * sizes[3], rel=0.1)
+    # no stage keeps the logits of the rows that it trains on
+    assert not any("logits" in planned(stage)[0].ledger.most for stage in ("pretrain", "sft", "dpo", "orpo", "awr"))
 
 
 def test_key_value_cache_of_a_rollout(planned):

@@ -97,7 +97,7 @@ def test_steps_of_trainers(stage, adapters, trainer_of, numbers, monkeypatch):
     trainer.accelerator.state.device = META
     batch = to_meta(batch)
     if stage in ("grpo", "ppo"):
-        trainer.all_rewards, trainer.reward_weights = to_meta(trainer.all_rewards), to_meta(trainer.reward_weights)
+        trainer.scores, trainer.reward_weights = to_meta(trainer.scores), to_meta(trainer.reward_weights)
         trainer.values = to_meta(trainer.values)
         trainer.compacts = False  # prompts have no values here
         with torch.no_grad():

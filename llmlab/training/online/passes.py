@@ -1,5 +1,5 @@
-"""Forward passes over completions, whose rows have no padding (`layout.py`), and metrics that do not depend on how an
-update is split into them: means over its tokens instead of means of its passes' means."""
+"""Forward passes over completions, whose rows have no padding (`layout.py`), and metrics weighted by tokens, which do
+not depend on the number of forward passes of an update."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,8 +34,8 @@ class ForwardPasses(GRPOTrainer):
     compacts = True
     """Whether forward passes leave out padding and repeated prompts, for which they look at rows."""
     scores_later = False
-    """Whether the log-probabilities of the policy that sampled are those of the first pass in its first update, and
-    are computed for the other updates alone."""
+    """Whether the first update takes the log-probabilities of its own forward pass as those of the policy that
+    sampled, so that they are computed beforehand for later updates alone."""
 
     def score_tokens(self, rollout: dict[str, Any]) -> Tensor:
         """Returns the policy's log-probabilities of the completions of a rollout or of a part of it, (batch, time)."""
