@@ -196,10 +196,12 @@ class LanguageModelHead(nn.Linear):
         """Returns logits, (batch, time, vocabulary), or with labels, (batch, time), the loss."""
         if labels is None:
             return super().forward(hidden_states.contiguous())  # a slice has a CPU copy a frozen head for each row
-        count = {"num_items_in_batch": num_items_in_batch}
-        if self.training:
-            return linear_cross_entropy(hidden_states, self.weight, labels, **count)
-        loss, self.token_losses = linear_cross_entropy(hidden_states, self.weight, labels, **count, with_tokens=True)
+        evaluates = not self.training
+        loss = linear_cross_entropy(
+            hidden_states, self.weight, labels, num_items_in_batch=num_items_in_batch, with_tokens=evaluates
+        )
+        if evaluates:
+            loss, self.token_losses = loss
         return loss
 
 
