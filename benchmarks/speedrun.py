@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,36 @@ RECIPE = {
     for name in SWITCHES
     if name.split(":")[0] in ("initialization", "muon_momentum", "one rate for all", "scheduler", "weight_decay")
 }
+MIXTURE = {  # a larger text: the columns of data sets in one folder
+    "c4_demo.jsonl": ("text",),
+    "gsm8k_train.jsonl": ("question", "answer"),
+    "alpaca_en_demo.json": ("instruction", "input", "output"),
+    "dpo_en_demo.json": ("conversations", "chosen"),
+}
 BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations of a run, seconds of a trial
+
+
+def read_text(path):
+    """Returns a file's text, or the documents of a folder's data sets, in a random order."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        return "\n\n".join(json.loads(line)["text"] for line in text.splitlines()) if path.suffix == ".jsonl" else text
+    documents = []
+    for name, columns in MIXTURE.items():
+        text = (path / name).read_text(encoding="utf-8")
+        rows = map(json.loads, text.splitlines()) if name.endswith("l") else json.loads(text)
+        documents += ["\n".join(part for column in columns for part in strings(row.get(column))) for row in rows]
+    random.Random(0).shuffle(documents)
+    return "\n\n".join(documents)
+
+
+def strings(value):
+    """Yields the texts of a column: a string, a turn with its `value`, or a list of them."""
+    if isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+    elif text := value.get("value") if isinstance(value, dict) else value:
+        yield text
 
 
 def prepare(options, folder):
@@ -60,9 +90,7 @@ def prepare(options, folder):
     from llmlab.data.tokenizer import learn_bpe, load_tokenizer
     from llmlab.settings.data import DataSource
 
-    text = Path(options.text).read_text(encoding="utf-8")
-    if options.text.endswith(".jsonl"):
-        text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+    text = read_text(Path(options.text))
     cut = int(0.9 * len(text))
     for name, part in (("train", text[:cut]), ("held_out", text[cut:])):
         (folder / f"{name}.txt").write_text(part, encoding="utf-8")
@@ -319,7 +347,7 @@ def draw(options, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", help="a text file, or a .jsonl file with a column 'text'")
+    parser.add_argument("text", help="a text file, a .jsonl file with 'text', or a folder with MIXTURE's files")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=1, help="of the minutes for the preset, whose decay ends there")

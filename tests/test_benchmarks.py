@@ -136,6 +136,22 @@ def test_speedrun(benchmark, tmp_path, monkeypatch):
     assert seconds_until([(1, 4.0), (2, 3.0), (4, 2.0)], 2.5) == 3 and seconds_until([(1, 4.0)], 2.5) is None
 
 
+def test_speedrun_reads_a_mixture(benchmark, tmp_path):
+    """Each row of each data set is a document; replies that were rejected are left out."""
+    turn = {"from": "human", "value": "dpo question"}
+    rows = {
+        "c4_demo.jsonl": [{"text": "web page"}, {"text": "other page"}],
+        "gsm8k_train.jsonl": [{"question": "sum", "answer": "four"}],
+        "alpaca_en_demo.json": [{"instruction": "task", "input": "", "output": "reply"}],
+        "dpo_en_demo.json": [{"conversations": [turn], "chosen": {"value": "good"}, "rejected": {"value": "bad"}}],
+    }
+    for name, found in rows.items():
+        text = "\n".join(map(json.dumps, found)) if name.endswith("l") else json.dumps(found)
+        (tmp_path / name).write_text(text)
+    documents = importlib.import_module("speedrun").read_text(tmp_path).split("\n\n")
+    assert sorted(documents) == ["dpo question\ngood", "other page", "sum\nfour", "task\nreply", "web page"]
+
+
 @pytest.mark.slow
 def test_finetune_learns_as_trl(benchmark, chat_model, questions):
     words = [chat_model, questions, "--rows", 40, "--held-out", 2, "--steps", 6]
