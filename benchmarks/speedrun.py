@@ -34,7 +34,9 @@ NAMES = {
 SWITCHES = {  # the preset with one of its choices changed; a step of those in RECIPE takes as long as the preset's
     "vocabulary 1024": {},
     "value_embeddings: false": {"model": {"value_embeddings": False}},
-    "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 704}},  # nearly as many weights
+    "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 512}},  # as many weights
+    "6 layers of 256": {"model": {"n_layers": 6, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
+    "4 layers of 256": {"model": {"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
     "qk_norm: false": {"model": {"qk_norm": False}},
     "initialization: normal": {"model": {"initialization": "normal"}},
     "optimizer: adamw": {"optimizer": "adamw", "lr": 2e-3, "adamw_beta1": 0.9, "adamw_beta2": 0.95},
