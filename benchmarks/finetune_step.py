@@ -26,6 +26,7 @@ from train_step import take_turns
 
 CONTENDERS = {
     "llmlab": "llmlab {}",
+    "llmlab-checkpointing": "the same with gradient checkpointing",
     "bare": "bare PyTorch loop, full logits",
     "trl": "TRL's trainer",
     "trl-plain": "the same without gradient checkpointing",
@@ -108,11 +109,11 @@ def make_trainer(name, options, callbacks, folder):
         machine,
         save_strategy="no",
         prediction_loss_only=True,
-        gradient_checkpointing=name == "trl",
+        gradient_checkpointing=name in ("trl", "llmlab-checkpointing"),
         **({"remove_unused_columns": False} if options.stage == "orpo" else {}),
     )
     extra, reference = {"settings": settings}, load_reference(settings, policy)[0] if options.stage == "dpo" else None
-    if name == "llmlab":
+    if name.startswith("llmlab"):
         for model in filter(None, (policy.model, reference)):
             choose_kernels(model, settings, machine.device == "cpu")
     else:
