@@ -61,11 +61,6 @@ def model_text(completion: Completion) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def tool_results(completion: Completion) -> list[str]:
-    """Returns the tool results of an episode; a text has none, since the model wrote all of it itself."""
-    return [message["content"] for message in read_messages(completion) if message["role"] == "tool"]
-
-
 def code_blocks(text: str, languages: Iterable[str]) -> list[str]:
     """Returns the fenced blocks in one of these languages, dedented; one that is cut off counts too."""
     blocks: list[tuple[str, list[str]]] = []
