@@ -75,7 +75,33 @@ class Chart:
     @property
     def svg(self) -> str:
         """The SVG element's `viewBox` and content."""
-        return _draw(self)
+        from matplotlib import style
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        (width, height), (left, right, above, below) = SIZE, MARGINS
+        look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
+        with style.context(look, after_reset=True):  # not as a notebook or a matplotlibrc styles its figures
+            figure = Figure(figsize=(width / 72, height / 72))
+            FigureCanvasSVG(figure)
+            place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)
+            axes = figure.add_axes(place)
+            for part in (figure.patch, axes.patch, *axes.spines.values()):
+                part.set_visible(False)
+            curves = self.curves[:MOST_CURVES]
+            for curve in curves:
+                steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
+                marker, dashes = "o" if len(steps) <= FEW else "", "-" if curve.number < HUES else "--"
+                line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": dashes}
+                axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if curve.noisy else 1, **line)
+                if curve.noisy:
+                    axes.plot(*zip(*smooth(curve.points), strict=True), **line)
+            points = [point for curve in curves for point in curve.points]
+            _draw_axes(axes, *zip(*points, strict=True), log=self.log)
+            _draw_marks(axes, self.marks, min(points)[0], max(points)[0])
+            target = io.StringIO()
+            figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        return _inline(target.getvalue())
 
 
 def group_curves(curves: dict[str, Any]) -> list[Group]:
@@ -117,36 +143,6 @@ def _color(name: str) -> str:
     return f"#00fe{COLORS.index(name):02x}"
 
 
-def _draw(chart: Chart) -> str:
-    from matplotlib import style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    (width, height), (left, right, above, below) = SIZE, MARGINS
-    look = {"svg.fonttype": "none", "svg.hashsalt": "llmlab", "path.simplify": False, "font.size": 11}
-    with style.context(look, after_reset=True):  # not as a notebook or a matplotlibrc styles its figures
-        figure = Figure(figsize=(width / 72, height / 72))
-        FigureCanvasSVG(figure)
-        place = (left / width, below / height, (width - left - right) / width, (height - above - below) / height)
-        axes = figure.add_axes(place)
-        for part in (figure.patch, axes.patch, *axes.spines.values()):
-            part.set_visible(False)
-        curves = chart.curves[:MOST_CURVES]
-        for curve in curves:
-            steps, values = zip(*thin(curve.points, max(min(POINTS, 2 * POINTS // len(curves)), 2)), strict=True)
-            marker = "o" if len(steps) <= FEW else ""
-            line = {"color": _color(curve.color), "linewidth": 1.6, "linestyle": "-" if curve.number < HUES else "--"}
-            axes.plot(steps, values, marker=marker, markersize=3.5, alpha=0.35 if curve.noisy else 1, **line)
-            if curve.noisy:
-                axes.plot(*zip(*smooth(curve.points), strict=True), **line)
-        points = [point for curve in curves for point in curve.points]
-        _draw_axes(axes, *zip(*points, strict=True), log=chart.log)
-        _draw_marks(axes, chart, min(points)[0], max(points)[0])
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(target.getvalue())
-
-
 def _draw_axes(axes: Any, steps: Sequence[float], values: Sequence[float], *, log: bool) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -167,9 +163,9 @@ def _draw_axes(axes: Any, steps: Sequence[float], values: Sequence[float], *, lo
     axes.grid(axis="y", color=_color("line"), linewidth=1)
 
 
-def _draw_marks(axes: Any, chart: Chart, first: float, last: float) -> None:
+def _draw_marks(axes: Any, marks: Sequence[Mark], first: float, last: float) -> None:
     labelled = -math.inf
-    for mark in sorted(mark for mark in chart.marks if first <= mark.step <= last):
+    for mark in sorted(mark for mark in marks if first <= mark.step <= last):
         axes.axvline(mark.step, color=_color(mark.severity), linewidth=1.2, dashes=(3, 2))
         if mark.step - labelled > (last - first) * BESIDE:
             labelled = mark.step
