@@ -6,8 +6,6 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillRunning  # Python 3.10 has two
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Thread
@@ -217,30 +215,27 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
     """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds. Python
     cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit."""
     _event_loop()  # in this thread: made by several at once, it would be several
-    futures: list[Future[Any]] = [Future() for _ in calls]
-    for call, future in zip(calls, futures, strict=True):
-        Thread(target=_fulfil, args=(call, future), daemon=True).start()
-    start, results = time.monotonic(), []
-    for future, limit in zip(futures, limits, strict=True):
+    outcomes: dict[int, Any] = {}
+
+    def run(number: int) -> None:
         try:
-            error = future.exception(timeout=max(start + limit - time.monotonic(), 0))
-        except StillRunning:
-            results.append(Abandoned())
-        else:
-            results.append(error or future.result())
+            value = calls[number]()
+            if inspect.isawaitable(value):
+                value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
+        except Exception as error:
+            value = error
+        except BaseException as error:  # `sys.exit()` in a tool ends no run
+            value = RuntimeError(f"{type(error).__name__}: {error}")
+        outcomes[number] = value
+
+    threads = [Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    start, results = time.monotonic(), []
+    for number, (thread, limit) in enumerate(zip(threads, limits, strict=True)):
+        thread.join(max(start + limit - time.monotonic(), 0))
+        results.append(outcomes.get(number, Abandoned()))
     return results
-
-
-def _fulfil(call: Callable[[], Any], future: "Future[Any]") -> None:
-    try:
-        value = call()
-        if inspect.isawaitable(value):
-            value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
-        future.set_result(value)
-    except Exception as error:
-        future.set_exception(error)
-    except BaseException as error:  # `sys.exit()` in a tool ends no run
-        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 async def _wait_for(value: Any) -> Any:
