@@ -151,7 +151,7 @@ def _add_turn(
 
 def _run_calls(calls: list[tuple[Episode, list[ToolCall]]], max_episode_length: int, tool_timeout: float) -> None:
     """Runs the calls of a turn, those of one episode in order, and adds the messages with their results."""
-    for number in range(max((len(own) for _, own in calls), default=0)):
+    for number in range(max(len(own) for _, own in calls)):
         now = [(each, own[number]) for each, own in calls if number < len(own) and each.end == "answer"]
         jobs = [_prepare_call(episode.environment, call) for episode, call in now]
         limits = [getattr(each.environment, "time_limits", {}).get(call.name, tool_timeout) for each, call in now]

@@ -1,8 +1,8 @@
-"""Reads completions: the answer, everything the model wrote, tool results, code blocks, JSON, and tool calls, the
-messages' own or those that their text spells in the form of the model's family. A completion is a text, or a list of
-messages. Everything here takes time in proportion to the text, executes nothing, and nothing judges: a malformed call
-stays a call, without a name; calls quoted while thinking are none. Where the tokenizer has a response template, TRL's
-trainers parse text before rewards see it."""
+"""Reads completions: the answer, everything the model wrote, code blocks, JSON, and tool calls, the messages' own or
+those that their text spells in the form of the model's family. A completion is a text, or a list of messages.
+Everything here takes time in proportion to the text, executes nothing, and nothing judges: a malformed call stays a
+call, without a name; calls quoted while thinking are none. Where the tokenizer has a response template, TRL's trainers
+parse text before rewards see it."""
 
 import ast
 import json
