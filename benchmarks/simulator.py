@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from llmlab.simulator.tasks import grammar
-from llmlab.simulator.world import Simulator, expert_calls, play_scripted, random_calls
+from llmlab.simulator.world import Simulator, play_scripted, random_calls
 
 ROUNDS = 3
 
 
 def play(simulator: Simulator, policy: str, task: str, seed: int) -> None:
     simulator.reset(task)
-    calls = expert_calls(simulator.task) if policy == "expert" else random_calls(simulator, Random(seed))
+    calls = simulator.task.expected if policy == "expert" else random_calls(simulator, Random(seed))
     play_scripted(simulator, calls)
 
 

@@ -6,8 +6,6 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillRunning  # Python 3.10 has two
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Thread
@@ -83,7 +81,7 @@ def play(
     resets = [partial(task.environment.reset, **{**task.columns, "prompt": task.prompt}) for task in tasks]
     texts = run_side_by_side(resets, [tool_timeout] * len(tasks))
     stops = {*stop_token_ids(tokenizer), tokenizer.eos_token_id, *ends}
-    episodes, tools = [], []
+    episodes = []
     for task, text in zip(tasks, texts, strict=True):
         where = f"environment {type(task.environment).__name__}: reset"
         if isinstance(text, Abandoned):
@@ -93,27 +91,24 @@ def play(
         if not isinstance(text, str | None) or not task.prompt:
             found = f"returned {type(text).__name__}" if task.prompt else "has no message to add its text to"
             raise UserError(f"{where} {found}; expected text or None, for the end of a prompt's last message")
-        tools.append(tools_of(task.environment))
         *before, last = task.prompt
         prompt = [*before, {**last, "content": last["content"] + (text or "")}]
         try:
-            ids, prompt = encode_prompt(tokenizer, prompt, schemas_of(task.environment))
+            ids, prompt = encode_prompt(tokenizer, prompt, schemas_of(type(task.environment)))
         except UnusableRow as reason:
             raise UserError(f"environment {type(task.environment).__name__}: {reason}") from None
         episodes.append(Episode(task.environment, prompt, ids))
-    playing = list(range(len(tasks)))
-    while playing := [k for k in playing if _has_room(episodes[k], max_new_tokens, max_length)]:
-        turns = sample([episodes[k].tokens for k in playing])
-        calls: dict[int, list[ToolCall]] = {}
-        for k, ids in zip(playing, turns, strict=True):
-            if found := _add_turn(episodes[k], ids, tokenizer, stops):
-                calls[k] = found
-        results = _run_calls(episodes, tools, calls, max_episode_length, tool_timeout)
-        playing = [k for k in results if episodes[k].end == "answer"]  # no other end yet
-        for k in playing:
-            suffix = suffix_ids(tokenizer, results[k], episodes[k].completion_ids[-1])
-            episodes[k].completion_ids += suffix
-            episodes[k].mask += [0] * len(suffix)
+    playing = episodes
+    while playing := [episode for episode in playing if _has_room(episode, max_new_tokens, max_length)]:
+        turns = zip(playing, sample([episode.tokens for episode in playing]), strict=True)
+        calls = [(episode, _add_turn(episode, ids, tokenizer, stops)) for episode, ids in turns]
+        _run_calls(calls, max_episode_length, tool_timeout)
+        calls = [(episode, own) for episode, own in calls if own and episode.end == "answer"]  # no other end yet
+        for episode, own in calls:
+            suffix = suffix_ids(tokenizer, episode.completion[-len(own) :], episode.completion_ids[-1])
+            episode.completion_ids += suffix
+            episode.mask += [0] * len(suffix)
+        playing = [episode for episode, _ in calls]
     for episode in episodes:
         if episode.mask and not episode.mask[-1]:  # results after which no turn had room are no part of it
             sampled = len(episode.mask) - episode.mask[::-1].index(1)
@@ -154,41 +149,31 @@ def _add_turn(
     return [ToolCall(**call["function"]) for call in message.get("tool_calls", ())]
 
 
-def _run_calls(
-    episodes: list[Episode],
-    tools: list[dict[str, Callable[..., Any]]],
-    calls: dict[int, list[ToolCall]],
-    max_episode_length: int,
-    tool_timeout: float,
-) -> dict[int, list[Message]]:
-    """Runs the calls of a turn and returns the messages with their results, by episode; calls of one run in order."""
-    results: dict[int, list[Message]] = {k: [] for k in calls}
-    for number in range(max(map(len, calls.values()), default=0)):
-        now = {k: each[number] for k, each in calls.items() if number < len(each) and episodes[k].end == "answer"}
-        jobs = [_prepare_call(episodes[k].environment, tools[k], call) for k, call in now.items()]
-        own = {k: getattr(episodes[k].environment, "time_limits", {}) for k in now}
-        limits = [own[k].get(call.name, tool_timeout) for k, call in now.items()]
-        for (k, call), limit, value in zip(now.items(), limits, run_side_by_side(jobs, limits), strict=True):
-            episode, environment = episodes[k], episodes[k].environment
+def _run_calls(calls: list[tuple[Episode, list[ToolCall]]], max_episode_length: int, tool_timeout: float) -> None:
+    """Runs the calls of a turn, those of one episode in order, and adds the messages with their results."""
+    for number in range(max(len(own) for _, own in calls)):
+        now = [(each, own[number]) for each, own in calls if number < len(own) and each.end == "answer"]
+        jobs = [_prepare_call(episode.environment, call) for episode, call in now]
+        limits = [getattr(each.environment, "time_limits", {}).get(call.name, tool_timeout) for each, call in now]
+        for (episode, call), limit, value in zip(now, limits, run_side_by_side(jobs, limits), strict=True):
+            environment = episode.environment
             if isinstance(value, Abandoned):
                 episode.abandoned = True
                 value = {"error": f"{call.name} took over {limit:g} s and was abandoned"}
             elif isinstance(value, Exception):
                 value = {"error": f"{type(value).__name__}: {reason_of(value)}"}
             message = _valid_text({"role": "tool", "name": call.name or "unknown", "content": _as_text(value)})
-            results[k].append(message)
             episode.completion.append(message)
             episode.calls += 1
             if getattr(environment, "done", False) or call.name in getattr(environment, "stop_tools", ()):
                 episode.end = "done"
             elif episode.calls >= max_episode_length:
                 episode.end = "calls"
-    return results
 
 
-def _prepare_call(environment: Any, tools: dict[str, Callable[..., Any]], call: ToolCall) -> Callable[[], Any]:
+def _prepare_call(environment: Any, call: ToolCall) -> Callable[[], Any]:
     """Returns the call of a tool, or that of the environment's answer to a call that cannot be made."""
-    problem = ""
+    problem, tools = "", tools_of(environment)
     if call.name is None:
         problem = 'this is no call; expected {"name": ..., "arguments": {...}}'
     elif call.name not in tools:
@@ -230,30 +215,27 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
     """Returns what each call returns, or the exception it raises; `Abandoned` after its limit in seconds. Python
     cannot stop a thread: an abandoned call goes on in the background, and is not waited for at exit."""
     _event_loop()  # in this thread: made by several at once, it would be several
-    futures: list[Future[Any]] = [Future() for _ in calls]
-    for call, future in zip(calls, futures, strict=True):
-        Thread(target=_fulfil, args=(call, future), daemon=True).start()
-    start, results = time.monotonic(), []
-    for future, limit in zip(futures, limits, strict=True):
+    outcomes: dict[int, Any] = {}
+
+    def run(number: int) -> None:
         try:
-            error = future.exception(timeout=max(start + limit - time.monotonic(), 0))
-        except StillRunning:
-            results.append(Abandoned())
-        else:
-            results.append(error or future.result())
+            value = calls[number]()
+            if inspect.isawaitable(value):
+                value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
+        except Exception as error:
+            value = error
+        except BaseException as error:  # `sys.exit()` in a tool ends no run
+            value = RuntimeError(f"{type(error).__name__}: {error}")
+        outcomes[number] = value
+
+    threads = [Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    start, results = time.monotonic(), []
+    for number, (thread, limit) in enumerate(zip(threads, limits, strict=True)):
+        thread.join(max(start + limit - time.monotonic(), 0))
+        results.append(outcomes.get(number, Abandoned()))
     return results
-
-
-def _fulfil(call: Callable[[], Any], future: "Future[Any]") -> None:
-    try:
-        value = call()
-        if inspect.isawaitable(value):
-            value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
-        future.set_result(value)
-    except Exception as error:
-        future.set_exception(error)
-    except BaseException as error:  # `sys.exit()` in a tool ends no run
-        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 async def _wait_for(value: Any) -> Any:

@@ -104,7 +104,7 @@ def test_an_episode_is_the_conversation_that_the_template_renders(tokenizer):
     messages = [*episode.prompt, {"role": "assistant", "content": turns[0]}, episode.completion[1]]
     messages += [{"role": "assistant", "content": turns[1]}, episode.completion[3]]
     messages += [{"role": "assistant", "content": "done"}]
-    tools = schemas_of(episode.environment)
+    tools = schemas_of(type(episode.environment))
     assert {tool["function"]["name"] for tool in tools} == {"press", "press_later", "give_up", "wait", "fail"}
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     assert tokenizer.decode(episode.tokens) == text.removesuffix("\n")  # which follows the last end of a turn

@@ -111,13 +111,13 @@ def _play_model(
 def _play_scripted(policy: str, tasks: list[Any], max_episode_length: int, seed: int) -> list[Any]:
     """Plays the simulator's expert or its random policy."""
     from llmlab.episodes import Episode
-    from llmlab.simulator.world import expert_calls, play_scripted, random_calls
+    from llmlab.simulator.world import play_scripted, random_calls
 
     episodes, random, unknown = [], Random(seed), 0
     for environment, (*before, last), columns, _ in tasks:
         prompt = [*before, {**last, "content": last["content"] + environment.reset(**columns)}]
         episode = Episode(environment, prompt, [])
-        calls = expert_calls(environment.task) if policy == "expert" else random_calls(environment, random)
+        calls = environment.task.expected if policy == "expert" else random_calls(environment, random)
         unknown += not calls
         for name, arguments in calls[:max_episode_length]:
             if environment.done:

@@ -10,7 +10,7 @@ number of prompts)."""
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import NormalDist
@@ -86,19 +86,21 @@ def compare(
 def distinct_n(texts: Sequence[str], *, n_gram: int = 2) -> Array:
     """Returns the share of distinct n-grams of words among all n-grams, as values of the texts, whose mean it is.
     Source: Li et al. 2016 (arXiv:1510.03055)."""
-    own = [Counter(zip(*(words[k:] for k in range(n_gram)), strict=False)) for words in map(_words, texts)]
-    everywhere = _add(own)
+    own, everywhere = [], Counter[tuple[str, ...]]()
+    for words in map(_words, texts):
+        own.append(Counter(zip(*(words[k:] for k in range(n_gram)), strict=False)))
+        everywhere.update(own[-1])
     shares = np.array([sum(count / everywhere[gram] for gram, count in each.items()) for each in own])
     return shares * len(texts) / max(everywhere.total(), 1)
 
 
 def self_similarity(texts: Sequence[str]) -> Array:
     """Returns the mean cosine similarity of the word counts of two texts, as values of the texts, whose mean it is."""
-    units = []
+    units, whole = [], Counter[str]()
     for vector in map(Counter, map(_words, texts)):
         norm = math.sqrt(sum(count**2 for count in vector.values()))
         units.append({word: count / norm for word, count in vector.items()})
-    whole = _add(units)
+        whole.update(units[-1])  # type: ignore[arg-type]
     near = np.array([sum(share * whole[word] for word, share in unit.items()) - bool(unit) for unit in units])
     near /= max(len(texts) - 1, 1)
     return 2 * near - near.mean()  # each text is in its own pairs and in the others' (Hoeffding 1948, U-statistics)
@@ -106,13 +108,6 @@ def self_similarity(texts: Sequence[str]) -> Array:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def _add(counters: Iterable[Mapping[Any, float]]) -> Counter[Any]:
-    whole: Counter[Any] = Counter()
-    for each in counters:
-        whole.update(each)  # type: ignore[arg-type]
-    return whole
 
 
 class Example(NamedTuple):
@@ -252,7 +247,7 @@ def read_texts(source: DataSource, tokenizer: PreTrainedTokenizerBase, tokens: i
 
 def read_prompts(source: DataSource, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Example]:
     """Yields the prompts of a source that the template takes and that fit into the context."""
-    tally, read = Tally(), Tally()
+    tally = Tally()
     for row in load_conversations(source, "prompts or text").conversations(tally):
         tools = row["tools"]
         try:
@@ -261,11 +256,11 @@ def read_prompts(source: DataSource, tokenizer: PreTrainedTokenizerBase, context
             if context is not None and len(ids) >= context:
                 raise UnusableRow(f"longer than the model's context of {context:,} tokens")
         except UnusableRow as reason:
+            tally.documents -= 1
             tally.dropped[str(reason)] += 1
         else:
-            read.documents += 1
             yield Example(ids, prompt, row["columns"] | ({"tools": tools} if tools else {}))
-    Tally(read.documents, tally.dropped).check(source.name, 1.0)
+    tally.check(source.name, 1.0)
 
 
 def measure(

@@ -1,9 +1,9 @@
 """Symptoms in metric histories: a pure function for each row of the guide's tables, over curves of logged metrics,
-that says what the newest line shows, or None. Source: seed, RL guide, sections 6 and 7."""
+that yields what the newest line shows, if it does. Source: seed, RL guide, sections 6 and 7."""
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -17,8 +17,8 @@ from llmlab.settings.files import is_number
 Curve = list[tuple[int, float]]
 """(step, value) of each logged line that has the metric, finite values alone."""
 Curves = Mapping[str, Curve]
-Found = tuple[str, int] | None
-"""What is seen, with numbers, and the first step at which it shows."""
+Found = Iterator[tuple[str, int]]
+"""What is seen, with numbers, and the first step at which it shows; the first one counts."""
 Check = Callable[[Curve, float, Curves, str], Found]
 """A metric's curve, the limit, all curves and the metric's name."""
 
@@ -63,110 +63,95 @@ def loss_rising(curve: Curve, limit: float, curves: Curves, metric: str) -> Foun
     """The last lines are all above the run's start, or a level of ten lines is above the lowest (of many, some)."""
     first, last = start(curve), curve[-5:]
     if len(curve) >= 5 + FEW and all(value > first + (0.1 + limit) * abs(first) for _, value in last):
-        return f"{level(last, 5):.4g} in the last 5 lines, {first:.4g} at the start", last[0][0]
+        yield f"{level(last, 5):.4g} in the last 5 lines, {first:.4g} at the start", last[0][0]
     if len(curve) < 2 * WINDOW or len(curve) % WINDOW:
-        return None
+        return
     every = WINDOW * (1 + len(curve) // (200 * WINDOW))  # a long history costs no more
     blocks = [curve[k : k + WINDOW] for k in (*range(0, len(curve) - WINDOW, every), len(curve) - WINDOW)]
     levels = [level(block, WINDOW) for block in blocks]
     lowest = min(range(len(levels)), key=levels.__getitem__)
     varies = max(noise(blocks[-1]), noise(blocks[lowest]))
     if levels[-1] - levels[lowest] > max(limit * abs(levels[lowest]), 2.5 * varies):
-        return f"{levels[-1]:.4g} in the last 10 lines, {levels[lowest]:.4g} before", blocks[lowest][-1][0] + 1
-    return None
+        yield f"{levels[-1]:.4g} in the last 10 lines, {levels[lowest]:.4g} before", blocks[lowest][-1][0] + 1
 
 
 def loss_spike(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The newest value is so many standard deviations above the mean of those before it, and twice their median."""
     step, value = curve[-1]
     before = [each for _, each in curve[-1 - SPIKE_WINDOW : -1]]
-    if len(before) < SPIKE_FEWEST or value <= 2 * median(before) or value <= fmean(before) + limit * pstdev(before):
-        return None
-    return f"{value:.4g} at step {step}, {fmean(before):.4g} +- {pstdev(before):.2g} before", curve[-2][0] + 1
+    far = len(before) >= SPIKE_FEWEST and value > 2 * median(before)
+    if far and value > fmean(before) + limit * pstdev(before):
+        yield f"{value:.4g} at step {step}, {fmean(before):.4g} +- {pstdev(before):.2g} before", curve[-2][0] + 1
 
 
 def gradient_norm_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of ten lines after warmup is above the limit, and above twice the run's start."""
     last, first = after_warmup(curves, curve)[-WINDOW:], start(curve, WINDOW)
-    if len(last) < WINDOW or level(last, WINDOW) <= max(limit, 2 * first):
-        return None
-    return f"{level(last, WINDOW):.3g} in the last {WINDOW} lines, {first:.3g} at the start", last[0][0]
+    if len(last) == WINDOW and level(last, WINDOW) > max(limit, 2 * first):
+        yield f"{level(last, WINDOW):.3g} in the last {WINDOW} lines, {first:.3g} at the start", last[0][0]
 
 
 def gradient_norm_exploding(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The newest value is above the limit, and above ten times the median of those before it."""
     usual = level(curve[:-1], 2 * WINDOW) if len(curve) > 5 else math.inf
-    if curve[-1][1] <= max(limit, 10 * usual):
-        return None
-    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {usual:.3g} before", curve[-2][0] + 1
+    if curve[-1][1] > max(limit, 10 * usual):
+        yield f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {usual:.3g} before", curve[-2][0] + 1
 
 
 def value_loss_exploding(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The value loss is far above what any estimate between zero and the largest return could have."""
-    if len(curve) < FEW or level(curve, 2) <= limit * start(curve):
-        return None
-    seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
-    largest = max([1e-6, *seen])
-    if level(curve, 2) <= limit * largest * largest:  # infinite where a power would raise
-        return None
-    return f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
+    if len(curve) >= FEW and level(curve, 2) > limit * start(curve):
+        seen = [abs(value) for name in ("return", "reward", "reward_std") for _, value in curves.get(name, ())]
+        largest = max([1e-6, *seen])
+        if level(curve, 2) > limit * largest * largest:  # infinite where a power would raise
+            yield f"{level(curve, 2):.3g}, {start(curve):.3g} at the start", curve[-2][0]
 
 
 def kl_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of three lines is above the limit."""
-    if len(curve) < FEW or level(curve) <= limit:
-        return None
-    return f"{level(curve):.3g} nats per token in the last {FEW} lines, limit {limit:g}", _since(curve, limit)
+    if len(curve) >= FEW and level(curve) > limit:
+        yield f"{level(curve):.3g} nats per token in the last {FEW} lines, limit {limit:g}", _since(curve, limit)
 
 
 def perplexity_high(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Validation perplexity left the range in which it has been, and is a fifth above its best."""
     best = min(value for _, value in curve)
-    if best > limit or curve[-1][1] <= max(limit, 1.2 * best):
-        return None
-    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best:.3g} at best", _since(curve, limit)
+    if best <= limit and curve[-1][1] > max(limit, 1.2 * best):
+        yield f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best:.3g} at best", _since(curve, limit)
 
 
 def perplexity_low(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Training data is known by heart: its perplexity is low, and the validation data's more than twice as high."""
     losses = curves.get("loss", [])
-    if len(losses) < FEW or level(losses) >= 10:
-        return None
-    seen, new = math.exp(level(losses)), curve[-1][1]
-    if seen >= limit or new <= 2 * seen or new <= limit or new <= 1.02 * min(value for _, value in curve):
-        return None
-    return f"{seen:.3g} on training data, {new:.3g} on validation data", min(curve, key=itemgetter(1))[0] + 1
+    if len(losses) >= FEW and level(losses) < 10:
+        seen, new, (step, best) = math.exp(level(losses)), curve[-1][1], min(curve, key=itemgetter(1))
+        if seen < limit and new > max(2 * seen, limit, 1.02 * best):
+            yield f"{seen:.3g} on training data, {new:.3g} on validation data", step + 1
 
 
 def entropy_collapse(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The median of three lines is below the limit, which for a policy that started low is a share of its start."""
     lowest = limit * min(1.0, start(curve) / HEALTHY_ENTROPY)
-    if len(curve) <= FEW or level(curve) >= lowest:
-        return None
-    return f"{level(curve):.3g} in the last {FEW} lines, {start(curve):.3g} at the start", _since(curve, lowest, -1)
+    if len(curve) > FEW and level(curve) < lowest:
+        yield f"{level(curve):.3g} in the last {FEW} lines, {start(curve):.3g} at the start", _since(curve, lowest, -1)
 
 
 def fall(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The last two measurements are below the best one by a share of it, and by more than measurements vary."""
     sign = -1 if any(word in metric for word in LOWER_IS_BETTER) else 1
-    if len(curve) < FEW:
-        return None
-    place, best = max(enumerate(curve), key=lambda each: sign * each[1][1])
-    falls = min(sign * (best[1] - value) for _, value in curve[-2:])
-    if place > len(curve) - 3 or falls <= limit * abs(best[1]) or falls <= 2 * noise(curve[: place + 1]):
-        return None
-    return f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best[1]:.3g} at step {best[0]}", best[0] + 1
+    place, (step, best) = max(enumerate(curve), key=lambda each: sign * each[1][1])
+    falls = min(sign * (best - value) for _, value in curve[-2:])
+    if place < len(curve) - 2 and falls > max(limit * abs(best), 2 * noise(curve[: place + 1])):
+        yield f"{curve[-1][1]:.3g} at step {curve[-1][0]}, {best:.3g} at step {step}", step + 1
 
 
 def reward_hacking(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """A gate regressed since a step from which on the reward rose."""
-    found, rewards = fall(curve, limit, curves, metric), curves.get("reward", [])
-    if found is None or len(rewards) < 2 * FEW:
-        return None
-    before = [point for point in rewards if point[0] < found[1]] or rewards[:FEW]
-    if level(rewards) - level(before) <= 2 * noise(rewards):
-        return None
-    return f"{found[0]}, while the reward rose from {level(before):.3g} to {level(rewards):.3g}", found[1]
+    rewards = curves.get("reward", [])
+    for found, step in fall(curve, limit, curves, metric) if len(rewards) >= 2 * FEW else ():
+        before = [point for point in rewards if point[0] < step] or rewards[:FEW]
+        if level(rewards) - level(before) > 2 * noise(rewards):
+            yield f"{found}, while the reward rose from {level(before):.3g} to {level(rewards):.3g}", step
 
 
 def length_out_of_range(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
@@ -174,9 +159,8 @@ def length_out_of_range(curve: Curve, limit: float, curves: Curves, metric: str)
     cut = curves.get("clipped_share", [])
     first, last = start(curve), level(curve)
     shorter = last * limit < first and not (cut and start(cut) > 0.5)
-    if len(curve) < 2 * FEW or not (shorter or last > limit * first):
-        return None
-    return f"{last:.3g} tokens in the last {FEW} lines, {first:.3g} at the start", curve[-FEW][0]
+    if len(curve) >= 2 * FEW and (shorter or last > limit * first):
+        yield f"{last:.3g} tokens in the last {FEW} lines, {first:.3g} at the start", curve[-FEW][0]
 
 
 def overfitting(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
@@ -185,66 +169,58 @@ def overfitting(curve: Curve, limit: float, curves: Curves, metric: str) -> Foun
     step, best = min(curve, key=itemgetter(1))
     before, after = ([point for point in losses if (point[0] <= step) == early] for early in (True, False))
     rises = all(value > best + limit * abs(best) for _, value in curve[-2:])
-    if len(curve) < FEW or not rises or not before or not after or level(after) >= level(before):
-        return None
-    trend = f"training loss {level(before):.4g} -> {level(after):.4g}"
-    return f"{curve[-1][1]:.4g} at step {curve[-1][0]}, {best:.4g} at step {step}, {trend}", step + 1
+    if len(curve) >= FEW and rises and before and after and level(after) < level(before):
+        trend = f"training loss {level(before):.4g} -> {level(after):.4g}"
+        yield f"{curve[-1][1]:.4g} at step {curve[-1][0]}, {best:.4g} at step {step}, {trend}", step + 1
 
 
 def underfitting(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss is where it started fifty lines after warmup, and far from that of a trained model."""
     wins = curves.get("win_rate")
     learned = level(wins, WINDOW) > 0.55 if wins else level(curve, WINDOW) < math.log(20)
-    if learned or len(after_warmup(curves, curve)) < 5 * WINDOW or level(curve, WINDOW) < (1 - limit) * start(curve):
-        return None
-    return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
+    hardly = level(curve, WINDOW) >= (1 - limit) * start(curve)
+    if hardly and not learned and len(after_warmup(curves, curve)) >= 5 * WINDOW:
+        yield f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
 
 
 def reward_flat(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The reward does not rise, and is neither the highest possible nor the same for all completions."""
-    equal = curves.get("zero_variance_share", [])
-    rise = level(curve, WINDOW) - start(curve, WINDOW)
-    if len(curve) < max(limit, 2 * WINDOW) or rise > noise(curve[-SPIKE_WINDOW:]) or 0.9 <= level(curve, WINDOW) <= 1:
-        return None
-    if equal and level(equal, WINDOW) > 0.9:  # there is nothing to learn from: the stage says so itself
-        return None
-    return f"{level(curve, WINDOW):.3g} at step {curve[-1][0]}, {start(curve, WINDOW):.3g} at the start", curve[0][0]
+    equal, first, last = curves.get("zero_variance_share"), start(curve, WINDOW), level(curve, WINDOW)
+    flat = len(curve) >= max(limit, 2 * WINDOW) and last - first <= noise(curve[-SPIKE_WINDOW:])
+    alike = equal and level(equal, WINDOW) > 0.9  # there is nothing to learn from: the stage says so itself
+    if flat and not alike and not 0.9 <= last <= 1:
+        yield f"{last:.3g} at step {curve[-1][0]}, {first:.3g} at the start", curve[0][0]
 
 
 def groups_alike(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """Nearly all groups have equal rewards, which are not the highest possible: there is nothing to compare."""
     rewards = curves.get("reward", [])
-    if len(curve) < WINDOW or level(curve, WINDOW) <= limit or (rewards and 0.9 <= level(rewards, WINDOW) <= 1):
-        return None
-    return f"{level(curve, WINDOW):.0%} of the groups in the last {WINDOW} lines", _since(curve, limit)
+    best = rewards and 0.9 <= level(rewards, WINDOW) <= 1
+    if len(curve) >= WINDOW and level(curve, WINDOW) > limit and not best:
+        yield f"{level(curve, WINDOW):.0%} of the groups in the last {WINDOW} lines", _since(curve, limit)
 
 
 def win_rate_flat(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss fell, and three evaluations of the win rate are no higher than the first one."""
-    losses = curves.get("loss", [])
-    if len(curve) <= FEW or len(losses) < 2 * FEW or level(losses) > (1 - limit) * start(losses):
-        return None
-    if (first := curve[0][1]) > 0.9 or any(value > first for _, value in curve[-FEW:]):
-        return None
-    trend = f"loss {start(losses):.4g} -> {level(losses):.4g}"
-    return f"{first:.1%} at step {curve[0][0]}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", curve[0][0]
+    losses, (step, first) = curves.get("loss", []), curve[0]
+    fell = len(losses) >= 2 * FEW and level(losses) <= (1 - limit) * start(losses)
+    if fell and len(curve) > FEW and first <= 0.9 and all(value <= first for _, value in curve[-FEW:]):
+        trend = f"loss {start(losses):.4g} -> {level(losses):.4g}"
+        yield f"{first:.1%} at step {step}, {curve[-1][1]:.1%} at step {curve[-1][0]}, {trend}", step
 
 
 def source_dead(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss of a source is nearly nothing from its first line on."""
-    if len(curve) < 5 or max(start(curve), level(curve, 5)) >= limit:
-        return None
-    return f"{level(curve, 5):.2g} since step {curve[0][0]}", curve[0][0]
+    if len(curve) >= 5 and max(start(curve), level(curve, 5)) < limit:
+        yield f"{level(curve, 5):.2g} since step {curve[0][0]}", curve[0][0]
 
 
 def source_hard(curve: Curve, limit: float, curves: Curves, metric: str) -> Found:
     """The loss of a source stays where it started, while the whole loss fell by a tenth."""
-    whole = curves.get("loss", [])
-    if len(curve) < 2 * WINDOW or len(whole) < 2 * WINDOW or level(whole, WINDOW) > 0.9 * start(whole):
-        return None
-    if level(curve, WINDOW) < (1 - limit) * start(curve):
-        return None
-    return f"{level(curve, WINDOW):.4g} at step {curve[-1][0]}, {start(curve):.4g} at the start", curve[0][0]
+    whole, first, last = curves.get("loss", []), start(curve), level(curve, WINDOW)
+    fell = len(whole) >= 2 * WINDOW and level(whole, WINDOW) <= 0.9 * start(whole)
+    if fell and len(curve) >= 2 * WINDOW and last >= (1 - limit) * first:
+        yield f"{last:.4g} at step {curve[-1][0]}, {first:.4g} at the start", curve[0][0]
 
 
 NOT_FINITE = ("loss", "eval_loss")  # a gradient norm is judged before it is logged, and a loss scaler may go on
@@ -282,16 +258,16 @@ class Watch:
 
     def _follow(self, symptom: Symptom, metric: str, limit: float) -> Iterable[Event]:
         check: Check = globals()[symptom.check or symptom.name]  # a function above
-        found, key = check(self.curves[metric], limit, self.curves, metric), (symptom.name, metric)
-        if found is None:
-            lines = self.ongoing.pop(key, WINDOW) + 1
-            self.ongoing |= {key: lines} if lines < WINDOW else {}
-            return
-        begins = key not in self.ongoing
-        self.ongoing[key] = 0
-        if begins:
-            (step, value), message = self.curves[metric][-1], f"{symptom.title} ({metric}): {found[0]}"
-            yield Event(step, symptom.name, metric, value, message, symptom.severity, since=found[1])
+        found = next(check(self.curves[metric], limit, self.curves, metric), None)
+        key = symptom.name, metric
+        lines = self.ongoing.pop(key, WINDOW) + 1  # since it was seen
+        if found is not None:
+            self.ongoing[key] = 0
+            if lines > WINDOW:
+                (step, value), message = self.curves[metric][-1], f"{symptom.title} ({metric}): {found[0]}"
+                yield Event(step, symptom.name, metric, value, message, symptom.severity, since=found[1])
+        elif lines < WINDOW:
+            self.ongoing[key] = lines
 
 
 def outside_bands(curves: Curves, stage: str) -> dict[str, tuple[float, float, float]]:

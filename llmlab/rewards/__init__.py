@@ -13,23 +13,10 @@ from llmlab.rewards.reward_model import RewardModel
 from llmlab.rewards.shape import guardrail_pass, length, repetition_penalty
 from llmlab.rewards.tools import off_policy_penalty, tool_success, verbosity_penalty
 
-REWARDS: dict[str, Any] = {
-    reward.__name__: reward
-    for reward in (
-        json_valid,
-        schema_pass,
-        tool_success,
-        lint_pass,
-        ast_correct,
-        guardrail_pass,
-        verbosity_penalty,
-        off_policy_penalty,
-        exact_match,
-        numeric_match,
-        regex_match,
-        length,
-        repetition_penalty,
-    )
-} | {"reward_model": RewardModel}
+GUIDE = (json_valid, schema_pass, tool_success, lint_pass, ast_correct, guardrail_pass)  # of the RL guide, section 3
+GUIDE_PENALTIES = (verbosity_penalty, off_policy_penalty)
+OTHERS = (exact_match, numeric_match, regex_match, length, repetition_penalty)
+REWARDS: dict[str, Any] = {reward.__name__: reward for reward in (*GUIDE, *GUIDE_PENALTIES, *OTHERS)}
+REWARDS["reward_model"] = RewardModel
 
 __all__ = ["REWARDS", "Reward", "RewardModel", *REWARDS]

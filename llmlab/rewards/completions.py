@@ -1,8 +1,8 @@
-"""Reads completions: the answer, everything the model wrote, tool results, code blocks, JSON, and tool calls, the
-messages' own or those that their text spells in the form of the model's family. A completion is a text, or a list of
-messages. Everything here takes time in proportion to the text, executes nothing, and nothing judges: a malformed call
-stays a call, without a name; calls quoted while thinking are none. Where the tokenizer has a response template, TRL's
-trainers parse text before rewards see it."""
+"""Reads completions: the answer, everything the model wrote, code blocks, JSON, and tool calls, the messages' own or
+those that their text spells in the form of the model's family. A completion is a text, or a list of messages.
+Everything here takes time in proportion to the text, executes nothing, and nothing judges: a malformed call stays a
+call, without a name; calls quoted while thinking are none. Where the tokenizer has a response template, TRL's trainers
+parse text before rewards see it."""
 
 import ast
 import json
@@ -59,11 +59,6 @@ def model_text(completion: Completion) -> str:
             parts += [message.get("reasoning_content"), message["content"]]
             parts += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
     return "\n".join(part for part in parts if part)
-
-
-def tool_results(completion: Completion) -> list[str]:
-    """Returns the tool results of an episode; a text has none, since the model wrote all of it itself."""
-    return [message["content"] for message in read_messages(completion) if message["role"] == "tool"]
 
 
 def code_blocks(text: str, languages: Iterable[str]) -> list[str]:

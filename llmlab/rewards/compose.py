@@ -99,10 +99,7 @@ def compose(
         allow_code: load functions from Python files, which runs these files.
         folder: where the paths of Python files start.
     """
-    rewards = as_list(rewards)
-    loaded = iter(load_rewards([entry for entry in rewards if not callable(entry)], allow_code, folder))
-    made = [entry if isinstance(entry, Reward) else Reward(entry) if callable(entry) else None for entry in rewards]
-    return ComposedReward([reward or next(loaded) for reward in made], normalize)
+    return ComposedReward(load_rewards(as_list(rewards), allow_code, folder), normalize)
 
 
 def _sum_bounds(rewards: Collection[Reward]) -> tuple[float, float] | None:
@@ -118,14 +115,13 @@ def environment_reward(*, normalize: bool) -> Reward:
         for name in names if log_metric is not None else ():
             parts = [getattr(each, "rewards", {}).get(name, 0.0) for each in environments]
             log_metric(f"reward_components/{name}/mean", sum(parts) / len(parts))
-        return [_scaled(each) if normalize else float(each.get_reward()) for each in environments]
+        rewards = [float(each.get_reward()) for each in environments]
+        for k, each in enumerate(environments if normalize else ()):
+            if (bounds := getattr(each, "reward_range", None)) is None:
+                name = type(each).__name__
+                raise UserError(f"environment {name}: its reward has no reward_range; set normalize_rewards=false")
+            low, high = bounds
+            rewards[k] = (rewards[k] - low) / (high - low) if high > low else 0.0
+        return rewards
 
     return Reward(score, name="environment", low=0.0 if normalize else None, high=1.0 if normalize else None)
-
-
-def _scaled(environment: Any) -> float:
-    if (bounds := getattr(environment, "reward_range", None)) is None:
-        name = type(environment).__name__
-        raise UserError(f"environment {name}: its reward has no reward_range; set normalize_rewards=false")
-    low, high = bounds
-    return (float(environment.get_reward()) - low) / (high - low) if high > low else 0.0

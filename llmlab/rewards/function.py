@@ -3,9 +3,8 @@ are called with a batch, as TRL's trainers do. Weighing and combining rewards is
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, SupportsFloat
 
@@ -18,15 +17,6 @@ TRL_INPUTS = ("completions", "prompts", "completion_ids", "environments", "train
 
 Row = dict[str, Any]
 Score = float | None
-
-
-@contextmanager
-def row_errors(row: int) -> Iterator[None]:
-    """Adds the row's number to an error of one row alone."""
-    try:
-        yield
-    except (RowError, SlowPattern) as error:
-        raise UserError(f"row {row}: {error}") from None
 
 
 def reward_function(
@@ -45,9 +35,11 @@ def reward_function(
             lists = {name: column for name, column in columns.items() if isinstance(column, list)}
 
             def score_row(number: int) -> Any:
-                with row_errors(number):
-                    values = {name: column[number] for name, column in lists.items()}
+                values = {name: column[number] for name, column in lists.items()}
+                try:
                     return score(completions[number], values, **options)
+                except (RowError, SlowPattern) as error:  # of this row alone
+                    raise UserError(f"row {number}: {error}") from None
 
             with ThreadPoolExecutor(threads) as pool:
                 scores = list((pool.map if threads > 1 else map)(score_row, range(len(completions))))

@@ -24,17 +24,21 @@ from llmlab.simulator.environment import load_environment
 
 
 def load_rewards(
-    rewards: Sequence[RewardSettings | str | dict[str, Any]],
+    rewards: Sequence[RewardSettings | str | dict[str, Any] | Reward | Callable[..., Any]],
     allow_code: bool = False,
     folder: str | Path = ".",
     *,
     check_only: bool = False,
 ) -> list[Reward]:
-    """Finds rewards by name and gives them parameters and weights; reports all problems at once. Paths of Python files
-    start at `folder`. With `check_only` no file runs, and no reward model is loaded."""
+    """Finds rewards by name and gives them parameters and weights; reports all problems at once. A function has weight
+    1 and an unknown range. Paths of Python files start at `folder`. With `check_only` no file runs, and no reward
+    model is loaded."""
     problems: list[str] = []
     loaded: list[Reward] = []
     for entry in rewards:
+        if callable(entry):
+            loaded.append(entry if isinstance(entry, Reward) else Reward(entry))
+            continue
         try:
             settings = RewardSettings.model_validate(entry)
             reward = _load(settings, allow_code, Path(folder), check_only)

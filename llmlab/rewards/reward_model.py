@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from llmlab.rewards.completions import Completion, answer, read_messages
-from llmlab.rewards.function import row_errors
+from llmlab.rewards.completions import Completion, RowError, answer, read_messages
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.settings.paths import check_model, expand, is_local
 from llmlab.settings.trust import remote_code, remote_code_allowed
@@ -87,8 +86,10 @@ class RewardModel:
             self._model = self._load()
         encoded = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            with row_errors(row):
+            try:
                 encoded.append(self._encode(prompt, completion))
+            except RowError as error:
+                raise UserError(f"row {row}: {error}") from None
         if log_metric is not None and encoded:
             log_metric("reward_model/truncated", sum(truncated for _, truncated in encoded) / len(encoded))
         order = sorted(range(len(encoded)), key=lambda row: len(encoded[row][0]["input_ids"]))  # little padding

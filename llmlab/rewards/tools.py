@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from llmlab.data.chat.messages import UnusableRow, parse_tools, result_text, text_of
-from llmlab.rewards.completions import Completion, answer, tool_calls, tool_results
+from llmlab.rewards.completions import Completion, answer, read_messages, tool_calls
 from llmlab.rewards.function import Row, RowError, Score, reward_function
 from llmlab.settings.errors import UserError
 
@@ -35,7 +35,8 @@ def tool_success(completion: Completion, row: Row, *, absent: Annotated[float, G
 
     Source: seed, RL guide, section 3.
     """
-    calls, results = tool_calls(completion), tool_results(completion)
+    calls = tool_calls(completion)
+    results = [message["content"] for message in read_messages(completion) if message["role"] == "tool"]
     offered = names_of(row.get("tools"))
     if not calls:
         return absent if offered or "tools" not in row else None

@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmlab.report.charts import Chart, Curve, Mark, group_curves
-from llmlab.report.page import write_page
+from llmlab.report.page import Chart, Curve, Mark, group_curves, write_page
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
 from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_events, read_hardest_rows

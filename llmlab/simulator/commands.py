@@ -190,14 +190,12 @@ def _run_stage(name: str, words: list[str], piped: str | None, files: FileSystem
     """Returns the output of one command, whose input is the output of the one before, if there is one."""
     if name not in COMMANDS or len(words) > MAX_WORDS:
         raise ToolError(f"not supported: {name}; there is {', '.join(COMMANDS)}, each with {MAX_WORDS} words at most")
-    if name == "find":
-        return _text(_find(words, files))
     function, letters = COMMANDS[name]
     if name in ("head", "tail"):
         words = [re.sub(r"^-(?=\d+$)", "-n", word) for word in words]
     try:
-        options, words = _split_options(name, words, letters)
-        if name in ("ls", "echo", "pwd"):
+        options, words = _split_options(name, words, letters) if name != "find" else ({}, words)
+        if name in ("ls", "find", "echo", "pwd"):
             return function(options, words, files)
         pattern = [words.pop(0)] if name == "grep" else []
         if "r" in options and name == "grep":
@@ -311,7 +309,7 @@ def _grep(options: Options, inputs: Inputs, pattern: str) -> str:
     return _text(lines)
 
 
-def _find(words: list[str], files: FileSystem) -> list[str]:
+def _find(options: Options, words: list[str], files: FileSystem) -> str:
     start = words.pop(0) if words and not words[0].startswith("-") else "."
     tests = dict(zip(words[::2], words[1::2], strict=False))
     if len(words) % 2 or tests.keys() - {"-name", "-type"} or tests.get("-type", "f") not in ("f", "d"):
@@ -320,7 +318,7 @@ def _find(words: list[str], files: FileSystem) -> list[str]:
     parents = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
     folders = {path for path in parents if not folder or f"{path}/".startswith(f"{folder}/")}
     chosen = {"f": {*paths}, "d": folders}.get(tests.get("-type", ""), folders.union(paths))
-    return sorted(path for path in chosen if fnmatchcase(path.rsplit("/", 1)[-1], tests.get("-name", "*")))
+    return _text(sorted(path for path in chosen if fnmatchcase(path.rsplit("/", 1)[-1], tests.get("-name", "*"))))
 
 
 COMMANDS: dict[str, tuple[Callable[..., str], str]] = {
@@ -332,7 +330,7 @@ COMMANDS: dict[str, tuple[Callable[..., str], str]] = {
     "sort": (_sort, "rnuk:"),
     "uniq": (_uniq, "cdu"),
     "grep": (_grep, "ivnclrwhoEF"),
-    "find": (lambda: "", ""),
+    "find": (_find, ""),
     "echo": (lambda options, words, files: " ".join(words) + ("" if "n" in options else "\n"), "n"),
     "pwd": (lambda options, words, files: "/\n", ""),
 }

@@ -79,20 +79,16 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name in names if name not in NOT_TOOLS and name[0] != "_"}
 
 
-def schemas_of(environment: Any) -> list[dict[str, Any]]:
-    """Returns the JSON schemas of an environment's tools, from their types and docstrings."""
-    return list(_schemas(type(environment)))
-
-
 @cache
-def _schemas(kind: type) -> tuple[dict[str, Any], ...]:
+def schemas_of(kind: type) -> list[dict[str, Any]]:
+    """Returns the JSON schemas of the tools of a class of environments, from their types and docstrings."""
     from transformers.utils import get_json_schema  # seconds, for those who need it
 
     schemas = []
     for name in tools_of(kind):
         with reading(f"environment {kind.__name__}: the tool {name}", f"a method with {TOOL}"):
             schemas.append(get_json_schema(getattr(kind, name)))
-    return tuple(schemas)
+    return schemas
 
 
 def load_environment(
@@ -136,7 +132,7 @@ def check_environment(factory: Callable[[], Any], where: str) -> None:
     if not callable(getattr(environment, "reset", None)):
         raise UserError(f"{where}: expected a method reset(self, **row), which begins an episode")
     try:
-        schemas = schemas_of(environment)
+        schemas = schemas_of(type(environment))
     except UserError as error:
         raise UserError(f"{where}: {str(error).partition(': ')[2]}") from error
     if not schemas:
@@ -144,24 +140,6 @@ def check_environment(factory: Callable[[], Any], where: str) -> None:
 
 
 Step = tuple[str, float, bool, bool]  # observation, reward, whether it was the last, and if so whether it succeeded
-
-
-class _Wrapper(Environment):
-    """An episode of an inner environment, whose steps have rewards that are summed."""
-
-    def __init__(self) -> None:
-        self._inner, self._total = self._make(), 0.0
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # Python may be shutting down
-            self._inner.close()
-
-    def reset(self, **row: Any) -> str:
-        self._total, self.done, self.success = 0.0, False, None
-        return self._begin(self._inner, {"seed": self.seed, **row})
-
-    def get_reward(self) -> float:
-        return self._total
 
 
 def from_gymnasium(source: Any, **options: Any) -> type[Environment]:
@@ -281,16 +259,33 @@ def _show_fields(result: Any) -> str:
 
 
 def _wrap(name: str, schema: Mapping[str, Any], make: Any, begin: Any, step: Any) -> type[Environment]:
-    """Returns a class of environments whose tool `act` has the properties of a JSON schema as its arguments."""
+    """Returns a class of environments whose tool `act` has the properties of a JSON schema as its arguments; the
+    rewards of its steps are summed."""
 
-    def act(self: Any, **values: Any) -> str:
-        if self.done:
-            raise ValueError("the episode is over")
-        observation, reward, self.done, success = self._step(self._inner, values)
-        self._total += reward
-        self.success = success if self.done else None
-        return observation
+    class Wrapper(Environment):
+        def __init__(self) -> None:
+            self._inner, self._total = make(), 0.0
 
+        def __del__(self) -> None:
+            with suppress(Exception):  # Python may be shutting down
+                self._inner.close()
+
+        def reset(self, **row: Any) -> str:
+            self._total, self.done, self.success = 0.0, False, None
+            return begin(self._inner, {"seed": self.seed, **row})
+
+        def get_reward(self) -> float:
+            return self._total
+
+        def act(self, **values: Any) -> str:
+            if self.done:
+                raise ValueError("the episode is over")
+            observation, reward, self.done, success = step(self._inner, values)
+            self._total += reward
+            self.success = success if self.done else None
+            return observation
+
+    Wrapper.__name__ = Wrapper.__qualname__ = name
     lines = [" ".join(schema.get("description", "Act in the environment.").split()), "", "Args:"]
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for key, field in schema["properties"].items():
@@ -298,11 +293,10 @@ def _wrap(name: str, schema: Mapping[str, Any], make: Any, begin: Any, step: Any
         options = {"default": default, "annotation": _python_type(field, schema.get("$defs", {}))}
         parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, **options))
         lines.append(f"    {key}: {' '.join(field.get('description', key).split())}")
-    act.__doc__ = "\n".join(lines)
-    act.__annotations__ = {each.name: each.annotation for each in parameters[1:]}
-    act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    functions = {"_make": staticmethod(make), "_begin": staticmethod(begin), "_step": staticmethod(step)}
-    return type(name, (_Wrapper,), {**functions, "act": act})
+    Wrapper.act.__doc__ = "\n".join(lines)
+    Wrapper.act.__annotations__ = {each.name: each.annotation for each in parameters[1:]}
+    Wrapper.act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return Wrapper
 
 
 def _python_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:

@@ -39,12 +39,8 @@ def time_limit(pattern: str) -> Iterator[float]:
     try:
         yield TIMEOUT
     except TimeoutError:
-        raise _slow(pattern) from None
-
-
-def _slow(pattern: str) -> SlowPattern:
-    advice = "catastrophic backtracking; avoid repeats inside repeats such as (a|aa)+"
-    return SlowPattern(f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: {advice}")
+        advice = "catastrophic backtracking; avoid repeats inside repeats such as (a|aa)+"
+        raise SlowPattern(f"pattern = {pattern}: took over {TIMEOUT:g} s on this completion: {advice}") from None
 
 
 Pattern = Annotated[str, AfterValidator(lambda text: compile_pattern(text, "pattern", FLAGS))]
@@ -58,7 +54,8 @@ class Deny(BaseModel, extra="forbid"):
 
     def breaks(self, text: str) -> bool:
         """Whether it occurs in a text."""
-        return self.pattern.search(text, timeout=TIMEOUT) is not None
+        with time_limit(self.pattern.pattern) as timeout:
+            return self.pattern.search(text, timeout=timeout) is not None
 
 
 class Allow(BaseModel, extra="forbid"):
@@ -70,8 +67,9 @@ class Allow(BaseModel, extra="forbid"):
 
     def breaks(self, text: str) -> bool:
         """Whether a text has something that is not in the list."""
-        found = (match[match.re.groups > 0] for match in self.find.finditer(text, timeout=TIMEOUT))
-        return any(word is not None and not self.has(word) for word in found)
+        with time_limit(self.find.pattern) as timeout:
+            found = (match[match.re.groups > 0] for match in self.find.finditer(text, timeout=timeout))
+            return any(word is not None and not self.has(word) for word in found)
 
     def has(self, word: str) -> bool:
         """Whether the list holds this word, whatever its case."""
@@ -87,14 +85,7 @@ class Guardrails(BaseModel, extra="forbid"):
 
     def broken_by(self, text: str) -> list[str]:
         """Returns the names of the guardrails that a text breaks."""
-        names = []
-        for rule in (*self.deny, *self.allow):
-            try:
-                if rule.breaks(text):
-                    names.append(rule.name)
-            except TimeoutError:
-                raise _slow((rule.pattern if isinstance(rule, Deny) else rule.find).pattern) from None
-        return names
+        return [rule.name for rule in (*self.deny, *self.allow) if rule.breaks(text)]
 
 
 def read_guardrails(path: Path) -> Guardrails:

@@ -7,10 +7,9 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from random import Random
-from string import Formatter
 from threading import Lock
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
@@ -124,24 +123,24 @@ def read_task(task: str | Mapping[str, Any], difficulty: int | None = None) -> T
 def generate_task(category: str, difficulty: int, split: str, seed: int) -> ToolTask:
     """Returns a generated task: the same for the same arguments, everywhere."""
     random = Random(f"{category}/{difficulty}/{split}/{seed}")
-    template, slots = pick(random, _templates(category, difficulty, split))
-    values: dict[str, Any] = {}
-    for slot in slots:
-        values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
-    pair = [slot for slot in slots if slot.startswith(("adjective", "noun"))] if "adjective" in slots else []
+    templates = grammar()["categories"][category][difficulty]
+    template = pick(random, [{**each, "goal": goal} for each in templates for goal in each[split]])
+    values = _Slots(lambda slot: _draw(random, slot.rstrip("0123456789"), split, values))
+    fill = partial(_fill, values=values)
+    values |= dict.fromkeys(template.get("let", {}), "")  # they are known once the files are there
+    fill([template.get(key) for key in ("goal", "files", "calls", "success", "let")])  # draws the others
+    pair = [slot for slot in values if slot.startswith(("adjective", "noun"))] if "adjective" in values else []
     while not all(_is_of(split, [values["adjective"], values[slot]]) for slot in pair if slot != "adjective"):
         for slot in pair:
-            values[slot] = _draw(random, slot.rstrip("0123456789"), split, values)
-    fill = partial(_fill, values=values)
+            values[slot] = values.draw(slot)
     files = fill(template.get("files", {}))
     for _ in range(template.get("noise", 0)):
         folder, name = (_draw(random, kind, split, {}) for kind in ("folder", "noise"))
         files[f"{folder}/{name}.txt"] = _draw(random, "lines", split, {})
     for slot, command in template.get("let", {}).items():
         values[slot] = run(fill(command), FileSystem(files)).removesuffix("\n")
-    expected = tuple(Call(tool, fill(arguments)) for tool, arguments in template["calls"])
-    parts = {"goal": fill(template["goal"]), "files": files, "success": Success(**fill(template["success"]))}
-    return ToolTask(**parts, expected=expected, category=category, difficulty=difficulty)
+    parts = fill({"goal": template["goal"], "success": template["success"], "expected": template["calls"]})
+    return ToolTask(**parts, files=files, category=category, difficulty=difficulty)
 
 
 @cache
@@ -164,36 +163,21 @@ def _generate_by_id(task: str, difficulty: int | None) -> ToolTask:
     return generate_task(category, level, split, seed)
 
 
-@cache
-def _templates(category: str, difficulty: int, split: str) -> list[tuple[dict[str, Any], list[str]]]:
-    """Returns the templates of a split, one for each wording of a goal, with the slots that are drawn for each."""
-    templates = []
-    for template in grammar()["categories"][category][difficulty]:
-        for goal in template[split]:
-            chosen = {**template, "goal": goal}
-            slots = _slots([chosen[key] for key in ("goal", "files", "calls", "success", "let") if key in chosen])
-            templates.append((chosen, [slot for slot in dict.fromkeys(slots) if slot not in template.get("let", {})]))
-    return templates
+class _Slots(dict[str, Any]):
+    """Values of slots, each drawn where a template first has it."""
 
+    def __init__(self, draw: Callable[[str], Any]):
+        self.draw = draw
 
-def _slots(value: Any) -> list[str]:
-    """Returns the names of the slots in the strings of nested values."""
-    if isinstance(value, str):
-        return _fields(value)
-    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [slot for part in parts for slot in _slots(part)]
-
-
-@cache
-def _fields(pattern: str) -> list[str]:
-    return [re.split(r"[\[.]", field)[0] for _, field, _, _ in Formatter().parse(pattern) if field]
+    def __missing__(self, slot: str) -> Any:
+        return self.setdefault(slot, self.draw(slot))
 
 
 def _fill(value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
         return value.format_map(values)
     if isinstance(value, dict):
-        return {_fill(key, values): _fill(part, values) for key, part in value.items()}
+        return dict(zip(_fill([*value], values), _fill([*value.values()], values), strict=True))
     return [_fill(part, values) for part in value] if isinstance(value, list) else value
 
 
@@ -223,7 +207,7 @@ def _is_of(split: str, words: list[str]) -> bool:
 
 def _compound(random: Random, pattern: str, split: str) -> tuple[str, list[str]]:
     """Returns a filled pattern and the words in it."""
-    words = {slot: _draw(random, slot, split, {}) for slot in _fields(pattern)}
+    words = _Slots(lambda slot: _draw(random, slot, split, {}))
     return pattern.format_map(words), [*words.values()]
 
 

@@ -4,9 +4,8 @@ the two ends of the scale for a model's: the expert, who solves every task, and 
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from inspect import signature
 from pathlib import Path
 from posixpath import normpath
 from random import Random
@@ -100,8 +99,7 @@ class Simulator(Environment):
         expert._guardrails = self._guardrails
         assert self.task is not None, "reset comes first"
         expert._start(self.task)
-        for name, arguments in self.task.expected:
-            getattr(expert, name)(**arguments)
+        play_scripted(expert, self.task.expected)
         config = self.reward_config
         one_call = config.task_complete + config.correct_tool + config.schema_pass + config.step_penalty
         return config.task_failed + config.guardrail_violation, max(expert.get_reward(), one_call)
@@ -197,10 +195,6 @@ class Simulator(Environment):
             self._add("style_pass")
         return observation
 
-    def _reject(self, name: str | None, arguments: Any, problem: str) -> str:
-        """Accounts for a call that cannot be made, and returns its observation."""
-        return self._act(name, arguments, problem)
-
     def _add(self, component: str) -> None:
         self._rewards[component] += getattr(self.reward_config, component)
 
@@ -208,11 +202,13 @@ class Simulator(Environment):
         """Accounts for a call, makes it unless it has a problem, and returns the observation."""
         if self.done or self.task is None:
             return "error: the episode is over"
-        before, call = self.get_reward(), {"tool": name, "arguments": _record(arguments)}
+        named = arguments if isinstance(arguments, dict) else {"arguments": arguments}
+        texts = {_text(key)[:100]: _text(value) for key, value in named.items()}
+        before, call = self.get_reward(), {"tool": name, "arguments": texts}
         self.calls += 1
         self._add("step_penalty")
         try:
-            broken = self._broken_by(call["arguments"])
+            broken = self._broken_by(texts)
         except SlowPattern as error:
             broken, problem = [], str(error)
         if broken:
@@ -240,14 +236,15 @@ class Simulator(Environment):
         self._trace.append({**call, "observation": observation, "reward": self.get_reward() - before})
         return observation
 
-    def _broken_by(self, arguments: Any) -> list[str]:
+    _reject = _act  # a call that cannot be made counts too
+
+    def _broken_by(self, arguments: dict[str, str]) -> list[str]:
         """Returns the names of the guardrails that arguments break, on lines that begin with their names."""
-        named = arguments if isinstance(arguments, dict) else {"arguments": arguments}
-        lines = [f"{name}={value}" for name, value in named.items()]
-        for name, value in named.items():
+        lines = [f"{name}={value}" for name, value in arguments.items()]
+        for name, value in arguments.items():
             if name == "command":
                 lines += unquote(value, self._files)
-            elif named.get("path", "").endswith(SCRIPTS) or SHEBANG.match(value):
+            elif arguments.get("path", "").endswith(SCRIPTS) or SHEBANG.match(value):
                 lines += [each for line in value.split("\n") for each in unquote(line, FileSystem({}))]
         return [name for rules in self._guardrails for name in rules.broken_by("\n".join(dict.fromkeys(lines)))]
 
@@ -258,34 +255,23 @@ def _key(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     return name, normpath(f"./{arguments['path']}") if "path" in arguments else "".join(command[:1])
 
 
-def _record(arguments: Any) -> Any:
-    """Returns arguments as texts, megabytes cut off."""
-    if not isinstance(arguments, dict):
-        return _text(arguments)
-    return {_text(name)[:100]: _text(value) for name, value in arguments.items()}
-
-
 def _text(value: Any) -> str:
+    """Returns what a model wrote as a text, megabytes cut off."""
     try:
         return str(value)[:MAX_TEXT]
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
         return "..."
 
 
-def expert_calls(task: ToolTask) -> list[Call]:
-    """Returns the calls that solve a task."""
-    return list(task.expected)
-
-
 def random_calls(environment: Simulator, random: Random, count: int = 20) -> list[Call]:
     """Returns calls of random tools, one of which does not exist, with random arguments, some of which are wrong."""
-    tools = {name: [*signature(tool).parameters] for name, tool in tools_of(environment).items()}
+    tools = {name: [*inspect.signature(tool).parameters] for name, tool in tools_of(environment).items()}
     words = [*environment.task.files, *environment.task.goal.split(), "ls", "*", ".", None, 7, {"path": 1}, "x" * 50]
     names = [pick(random, [*tools, "open"]) for _ in range(count)]
     return [Call(name, {key: pick(random, words) for key in tools.get(name, ["path"])}) for name in names]
 
 
-def play_scripted(environment: Environment, calls: list[Call]) -> list[str]:
+def play_scripted(environment: Environment, calls: Sequence[Call]) -> list[str]:
     """Makes calls until the episode is done, and returns their observations."""
     tools, observations = tools_of(environment), []
     for name, arguments in calls:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from llmlab.report.charts import MEANS, POINTS, Chart, Curve, Mark, group_curves, smooth, thin
+from llmlab.report.page import MEANS, POINTS, Chart, Curve, Mark, group_curves, smooth, thin
 
 
 def make_chart(title, curves, **options):

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from llmlab.simulator.tasks import generate_task, grammar
-from llmlab.simulator.world import Simulator, expert_calls, play_scripted, random_calls
+from llmlab.simulator.world import Simulator, play_scripted, random_calls
 
 LEVELS = [(category, level) for category, levels in grammar()["categories"].items() for level in levels]
 
@@ -49,7 +49,7 @@ def test_the_expert_solves_all_and_chance_nearly_none():
             for seed in range(20):
                 task = f"{category}/{level}/{split}/{seed}"
                 simulator.reset(task)
-                observations = play_scripted(simulator, expert_calls(simulator.task))
+                observations = play_scripted(simulator, simulator.task.expected)
                 assert simulator.success and simulator.calls == len(simulator.task.expected), task
                 assert not any(found.startswith("error") for found in observations), task
                 assert simulator.get_reward() == simulator.reward_range[1]
@@ -65,7 +65,7 @@ def test_the_expert_solves_3000_more():
     for seed in range(3_000):
         category, level = LEVELS[seed % len(LEVELS)]
         simulator.reset(f"{category}/{level}/train/{seed}")
-        play_scripted(simulator, expert_calls(simulator.task))
+        play_scripted(simulator, simulator.task.expected)
         assert simulator.success, simulator.task
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmlab.simulator.environment import schemas_of
 from llmlab.simulator.tasks import grammar, pick
-from llmlab.simulator.world import Simulator, expert_calls, play_scripted
+from llmlab.simulator.world import Simulator, play_scripted
 
 PROMPT = "Task: "  # the environment appends the goal
 LAST = "Done."
@@ -37,7 +37,7 @@ def write_row(random: Random, *, validation: bool, difficulty: int | None = None
     """Returns an episode of the expert as a conversation with tools, and as plain text."""
     simulator = Simulator()
     goal = simulator.reset(write_task(random, validation=validation, difficulty=difficulty)["task"])
-    calls = expert_calls(simulator.task)
+    calls = simulator.task.expected
     messages: list[dict[str, Any]] = [{"role": "user", "content": PROMPT + goal}]
     lines = [PROMPT + goal]
     for call, observation in zip(calls, play_scripted(simulator, calls), strict=True):
@@ -55,4 +55,4 @@ def write_row(random: Random, *, validation: bool, difficulty: int | None = None
 @cache
 def _schemas() -> str:
     """Returns the JSON schemas of the simulator's tools, as trainers derive them."""
-    return json.dumps(schemas_of(Simulator()))
+    return json.dumps(schemas_of(Simulator))

@@ -67,7 +67,7 @@ def play_episodes(
         values = {"ended": episode.end != "length", "success": getattr(world, "success", None)}
         for name, value in {**{name: getattr(episode, name) for name in PLAYED}, **values}.items():
             setattr(each, name, value)
-        each.completion, each.tools = each.completion or [NO_TURN], schemas_of(world)
+        each.completion, each.tools = each.completion or [NO_TURN], schemas_of(type(world))
         with reading(f"environment {type(world).__name__}: its reward", "a number"):
             parts = {name: float(value) for name, value in getattr(world, "rewards", {}).items()}
             bounds = getattr(world, "reward_range", None)

@@ -65,7 +65,7 @@ def levers(tmp_path_factory, tokenizer_folder):
     base = make_base(tokenizer_folder, folder / "base", max_seq_len=1024, d_model=48)
     (folder / "levers.py").write_text(LEVERS)
     spec = f"{folder / 'levers.py'}:Levers"
-    tools = schemas_of(load_environment(spec, allow_code=True)())
+    tools = schemas_of(load_environment(spec, allow_code=True))
     asked = {"role": "user", "content": "Pull. Go."}
     rows = [{"messages": [asked, turn(name)], "tools": tools} for name in ("cat", "dog") for _ in range(20)]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
