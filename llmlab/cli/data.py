@@ -17,7 +17,7 @@ from llmlab.cli.rewards import pairs, parse_source
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.training import SFTSettings
 from llmlab.terminal import Terminal, draw_bars, numeric, percent, safe, say_json, track
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples. Source: seed,
+"""Settings of the stages that learn from their own completions, GRPO and PPO; nothing here samples. Source: seed,
 LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, Field
 
 from llmlab.settings import vocabulary as v
@@ -20,6 +20,7 @@ from llmlab.settings.training import FineTuningSettings
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
 """The RL guide counts these in completions ("episodes"), the LLM-Lab document in optimizer steps."""
 
+NO_VALUES = "GRPO compares completions with each other, and has no value function"
 SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
@@ -199,3 +200,68 @@ class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
         if self.epochs is None:
             return self.max_steps
         return math.ceil(self.epochs * prompts / self.batch_size) * self.rollout(processes).updates
+
+
+class GRPOSettings(OnlineSettings, panel="GRPO"):
+    """Group relative policy optimization. Source: seed, LLM-Lab document, "GRPO"; arXiv:2402.03300."""
+
+    inapplicable = {
+        "vf_coef": NO_VALUES,
+        "gamma": "a completion has one reward, at its end, for all of its tokens",
+        **dict.fromkeys(("lam", "gae_lambda"), NO_VALUES),
+    }
+
+    output_dir: v.OutputDir = "grpo_checkpoints"
+    group_size: Annotated[int, Ge(2), Trl("num_generations")] = 4
+    """Completions of each prompt, which form a group."""
+    grpo_temperature: Temperature = 1.0
+    baseline_mode: Literal["group_mean", "global_mean"] = "group_mean"
+    """Baseline of the advantages: the mean reward of the group, or of the whole rollout (then also divided by the
+    rollout's standard deviation)."""
+    target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = 0.1
+
+    @property
+    def completions_per_prompt(self) -> int:
+        return self.group_size
+
+    def contradictions(self) -> Iterator[str]:
+        loss = self.trainer_args.get("loss_type", "dapo"), self.trainer_args.get("importance_sampling_level", "token")
+        if self.kl_penalty == "abs" and self.init_kl_coef > 0 and loss != ("dapo", "token"):
+            yield (
+                f"kl_penalty = abs: not supported with trainer_args loss_type = {loss[0]} and "
+                f"importance_sampling_level = {loss[1]}; expected dapo and token, TRL's defaults"
+            )
+
+
+class PPOSettings(OnlineSettings, panel="PPO"):
+    """Proximal policy optimization. Source: seed, LLM-Lab document, "PPO"; RL guide, section 4; arXiv:1707.06347."""
+
+    output_dir: v.OutputDir = "ppo_checkpoints"
+    temperature: Temperature = 1.0
+    value_model: Annotated[Literal["separate", "shared"], Trl("value_model")] = "separate"
+    """Critic: a separate model (with LoRA, its own adapters on the same base), or a value head on the policy."""
+    value_checkpoint: Annotated[PathName | None, Reads("model"), When("value_model", "separate")] = None
+    """Reward model of the same vocabulary to initialize the critic from; none initializes it from the policy."""
+    vf_coef: Annotated[float, Ge(0), Trl("vf_coef")] = 0.1
+    """Weight of the value loss."""
+    cliprange_value: Annotated[float | None, Gt(0), Alias("clip_range_vf")] = 0.2
+    """Clip range of the value function around its values at sampling; none does not clip."""
+    gamma: Annotated[float, Ge(0), Le(1), Trl("gamma")] = 1.0
+    """Discount factor per token; in episodes per turn, which is a tool call and its result."""
+    gae_lambda: Annotated[float, Ge(0), Le(1), Trl("gae_lambda"), Alias("lam")] = 0.95
+    """GAE lambda: 0 is one-step TD (low variance, biased by the critic), 1 is Monte Carlo returns."""
+    whiten_advantages: Annotated[bool, Trl("whiten_advantages"), Alias("normalize_advantage")] = True
+    """Normalize the advantages of a rollout to mean 0 and variance 1."""
+    lora_dropout: Annotated[float, Ge(0), Le(0), When("use_lora", True)] = 0.0
+    """Always 0 in PPO: with dropout the updated policy would not be the one that sampled."""
+    early_stop: bool = True
+    """End the epochs over a rollout where the KL divergence to the sampling policy exceeds 1.5 x target_kl."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Ignores the dropout of a LoRA block that is written for every stage."""
+        dropout = values.get("lora_dropout")
+        if isinstance(dropout, float) and 0 < dropout < 1:
+            warn(f"lora_dropout = {dropout:g}: PPO uses 0, so that the updated policy is the one that sampled")
+            values["lora_dropout"] = 0.0
+        super().translate(values, warn)

@@ -1,17 +1,18 @@
-"""What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints."""
+"""What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints, and
+what a run does about symptoms in its metrics (`llmlab.health.checks`; defaults of the limits are in `limits.yaml`).
+SFT has little beside that, so its settings are here too."""
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from pydantic import Field, JsonValue, model_validator
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Alias, Resume, Trl, spellings_of
-from llmlab.settings.data import DataSettings
+from llmlab.settings.base import Alias, Resume, Settings, Trl, settings_of_table, spellings_of
+from llmlab.settings.data import Datasets, DataSettings, DataSource
 from llmlab.settings.gates import GATE, GatesSettings
 from llmlab.settings.hardware import HardwareSettings
-from llmlab.settings.health import HealthSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.paths import PathName
@@ -21,6 +22,28 @@ BESIDE_TRANSFORMERS_EVAL_STEPS = (
     "load_best_model_at_end",
 )
 BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
+Response = Literal["warn", "stop", "rollback"]
+
+LIMITS = "Limits of the checks, by the name of the symptom; none turns a check off. Source: RL guide, section 7."
+FACTS = {"panel": "Health", "resume": Resume.FREE}
+HealthLimits = settings_of_table("HealthLimits", __name__, LIMITS, "limits", Annotated[float | None, Gt(0)], **FACTS)
+
+
+class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
+    """What a run does about symptoms. Source: seed, RL guide, sections 6 and 7."""
+
+    on_warning: Response = "warn"
+    """What a run does about a warning: print and record it, end with exit code 4, or go back to the last healthy
+    checkpoint with changed settings (symptoms of too little training, and of data, are printed all the same)."""
+    on_critical: Response = "warn"
+    """The same for critical symptoms. A loss, gradient or weight that is not finite ends a run in any case, unless it
+    is rolled back; other limits depend on model and data, so that by default no run is lost to them."""
+    max_rollbacks: Annotated[int, Gt(0)] = 3
+    """Rollbacks of a run; after them a warning is printed, and a critical symptom ends the run."""
+    skip_spikes: Annotated[float | None, Ge(3)] = None
+    """Leave out updates whose loss or gradient norm exceeds the mean of the last 128 steps by so many standard
+    deviations (6 is usual); none takes all updates that are finite."""
+    health: HealthLimits = HealthLimits.model_construct()
 
 
 class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings, HealthSettings):
@@ -124,3 +147,35 @@ class FineTuningSettings(LoraSettings, TrainingSettings, panel="Training", alter
         if isinstance(values, dict) and "max_steps" in values and "epochs" not in values:
             return {**values, "epochs": None}
         return values
+
+
+class SFTSettings(FineTuningSettings):
+    """Supervised fine-tuning. Source: seed, LLM-Lab document, "Supervised Fine-Tuning (SFT)" and "LoRA for SFT"."""
+
+    inapplicable = {
+        "streaming": "every row is checked before the first step; large sources are read as far as the run needs"
+    }
+
+    policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceTB/smoltalk2", subset="SFT")]
+    validation_fraction: v.ValidationFraction = 0.05
+    output_dir: v.OutputDir = "sft_checkpoints"
+    batch_size: v.BatchSize = 4
+    """Sequences of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 16
+    """Forward passes of one optimizer step: the effective batch is batch_size times this, per device."""
+    max_steps: v.MaxSteps = 5000
+    learning_rate: v.LearningRate = 5e-6
+    weight_decay: v.WeightDecay = 0.01
+    warmup_steps: v.WarmupSteps = 100
+    max_seq_len: v.MaxLength = 1024
+    """Longest row in tokens; longer ones are truncated at the end, counted and reported."""
+    packing: Annotated[bool, Trl("packing")] = False
+    """Pack several conversations into one row; attention does not cross their borders."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens in the loss: all assistant turns, only the last one (completion), or all tokens."""
+    only_label: bool | None = None
+    """For unpaired preferences (KTO): train only on completions with this `label`."""
+    allow_truncated: v.AllowTruncated = 0.05
+    eval_steps: v.EvalBatches = 50
+    save_best_only: v.SaveBestOnly = True

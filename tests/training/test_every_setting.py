@@ -29,8 +29,8 @@ from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
 from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
-from llmlab.settings.health import HealthSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.training import HealthSettings
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "awr"]  # rs-sft has what awr has
