@@ -1,10 +1,18 @@
-"""`llmlab runs list`, `show` and `compare`: tables and lineage of runs; `llmlab report`: their pages, with curves."""
+"""`llmlab runs list`, `show` and `compare`: tables and lineage of runs; `llmlab report`: their pages, with curves;
+`llmlab monitor`: one table, redrawn while they train. All read run folders alone, so that they also show runs of other
+processes, users and, over a shared disk, machines."""
 
+import os
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.table import Column
 from rich.tree import Tree
 from typer import Argument, Option, Typer
@@ -13,6 +21,7 @@ from llmlab.cli.arguments import AsJson
 from llmlab.health.checks import outside_bands
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
+from llmlab.runs.signals import handle_signals, interrupt
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import finite
 from llmlab.settings.paths import expand
@@ -36,8 +45,10 @@ STATUS_STYLES = {
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 EVENT_STYLES = {"warning": "yellow", "critical": "red"}
-ROOMY = 100  # columns of a terminal that has room for times
+ROOMY = 100  # columns of a terminal that has room for times,
+MONITOR_ROOMY = 110  # and for long names and symptoms
 CURVE = 24  # characters of a curve
+RUNS = Path("runs")
 NAMES = Column(style="dim", overflow="fold")
 
 
@@ -70,9 +81,18 @@ def list_runs(
 @app.command()
 def show(run: Annotated[Path, Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Show one run: its lineage, its settings and their sources, its metrics and health."""
-    chosen = history.open_run(run)
-    console = Terminal()
-    _print_heading(console, chosen)
+    chosen, console = history.open_run(run), Terminal()
+    facts = [f"[bold]{safe(chosen.stage)}[/]", show_status(chosen)]
+    facts += [f"{number:,} {unit}" for number, unit in ((chosen.step, "steps"), (chosen.tokens, "tokens")) if number]
+    facts += [duration(chosen.seconds)] if chosen.seconds is not None else []
+    console.print(f"[bold]{safe(_path(chosen.folder))}[/]", soft_wrap=True)
+    console.print("  ".join(facts))
+    if chosen.started:
+        console.print(f"[dim]started {chosen.started.astimezone():%Y-%m-%d %H:%M}[/]")
+    if chosen.status == "died":
+        console.print(f"[red]It is recorded as running, and has been silent for {duration(chosen.silence)}.[/]")
+    for resumed in chosen.record.get("resumed", []):
+        console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
     console.section("Lineage")
     console.print(_tree(history.ancestors(chosen)))
     if settings := [row for row in history.changed_settings(chosen) if row[0] != "output_dir"]:
@@ -125,6 +145,65 @@ def report(
     say(str(write_pipeline_page(folder) if is_pipeline else write_run_page(history.open_run(folder))))
 
 
+def monitor(
+    folder: Annotated[Path, Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
+    refresh: Annotated[float, Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print the view once and exit.")] = False,
+) -> None:
+    """Watch running and finished runs: progress, time left, key metric, health; Ctrl+C leaves.
+
+    Without a terminal it prints the view once. A run that has been silent for long counts as died.
+    """
+    console, runs = Terminal(whole_rows=True), history.find_runs(folder)
+    if once or not console.is_terminal:
+        return console.print(draw(folder, runs, console.width))
+    with (
+        suppress(KeyboardInterrupt),
+        handle_signals(interrupt),
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            live.update(draw(folder, runs, *console.size), refresh=True)
+            time.sleep(refresh)
+            runs = history.find_runs(folder, runs)
+
+
+def draw(folder: Path, runs: list[RunFolder], width: int, height: int | None = None) -> RenderableType:
+    """Returns a line for each run, running and then newest ones first, as far as the height of a terminal allows."""
+    newest = runs[::-1]
+    runs = sorted(newest, key=lambda run: run.record.get("status") != "running")
+    counts = Counter(show_status(run) for run in runs)
+    found = "  ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"
+    title = one_line(f"[bold]{safe(folder)}[/]", found)
+    shown = runs if height is None else runs[: max(height - 2, 1)]  # below title and headings
+    if not shown:
+        return title
+    roomy = width >= MONITOR_ROOMY
+    longest = 40 if roomy else 15
+    names = [os.path.relpath(run.folder, folder) for run in shown]
+    names = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+    headings = ("run", "stage", "status", "step", "left", "metric", "", "health" if roomy else "")
+    table = make_table(*(Column(each, no_wrap=True, overflow="ellipsis") for each in headings), gap=1)
+    table.columns[3].justify = table.columns[4].justify = "right"
+    table.columns[0].min_width = max(map(len, names))
+    for name, run in zip(names, shown, strict=True):
+        steps, curve = run.record.get("steps"), run.curves.get(history.curve_metric(run) or "", [])
+        health = ""
+        if run.events:
+            event = run.events[-1]
+            style, mark = ("red", "!!") if event.severity == "critical" else ("yellow", "!")
+            health = f"[{style}]{f'{safe(event.symptom)} at {event.step:,}' if roomy else mark}[/]"
+        table.add_row(
+            *(safe(name), safe(run.stage or "-"), show_status(run)),
+            "-" if run.step is None else f"{run.step:,}" + (f"/{steps:,}" if steps and run.step != steps else ""),
+            "" if run.seconds_left is None else duration(run.seconds_left),
+            show_result(run),
+            draw_sparkline([value for _, value in curve], 12 if roomy else 8),
+            health,
+        )
+    return Group(title, table)
+
+
 def _list_row(run: RunFolder) -> list[str]:
     """Returns a run's cells in markup."""
     parents = []
@@ -151,20 +230,6 @@ def show_result(run: RunFolder) -> str:
 
 def show_status(run: RunFolder) -> str:
     return f"[{STATUS_STYLES.get(run.status, 'none')}]{safe(run.status)}[/]"
-
-
-def _print_heading(console: Terminal, run: RunFolder) -> None:
-    facts = [f"[bold]{safe(run.stage)}[/]", show_status(run)]
-    facts += [f"{number:,} {unit}" for number, unit in ((run.step, "steps"), (run.tokens, "tokens")) if number]
-    facts += [duration(run.seconds)] if run.seconds is not None else []
-    console.print(f"[bold]{safe(_path(run.folder))}[/]", soft_wrap=True)
-    console.print("  ".join(facts))
-    if run.started:
-        console.print(f"[dim]started {run.started.astimezone():%Y-%m-%d %H:%M}[/]")
-    if run.status == "died":
-        console.print(f"[red]It is recorded as running, and has been silent for {duration(run.silence)}.[/]")
-    for resumed in run.record.get("resumed", []):
-        console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
 
 
 def _tree(ancestor: history.Ancestor, tree: Tree | None = None) -> Tree:
