@@ -25,7 +25,6 @@ from llmlab.simulator.environment import schemas_of, tools_of
 Sampler = Callable[[list[list[int]]], list[list[int]]]
 """Returns the tokens that follow each prompt, up to and with the token that ends the turn."""
 
-
 NO_TURN = {"role": "assistant", "content": ""}
 """Stands for the completion of an episode whose prompt left no room for a turn."""
 
@@ -188,7 +187,6 @@ def _run_calls(
 
 def _prepare_call(environment: Any, tools: dict[str, Callable[..., Any]], call: ToolCall) -> Callable[[], Any]:
     """Returns the call of a tool, or that of the environment's answer to a call that cannot be made."""
-    problem = ""
     if call.name is None:
         problem = 'this is no call; expected {"name": ..., "arguments": {...}}'
     elif call.name not in tools:
@@ -198,10 +196,9 @@ def _prepare_call(environment: Any, tools: dict[str, Callable[..., Any]], call: 
     else:
         try:
             inspect.signature(tools[call.name]).bind(**call.arguments)
+            return partial(tools[call.name], **call.arguments)
         except TypeError as error:
             problem = f"{call.name}: {reason_of(error)}"
-    if not problem:
-        return partial(tools[call.name], **call.arguments)  # type: ignore[index]
     reject = getattr(environment, "_reject", lambda name, arguments, problem: {"error": problem})
     return partial(reject, call.name, call.arguments, problem)
 
@@ -248,16 +245,11 @@ def _fulfil(call: Callable[[], Any], future: "Future[Any]") -> None:
     try:
         value = call()
         if inspect.isawaitable(value):
-            value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
+            value = asyncio.run_coroutine_threadsafe(asyncio.wait_for(value, None), _event_loop()).result()
         future.set_result(value)
-    except Exception as error:
-        future.set_exception(error)
     except BaseException as error:  # `sys.exit()` in a tool ends no run
-        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-async def _wait_for(value: Any) -> Any:
-    return await value
+        is_exit = not isinstance(error, Exception)
+        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}") if is_exit else error)
 
 
 @cache

@@ -27,7 +27,7 @@ LONGEST_ERROR = 400  # characters of one line
 TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one that failed
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
-COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
+COMMANDS = {  # name: (panel, line of help, `module:name` in llmlab.cli); a stage needs its name alone
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
     "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "run:queue"),
@@ -37,17 +37,17 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "report": (USE, "Write the page of a run or pipeline again.", "runs:report"),
     "monitor": (USE, "Watch the runs in a folder while they train.", "runs:monitor"),
-    "advise": (USE, "Say what a run's metrics show, and what to change.", "advise:advise"),
+    "advise": (USE, "Say what a run's metrics show, and what to change.", "runs:advise"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
-    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
+    "episodes": (USE, "Play a model in an environment with tools.", "evaluate:episodes_app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
-    "tokenizer": (PREPARE, "Train a tokenizer.", "tokenizer:app"),
+    "tokenizer": (PREPARE, "Train a tokenizer.", ""),
     "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
     "doctor": (PREPARE, "Try what this machine can do: devices, versions, folders.", "doctor:doctor"),
-    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
+    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "options:schema"),
 }
 COMMANDS = {name: (panel, line or STAGES[name].help, path) for name, (panel, line, path) in COMMANDS.items()}
 
@@ -78,9 +78,13 @@ def build_app(requested: str | None) -> typer.Typer:
 def _load(name: str, path: str) -> Any:
     """Imports a command's function or app, or makes the command of a stage."""
     if not path:
-        from llmlab.cli.options import stage_command
+        from llmlab.cli.options import PlainHelp, stage_command
 
-        return stage_command(name)
+        if name != "tokenizer":
+            return stage_command(name)
+        group = typer.Typer(no_args_is_help=True)
+        group.command("train", cls=PlainHelp)(stage_command(name))
+        return group
     module, _, attribute = path.partition(":")
     return getattr(import_module(f"llmlab.cli.{module}"), attribute)
 

@@ -27,21 +27,14 @@ BATCH = ("batch_size", "mini_batch_size", PASSES)
 NOT_SETTINGS = ("num_processes", "accelerate", "out_of_memory")  # of a machine: how to start, what to try then
 Values = dict[str, Any]
 
-
-def recipe_folder() -> Path:
-    """Returns the folder of shipped recipes: inside the wheel, or beside the package in a checkout."""
-    return shipped_folder("recipes")
+RECIPE_FOLDER = shipped_folder("recipes")
+HARDWARE_PRESETS = {path.stem: path for path in sorted((RECIPE_FOLDER / "hardware").glob("*.yaml"))}
 
 
 def presets(stage: str) -> dict[str, Path]:
     """Returns the files of the presets shipped for a stage, by name."""
     folders = (stage, *(("presets", "sizes") if stage in SECTIONS else ()))
-    return {path.stem: path for folder in folders for path in sorted((recipe_folder() / folder).glob("*.yaml"))}
-
-
-def hardware_presets() -> dict[str, Path]:
-    """Returns the files of the hardware presets, by name."""
-    return {path.stem: path for path in sorted((recipe_folder() / "hardware").glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted((RECIPE_FOLDER / folder).glob("*.yaml"))}
 
 
 def read_preset(stage: str, name: str) -> Layer:
@@ -68,7 +61,7 @@ def for_stage(layer: Layer, stage: str) -> Layer:
 
 def launch_of(hardware: str) -> tuple[int, str | None]:
     """Returns how many processes a machine is for, and the name of the configuration that launches them."""
-    values = _read("hardware", hardware, hardware_presets()).values
+    values = _read("hardware", hardware, HARDWARE_PRESETS).values
     return values.get("num_processes", 1), values.get("accelerate")
 
 
@@ -77,7 +70,7 @@ def hardware_layer(
 ) -> tuple[Layer, list[str]]:
     """Returns what a machine sets between these layers, and notes: `above` is what the user set, `below` a preset.
     Outside a launch there are so many processes; None is the machine's own number, for what is only planned."""
-    layer = _read("hardware", name, hardware_presets(), stage)
+    layer = _read("hardware", name, HARDWARE_PRESETS, stage)
     own_processes, launch = launch_of(name)
     values = {key: value for key, value in layer.values.items() if key not in NOT_SETTINGS}
     machine, preset, user = (

@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator, Field
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
 from llmlab.settings.data import Datasets, DataSource
-from llmlab.settings.environment import IN_EPISODES, SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.rewards import SPELLINGS, RewardSettings, RewardsSettings, as_list
+from llmlab.settings.rewards import IN_EPISODES, SIMULATOR, CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
 """The RL guide counts these in completions ("episodes"), the LLM-Lab document in optimizer steps."""
 
 NO_VALUES = "GRPO compares completions with each other, and has no value function"
-SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
 Interval = Annotated[int | None, Gt(0), Resume.FREE]
@@ -37,46 +34,6 @@ class Rollout(NamedTuple):
     def updates_for(self, episodes: int) -> int:
         """Returns the optimizer steps in which so many completions are sampled, at least one."""
         return max(round(episodes / self.completions * self.updates), 1)
-
-
-class CompletionSettings(EnvironmentSettings, RewardsSettings, panel="Training"):
-    """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
-
-    max_new_tokens: v.MaxNewTokens = 256
-    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
-    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
-    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
-    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
-
-    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
-    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
-    or the environment's."""
-    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
-    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
-    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
-    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
-    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
-
-    def contradictions(self) -> Iterator[str]:
-        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            no_room = f"leaves no room for a prompt in max_seq_len = {self.max_seq_len}"
-            yield f"max_new_tokens = {self.max_new_tokens} {no_room}"
-        if self.rewards == [] and self.reward_model is None and self.environment is None:
-            yield "rewards: expected at least one"
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """The longest prompt in tokens, by either of the limits; None where there is none."""
-        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
-        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
-
-    def all_rewards(self) -> list[RewardSettings]:
-        """Returns the rewards with the reward model among them."""
-        rewards = list(self.rewards or [])
-        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
-        if model is not None:
-            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
-        return rewards
 
 
 class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):

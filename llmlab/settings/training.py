@@ -1,18 +1,18 @@
-"""What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints, and
-what a run does about symptoms in its metrics (`llmlab.health.checks`; defaults of the limits are in `limits.yaml`).
-SFT has little beside that, so its settings are here too."""
+"""What every training stage has, and what all but pretraining share: memory and speed, lengths, logging, evaluation,
+checkpoints, and what a run does about symptoms in its metrics (`llmlab.health.checks`; defaults of the limits are in
+`limits.yaml`). SFT has little beside that, so its settings are here too."""
 
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, JsonValue, model_validator
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Resume, Settings, Trl, settings_of_table, spellings_of
 from llmlab.settings.data import Datasets, DataSettings, DataSource
 from llmlab.settings.gates import GATE, GatesSettings
-from llmlab.settings.hardware import HardwareSettings
+from llmlab.settings.generation import DeviceSettings
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.paths import PathName
@@ -22,11 +22,46 @@ BESIDE_TRANSFORMERS_EVAL_STEPS = (
     "load_best_model_at_end",
 )
 BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
+LAUNCH = "processes are started from outside: --accelerate ddp --num-processes N, or accelerate launch -m llmlab"
+TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
+
 Response = Literal["warn", "stop", "rollback"]
 
-LIMITS = "Limits of the checks, by the name of the symptom; none turns a check off. Source: RL guide, section 7."
+DOC = "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
 FACTS = {"panel": "Health", "resume": Resume.FREE}
-HealthLimits = settings_of_table("HealthLimits", __name__, LIMITS, "limits", Annotated[float | None, Gt(0)], **FACTS)
+HealthLimits = settings_of_table("HealthLimits", __name__, DOC, "limits", Annotated[float | None, Gt(0)], **FACTS)
+
+
+class HardwareSettings(DeviceSettings, resume=Resume.FREE):
+    """Device, precision, and what trades compute for memory or start-up time for speed."""
+
+    inapplicable = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
+
+    tf32: bool | None = None
+    """TF32 matrix products on CUDA devices that have them; none keeps torch's default."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile; auto enables it where the run is long enough to regain the compile time."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention kernels; auto is the model's own choice, sdpa for most. flash_attention_2 needs flash-attn, a CUDA GPU
+    and bf16 or fp16."""
+    use_liger_kernel: Annotated[bool, Trl("use_liger_kernel")] = False
+    """Liger's fused layers, on CUDA, for architectures that liger-kernel knows."""
+    gradient_checkpointing: Annotated[Literal["auto", True, False], Trl("gradient_checkpointing")] = False
+    """Recompute activations in the backward pass: about a third slower, with much less memory; auto does so where the
+    planned step does not fit into the device's memory without."""
+    dataloader_num_workers: Annotated[int, Ge(0), Le(256), Trl("dataloader_num_workers")] = 0
+    """Worker processes of the data loader; 0 loads in the training process."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Reads the RL guide's `bf16` and `fp16` ("use BF16 if available", "fallback if no BF16") as a dtype."""
+        for key in values.keys() & TRAINER_ARGS:
+            values[f"trainer_args.{key}"] = values.pop(key)
+        if "dtype" not in values and values.keys() & {"bf16", "fp16"}:
+            bf16, fp16 = values.pop("bf16", None), values.pop("fp16", None)
+            if bf16 is not None or fp16 is not False:
+                values["dtype"] = "auto" if bf16 else "fp16" if fp16 else "fp32"
+        super().translate(values, warn)
 
 
 class HealthSettings(Settings, panel="Health", resume=Resume.FREE):

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.rewards import RewardConfig
 from llmlab.simulator.environment import load_environment
 
 OWN = '''

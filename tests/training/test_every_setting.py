@@ -27,9 +27,9 @@ from llmlab.model import load_classifier, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
-from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.rewards import SIMULATOR, EnvironmentSettings
 from llmlab.settings.training import HealthSettings
 from llmlab.stages import STAGES
 
