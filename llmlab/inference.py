@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteriaList, TextIteratorStreamer
 
 from llmlab.data.tokenizer import TEMPLATE_FAILURES, load_tokenizer, stop_token_ids
 from llmlab.decoding import decode, decode_batch

@@ -298,7 +298,10 @@ def import_model_classes() -> None:
 
     utils = import_heavy("transformers.utils")
     masks = ModuleType(TRACED_MASKS)
-    masks.TransformGetItemToIndex = _index_by_tensors  # type: ignore[attr-defined]
+    # traces masks of several conditions, by the compiler itself
+    masks.TransformGetItemToIndex = lambda: (  # type: ignore[attr-defined]
+        sys.modules[COMPILER]._trace_wrapped_higher_order_op.TransformGetItemToIndex()
+    )
     sys.modules |= {COMPILER: _Compiler(COMPILER), TRACED_MASKS: masks}
     absent = dict.fromkeys(("is_torch_distributed_available", "is_scipy_available"), lambda: False)
     with patch.multiple(utils, **absent), patch.multiple(utils.import_utils, **absent):
@@ -306,15 +309,15 @@ def import_model_classes() -> None:
         import_heavy("transformers.generation.utils")
 
 
-def _unchanged(function: Any = None, *_: Any, **options: Any) -> Any:
-    """Stands for the compiler's decorators, with and without arguments."""
-    return (lambda each: each) if function is None else function
-
-
 class _Compiler(ModuleType):
     """torch's compiler as long as only its decorators are used; what else is asked for imports it."""
 
-    disable = allow_in_graph = assume_constant_result = staticmethod(_unchanged)
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **options: Any) -> Any:
+        """Stands for the compiler's decorators, with and without arguments."""
+        return (lambda each: each) if function is None else function
+
+    allow_in_graph = assume_constant_result = disable
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # of its modules
@@ -322,8 +325,3 @@ class _Compiler(ModuleType):
         for module in (COMPILER, TRACED_MASKS):
             sys.modules.pop(module, None)
         return getattr(import_module(COMPILER), name)
-
-
-def _index_by_tensors() -> Any:
-    """Returns the mode in which masks of several conditions are traced, by the compiler itself."""
-    return sys.modules[COMPILER]._trace_wrapped_higher_order_op.TransformGetItemToIndex()

@@ -31,10 +31,6 @@ class Rollout(NamedTuple):
     per_update: int
     updates: int
 
-    def updates_for(self, episodes: int) -> int:
-        """Returns the optimizer steps in which so many completions are sampled, at least one."""
-        return max(round(episodes / self.completions * self.updates), 1)
-
 
 class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
     """Learning from rewards of the policy's own completions."""
@@ -133,12 +129,10 @@ class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
 
     def in_steps(self, processes: int) -> "OnlineSettings":
         """Returns these settings with what is set in completions converted to optimizer steps."""
-        rollout = self.rollout(processes)
-        steps = {
-            name: rollout.updates_for(getattr(self, interval))
-            for interval, name in INTERVALS.items()
-            if getattr(self, interval) is not None
-        }
+        rollout, steps = self.rollout(processes), {}
+        for interval, name in INTERVALS.items():
+            if (completions := getattr(self, interval)) is not None:
+                steps[name] = max(round(completions / rollout.completions * rollout.updates), 1)
         if self.num_episodes is not None:
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
