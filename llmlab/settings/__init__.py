@@ -6,7 +6,7 @@ from typing import Any
 
 CLASSES = {  # by stage
     "tokenizer": "data:TokenizerSettings",
-    "pretrain": "pretrain:PretrainSettings",
+    "pretrain": "training:PretrainSettings",
     "merge": "lora:MergeSettings",
     "sft": "training:SFTSettings",
     "dpo": "preference:DPOSettings",

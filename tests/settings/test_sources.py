@@ -14,10 +14,9 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.rl import PPOSettings
 from llmlab.settings.sources import load, resolve
-from llmlab.settings.training import HealthLimits, SFTSettings
+from llmlab.settings.training import HealthLimits, PretrainSettings, SFTSettings
 
 
 def write(folder, name, text):
