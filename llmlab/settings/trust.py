@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmlab.settings.errors import UserError, did_you_mean, reason_of
-from llmlab.settings.files import Layer
+
+if TYPE_CHECKING:  # `llmlab --help` reads no files
+    from llmlab.settings.files import Layer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +93,7 @@ def load_code(spec: str, kind: str, *, allowed: bool, folder: str | Path = ".", 
     return target
 
 
-def refusals(layer: Layer) -> list[str]:
+def refusals(layer: "Layer") -> list[str]:
     """Returns a sentence for each key of a layer that it may not set."""
     problems = []
     for key, value in _flatten(layer.values):
