@@ -20,7 +20,7 @@ FORM = re.compile(r"#### ?-?[\d,.]+\s*$")
 
 
 def make_settings(options, folder, **changes):
-    from llmlab.settings.sft import SFTSettings
+    from llmlab.settings.training import SFTSettings
 
     values = {
         "policy_checkpoint": str(options.model),
@@ -97,7 +97,7 @@ def learn(options):
     from rich.console import Console
 
     from llmlab.runs.record import read_metrics, read_record
-    from llmlab.settings.merge import MergeSettings
+    from llmlab.settings.lora import MergeSettings
     from llmlab.training.merge import merge
     from llmlab.training.sft import sft
 

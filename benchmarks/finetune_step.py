@@ -41,7 +41,7 @@ def stage_of(name):
 
     from llmlab.data.chat.makers import InstructionEncoder, PreferenceEncoder
     from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSettings
-    from llmlab.settings.sft import SFTSettings
+    from llmlab.settings.training import SFTSettings
     from llmlab.training.preference.dpo import LLMLabDPOTrainer
     from llmlab.training.preference.orpo import LLMLabORPOTrainer, ORPOTrainer
     from llmlab.training.preference.reward import LLMLabRewardTrainer

@@ -41,7 +41,7 @@ def write_prompts(options, path):
 def run_ours(options, folder, prompts):
     """Returns the logged lines and the record of `llmlab grpo`."""
     from llmlab.runs.record import read_metrics, read_record
-    from llmlab.settings.grpo import GRPOSettings
+    from llmlab.settings.rl import GRPOSettings
     from llmlab.training.online.grpo import grpo
 
     result = grpo(

@@ -62,7 +62,7 @@ def learn(contender, seed, samples, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from llmlab.settings.ppo import PPOSettings
+    from llmlab.settings.rl import PPOSettings
     from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
     model, tokenizer = make_model(folder / "model", seed)

@@ -120,8 +120,7 @@ def _make_ours(name, data, callbacks, folder, options):
     from llmlab.hardware import probe
     from llmlab.runs.arguments import build_arguments
     from llmlab.runs.policy import load_policy, load_reference
-    from llmlab.settings.grpo import GRPOSettings
-    from llmlab.settings.ppo import PPOSettings
+    from llmlab.settings.rl import GRPOSettings, PPOSettings
     from llmlab.training.online.grpo import LLMLabGRPOTrainer
     from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 

@@ -87,7 +87,7 @@ def _llmlab_trainer(name, rows, options, callbacks, folder):
     from llmlab.model import build_config, new_model
     from llmlab.runs.arguments import build_arguments
     from llmlab.runs.policy import compile_layers
-    from llmlab.settings.pretrain import PretrainSettings
+    from llmlab.settings.training import PretrainSettings
     from llmlab.training.pretrain import PretrainTrainer
 
     settings = PretrainSettings(

@@ -7,8 +7,7 @@ from pathlib import Path
 from llmlab.health.symptoms import Change, load_table
 from llmlab.settings.base import Setting, Trl, When, fields_of, spellings_of
 from llmlab.settings.files import write_atomically
-from llmlab.settings.health import HealthLimits
-from llmlab.settings.training import TrainingSettings
+from llmlab.settings.training import HealthLimits, TrainingSettings
 from llmlab.stages import STAGES
 
 HEADER = """# Options

@@ -6,32 +6,17 @@ Public names are imported when they are first used, so that `import llmlab` cost
 from importlib import import_module
 from typing import Any
 
+from llmlab.settings import CLASSES
+from llmlab.stages import STAGES
+
 __version__ = "0.1.0"
 
-_HOMES = {
-    **dict.fromkeys(("DPOSettings", "ORPOSettings", "RewardModelSettings"), "llmlab.settings.preference"),
-    **dict.fromkeys(("AWRSettings", "RSSFTSettings"), "llmlab.settings.offline"),
-    **dict.fromkeys(("generate_text", "load_for_inference"), "llmlab.inference"),
-    "GRPOSettings": "llmlab.settings.grpo",
-    "MergeSettings": "llmlab.settings.merge",
-    "ModelSettings": "llmlab.settings.model",
-    "PPOSettings": "llmlab.settings.ppo",
-    "PretrainSettings": "llmlab.settings.pretrain",
-    "SFTSettings": "llmlab.settings.sft",
-    "TokenizerSettings": "llmlab.settings.tokenizer",
-    "awr": "llmlab.training.offline.awr",
-    "dpo": "llmlab.training.preference.dpo",
-    "grpo": "llmlab.training.online.grpo",
-    "load": "llmlab.settings.sources",
-    "merge": "llmlab.training.merge",
-    "orpo": "llmlab.training.preference.orpo",
-    "ppo": "llmlab.training.online.ppo",
-    "pretrain": "llmlab.training.pretrain",
-    "reward": "llmlab.training.preference.reward",
-    "rs_sft": "llmlab.training.offline.rs_sft",
-    "sft": "llmlab.training.sft",
-    "train_tokenizer": "llmlab.training.tokenizer",
-}
+# the settings and the function of each stage, and what is of no stage
+_PATHS = [f"settings.{path}" for name, path in CLASSES.items() if name != "sample"]  # which is for pipelines alone
+_PATHS += [f"training.{stage.path}" for stage in STAGES.values() if stage.name != "sample"]
+_PATHS += ["settings.model:ModelSettings", "settings.sources:load"]
+_PATHS += ["inference:generate_text", "inference:load_for_inference"]
+_HOMES = {name: f"llmlab.{module}" for module, _, name in (path.partition(":") for path in _PATHS)}
 
 __all__ = ["__version__", *sorted(_HOMES)]
 

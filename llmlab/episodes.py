@@ -23,7 +23,6 @@ from llmlab.simulator.environment import schemas_of, tools_of
 Sampler = Callable[[list[list[int]]], list[list[int]]]
 """Returns the tokens that follow each prompt, up to and with the token that ends the turn."""
 
-
 NO_TURN = {"role": "assistant", "content": ""}
 """Stands for the completion of an episode whose prompt left no room for a turn."""
 
@@ -173,7 +172,7 @@ def _run_calls(calls: list[tuple[Episode, list[ToolCall]]], max_episode_length: 
 
 def _prepare_call(environment: Any, call: ToolCall) -> Callable[[], Any]:
     """Returns the call of a tool, or that of the environment's answer to a call that cannot be made."""
-    problem, tools = "", tools_of(environment)
+    tools = tools_of(environment)
     if call.name is None:
         problem = 'this is no call; expected {"name": ..., "arguments": {...}}'
     elif call.name not in tools:
@@ -183,10 +182,9 @@ def _prepare_call(environment: Any, call: ToolCall) -> Callable[[], Any]:
     else:
         try:
             inspect.signature(tools[call.name]).bind(**call.arguments)
+            return partial(tools[call.name], **call.arguments)
         except TypeError as error:
             problem = f"{call.name}: {reason_of(error)}"
-    if not problem:
-        return partial(tools[call.name], **call.arguments)  # type: ignore[index]
     reject = getattr(environment, "_reject", lambda name, arguments, problem: {"error": problem})
     return partial(reject, call.name, call.arguments, problem)
 
@@ -221,7 +219,7 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
         try:
             value = calls[number]()
             if inspect.isawaitable(value):
-                value = asyncio.run_coroutine_threadsafe(_wait_for(value), _event_loop()).result()
+                value = asyncio.run_coroutine_threadsafe(asyncio.wait_for(value, None), _event_loop()).result()
         except Exception as error:
             value = error
         except BaseException as error:  # `sys.exit()` in a tool ends no run
@@ -236,10 +234,6 @@ def run_side_by_side(calls: Sequence[Callable[[], Any]], limits: Sequence[float]
         thread.join(max(start + limit - time.monotonic(), 0))
         results.append(outcomes.get(number, Abandoned()))
     return results
-
-
-async def _wait_for(value: Any) -> Any:
-    return await value
 
 
 @cache

@@ -5,21 +5,17 @@ The interactive chat is `cli/chat.py`; serving many users is the work of other e
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteriaList, TextIteratorStreamer
 
 from llmlab.data.tokenizer import TEMPLATE_FAILURES, load_tokenizer, stop_token_ids
 from llmlab.decoding import decode, decode_batch
@@ -203,24 +199,21 @@ def stream_reply(
     loop = partial(decode_batch, streamer=streamer)
     options = {"generation_config": config, "stopping_criteria": criteria, "custom_generate": loop}
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
-    failures: list[Exception] = []
 
     def generate() -> None:
         try:
             model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
-        except Exception as error:
-            failures.append(error)
+        except Exception:
             streamer.end()
+            raise
 
-    thread = Thread(target=generate, daemon=True)
-    thread.start()
-    try:
-        yield from (piece for piece in streamer if piece)
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(1) as threads:
+        generation = threads.submit(generate)
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.set()
+    generation.result()
 
 
 def _encode_all(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -103,8 +103,10 @@ def human(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}".rstrip()
 
 
-def short_number(value: float) -> str:
+def short_number(value: float | None) -> str:
     """Returns counts whole and measurements with four digits."""
+    if value is None:
+        return "-"
     whole = isinstance(value, int) or (value.is_integer() and abs(value) >= 1000)
     return f"{int(value):,}" if whole else f"{value:.4g}" if abs(value) < 10000 else f"{value:,.0f}"
 

@@ -11,8 +11,8 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.lora import LoraSettings
 from llmlab.settings.model import ModelSettings
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 
 SMALL = {
     "hidden_size": 32,

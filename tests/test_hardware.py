@@ -8,7 +8,7 @@ import torch
 from llmlab import hardware
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer
-from llmlab.settings.presets import hardware_presets
+from llmlab.settings.presets import HARDWARE_PRESETS
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
 
@@ -83,11 +83,11 @@ def test_wishes_that_the_machine_cannot_meet(monkeypatch, machine, wish, message
 )
 def test_recommended_presets(device, name, gigabytes, gpus, expected):
     found = hardware.Hardware(device, name, "bf16", "", int(gigabytes * 1e9), None)
-    assert hardware.recommend_preset(found, gpus) == expected and expected in hardware_presets()
+    assert hardware.recommend_preset(found, gpus) == expected and expected in HARDWARE_PRESETS
 
 
 def test_the_preset_for_this_machine():
-    assert hardware.recommend_preset(hardware.probe()) in hardware_presets()
+    assert hardware.recommend_preset(hardware.probe()) in HARDWARE_PRESETS
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo"])

@@ -15,7 +15,7 @@ LAYERS = [  # a module may import from its own package and from the layers below
     {"runs"},
     {"evaluation"},
     {"episodes"},
-    {"inference", "rewards", "doctor", "report"},
+    {"inference", "rewards", "report"},
     {"data", "optim", "adapters", "hardware", "terminal", "health", "decoding"},
     {"simulator"},
     {"model"},

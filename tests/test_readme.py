@@ -131,7 +131,7 @@ def test_the_targets_of_make_are_there():
 def test_every_command_runs_in_its_order(checkout, monkeypatch):
     ran = [command for command in commands() if command.startswith("llmlab ")]
     assert len(ran) > 12
-    monkeypatch.setattr("llmlab.doctor.compile_in_child", lambda device: "tried in test_doctor.py")
+    monkeypatch.setattr("llmlab.cli.doctor.compile_in_child", lambda device: "tried in test_doctor.py")
     for command in ran:
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))  # what is said to a chat
         run(shortened(command))

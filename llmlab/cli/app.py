@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,13 +22,12 @@ from llmlab.settings import errors
 from llmlab.settings.trust import remote_code
 from llmlab.stages import STAGES
 
-JOB = "run-job"
-MENU = "menu"
+HIDDEN = {"menu": "app:open_menu", "run-job": "launch:run_job"}  # bare `llmlab`; what llmlab itself starts
 LONGEST_ERROR = 400  # characters of one line
 TIME_TO_END = 5  # seconds in which a launcher ends the processes beside one that failed
 
 TRAIN, USE, PREPARE = "Train", "Use", "Prepare"
-COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; none for the stages, whose help is theirs)
+COMMANDS = {  # name: (panel, line of help, `module:name` in llmlab.cli); a stage needs its name alone
     **dict.fromkeys(("pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "rs-sft", "awr"), (TRAIN, "", "")),
     "run": (TRAIN, "Run a pipeline of stages from one YAML file.", "run:run"),
     "queue": (TRAIN, "Run pipelines one after the other; list those that wait.", "run:queue"),
@@ -37,18 +36,18 @@ COMMANDS = {  # name: (panel, one line of help, `module:name` in llmlab.cli; non
     "merge": (USE, "", ""),
     "runs": (USE, "List, show and compare run folders.", "runs:app"),
     "report": (USE, "Write the page of a run or pipeline again.", "runs:report"),
-    "monitor": (USE, "Watch the runs in a folder while they train.", "monitor:monitor"),
-    "advise": (USE, "Say what a run's metrics show, and what to change.", "advise:advise"),
+    "monitor": (USE, "Watch the runs in a folder while they train.", "runs:monitor"),
+    "advise": (USE, "Say what a run's metrics show, and what to change.", "runs:advise"),
     "evaluate": (USE, "Score answers: thresholds, regressions, public benchmarks.", "evaluate:evaluate"),
     "chat": (USE, "Chat with a model in the terminal.", "chat:chat"),
     "generate": (USE, "Complete prompts from the command line or a file.", "chat:generate"),
-    "episodes": (USE, "Play a model in an environment with tools.", "episodes:app"),
+    "episodes": (USE, "Play a model in an environment with tools.", "evaluate:episodes_app"),
     "model": (PREPARE, "Inspect, initialize and convert models.", "model:app"),
     "data": (PREPARE, "Check data sources, preview rows as tokens, sample pairs.", "data:app"),
-    "tokenizer": (PREPARE, "Train a tokenizer.", "tokenizer:app"),
+    "tokenizer": (PREPARE, "Train a tokenizer.", ""),
     "reward-check": (PREPARE, "Score completions with rewards before training.", "rewards:reward_check"),
     "doctor": (PREPARE, "Try what this machine can do: devices, versions, folders.", "doctor:doctor"),
-    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "schema:schema"),
+    "schema": (PREPARE, "Print the JSON Schema of a stage's settings, for editors.", "options:schema"),
 }
 COMMANDS = {name: (panel, line or STAGES[name].help, path) for name, (panel, line, path) in COMMANDS.items()}
 
@@ -71,19 +70,21 @@ def build_app(requested: str | None) -> typer.Typer:
         else:
             words = {word: getattr(target, word, None) for word in ("context_settings", "cls")}
             app.command(name, help=target.__doc__ or line, rich_help_panel=panel, **words)(target)
-    if requested == MENU:  # as bare `llmlab`
-        app.command(MENU, hidden=True)(open_menu)
-    if requested == JOB:  # of a process that llmlab itself starts
-        app.command(JOB, hidden=True)(_load(JOB, "launch:run_job"))
+    if requested in HIDDEN:
+        app.command(requested, hidden=True)(_load(requested, HIDDEN[requested]))
     return app
 
 
 def _load(name: str, path: str) -> Any:
     """Imports a command's function or app, or makes the command of a stage."""
     if not path:
-        from llmlab.cli.options import stage_command
+        from llmlab.cli.options import PlainHelp, stage_command
 
-        return stage_command(name)
+        if name != "tokenizer":
+            return stage_command(name)
+        group = typer.Typer(no_args_is_help=True)
+        group.command("train", cls=PlainHelp)(stage_command(name))
+        return group
     module, _, attribute = path.partition(":")
     return getattr(import_module(f"llmlab.cli.{module}"), attribute)
 
@@ -116,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _quiet_libraries()
     for number, word in enumerate(arguments, start=1):
         if "\0" in word or not errors.is_unicode(word):
-            _print_error(f"command line: argument {number}, '{word}': this is not UTF-8 text")
-            raise SystemExit(2)
+            _end(f"command line: argument {number}, '{word}': this is not UTF-8 text")
     requested = next((word for word in arguments if not word.startswith("-")), None)
     try:
         with remote_code(False):  # until the command's own option says otherwise
@@ -130,20 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except errors.UserError as error:
         if not errors.is_first_process():  # most often the first one says the same, and its launcher ends this one
             time.sleep(TIME_TO_END)
-        for line in str(error).split("\n"):
-            _print_error(line)
-        raise SystemExit(error.exit_code) from None
+        _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         if errors.is_first_process():
             print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # the last resort: a mistake of ours in one line, the traceback in a log
         if isinstance(error, OSError) and error.filename is not None:  # of the file system, which is no bug
-            _print_error(f"{os.fsdecode(error.filename)}: {errors.reason_of(error)}")
-            raise SystemExit(2) from None
+            _end(f"{os.fsdecode(error.filename)}: {errors.reason_of(error)}")
         if errors.is_out_of_memory(error):
-            _print_error(f"out of memory: {errors.reason_of(error)}")
-            raise SystemExit(2) from None
+            _end(f"out of memory: {errors.reason_of(error)}")
         print(f"error: {errors.reason_of(error)}; this is a fault of llmlab: {_write_log(arguments)}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -160,11 +156,12 @@ def _quiet_libraries() -> None:
             os.environ.setdefault(name, "1")
 
 
-def _print_error(line: str) -> None:
-    line = errors.printable(line)
-    if len(line) > LONGEST_ERROR:  # somebody's whole file, given as a name
-        line = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"
-    print(f"error: {line}", file=sys.stderr)
+def _end(problems: str, exit_code: int = 2) -> NoReturn:
+    """Prints problems, one a line, and ends."""
+    for line in map(errors.printable, problems.split("\n")):
+        cut = f"{line[:LONGEST_ERROR]} ... {line[-200:]}"  # somebody's whole file, given as a name
+        print(f"error: {cut if len(line) > LONGEST_ERROR else line}", file=sys.stderr)
+    raise SystemExit(exit_code) from None
 
 
 def _write_log(arguments: Sequence[str]) -> str:

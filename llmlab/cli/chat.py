@@ -8,54 +8,39 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from rich.cells import cell_len
 from typer import Option
 
 from llmlab.cli.arguments import Run, Seed, TrustRemoteCode
-from llmlab.cli.lean import import_model_classes
-from llmlab.cli.options import resolve_options, setting_option
+from llmlab.cli.options import with_settings
 from llmlab.settings.errors import UserError, did_you_mean, is_unicode, printable, reading
 from llmlab.settings.files import write_atomically
-from llmlab.settings.generation import SamplingSettings
-from llmlab.settings.hardware import DeviceSettings
+from llmlab.settings.generation import InferenceSettings, SamplingSettings
 from llmlab.settings.vocabulary import LARGEST_SEED
 from llmlab.stages import import_heavy
 from llmlab.terminal import human, say, track
 
-
-class InferenceSettings(SamplingSettings, DeviceSettings):
-    """Sampling, and the device and precision to do it with."""
-
-
-DEFAULT = InferenceSettings()
-SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty")
-Temperature, TopP, TopK, MaxNewTokens, RepetitionPenalty = (setting_option(InferenceSettings, s) for s in SAMPLING)
-Device, Dtype = (setting_option(InferenceSettings, name) for name in ("device", "dtype"))
 System = Annotated[str | None, Option(help="System prompt, for models that answer messages.")]
 FILE_HELP = "Prompts: one a line, or .jsonl with `prompt` or `messages` in each line."
 CHATS_HELP = "Answer messages or continue text; by default, what was only pretrained or has no template continues."
 Chats = Annotated[bool | None, Option("--chat/--complete", help=CHATS_HELP)]
 
 
+@with_settings(InferenceSettings)
 def chat(
     run: Run,
-    temperature: Temperature = DEFAULT.temperature,
-    top_p: TopP = DEFAULT.top_p,
-    top_k: TopK = DEFAULT.top_k,
-    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
-    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
+    settings: InferenceSettings,
     seed: Annotated[int | None, Option(help="Sampling seed.", min=0, max=LARGEST_SEED, metavar="INT")] = None,
     system: System = None,
     chats: Chats = None,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, reply by reply; /help lists the commands, Ctrl+C stops a reply and Ctrl+D leaves."""
-    settings = resolve_options(InferenceSettings, locals())
     model, tokenizer, chats = _load(run, settings, chats, system)
     if seed is not None:
         from transformers import set_seed
@@ -84,27 +69,21 @@ def chat(
             notice(str(stop) or "\n(stopped)")
 
 
+@with_settings(InferenceSettings)
 def generate(
     run: Run,
+    settings: InferenceSettings,
     prompt: Annotated[list[str] | None, Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     file: Annotated[Path | None, Option("--file", "-f", help=FILE_HELP)] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write prompts and completions (.jsonl).")] = None,
     num_samples: Annotated[int, Option(help="Completions of each prompt.", min=1, metavar="INT")] = 1,
     batch_size: Annotated[int, Option(help="Batch size of generation.", min=1, metavar="INT")] = 16,
-    temperature: Temperature = DEFAULT.temperature,
-    top_p: TopP = DEFAULT.top_p,
-    top_k: TopK = DEFAULT.top_k,
-    max_new_tokens: MaxNewTokens = DEFAULT.max_new_tokens,
-    repetition_penalty: RepetitionPenalty = DEFAULT.repetition_penalty,
     seed: Seed = 42,
     system: System = None,
     chats: Chats = None,
-    device: Device = DEFAULT.device,
-    dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts from the command line, a file or standard input."""
-    settings = resolve_options(InferenceSettings, locals())
     prompts = [*(prompt or ()), *(_read_prompts(file) if file else ())]
     if not prompts and sys.stdin is not None and not sys.stdin.isatty():
         with reading("standard input", "UTF-8 text"):
@@ -297,3 +276,52 @@ def _read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
         if not is_unicode(str(prompt)):
             raise UserError(f"{where}: expected valid Unicode, found a lone surrogate")
         yield prompt
+
+
+# A fast start -----------------------------------------------------------------------------------------------------
+
+COMPILER = "torch._dynamo"
+TRACED_MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
+
+
+def import_model_classes() -> None:
+    """Imports Transformers' model classes 0.8 s faster, in a process that only samples and has not imported them.
+
+    They import torch's sharded tensors (for sharded weights), its compiler (for compiled kernels) and SciPy (for
+    losses of object detection). Sharded tensors and SciPy are left out, as on machines that lack them; the compiler is
+    imported once something asks for more than its decorators.
+    """
+    if "transformers.modeling_utils" in sys.modules or COMPILER in sys.modules:
+        return
+    import_heavy("torch")
+    from unittest.mock import patch  # torch has imported it
+
+    utils = import_heavy("transformers.utils")
+    masks = ModuleType(TRACED_MASKS)
+    # traces masks of several conditions, by the compiler itself
+    masks.TransformGetItemToIndex = lambda: (  # type: ignore[attr-defined]
+        sys.modules[COMPILER]._trace_wrapped_higher_order_op.TransformGetItemToIndex()
+    )
+    sys.modules |= {COMPILER: _Compiler(COMPILER), TRACED_MASKS: masks}
+    absent = dict.fromkeys(("is_torch_distributed_available", "is_scipy_available"), lambda: False)
+    with patch.multiple(utils, **absent), patch.multiple(utils.import_utils, **absent):
+        import_heavy("transformers.modeling_utils")
+        import_heavy("transformers.generation.utils")
+
+
+class _Compiler(ModuleType):
+    """torch's compiler as long as only its decorators are used; what else is asked for imports it."""
+
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **options: Any) -> Any:
+        """Stands for the compiler's decorators, with and without arguments."""
+        return (lambda each: each) if function is None else function
+
+    allow_in_graph = assume_constant_result = disable
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # of its modules
+            raise AttributeError(name)
+        for module in (COMPILER, TRACED_MASKS):
+            sys.modules.pop(module, None)
+        return getattr(import_module(COMPILER), name)

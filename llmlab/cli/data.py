@@ -17,7 +17,7 @@ from llmlab.cli.rewards import pairs, parse_source
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, printable
 from llmlab.settings.paths import expand
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.training import SFTSettings
 from llmlab.terminal import Terminal, draw_bars, numeric, percent, safe, say_json, track
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ app = Typer(no_args_is_help=True)
 HEIGHT = 5  # lines of a histogram
 TICKS = 10  # bins between two labels of its axis
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colors
+STYLES = {  # of tokens that are trained, and special: what the legend calls them, and the style of their text
+    (True, False): ("trained", "black on green"),
+    (True, True): ("special, trained", "bold magenta on green"),
+    (False, False): ("not trained", "dim"),
+    (False, True): ("special", "magenta"),
+}
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 SOURCE_HELP = "name | subset | weight | split: hub id, file, folder or demo/...; or a mapping: '{name: x, column: y}'."
@@ -106,8 +112,7 @@ def preview(
     console = Terminal()
     for number, row in sorted(Random(seed).sample(rendered, min(count, len(rendered))), key=lambda pair: pair[0]):
         _print_row(console, number, row, renderer, max_seq_len)
-    kinds = {"trained": (True, False), "special, trained": (True, True), "not trained": (False, False)}
-    legend = (Text(f" {name} ", style=_style(*kind)) for name, kind in (kinds | {"special": (False, True)}).items())
+    legend = (Text(f" {name} ", style=style) for name, style in STYLES.values())
     console.print(f"{OPEN}trained{CLOSE}  not trained" if console.plain else Text("  ").join(legend))
     lengths = Lengths.of([len(row.input_ids) for _, row in rendered])
     over = sum(len(row.input_ids) > max_seq_len for _, row in rendered)
@@ -170,20 +175,6 @@ def _print_details(console: Terminal, report: "DataReport") -> None:
         console.print(f"[dim]labels[/]   {counts}; llmlab sft learns one of them: --only-label true")
     if report.tokens:
         console.print(f"[dim]trained[/]  {percent(report.tokens.trained / report.tokens.lengths.total)} of the tokens")
-    _print_findings(console, report)
-    if report.characters is None:
-        return
-    measured = {"characters": report.characters}
-    if report.tokens:
-        measured["tokens"] = report.tokens.lengths
-    marks = (*(f"{mark} %" for mark in report.characters.percentiles), "longest", "total")
-    numbers = {unit: (*each.percentiles.values(), each.longest, each.total) for unit, each in measured.items()}
-    rows = ((unit, *(f"{value:,}" for value in values)) for unit, values in numbers.items())
-    console.print()
-    console.table(["length of a row", *(numeric(mark, min_width=8) for mark in marks)], rows)
-
-
-def _print_findings(console: Terminal, report: "DataReport") -> None:
     findings = [("red", f"dropped: {why}", rows) for why, rows in report.dropped.items()]
     findings.append(("yellow", "same as an earlier row", report.exact_duplicates))
     findings.append(("yellow", "nearly the same as an earlier row", report.near_duplicates))
@@ -197,9 +188,21 @@ def _print_findings(console: Terminal, report: "DataReport") -> None:
             first = ", ".join(map(str, found.first)) + (", ..." if found.rows > len(found.first) else "")
             rows.append((f"[{style}]{safe(what)}[/]", f"{found.rows:,}", percent(found.rows / report.rows), first))
     console.print()
-    if not rows:
-        return console.print("[green]No problems were found.[/]")
-    console.table((Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows"), rows)
+    if rows:
+        columns = (Column("found", overflow="fold", ratio=1), numeric("rows"), numeric("share"), "first rows")
+        console.table(columns, rows)
+    else:
+        console.print("[green]No problems were found.[/]")
+    if report.characters is None:
+        return
+    measured = {"characters": report.characters}
+    if report.tokens:
+        measured["tokens"] = report.tokens.lengths
+    marks = (*(f"{mark} %" for mark in report.characters.percentiles), "longest", "total")
+    numbers = {unit: (*each.percentiles.values(), each.longest, each.total) for unit, each in measured.items()}
+    rows = ((unit, *(f"{value:,}" for value in values)) for unit, values in numbers.items())
+    console.print()
+    console.table(["length of a row", *(numeric(mark, min_width=8) for mark in marks)], rows)
 
 
 def _print_histogram(console: Terminal, lengths: "Lengths") -> None:
@@ -228,7 +231,7 @@ def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Re
         for is_special, run in itertools.groupby(parts, key=lambda kind: kind[1]):
             end = position + sum(1 for _ in run)
             piece = renderer.tokenizer.decode(row.input_ids[position:end], skip_special_tokens=False)
-            text.append(printable(piece.translate(CONTROLS)), style=_style(on, is_special))
+            text.append(printable(piece.translate(CONTROLS)), style=STYLES[on, is_special][1])
             position = end
         text.append(CLOSE if console.plain and on else "")
     console.print(text, soft_wrap=True)
@@ -238,9 +241,3 @@ def _print_row(console: Terminal, number: int, row: "RenderedRow", renderer: "Re
         console.print(Rule(f"[bold red]✂ {cut}[/]", align="left", style="red", characters="╌"))
     if total > max_seq_len or not text.plain.endswith("\n"):
         console.print()
-
-
-def _style(trained: bool, special: bool) -> str:
-    if trained:
-        return "bold magenta on green" if special else "black on green"
-    return "magenta" if special else "dim"

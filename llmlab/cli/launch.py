@@ -178,10 +178,8 @@ def read_launch(
     if inside := next((variable for variable in INSIDE if variable in os.environ), None):
         already = f"this is a process of a launch already ({inside} is set); leave --accelerate out"
         raise UserError(f"--accelerate {name}: {already}")
-    path = Path(name)
-    if name in NAMES:
-        path = CONFIGS / f"{name}.yaml"
-    elif not path.is_file():
+    path = CONFIGS / f"{name}.yaml" if name in NAMES else Path(name)
+    if not path.is_file():
         known = ", ".join(NAMES)
         raise UserError(f"--accelerate {name}: expected a file or one of {known}{did_you_mean(name, NAMES)}")
     with reading("--launch-args", "words of a shell"):

@@ -26,7 +26,7 @@ from llmlab.runs.record import RECORD
 from llmlab.settings.base import show
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import Layer, dump, read_json, read_layer
-from llmlab.settings.presets import presets, recipe_folder
+from llmlab.settings.presets import RECIPE_FOLDER, presets
 from llmlab.stages import STAGES
 from llmlab.terminal import Terminal, safe, say
 
@@ -122,14 +122,12 @@ def train(stage: str) -> None:
     if way is runs:
         return resume(stage, runs)
     if way == TYPED:
-        way = ask(questionary.text("File"), lambda text: ("error", _refusal(stage, text)), typed=True)
-        way = way.strip()
+        way = ask(questionary.text("File"), lambda text: ("error", _refusal(stage, text)), typed=True).strip()
     names = TABLES["first"][stage]
     if isinstance(way, str):
         return review(Form(stage, [way]), stage, names)
     form = Form(stage, way)
-    output = form.find("output_dir")
-    form.answers += [(output.key, _free(form.value(output)))]
+    form.answers += [("output_dir", _free(form.value(form.find("output_dir"))))]
     ask_first(form, stage, [*TABLES["first"]["model"], *names] if stage == "pretrain" and not way else names)
 
 
@@ -232,7 +230,7 @@ def resume(stage: str, runs: Sequence[RunFolder]) -> None:
 def run_pipeline() -> None:
     """Runs the stages of a file, after showing what each will do."""
     choices = [Choice(str(path)) for path in _pipelines(Path())]
-    choices += [Choice(f"{path.stem}  (shipped)", path.stem) for path in _pipelines(recipe_folder())]
+    choices += [Choice(f"{path.stem}  (shipped)", path.stem) for path in _pipelines(RECIPE_FOLDER)]
     name = choose("Pipeline", choices)
     if run("run", name, "--dry-run"):
         confirm_and_run("run", name)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option, Typer
 
 from llmlab.cli.arguments import Seed, TrustRemoteCode
-from llmlab.cli.options import print_warnings
+from llmlab.cli.options import command_line_layer, print_warnings
 from llmlab.settings.errors import UserError, reading
-from llmlab.settings.files import Layer, parse_scalar, read_layer
+from llmlab.settings.files import Layer, read_layer
 from llmlab.settings.model import ModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.terminal import Terminal, numeric, safe, say
@@ -41,8 +41,8 @@ def info(
     source, changes = _split(words)
     adapter = ""
     if source and Path(source).is_dir():
-        if changes:
-            raise UserError(f"{next(iter(changes))}: {source} is a finished model, whose shape is fixed")
+        if changes.values:
+            raise UserError(f"{next(iter(changes.values))}: {source} is a finished model, whose shape is fixed")
         config, size, adapter = _of_folder(source)
     else:
         config = build_config(_settings(source, changes))
@@ -151,21 +151,16 @@ def convert(
     say(f"saved {folder}: the same logits as {source}")
 
 
-def _split(words: list[str] | None) -> tuple[str | None, dict[str, Any]]:
+def _split(words: list[str] | None) -> tuple[str | None, Layer]:
     """Returns the source among the words, and the settings that the others change."""
     sources = [word for word in words or () if "=" not in word]
     if len(sources) > 1:
         raise UserError(f"{sources[1]}: expected key=value after {sources[0]}, such as n_layers=12")
-    changes: dict[str, Any] = {}
-    for key, text in (word.split("=", 1) for word in words or () if "=" in word):
-        if key in changes:
-            raise UserError(f"command line: '{key}' is given twice; keep one")
-        changes[key] = parse_scalar(text, key)
+    changes = command_line_layer(ModelSettings, [word for word in words or () if "=" in word])
     return next(iter(sources), None), changes
 
 
-def _settings(source: str | None, changes: dict[str, Any]) -> ModelSettings:
-    layers = [read_layer(source)] if source else []
-    resolved = resolve(ModelSettings, *layers, Layer("command line", changes))
+def _settings(source: str | None, *changes: Layer) -> ModelSettings:
+    resolved = resolve(ModelSettings, *([read_layer(source)] if source else []), *changes)
     print_warnings(resolved.warnings)
     return resolved.settings

@@ -1,10 +1,13 @@
 """Turns a stage into a typer command: one option a setting, and trailing `key=value` for the same keys. Values stay
-text until the settings validate them, so that a file, the command line and a notebook get the same errors."""
+text until the settings validate them, so that a file, the command line and a notebook get the same errors. `llmlab
+schema` prints the same for editors, so that they complete and check recipes."""
 
 import inspect
+import json
 import os
 import shlex
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +17,9 @@ from typer.core import TyperCommand
 from llmlab.cli.arguments import TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, PrintLaunch, read_launch, without_launch_options
 from llmlab.settings.base import Setting, Settings, Trl, When, fields_of, show, spellings_of
-from llmlab.settings.errors import LAUNCHED, UserError, is_first_process
+from llmlab.settings.errors import LAUNCHED, UserError, did_you_mean, is_first_process
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.presets import for_stage, hardware_presets, presets, read_preset
+from llmlab.settings.presets import HARDWARE_PRESETS, for_stage, presets, read_preset
 from llmlab.settings.sources import Resolved, resolve
 from llmlab.stages import STAGES
 
@@ -64,7 +67,7 @@ def stage_command(
     state = "With --resume: restore the optimizer's state, or only weights and step count."
     changed = "With --resume: accept data files that have changed since."
     Words = Annotated[list[str] | None, Argument(metavar=usage, help="Settings, as an alternative to options.")]
-    machines = f"A machine's values for what nothing else sets: {', '.join(['auto', *hardware_presets()])}."
+    machines = f"A machine's values for what nothing else sets: {', '.join(['auto', *HARDWARE_PRESETS])}."
 
     def command(
         *,
@@ -88,7 +91,7 @@ def stage_command(
         launch = read_launch(accelerate, num_processes, launch_args, print_launch=print_launch)
         below = [] if preset is None else [read_preset(name, preset)]
         layers = [for_stage(read_layer(path), name) for path in config or ()]
-        layers.append(_command_line_layer(kind, overrides or [], options, positional))
+        layers.append(command_line_layer(kind, overrides or [], options, positional))
         started = None
         if resume is not None:
             if hardware is not None:
@@ -132,16 +135,11 @@ def stage_command(
     table = spellings_of(kind)
     for setting in fields_of(kind):
         for spelling in (word for word in setting.spellings if table[word] is setting):  # no other setting's own name
-            option = _option(setting, spelling, kind)
-            parameters.append(
-                inspect.Parameter(spelling, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
-            )
+            parameters.append(_parameter(spelling, _option(setting, spelling, kind)))
     command.cls = PlainHelp  # type: ignore[attr-defined]
     command.__name__ = name
     command.__doc__ = stage.help
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+    return _sign(command, parameters)
 
 
 def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -> Any:
@@ -151,10 +149,33 @@ def setting_option(settings: type[Settings], name: str, *, panel: bool = True) -
     return Annotated[setting.type, Option(help=setting.help, metavar=_metavar(setting), rich_help_panel=title)]
 
 
-def resolve_options(settings: type[Settings], arguments: dict[str, Any]) -> Any:
-    """Returns the settings of a class that are among a command's arguments."""
-    names = {setting.name for setting in fields_of(settings)}
-    return resolve(settings, Layer("command line", {k: v for k, v in arguments.items() if k in names})).settings
+def with_settings(kind: type[Settings], *names: str, **defaults: Any) -> Callable[[Callable[..., None]], Any]:
+    """Adds settings of a class (these, or all) as options to a command that is no stage, with `defaults` where those
+    of the class do not fit; the command gets them validated, as its argument `settings`."""
+    chosen = [setting for setting in fields_of(kind) if setting.name in (names or kind.model_fields)]
+
+    def add(command: Callable[..., None]) -> Any:
+        @wraps(command)
+        def call(**arguments: Any) -> None:
+            values = {setting.name: arguments.pop(setting.name) for setting in chosen}
+            command(**arguments, settings=resolve(kind, Layer("command line", values)).settings)
+
+        own = [each for each in inspect.signature(command).parameters.values() if each.name != "settings"]
+        values = {setting.name: setting.default for setting in chosen} | defaults
+        return _sign(call, own + [_parameter(name, setting_option(kind, name), values[name]) for name in values])
+
+    return add
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _sign(command: Any, parameters: list[inspect.Parameter]) -> Any:
+    """Gives a command the parameters that typer is to see."""
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 def _read_run(resume: Path, stage: str) -> tuple[Layer, Path | None]:
@@ -206,12 +227,11 @@ def print_config(resolved: Resolved[Any]) -> None:
     Terminal(whole_rows=True).table(columns, rows)
 
 
-def _command_line_layer(
-    kind: type[Settings], overrides: list[str], options: dict[str, Any], positional: str | None
+def command_line_layer(
+    kind: type[Settings], overrides: list[str], options: dict[str, Any] | None = None, positional: str | None = None
 ) -> Layer:
     """Returns what options and key=value words set; two different values of one setting are an error."""
-    table = spellings_of(kind)
-    values: dict[str, Any] = {}
+    table, values = spellings_of(kind), {}
     keys: dict[str, str] = {}
 
     def add(key: str, value: Any) -> None:
@@ -230,7 +250,7 @@ def _command_line_layer(
             values[positional] = [*values.get(positional, []), word]
         else:
             raise UserError(f"command line: '{word}': expected key=value, such as lr=3e-4")
-    for spelling, found in options.items():
+    for spelling, found in (options or {}).items():
         if _is_list(table[spelling]) and found:
             add(spelling, [parse_scalar(text, spelling) if text.startswith("{") else text for text in found])
             continue
@@ -282,3 +302,30 @@ def _option(setting: Setting, spelling: str, kind: type[Settings]) -> Any:
 
 def _metavar(setting: Setting) -> str:
     return setting.type_name.removesuffix(" or none").replace(" | ", "|").replace("list of ", "").upper()
+
+
+def schema(stage: Annotated[str, Argument(help=f"One of: {', '.join(STAGES)}.")]) -> None:
+    """Print the JSON Schema of a stage's settings, for editors that complete recipes."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage '{stage}': expected one of {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
+    kind = STAGES[stage].settings_class
+    found = kind.model_json_schema()
+    properties = found["properties"]
+    for setting in fields_of(kind):
+        home = properties
+        if len(setting.path) > 1:  # a field of a nested group is also accepted beside the group
+            group = properties[setting.path[0]]
+            reference = group["$ref"] if "$ref" in group else group["anyOf"][0]["$ref"]
+            home = found["$defs"][reference.rsplit("/", 1)[1]]["properties"]
+            file = {"type": "string", "description": "A settings file."}
+            properties[setting.path[0]] = {"anyOf": [{"$ref": reference}, file]}
+        own = {key: value for key, value in home[setting.name].items() if key != "title"}
+        if own.get("type") == "array":
+            own = {"anyOf": [own, own["items"]]}
+        own["description"] = setting.help
+        for spelling in setting.spellings:  # every accepted one is a property
+            if spellings_of(kind)[spelling] is setting:
+                properties[spelling] = own
+    properties["stage"] = {"const": stage, "description": "The stage this recipe is for."}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    echo(json.dumps({**head, **found, "title": f"llmlab {stage}"}, indent=2))

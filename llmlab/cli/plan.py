@@ -45,13 +45,13 @@ def plan(
     from llmlab.hardware import describe_machine, probe, recommend_preset
     from llmlab.runs.plan import fitting_changes, make_plan, measure_plan
     from llmlab.runs.progress import print_plan
-    from llmlab.settings.presets import hardware_presets, launch_of
+    from llmlab.settings.presets import HARDWARE_PRESETS, launch_of
 
     if sharding not in (None, "none") and processes == 1:
         raise UserError(f"--sharding {sharding}: one process has nothing to share; set --processes")
     options = {"rows": rows, "mean": mean, "utilization": utilization}
     plans: dict[str, Any] = {}
-    for name in hardware_presets() if hardware == "all" else [hardware]:
+    for name in HARDWARE_PRESETS if hardware == "all" else [hardware]:
         settings = resolve_words("plan", stage, context.args, name, processes).settings
         machine = describe_machine(name, settings.dtype) if name else probe(settings.device, settings.dtype)
         own, config = launch_of(recommend_preset(probe()) if name == "auto" else name) if name else (1, None)

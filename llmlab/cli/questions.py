@@ -77,9 +77,9 @@ def ask(question: questionary.Question, status: Status | None = None, *, typed: 
     return question.unsafe_ask()
 
 
-def choose(message: str, choices: Iterable[Choice], *status: Any, **options: Any) -> Any:
+def choose(message: str, choices: Sequence[Choice], *status: Any, **options: Any) -> Any:
     """Asks for one of the choices."""
-    return ask(questionary.select(message, list(choices), use_jk_keys=False, **options), *status)
+    return ask(questionary.select(message, choices, use_jk_keys=False, **options), *status)
 
 
 def has_model(run: RunFolder, files: Sequence[str] = MODEL_FILES, *, scores: bool = False) -> bool:
@@ -107,7 +107,7 @@ class Form:
         self.stage, self.files = STAGES[stage], list(files)
         self.settings = fields_of(self.stage.settings_class)
         self.layers = [for_stage(read_layer(path), stage) for path in files]
-        self.answers = [(key, value) for key, value in answers]
+        self.answers = [*map(tuple, answers)]
         self.resolved: Resolved[Any] | None = None
         self.problems: list[str] = []
         self.update()
@@ -131,10 +131,12 @@ class Form:
 
     def value(self, setting: Setting) -> Any:
         """Returns the answer, else what files and defaults say."""
-        answers = [value for key, value in self.answers if key == setting.key]
-        if not answers and self.resolved is None:
-            return None if setting.info.is_required() else setting.default
-        return answers[-1] if answers else setting.of(self.resolved.settings)
+        answers = dict(self.answers)
+        if setting.key in answers:
+            return answers[setting.key]
+        if self.resolved is not None:
+            return setting.of(self.resolved.settings)
+        return None if setting.info.is_required() else setting.default
 
     def asks(self, setting: Setting) -> bool:
         """Whether the setting's condition holds, and that of the setting it depends on."""
@@ -185,11 +187,10 @@ class Form:
             default = next((choice for choice in choices if choice.value == current), None)
             return choose(setting.name, choices, self.status, default=default)
         is_model = getattr(setting.marker(Reads), "kind", "") == "model"
-        files = FILES.get(setting.name) or (MODEL_FILES if is_model else ())
+        if not (files := FILES.get(setting.name) or (MODEL_FILES if is_model else ())):
+            return TYPED
         kept = [] if current is None and setting.info.is_required() else [Choice(f"{show(current)}  (as it is)", KEPT)]
         default = kept[0] if kept and (not is_model or current is None or os.path.exists(current)) else None
-        if not files:
-            return TYPED
         fits = partial(has_model, files=files, scores=setting.name == "reward_model")
         return choose_run(setting.name, fits, kept, self.status, default=default)
 

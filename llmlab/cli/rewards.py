@@ -14,8 +14,7 @@ from rich.table import Column
 from typer import Argument, Option
 
 from llmlab.cli.arguments import AllowCode, AsJson, Seed, TrustRemoteCode
-from llmlab.cli.chat import MaxNewTokens, Temperature, TopP
-from llmlab.cli.options import resolve_options
+from llmlab.cli.options import with_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
@@ -209,7 +208,9 @@ def _cell(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
+@with_settings(SamplingSettings, "temperature", "top_p", "max_new_tokens", temperature=1.0, top_p=1.0)
 def pairs(
+    settings: SamplingSettings,
     run: Annotated[str | None, Argument(metavar="RUN", help="Run folder, adapter or hub id, of a chat model.")] = None,
     prompts: Prompts = None,
     samples: Annotated[Path | None, Option(help=SAMPLES_HELP)] = None,
@@ -219,9 +220,6 @@ def pairs(
     allow_code: AllowCode = False,
     num_samples: NumSamples = 4,
     min_difference: Annotated[float, Option(help="Minimal score difference of a pair.", metavar="FLOAT")] = 0.1,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 42,
     limit: Annotated[int | None, Option(help="Read so many rows of the prompts.", min=1, metavar="INT")] = None,
     output: Annotated[Path, Option("--output", "-o", help="File (.jsonl) to write or replace.")] = OUTPUT,
@@ -230,10 +228,9 @@ def pairs(
     """Sample completions, score them, and write the best and the worst of each prompt: data for llmlab dpo."""
     if (run is None) != (prompts is None) or (run is None) == (samples is None):
         raise UserError("expected RUN and --prompts FILE, or --samples FILE alone")
-    sampling = resolve_options(SamplingSettings, locals())
     source = DataSource(name=str(samples)) if prompts is None else parse_source(prompts, "--prompts ")
     scores = samples is None or rewards is not None or config is not None
-    settings, folder = reward_settings(rewards, config, normalize) if scores else (None, Path())
+    scoring, folder = reward_settings(rewards, config, normalize) if scores else (None, Path())
     _check_output(output, source)
 
     from llmlab.data.samples import group_samples, read_samples
@@ -243,9 +240,9 @@ def pairs(
     from llmlab.training.offline.sampling import score_samples
     from llmlab.training.preference.pairs import compare, load_prompts, sample_pairs, summarize, write_pairs
 
-    if settings is not None:
-        options = {"normalize": settings.normalize_rewards, "allow_code": allow_code, "folder": folder}
-        reward = compose(settings.rewards, **options)
+    if scoring is not None:
+        options = {"normalize": scoring.normalize_rewards, "allow_code": allow_code, "folder": folder}
+        reward = compose(scoring.rewards, **options)
     if samples is not None:
         groups = group_samples([each for each in read_samples(samples) if not each.validation])[:limit]
         for group in track(groups if scores else [], len(groups), "Scoring"):
@@ -259,7 +256,7 @@ def pairs(
                 expected = "this model continues text and answers no prompts; expected one from llmlab sft"
                 raise UserError(f"{run}: {expected}")
             options = {"num_samples": num_samples, "min_difference": min_difference, "seed": seed}
-            comparisons = sample_pairs(model, tokenizer, examples, reward, sampling, **options)
+            comparisons = sample_pairs(model, tokenizer, examples, reward, settings, **options)
             report = summarize(track(comparisons, len(examples), "Sampling"), unusable)
     write_pairs(report, output)
     _print_pairs(report, output)

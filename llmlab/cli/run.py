@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.table import Column
 from typer import Argument, Option
@@ -14,11 +14,8 @@ from llmlab.cli.arguments import AllowCode, TrustRemoteCode
 from llmlab.cli.launch import Accelerate, LaunchArgs, NumProcesses, read_launch
 from llmlab.cli.options import print_warnings
 from llmlab.settings.errors import UserError, did_you_mean, reading
-from llmlab.settings.presets import recipe_folder
+from llmlab.settings.presets import RECIPE_FOLDER
 from llmlab.terminal import Terminal, safe
-
-if TYPE_CHECKING:
-    from llmlab.pipeline import Step
 
 GO_ON = "llmlab queue --work runs what waits, and goes on with what was interrupted"
 BUSY = "another process works on this queue, and runs what waits"
@@ -56,7 +53,13 @@ def run(
         print_warnings(stage.resolved.warnings)
     steps = plan(parsed, first=first, only=only)
     console = Terminal()
-    _print_plan(console, f"{path.name} in {parsed.output_dir}", steps)
+    console.print(f"[bold]Pipeline[/] {safe(f'{path.name} in {parsed.output_dir}')}", soft_wrap=True)
+    rows = []
+    for step in steps:
+        style = {"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action]
+        rows.append([f"[{style}]{safe(cell)}[/]" for cell in (step.stage.name, step.action, step.reason)])
+    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"))
+    console.table(columns, rows, header_style="dim")
     if dry_run:
         return
     # what cannot be launched is found before the first stage starts
@@ -69,24 +72,14 @@ def run(
             console.rule(f"{number}/{len(steps)}  {safe(step.stage.name)}", align="left")
 
 
-def _print_plan(console: Terminal, title: str, steps: "list[Step]") -> None:
-    console.print(f"[bold]Pipeline[/] {safe(title)}", soft_wrap=True)
-    columns = (Column("stage", no_wrap=True), Column("action", no_wrap=True), Column("why", overflow="fold"))
-    rows = []
-    for step in steps:
-        style = {"skip": "dim", "run": "bold", "resume": "bold cyan"}[step.action]
-        rows.append([f"[{style}]{safe(cell)}[/]" for cell in (step.stage.name, step.action, step.reason)])
-    console.table(columns, rows, header_style="dim")
-
-
 def find_pipeline(name: str) -> Path:
     """Returns the file of a pipeline, or of the shipped recipe of this name."""
     path = Path(name)
-    shipped = recipe_folder() / f"{name}.yaml"
+    shipped = RECIPE_FOLDER / f"{name}.yaml"
     if path.suffix or path.exists():
         return path
     if not shipped.exists():
-        known = sorted(recipe.stem for recipe in recipe_folder().glob("*.yaml"))
+        known = sorted(recipe.stem for recipe in RECIPE_FOLDER.glob("*.yaml"))
         raise UserError(f"{name}: there is no such pipeline file or shipped recipe{did_you_mean(name, known)}")
     return shipped
 

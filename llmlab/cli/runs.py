@@ -1,21 +1,36 @@
-"""`llmlab runs list`, `show` and `compare`: tables and lineage of runs; `llmlab report`: their pages, with curves."""
+"""`llmlab runs list`, `show` and `compare`: tables and lineage of runs; `llmlab report`: their pages, with curves;
+`llmlab monitor`: one table, redrawn while they train; `llmlab advise`: what they show, with the evidence, and the
+settings to change. All read run folders alone, so that they also show runs of other processes, users and, over a
+shared disk, machines."""
 
+import os
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.table import Column
 from rich.tree import Tree
 from typer import Argument, Option, Typer
 
-from llmlab.cli.arguments import AsJson
+from llmlab.cli.arguments import AsJson, Overwrite
+from llmlab.health import advice
 from llmlab.health.checks import outside_bands
+from llmlab.health.symptoms import load_table
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
+from llmlab.runs.signals import handle_signals, interrupt
+from llmlab.settings.base import show as as_yaml
 from llmlab.settings.errors import UserError
-from llmlab.settings.files import finite
+from llmlab.settings.files import Layer, dump, finite
 from llmlab.settings.paths import expand
+from llmlab.settings.sources import resolve
+from llmlab.stages import STAGES
 from llmlab.terminal import (
     Terminal,
     draw_sparkline,
@@ -36,8 +51,11 @@ STATUS_STYLES = {
     **dict.fromkeys(("diverged", "failed", "died", "damaged"), "red"),
 }
 EVENT_STYLES = {"warning": "yellow", "critical": "red"}
-ROOMY = 100  # columns of a terminal that has room for times
+ROOMY = 100  # columns of a terminal that has room for times,
+MONITOR_ROOMY = 110  # and for long names and symptoms
 CURVE = 24  # characters of a curve
+RUNS = Path("runs")
+LOOKED_AT = ("loss", "eval_loss", "grad_norm", "reward", "kl", "entropy", "zero_variance_share", "eval_win_rate")
 NAMES = Column(style="dim", overflow="fold")
 
 
@@ -70,9 +88,18 @@ def list_runs(
 @app.command()
 def show(run: Annotated[Path, Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Show one run: its lineage, its settings and their sources, its metrics and health."""
-    chosen = history.open_run(run)
-    console = Terminal()
-    _print_heading(console, chosen)
+    chosen, console = history.open_run(run), Terminal()
+    facts = [f"[bold]{safe(chosen.stage)}[/]", show_status(chosen)]
+    facts += [f"{number:,} {unit}" for number, unit in ((chosen.step, "steps"), (chosen.tokens, "tokens")) if number]
+    facts += [duration(chosen.seconds)] if chosen.seconds is not None else []
+    console.print(f"[bold]{safe(_path(chosen.folder))}[/]", soft_wrap=True)
+    console.print("  ".join(facts))
+    if chosen.started:
+        console.print(f"[dim]started {chosen.started.astimezone():%Y-%m-%d %H:%M}[/]")
+    if chosen.status == "died":
+        console.print(f"[red]It is recorded as running, and has been silent for {duration(chosen.silence)}.[/]")
+    for resumed in chosen.record.get("resumed", []):
+        console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
     console.section("Lineage")
     console.print(_tree(history.ancestors(chosen)))
     if settings := [row for row in history.changed_settings(chosen) if row[0] != "output_dir"]:
@@ -125,6 +152,111 @@ def report(
     say(str(write_pipeline_page(folder) if is_pipeline else write_run_page(history.open_run(folder))))
 
 
+def monitor(
+    folder: Annotated[Path, Argument(metavar="[DIR]", help="Where to search for runs, with all below.")] = RUNS,
+    refresh: Annotated[float, Option(min=0.2, help="Seconds between two looks at the files.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print the view once and exit.")] = False,
+) -> None:
+    """Watch running and finished runs: progress, time left, key metric, health; Ctrl+C leaves.
+
+    Without a terminal it prints the view once. A run that has been silent for long counts as died.
+    """
+    console, runs = Terminal(whole_rows=True), history.find_runs(folder)
+    if once or not console.is_terminal:
+        return console.print(draw(folder, runs, console.width))
+    with (
+        suppress(KeyboardInterrupt),
+        handle_signals(interrupt),
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            live.update(draw(folder, runs, *console.size), refresh=True)
+            time.sleep(refresh)
+            runs = history.find_runs(folder, runs)
+
+
+def draw(folder: Path, runs: list[RunFolder], width: int, height: int | None = None) -> RenderableType:
+    """Returns a line for each run, running and then newest ones first, as far as the height of a terminal allows."""
+    newest = runs[::-1]
+    runs = sorted(newest, key=lambda run: run.record.get("status") != "running")
+    counts = Counter(show_status(run) for run in runs)
+    found = "  ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"
+    title = one_line(f"[bold]{safe(folder)}[/]", found)
+    shown = runs if height is None else runs[: max(height - 2, 1)]  # below title and headings
+    if not shown:
+        return title
+    roomy = width >= MONITOR_ROOMY
+    longest = 40 if roomy else 15
+    names = [os.path.relpath(run.folder, folder) for run in shown]
+    names = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+    headings = ("run", "stage", "status", "step", "left", "metric", "", "health" if roomy else "")
+    table = make_table(*(Column(each, no_wrap=True, overflow="ellipsis") for each in headings), gap=1)
+    table.columns[3].justify = table.columns[4].justify = "right"
+    table.columns[0].min_width = max(map(len, names))
+    for name, run in zip(names, shown, strict=True):
+        steps, curve = run.record.get("steps"), run.curves.get(history.curve_metric(run) or "", [])
+        health = ""
+        if run.events:
+            event = run.events[-1]
+            style, mark = ("red", "!!") if event.severity == "critical" else ("yellow", "!")
+            health = f"[{style}]{f'{safe(event.symptom)} at {event.step:,}' if roomy else mark}[/]"
+        table.add_row(
+            *(safe(name), safe(run.stage or "-"), show_status(run)),
+            "-" if run.step is None else f"{run.step:,}" + (f"/{steps:,}" if steps and run.step != steps else ""),
+            "" if run.seconds_left is None else duration(run.seconds_left),
+            show_result(run),
+            draw_sparkline([value for _, value in curve], 12 if roomy else 8),
+            health,
+        )
+    return Group(title, table)
+
+
+def advise(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Run folders.")],
+    apply: Annotated[Path | None, Option(help="Write the changed settings into this YAML or JSON file.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name what a run's metrics, events and settings show, with numbers and steps, and what to change.
+
+    Conditions and actions are those of the RL guide, section 6: underfitting, overfitting, instability, drift,
+    reward hacking and more. --apply writes a settings file for the same stage.
+    """
+    if apply is not None and len(runs) > 1:
+        raise UserError("--apply: expected one run, whose settings are changed")
+    if apply is not None and apply.exists() and not overwrite:
+        raise UserError(f"--apply {apply}: it exists; choose another name, or --overwrite")
+    reports = [_advise(history.open_run(folder)) for folder in runs]
+    files = [report.pop("file") for report in reports]
+    if apply is not None:
+        if not reports[0]["changes"]:
+            raise UserError(f"--apply {apply}: nothing in {runs[0]} calls for other settings; nothing was written")
+        dump(files[0], apply)
+    if as_json:
+        return say_json(finite(reports), indent=2)
+    console = Terminal()
+    for report in reports:
+        console.print(f"[bold]{safe(report['run'])}[/]  {report['stage']}, {report['status']}", soft_wrap=True)
+        for finding in report["findings"]:
+            console.print(f"[yellow]{finding['title']}[/]")
+            for sentence in finding["evidence"]:
+                console.print(f"  {safe(sentence)}", soft_wrap=True)
+        if report["healthy"]:
+            few = ", but it has too few values for trends" * (report["looked_at"].get("loss", 0) < advice.FEWEST)
+            console.print(f"[green]healthy[/]: no condition of the guides shows{few}")
+        looked = ", ".join(f"{name} ({count})" for name, count in report["looked_at"].items())
+        console.print(f"[dim]looked at (values): {looked}[/]", soft_wrap=True)
+        changes = {key: map(safe, map(as_yaml, values)) for key, values in report["changes"].items()}
+        if changes:
+            rows = ((safe(key), now, "->", f"[bold]{after}[/]") for key, (now, after) in changes.items())
+            console.table(("setting", "now", "", "next"), rows)
+        for sentence in dict.fromkeys(line for finding in report["findings"] for line in finding["advice"]):
+            console.print(sentence, soft_wrap=True)
+    if apply is not None:
+        command = f"llmlab {reports[0]['stage']} --config {apply}"
+        console.print(f"[green]wrote[/] {safe(apply)}: {safe(command)}", soft_wrap=True)
+
+
 def _list_row(run: RunFolder) -> list[str]:
     """Returns a run's cells in markup."""
     parents = []
@@ -137,7 +269,7 @@ def _list_row(run: RunFolder) -> list[str]:
         safe(run.folder.resolve().name),
         safe(run.stage or "-"),
         show_status(run),
-        _number(run.step),
+        short_number(run.step),
         show_result(run) or "-",
         safe("+".join(parents) or "-"),
         run.started.astimezone().strftime("%m-%d %H:%M") if run.started else "-",
@@ -151,20 +283,6 @@ def show_result(run: RunFolder) -> str:
 
 def show_status(run: RunFolder) -> str:
     return f"[{STATUS_STYLES.get(run.status, 'none')}]{safe(run.status)}[/]"
-
-
-def _print_heading(console: Terminal, run: RunFolder) -> None:
-    facts = [f"[bold]{safe(run.stage)}[/]", show_status(run)]
-    facts += [f"{number:,} {unit}" for number, unit in ((run.step, "steps"), (run.tokens, "tokens")) if number]
-    facts += [duration(run.seconds)] if run.seconds is not None else []
-    console.print(f"[bold]{safe(_path(run.folder))}[/]", soft_wrap=True)
-    console.print("  ".join(facts))
-    if run.started:
-        console.print(f"[dim]started {run.started.astimezone():%Y-%m-%d %H:%M}[/]")
-    if run.status == "died":
-        console.print(f"[red]It is recorded as running, and has been silent for {duration(run.silence)}.[/]")
-    for resumed in run.record.get("resumed", []):
-        console.print(f"[dim]resumed at step {resumed['step']:,}, {safe(resumed['at'])}[/]")
 
 
 def _tree(ancestor: history.Ancestor, tree: Tree | None = None) -> Tree:
@@ -191,15 +309,15 @@ def _print_metrics(console: Terminal, runs: Sequence[RunFolder], headings: Seque
         last = [run.metrics.get(name) for run in runs]
         bests = [run.best(name) for run in runs]
         best = history.best_of(name, last)
-        cells = [f"[bold]{_number(v)}[/]" if v is not None and v == best else _number(v) for v in last]
+        cells = [f"[bold]{short_number(v)}[/]" if v is not None and v == best else short_number(v) for v in last]
         curve = [value for _, value in runs[0].curves.get(name, ())]
         table.add_row(safe(name), *cells, *([draw_sparkline(curve, CURVE)] if len(runs) == 1 else []))
         if any(best and best[1] != value for best, value in zip(bests, last, strict=True)):
             cells = [f"{short_number(best[1])} [dim]at {best[0]:,}[/]" if best else "" for best in bests]
             table.add_row("  best", *cells)
     if len(runs) > 1:
-        table.add_row("steps", *(_number(run.step) for run in runs))
-        table.add_row("tokens", *(_number(run.tokens) for run in runs))
+        table.add_row("steps", *(short_number(run.step) for run in runs))
+        table.add_row("tokens", *(short_number(run.tokens) for run in runs))
         table.add_row("time", *(duration(run.seconds) for run in runs))
         table.add_row("status", *map(show_status, runs))
     console.print(table)
@@ -227,5 +345,33 @@ def _path(folder: Path) -> str:
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(folder)
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else short_number(value)
+def _advise(run: RunFolder) -> dict[str, Any]:
+    """Returns what is known of a run, as plain values; `file` are its settings with the changes."""
+    if run.stage not in STAGES or not STAGES[run.stage].resumes:
+        trained = ", ".join(name for name, stage in STAGES.items() if stage.resumes)
+        raise UserError(f"{run.folder}: nothing is trained in stage '{run.stage}'; expected a run of {trained}")
+    kind, record = STAGES[run.stage].settings_class, run.record
+    own = advice.own_settings(kind, record.get("settings", {}), record.get("sources", {}))
+    settings = resolve(kind, Layer(str(run.folder), own)).settings
+    reason = str(record.get("reason", ""))
+    past = advice.History(run.stage, settings, run.curves, run.events, run.status, reason, run.metrics)
+    found = advice.diagnose(past)
+    changes, conditions = advice.propose(kind, own, list(found)), load_table()[1]
+    looked_at = [name for name in LOOKED_AT if name in run.curves]
+    names = (f"{settings.output_dir}-{number}" for number in range(2, 10**6))
+    new = {key: after for key, (_, after) in changes.items()}
+    new["output_dir"] = next(name for name in names if not Path(name).exists())
+    return {
+        "run": str(run.folder),
+        "stage": run.stage,
+        "status": run.status,
+        "step": run.step,
+        "healthy": not found,
+        "looked_at": {**{name: len(run.curves[name]) for name in looked_at}, "events": len(run.events)},
+        "findings": [
+            {"condition": name, "title": (of := conditions[name]).title, "evidence": lines, "advice": list(of.advice)}
+            for name, lines in found.items()
+        ],
+        "changes": {key: list(values) for key, values in changes.items()},
+        "file": {"stage": run.stage, **advice.changed(own, new)},
+    }

@@ -14,10 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from llmlab.rewards import REWARDS
 from llmlab.rewards.function import TRL_INPUTS, Reward
 from llmlab.settings.base import show
-from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean
 from llmlab.settings.paths import expand
-from llmlab.settings.rewards import RewardSettings
+from llmlab.settings.rewards import EnvironmentSettings, RewardSettings
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import load_code
 from llmlab.simulator.environment import load_environment

@@ -31,7 +31,7 @@ from llmlab.runs.start import smaller_batch
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
 from llmlab.settings.files import read_layer, read_table
-from llmlab.settings.presets import hardware_presets
+from llmlab.settings.presets import HARDWARE_PRESETS
 
 # torch.save hides the system's error behind these words
 TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
@@ -158,8 +158,8 @@ def preset_changes(run: Any) -> list[str]:
     """Returns what the hardware preset of a run's settings says to set where memory runs out."""
     names = {match[1] for source in run.resolved.sources.values() if (match := re.match(r"hardware (\w+)", source))}
     spellings, changes = spellings_of(type(run.settings)), []
-    for name in names & hardware_presets().keys():
-        for key, value in read_layer(hardware_presets()[name]).values.get("out_of_memory", {}).items():
+    for name in names & HARDWARE_PRESETS.keys():
+        for key, value in read_layer(HARDWARE_PRESETS[name]).values.get("out_of_memory", {}).items():
             setting = spellings.get(key)
             if setting and (setting.of(run.settings) or 0) > value:
                 changes.append(f"{setting.key} = {value} (hardware {name})")

@@ -5,15 +5,15 @@ from importlib import import_module
 from typing import Any
 
 CLASSES = {  # by stage
-    "tokenizer": "tokenizer:TokenizerSettings",
-    "pretrain": "pretrain:PretrainSettings",
-    "merge": "merge:MergeSettings",
-    "sft": "sft:SFTSettings",
+    "tokenizer": "data:TokenizerSettings",
+    "pretrain": "training:PretrainSettings",
+    "merge": "lora:MergeSettings",
+    "sft": "training:SFTSettings",
     "dpo": "preference:DPOSettings",
     "orpo": "preference:ORPOSettings",
     "reward": "preference:RewardModelSettings",
-    "grpo": "grpo:GRPOSettings",
-    "ppo": "ppo:PPOSettings",
+    "grpo": "rl:GRPOSettings",
+    "ppo": "rl:PPOSettings",
     "rs-sft": "offline:RSSFTSettings",
     "awr": "offline:AWRSettings",
     "sample": "generation:SampleSettings",

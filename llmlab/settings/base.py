@@ -4,7 +4,7 @@ loader, command line, schema, docs, trainers and run records read the markers he
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache, reduce
 from importlib import import_module
@@ -267,17 +267,14 @@ def show(value: Any) -> str:
 @cache
 def fields_of(stage: type[Settings]) -> tuple[Setting, ...]:
     """Returns the settings of a class, groups unfolded: its own first, then those of its bases."""
-    order = {base: number for number, base in enumerate(stage.__mro__)}
-    return tuple(sorted(_walk(stage, ()), key=lambda setting: order.get(setting.owner, 1)))
-
-
-def _walk(stage: type[Settings], prefix: tuple[str, ...]) -> Iterator[Setting]:
+    order, found = {base: number for number, base in enumerate(stage.__mro__)}, []
     for name, info in stage.model_fields.items():
         if is_group(info.annotation):
-            yield from _walk(info.annotation, (*prefix, name))
+            found += [replace(inner, path=(name, *inner.path)) for inner in fields_of(info.annotation)]
         else:
             owner = next(base for base in reversed(stage.__mro__) if name in getattr(base, "model_fields", {}))
-            yield Setting((*prefix, name), info, owner)
+            found.append(Setting((name,), info, owner))
+    return tuple(sorted(found, key=lambda setting: order.get(setting.owner, 1)))
 
 
 def local_names(stage: str) -> set[str]:
@@ -295,14 +292,8 @@ def is_group(annotation: Any) -> bool:
 @cache
 def spellings_of(stage: type[Settings]) -> dict[str, Setting]:
     """Returns every accepted key of a stage: dotted paths, names, then aliases; a field's own name wins."""
-    table: dict[str, Setting] = {}
-    for names in (
-        lambda setting: [setting.key],
-        lambda setting: [setting.name],
-        lambda setting: setting.spellings,
-        lambda setting: [".".join((*setting.path[:-1], name)) for name in setting.spellings],
-    ):
-        for setting in fields_of(stage):
-            for name in names(setting):
-                table.setdefault(name, setting)
-    return table
+    settings = fields_of(stage)[::-1]  # the first of those with the same alias has it
+    table = {".".join((*setting.path[:-1], name)): setting for setting in settings for name in setting.spellings}
+    table |= {name: setting for setting in settings for name in setting.spellings}
+    table |= {setting.name: setting for setting in settings}
+    return table | {setting.key: setting for setting in settings}

@@ -1,4 +1,5 @@
-"""Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight."""
+"""Where training data comes from: sources in the form `name | subset | weight | split`, mixed by weight. Beside them
+the settings of `llmlab tokenizer train`, which reads nothing else."""
 
 from typing import Annotated, Any, Literal
 
@@ -81,3 +82,14 @@ class TextDataSettings(DataSettings):
 
     streaming: bool = False
     """Tokenize the sources while training, without a tokenized copy on disk."""
+
+
+class TokenizerSettings(Settings, panel="Tokenizer"):
+    """A byte-level BPE tokenizer with ChatML tokens and a chat template that supports tools."""
+
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceFW/fineweb-edu")]
+    vocab_size: Annotated[int, Gt(0)] = 32768
+    """Size of the vocabulary, special tokens included."""
+    max_bytes: Annotated[int, Gt(0)] = 200_000_000
+    """Bytes of text to train on, from the start of the sources in proportion to their weights."""
+    output_dir: v.OutputDir = "runs/tokenizer"

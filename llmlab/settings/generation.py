@@ -1,11 +1,12 @@
-"""How text is sampled, and the settings of the `sample` stage that writes samples of a model into a run folder."""
+"""How text is sampled and where models run (what the machine has is probed by `llmlab.hardware`), and the settings of
+the `sample` stage that writes samples of a model into a run folder."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Alias, Settings
+from llmlab.settings.base import Alias, Resume, Settings
 from llmlab.settings.paths import PathName, Reads
 
 
@@ -19,6 +20,19 @@ class SamplingSettings(Settings, panel="Sampling"):
     max_new_tokens: v.MaxNewTokens = 256
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
     """Above 1, repeated tokens become less likely."""
+
+
+class DeviceSettings(Settings, panel="Hardware", resume=Resume.FREE):
+    """Device and precision."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto prefers CUDA, then MPS, then the CPU."""
+    dtype: v.Dtype = "auto"
+    """Precision of the computation; auto is bf16 where the device supports it, else fp16 on GPUs and fp32 on CPUs."""
+
+
+class InferenceSettings(SamplingSettings, DeviceSettings):
+    """Sampling, and the device and precision to do it with."""
 
 
 class SampleSettings(SamplingSettings, panel="Sample"):

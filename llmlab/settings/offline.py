@@ -11,7 +11,7 @@ from llmlab.settings.base import Resume
 from llmlab.settings.data import Datasets, DataSource
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.rl import CompletionSettings
+from llmlab.settings.rewards import CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 

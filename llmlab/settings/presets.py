@@ -27,29 +27,19 @@ BATCH = ("batch_size", "mini_batch_size", PASSES)
 NOT_SETTINGS = ("num_processes", "accelerate", "out_of_memory")  # of a machine: how to start, what to try then
 Values = dict[str, Any]
 
-
-def recipe_folder() -> Path:
-    """Returns the folder of shipped recipes: inside the wheel, or beside the package in a checkout."""
-    return shipped_folder("recipes")
+RECIPE_FOLDER = shipped_folder("recipes")
+HARDWARE_PRESETS = {path.stem: path for path in sorted((RECIPE_FOLDER / "hardware").glob("*.yaml"))}
 
 
 def presets(stage: str) -> dict[str, Path]:
     """Returns the files of the presets shipped for a stage, by name."""
     folders = (stage, *(("presets", "sizes") if stage in SECTIONS else ()))
-    return {path.stem: path for folder in folders for path in sorted((recipe_folder() / folder).glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted((RECIPE_FOLDER / folder).glob("*.yaml"))}
 
 
-def hardware_presets() -> dict[str, Path]:
-    """Returns the files of the hardware presets, by name."""
-    return {path.stem: path for path in sorted((recipe_folder() / "hardware").glob("*.yaml"))}
-
-
-def read_preset(stage: str, name: str) -> Layer:
-    """Returns the values of a preset shipped for a stage."""
-    return _read("preset", name, presets(stage), stage)
-
-
-def _read(option: str, name: str, files: dict[str, Path], stage: str = "") -> Layer:
+def read_preset(stage: str, name: str, option: str = "preset") -> Layer:
+    """Returns the values of a preset shipped for a stage, or with the option `hardware` those of a machine."""
+    files = HARDWARE_PRESETS if option == "hardware" else presets(stage)
     if not isinstance(name, str) or name not in files:
         known = [*(["auto"] if option == "hardware" else []), *files]
         raise UserError(f"{option} {name}: expected one of {', '.join(known)}{did_you_mean(str(name), known)}")
@@ -68,7 +58,7 @@ def for_stage(layer: Layer, stage: str) -> Layer:
 
 def launch_of(hardware: str) -> tuple[int, str | None]:
     """Returns how many processes a machine is for, and the name of the configuration that launches them."""
-    values = _read("hardware", hardware, hardware_presets()).values
+    values = read_preset("", hardware, "hardware").values
     return values.get("num_processes", 1), values.get("accelerate")
 
 
@@ -77,7 +67,7 @@ def hardware_layer(
 ) -> tuple[Layer, list[str]]:
     """Returns what a machine sets between these layers, and notes: `above` is what the user set, `below` a preset.
     Outside a launch there are so many processes; None is the machine's own number, for what is only planned."""
-    layer = _read("hardware", name, hardware_presets(), stage)
+    layer = read_preset(stage, name, "hardware")
     own_processes, launch = launch_of(name)
     values = {key: value for key, value in layer.values.items() if key not in NOT_SETTINGS}
     machine, preset, user = (

@@ -1,26 +1,24 @@
-"""What the stages that learn from their own completions share, GRPO and PPO; nothing here samples. Source: seed,
+"""Settings of the stages that learn from their own completions, GRPO and PPO; nothing here samples. Source: seed,
 LLM-Lab document, "PPO-Specific Parameters" and "Common RLHF Parameters"; RL guide, section 4."""
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt
-from pydantic import BeforeValidator, Field
+from annotated_types import Ge, Gt, Le
 
 from llmlab.settings import vocabulary as v
 from llmlab.settings.base import Alias, Help, Resume, Trl, When
 from llmlab.settings.data import Datasets, DataSource
-from llmlab.settings.environment import IN_EPISODES, SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.paths import PathName, Reads
-from llmlab.settings.rewards import SPELLINGS, RewardSettings, RewardsSettings, as_list
+from llmlab.settings.rewards import IN_EPISODES, SIMULATOR, CompletionSettings
 from llmlab.settings.training import FineTuningSettings
 
 INTERVALS = {"log_interval": "log_every", "save_interval": "save_every", "eval_interval": "eval_every"}
 """The RL guide counts these in completions ("episodes"), the LLM-Lab document in optimizer steps."""
 
-SEED_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
+NO_VALUES = "GRPO compares completions with each other, and has no value function"
 
 Temperature = Annotated[float, Gt(0), Trl("temperature"), Help("Sampling temperature.")]
 Interval = Annotated[int | None, Gt(0), Resume.FREE]
@@ -32,50 +30,6 @@ class Rollout(NamedTuple):
     completions: int
     per_update: int
     updates: int
-
-    def updates_for(self, episodes: int) -> int:
-        """Returns the optimizer steps in which so many completions are sampled, at least one."""
-        return max(round(episodes / self.completions * self.updates), 1)
-
-
-class CompletionSettings(EnvironmentSettings, RewardsSettings, panel="Training"):
-    """Prompts, and the rewards of their completions or episodes: also of RS-SFT and AWR."""
-
-    max_new_tokens: v.MaxNewTokens = 256
-    max_prompt_length: Annotated[int | None, Gt(0)] = 1024
-    """Longest prompt in tokens; rows with longer ones are dropped, counted and reported."""
-    max_seq_len: Annotated[int | None, Gt(1), Alias("max_seq_length", "max_length")] = None
-    """Longest prompt and completion or episode together, in tokens: limits prompts to what max_new_tokens leaves."""
-
-    rewards: Annotated[list[RewardSettings] | None, BeforeValidator(as_list), SPELLINGS] = None  # type: ignore[assignment]
-    """Rewards, one an entry: name | weight (optional), or a mapping {name: weight}. None uses the reward model alone,
-    or the environment's."""
-    reward_model: Annotated[PathName | None, Reads("model"), Alias("reward_model_name", "reward_model_path")] = None
-    """Reward model, in addition to the other rewards: a run folder of llmlab reward, or a hub id. None without other
-    rewards is OpenAssistant/reward-model-deberta-v3-large-v2."""
-    allow_code: Annotated[bool, Resume.FREE, Field(exclude=True)] = False
-    """Run reward functions from Python files (path/to/file.py:function); never set in a file."""
-
-    def contradictions(self) -> Iterator[str]:
-        if self.max_seq_len is not None and self.max_seq_len <= self.max_new_tokens:
-            no_room = f"leaves no room for a prompt in max_seq_len = {self.max_seq_len}"
-            yield f"max_new_tokens = {self.max_new_tokens} {no_room}"
-        if self.rewards == [] and self.reward_model is None and self.environment is None:
-            yield "rewards: expected at least one"
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """The longest prompt in tokens, by either of the limits; None where there is none."""
-        room = self.max_seq_len and self.max_seq_len - self.max_new_tokens
-        return min((limit for limit in (self.max_prompt_length, room) if limit is not None), default=None)
-
-    def all_rewards(self) -> list[RewardSettings]:
-        """Returns the rewards with the reward model among them."""
-        rewards = list(self.rewards or [])
-        model = self.reward_model or (None if rewards or self.environment else SEED_REWARD_MODEL)
-        if model is not None:
-            rewards.append(RewardSettings(name="reward_model", parameters={"model": model}))
-        return rewards
 
 
 class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
@@ -175,12 +129,10 @@ class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
 
     def in_steps(self, processes: int) -> "OnlineSettings":
         """Returns these settings with what is set in completions converted to optimizer steps."""
-        rollout = self.rollout(processes)
-        steps = {
-            name: rollout.updates_for(getattr(self, interval))
-            for interval, name in INTERVALS.items()
-            if getattr(self, interval) is not None
-        }
+        rollout, steps = self.rollout(processes), {}
+        for interval, name in INTERVALS.items():
+            if (completions := getattr(self, interval)) is not None:
+                steps[name] = max(round(completions / rollout.completions * rollout.updates), 1)
         if self.num_episodes is not None:
             steps["max_steps"] = math.ceil(self.num_episodes / rollout.completions) * rollout.updates
         return self.model_copy(update=steps)
@@ -199,3 +151,68 @@ class OnlineSettings(CompletionSettings, FineTuningSettings, panel="Training"):
         if self.epochs is None:
             return self.max_steps
         return math.ceil(self.epochs * prompts / self.batch_size) * self.rollout(processes).updates
+
+
+class GRPOSettings(OnlineSettings, panel="GRPO"):
+    """Group relative policy optimization. Source: seed, LLM-Lab document, "GRPO"; arXiv:2402.03300."""
+
+    inapplicable = {
+        "vf_coef": NO_VALUES,
+        "gamma": "a completion has one reward, at its end, for all of its tokens",
+        **dict.fromkeys(("lam", "gae_lambda"), NO_VALUES),
+    }
+
+    output_dir: v.OutputDir = "grpo_checkpoints"
+    group_size: Annotated[int, Ge(2), Trl("num_generations")] = 4
+    """Completions of each prompt, which form a group."""
+    grpo_temperature: Temperature = 1.0
+    baseline_mode: Literal["group_mean", "global_mean"] = "group_mean"
+    """Baseline of the advantages: the mean reward of the group, or of the whole rollout (then also divided by the
+    rollout's standard deviation)."""
+    target_kl: Annotated[float, Gt(0), Alias("target"), When("adaptive_kl", True)] = 0.1
+
+    @property
+    def completions_per_prompt(self) -> int:
+        return self.group_size
+
+    def contradictions(self) -> Iterator[str]:
+        loss = self.trainer_args.get("loss_type", "dapo"), self.trainer_args.get("importance_sampling_level", "token")
+        if self.kl_penalty == "abs" and self.init_kl_coef > 0 and loss != ("dapo", "token"):
+            yield (
+                f"kl_penalty = abs: not supported with trainer_args loss_type = {loss[0]} and "
+                f"importance_sampling_level = {loss[1]}; expected dapo and token, TRL's defaults"
+            )
+
+
+class PPOSettings(OnlineSettings, panel="PPO"):
+    """Proximal policy optimization. Source: seed, LLM-Lab document, "PPO"; RL guide, section 4; arXiv:1707.06347."""
+
+    output_dir: v.OutputDir = "ppo_checkpoints"
+    temperature: Temperature = 1.0
+    value_model: Annotated[Literal["separate", "shared"], Trl("value_model")] = "separate"
+    """Critic: a separate model (with LoRA, its own adapters on the same base), or a value head on the policy."""
+    value_checkpoint: Annotated[PathName | None, Reads("model"), When("value_model", "separate")] = None
+    """Reward model of the same vocabulary to initialize the critic from; none initializes it from the policy."""
+    vf_coef: Annotated[float, Ge(0), Trl("vf_coef")] = 0.1
+    """Weight of the value loss."""
+    cliprange_value: Annotated[float | None, Gt(0), Alias("clip_range_vf")] = 0.2
+    """Clip range of the value function around its values at sampling; none does not clip."""
+    gamma: Annotated[float, Ge(0), Le(1), Trl("gamma")] = 1.0
+    """Discount factor per token; in episodes per turn, which is a tool call and its result."""
+    gae_lambda: Annotated[float, Ge(0), Le(1), Trl("gae_lambda"), Alias("lam")] = 0.95
+    """GAE lambda: 0 is one-step TD (low variance, biased by the critic), 1 is Monte Carlo returns."""
+    whiten_advantages: Annotated[bool, Trl("whiten_advantages"), Alias("normalize_advantage")] = True
+    """Normalize the advantages of a rollout to mean 0 and variance 1."""
+    lora_dropout: Annotated[float, Ge(0), Le(0), When("use_lora", True)] = 0.0
+    """Always 0 in PPO: with dropout the updated policy would not be the one that sampled."""
+    early_stop: bool = True
+    """End the epochs over a rollout where the KL divergence to the sampling policy exceeds 1.5 x target_kl."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Ignores the dropout of a LoRA block that is written for every stage."""
+        dropout = values.get("lora_dropout")
+        if isinstance(dropout, float) and 0 < dropout < 1:
+            warn(f"lora_dropout = {dropout:g}: PPO uses 0, so that the updated policy is the one that sampled")
+            values["lora_dropout"] = 0.0
+        super().translate(values, warn)

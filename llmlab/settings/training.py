@@ -1,26 +1,86 @@
-"""What every training stage has, and what all but pretraining share: lengths, logging, evaluation, checkpoints."""
+"""What every training stage has, and what all but pretraining share: memory and speed, lengths, logging, evaluation,
+checkpoints, and what a run does about symptoms in its metrics (`llmlab.health.checks`; defaults of the limits are in
+`limits.yaml`). Pretraining and SFT have little beside that, so their settings are here too."""
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, JsonValue, model_validator
 
 from llmlab.settings import vocabulary as v
-from llmlab.settings.base import Alias, Resume, Trl, spellings_of
-from llmlab.settings.data import DataSettings
+from llmlab.settings.base import Alias, Resume, Settings, Trl, fields_of, settings_of_table, spellings_of
+from llmlab.settings.data import Datasets, DataSettings, DataSource, TextDataSettings
 from llmlab.settings.gates import GATE, GatesSettings
-from llmlab.settings.hardware import HardwareSettings
-from llmlab.settings.health import HealthSettings
+from llmlab.settings.generation import DeviceSettings
 from llmlab.settings.lora import LoraSettings
+from llmlab.settings.model import ModelSettings
 from llmlab.settings.optimizer import OptimizerSettings
-from llmlab.settings.paths import PathName
+from llmlab.settings.paths import PathName, Reads
 
 BESIDE_TRANSFORMERS_EVAL_STEPS = (
     *("save_steps", "logging_steps", "eval_strategy", "num_train_epochs", "per_device_train_batch_size"),
     "load_best_model_at_end",
 )
 BATCH = ("batch_size", "gradient_accumulation_steps")  # may be given together where they agree
+LORA_KEYS = ("task_type", *(name for setting in fields_of(LoraSettings) for name in setting.spellings))
+LAUNCH = "processes are started from outside: --accelerate ddp --num-processes N, or accelerate launch -m llmlab"
+TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL guide's block for several GPUs
+
+Response = Literal["warn", "stop", "rollback"]
+
+DOC = "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
+FACTS = {"panel": "Health", "resume": Resume.FREE}
+HealthLimits = settings_of_table("HealthLimits", __name__, DOC, "limits", Annotated[float | None, Gt(0)], **FACTS)
+
+
+class HardwareSettings(DeviceSettings, resume=Resume.FREE):
+    """Device, precision, and what trades compute for memory or start-up time for speed."""
+
+    inapplicable = dict.fromkeys(("distributed_strategy", "num_processes"), LAUNCH)
+
+    tf32: bool | None = None
+    """TF32 matrix products on CUDA devices that have them; none keeps torch's default."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile; auto enables it where the run is long enough to regain the compile time."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    """Attention kernels; auto is the model's own choice, sdpa for most. flash_attention_2 needs flash-attn, a CUDA GPU
+    and bf16 or fp16."""
+    use_liger_kernel: Annotated[bool, Trl("use_liger_kernel")] = False
+    """Liger's fused layers, on CUDA, for architectures that liger-kernel knows."""
+    gradient_checkpointing: Annotated[Literal["auto", True, False], Trl("gradient_checkpointing")] = False
+    """Recompute activations in the backward pass: about a third slower, with much less memory; auto does so where the
+    planned step does not fit into the device's memory without."""
+    dataloader_num_workers: Annotated[int, Ge(0), Le(256), Trl("dataloader_num_workers")] = 0
+    """Worker processes of the data loader; 0 loads in the training process."""
+
+    @classmethod
+    def translate(cls, values: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Reads the RL guide's `bf16` and `fp16` ("use BF16 if available", "fallback if no BF16") as a dtype."""
+        for key in values.keys() & TRAINER_ARGS:
+            values[f"trainer_args.{key}"] = values.pop(key)
+        if "dtype" not in values and values.keys() & {"bf16", "fp16"}:
+            bf16, fp16 = values.pop("bf16", None), values.pop("fp16", None)
+            if bf16 is not None or fp16 is not False:
+                values["dtype"] = "auto" if bf16 else "fp16" if fp16 else "fp32"
+        super().translate(values, warn)
+
+
+class HealthSettings(Settings, panel="Health", resume=Resume.FREE):
+    """What a run does about symptoms. Source: seed, RL guide, sections 6 and 7."""
+
+    on_warning: Response = "warn"
+    """What a run does about a warning: print and record it, end with exit code 4, or go back to the last healthy
+    checkpoint with changed settings (symptoms of too little training, and of data, are printed all the same)."""
+    on_critical: Response = "warn"
+    """The same for critical symptoms. A loss, gradient or weight that is not finite ends a run in any case, unless it
+    is rolled back; other limits depend on model and data, so that by default no run is lost to them."""
+    max_rollbacks: Annotated[int, Gt(0)] = 3
+    """Rollbacks of a run; after them a warning is printed, and a critical symptom ends the run."""
+    skip_spikes: Annotated[float | None, Ge(3)] = None
+    """Leave out updates whose loss or gradient norm exceeds the mean of the last 128 steps by so many standard
+    deviations (6 is usual); none takes all updates that are finite."""
+    health: HealthLimits = HealthLimits.model_construct()
 
 
 class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesSettings, HealthSettings):
@@ -97,6 +157,46 @@ class TrainingSettings(HardwareSettings, OptimizerSettings, DataSettings, GatesS
         return getattr(self, self.rows_per_pass) * self.accumulation(processes) * processes
 
 
+class PretrainSettings(TrainingSettings, TextDataSettings):
+    """Pretraining on plain text. Source: seed, LLM-Lab document, "Base Training (Pretraining)"."""
+
+    inapplicable = {
+        **dict.fromkeys(LORA_KEYS, "pretraining updates all weights; adapters are for the stages after it"),
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "pretraining counts in steps: max_steps"),
+        **dict.fromkeys(("save_every", "save_steps"), "checkpoints are saved at evaluations: eval_every"),
+        "max_samples": "pretraining reads as much text as max_steps takes",
+    }
+
+    model: ModelSettings = ModelSettings()
+    init_from: Annotated[PathName | None, Reads("model"), Alias("policy_checkpoint", "model_name_or_path")] = None
+    """Model to continue pretraining from, with its shape and tokenizer: a run folder or hub id (llmlab, Llama,
+    Mistral, Qwen2, Qwen3)."""
+    output_dir: v.OutputDir = "runs/pretrain"
+    lr: v.LearningRate = 3e-4
+    """Peak learning rate, after warmup."""
+    weight_decay: v.WeightDecay = 0.1
+    warmup_steps: v.WarmupSteps = 1000
+    batch_size: v.BatchSize = 1
+    """Sequences of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 64
+    """Forward passes of one optimizer step: the effective batch is batch_size times this, per device."""
+    grad_clip: v.MaxGradNorm = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    eval_steps: v.EvalBatches = 100
+
+    def contradictions(self) -> Iterator[str]:
+        if self.head_lr is not None and self.model.tie_word_embeddings and self.init_from is None:
+            yield (
+                f"head_lr = {self.head_lr:g} beside tie_word_embeddings: the head is the embedding, whose rate is "
+                "embedding_lr; set tie_word_embeddings = false, or leave head_lr out"
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """Leaves out the shape beside init_from, whose model has its own."""
+        shape = {"model": {"max_seq_len": self.model.max_seq_len}} if self.init_from else {}
+        return super().recorded() | shape
+
+
 class FineTuningSettings(LoraSettings, TrainingSettings, panel="Training", alternatives=(("max_steps", "epochs"),)):
     """What the stages share that start from a trained model."""
 
@@ -124,3 +224,35 @@ class FineTuningSettings(LoraSettings, TrainingSettings, panel="Training", alter
         if isinstance(values, dict) and "max_steps" in values and "epochs" not in values:
             return {**values, "epochs": None}
         return values
+
+
+class SFTSettings(FineTuningSettings):
+    """Supervised fine-tuning. Source: seed, LLM-Lab document, "Supervised Fine-Tuning (SFT)" and "LoRA for SFT"."""
+
+    inapplicable = {
+        "streaming": "every row is checked before the first step; large sources are read as far as the run needs"
+    }
+
+    policy_checkpoint: v.PolicyCheckpoint = "runs/pretrain"
+    datasets: Datasets = [DataSource.model_construct(name="HuggingFaceTB/smoltalk2", subset="SFT")]
+    validation_fraction: v.ValidationFraction = 0.05
+    output_dir: v.OutputDir = "sft_checkpoints"
+    batch_size: v.BatchSize = 4
+    """Sequences of one forward pass, per device."""
+    gradient_accumulation_steps: v.Accumulation = 16
+    """Forward passes of one optimizer step: the effective batch is batch_size times this, per device."""
+    max_steps: v.MaxSteps = 5000
+    learning_rate: v.LearningRate = 5e-6
+    weight_decay: v.WeightDecay = 0.01
+    warmup_steps: v.WarmupSteps = 100
+    max_seq_len: v.MaxLength = 1024
+    """Longest row in tokens; longer ones are truncated at the end, counted and reported."""
+    packing: Annotated[bool, Trl("packing")] = False
+    """Pack several conversations into one row; attention does not cross their borders."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Tokens in the loss: all assistant turns, only the last one (completion), or all tokens."""
+    only_label: bool | None = None
+    """For unpaired preferences (KTO): train only on completions with this `label`."""
+    allow_truncated: v.AllowTruncated = 0.05
+    eval_steps: v.EvalBatches = 50
+    save_best_only: v.SaveBestOnly = True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmlab.settings.errors import UserError, did_you_mean, reason_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `llmlab --help` reads no files
     from llmlab.settings.files import Layer
 
 F = TypeVar("F", bound=Callable[..., Any])

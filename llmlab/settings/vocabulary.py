@@ -10,9 +10,9 @@ from llmlab.settings.base import Alias, Help, Resume, Trl
 from llmlab.settings.paths import PathName, Reads
 
 RLHF = (  # the LLM-Lab document keeps the settings of all three in one file
-    "llmlab.settings.ppo:PPOSettings",
+    "llmlab.settings.rl:PPOSettings",
     "llmlab.settings.preference:DPOSettings",
-    "llmlab.settings.grpo:GRPOSettings",
+    "llmlab.settings.rl:GRPOSettings",
 )
 LARGEST_SEED = 2**32 - 1  # NumPy's
 

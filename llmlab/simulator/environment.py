@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter
 
-from llmlab.settings.environment import SIMULATOR, RewardConfig
 from llmlab.settings.errors import UserError, did_you_mean, reading, shorten
+from llmlab.settings.rewards import SIMULATOR, RewardConfig
 from llmlab.settings.trust import NOT_ALLOWED, load_code
 
 KINDS = {SIMULATOR: SIMULATOR, "gymnasium": "gymnasium:ID", "openenv": "openenv:URL", "": "path/to/file.py:Class"}

@@ -11,9 +11,9 @@ from posixpath import normpath
 from random import Random
 from typing import Any
 
-from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import is_unicode
 from llmlab.settings.paths import expand
+from llmlab.settings.rewards import RewardConfig
 from llmlab.simulator.commands import MAX_TEXT, FileSystem, ToolError, lines_of, run, searcher, unquote
 from llmlab.simulator.environment import Environment, tools_of
 from llmlab.simulator.guardrails import SHIPPED, SHIPPED_FOR_TOOLS, SlowPattern, read_guardrails

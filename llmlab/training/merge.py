@@ -31,7 +31,7 @@ from llmlab.runs.record import RunResult, read_record, record_result
 from llmlab.runs.run import BEST_ADAPTERS
 from llmlab.settings.errors import UserError, did_you_mean, reading
 from llmlab.settings.files import check_types
-from llmlab.settings.merge import MergeSettings
+from llmlab.settings.lora import MergeSettings
 from llmlab.settings.paths import expand, is_local
 from llmlab.settings.sources import Resolved, as_resolved
 from llmlab.settings.trust import takes_trust

@@ -32,8 +32,8 @@ from llmlab.runs.run import Run, training_stage
 from llmlab.runs.start import S
 from llmlab.runs.trainer import StageTrainer, TokenMeanEvaluation
 from llmlab.settings.errors import UserError
-from llmlab.settings.pretrain import PretrainSettings
 from llmlab.settings.sources import Resolved
+from llmlab.settings.training import PretrainSettings
 
 
 class PretrainTrainer(TokenMeanEvaluation, StageTrainer, Trainer):

@@ -18,7 +18,7 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run, training_stage
 from llmlab.runs.trainer import StageTrainer, TokenMeanEvaluation
 from llmlab.settings.errors import UserError
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.training import SFTSettings
 
 SHORT_CONVERSATION = 128  # tokens, to guess how many are packed into a row
 TRAINED_ON = {"assistant": "every turn of the assistant", "completion": "its last turn", "all": "all tokens"}

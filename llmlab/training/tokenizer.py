@@ -6,8 +6,8 @@ from rich.markup import escape
 from llmlab.data.tokenizer import learn_bpe
 from llmlab.runs import checkpoints
 from llmlab.runs.record import RunResult, record_result
+from llmlab.settings.data import TokenizerSettings
 from llmlab.settings.sources import Resolved, as_resolved
-from llmlab.settings.tokenizer import TokenizerSettings
 from llmlab.terminal import Terminal
 
 

@@ -19,7 +19,7 @@ from llmlab.cli.questions import TABLES, Form, Planner
 from llmlab.settings.base import When, fields_of, spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.model import ModelSettings
-from llmlab.settings.presets import recipe_folder
+from llmlab.settings.presets import RECIPE_FOLDER
 from llmlab.stages import STAGES
 from tests.cli.screen import Screen
 
@@ -86,7 +86,7 @@ def test_tables_name_what_exists():
     assert {key.rpartition(".")[0] for key in TABLES["advice"]} - {""} <= STAGES.keys()
     assert all(entry["words"][0] in COMMANDS for entry in TABLES["entries"] if "words" in entry)
     assert [entry["key"] for entry in TABLES["entries"][:6]] == list("123456")  # the seed's
-    assert (recipe_folder() / "first_chat.yaml").exists()
+    assert (RECIPE_FOLDER / "first_chat.yaml").exists()
 
 
 @pytest.mark.parametrize(("name", "stage"), FORMS.items(), ids=FORMS)
@@ -210,7 +210,7 @@ def test_a_models_configuration_is_saved_and_used(keys, tmp_path, capsys):
     assert saved["d_model"] == 256 and saved["n_heads"] == 8 and saved["n_layers"] == 24 and "model" not in saved
     output = show_config(capsys, ["pretrain", "--config", "model_config.json"])
     assert "model.d_model" in output and "model_config.json:" in output
-    assert model_settings("model_config.json", {}).d_model == 256  # of `llmlab model`
+    assert model_settings("model_config.json").d_model == 256  # of `llmlab model`
     keys.send_text("\x1b[B\r" + "77\r" + "\x04" + "\r")  # a new training configuration for this model, 77 steps
     menu.train("pretrain")
     settings = Form("pretrain", [keys.commands[0][-1]]).resolved.settings

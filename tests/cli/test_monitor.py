@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli.app import main
-from llmlab.cli.monitor import draw
+from llmlab.cli.runs import draw
 from llmlab.runs import history
 from llmlab.terminal import Terminal, draw_sparkline
 

@@ -230,7 +230,7 @@ def test_trainers_are_told(own):
 
     from llmlab.hardware import probe
     from llmlab.runs.arguments import build_arguments
-    from llmlab.settings.sft import SFTSettings
+    from llmlab.settings.training import SFTSettings
     from llmlab.settings.trust import remote_code
 
     for allowed in (False, True):

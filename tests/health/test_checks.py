@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmlab.health import checks
 from llmlab.health.checks import Watch, outside_bands
 from llmlab.health.symptoms import load_table
-from llmlab.settings.health import HealthLimits
+from llmlab.settings.training import HealthLimits
 
 LIMITS = HealthLimits().model_dump()
 

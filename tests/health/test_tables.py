@@ -7,7 +7,7 @@ from llmlab.health.tables import bands_for, find_outside, load_bands
 from llmlab.settings import settings_class
 from llmlab.settings.base import spellings_of
 from llmlab.settings.files import Layer, read_layer
-from llmlab.settings.presets import for_stage, presets, recipe_folder
+from llmlab.settings.presets import RECIPE_FOLDER, for_stage, presets
 from llmlab.stages import STAGES
 
 TINY, SMALL, MEDIUM, LARGE = 7e5, 1.35e8, 1e9, 7e9
@@ -119,7 +119,7 @@ def stages_of(path):
 def test_shipped_recipes_are_quiet_at_their_models():
     """But for the guide's configuration for rapid experimentation, whose batch is `smaller for speed`."""
     unusual = {"quick.yaml": ["effective batch = 8"]}
-    folder, seen = recipe_folder(), 0
+    folder, seen = RECIPE_FOLDER, 0
     for path in sorted(folder.rglob("*.yaml")):
         kind = path.relative_to(folder).parts[0]
         if kind in ("cluster", "hardware", "presets", "sizes"):

@@ -22,7 +22,7 @@ from llmlab.inference import (
 )
 from llmlab.settings.errors import UserError
 from llmlab.settings.generation import SamplingSettings
-from llmlab.settings.merge import MergeSettings
+from llmlab.settings.lora import MergeSettings
 from llmlab.training.merge import merge
 
 ALPHABET = dict(zip("abcdefgh", "bcdefgha", strict=True))

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmlab.model import LLMLabConfig, measure
 from llmlab.optim.build import build_optimizer
-from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.training import PretrainSettings
 
 OPTIMIZERS = ["adamw", "adafactor", "lion", "sophia", "muon"]
 

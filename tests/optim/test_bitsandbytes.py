@@ -8,8 +8,8 @@ from llmlab.optim.build import build_optimizer, check_supported
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.optimizer import OptimizerSettings
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 
 NAMES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit")
 WIDE = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128}  # smaller weights keep 32-bit states

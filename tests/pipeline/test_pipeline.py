@@ -11,7 +11,7 @@ from llmlab.pipeline.running import _identity
 from llmlab.runs.record import RunResult
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import read_layer
-from llmlab.settings.presets import SECTIONS, read_preset, recipe_folder
+from llmlab.settings.presets import RECIPE_FOLDER, SECTIONS, read_preset
 from llmlab.settings.sources import resolve
 from llmlab.stages import STAGES
 
@@ -168,14 +168,14 @@ def test_a_damaged_record_is_a_sentence(pipeline, ran, tmp_path):
         actions(pipeline)
 
 
-RECIPES = sorted(path for path in recipe_folder().rglob("*.yaml") if path.parent.name != "cluster")
+RECIPES = sorted(path for path in RECIPE_FOLDER.rglob("*.yaml") if path.parent.name != "cluster")
 
 
 def test_there_are_recipes():
     assert len(RECIPES) >= 20
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(recipe_folder())))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(RECIPE_FOLDER)))
 def test_every_shipped_recipe_is_read(path, tmp_path):
     layer = read_layer(path)
     if "stages" in layer.values:

@@ -6,10 +6,9 @@ from hypothesis import strategies as st
 
 from llmlab.runs.start import Batch, batch_of, split_again
 from llmlab.settings.errors import UserError
-from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import GRPOSettings
+from llmlab.settings.training import PretrainSettings, SFTSettings
 
 SPLIT = {"batch_size": 2, "gradient_accumulation_steps": 6, "eval_steps": 10}
 

@@ -11,9 +11,9 @@ from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.runs import policy as compiling
 from llmlab.runs.policy import compile_layers, decide_compile
 from llmlab.settings.errors import UserError
-from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import GRPOSettings
+from llmlab.settings.training import SFTSettings
 from llmlab.training.online.grpo import grpo
 from llmlab.training.preference.dpo import dpo
 from llmlab.training.sft import sft

@@ -28,8 +28,8 @@ from llmlab.runs.start import check_undamaged
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_layer
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.simulator.guardrails import SHIPPED, read_guardrails
 
 JSON = st.recursive(

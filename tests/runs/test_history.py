@@ -20,9 +20,9 @@ from llmlab.runs.history import (
     short_names,
 )
 from llmlab.runs.record import METRICS, read_metrics
+from llmlab.settings.data import TokenizerSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.sources import as_resolved
-from llmlab.settings.tokenizer import TokenizerSettings
 
 LINES = [
     {"step": 1, "tokens": 10, "seconds": 1.0, "loss": 4.0, "learning_rate": 0.1},

@@ -17,7 +17,7 @@ from llmlab.runs.progress import ProgressLine
 from llmlab.runs.record import RunRecord, read_metrics, read_record
 from llmlab.runs.start import find_checkpoint
 from llmlab.settings.errors import SettingsError, UserError
-from llmlab.settings.pretrain import PretrainSettings
+from llmlab.settings.training import PretrainSettings
 from llmlab.terminal import human
 
 

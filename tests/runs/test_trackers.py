@@ -13,8 +13,8 @@ from llmlab.runs.callbacks import trackers
 from llmlab.runs.record import RunRecord, read_metrics
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.settings.trust import destinations
 from llmlab.training.sft import sft
 

@@ -12,8 +12,8 @@ from llmlab.settings.files import Layer, load_yaml, parse_scalar, read_layer
 from llmlab.settings.model import nearest_divisor
 from llmlab.settings.paths import check_inputs, check_model, check_output, is_local
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 
 # nine aliases of nine aliases of ...: 9**9 values in a few lines
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

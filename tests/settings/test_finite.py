@@ -7,8 +7,8 @@ import pytest
 from llmlab.settings.base import fields_of
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.stages import STAGES
 
 

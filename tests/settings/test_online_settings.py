@@ -7,8 +7,8 @@ import pytest
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer
-from llmlab.settings.grpo import GRPOSettings
-from llmlab.settings.rl import SEED_REWARD_MODEL, Rollout
+from llmlab.settings.rewards import SEED_REWARD_MODEL
+from llmlab.settings.rl import GRPOSettings, Rollout
 from llmlab.settings.sources import resolve
 
 GUIDE = """

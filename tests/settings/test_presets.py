@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmlab.model import build_config, from_llmlab, measure, new_model
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
-from llmlab.settings.presets import PASSES, SECTIONS, for_stage, hardware_presets, presets, read_preset, recipe_folder
+from llmlab.settings.presets import HARDWARE_PRESETS, PASSES, RECIPE_FOLDER, SECTIONS, for_stage, presets, read_preset
 from llmlab.stages import STAGES
 
 EVERYWHERE = ("quick", "production", "small", "medium", "large")
@@ -64,7 +64,7 @@ def batch_of(found, stage, processes=1):
 
 
 @pytest.mark.parametrize("stage", SECTIONS)
-@pytest.mark.parametrize("name", hardware_presets())
+@pytest.mark.parametrize("name", HARDWARE_PRESETS)
 def test_a_machine_in_each_stage(name, stage):
     processes = 4 if name.startswith("multi") else 1
     resolved = make(stage, hardware=name, processes=processes)
@@ -89,18 +89,18 @@ def test_a_machine_in_each_stage(name, stage):
 
 def test_names_and_their_files():
     expected = {*MACHINES, *GUIDE, "cpu"}
-    assert set(hardware_presets()) == expected
+    assert set(HARDWARE_PRESETS) == expected
     for stage in SECTIONS:
         assert set(EVERYWHERE) <= set(presets(stage))
     assert not presets("merge") and not presets("tokenizer")
-    files = [*(recipe_folder() / "sizes").iterdir(), *(recipe_folder() / "presets").iterdir()]
-    for path in [*files, *hardware_presets().values()]:
+    files = [*(RECIPE_FOLDER / "sizes").iterdir(), *(RECIPE_FOLDER / "presets").iterdir()]
+    for path in [*files, *HARDWARE_PRESETS.values()]:
         text = path.read_text()
         assert (
             text.startswith("# ") and "`" in text.splitlines()[0] and ("ource" in text or "reasons are ours" in text)
         )
     # what the out-of-memory message may say
-    assert read_layer(hardware_presets()["m1_max_64gb"]).values["out_of_memory"] == {"max_seq_length": 2048}
+    assert read_layer(HARDWARE_PRESETS["m1_max_64gb"]).values["out_of_memory"] == {"max_seq_length": 2048}
 
 
 @pytest.mark.parametrize(("name", "millions"), [("small", 100), ("medium", 1000), ("large", 7000)])
@@ -237,7 +237,7 @@ def test_several_processes():
 def test_any_choice_keeps_the_effective_batch_or_the_nearest(data):
     stage = data.draw(st.sampled_from(sorted(SECTIONS)))
     pairs, online, rows = SECTIONS[stage] == "pairs", SECTIONS[stage] == "online", rows_key(stage)
-    hardware = data.draw(st.sampled_from(sorted(hardware_presets())))
+    hardware = data.draw(st.sampled_from(sorted(HARDWARE_PRESETS)))
     preset = data.draw(st.sampled_from([None, *EVERYWHERE]))
     processes = data.draw(st.integers(1, 6))
     keys = [rows, PASSES, *(["batch_size"] if pairs or online else [])]
@@ -287,7 +287,7 @@ def test_the_machine_at_hand():
     assert found.sources["batch_size"].startswith("hardware ")
 
 
-@pytest.mark.parametrize("path", [*(recipe_folder() / "sizes").iterdir(), *(recipe_folder() / "presets").iterdir()])
+@pytest.mark.parametrize("path", [*(RECIPE_FOLDER / "sizes").iterdir(), *(RECIPE_FOLDER / "presets").iterdir()])
 @pytest.mark.parametrize("stage", SECTIONS)
 def test_preset_files_are_settings_files_too(path, stage):
     resolved = STAGES[stage].resolve([for_stage(read_layer(path), stage)], below=[])

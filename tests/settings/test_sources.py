@@ -12,13 +12,11 @@ from llmlab.settings.base import Resume, Trl, When, fields_of, spellings_of
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, dump, parse_scalar, read_layer
-from llmlab.settings.health import HealthLimits
 from llmlab.settings.optimizer import OptimizerSettings
-from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.pretrain import PretrainSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import PPOSettings
 from llmlab.settings.sources import load, resolve
+from llmlab.settings.training import HealthLimits, PretrainSettings, SFTSettings
 
 
 def write(folder, name, text):

@@ -7,9 +7,9 @@ import yaml
 
 from llmlab.settings.errors import SettingsError
 from llmlab.settings.files import Layer, read_layer
-from llmlab.settings.grpo import GRPOSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import GRPOSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.settings.trust import destinations
 
 SENDING = [

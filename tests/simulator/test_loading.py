@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import SettingsError, UserError
+from llmlab.settings.rewards import RewardConfig
 from llmlab.simulator.environment import load_environment
 
 OWN = '''
@@ -110,7 +110,7 @@ def test_the_simulator_gets_its_rewards():
 
 def test_a_later_stages_environment_is_checked_before(tmp_path):
     from llmlab.rewards.loading import check_rewards
-    from llmlab.settings.grpo import GRPOSettings
+    from llmlab.settings.rl import GRPOSettings
 
     for spec, message in (
         ("simulater", "there is no such environment; did you mean 'simulator'"),

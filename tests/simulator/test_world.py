@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 from transformers.utils import get_json_schema
 
-from llmlab.settings.environment import RewardConfig
 from llmlab.settings.errors import UserError
+from llmlab.settings.rewards import RewardConfig
 from llmlab.simulator.environment import tools_of
 from llmlab.simulator.tasks import Call
 from llmlab.simulator.world import MAX_OBSERVATION, Simulator, play_scripted

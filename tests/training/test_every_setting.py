@@ -27,10 +27,10 @@ from llmlab.model import load_classifier, load_model
 from llmlab.runs.arguments import build_arguments
 from llmlab.runs.policy import choose_kernels
 from llmlab.settings.base import Trl, When, fields_of
-from llmlab.settings.environment import SIMULATOR, EnvironmentSettings
 from llmlab.settings.errors import UserError
-from llmlab.settings.health import HealthSettings
 from llmlab.settings.optimizer import OptimizerSettings
+from llmlab.settings.rewards import SIMULATOR, EnvironmentSettings
+from llmlab.settings.training import HealthSettings
 from llmlab.stages import STAGES
 
 TRAINING = ["pretrain", "sft", "dpo", "orpo", "reward", "grpo", "ppo", "awr"]  # rs-sft has what awr has

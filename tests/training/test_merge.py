@@ -26,7 +26,7 @@ from llmlab.model import LLMLabConfig, LLMLabForCausalLM
 from llmlab.pipeline import execute, plan, read_pipeline
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer
-from llmlab.settings.merge import MergeSettings
+from llmlab.settings.lora import MergeSettings
 from llmlab.settings.sources import resolve
 from llmlab.training import merge as stage
 from llmlab.training.merge import merge

@@ -21,8 +21,8 @@ from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.preference import DPOSettings
-from llmlab.settings.sft import SFTSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.training.sft import LLMLabSFTTrainer, sft
 
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=24)

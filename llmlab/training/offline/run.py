@@ -30,11 +30,11 @@ from llmlab.runs.progress import ProgressLine, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.start import S
 from llmlab.settings.base import show
-from llmlab.settings.environment import EnvironmentSettings
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import dump, read_json
 from llmlab.settings.generation import SamplingSettings
 from llmlab.settings.paths import expand
+from llmlab.settings.rewards import EnvironmentSettings
 from llmlab.terminal import draw_bars, safe, track
 from llmlab.training.offline import sampling
 from llmlab.training.online.run import RewardedRun

@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
-from llmlab.settings.grpo import GRPOSettings
+from llmlab.settings.rl import GRPOSettings
 from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
 from llmlab.training.online.run import OnlineRun, RewardFunction

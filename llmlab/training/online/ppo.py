@@ -23,7 +23,7 @@ from llmlab.runs.progress import human, quiet_libraries
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.errors import UserError, reading
-from llmlab.settings.ppo import PPOSettings
+from llmlab.settings.rl import PPOSettings
 from llmlab.training.online import advantages as formulas
 from llmlab.training.online.critic import Critic
 from llmlab.training.online.critic_file import load_scorer

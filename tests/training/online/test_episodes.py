@@ -9,10 +9,9 @@ from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
-from llmlab.settings.grpo import GRPOSettings
-from llmlab.settings.ppo import PPOSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import GRPOSettings, PPOSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.simulator.tasks import Curriculum
 from llmlab.training.online import episodes as rollouts
 from llmlab.training.online.grpo import grpo

@@ -16,8 +16,8 @@ from llmlab.rewards import Reward
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer, read_layer
-from llmlab.settings.grpo import GRPOSettings
 from llmlab.settings.preference import RewardModelSettings
+from llmlab.settings.rl import GRPOSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.online import grpo as stage
 from llmlab.training.online._trl import RolloutSteps

@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from llmlab.settings.ppo import PPOSettings
+from llmlab.settings.rl import PPOSettings
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
 from llmlab.training.online.critic_file import FILE
 from llmlab.training.online.ppo import PPOConfig, PPOTrainer

@@ -14,11 +14,10 @@ from llmlab.model import load_classifier, load_model
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
-from llmlab.settings.ppo import PPOSettings
 from llmlab.settings.preference import RewardModelSettings
-from llmlab.settings.rl import OnlineSettings
-from llmlab.settings.sft import SFTSettings
+from llmlab.settings.rl import OnlineSettings, PPOSettings
 from llmlab.settings.sources import resolve
+from llmlab.settings.training import SFTSettings
 from llmlab.training.online.critic_file import FILE
 from llmlab.training.online.ppo import PPOTrainer, ppo
 from llmlab.training.preference.reward import reward

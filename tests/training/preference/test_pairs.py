@@ -185,7 +185,7 @@ def chatty(base_folder, chat_file, tmp_path_factory):
     """A run folder with a model that answers and stops: forty steps of fine-tuning, none too many."""
     from rich.console import Console
 
-    from llmlab.settings.sft import SFTSettings
+    from llmlab.settings.training import SFTSettings
     from llmlab.training.sft import sft
 
     folder = tmp_path_factory.mktemp("chatty")

@@ -20,7 +20,7 @@ from llmlab.rewards import RewardModel
 from llmlab.runs.record import read_metrics, read_record
 from llmlab.settings.errors import SettingsError, UserError
 from llmlab.settings.files import Layer
-from llmlab.settings.merge import MergeSettings
+from llmlab.settings.lora import MergeSettings
 from llmlab.settings.preference import DPOSettings, ORPOSettings, RewardModelSettings
 from llmlab.settings.sources import resolve
 from llmlab.training.merge import merge
