@@ -63,17 +63,12 @@ class Checksums:
     """The size of a file and the CRC-32 of each of its blocks; the last one may be short."""
 
     def __init__(self, size: int = 0, sums: Iterable[int] = ()):
-        self.size = size
-        self.sums = list(sums)
+        self.size, self.sums = size, list(sums)
         self.verified: set[int] = set()  # blocks that were read and are what was written
 
-    @classmethod
-    def parse(cls, record: dict[str, Any]) -> "Checksums":
-        text = record["crc32"]
-        return cls(record["bytes"], [int(text[place : place + 8], 16) for place in range(0, len(text), 8)])
-
     def record(self) -> dict[str, Any]:
-        return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
+        """Returns the arguments that make these again, as plain values."""
+        return {"size": self.size, "sums": self.sums}
 
     def update(self, data: bytes | np.ndarray) -> None:
         begin = 0

@@ -161,13 +161,13 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
                 stream.load_state_dict,
             )
         )
-    entropy = corpus.report.unigram_entropy
+    entropy = corpus.unigram_entropy
     return run.train(
         trainer,
         steps=settings.max_steps,
         plan=describe(run, size, corpus),
         parents=[settings.init_from or settings.model.tokenizer_name],
-        data=corpus.report.record(),
+        data=corpus.record(),
         callbacks=callbacks,
         optimizer_bytes=size.optimizer_bytes(settings.optimizer),
         fixed_length=True,
@@ -195,7 +195,7 @@ def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> lis
     batch = settings.batch_size * settings.gradient_accumulation_steps * processes
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
-        ("data", corpus.report.summary()),
+        ("data", corpus.summary()),
         ("steps", f"{settings.max_steps:,}" + (f", resuming from {run.checkpoint.name}" if run.checkpoint else "")),
         (
             "batch",
