@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.data.chat.conversations import recognize, to_messages
+from llmlab.data.chat.conversations import read_row, recognize
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.inspect import BINS, Finding, Lengths, NearDuplicates, inspect_rows, scripts_of, turn_problems
 
@@ -25,7 +25,7 @@ def messages(*roles):
 
 def report_of(rows, **options):
     form = recognize(rows[0], "toy")
-    return inspect_rows(rows, lambda row: to_messages(row, form), name="toy", form=form.name, **options)
+    return inspect_rows(rows, lambda row: read_row(row, form, "instructions"), name="toy", form=form.name, **options)
 
 
 def qa(question, answer="Yes."):
