@@ -116,7 +116,7 @@ def inspect_rows(
         columns.update(dict.fromkeys(map(str, row)))
         if label is not None:
             labels[{True: "true", False: "false", None: "neither"}[as_boolean(row.get(label))]] += 1
-        problems, rendered = [], None
+        problems = []
         try:
             conversation = read(row)
             text = text_of(conversation)
@@ -129,17 +129,17 @@ def inspect_rows(
                 report.near_duplicates.add(number)
             seen.add(content)
             problems = turn_problems(conversation.get("messages") or [])
-            rendered = renderer.render(conversation) if renderer else None
+            if renderer is not None:
+                rendered = renderer.render(conversation)
+                tokens.append(len(rendered.input_ids))
+                trained += sum(rendered.trained)
+                if len(rendered.input_ids) > max_seq_len:
+                    truncated.add(number)
+                if not any(rendered.trained[:max_seq_len]):
+                    lost.add(number)
+                problems += filter(None, [renderer.find_problem(rendered)])
         except UnusableRow as reason:
             report.dropped.setdefault(str(reason), Finding()).add(number)
-        if rendered is not None:
-            tokens.append(len(rendered.input_ids))
-            trained += sum(rendered.trained)
-            if len(rendered.input_ids) > max_seq_len:
-                truncated.add(number)
-            if not any(rendered.trained[:max_seq_len]):
-                lost.add(number)
-            problems += filter(None, [renderer.find_problem(rendered)])
         for problem in problems:
             report.problems.setdefault(problem, Finding()).add(number)
     report.columns, report.labels = list(columns), dict(labels)

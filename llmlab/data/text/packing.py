@@ -313,10 +313,6 @@ class RowStream(IterableDataset):
         finally:
             pool.shutdown()  # no reader may be repositioned while one of them reads
 
-    def state_dict(self) -> State:
-        """Returns the position after the rows yielded so far."""
-        return self.state_at(self.rows)
-
     def state_at(self, rows: int) -> State:
         """Returns the position after so many rows of training, as JSON; a data loader may have fetched some more."""
         if rows > self.rows:
