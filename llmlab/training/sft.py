@@ -65,16 +65,9 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     policy = run.load_policy()
     length = policy.cap_length(settings.max_seq_len)
     rows_per_step = run.batch.rows
-    data = run.build_rows(
-        InstructionEncoder(
-            policy.tokenizer,
-            max_seq_len=length,
-            loss_on=settings.loss_on,
-            stops=policy.stops,
-            only_label=settings.only_label,
-        ),
-        rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
-    )
+    encoder = InstructionEncoder(policy.tokenizer, length, settings.loss_on, policy.stops, settings.only_label)
+    packed = max(1, length // SHORT_CONVERSATION) if settings.packing else 1
+    data = run.build_rows(encoder, rows_per_step=rows_per_step * packed)
     shuffles = settings.trainer_args.get("shuffle_dataset", False)
     trainer = run.make_trainer(
         LLMLabSFTTrainer,
@@ -94,10 +87,8 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     rows = len(trainer.train_dataset)
     flattened = settings.packing and "flash" in policy.model.config._attn_implementation
     if flattened and settings.auto_batch:
-        raise UserError(
-            "auto_batch = true: not supported with packing under flash attention, whose batches are one long row; "
-            "set packing=false or attn_implementation=sdpa"
-        )
+        problem = "not supported with packing under flash attention, whose batches are one long row"
+        raise UserError(f"auto_batch = true: {problem}; set packing=false or attn_implementation=sdpa")
     if settings.packing and not flattened:
         collator = replace(trainer.data_collator, padding_free=False, return_position_ids=True)
         trainer.data_collator = partial(collate_packed, collator)

@@ -85,13 +85,11 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     policy = run.load_policy()
     data = run.read_pairs(policy)
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
-    processes = run.process.num_processes
-    rows = run.settings.mini_batch_size * run.settings.accumulation(processes) * processes
     return run.train_pairs(
         LLMLabORPOTrainer,
         ORPOConfig,
         policy,
         data,
         arguments={"remove_unused_columns": False},  # its collator needs columns that are not model inputs
-        progress={"tokens_per_step": round(tokens * rows)},  # this trainer counts no tokens
+        progress={"tokens_per_step": round(tokens * run.batch.rows)},  # this trainer counts no tokens
     )

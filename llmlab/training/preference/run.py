@@ -39,12 +39,8 @@ class PreferenceRun(Run[S]):
         length, prompt_length = policy.cap_length(settings.max_length), settings.max_prompt_length
         if prompt_length is not None and prompt_length >= length:
             prompt_length = length // 2  # leave room for a completion in a short context
-        return self.build_rows(
-            PreferenceEncoder(
-                policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops
-            ),
-            rows_per_step=self.batch.rows,
-        )
+        encoder = PreferenceEncoder(policy.tokenizer, length, prompt_length, policy.stops)
+        return self.build_rows(encoder, rows_per_step=self.batch.rows)
 
     def train_pairs(
         self,
