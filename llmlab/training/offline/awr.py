@@ -39,9 +39,9 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
     Source: Peng et al. 2019 (arXiv:1910.00177), equation 13; seed: RL guide, section 3.
     """
     rated = [each for each in samples if each.reward is not None]
-    left_out = Counter({"without a reward": len(samples) - len(rated)})
     sampled = [each for each in rated if any(label != -100 for label in each.labels)]
-    left_out = +(left_out + Counter({"without a sampled token": len(rated) - len(sampled)}))
+    left_out = {"without a reward": len(samples) - len(rated), "without a sampled token": len(rated) - len(sampled)}
+    left_out = +Counter(left_out)
     groups = group_samples(sampled)
     rated = [each for group in groups for each in group]
     rewards = [[each.reward for each in group] for group in groups]

@@ -50,6 +50,16 @@ Choose = Callable[[list[Sample]], tuple[Weighted, Counter[str]]]
 """Returns the samples to train on with their weights, and counts of the others by reason."""
 
 
+def to_dataset(samples: Weighted, columns: Features) -> Dataset | None:
+    """Returns samples as rows of a trainer, with these of their columns; None where there are none."""
+    values = {
+        "input_ids": [each.prompt_ids + each.completion_ids for each, _ in samples],
+        "labels": [each.labels for each, _ in samples],
+        "weight": [weight for _, weight in samples],
+    }
+    return Dataset.from_dict({name: values[name] for name in columns}, columns) if samples else None
+
+
 class OfflineRun(RewardedRun[S]):
     """A run of RS-SFT or AWR."""
 
@@ -202,20 +212,9 @@ class OfflineRun(RewardedRun[S]):
         mean = statistics.fmean(each.reward for each, _ in rows)  # type: ignore[misc]
         training = sum(not each.validation for each in samples)
         self.results = {"kept_share": len(rows) / training, "kept_reward": mean}
-        data, held_out = (
-            [
-                {"input_ids": each.prompt_ids + each.completion_ids, "labels": each.labels, "weight": weight}
-                for each, weight in part
-            ]
-            for part in (rows, validation)
-        )
-        report = RowsReport(self.path.name, "samples", 1.0, training, len(rows), dropped=left_out)
-        report.counts = {"tokens": sum(len(row["input_ids"]) for row in data)}
-        train, validates = (
-            Dataset.from_list([{name: row[name] for name in columns} for row in part], columns) if part else None
-            for part in (data, held_out)
-        )
-        return Rows(train, validates, [report])
+        counts = {"tokens": sum(len(each.prompt_ids) + len(each.completion_ids) for each, _ in rows)}
+        report = RowsReport(self.path.name, "samples", 1.0, training, len(rows), counts, left_out)
+        return Rows(to_dataset(rows, columns), to_dataset(validation, columns), [report])
 
     def _explain(self, samples: list[Sample], reasons: Counter[str]) -> str:
         """Returns why no sample is trained on, with a histogram of the rewards and the thresholds that keep some."""
