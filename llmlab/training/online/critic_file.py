@@ -56,9 +56,8 @@ class PolicyPart(nn.Module):
         """Restores what `save` wrote."""
         saved, mine = load_file(folder / FILE), self.trained()
         if saved.keys() != mine.keys():
-            raise ValueError(
-                f"{folder / FILE}: a critic with other parameters: {sorted(saved.keys() ^ mine.keys())[:3]} ..."
-            )
+            others = sorted(saved.keys() ^ mine.keys())
+            raise ValueError(f"{folder / FILE}: a critic with other parameters: {others[:3]} ...")
         for name, tensor in mine.items():
             tensor.copy_(scatter(saved[name], tensor))
 

@@ -27,8 +27,8 @@ from llmlab.settings.ppo import PPOSettings
 from llmlab.training.online import advantages as formulas
 from llmlab.training.online.critic import Critic
 from llmlab.training.online.critic_file import load_scorer
-from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
+from llmlab.training.online.rollouts import Rollouts
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 STOP_KL_FACTOR = 1.5
@@ -66,7 +66,7 @@ class PPOConfig(GRPOConfig):
         self.num_generations = generations
 
 
-class PPOTrainer(EpisodeRollouts):
+class PPOTrainer(Rollouts):
     """Proximal policy optimization with a learned value function (`PPOConfig` says how).
 
     A token's reward is minus `beta` times its KL penalty; the last one also gets the completion's score. Advantages

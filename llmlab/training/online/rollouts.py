@@ -1,36 +1,119 @@
-"""Rollouts with tools for GRPO and PPO: prompts that show a row's tools, and episodes: in which environments, at which
-difficulty, and what TRL's trainer gets of them.
+"""What rollouts of GRPO and PPO need beside the algorithm: they survive a kill, a smaller batch can take them over,
+reports look at them, Sophia's estimate shares them, and they say so when the policy diverged. With tools they are
+episodes: in which environments, at which difficulty, and what TRL's trainer gets of them.
 
 How an episode is played is `llmlab/episodes.py`; TRL's own loop is not used: it runs tools one after the other, and
 no tool can end an episode.
 """
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import split_tensor_dict
 
 from llmlab.episodes import NO_TURN, Episode, Task, play
+from llmlab.runs.trainer import StageTrainer
 from llmlab.settings.errors import UserError, did_you_mean
 from llmlab.simulator.tasks import Curriculum
-from llmlab.training.online.recovery import ResumableRollouts
+from llmlab.training.online._trl import RolloutSteps
+from llmlab.training.online.passes import policy_mask
 
 Factories = Mapping[str | None, Callable[[], Any]]
 """Makes environments, by the name in a row's column `environment`; None is the one of all rows."""
+# how torch refuses to sample from probabilities that are not finite, on a CPU and on CUDA
+NO_DISTRIBUTION = ("probability tensor contains either", "device-side assert triggered")
 LIMITS = ("max_episode_length", "max_new_tokens", "tool_timeout")  # settings that `play` takes
 
 
-class EpisodeRollouts(ResumableRollouts):
-    """A GRPOTrainer of which, after `play_episodes`, a rollout is one of episodes."""
+class Rollouts(StageTrainer, RolloutSteps):
+    """A GRPOTrainer with llmlab's optimizers and checks, which resumes in the middle of a rollout; after
+    `play_episodes` a rollout is one of episodes."""
 
+    judges_loss = False  # the loss's size says nothing
     factories: Factories = {}
     curriculum: Curriculum | None = None
+    prepared: dict[str, Any] | None = None  # the next micro-batch, where it was made already
+
+    def rollout_state(self, step: int) -> dict[str, Any]:
+        """Returns the current rollout, its position and unlogged metrics, for a checkpoint."""
+        waiting = {name: list(values) for name, values in self._metrics["train"].items()}
+        state = {"step": self._step, "rollout": self._buffered_inputs, "metrics": waiting, "split": self._split}
+        return state | ({} if self.curriculum is None else {"curriculum": self.curriculum.state()})
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        """Restores `rollout_state`; where the batch is split otherwise now, a new rollout goes on at that step."""
+        if self.curriculum is not None:
+            self.curriculum.load_state(state["curriculum"])
+        split = state["split"]
+        if split != self._split:
+            self._step = state["step"] // split[1] * self._split[1]
+            return
+        self._step, self._buffered_inputs = state["step"], state["rollout"]
+        for name, values in state["metrics"].items():
+            self._metrics["train"][name].extend(values)
+
+    @property
+    def _split(self) -> tuple[int, int]:
+        return self.args.world_size, self.args.gradient_accumulation_steps * self.parts
+
+    def parts_of(self, batch: Any) -> list[Any]:
+        """Returns the same prompts for each part: its rows are the next ones of the rollout."""
+        # the loop sets it anew at each step
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        return [batch] * self.parts
+
+    def divide(self, factor: int) -> None:
+        super().divide(factor)
+        self._step *= factor
+        self.args.steps_per_generation *= factor
+        self.args.per_device_train_batch_size //= factor  # in scoring
+        rollout = self._buffered_inputs
+        self._buffered_inputs = rollout and [part for whole in rollout for part in split_tensor_dict(whole, factor)]
+
+    def newest_completions(self, count: int) -> list[dict[str, Any]]:
+        """Returns the first ones of TRL's logged table, with the rewards by function."""
+        rows = islice(zip(self._logs["prompt"], self._logs["completion"], strict=True), count)
+        scores = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return [
+            {"prompt": prompt, "completion": completion, "rewards": {name: scores[name][row] for name in scores}}
+            for row, (prompt, completion) in enumerate(rows)
+        ]
+
+    def estimated_from(self, batch: Any) -> dict[str, Tensor]:
+        """Returns the model inputs of Sophia's Hessian estimate: the next micro-batch, labelled at the policy's
+        tokens."""
+        self.model.train()  # as the step will: in evaluation it samples otherwise
+        part = self._prepare_inputs(batch)
+        self.prepared = part  # the training step reuses these inputs instead of sampling again
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        scored = torch.cat([torch.zeros_like(part["prompt_mask"]), policy_mask(part)], dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
+            "labels": ids.masked_fill(scored == 0, -100),
+        }
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.prepared is not None:
+            part, self.prepared = self.prepared, None
+            return part
+        return super()._prepare_inputs(generation_batch)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        try:
+            return super()._generate(prompts)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_DISTRIBUTION):
+                raise
+            raise self.diverged("sum of a next token's probabilities", math.nan) from error
 
     def play_episodes(self, run: Any) -> None:
         """Makes rollouts of episodes in the environments of an `OnlineRun`."""
@@ -108,16 +191,6 @@ class EpisodeRollouts(ResumableRollouts):
 
     def _note_episodes(self) -> None:
         """Notes lengths and successes, and lets the curriculum know."""
-        successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
-        device = self.accelerator.device
-        table = torch.tensor(
-            [
-                [episode.calls, -1 if success is None else success]
-                for episode, success in zip(self._episodes, successes, strict=True)
-            ],
-            device=device,
-            dtype=torch.float32,
-        )
         if not any(episode.mask for episode in self._episodes):
             longest = max(len(episode.prompt_ids) for episode in self._episodes)
             limits = f"max_new_tokens = {self.play_options['max_new_tokens']} in {self.play_options['max_length']}"
@@ -125,8 +198,11 @@ class EpisodeRollouts(ResumableRollouts):
                 f"environment: prompts of up to {longest} tokens, with the tools and the text of reset, leave no room "
                 f"for {limits} tokens (max_seq_len, or the model's context)"
             )
-        table = self.accelerator.gather(table)
-        calls, success = table.unbind(1)  # (episodes of all processes,)
+        successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
+        successes = [-1 if success is None else success for success in successes]
+        numbers = [successes, [episode.calls for episode in self._episodes]]
+        table = torch.tensor(numbers, dtype=torch.float32, device=self.accelerator.device).t().contiguous()
+        success, calls = self.accelerator.gather(table).unbind(1)  # (episodes of all processes,)
         self.note("episode_length", calls.mean().item())
         solved = success[success >= 0]
         if len(solved):
@@ -144,15 +220,6 @@ class EpisodeRollouts(ResumableRollouts):
             return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
         finally:
             self.environments = None  # else TRL resets them before the next rollout, for its rows
-
-    def rollout_state(self, step: int) -> dict[str, Any]:
-        state = super().rollout_state(step)
-        return state if self.curriculum is None else {**state, "curriculum": self.curriculum.state()}
-
-    def load_rollout_state(self, state: dict[str, Any]) -> None:
-        super().load_rollout_state(state)
-        if self.curriculum is not None and "curriculum" in state:
-            self.curriculum.load_state(state["curriculum"])
 
 
 def _log_probs(episode: Episode, known: dict[tuple[int, ...], list[float]]) -> list[float]:
