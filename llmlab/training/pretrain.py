@@ -1,8 +1,6 @@
-"""Pretraining: tokenizer, model, packed rows, trainer.
-
-The loop is Transformers' Trainer; llmlab adds packed rows in mixture order and a chunked loss that never materializes
-all logits. Instruction data and adapters are later stages' business.
-"""
+"""Pretraining: tokenizer, model, packed rows, trainer. The loop is Transformers' Trainer; llmlab adds packed rows in
+mixture order and a chunked loss that never materializes all logits. Instruction data and adapters are later stages'
+business."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
-"""Supervised fine-tuning: policy, instruction data, trainer.
-
-The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels, already checked.
-"""
+"""Supervised fine-tuning: policy, instruction data, trainer. The loop and the loss are TRL's SFTTrainer; rows arrive
+as token ids and labels, already checked."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,10 +36,8 @@ class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
 def collate_packed(
     collator: DataCollatorForLanguageModeling, examples: list[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Collates packed rows as a batch, (rows, time), without predictions across conversations.
-
-    TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
-    """
+    """Collates packed rows as a batch, (rows, time), without predictions across conversations. TRL's padding-free
+    batches concatenate all rows, which only flash attention handles in linear time."""
     batch = collator(examples)
     batch["labels"][batch["position_ids"] == 0] = -100
     del batch["attention_mask"]  # without it models see the boundaries in position_ids

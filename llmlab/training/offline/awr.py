@@ -1,9 +1,6 @@
-"""Advantage-weighted regression: fine-tuning on all samples, the better ones with the larger weights.
-
-The loop is that of `llmlab sft`, and so is the loss but for the weights, which are known before training.
-
-Source: Peng et al. 2019 (arXiv:1910.00177), with temperature 1/advantage_beta; seed, RL guide, section 3.
-"""
+"""Advantage-weighted regression: fine-tuning on all samples, the better ones with the larger weights. The loop is that
+of `llmlab sft`, and so is the loss but for the weights, which are known before training. Source: Peng et al. 2019
+(arXiv:1910.00177), with temperature 1/advantage_beta; seed, RL guide, section 3."""
 
 import math
 from collections import Counter
@@ -57,10 +54,8 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
 
 
 class LLMLabAWRTrainer(LLMLabSFTTrainer):
-    """The SFT trainer with a weight for each row, scaled to mean 1 over the rows of an optimizer step.
-
-    `shares` are the effective sample sizes of the steps since the last log, as shares of their rows.
-    """
+    """The SFT trainer with a weight for each row, scaled to mean 1 over the rows of an optimizer step. `shares` are
+    the effective sample sizes of the steps since the last log, as shares of their rows."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)

@@ -1,7 +1,5 @@
-"""What RS-SFT and AWR share: samples drawn and scored in the run folder, or of an earlier run, and their rows.
-
-Which samples are trained on, and with which weights, is each stage's own business.
-"""
+"""What RS-SFT and AWR share: samples drawn and scored in the run folder, or of an earlier run, and their rows. Which
+samples are trained on, and with which weights, is each stage's own business."""
 
 import statistics
 import sys

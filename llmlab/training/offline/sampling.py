@@ -1,7 +1,5 @@
-"""Draws completions or episodes of prompts and scores them, as `data/samples.py` keeps them.
-
-What is sampled depends on seed and prompts alone: not on the number of processes, nor on where a run was killed.
-"""
+"""Draws completions or episodes of prompts and scores them, as `data/samples.py` keeps them. What is sampled depends
+on seed and prompts alone: not on the number of processes, nor on where a run was killed."""
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -41,11 +41,9 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
 
 
 def per_turn(mask: Tensor, factor: float) -> Tensor:
-    """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere.
-
-    A turn is an unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step
-    of a tool-using episode: per-token discounting would vanish over hundreds of tokens.
-    """
+    """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere. A turn is an
+    unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step of a
+    tool-using episode: per-token discounting would vanish over hundreds of tokens."""
     ends = mask * (1 - torch.nn.functional.pad(mask[:, 1:], (0, 1)))
     return torch.where(ends.bool(), factor, 1.0)
 

@@ -1,7 +1,5 @@
-"""The value function of PPO: a value head on the policy's hidden states or on a backbone of its own.
-
-What it learns from, and its loss, are in `ppo.py`; how it is saved and restored is in `critic_file.py`.
-"""
+"""The value function of PPO: a value head on the policy's hidden states or on a backbone of its own. What it learns
+from, and its loss, are in `ppo.py`; how it is saved and restored is in `critic_file.py`."""
 
 import copy
 from collections.abc import Iterator

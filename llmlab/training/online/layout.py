@@ -1,8 +1,6 @@
 """How prompts and completions are laid out for forward passes: rows of similar length together, without padding
-between, and equal prompts read once.
-
-Ids and masks are (batch, time): prompts padded on the left, completions of `new` columns on the right.
-"""
+between, and equal prompts read once. Ids and masks are (batch, time): prompts padded on the left, completions of `new`
+columns on the right."""
 
 from typing import Any, NamedTuple
 

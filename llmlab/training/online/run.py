@@ -1,7 +1,5 @@
-"""What GRPO and PPO share around their trainers: rewards, policy and reference model, prompts, the plan of a run.
-
-How rewards become advantages and a loss is each trainer's own business.
-"""
+"""What GRPO and PPO share around their trainers: rewards, policy and reference model, prompts, the plan of a run. How
+rewards become advantages and a loss is each trainer's own business."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
-"""Direct preference optimization: policy and reference model, pairs, trainer.
-
-The loop and the loss are TRL's DPOTrainer; the pairs reach it as token ids, prompts already truncated.
-"""
+"""Direct preference optimization: policy and reference model, pairs, trainer. The loop and the loss are TRL's
+DPOTrainer; the pairs reach it as token ids, prompts already truncated."""
 
 from trl import DPOConfig, DPOTrainer
 

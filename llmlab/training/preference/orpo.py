@@ -1,7 +1,5 @@
-"""Odds-ratio preference optimization: policy, pairs, trainer.
-
-The loop and the loss are TRL's ORPOTrainer, which is experimental in TRL; the pairs reach it as token ids.
-"""
+"""Odds-ratio preference optimization: policy, pairs, trainer. The loop and the loss are TRL's ORPOTrainer, which is
+experimental in TRL; the pairs reach it as token ids."""
 
 import os
 from typing import Any
@@ -25,10 +23,8 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
 class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes.
-
-    The NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs.
-    """
+    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes. The
+    NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,8 +1,6 @@
-"""Preference pairs from a model's own completions: sampled, scored by rewards, the best against the worst.
-
-Nothing is trained here: `dpo.py` and `orpo.py` train on the file.  Prompts are read by `data/chat`, rewards are
-`rewards`' business, sampling is `inference.py`.
-"""
+"""Preference pairs from a model's own completions: sampled, scored by rewards, the best against the worst. Nothing is
+trained here: `dpo.py` and `orpo.py` train on the file. Prompts are read by `data/chat`, rewards are `rewards`'
+business, sampling is `inference.py`."""
 
 import json
 import statistics
@@ -121,10 +119,8 @@ def write_pairs(report: PairsReport, path: Path) -> None:
 
 
 def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Comparison:
-    """Returns the best and the worst sample of a prompt as a pair, where rewards differ by `min_difference`.
-
-    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
-    """
+    """Returns the best and the worst sample of a prompt as a pair, where rewards differ by `min_difference`. An empty
+    completion is in no pair. A truncated one is never chosen: the chat template would end the turn there."""
     if not min_difference > 0:
         raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     no_pair = partial(Comparison, samples[0].prompt_id, list(samples), None)

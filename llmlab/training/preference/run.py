@@ -85,10 +85,8 @@ class PreferenceRun(Run[S]):
 
 
 class StepMeanLoss:
-    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step.
-
-    TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
-    """
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step. TRL averages
+    per-forward-pass means, which weights the pairs of a short last batch more."""
 
     sizes: Tensor  # what `count_pairs` returns for a forward pass, a mean over those of the update on all processes
 
