@@ -208,10 +208,9 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
     except UserError:
         raise
     except ConnectionError as error:
-        raise UserError(
-            f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
-            f"({reason_of(error)}); without a network use local files or demo/stories"
-        ) from None
+        problem = "there is no such local file or folder, and the Hugging Face hub cannot be reached"
+        advice = "without a network use local files or demo/stories"
+        raise UserError(f"{source.name}: {problem} ({reason_of(error)}); {advice}") from None
     except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
     identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}

@@ -120,10 +120,9 @@ class Rollouts(StageTrainer, RolloutSteps):
         settings, processes = run.settings, run.process.num_processes
         together = self.is_fsdp_enabled or self.is_deepspeed_enabled or settings.use_vllm
         if together and processes > 1:
-            raise UserError(
-                "environment: not supported with FSDP2, DeepSpeed or vLLM in several processes, which sample in "
-                "step while episodes end at different times; use --accelerate ddp without vLLM"
-            )
+            problem = "not supported with FSDP2, DeepSpeed or vLLM in several processes, which sample in step"
+            advice = "use --accelerate ddp without vLLM"
+            raise UserError(f"environment: {problem} while episodes end at different times; {advice}")
         self.factories = run.environments
         if settings.curriculum != "none":
             total = settings.max_steps * run.rollout.completions // run.rollout.updates
@@ -183,10 +182,8 @@ class Rollouts(StageTrainer, RolloutSteps):
     def _take(self, name: str | None) -> Any:
         if name not in self.factories:
             names = [str(other) for other in self.factories]
-            raise UserError(
-                f"environment = {name}: a row of the data names none of {', '.join(names)}"
-                f"{did_you_mean(str(name), names)}"
-            )
+            problem = f"a row of the data names none of {', '.join(names)}{did_you_mean(str(name), names)}"
+            raise UserError(f"environment = {name}: {problem}")
         return self._pool[name].pop() if self._pool[name] else self.factories[name]()
 
     def _note_episodes(self) -> None:
@@ -194,10 +191,9 @@ class Rollouts(StageTrainer, RolloutSteps):
         if not any(episode.mask for episode in self._episodes):
             longest = max(len(episode.prompt_ids) for episode in self._episodes)
             limits = f"max_new_tokens = {self.play_options['max_new_tokens']} in {self.play_options['max_length']}"
-            raise UserError(
-                f"environment: prompts of up to {longest} tokens, with the tools and the text of reset, leave no room "
-                f"for {limits} tokens (max_seq_len, or the model's context)"
-            )
+            prompts = f"prompts of up to {longest} tokens, with the tools and the text of reset"
+            room = f"no room for {limits} tokens (max_seq_len, or the model's context)"
+            raise UserError(f"environment: {prompts}, leave {room}")
         successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
         successes = [-1 if success is None else success for success in successes]
         numbers = [successes, [episode.calls for episode in self._episodes]]

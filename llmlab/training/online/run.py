@@ -66,10 +66,9 @@ class OnlineRun(RewardedRun[S]):
             self.reference, self.reference_name = load_reference(settings, self.policy)
         self.with_adapters = settings.use_lora or isinstance(self.policy.model, PeftModel)
         if self.with_adapters and self.reference is not None:
-            raise UserError(
-                f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
-                "the policy with its adapters disabled; leave it out, or set use_lora=false"
-            )
+            named = f"reference_checkpoint = {settings.reference_checkpoint}"
+            problem = "not supported with LoRA, whose reference is the policy with its adapters disabled"
+            raise UserError(f"{named}: {problem}; leave it out, or set use_lora=false")
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
         """Reads the prompts and returns the trainer; validation prompts get one completion each, and their reward is
@@ -78,10 +77,8 @@ class OnlineRun(RewardedRun[S]):
         encoder = PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit)
         rows = self.build_rows(encoder, rows_per_step=settings.batch_size / self.rollout.updates)
         if len(rows.train) < settings.batch_size:
-            raise UserError(
-                f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
-                "give more, or a smaller batch_size"
-            )
+            problem = f"there are only {len(rows.train)} prompts to train on"
+            raise UserError(f"batch_size = {settings.batch_size}: {problem}; give more, or a smaller batch_size")
         validation = rows.validation and decode_prompts(rows.validation)
         self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
         steps = settings.steps_for(len(rows.train), self.process.num_processes)
@@ -95,8 +92,8 @@ class OnlineRun(RewardedRun[S]):
         }
         options |= {"reference": self.reference, "reward_funcs": self.reward, "best_metric": "reward"}
         options |= {"arguments": arguments, "peft_config": self.policy.new_adapters(settings)}
-        policy = self.policy
-        made = self.make_trainer(trainer, config, policy.model, policy.tokenizer, self.prompts, **options)
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        made = self.make_trainer(trainer, config, model, tokenizer, self.prompts, **options)
         if self.environments:
             made.play_episodes(self)
         return made

@@ -30,10 +30,8 @@ class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrai
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if isinstance(base.get_output_embeddings(), LoraLayer):
-            raise UserError(
-                "policy_checkpoint: its adapter has LoRA weights of the output head, which ORPO's loss does not "
-                "support; merge it first: llmlab merge"
-            )
+            problem = "its adapter has LoRA weights of the output head, which ORPO's loss does not support"
+            raise UserError(f"policy_checkpoint: {problem}; merge it first: llmlab merge")
         add_fused_lm_head(base, outputs=("log_probs", "mean_logits"))
         if self.eval_dataset is not None:
             masks = self.eval_dataset["chosen_attention_mask"]

@@ -111,10 +111,9 @@ def summarize(comparisons: Iterable[Comparison], unusable: Counter[str]) -> Pair
 def write_pairs(report: PairsReport, path: Path) -> None:
     """Writes the pairs as JSON lines, which `llmlab dpo` and `llmlab data check` read."""
     if not report.pairs:
-        raise UserError(
-            f"{path}: not written, since none of the {report.prompts:,} prompts gave a pair "
-            f"({_reasons(report.without)}); sample more completions, or with a higher temperature"
-        )
+        why = f"none of the {report.prompts:,} prompts gave a pair ({_reasons(report.without)})"
+        advice = "sample more completions, or with a higher temperature"
+        raise UserError(f"{path}: not written, since {why}; {advice}")
     write_atomically(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in report.pairs))
 
 
