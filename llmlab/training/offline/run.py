@@ -122,10 +122,7 @@ class OfflineRun(RewardedRun[S]):
         for first in track(rounds, len(rounds), "Sampling") if process.is_main_process else rounds:
             mine = batches[first : first + count][process.process_index :][:1]
             for batch in mine:
-                sampling.seed_batch(batch, settings.seed)
-                fill(batch)
-                for group in group_samples(batch):
-                    sampling.score_samples(group, reward)
+                sampling.draw(batch, fill, reward, settings.seed)
             for group in group_samples(gather_object([each for batch in mine for each in batch])):
                 for each in group:
                     each.validation = each.prompt_id >= training

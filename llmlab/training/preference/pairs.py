@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.messages import Row
-from llmlab.data.samples import Prompt, Sample, group_samples
+from llmlab.data.samples import Prompt, Sample
 from llmlab.data.sources import Tally
 from llmlab.inference import Model, context_length, encode_prompt, end_tokens, generate_tokens
 from llmlab.rewards.compose import ComposedReward
@@ -22,7 +22,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
-from llmlab.training.offline.sampling import complete, make_batches, score_samples, seed_batch
+from llmlab.training.offline.sampling import complete, draw, make_batches
 
 
 class Comparison(NamedTuple):
@@ -83,11 +83,9 @@ def sample_pairs(
         else:
             yield Comparison(number, [], None, f"longer than the model's context of {context:,} tokens")
     sample = partial(generate_tokens, model, tokenizer, sampling=sampling)
+    fill = partial(complete, sample=sample, tokenizer=tokenizer, ends=end_tokens(model, tokenizer))
     for batch in make_batches(tokenizer, fitting, num_samples):
-        seed_batch(batch, seed)
-        complete(batch, sample, tokenizer, end_tokens(model, tokenizer))
-        for samples in group_samples(batch):
-            score_samples(samples, reward)
+        for samples in draw(batch, fill, reward, seed):
             yield compare(samples, min_difference)
 
 
