@@ -20,6 +20,9 @@ from llmlab.settings.paths import expand
 
 BLOCK = 4 << 20  # bytes
 
+Cached = tuple[Any, bool]
+"""What is cached of a source, and whether it is all there is."""
+
 
 def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
     """Returns the folder of what is decided by a key of plain values."""
@@ -29,14 +32,10 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
 
 
 def open_cached(
-    folder: Path,
-    name: str,
-    least: int | None,
-    read: Callable[[Path], tuple[Any, bool]],
-    write: Callable[[Any], tuple[Any, bool]],
-) -> tuple[Any, bool]:
-    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is. Damaged
-    files, for which `read` raises, are removed; `write` extends what `read` returned, or None."""
+    folder: Path, name: str, least: int | None, read: Callable[[Path], Cached], write: Callable[[Any], Cached]
+) -> Cached:
+    """Returns at least so much of a source (None: all) from its cache folder. Damaged files, for which `read` raises,
+    are removed; `write` extends what `read` returned, or None."""
     content, whole = None, False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -116,26 +116,20 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
     tokenizer, model = run.load_model()
     size = measure(model.config)
     corpus = run.build_corpus(tokenizer, sequence)
-    trainer = run.make_trainer(
-        PretrainTrainer,
-        TrainingArguments,
-        model,
-        tokenizer,
-        corpus,
-        arguments={
-            "per_device_eval_batch_size": settings.batch_size,
-            "train_sampling_strategy": "sequential",  # rows are already in mixture order
-            "ignore_data_skip": settings.streaming,  # streams restore their own position
-            "remove_unused_columns": False,
-            "prediction_loss_only": True,
-        },
-        progress={
-            "tokens_per_step": run.batch.rows * sequence,
-            "flops_per_token": size.training_flops_per_token(sequence),
-            "peak_flops": run.hardware.peak_flops and run.hardware.peak_flops * processes,
-        },
-        data_collator=stack_rows,
-    )
+    arguments = {
+        "per_device_eval_batch_size": settings.batch_size,
+        "train_sampling_strategy": "sequential",  # rows are already in mixture order
+        "ignore_data_skip": settings.streaming,  # streams restore their own position
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+    }
+    progress = {
+        "tokens_per_step": run.batch.rows * sequence,
+        "flops_per_token": size.training_flops_per_token(sequence),
+        "peak_flops": run.hardware.peak_flops and run.hardware.peak_flops * processes,
+    }
+    options = {"arguments": arguments, "progress": progress, "data_collator": stack_rows}
+    trainer = run.make_trainer(PretrainTrainer, TrainingArguments, model, tokenizer, corpus, **options)
     if corpus.validation is not None:
         trainer.origins = corpus.validation.origins
     callbacks: list[TrainerCallback] = [StageMetrics()]

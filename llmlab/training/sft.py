@@ -65,20 +65,15 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     packed = max(1, length // SHORT_CONVERSATION) if settings.packing else 1
     data = run.build_rows(encoder, rows_per_step=rows_per_step * packed)
     shuffles = settings.trainer_args.get("shuffle_dataset", False)
-    trainer = run.make_trainer(
-        LLMLabSFTTrainer,
-        SFTConfig,
-        policy.model,
-        policy.tokenizer,
-        data,
-        arguments={
-            "per_device_eval_batch_size": settings.batch_size,
-            "prediction_loss_only": True,
-            "max_length": length,
-            "dataset_kwargs": {"skip_prepare_dataset": not (settings.packing or shuffles)},  # rows are checked
-            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-        },
-    )
+    arguments = {
+        "per_device_eval_batch_size": settings.batch_size,
+        "prediction_loss_only": True,
+        "max_length": length,
+        "dataset_kwargs": {"skip_prepare_dataset": not (settings.packing or shuffles)},  # rows are checked
+        **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+    }
+    model, tokenizer = policy.model, policy.tokenizer
+    trainer = run.make_trainer(LLMLabSFTTrainer, SFTConfig, model, tokenizer, data, arguments=arguments)
     trainer.origins = data.origins
     rows = len(trainer.train_dataset)
     flattened = settings.packing and "flash" in policy.model.config._attn_implementation
@@ -90,11 +85,6 @@ def sft(run: Run[SFTSettings]) -> RunResult:
         trainer.data_collator = partial(collate_packed, collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
-    return run.train_rows(
-        trainer,
-        policy,
-        data,
-        batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
-        plan=[("trained on", TRAINED_ON[settings.loss_on])],
-        callbacks=[StageMetrics()],
-    )
+    batch = f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"
+    plan = [("trained on", TRAINED_ON[settings.loss_on])]
+    return run.train_rows(trainer, policy, data, batch=batch, plan=plan, callbacks=[StageMetrics()])

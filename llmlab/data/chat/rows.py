@@ -5,7 +5,7 @@ source; a shorter cache is a prefix of a longer one, so the result never depends
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, List, Value, interleave_datasets
+from pyarrow.compute import list_value_length
 from tqdm.auto import tqdm
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
@@ -249,11 +250,7 @@ class _Builder(NamedTuple):
 
 
 def open_rows(
-    source: ConversationSource,
-    folder: Path,
-    at_most: int | None,
-    render: Callable[[list[str]], pyarrow.Table],
-    num_proc: int | None = 1,
+    source: ConversationSource, folder: Path, at_most: int | None, render: "_MakeRows", num_proc: int | None = 1
 ) -> tuple[Dataset, bool]:
     """Returns the rows of a source (None: all) as `render` makes them of JSON text, and whether it has no more."""
 
@@ -314,14 +311,12 @@ class _MakeRows:
 
 def row_lengths(rows: Any) -> tuple[float, int] | None:
     """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
-    import pyarrow.compute as pc
-
     names = [name for name in getattr(rows, "column_names", None) or () if name in LENGTHS_OF]
     if not names:
         return None
     some = rows.select(range(0, len(rows), len(rows) // COUNTED_ROWS + 1)).select_columns(names).with_format("arrow")
     tables = list(some.iter(batch_size=1000))
-    tokens = {name: np.concatenate([pc.list_value_length(table[name]) for table in tables]) for name in names}
+    tokens = {name: np.concatenate([list_value_length(table[name]) for table in tables]) for name in names}
     if "input_ids" in tokens:
         return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
     if "chosen_ids" not in tokens:

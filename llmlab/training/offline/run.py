@@ -112,9 +112,8 @@ class OfflineRun(RewardedRun[S]):
             if process.is_main_process and here:
                 store.write_samples(self.path, samples)
         done = {each.prompt_id for each in samples}
-        batches = sampling.make_batches(
-            self.policy.tokenizer, prompts, settings.num_samples_per_prompt, settings.sampling_batch_size
-        )
+        counts = settings.num_samples_per_prompt, settings.sampling_batch_size
+        batches = sampling.make_batches(self.policy.tokenizer, prompts, *counts)
         batches = [batch for batch in batches if any(each.prompt_id not in done for each in batch)]
         self.console.print(f"sampling for {len(prompts) - len(done):,} prompts into {safe(self.path)}", soft_wrap=True)
         mode, rounds = model.training, range(0, len(batches), count)

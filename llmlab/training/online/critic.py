@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from llmlab.inference import Model
 from llmlab.runs._trl import gather, scatter
 
 FILE = "critic.safetensors"
@@ -26,14 +26,7 @@ class Critic(nn.Module):
     backbone and head (`score`) of the classifier `scorer`.
     """
 
-    def __init__(
-        self,
-        policy: PreTrainedModel | PeftModel,
-        *,
-        separate: bool,
-        scorer: PreTrainedModel | PeftModel | None = None,
-        shares_frozen: bool = True,
-    ):
+    def __init__(self, policy: Model, *, separate: bool, scorer: Model | None = None, shares_frozen: bool = True):
         super().__init__()
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self.backbone = None

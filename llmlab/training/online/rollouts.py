@@ -148,10 +148,11 @@ class Rollouts(StageTrainer, RolloutSteps):
         training = self.model.training
         level = {"difficulty": self.curriculum.level} if self.curriculum is not None and training else {}
         names = [None if None in self.factories else row.get("environment") for row in self.rows]
-        tasks = [
-            Task(self._take(name), row["prompt"], row | level, seed)
-            for name, row, seed in zip(names, self.rows, map(self._seed, self.rows), strict=True)
-        ]
+        rollout, tasks = self._step if training else 0, []
+        for name, row in zip(names, self.rows, strict=True):
+            # of the whole group, another one in the next rollout
+            seed = crc32(f"{self.args.seed} {rollout} {row}".encode(errors="replace"))
+            tasks.append(Task(self._take(name), row["prompt"], row | level, seed))
 
         def sample(rows: list[list[int]]) -> list[list[int]]:
             sampled, log_probs = self._generate_single_turn(rows, None, {}, 1)
@@ -173,11 +174,6 @@ class Rollouts(StageTrainer, RolloutSteps):
             "logprobs": [_log_probs(episode, known) for episode in self._episodes] if known else None,
             "env_mask": [episode.mask or [0] for episode in self._episodes],
         }
-
-    def _seed(self, row: dict[str, Any]) -> int:
-        """Returns the seed of a row's environments: that of the whole group, another one in the next rollout."""
-        rollout = self._step if self.model.training else 0
-        return crc32(f"{self.args.seed} {rollout} {row}".encode(errors="replace"))
 
     def _take(self, name: str | None) -> Any:
         if name not in self.factories:

@@ -122,19 +122,15 @@ class OnlineRun(RewardedRun[S]):
         weights = {name: part.weight for name, part in self.reward.components.items()}
         shares = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
         passes = f"{settings.ppo_epochs} passes, {rollout.per_update} completions a step"
-        return self.train(
-            trainer,
-            steps=settings.max_steps,
-            plan=[
-                *self.policy.rows(trainer.model),
-                ("reference", self.reference_name),
-                *plan,
-                ("data", prompts.summary()),
-                ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
-                ("rollout", f"{settings.batch_size} prompts, {rollout.completions} {what}; {sampling}"),
-                ("steps", f"{settings.max_steps:,}: {rollout.updates} for each rollout ({passes})"),
-            ],
-            parents=[*self.policy.parents, *parents],
-            data={**prompts.record(), "rewards": weights},
-            callbacks=[*callbacks, OnlineMetrics()],
-        )
+        plan = [
+            *self.policy.rows(trainer.model),
+            ("reference", self.reference_name),
+            *plan,
+            ("data", prompts.summary()),
+            ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
+            ("rollout", f"{settings.batch_size} prompts, {rollout.completions} {what}; {sampling}"),
+            ("steps", f"{settings.max_steps:,}: {rollout.updates} for each rollout ({passes})"),
+        ]
+        options = {"parents": [*self.policy.parents, *parents], "callbacks": [*callbacks, OnlineMetrics()]}
+        data = {**prompts.record(), "rewards": weights}
+        return self.train(trainer, steps=settings.max_steps, plan=plan, data=data, **options)

@@ -33,13 +33,6 @@ def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:
     """
     policy = run.load_policy(attach=False)
     reference, description = load_reference(run.settings, policy)
-    return run.train_pairs(
-        LLMLabDPOTrainer,
-        DPOConfig,
-        policy,
-        run.read_pairs(policy),
-        plan=[("reference", description)],
-        beta=run.settings.beta,
-        ref_model=reference,
-        peft_config=policy.new_adapters(run.settings),
-    )
+    options = {"plan": [("reference", description)], "beta": run.settings.beta}
+    models = {"ref_model": reference, "peft_config": policy.new_adapters(run.settings)}
+    return run.train_pairs(LLMLabDPOTrainer, DPOConfig, policy, run.read_pairs(policy), **options, **models)

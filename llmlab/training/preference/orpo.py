@@ -79,11 +79,6 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     policy = run.load_policy()
     data = run.read_pairs(policy)
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
-    return run.train_pairs(
-        LLMLabORPOTrainer,
-        ORPOConfig,
-        policy,
-        data,
-        arguments={"remove_unused_columns": False},  # its collator needs columns that are not model inputs
-        progress={"tokens_per_step": round(tokens * run.batch.rows)},  # this trainer counts no tokens
-    )
+    arguments = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
+    progress = {"tokens_per_step": round(tokens * run.batch.rows)}  # this trainer counts no tokens
+    return run.train_pairs(LLMLabORPOTrainer, ORPOConfig, policy, data, arguments=arguments, progress=progress)

@@ -58,30 +58,18 @@ class PreferenceRun(Run[S]):
         and `options` to `make_trainer`."""
         settings, processes = self.settings, self.process.num_processes
         size, accumulation = settings.mini_batch_size, settings.accumulation(processes)
-        made = self.make_trainer(
-            trainer,
-            config,
-            policy.model,
-            policy.tokenizer,
-            data,
-            arguments={
-                "per_device_eval_batch_size": size,
-                "prediction_loss_only": True,
-                "gradient_accumulation_steps": accumulation,
-                "eval_on_start": data.validation is not None and self.checkpoint is None,
-                **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-                **(arguments or {}),
-            },
-            **options,
-        )
-        return self.train_rows(
-            made,
-            policy,
-            data,
-            batch=f"{self.batch.rows} pairs ({size} x {accumulation} x {processes})",
-            plan=plan,
-            callbacks=[PreferenceMetrics(self.progress, beta)],
-        )
+        arguments = {
+            "per_device_eval_batch_size": size,
+            "prediction_loss_only": True,
+            "gradient_accumulation_steps": accumulation,
+            "eval_on_start": data.validation is not None and self.checkpoint is None,
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+            **(arguments or {}),
+        }
+        made = self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
+        batch = f"{self.batch.rows} pairs ({size} x {accumulation} x {processes})"
+        callbacks = [PreferenceMetrics(self.progress, beta)]
+        return self.train_rows(made, policy, data, batch=batch, plan=plan, callbacks=callbacks)
 
 
 class StepMeanLoss:
