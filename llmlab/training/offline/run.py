@@ -194,20 +194,18 @@ class OfflineRun(RewardedRun[S]):
         return samples, before
 
     def _choose_rows(self, samples: list[Sample], columns: Features) -> Rows:
-        (rows, left_out), (validation, _) = (
-            self.choose([each for each in samples if each.validation is held_out]) for held_out in (False, True)
-        )
+        training, held_out = ([each for each in samples if each.validation is side] for side in (False, True))
+        (rows, left_out), (validation, _) = self.choose(training), self.choose(held_out)
         most = self.settings.max_samples or len(rows)
         if len(rows) > most:
             left_out["more than max_samples"] = len(rows) - most
             rows = [rows[k] for k in np.random.default_rng(self.settings.seed).permutation(len(rows))[:most]]
         if not rows:
-            raise UserError(self._explain([each for each in samples if not each.validation], left_out))
+            raise UserError(self._explain(training, left_out))
         mean = statistics.fmean(each.reward for each, _ in rows)  # type: ignore[misc]
-        training = sum(not each.validation for each in samples)
-        self.results = {"kept_share": len(rows) / training, "kept_reward": mean}
+        self.results = {"kept_share": len(rows) / len(training), "kept_reward": mean}
         counts = {"tokens": sum(len(each.prompt_ids) + len(each.completion_ids) for each, _ in rows)}
-        report = RowsReport(self.path.name, "samples", 1.0, training, len(rows), counts, left_out)
+        report = RowsReport(self.path.name, "samples", 1.0, len(training), len(rows), counts, left_out)
         return Rows(to_dataset(rows, columns), to_dataset(validation, columns), [report])
 
     def _explain(self, samples: list[Sample], reasons: Counter[str]) -> str:

@@ -17,13 +17,6 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run
 from llmlab.runs.start import S
 
-NAMES = {  # TRL's metrics: their names here
-    "rewards/accuracies": "win_rate",
-    "rewards/margins": "margin",
-    "accuracy": "win_rate",
-    "logps/chosen": "chosen_logp",
-    "logps/rejected": "rejected_logp",
-}
 ADVICE = (
     "the log-probabilities of the chosen answers fall together with those of the rejected ones: the policy drifts "
     "away from both; lower learning_rate, raise beta, or fine-tune on the chosen answers first (llmlab sft)"
@@ -112,7 +105,13 @@ class PreferenceMetrics(StageMetrics):
     falling: int = 0
     warned: bool = False
 
-    names = NAMES
+    names = {
+        "rewards/accuracies": "win_rate",
+        "rewards/margins": "margin",
+        "accuracy": "win_rate",
+        "logps/chosen": "chosen_logp",
+        "logps/rejected": "rejected_logp",
+    }
 
     def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
@@ -122,13 +121,11 @@ class PreferenceMetrics(StageMetrics):
             logs[f"{prefix}kl"] = both / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
-        if not prefix and "chosen_logp" in logs:
-            self._watch((logs["chosen_logp"], logs["rejected_logp"]))
-
-    def _watch(self, now: tuple[float, float]) -> None:
-        """Warns once when both log-probabilities stay at least 5 % below where they began."""
-        if self.first is None:
-            self.first = now
+        if prefix or "chosen_logp" not in logs:
+            return
+        now = logs["chosen_logp"], logs["rejected_logp"]
+        self.first = self.first or now
+        # at least 5 % below where they began
         falls = all(value < start - 0.05 * abs(start) for value, start in zip(now, self.first, strict=True))
         self.falling = self.falling + 1 if falls else 0
         if self.falling >= self.patience and not self.warned:
