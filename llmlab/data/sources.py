@@ -113,10 +113,8 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
     found = load_rows(source, "text", streaming=streaming)
     column = choose_column(source, found.first())
-    values = {**vars(found), "column": column}
-    if found.select is not None:  # only demo corpora have no other columns
-        values |= {"rows": found.select(column), "identity": {**found.identity, "column": column}}
-    return TextSource(**values)
+    values = {"rows": found.select(column), "identity": {**found.identity, "column": column}}
+    return TextSource(**{**vars(found), **values}, column=column)
 
 
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
@@ -138,8 +136,8 @@ def _find_demo(source: DataSource) -> RowSource:
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    size = sum(shard.size for shard in shards)
-    return RowSource(name=source.name, rows=rows, identity=identity, splits=demo.SPLITS, size=size)
+    known = {"identity": identity, "splits": demo.SPLITS, "size": sum(shard.size for shard in shards)}
+    return RowSource(name=source.name, rows=rows, select=lambda column: rows, **known)
 
 
 def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:

@@ -160,9 +160,8 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
     raise UserError(f"{where}: {problem}; expected one of: {schemas}. {closest}")
 
 
-def label_column(form: Format, rows: Iterable[Row]) -> str | None:
+def label_column(form: Format, rows: Sequence[Row]) -> str | None:
     """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
-    rows = list(rows)
     if form.name in {PLAIN_TEXT.name, *(pair.name for pair in FORMATS["preferences"])}:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
@@ -190,8 +189,8 @@ def read_row(row: Row, form: Format, use: Use) -> Row:
         if not text.strip():
             raise UnusableRow("empty")
         return {"text": text}
-    prompt = row.get("system")  # in a column of its own
-    system = [_turn("system", prompt)] if isinstance(prompt, str) and prompt.strip() else []
+    text = row.get("system")  # the system prompt in a column of its own
+    system = [_turn("system", text)] if isinstance(text, str) and text.strip() else []
     values = {"instructions": _conversation, "preferences": _comparison}.get(use, _prompt)(row, form, system)
     tools = parse_tools(row.get("tools"))
     if not all(isinstance(tool, dict) for tool in tools):

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.sources import Tally, TextSource, spread, take_texts
@@ -24,9 +25,6 @@ from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 VERIFIED_AT_ONCE = 256 << 20  # bytes of tokens that opening verifies, a fraction of a second
 VERSION = 3  # of this file format, and of what encoding makes of a text
@@ -62,7 +60,7 @@ class TextEncoder:
         self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextEncoder":
         """Returns the encoder of a Transformers tokenizer, which must have an eos token."""
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no eos token, which has to end documents")
