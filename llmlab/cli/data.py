@@ -60,11 +60,7 @@ def check(
 
     found = [_load(parse_source(text), limit) for text in sources]  # all of them, before the first is read
     renderer = _renderer(tokenizer, loss_on, chat_template)
-    reports = []
-    for source in found:
-        names = {"name": source.name, "form": source.form.name + (", unpaired" if source.label else "")}
-        options = {**names, "label": source.label, "renderer": renderer, "max_seq_len": max_seq_len}
-        reports.append(inspect_rows(_rows(source, limit), source.read, **options))
+    reports = [inspect_rows(source, _rows(source, limit), renderer, max_seq_len) for source in found]
     if as_json:
         return say_json({"sources": [asdict(report) for report in reports]})
     console, rows = Terminal(), []

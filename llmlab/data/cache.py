@@ -20,6 +20,9 @@ from llmlab.settings.paths import expand
 
 BLOCK = 4 << 20  # bytes
 
+Cached = tuple[Any, bool]
+"""What is cached of a source, and whether it is all there is."""
+
 
 def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
     """Returns the folder of what is decided by a key of plain values."""
@@ -29,14 +32,10 @@ def cache_folder(cache_dir: str | None, key: Any, prefix: str = "") -> Path:
 
 
 def open_cached(
-    folder: Path,
-    name: str,
-    least: int | None,
-    read: Callable[[Path], tuple[Any, bool]],
-    write: Callable[[Any], tuple[Any, bool]],
-) -> tuple[Any, bool]:
-    """Returns at least so much of a source (None: all) from its cache folder, and whether it is all there is. Damaged
-    files, for which `read` raises, are removed; `write` extends what `read` returned, or None."""
+    folder: Path, name: str, least: int | None, read: Callable[[Path], Cached], write: Callable[[Any], Cached]
+) -> Cached:
+    """Returns at least so much of a source (None: all) from its cache folder. Damaged files, for which `read` raises,
+    are removed; `write` extends what `read` returned, or None."""
     content, whole = None, False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,17 +62,12 @@ class Checksums:
     """The size of a file and the CRC-32 of each of its blocks; the last one may be short."""
 
     def __init__(self, size: int = 0, sums: Iterable[int] = ()):
-        self.size = size
-        self.sums = list(sums)
+        self.size, self.sums = size, list(sums)
         self.verified: set[int] = set()  # blocks that were read and are what was written
 
-    @classmethod
-    def parse(cls, record: dict[str, Any]) -> "Checksums":
-        text = record["crc32"]
-        return cls(record["bytes"], [int(text[place : place + 8], 16) for place in range(0, len(text), 8)])
-
     def record(self) -> dict[str, Any]:
-        return {"bytes": self.size, "crc32": "".join(f"{value:08x}" for value in self.sums)}
+        """Returns the arguments that make these again, as plain values."""
+        return {"size": self.size, "sums": self.sums}
 
     def update(self, data: bytes | np.ndarray) -> None:
         begin = 0

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import pyarrow.parquet
+
 from llmlab.data import demo
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
@@ -194,9 +196,7 @@ def _read_parquet(path: Path, shard: Shard, column: str | None) -> Iterator[dict
         yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow.parquet
-
+def _parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     with reading(path, "parquet"):
         file = io.BytesIO(gzip.decompress(path.read_bytes())) if is_gzipped(path) else path
         return pyarrow.parquet.ParquetFile(file)

@@ -5,15 +5,15 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from llmlab.data.chat.conversations import as_boolean
+from llmlab.data.chat.conversations import ConversationSource, as_boolean
 from llmlab.data.chat.messages import FOLLOWERS, Message, Row, UnusableRow, is_empty
+from llmlab.data.chat.rendering import Renderer
 from llmlab.data.splits import text_hash
 
 FIRST_ROWS = 5  # row numbers kept of each finding
@@ -93,17 +93,11 @@ class DataReport:
 
 
 def inspect_rows(
-    rows: Iterable[Row],
-    read: Callable[[Row], Row],
-    *,
-    name: str,
-    form: str,
-    label: str | None = None,
-    renderer: Any = None,
-    max_seq_len: int = 1024,
+    source: ConversationSource, rows: Iterable[Row], renderer: Renderer | None = None, max_seq_len: int = 1024
 ) -> DataReport:
-    """Reads every row once; `read` and the `Renderer`, with which tokens are counted too, may raise UnusableRow."""
-    report = DataReport(name, form)
+    """Reads these rows of a source once; with a renderer their tokens are counted too."""
+    label = source.label
+    report = DataReport(source.name, source.form.name + (", unpaired" if label else ""))
     columns: dict[str, None] = {}
     alphabet: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -116,9 +110,9 @@ def inspect_rows(
         columns.update(dict.fromkeys(map(str, row)))
         if label is not None:
             labels[{True: "true", False: "false", None: "neither"}[as_boolean(row.get(label))]] += 1
-        problems, rendered = [], None
+        problems = []
         try:
-            conversation = read(row)
+            conversation = source.read(row)
             text = text_of(conversation)
             alphabet.update(text)
             characters.append(len(text))
@@ -129,17 +123,17 @@ def inspect_rows(
                 report.near_duplicates.add(number)
             seen.add(content)
             problems = turn_problems(conversation.get("messages") or [])
-            rendered = renderer.render(conversation) if renderer else None
+            if renderer is not None:
+                rendered = renderer.render(conversation)
+                tokens.append(len(rendered.input_ids))
+                trained += sum(rendered.trained)
+                if len(rendered.input_ids) > max_seq_len:
+                    truncated.add(number)
+                if not any(rendered.trained[:max_seq_len]):
+                    lost.add(number)
+                problems += filter(None, [renderer.find_problem(rendered)])
         except UnusableRow as reason:
             report.dropped.setdefault(str(reason), Finding()).add(number)
-        if rendered is not None:
-            tokens.append(len(rendered.input_ids))
-            trained += sum(rendered.trained)
-            if len(rendered.input_ids) > max_seq_len:
-                truncated.add(number)
-            if not any(rendered.trained[:max_seq_len]):
-                lost.add(number)
-            problems += filter(None, [renderer.find_problem(rendered)])
         for problem in problems:
             report.problems.setdefault(problem, Finding()).add(number)
     report.columns, report.labels = list(columns), dict(labels)

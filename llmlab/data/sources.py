@@ -10,16 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
+from datasets import DatasetBuilder, DatasetInfo, IterableDataset, concatenate_datasets
 
 from llmlab.data import demo, files
 from llmlab.data.splits import Use, choose_splits, choose_subset
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, did_you_mean, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
-
-if TYPE_CHECKING:
-    from datasets import DatasetBuilder, DatasetInfo, IterableDataset
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "story", "body", "raw_content", "code")
 """Columns taken for the text, in this order, where no column is named."""
@@ -55,10 +55,10 @@ class RowSource:
     """A source with all its columns."""
 
     name: str  # as the user wrote it
-    rows: "IterableDataset"  # in a fixed order, with a `state_dict` to resume from and shards to distribute
+    rows: IterableDataset  # in a fixed order, with a `state_dict` to resume from and shards to distribute
     identity: dict[str, Any]  # plain values for a cache key, which change with the content
     splits: tuple[str, ...] = ("train",)  # those there are
-    select: "Callable[[str], IterableDataset] | None" = None  # the rows with one column alone, which is faster to read
+    select: Callable[[str], IterableDataset] | None = None  # the rows with one column alone, which is faster to read
     size: int | None = None  # bytes on disk, about those of the text; None where unknown
     count: int | None = None  # rows; None where unknown
 
@@ -113,10 +113,8 @@ def load_text(source: DataSource, *, streaming: bool = False) -> TextSource:
     """Finds a text source and its text column; `streaming` reads a hub dataset without downloading it first."""
     found = load_rows(source, "text", streaming=streaming)
     column = choose_column(source, found.first())
-    values = {**vars(found), "column": column}
-    if found.select is not None:  # only demo corpora have no other columns
-        values |= {"rows": found.select(column), "identity": {**found.identity, "column": column}}
-    return TextSource(**values)
+    values = {"rows": found.select(column), "identity": {**found.identity, "column": column}}
+    return TextSource(**{**vars(found), **values}, column=column)
 
 
 def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most: int | None = None) -> RowSource:
@@ -134,19 +132,15 @@ def load_rows(source: DataSource, use: Use, *, streaming: bool = False, at_most:
 
 
 def _find_demo(source: DataSource) -> RowSource:
-    from datasets import IterableDataset
-
     split = source.split or "train"
     shards = demo.demo_shards(source.name, split=split, size=source.subset)
     rows = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards, "read": demo.read_shard})
     identity = {"demo": source.name, "size": source.subset, "split": split, "version": demo.VERSION}
-    size = sum(shard.size for shard in shards)
-    return RowSource(name=source.name, rows=rows, identity=identity, splits=demo.SPLITS, size=size)
+    known = {"identity": identity, "splits": demo.SPLITS, "size": sum(shard.size for shard in shards)}
+    return RowSource(name=source.name, rows=rows, select=lambda column: rows, **known)
 
 
 def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
-    from datasets import IterableDataset
-
     if path.is_dir() and _has_configs(path):
         with reading(f"{source.name}: README.md", "the description of a dataset"):
             described = _open_builder(str(path), source.subset, use).config.data_files or {}
@@ -179,10 +173,8 @@ def _find_local(source: DataSource, path: Path, use: Use) -> RowSource:
     return RowSource(name=source.name, rows=select(None), select=select, **known)
 
 
-def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
+def join_splits(parts: list[IterableDataset], sizes: list[int], use: Use) -> "IterableDataset | Interleaved":
     """Returns the rows of several splits: of chat data interleaved in proportion to the splits' sizes."""
-    from datasets import concatenate_datasets
-
     if len(parts) == 1:
         return parts[0]
     if use == "text":  # shuffled when it is packed
@@ -191,8 +183,6 @@ def join_splits(parts: "list[IterableDataset]", sizes: list[int], use: Use) -> "
 
 
 def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None) -> RowSource:
-    import datasets
-
     try:
         builder = _open_builder(source.name, source.subset, use)
         info = builder.info.splits or {}
@@ -216,10 +206,9 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
     except UserError:
         raise
     except ConnectionError as error:
-        raise UserError(
-            f"{source.name}: there is no such local file or folder, and the Hugging Face hub cannot be reached "
-            f"({reason_of(error)}); without a network use local files or demo/stories"
-        ) from None
+        problem = "there is no such local file or folder, and the Hugging Face hub cannot be reached"
+        advice = "without a network use local files or demo/stories"
+        raise UserError(f"{source.name}: {problem} ({reason_of(error)}); {advice}") from None
     except (OSError, ValueError) as error:  # not there, gated, no such subset, or the disk is full
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from None
     identity = {"hub": source.name, "subset": builder.config.name, "split": chosen, "content": builder.hash}
@@ -229,9 +218,7 @@ def _find_hub(source: DataSource, use: Use, streaming: bool, at_most: int | None
     return RowSource(name=source.name, rows=rows, select=lambda column: rows.select_columns([column]), **known)
 
 
-def _open_builder(name: str, subset: str | None, use: Use) -> "DatasetBuilder":
-    import datasets
-
+def _open_builder(name: str, subset: str | None, use: Use) -> DatasetBuilder:
     try:
         return datasets.load_dataset_builder(name, subset)
     except ValueError:  # several subsets, none of them the default
@@ -249,10 +236,8 @@ def _has_configs(folder: Path) -> bool:
     return False
 
 
-def _fits_disk(info: "DatasetInfo") -> bool:
+def _fits_disk(info: DatasetInfo) -> bool:
     """Whether a dataset can be downloaded, as far as its sizes are known."""
-    import datasets
-
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     while not folder.exists():
         folder = folder.parent
@@ -299,7 +284,7 @@ class Interleaved:
 
     num_shards = 1
 
-    def __init__(self, parts: "Sequence[IterableDataset]", weights: Sequence[float] | None = None):
+    def __init__(self, parts: Sequence[IterableDataset], weights: Sequence[float] | None = None):
         self.parts = list(parts)
         self.weights = list(weights or [1.0] * len(parts))
         self.load_state_dict({})
@@ -336,7 +321,7 @@ class Interleaved:
         self.states = list(state.get("states", [None] * count))  # of parts that were not read since
 
 
-def spread(rows: "IterableDataset") -> "IterableDataset | Interleaved":
+def spread(rows: IterableDataset) -> IterableDataset | Interleaved:
     """Returns the same rows in an order whose prefixes have rows of all parts of the source, not of its first file."""
     count = min(PARTS, rows.num_shards)
     return rows if count == 1 else Interleaved([rows.shard(count, index) for index in range(count)])

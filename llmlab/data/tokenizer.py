@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError, reading, reason_of
 from llmlab.settings.paths import expand, is_local, missing
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 EOS, BOS, END_OF_TURN, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -61,7 +62,6 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
 def _load_tokenizer_json(path: Path) -> "PreTrainedTokenizerFast":
     """Loads a tokenizer.json that has no configuration beside it, and guesses which tokens are eos and padding."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     with reading(path, "a tokenizer.json"):
@@ -121,9 +121,7 @@ def learn_bpe(
     return tokenizer
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def _train_bpe(texts: Iterator[str], vocab_size: int, show_progress: bool) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -111,8 +111,7 @@ class Rehearsal:
     def build_corpus(self, tokenizer: PreTrainedTokenizerBase, sequence: int) -> Any:
         count = 4 * self.settings.batch_size * self.settings.gradient_accumulation_steps  # type: ignore[has-type]
         rows = Dataset.from_dict({name: [[3] * sequence] * count for name in ("input_ids", "labels")})
-        report = SimpleNamespace(unigram_entropy=None, record=dict, summary=str)
-        return SimpleNamespace(train=rows, validation=None, report=report)
+        return SimpleNamespace(train=rows, validation=None, unigram_entropy=None, record=dict, summary=str)
 
     def compose_rewards(self, rewards: Any) -> Any:
         from llmlab.rewards.compose import compose

@@ -99,7 +99,8 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     notes: list[str] = []
     probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
-    tied_head = _tied_head(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied_head = head if head is not None and head.weight is embedding.weight else None
     wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
     if tied_head is not None:  # merging in place would change both (peft#2018); PEFT had to see them tied
         tied_head.weight = nn.Parameter(tied_head.weight.detach().clone())
@@ -187,20 +188,17 @@ def find_adapter(source: str) -> Path:
     inside = [path.parent for path in sorted(folder.glob(f"[!.]*/{ADAPTER_CONFIG}"))]
     named = [path for path in inside if checkpoints.step_of(path) is None]
     if len(named) > 1:
-        raise UserError(
-            f"{where}: it holds several adapters ({', '.join(path.name for path in named)}), and merge can't merge "
-            f"multiple adapters into one model (they'd interfere); give one of them, such as {named[0]}"
-        )
+        problem = "merge can't merge multiple adapters into one model (they'd interfere)"
+        several = f"it holds several adapters ({', '.join(path.name for path in named)})"
+        raise UserError(f"{where}: {several}, and {problem}; give one of them, such as {named[0]}")
     if inside:
         nearest = max(named or inside, key=lambda path: checkpoints.step_of(path) or 0)
         raise UserError(f"{where}: {NOT_FOUND}: not in this folder itself; did you mean {nearest}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{where}: {NOT_FOUND}: this folder has no {ADAPTER_CONFIG}; {COMPLETED}")
     merged = " (it was: its llmlab.json says so)" if read_record(folder).get("stage") == "merge" else ""
-    raise UserError(
-        f"{where}: Checkpoint doesn't have LoRA parameters: it is a whole model, which was trained without LoRA "
-        f"or is merged already{merged}; use it as it is"
-    )
+    problem = f"it is a whole model, which was trained without LoRA or is merged already{merged}"
+    raise UserError(f"{where}: Checkpoint doesn't have LoRA parameters: {problem}; use it as it is")
 
 
 def read_config(adapter: Path) -> PeftConfig:
@@ -234,10 +232,9 @@ def check_base(base: str | None, config: PeftConfig, adapter: Path, *, named: bo
     quantization = getattr(base_config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UserError(
-            f"base = {base}: its weights are stored quantized ({getattr(method, 'value', method)}), and merging into "
-            "them would lose the adapter's precision; give --base with the unquantized model"
-        )
+        problem = f"its weights are stored quantized ({getattr(method, 'value', method)})"
+        advice = "merging into them would lose the adapter's precision; give --base with the unquantized model"
+        raise UserError(f"base = {base}: {problem}, and {advice}")
     return base_config
 
 
@@ -276,12 +273,6 @@ def _fit_vocabulary(
         torch.manual_seed(0)  # the rows that no adapter holds are the same each time
         fit_vocabulary(model, tokenizer)
     return sorted(indices.union(range(rows, vocabulary)))
-
-
-def _tied_head(model: PreTrainedModel) -> nn.Module | None:
-    """Returns the output head where it shares the embedding's weights."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head if head is not None and head.weight is embedding.weight else None
 
 
 def _tie_where_equal(model: PreTrainedModel, notes: list[str]) -> None:

@@ -1,8 +1,6 @@
-"""Pretraining: tokenizer, model, packed rows, trainer.
-
-The loop is Transformers' Trainer; llmlab adds packed rows in mixture order and a chunked loss that never materializes
-all logits. Instruction data and adapters are later stages' business.
-"""
+"""Pretraining: tokenizer, model, packed rows, trainer. The loop is Transformers' Trainer; llmlab adds packed rows in
+mixture order and a chunked loss that never materializes all logits. Instruction data and adapters are later stages'
+business."""
 
 from dataclasses import replace
 from typing import Any
@@ -61,11 +59,9 @@ def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[Pretr
     tokenizer = load_tokenizer(settings.init_from or shape.tokenizer_name)
     chosen = shape.model_fields_set
     if settings.init_from:
-        beside = sorted(chosen - {"max_seq_len", "tokenizer_name"})
-        if beside:
-            raise UserError(
-                f"model.{beside[0]}: the architecture comes from init_from = {settings.init_from}; leave one out"
-            )
+        if beside := sorted(chosen - {"max_seq_len", "tokenizer_name"}):
+            where = f"the architecture comes from init_from = {settings.init_from}"
+            raise UserError(f"model.{beside[0]}: {where}; leave one out")
         config = load_config(settings.init_from)
         longest, vocabulary = config.max_position_embeddings, config.vocab_size
         if length > longest and "max_seq_len" in chosen:
@@ -76,10 +72,8 @@ def resolve_architecture(resolved: Resolved[PretrainSettings]) -> Resolved[Pretr
         vocabulary = len(tokenizer) if follows else shape.vocab_size
         changes = {"vocab_size": vocabulary}
     if vocabulary < len(tokenizer):
-        raise UserError(
-            f"vocab_size = {vocabulary}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens; "
-            f"expected at least {len(tokenizer)}"
-        )
+        problem = f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens"
+        raise UserError(f"vocab_size = {vocabulary}: {problem}; expected at least {len(tokenizer)}")
     return replace(resolved, settings=settings.model_copy(update={"model": shape.model_copy(update=changes)}))
 
 
@@ -99,10 +93,7 @@ class PretrainRun(Run[S]):
                 settings,
                 tokenizer,
                 max_seq_len=sequence,
-                rows_needed=settings.max_steps
-                * settings.batch_size
-                * settings.gradient_accumulation_steps
-                * process.num_processes,
+                rows_needed=settings.max_steps * self.batch.rows,
                 validation_rows=self.batch.validation_rows,
                 rank=process.process_index,
                 world_size=process.num_processes,
@@ -124,50 +115,35 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
     settings, processes, sequence = run.settings, run.process.num_processes, run.settings.model.max_seq_len
     tokenizer, model = run.load_model()
     size = measure(model.config)
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps  # on this process
-    tokens_per_step = rows_per_step * processes * sequence
     corpus = run.build_corpus(tokenizer, sequence)
-    trainer = run.make_trainer(
-        PretrainTrainer,
-        TrainingArguments,
-        model,
-        tokenizer,
-        corpus,
-        arguments={
-            "per_device_eval_batch_size": settings.batch_size,
-            "train_sampling_strategy": "sequential",  # rows are already in mixture order
-            "ignore_data_skip": settings.streaming,  # streams restore their own position
-            "remove_unused_columns": False,
-            "prediction_loss_only": True,
-        },
-        progress={
-            "tokens_per_step": tokens_per_step,
-            "flops_per_token": size.training_flops_per_token(sequence),
-            "peak_flops": run.hardware.peak_flops and run.hardware.peak_flops * processes,
-        },
-        data_collator=stack_rows,
-    )
+    arguments = {
+        "per_device_eval_batch_size": settings.batch_size,
+        "train_sampling_strategy": "sequential",  # rows are already in mixture order
+        "ignore_data_skip": settings.streaming,  # streams restore their own position
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+    }
+    progress = {
+        "tokens_per_step": run.batch.rows * sequence,
+        "flops_per_token": size.training_flops_per_token(sequence),
+        "peak_flops": run.hardware.peak_flops and run.hardware.peak_flops * processes,
+    }
+    options = {"arguments": arguments, "progress": progress, "data_collator": stack_rows}
+    trainer = run.make_trainer(PretrainTrainer, TrainingArguments, model, tokenizer, corpus, **options)
     if corpus.validation is not None:
         trainer.origins = corpus.validation.origins
     callbacks: list[TrainerCallback] = [StageMetrics()]
     if settings.streaming:
-        stream = corpus.train
-        callbacks.append(
-            ProcessState(
-                "stream.pt",
-                trainer,
-                run.checkpoint,
-                lambda step: stream.state_at(step * rows_per_step),
-                stream.load_state_dict,
-            )
-        )
-    entropy = corpus.report.unigram_entropy
+        stream, rows_per_step = corpus.train, run.batch.rows // processes
+        state = (lambda step: stream.state_at(step * rows_per_step), stream.load_state_dict)
+        callbacks.append(ProcessState("stream.pt", trainer, run.checkpoint, *state))
+    entropy = corpus.unigram_entropy
     return run.train(
         trainer,
         steps=settings.max_steps,
         plan=describe(run, size, corpus),
         parents=[settings.init_from or settings.model.tokenizer_name],
-        data=corpus.report.record(),
+        data=corpus.record(),
         callbacks=callbacks,
         optimizer_bytes=size.optimizer_bytes(settings.optimizer),
         fixed_length=True,
@@ -190,17 +166,12 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) 
 
 def describe(run: Run[PretrainSettings], size: ModelSize, corpus: Corpus) -> list[tuple[str, Any]]:
     """Returns the lines of the plan."""
-    settings, processes = run.settings, run.process.num_processes
-    sequence = settings.model.max_seq_len
-    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
+    settings, batch, sequence = run.settings, run.batch.rows, run.settings.model.max_seq_len
+    split = f"{settings.batch_size} x {settings.gradient_accumulation_steps} x {run.process.num_processes}"
     return [
         ("model", f"{human(size.total)} parameters ({human(size.non_embedding)} without embeddings)"),
-        ("data", corpus.report.summary()),
+        ("data", corpus.summary()),
         ("steps", f"{settings.max_steps:,}" + (f", resuming from {run.checkpoint.name}" if run.checkpoint else "")),
-        (
-            "batch",
-            f"{batch} sequences of {sequence} = {batch * sequence:,} tokens"
-            f" ({settings.batch_size} x {settings.gradient_accumulation_steps} x {processes})",
-        ),
+        ("batch", f"{batch} sequences of {sequence} = {batch * sequence:,} tokens ({split})"),
         ("tokens", human(settings.max_steps * batch * sequence)),
     ]

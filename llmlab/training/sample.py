@@ -26,11 +26,8 @@ def write_samples(settings: SampleSettings | Resolved[SampleSettings], *, consol
             model, tokenizer = load_for_inference(settings.model)
             chats = is_chat_model(settings.model, tokenizer)
             prompts = [[{"role": "user", "content": prompt}] if chats else prompt for prompt in settings.prompts]
-            completions = list(
-                generate_text(
-                    model, tokenizer, prompts, settings, num_samples=settings.num_samples, seed=settings.seed
-                )
-            )
+            options = {"num_samples": settings.num_samples, "seed": settings.seed}
+            completions = list(generate_text(model, tokenizer, prompts, settings, **options))
         rows = []
         for prompt, samples in zip(settings.prompts, completions, strict=True):
             for completion in samples:

@@ -1,7 +1,5 @@
-"""Supervised fine-tuning: policy, instruction data, trainer.
-
-The loop and the loss are TRL's SFTTrainer; rows arrive as token ids and labels, already checked.
-"""
+"""Supervised fine-tuning: policy, instruction data, trainer. The loop and the loss are TRL's SFTTrainer; rows arrive
+as token ids and labels, already checked."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,10 +36,8 @@ class LLMLabSFTTrainer(TokenMeanEvaluation, StageTrainer, SFTTrainer):
 def collate_packed(
     collator: DataCollatorForLanguageModeling, examples: list[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Collates packed rows as a batch, (rows, time), without predictions across conversations.
-
-    TRL's padding-free batches concatenate all rows, which only flash attention handles in linear time.
-    """
+    """Collates packed rows as a batch, (rows, time), without predictions across conversations. TRL's padding-free
+    batches concatenate all rows, which only flash attention handles in linear time."""
     batch = collator(examples)
     batch["labels"][batch["position_ids"] == 0] = -100
     del batch["attention_mask"]  # without it models see the boundaries in position_ids
@@ -65,49 +61,30 @@ def sft(run: Run[SFTSettings]) -> RunResult:
     policy = run.load_policy()
     length = policy.cap_length(settings.max_seq_len)
     rows_per_step = run.batch.rows
-    data = run.build_rows(
-        InstructionEncoder(
-            policy.tokenizer,
-            max_seq_len=length,
-            loss_on=settings.loss_on,
-            stops=policy.stops,
-            only_label=settings.only_label,
-        ),
-        rows_per_step=rows_per_step * max(1, length // SHORT_CONVERSATION) if settings.packing else rows_per_step,
-    )
+    encoder = InstructionEncoder(policy.tokenizer, length, settings.loss_on, policy.stops, settings.only_label)
+    packed = max(1, length // SHORT_CONVERSATION) if settings.packing else 1
+    data = run.build_rows(encoder, rows_per_step=rows_per_step * packed)
     shuffles = settings.trainer_args.get("shuffle_dataset", False)
-    trainer = run.make_trainer(
-        LLMLabSFTTrainer,
-        SFTConfig,
-        policy.model,
-        policy.tokenizer,
-        data,
-        arguments={
-            "per_device_eval_batch_size": settings.batch_size,
-            "prediction_loss_only": True,
-            "max_length": length,
-            "dataset_kwargs": {"skip_prepare_dataset": not (settings.packing or shuffles)},  # rows are checked
-            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-        },
-    )
+    arguments = {
+        "per_device_eval_batch_size": settings.batch_size,
+        "prediction_loss_only": True,
+        "max_length": length,
+        "dataset_kwargs": {"skip_prepare_dataset": not (settings.packing or shuffles)},  # rows are checked
+        **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+    }
+    model, tokenizer = policy.model, policy.tokenizer
+    trainer = run.make_trainer(LLMLabSFTTrainer, SFTConfig, model, tokenizer, data, arguments=arguments)
     trainer.origins = data.origins
     rows = len(trainer.train_dataset)
     flattened = settings.packing and "flash" in policy.model.config._attn_implementation
     if flattened and settings.auto_batch:
-        raise UserError(
-            "auto_batch = true: not supported with packing under flash attention, whose batches are one long row; "
-            "set packing=false or attn_implementation=sdpa"
-        )
+        problem = "not supported with packing under flash attention, whose batches are one long row"
+        raise UserError(f"auto_batch = true: {problem}; set packing=false or attn_implementation=sdpa")
     if settings.packing and not flattened:
         collator = replace(trainer.data_collator, padding_free=False, return_position_ids=True)
         trainer.data_collator = partial(collate_packed, collator)
         # SFTTrainer counts tokens of flattened batches only
         run.progress.tokens_per_step = round(sum(map(len, trainer.train_dataset["input_ids"])) / rows * rows_per_step)
-    return run.train_rows(
-        trainer,
-        policy,
-        data,
-        batch=f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}",
-        plan=[("trained on", TRAINED_ON[settings.loss_on])],
-        callbacks=[StageMetrics()],
-    )
+    batch = f"{rows_per_step} rows of up to {length} tokens{', packed' * settings.packing}"
+    plan = [("trained on", TRAINED_ON[settings.loss_on])]
+    return run.train_rows(trainer, policy, data, batch=batch, plan=plan, callbacks=[StageMetrics()])

@@ -27,13 +27,8 @@ def train_tokenizer(
     settings = resolved.settings
     console = console or Terminal()
     with checkpoints.claim(settings.output_dir) as folder:
-        tokenizer = learn_bpe(
-            settings.datasets,
-            settings.vocab_size,
-            folder,
-            max_bytes=settings.max_bytes,
-            show_progress=console.is_terminal,
-        )
+        options = {"max_bytes": settings.max_bytes, "show_progress": console.is_terminal}
+        tokenizer = learn_bpe(settings.datasets, settings.vocab_size, folder, **options)
         metrics = {"vocab_size": len(tokenizer)}
         result = record_result(folder, stage="tokenizer", resolved=resolved, parents=[], metrics=metrics)
     saved = f"[green]saved[/green] {escape(str(folder))}  {len(tokenizer):,} entries"

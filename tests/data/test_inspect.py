@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.data.chat.conversations import recognize, to_messages
+from llmlab.data.chat.conversations import ConversationSource, recognize
 from llmlab.data.chat.messages import UnusableRow
 from llmlab.data.inspect import BINS, Finding, Lengths, NearDuplicates, inspect_rows, scripts_of, turn_problems
 
@@ -25,7 +25,8 @@ def messages(*roles):
 
 def report_of(rows, **options):
     form = recognize(rows[0], "toy")
-    return inspect_rows(rows, lambda row: to_messages(row, form), name="toy", form=form.name, **options)
+    source = ConversationSource(name="toy", rows=rows, identity={}, form=form, use="instructions")
+    return inspect_rows(source, rows, **options)
 
 
 def qa(question, answer="Yes."):
@@ -194,7 +195,7 @@ def test_calls_are_text_and_content():
 
 
 def test_no_rows():
-    report = inspect_rows([], dict, name="nothing", form="messages", renderer=dict)
+    report = inspect_rows(SimpleNamespace(name="nothing", form=SimpleNamespace(name="messages"), label=None), [], dict)
     assert (report.rows, report.characters, report.tokens, report.scripts) == (0, None, None, {})
 
 
@@ -204,8 +205,7 @@ def test_any_order_of_turns_is_reported(conversations):
     def read(row):
         return {"messages": row["messages"], "tools": None}
 
-    report = inspect_rows(
-        [{"messages": messages(*roles)} for roles in conversations], read, name="toy", form="messages"
-    )
+    source = SimpleNamespace(name="toy", form=SimpleNamespace(name="messages"), label=None, read=read)
+    report = inspect_rows(source, [{"messages": messages(*roles)} for roles in conversations])
     assert report.usable == len(conversations)
     assert all(0 < finding.rows <= len(conversations) for finding in report.problems.values())

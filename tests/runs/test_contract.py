@@ -13,7 +13,7 @@ from trl.experimental.orpo import ORPOTrainer
 from llmlab.runs import _trl
 from llmlab.runs.ledger import LOGPROB_CHUNK
 from llmlab.training.online import _trl as online
-from llmlab.training.online import episodes, passes, ppo, recovery
+from llmlab.training.online import passes, ppo, rollouts
 
 PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serves, its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
@@ -43,7 +43,7 @@ PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serv
     # parameters without memory cannot be replaced in place
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
-ONLINE = (online, passes, recovery, episodes, ppo)
+ONLINE = (online, passes, rollouts, ppo)
 TABLES = {_trl: PRIVATE_NAMES, **dict.fromkeys(ONLINE, online.PRIVATE_NAMES)}
 
 

@@ -11,7 +11,7 @@ from llmlab.optim.sophia import Sophia
 from llmlab.runs.record import read_metrics
 from llmlab.settings.optimizer import OptimizerSettings
 from llmlab.stages import STAGES
-from llmlab.training.online.critic_file import FILE
+from llmlab.training.online.critic import FILE
 
 OPTIMIZERS = ["adamw", "adafactor", "lion", "sophia", "muon"]
 KINDS = {  # name: stage, and what makes it that

@@ -37,8 +37,12 @@ class Format:
     """Columns that identify a format of chat data, beside `system` and `tools`, and how a row's turns are read."""
 
     name: str
+    reader: str  # of `READERS`
     columns: tuple[str, ...]
-    read: Callable[[Row], list[Message]]
+
+    def turns(self, row: Row) -> list[Message]:
+        """Returns the turns of a row."""
+        return READERS[self.reader](row, *self.columns)
 
 
 def _turn(role: str, content: Any) -> Message:
@@ -117,21 +121,11 @@ READERS: dict[str, Callable[..., list[Message]]] = {  # of a row, given the colu
 }
 
 
-def _format(name: str, reader: str, *columns: str) -> Format:
-    """Returns the format that these columns identify, its rows' turns read in this way."""
-    return Format(name, columns, lambda row: READERS[reader](row, *columns))
-
-
-def plain_text(column: str) -> Format:
-    """The format of rows with their text in a column; read as turns, it is the user's."""
-    return _format("plain text", "request", column)
-
-
 FORMATS = {  # of each use, in the order in which they are tried
-    use: tuple(_format(name, *read) for name, read in formats.items())
+    use: tuple(Format(name, reader, tuple(columns)) for name, (reader, *columns) in formats.items())
     for use, formats in read_table("llmlab.data.chat", "formats").items()
 }
-PLAIN_TEXT = FORMATS["instructions"][-1]
+PLAIN_TEXT = FORMATS["instructions"][-1]  # read as turns, it is the user's
 FORMATS["prompts or text"] = (*FORMATS["prompts"], PLAIN_TEXT)
 KINDS = {"instructions": "instruction data", "preferences": "preference data"}
 
@@ -166,9 +160,8 @@ def recognize(columns: Iterable[str], where: str, use: Use = "instructions") -> 
     raise UserError(f"{where}: {problem}; expected one of: {schemas}. {closest}")
 
 
-def label_column(form: Format, rows: Iterable[Row]) -> str | None:
+def label_column(form: Format, rows: Sequence[Row]) -> str | None:
     """Returns the column that makes rows unpaired preferences (true or false beside a completion), if one does."""
-    rows = list(rows)
     if form.name in {PLAIN_TEXT.name, *(pair.name for pair in FORMATS["preferences"])}:
         return None
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in LABELS}
@@ -185,28 +178,39 @@ def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def to_messages(row: Row, form: Format) -> Row:
-    """Returns a row as `{"messages": [...], "tools": [...] or None}`, or as `{"text": ...}` of plain text."""
-    _check_columns(row, form)
-    if form.name == PLAIN_TEXT.name:
+def read_row(row: Row, form: Format, use: Use) -> Row:
+    """Returns a row as a conversation (`messages` and `tools`, or the `text` of plain text), as a pair (`prompt`,
+    `chosen`, `rejected` and `tools`), or as a prompt (`prompt`, `tools`, and `columns` for rewards)."""
+    for column in form.columns:
+        if row.get(column) is None:
+            raise UnusableRow(f"without '{column}'")
+    if use == "instructions" and form.name == PLAIN_TEXT.name:
         text = text_of(row[form.columns[0]])
         if not text.strip():
             raise UnusableRow("empty")
         return {"text": text}
-    messages = _system(row) + form.read(row)
+    text = row.get("system")  # the system prompt in a column of its own
+    system = [_turn("system", text)] if isinstance(text, str) and text.strip() else []
+    values = {"instructions": _conversation, "preferences": _comparison}.get(use, _prompt)(row, form, system)
+    tools = parse_tools(row.get("tools"))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("expected tools as JSON schemas")
+    return values | {"tools": tools or None}
+
+
+def _conversation(row: Row, form: Format, system: list[Message]) -> Row:
+    messages = system + form.turns(row)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise UnusableRow("no turn of the assistant")
     if all(map(is_empty, answers)):
         raise UnusableRow("every assistant turn is empty")
-    return {"messages": messages, "tools": _tools(row)}
+    return {"messages": messages}
 
 
-def to_pair(row: Row, form: Format) -> Row:
-    """Returns a row as `{"prompt": [...], "chosen": [...], "rejected": [...], "tools": [...] or None}`."""
-    _check_columns(row, form)
+def _comparison(row: Row, form: Format, system: list[Message]) -> Row:
     prompt, chosen, rejected = _pair(row, form.columns)
-    prompt = _system(row) + prompt
+    prompt = system + prompt
     if chosen == rejected:
         raise UnusableRow("chosen and rejected are the same")
     for side in (chosen, rejected):
@@ -216,19 +220,17 @@ def to_pair(row: Row, form: Format) -> Row:
             raise UnusableRow("the completion is not an assistant message")
     if not prompt:
         raise UnusableRow("an empty prompt")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": _tools(row)}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def to_prompt(row: Row, form: Format) -> Row:
-    """Returns a row as `{"prompt": [...], "tools": [...] or None, "columns": {...}}`, the columns for rewards."""
-    _check_columns(row, form)
-    prompt = _system(row) + form.read(row)
+def _prompt(row: Row, form: Format, system: list[Message]) -> Row:
+    prompt = system + form.turns(row)
     if not any(message["role"] != "system" and message["content"].strip() for message in prompt):
         raise UnusableRow("an empty prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise UnusableRow("a prompt that does not end with the user's turn")
     columns = {name: value for name, value in row.items() if name not in RESERVED}
-    return {"prompt": prompt, "tools": _tools(row), "columns": columns}
+    return {"prompt": prompt, "columns": columns}
 
 
 def transcript_messages(text: str) -> list[Message]:
@@ -241,25 +243,6 @@ def transcript_messages(text: str) -> list[Message]:
     if not messages:
         raise UnusableRow("no 'Human:' turn in the transcript")
     return messages
-
-
-def _check_columns(row: Row, form: Format) -> None:
-    for column in form.columns:
-        if row.get(column) is None:
-            raise UnusableRow(f"without '{column}'")
-
-
-def _system(row: Row) -> list[Message]:
-    """Returns the system prompt in a column of its own, as no or one message."""
-    has_text = isinstance(row.get("system"), str) and row["system"].strip()
-    return [_turn("system", row["system"])] if has_text else []
-
-
-def _tools(row: Row) -> list[dict[str, Any]] | None:
-    tools = parse_tools(row.get("tools"))
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow("expected tools as JSON schemas")
-    return tools or None
 
 
 class OtherLabel(UnusableRow):
@@ -276,15 +259,14 @@ class ConversationSource(RowSource):
     only_label: bool | None = None  # the label of the rows to use; None uses all
 
     def read(self, row: Row) -> Row:
-        """Returns a row as `to_messages`, `to_pair` or `to_prompt` does."""
+        """Returns a row as `read_row` does."""
         if self.only_label is not None and self.label is not None:
             truth = as_boolean(row.get(self.label))
             if truth is None:
                 raise UnusableRow(f"without a '{self.label}' that is true or false")
             if truth != self.only_label:
                 raise OtherLabel(f"{self.label} = {str(truth).lower()}")
-        readers = {"preferences": to_pair, "instructions": to_messages}
-        return readers.get(self.use, to_prompt)(row, self.form)
+        return read_row(row, self.form, self.use)
 
     def conversations(self, tally: Tally, limit: int | None = None) -> Iterator[Row]:
         """Yields the usable rows among the first `limit`, counting the others by reason."""
@@ -350,6 +332,6 @@ def load_conversations(
     if source.column is None or use == "preferences":
         form = recognize(columns, source.name, use)
     else:
-        form = plain_text(choose_column(source, first))
+        form = replace(PLAIN_TEXT, columns=(choose_column(source, first),))
     label = label_column(form, first) if use == "instructions" else None
     return ConversationSource(**vars(found), form=form, use=use, label=label)

@@ -1,7 +1,7 @@
 """Encoders from conversations, preference pairs and prompts to dataset rows, which `rows.py` reads and mixes."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from datasets import Dataset, Features, List, Value
@@ -19,16 +19,18 @@ IDS = List(Value("int32"))
 
 @dataclass(eq=False)
 class RowEncoder:
-    """Base class: encodes rows; `limit` names the length setting in error messages."""
+    """Base class: encodes rows. Its fields but the tokenizer are settings that decide the rows."""
 
     use: ClassVar[Use]
+    limit: ClassVar[str]  # the field that limits the length
     columns: ClassVar[Features]  # for the trainer
     counts: ClassVar[tuple[str, ...]]  # of each row whose sums are reported; `cut` is whether it was truncated
     tokenizer: PreTrainedTokenizerBase
 
-    def identify(self, limit: str, *options: Any) -> None:
-        """Notes everything that affects the rows, for the cache key."""
-        self.limit, self.identity = limit, [self.use, limit, *options]
+    @property
+    def identity(self) -> list[Any]:
+        """What decides the rows beside the tokenizer, for the cache key."""
+        return [self.use, *(getattr(self, each.name) for each in fields(self) if each.name != "tokenizer")]
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         """Opens a source; at most `at_most` rows will be read."""
@@ -43,7 +45,7 @@ class RowEncoder:
 class InstructionEncoder(RowEncoder):
     """Rows of supervised fine-tuning, truncated on the right; of unpaired preferences those with `only_label`."""
 
-    use = "instructions"
+    use, limit = "instructions", "max_seq_len"
     columns = Features({"input_ids": IDS, "labels": IDS})
     counts = ("tokens", "trained_tokens", "cut")
     max_seq_len: int
@@ -53,7 +55,6 @@ class InstructionEncoder(RowEncoder):
 
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, self.loss_on, self.stops)
-        self.identify(f"max_seq_len = {self.max_seq_len}", self.loss_on, self.renderer.stops, self.only_label)
 
     def open(self, source: DataSource, at_most: int | None = None) -> ConversationSource:
         found = super().open(source, at_most)
@@ -81,7 +82,7 @@ class InstructionEncoder(RowEncoder):
 class PreferenceEncoder(RowEncoder):
     """Rows of preference optimization: prompts truncated on the left, completions on the right."""
 
-    use = "preferences"
+    use, limit = "preferences", "max_length"
     columns = Features({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
     counts = ("tokens", "prompt_cut", "cut")
     max_length: int
@@ -90,7 +91,6 @@ class PreferenceEncoder(RowEncoder):
 
     def __post_init__(self) -> None:
         self.renderer = Renderer(self.tokenizer, "all", self.stops)
-        self.identify(f"max_length = {self.max_length}", self.max_prompt_length, self.renderer.stops)
 
     def make(self, conversation: Row) -> dict[str, Any]:
         prompt, chosen, rejected = self.renderer.render_pair(conversation)
@@ -112,20 +112,17 @@ class PreferenceEncoder(RowEncoder):
 class PromptEncoder(RowEncoder):
     """Rows of online training: a prompt as messages, and the row's other columns for rewards, both as JSON."""
 
-    use = "prompts"
+    use, limit = "prompts", "max_prompt_length"
     columns = Features({"prompt": Value("string"), "columns": Value("string")})
     counts = ("tokens",)
     max_prompt_length: int | None
-
-    def __post_init__(self) -> None:
-        self.identify(f"max_prompt_length = {self.max_prompt_length}")
 
     def make(self, conversation: Row) -> dict[str, Any]:
         tools = conversation["tools"]
         ids, prompt = encode_prompt(self.tokenizer, conversation["prompt"], tools)
         check_tools(self.tokenizer.decode(ids), prompt, tools)
         if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
-            raise UnusableRow(f"longer than {self.limit} tokens")
+            raise UnusableRow(f"longer than max_prompt_length = {self.max_prompt_length} tokens")
         columns = json.dumps(conversation["columns"] | ({"tools": tools} if tools else {}), default=str)
         return {"prompt": json.dumps(prompt), "columns": columns, "tokens": len(ids), "whole": len(ids)}
 

@@ -5,7 +5,7 @@ source; a shorter cache is a prefix of a longer one, so the result never depends
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, List, Value, interleave_datasets
+from pyarrow.compute import list_value_length
 from tqdm.auto import tqdm
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
@@ -84,12 +85,16 @@ class RowsReport:
         return f"{self.name} ({self.form}): " + ", ".join(parts)
 
 
-class HeldOut(NamedTuple):
-    """Validation rows of a source, and their numbers in it."""
+class Part(NamedTuple):
+    """Rows of one source and their numbers in it, a report on it, and the splits that it has."""
 
-    source: str
     rows: Dataset
     numbers: np.ndarray
+    report: RowsReport
+    splits: tuple[str, ...]
+
+    def select(self, chosen: np.ndarray) -> "Part":
+        return self._replace(rows=self.rows.select(chosen), numbers=self.numbers[chosen])
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,13 @@ class Rows:
     train: Dataset
     validation: Dataset | None
     reports: list[RowsReport]
-    held_out: tuple["HeldOut", ...] = ()
+    held_out: Sequence[Part] = ()
 
     def origins(self) -> Iterator[tuple[np.ndarray, str, int]]:
         """Yields the tokens of each validation row, the name of its source and its number there, from 1."""
         for part in self.held_out:
             for ids, number in zip(part.rows["input_ids"], part.numbers, strict=True):
-                yield np.array(ids), part.source, int(number) + 1
+                yield np.array(ids), part.report.name, int(number) + 1
 
     def set_epochs(self, epochs: float) -> None:
         """Sets the epochs over each source, given those over the mixture."""
@@ -139,33 +144,31 @@ def build_rows(
     builder = _Builder(settings, maker, allow_truncated)
     fraction = settings.validation_fraction if settings.validation_datasets is None else 0.0
     weights = [source.weight for source in settings.datasets]
-    parts, held_out, reports = [], [], []
+    validation_read = _rows_to_read(1.0, validation_rows, None)
+    parts, held_out = [], []
     for number, source in enumerate(settings.datasets):
         share = source.weight / sum(weights)
         needed = _rows_to_read(share / (1 - fraction), rows_needed, max_samples)
-        at_most = needed if rows_before is None else rows_before[number]
-        rows, report, splits, numbers = builder.read(source, at_most, share)
-        if fraction and "validation" in splits and source.split != "validation":
+        part = builder.read(source, needed if rows_before is None else rows_before[number], share)
+        if fraction and "validation" in part.splits and source.split != "validation":
             own_split = source.model_copy(update={"split": "validation"})
-            held_out.append(builder.read_validation(own_split, validation_rows))
+            held_out.append(builder.read(own_split, validation_read))
         elif fraction:
             limit = None if validation_rows is None else math.ceil(share * validation_rows)
-            rows, validation, chosen = _hold_out(rows, fraction, seed, limit, source.name)
-            held_out.append(HeldOut(report.name, validation, numbers[chosen]))
-        report.trained_rows = len(rows)
-        report.counts = {name: int(np.sum(rows[name][:])) for name in maker.counts}
-        parts.append(rows)
-        reports.append(report)
+            part, validation_part = _hold_out(part, fraction, seed, limit, source.name)
+            held_out.append(validation_part)
+        part.report.trained_rows = len(part.rows)
+        part.report.counts = {name: int(np.sum(part.rows[name][:])) for name in maker.counts}
+        parts.append(part)
     if settings.validation_datasets is not None:
-        held_out = [builder.read_validation(source, validation_rows) for source in settings.validation_datasets]
-    counts = [len(part.rows) for part in held_out]
-    validation = _mix([part.rows for part in held_out], counts, maker, seed) if held_out else None
+        held_out = [builder.read(source, validation_read) for source in settings.validation_datasets]
+    validation = _mix(held_out, [len(part.rows) for part in held_out], maker, seed) if held_out else None
     if validation is not None and validation_rows:
         validation = validation.select(range(min(len(validation), validation_rows)))
     train = _mix(parts, weights, maker, seed)
     if max_samples is not None and len(train) > max_samples:
         train = train.shuffle(seed=seed).select(range(max_samples))
-    return Rows(train, validation, reports, tuple(held_out))
+    return Rows(train, validation, [part.report for part in parts], held_out)
 
 
 def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None) -> int | None:
@@ -175,30 +178,26 @@ def _rows_to_read(share: float, rows_needed: int | None, max_samples: int | None
     return min((max(least, math.ceil(count + MARGIN * count)) for count, least in limits), default=None)
 
 
-def _mix(parts: list[Dataset], weights: Sequence[float], maker: RowEncoder, seed: int) -> Dataset:
+def _mix(parts: list[Part], weights: Sequence[float], maker: RowEncoder, seed: int) -> Dataset:
     """Returns the rows of several sources in these proportions, every source used whole at least once."""
-    parts = [part.select_columns(list(maker.columns)) for part in parts]
-    if len(parts) == 1:
-        return parts[0]
+    rows = [part.rows.select_columns(list(maker.columns)) for part in parts]
+    if len(rows) == 1:
+        return rows[0]
     shares = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    return interleave_datasets(rows, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def _hold_out(
-    rows: Dataset, fraction: float, seed: int, limit: int | None, name: str
-) -> tuple[Dataset, Dataset, np.ndarray]:
-    """Splits off a held-out set of about `limit` rows by a seeded hash, so that duplicates stay on one side; returns
-    the others, it, and its indices."""
-    keys = seeded_keys(np.array(rows["hash"], np.int64).view(np.uint64), seed)
+def _hold_out(part: Part, fraction: float, seed: int, limit: int | None, name: str) -> tuple[Part, Part]:
+    """Splits off a held-out set of about `limit` rows by a seeded hash, so that duplicates stay on one side."""
+    keys = seeded_keys(np.array(part.rows["hash"], np.int64).view(np.uint64), seed)
     ordered = np.sort(keys)
-    count = math.ceil(fraction * len(rows))
+    count = math.ceil(fraction * len(keys))
     held_out = keys <= ordered[count - 1]
     validates = keys <= ordered[min(count, limit or count) - 1]
     if held_out.all():
-        problem = f"its {len(rows):,} usable rows are too few to hold out validation_fraction = {fraction:g}"
+        problem = f"its {len(keys):,} usable rows are too few to hold out validation_fraction = {fraction:g}"
         raise UserError(f"{name}: {problem}; set validation_fraction=0, or name validation_datasets")
-    chosen = np.flatnonzero(validates)
-    return rows.select(np.flatnonzero(~held_out)), rows.select(chosen), chosen
+    return part.select(np.flatnonzero(~held_out)), part.select(np.flatnonzero(validates))
 
 
 class _Builder(NamedTuple):
@@ -208,15 +207,8 @@ class _Builder(NamedTuple):
     maker: RowEncoder
     allow_truncated: float
 
-    def read_validation(self, source: DataSource, rows: int | None) -> HeldOut:
-        """Returns the rows of a source that is for validation alone, of which so many are needed."""
-        found, report, _, numbers = self.read(source, _rows_to_read(1.0, rows, None))
-        return HeldOut(report.name, found, numbers)
-
-    def read(
-        self, source: DataSource, at_most: int | None, share: float = 1.0
-    ) -> tuple[Dataset, RowsReport, tuple[str, ...], np.ndarray]:
-        """Returns the usable rows of a source, its report, the splits that it has, and the rows' numbers in it."""
+    def read(self, source: DataSource, at_most: int | None, share: float = 1.0) -> Part:
+        """Returns the usable ones of at most so many rows of a source (None: all)."""
         found = self.maker.open(source, at_most)
         tokenizer = self.maker.tokenizer
         key = [VERSION, found.identity, found.form.columns, self.maker.identity]
@@ -228,7 +220,7 @@ class _Builder(NamedTuple):
         self._check(report, checks)
         unusable = (checks["dropped"] != "") | checks["lost"] | checks["left_out"]
         usable = np.flatnonzero(~unusable)
-        return rows.select(usable), report, found.splits, usable
+        return Part(rows.select(usable), usable, report, found.splits)
 
     def _check(self, report: RowsReport, checks: dict[str, np.ndarray]) -> None:
         """Completes the report, and refuses a source with too many unusable rows or with a wrong row."""
@@ -251,17 +243,14 @@ class _Builder(NamedTuple):
         if report.lost > self.allow_truncated * report.rows:
             first, fits = np.argmax(lost), f"95 % of the rows fit into {int(np.percentile(whole, 95)):,}"
             which = f"{report.lost:,} of {report.rows:,} rows have nothing left to train after truncation"
-            where = f"to {self.maker.limit}, the first is row {first + 1} with {whole[first]:,} tokens"
+            limit = f"{self.maker.limit} = {getattr(self.maker, self.maker.limit)}"
+            where = f"to {limit}, the first is row {first + 1} with {whole[first]:,} tokens"
             advice = f"{fits}, or raise allow_truncated = {self.allow_truncated:g}"
             raise UserError(f"{report.name}: {which} {where}; {advice}")
 
 
 def open_rows(
-    source: ConversationSource,
-    folder: Path,
-    at_most: int | None,
-    render: Callable[[list[str]], pyarrow.Table],
-    num_proc: int | None = 1,
+    source: ConversationSource, folder: Path, at_most: int | None, render: "_MakeRows", num_proc: int | None = 1
 ) -> tuple[Dataset, bool]:
     """Returns the rows of a source (None: all) as `render` makes them of JSON text, and whether it has no more."""
 
@@ -290,7 +279,7 @@ def open_rows(
 def _read_cache(folder: Path) -> tuple[Dataset, bool]:
     record = read_json(folder / RECORD)
     with reading(folder / RECORD, "the record of rendered rows"):
-        sums, whole = Checksums.parse(record["rows"]), record["whole"]
+        sums, whole = Checksums(**record["rows"]), record["whole"]
     sums.verify(folder / ROWS)
     return Dataset.from_file(str(folder / ROWS)), whole
 
@@ -322,14 +311,12 @@ class _MakeRows:
 
 def row_lengths(rows: Any) -> tuple[float, int] | None:
     """Returns the mean and the largest number of tokens of a dataset's rows, or None where they are not known."""
-    import pyarrow.compute as pc
-
     names = [name for name in getattr(rows, "column_names", None) or () if name in LENGTHS_OF]
     if not names:
         return None
     some = rows.select(range(0, len(rows), len(rows) // COUNTED_ROWS + 1)).select_columns(names).with_format("arrow")
     tables = list(some.iter(batch_size=1000))
-    tokens = {name: np.concatenate([pc.list_value_length(table[name]) for table in tables]) for name in names}
+    tokens = {name: np.concatenate([list_value_length(table[name]) for table in tables]) for name in names}
     if "input_ids" in tokens:
         return float(tokens["input_ids"].mean()), int(tokens["input_ids"].max())
     if "chosen_ids" not in tokens:

@@ -7,7 +7,7 @@ from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
-from llmlab.data.demo import arithmetic, chat, preferences, stories, tools
+from llmlab.data.demo import arithmetic, chat, stories, tools
 from llmlab.settings.errors import UserError, did_you_mean
 
 PREFIX = "demo/"
@@ -21,7 +21,7 @@ CHUNK_BYTES = 250_000
 CORPORA: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {  # what writes a row, and bytes where none are given
     "stories": (stories.write_row, 6_000_000),
     "chat": (chat.write_row, 2_000_000),
-    "preferences": (preferences.write_row, 2_000_000),
+    "preferences": (chat.write_pair, 2_000_000),
     "arithmetic": (arithmetic.write_row, 8_000_000),
     **{
         f"{name}/{level}" if level else name: (partial(write, difficulty=level), size)

@@ -1,8 +1,12 @@
 """Conversations in the world of the demo stories: requests that a few million parameters can learn to follow. An
-exchange is one row of `chat.yaml`: request, answer, and what every good answer contains."""
+exchange is one row of `chat.yaml`: request, answer, and what every good answer contains. And preference pairs: such an
+answer and a corrupted copy. Some rejected answers are shorter than the chosen one and some longer, so length alone
+tells nothing."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -33,7 +37,11 @@ class System(NamedTuple):
 _GRAMMAR = read_grammar("chat")
 STORY_ASKS = _GRAMMAR["story_asks"]
 _PRONOUNS = {"she", "her", "friend_them"}
-_CLAIMABLE = {*WORLD["colors"], *WORLD["numbers"], *(person["name"] for person in PEOPLE)}
+NAMES = tuple(dict.fromkeys(person["name"] for person in PEOPLE))
+_CLAIMABLE = {*WORLD["colors"], *WORLD["numbers"], *NAMES}
+
+LONGEST_STORY, LONGEST_ANSWER = 160, 24  # words of a good one; the corpus has at most 145 and 14
+_STORY_BEGINNINGS = tuple(ask.partition("{")[0].removesuffix("a ") for ask in STORY_ASKS)
 
 
 def _slots(template: str) -> list[str]:
@@ -44,47 +52,30 @@ def _named(template: str) -> tuple[str, ...]:
     return tuple(f"{{{slot}}}" for slot in dict.fromkeys(_slots(template)) if slot not in _PRONOUNS)
 
 
-def _stories(answer: str) -> tuple[Exchange, ...]:
-    return tuple(
-        Exchange(plot, ask, (answer or story["short"],), _named(ask))
-        for plot, story in _GRAMMAR["stories"].items()
-        for ask in (wording.replace("ABOUT", story["about"]) for wording in STORY_ASKS)
-    )
+def _read_groups() -> dict[str, list[Exchange]]:
+    """Returns the exchanges of each group of `chat.yaml`."""
+    groups: dict[str, list[Exchange]] = defaultdict(list)
+    for plot, story in _GRAMMAR["stories"].items():
+        answers = {"tell": "{story}", "tell_short": story["short"], "tell_to_the_end": "{tale} The end."}
+        for ask in (wording.replace("ABOUT", story["about"]) for wording in STORY_ASKS):
+            for name, answer in answers.items():
+                groups[name].append(Exchange(plot, ask, (answer,), _named(ask)))
+    endings = tuple(wording for wording in ENDING[0][1] if "{name}" in wording)
+    for plot, about in _GRAMMAR["scenes"].items():
+        for (question, answer, must), scene in product(about["questions"], about["scenes"]):
+            for ask in (f"{scene}\n\n{question}", f"{question}\n\n{scene}"):
+                groups["answer"].append(Exchange(plot, ask, (answer,), (must,), question))
+        for scene in (scene for scene in about["scenes"] if "{name}" in scene):
+            for ask in (f"Write the ending of this story. {scene}", f"How does this story end?\n\n{scene}"):
+                groups["finish"].append(Exchange(plot, ask, endings, ("{name}",), scene))
+    for name, rows in {"greet": _GRAMMAR["greetings"], **_GRAMMAR["exchanges"]}.items():
+        for plot, ask, answer, must in rows:
+            repeated = _named(answer) if name == "greet" else ()
+            groups[name].append(Exchange(plot, ask, (answer,), (*must, *repeated), ask))
+    return groups
 
 
-def _questions() -> tuple[Exchange, ...]:
-    return tuple(
-        Exchange(plot, ask, (answer,), (must,), question)
-        for plot, about in _GRAMMAR["scenes"].items()
-        for question, answer, must in about["questions"]
-        for scene in about["scenes"]
-        for ask in (f"{scene}\n\n{question}", f"{question}\n\n{scene}")
-    )
-
-
-def _endings() -> tuple[Exchange, ...]:
-    answers = tuple(wording for wording in ENDING[0][1] if "{name}" in wording)
-    return tuple(
-        Exchange(plot, ask, answers, ("{name}",), scene)
-        for plot, about in _GRAMMAR["scenes"].items()
-        for scene in about["scenes"]
-        for ask in (f"Write the ending of this story. {scene}", f"How does this story end?\n\n{scene}")
-        if "{name}" in scene
-    )
-
-
-def _direct(*rows: Sequence[Any], repeat: bool = False) -> tuple[Exchange, ...]:
-    return tuple(
-        Exchange(plot, ask, (answer,), (*must, *(_named(answer) if repeat else ())), ask)
-        for plot, ask, answer, must in rows
-    )
-
-
-GROUPS = {
-    **{"tell": _stories("{story}"), "tell_short": _stories(""), "tell_to_the_end": _stories("{tale} The end.")},
-    **{"answer": _questions(), "finish": _endings(), "greet": _direct(*_GRAMMAR["greetings"], repeat=True)},
-    **{name: _direct(*rows) for name, rows in _GRAMMAR["exchanges"].items()},
-}
+GROUPS = _read_groups()
 SYSTEMS = {
     "in_one_sentence": System("Answer in one sentence.", lambda text: len(re.findall(r"[.!?]+(?=\W|$)", text)) == 1),
     "to_the_end": System('Say "The end." at the end.', lambda answer: answer.endswith("The end.")),
@@ -146,3 +137,72 @@ def judge(system: System, exchange: Exchange, facts: Mapping[str, str]) -> Calla
 
 def _claims(text: str) -> set[str]:
     return _CLAIMABLE.intersection(re.findall(r"\w+", text))
+
+
+def break_off(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Ends in the middle of a sentence."""
+    words = answer.split()
+    count = 1 + int(random.random() * max(len(words) - 1, 1))
+    return " ".join(words[:count]).rstrip('.,!?"')
+
+
+def name_somebody_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Calls one of the people by the name of somebody who is not there."""
+    request = " ".join(message["content"] for message in prompt)
+    named = [name for name in NAMES if re.search(rf"\b{name}\b", answer)]
+    absent = [name for name in NAMES if name not in request and name not in named]
+    return re.sub(rf"\b{pick(random, named)}\b", pick(random, absent), answer) if named else answer
+
+
+def answer_something_else(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Does what another request asked for."""
+    return other
+
+
+def repeat(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Says one sentence again and again."""
+    sentences = _sentences(answer)
+    last = int(random.random() * len(sentences))
+    return " ".join(sentences[: last + 1] + [sentences[last]] * (2 + int(random.random() * 3)))
+
+
+def go_on(random: Random, prompt: Sequence[Message], answer: str, other: str) -> str:
+    """Answers, and then goes on with what nobody asked for."""
+    return f"{answer} {other}"
+
+
+FAILURES = ((25, break_off), (20, name_somebody_else), (20, answer_something_else), (20, repeat), (15, go_on))
+"""Percent of the answers; one that a failure leaves without a fault gets another."""
+
+_FAILURES_DRAWN = tuple(spoil for share, spoil in FAILURES for _ in range(share))
+
+
+def write_pair(random: Random, *, validation: bool) -> dict[str, Any]:
+    """Returns one pair; no request of the validation split is in the training split."""
+    (*prompt, answer), follows = converse(random, validation=validation)
+    while True:
+        spoil = pick(random, _FAILURES_DRAWN)
+        other = ""
+        if spoil in (answer_something_else, go_on):
+            other = write_row(random, validation=validation)["messages"][-1]["content"]
+        rejected = {"role": "assistant", "content": spoil(random, prompt, answer["content"], other)}
+        if faults([*prompt, rejected], follows):
+            return {"prompt": prompt, "chosen": [answer], "rejected": [rejected]}
+
+
+def faults(messages: Sequence[Message], follows: Callable[[str], bool]) -> tuple[str, ...]:
+    """Returns what is wrong with the last message, an answer to a request of `demo/chat` that `follows` judges."""
+    answer, request = messages[-1]["content"], messages[-2]["content"] if len(messages) > 1 else ""
+    sentences = _sentences(answer)
+    longest = LONGEST_STORY if request.startswith(_STORY_BEGINNINGS) else LONGEST_ANSWER
+    found = {
+        "does not do what was asked": not follows(answer),
+        "breaks off": not re.search(r'[.!?]"?$', answer.strip()),
+        "repeats itself": len(set(sentences)) < len(sentences),
+        "is too long": len(answer.split()) > longest,
+    }
+    return tuple(fault for fault, there in found.items() if there)
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+|(?<=[.!?]\")\s+", text.strip())

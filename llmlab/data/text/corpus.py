@@ -3,7 +3,6 @@ for map-style and streaming sources; the parts are in the modules beside this on
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ ENTROPY_ROWS = 20_000  # rows that the unigram entropy is taken over, at most
 
 @dataclass
 class SourceReport:
-    """What was read of a source."""
+    """What was read of a source of text."""
 
     name: str  # and its subset
     share: float  # of all training tokens
@@ -55,32 +54,25 @@ class SourceReport:
         return line
 
 
-@dataclass
-class CorpusReport:
-    """What went into a corpus."""
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation rows, each a dict of `input_ids` and `labels`, (max_seq_len,) int64, and a report."""
 
+    train: Mixture | RowStream
+    validation: Mixture | None
     sources: list[SourceReport]
-    validation_rows: int = 0
-    unigram_entropy: float | None = None  # nats per token of the validation rows, which a trained model beats
+    unigram_entropy: float | None  # nats per token of the validation rows, which a trained model beats
 
     def summary(self) -> str:
         """Returns one line for people."""
         sources = "; ".join(source.summary(alone=len(self.sources) == 1) for source in self.sources)
         entropy = "" if self.unigram_entropy is None else f", unigram entropy {self.unigram_entropy:.3f}"
-        return f"{sources}; validation: {self.validation_rows:,} rows{entropy}"
+        return f"{sources}; validation: {len(self.validation or ()):,} rows{entropy}"
 
     def record(self) -> dict[str, Any]:
         """Returns plain values for the run's record."""
-        return {**vars(self), "sources": [source.record() for source in self.sources]}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Training and validation rows, each a dict of `input_ids` and `labels`, (max_seq_len,) int64."""
-
-    train: Mixture | RowStream
-    validation: Mixture | None
-    report: CorpusReport
+        rows = {"validation_rows": len(self.validation or ()), "unigram_entropy": self.unigram_entropy}
+        return {"sources": [source.record() for source in self.sources], **rows}
 
 
 def build_corpus(
@@ -109,16 +101,13 @@ def build_corpus(
         train = Mixture(trains, weights, seed=seed, length=rows_needed)
         for report, epochs in zip(reports, train.epochs(), strict=True):
             report.epochs = epochs
-    if settings.validation_datasets is None:
-        validation = builder.mix(validations, weights)
-    else:
-        named = settings.validation_datasets
-        validation = builder.mix([builder.validation_rows(source) for source in named], [s.weight for s in named])
-    summary = CorpusReport(list(reports))
-    if validation is not None:
-        summary.validation_rows = len(validation)
-        summary.unigram_entropy = unigram_entropy(validation, builder.encoder.vocab_size)
-    return Corpus(train, validation, summary)
+    if named := settings.validation_datasets:
+        validations, weights = [builder.validation_rows(each) for each in named], [each.weight for each in named]
+    if validations[0] is None:  # nothing is held out
+        return Corpus(train, None, list(reports), None)
+    length = min(sum(map(len, validations)), validation_rows or sys.maxsize)
+    validation = Mixture(validations, weights, seed=seed, length=length)
+    return Corpus(train, validation, list(reports), unigram_entropy(validation, builder.encoder.vocab_size))
 
 
 @dataclass(frozen=True)
@@ -189,14 +178,6 @@ class _Builder:
         if self.settings.streaming:
             return self._first_rows(label, source)
         return PackedRows(label, open_store(source, self.encoder, self.settings), self.length)
-
-    def mix(self, parts: Sequence[PackedRows | None], weights: Sequence[float]) -> Mixture | None:
-        """Returns as many validation rows as there are in all, in the training proportions."""
-        rows = [part for part in parts if part is not None]
-        if not rows:
-            return None
-        length = min(sum(map(len, rows)), self.most_validation_rows or sys.maxsize)
-        return Mixture(rows, weights, seed=self.seed, length=length)
 
     def _first_rows(self, label: str, source: TextSource, fraction: float = 0.0) -> PackedRows:
         """Tokenizes as much of a stream as validation needs, from its start; of a fraction, its held-out documents."""

@@ -43,9 +43,7 @@ class PackedRows:
     def __init__(
         self, name: str, store: TokenStore, length: int, spans: np.ndarray | None = None, limit: int | None = None
     ):
-        self.name = name
-        self.store = store
-        self.length = length
+        self.name, self.store, self.length = name, store, length
         self.spans = np.array([[0, len(store)]]) if spans is None else spans
         self.starts = np.concatenate([[0], np.cumsum(self.spans[:, 1] - self.spans[:, 0])])  # before each span
         self.tokens = int(self.starts[-1])
@@ -212,10 +210,9 @@ START: State = {"epoch": 0, "block": 0, "row": 0, "carried": [], "position": Non
 
 
 class Block(NamedTuple):
-    """Shuffled rows (rows, length), the number of the first among the source's, and the reader's state before them."""
+    """Shuffled rows (rows, length), and the reader's state before them."""
 
     before: State
-    first: int
     rows: np.ndarray
 
 
@@ -264,7 +261,7 @@ class Reader:
         order = np.random.default_rng([self.seed, before["block"]]).permutation(count)
         self._state = {"epoch": epoch, "block": before["block"] + 1, "row": before["row"] + count}
         self._state |= {"carried": ids[count * self.length :].tolist(), "position": position}
-        return Block(before, before["row"], rows[order])
+        return Block(before, rows[order])
 
     def _take(self, epoch: int, position: State | None) -> tuple[list[str], bool]:
         """Returns the next documents of a pass over the source, and whether it ended with them."""
@@ -306,19 +303,15 @@ class RowStream(IterableDataset):
             while True:
                 source, number = self.schedule.locate(row)
                 block = blocks[source]
-                while block is None or number >= block.first + len(block.rows):
+                while block is None or number >= block.before["row"] + len(block.rows):
                     block = blocks[source] = next_blocks[source].result()
                     self._history[source].append(block.before)
                     next_blocks[source] = pool.submit(self.readers[source].read)
                 row += 1
                 self.rows = row
-                yield as_example(block.rows[number - block.first])
+                yield as_example(block.rows[number - block.before["row"]])
         finally:
             pool.shutdown()  # no reader may be repositioned while one of them reads
-
-    def state_dict(self) -> State:
-        """Returns the position after the rows yielded so far."""
-        return self.state_at(self.rows)
 
     def state_at(self, rows: int) -> State:
         """Returns the position after so many rows of training, as JSON; a data loader may have fetched some more."""

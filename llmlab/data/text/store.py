@@ -5,18 +5,18 @@ those are views (`packing.py`). A run tokenizes the beginning of a source as far
 appends to it. `meta.json` is replaced last and says how much of the other files counts; the last 256 MB are verified
 on opening, other blocks when they are first read."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.sources import Tally, TextSource, spread, take_texts
@@ -26,11 +26,8 @@ from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError, reading
 from llmlab.settings.files import read_json, write_atomically
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 VERIFIED_AT_ONCE = 256 << 20  # bytes of tokens that opening verifies, a fraction of a second
-VERSION = 2  # of this file format, and of what encoding makes of a text
+VERSION = 3  # of this file format, and of what encoding makes of a text
 BATCH_CHARACTERS = 1_000_000
 
 SMALL = 64_000_000  # bytes of a source that is read in the order of its files: every run needs about all of it
@@ -41,11 +38,10 @@ DOCUMENT = np.dtype([("tokens", np.int64), ("hash", np.uint64)])
 
 
 class EncodedBatch(NamedTuple):
-    """Ids of all documents (tokens,); length in tokens and uint64 text hash of each (documents,); characters."""
+    """Ids of all documents (tokens,); length and hash of each, (documents,) of `DOCUMENT`; characters in all."""
 
     tokens: np.ndarray
-    lengths: np.ndarray
-    hashes: np.ndarray
+    documents: np.ndarray
     characters: int
 
 
@@ -53,30 +49,25 @@ class TextEncoder:
     """Encodes documents with a serialized tokenizer; special tokens written out in a document are plain text."""
 
     def __init__(self, tokenizer: str, eos_token_id: int):
-        self.serialized = tokenizer
         self.eos_token_id = eos_token_id
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.identity = self.tokenizer.to_str(), eos_token_id  # all that decides the ids
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextEncoder":
         """Returns the encoder of a Transformers tokenizer, which must have an eos token."""
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no eos token, which has to end documents")
         return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TextEncoder, (self.serialized, self.eos_token_id)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the ids."""
-        return hashlib.sha256(f"{self.eos_token_id} {self.tokenizer.to_str()}".encode()).hexdigest()
+        return TextEncoder, self.identity
 
     def encode(self, texts: list[str]) -> EncodedBatch:
         """Encodes documents, each with the special tokens that the tokenizer adds and an eos at its end."""
@@ -84,10 +75,9 @@ class TextEncoder:
         if not self.adds_eos:
             for document in ids:
                 document.append(self.eos_token_id)
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum()))
-        hashes = np.fromiter(map(text_hash, texts), np.uint64, len(texts))
-        return EncodedBatch(tokens, lengths, hashes, sum(map(len, texts)))
+        documents = np.array([(len(each), text_hash(text)) for each, text in zip(ids, texts, strict=True)], DOCUMENT)
+        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(documents["tokens"].sum()))
+        return EncodedBatch(tokens, documents, sum(map(len, texts)))
 
 
 class TokenStore:
@@ -101,7 +91,7 @@ class TokenStore:
             self.tally.dropped.update(self.meta["dropped"])
             self.whole = self.meta["position"] is None
             self.dtype = np.dtype(self.meta["dtype"])
-            self.sums = {name: Checksums.parse(record) for name, record in self.meta["files"].items()}
+            self.sums = {name: Checksums(**record) for name, record in self.meta["files"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self.folder,)  # the map itself must not be copied to a worker
@@ -148,8 +138,7 @@ def open_store(
 ) -> TokenStore:
     """Returns at least so many tokens of a source (None: all), or of its held-out (fraction, seed) of documents."""
     identity = source.identity if held_out is None else {**source.identity, "held_out": held_out}
-    key = {"version": VERSION, "source": identity, "tokenizer": encoder.fingerprint}
-    folder = cache_folder(settings.cache_dir, key)
+    folder = cache_folder(settings.cache_dir, [VERSION, identity, encoder.identity])
 
     def extend(store: TokenStore | None) -> tuple[TokenStore, bool]:
         """Appends documents to a corpus until it has so many tokens, and then says so in `meta.json`."""
@@ -188,9 +177,7 @@ def open_store(
             for name, file in files.items():
                 file.truncate(sums[name].size)  # what an interrupted extension wrote
             for batch in map_batches(encoder.encode, batches(), settings.num_proc):
-                table = np.empty(len(batch.lengths), DOCUMENT)
-                table["tokens"], table["hash"] = batch.lengths, batch.hashes
-                for name, array in (("tokens.bin", batch.tokens), ("documents.bin", table)):
+                for name, array in (("tokens.bin", batch.tokens), ("documents.bin", batch.documents)):
                     data = array.tobytes()
                     files[name].write(data)
                     sums[name].update(data)
@@ -200,11 +187,10 @@ def open_store(
         tally.check(source.name, settings.allow_dropped)
         meta = {"name": source.name, "dtype": encoder.dtype.name, "characters": characters}
         meta |= {"documents": tally.documents, "dropped": dict(tally.dropped)}
-        meta |= {"position": None if ended else rows.state_dict()}
-        meta |= {"files": {name: checksums.record() for name, checksums in sums.items()}}
-        write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-        longer = TokenStore(folder, fresh=True)
-        return longer, longer.whole
+        meta["position"] = None if ended else rows.state_dict()
+        meta["files"] = {name: checksums.record() for name, checksums in sums.items()}
+        write_atomically(folder / "meta.json", json.dumps(meta) + "\n")
+        return TokenStore(folder, fresh=True), ended
 
     store, _ = open_cached(folder, source.name, tokens, _read, extend)
     store.tally.check(source.name, settings.allow_dropped)

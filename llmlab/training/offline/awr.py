@@ -1,9 +1,6 @@
-"""Advantage-weighted regression: fine-tuning on all samples, the better ones with the larger weights.
-
-The loop is that of `llmlab sft`, and so is the loss but for the weights, which are known before training.
-
-Source: Peng et al. 2019 (arXiv:1910.00177), with temperature 1/advantage_beta; seed, RL guide, section 3.
-"""
+"""Advantage-weighted regression: fine-tuning on all samples, the better ones with the larger weights. The loop is that
+of `llmlab sft`, and so is the loss but for the weights, which are known before training. Source: Peng et al. 2019
+(arXiv:1910.00177), with temperature 1/advantage_beta; seed, RL guide, section 3."""
 
 import math
 from collections import Counter
@@ -39,9 +36,9 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
     Source: Peng et al. 2019 (arXiv:1910.00177), equation 13; seed: RL guide, section 3.
     """
     rated = [each for each in samples if each.reward is not None]
-    left_out = Counter({"without a reward": len(samples) - len(rated)})
     sampled = [each for each in rated if any(label != -100 for label in each.labels)]
-    left_out = +(left_out + Counter({"without a sampled token": len(rated) - len(sampled)}))
+    left_out = {"without a reward": len(samples) - len(rated), "without a sampled token": len(rated) - len(sampled)}
+    left_out = +Counter(left_out)
     groups = group_samples(sampled)
     rated = [each for group in groups for each in group]
     rewards = [[each.reward for each in group] for group in groups]
@@ -57,10 +54,8 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
 
 
 class LLMLabAWRTrainer(LLMLabSFTTrainer):
-    """The SFT trainer with a weight for each row, scaled to mean 1 over the rows of an optimizer step.
-
-    `shares` are the effective sample sizes of the steps since the last log, as shares of their rows.
-    """
+    """The SFT trainer with a weight for each row, scaled to mean 1 over the rows of an optimizer step. `shares` are
+    the effective sample sizes of the steps since the last log, as shares of their rows."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)

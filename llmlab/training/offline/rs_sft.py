@@ -1,7 +1,5 @@
 """Rejection-sampled fine-tuning: the best sample of each prompt, where it is good enough, is what the policy learns.
-
-The loop and the loss are those of `llmlab sft`; only the tokens that were sampled are trained.
-"""
+The loop and the loss are those of `llmlab sft`; only the tokens that were sampled are trained."""
 
 from collections import Counter
 from functools import partial
@@ -17,10 +15,8 @@ from llmlab.training.sft import LLMLabSFTTrainer
 
 
 def keep_best(samples: list[Sample], threshold: float) -> tuple[Weighted, Counter[str]]:
-    """Returns the best sample of each prompt, of those that ended by themselves, with a reward above the threshold.
-
-    An episode that did not solve its task is none, however many of its calls were rewarded.
-    """
+    """Returns the best sample of each prompt, of those that ended by themselves, with a reward above the threshold. An
+    episode that did not solve its task is none, however many of its calls were rewarded."""
     left_out: Counter[str] = Counter()
     best: Weighted = []
     for group in group_samples(samples):

@@ -1,7 +1,5 @@
-"""What RS-SFT and AWR share: samples drawn and scored in the run folder, or of an earlier run, and their rows.
-
-Which samples are trained on, and with which weights, is each stage's own business.
-"""
+"""What RS-SFT and AWR share: samples drawn and scored in the run folder, or of an earlier run, and their rows. Which
+samples are trained on, and with which weights, is each stage's own business."""
 
 import statistics
 import sys
@@ -48,6 +46,16 @@ SCORED = ("rewards", "reward_model", "normalize_rewards")
 Weighted = list[tuple[Sample, float]]
 Choose = Callable[[list[Sample]], tuple[Weighted, Counter[str]]]
 """Returns the samples to train on with their weights, and counts of the others by reason."""
+
+
+def to_dataset(samples: Weighted, columns: Features) -> Dataset | None:
+    """Returns samples as rows of a trainer, with these of their columns; None where there are none."""
+    values = {
+        "input_ids": [each.prompt_ids + each.completion_ids for each, _ in samples],
+        "labels": [each.labels for each, _ in samples],
+        "weight": [weight for _, weight in samples],
+    }
+    return Dataset.from_dict({name: values[name] for name in columns}, columns) if samples else None
 
 
 class OfflineRun(RewardedRun[S]):
@@ -104,9 +112,8 @@ class OfflineRun(RewardedRun[S]):
             if process.is_main_process and here:
                 store.write_samples(self.path, samples)
         done = {each.prompt_id for each in samples}
-        batches = sampling.make_batches(
-            self.policy.tokenizer, prompts, settings.num_samples_per_prompt, settings.sampling_batch_size
-        )
+        counts = settings.num_samples_per_prompt, settings.sampling_batch_size
+        batches = sampling.make_batches(self.policy.tokenizer, prompts, *counts)
         batches = [batch for batch in batches if any(each.prompt_id not in done for each in batch)]
         self.console.print(f"sampling for {len(prompts) - len(done):,} prompts into {safe(self.path)}", soft_wrap=True)
         mode, rounds = model.training, range(0, len(batches), count)
@@ -114,10 +121,7 @@ class OfflineRun(RewardedRun[S]):
         for first in track(rounds, len(rounds), "Sampling") if process.is_main_process else rounds:
             mine = batches[first : first + count][process.process_index :][:1]
             for batch in mine:
-                sampling.seed_batch(batch, settings.seed)
-                fill(batch)
-                for group in group_samples(batch):
-                    sampling.score_samples(group, reward)
+                sampling.draw(batch, fill, reward, settings.seed)
             for group in group_samples(gather_object([each for batch in mine for each in batch])):
                 for each in group:
                     each.validation = each.prompt_id >= training
@@ -190,32 +194,19 @@ class OfflineRun(RewardedRun[S]):
         return samples, before
 
     def _choose_rows(self, samples: list[Sample], columns: Features) -> Rows:
-        (rows, left_out), (validation, _) = (
-            self.choose([each for each in samples if each.validation is held_out]) for held_out in (False, True)
-        )
+        training, held_out = ([each for each in samples if each.validation is side] for side in (False, True))
+        (rows, left_out), (validation, _) = self.choose(training), self.choose(held_out)
         most = self.settings.max_samples or len(rows)
         if len(rows) > most:
             left_out["more than max_samples"] = len(rows) - most
             rows = [rows[k] for k in np.random.default_rng(self.settings.seed).permutation(len(rows))[:most]]
         if not rows:
-            raise UserError(self._explain([each for each in samples if not each.validation], left_out))
+            raise UserError(self._explain(training, left_out))
         mean = statistics.fmean(each.reward for each, _ in rows)  # type: ignore[misc]
-        training = sum(not each.validation for each in samples)
-        self.results = {"kept_share": len(rows) / training, "kept_reward": mean}
-        data, held_out = (
-            [
-                {"input_ids": each.prompt_ids + each.completion_ids, "labels": each.labels, "weight": weight}
-                for each, weight in part
-            ]
-            for part in (rows, validation)
-        )
-        report = RowsReport(self.path.name, "samples", 1.0, training, len(rows), dropped=left_out)
-        report.counts = {"tokens": sum(len(row["input_ids"]) for row in data)}
-        train, validates = (
-            Dataset.from_list([{name: row[name] for name in columns} for row in part], columns) if part else None
-            for part in (data, held_out)
-        )
-        return Rows(train, validates, [report])
+        self.results = {"kept_share": len(rows) / len(training), "kept_reward": mean}
+        counts = {"tokens": sum(len(each.prompt_ids) + len(each.completion_ids) for each, _ in rows)}
+        report = RowsReport(self.path.name, "samples", 1.0, len(training), len(rows), counts, left_out)
+        return Rows(to_dataset(rows, columns), to_dataset(validation, columns), [report])
 
     def _explain(self, samples: list[Sample], reasons: Counter[str]) -> str:
         """Returns why no sample is trained on, with a histogram of the rewards and the thresholds that keep some."""

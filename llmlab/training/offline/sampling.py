@@ -1,7 +1,5 @@
-"""Draws completions or episodes of prompts and scores them, as `data/samples.py` keeps them.
-
-What is sampled depends on seed and prompts alone: not on the number of processes, nor on where a run was killed.
-"""
+"""Draws completions or episodes of prompts and scores them, as `data/samples.py` keeps them. What is sampled depends
+on seed and prompts alone: not on the number of processes, nor on where a run was killed."""
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmlab.data.samples import Prompt, Sample
+from llmlab.data.samples import Prompt, Sample, group_samples
 from llmlab.episodes import NO_TURN, Sampler, Task, play
 from llmlab.inference import encode_prompt
 from llmlab.rewards.compose import ComposedReward
@@ -37,9 +35,16 @@ def make_batches(
     return [sum(groups[first : first + size], []) for first in range(0, len(groups), size)]
 
 
-def seed_batch(batch: Sequence[Sample], seed: int) -> None:
-    """Seeds torch for a batch, whatever was sampled before it."""
+def draw(
+    batch: Sequence[Sample], fill: Callable[[Sequence[Sample]], None], reward: ComposedReward, seed: int
+) -> list[list[Sample]]:
+    """Adds to a batch what `fill` samples, the same whatever was sampled before it, and rewards; by prompt."""
     torch.manual_seed(random.Random(f"{seed} {batch[0].prompt_id}").getrandbits(63))
+    fill(batch)
+    groups = group_samples(batch)
+    for group in groups:
+        score_samples(group, reward)
+    return groups
 
 
 def complete(

@@ -1,8 +1,6 @@
 """The steps of a rollout that GRPO and PPO change in TRL's GRPOTrainer, in their order: completions are sampled,
-scored by rewards, reference and policy, and split into micro-batches, each of which has its loss.
-
-Most are private methods of TRL's. How log-probabilities are computed is `passes.py`, which one need not read.
-"""
+scored by rewards, reference and policy, and split into micro-batches, each of which has its loss. Most are private
+methods of TRL's. How log-probabilities are computed is `passes.py`, which one need not read."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,10 +38,8 @@ PRIVATE_NAMES = {  # of this folder, contract-tested; where it is: its parameter
 
 class RolloutSteps(ForwardPasses):
     """A GRPOTrainer in which `finish_rollout` and `total_loss` can be overridden, and whose reference may be a model.
-
     Of the last rollout there are `rows` of data and `scores`, the weighted sums of rewards of all processes'
-    completions, (completions,), NaN where no reward applies.
-    """
+    completions, (completions,), NaN where no reward applies."""
 
     def __init__(self, *, reference: PreTrainedModel | None = None, **kwargs: Any):
         original = grpo_trainer.create_model_from_path

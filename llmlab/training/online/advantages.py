@@ -41,11 +41,9 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
 
 
 def per_turn(mask: Tensor, factor: float) -> Tensor:
-    """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere.
-
-    A turn is an unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step
-    of a tool-using episode: per-token discounting would vanish over hundreds of tokens.
-    """
+    """Returns a discount that applies once per turn: the factor at each turn's last token, 1 elsewhere. A turn is an
+    unbroken run of tokens that the policy wrote. As `gamma` and `lam` of `gae` this makes a turn one step of a
+    tool-using episode: per-token discounting would vanish over hundreds of tokens."""
     ends = mask * (1 - torch.nn.functional.pad(mask[:, 1:], (0, 1)))
     return torch.where(ends.bool(), factor, 1.0)
 
@@ -80,25 +78,21 @@ def gae(
     return advantages, torch.where(is_policy, advantages + values, 0.0)
 
 
-def _of_one_process(sums: Tensor) -> Tensor:
-    return sums
-
-
-def center(x: Tensor, mask: Tensor, sum_over_processes: Sum = _of_one_process) -> tuple[Tensor, Tensor]:
+def center(x: Tensor, mask: Tensor, sum_over_processes: Sum = lambda sums: sums) -> tuple[Tensor, Tensor]:
     """Returns x minus its mean over the masked tokens of all processes, and its variance."""
     count, total = sum_over_processes(torch.stack([mask.sum(), (x * mask).sum()]).to(x.dtype))
     centered = (x - total / count.clamp(min=1)) * mask
     return centered, sum_over_processes(centered.square().sum()) / count.clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, sum_over_processes: Sum = _of_one_process) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, sum_over_processes: Sum = lambda sums: sums) -> Tensor:
     """Returns x shifted and scaled to mean 0 and variance 1 over the masked tokens of all processes, 0 elsewhere."""
     centered, variance = center(x, mask, sum_over_processes)
     return centered * torch.rsqrt(variance + 1e-8)
 
 
 def explained_variance(
-    values: Tensor, returns: Tensor, mask: Tensor, sum_over_processes: Sum = _of_one_process
+    values: Tensor, returns: Tensor, mask: Tensor, sum_over_processes: Sum = lambda sums: sums
 ) -> float:
     """Returns the share of the returns' variance that the values predict: 1 is all, 0 no better than their mean."""
     residual, total = (center(x, mask, sum_over_processes)[1] for x in (returns - values, returns))

@@ -8,11 +8,6 @@ from transformers import TrainerCallback
 from llmlab.runs.callbacks import StageMetrics
 from llmlab.settings.errors import UserError
 
-NAMES = {  # TRL's metrics: their names here
-    "completions/clipped_ratio": "clipped_share",
-    "completions/mean_length": "completion_length",
-    "clip_ratio/region_mean": "ratio_clipped_share",
-}
 DUPLICATES = ("rewards/reward/mean", "rewards/reward/std", "frac_reward_zero_std")  # logged under better names
 MOST_CLIPPED = 0.9
 
@@ -20,7 +15,11 @@ MOST_CLIPPED = 0.9
 class OnlineMetrics(StageMetrics):
     """Gives TRL's metrics the names used here; `reward/NAME` is the mean of a component."""
 
-    names = NAMES
+    names = {
+        "completions/clipped_ratio": "clipped_share",
+        "completions/mean_length": "completion_length",
+        "clip_ratio/region_mean": "ratio_clipped_share",
+    }
     tokens_before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

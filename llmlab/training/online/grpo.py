@@ -18,12 +18,12 @@ from llmlab.rewards.loading import locate_rewards
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.settings.rl import GRPOSettings
-from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
+from llmlab.training.online.rollouts import Rollouts
 from llmlab.training.online.run import OnlineRun, RewardFunction
 
 
-class LLMLabGRPOTrainer(EpisodeRollouts):
+class LLMLabGRPOTrainer(Rollouts):
     """TRL's GRPOTrainer with llmlab's optimizers, a choice of baselines and penalties, and metrics of groups."""
 
     penalty = staticmethod(torch.abs)

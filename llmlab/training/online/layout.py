@@ -1,8 +1,6 @@
 """How prompts and completions are laid out for forward passes: rows of similar length together, without padding
-between, and equal prompts read once.
-
-Ids and masks are (batch, time): prompts padded on the left, completions of `new` columns on the right.
-"""
+between, and equal prompts read once. Ids and masks are (batch, time): prompts padded on the left, completions of `new`
+columns on the right."""
 
 from typing import Any, NamedTuple
 
@@ -23,15 +21,20 @@ class Layout(NamedTuple):
 
 
 def lay_out(ids: Tensor, mask: Tensor, new: int, config: Any, *, compact: bool, experts: bool) -> Layout:
-    """Returns a layout of rows for a model of this configuration, as they are unless `compact`; with the loss of
-    `experts` it has a mask of the real tokens."""
+    """Returns a layout of rows for a model of this configuration: equal prompts once or padding cut off, if `compact`.
+    Padding is moved to the end, where no token attends to it, so that attention needs no mask; with the loss of
+    `experts` there is one, of the real tokens."""
     if compact and not experts and (shared := share_prompts(ids, mask, new, config)):
         return shared
-    inputs, *places = pad_right(ids, mask, new, int(mask.sum(1).max()) if compact else ids.shape[1])
+    length = int(mask.sum(1).max()) if compact else ids.shape[1]
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(length, 2)]
+    short, real = ids.gather(1, order), mask.gather(1, order)
+    scored = (real == 1) & (order >= ids.shape[1] - new)
+    inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
     if experts:
-        real = torch.arange(inputs["input_ids"].shape[1], device=mask.device) < mask.sum(1, keepdim=True)
         inputs |= {"attention_mask": real.long(), "output_router_logits": True}
-    return Layout(inputs, *places)
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return Layout(inputs, rows, (mask.cumsum(1)[:, -new:] - 2).clamp(min=0))  # one column before its own
 
 
 def order_rows(prompts: Tensor, prompt_mask: Tensor, new: Tensor) -> Tensor:
@@ -52,16 +55,6 @@ def sort_updates(parts: list[dict[str, Any]], passes: int) -> list[dict[str, Any
     whole = {name: torch.cat([part[name] for part in parts]) for name in tensors}
     order = order_rows(whole["prompt_ids"], whole["prompt_mask"], whole["completion_mask"].sum(1))
     return split_tensor_dict(parts[0] | {name: value[order] for name, value in whole.items()}, len(parts))
-
-
-def pad_right(ids: Tensor, mask: Tensor, new: int, length: int) -> Layout:
-    """Moves padding to the end of so many columns, where no token attends to it, so that attention needs no mask."""
-    order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(length, 2)]
-    short = ids.gather(1, order)
-    scored = (mask.gather(1, order) == 1) & (order >= ids.shape[1] - new)
-    inputs = {"input_ids": short, "labels": short.masked_fill(~scored, -100)}
-    rows = torch.arange(len(ids), device=ids.device)[:, None]
-    return Layout(inputs, rows, (mask.cumsum(1)[:, -new:] - 2).clamp(min=0))  # one column before its own
 
 
 def share_prompts(ids: Tensor, mask: Tensor, new: int, config: Any) -> Layout | None:

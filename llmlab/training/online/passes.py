@@ -39,15 +39,11 @@ class ForwardPasses(GRPOTrainer):
 
     def score_tokens(self, rollout: dict[str, Any]) -> Tensor:
         """Returns the policy's log-probabilities of the completions of a rollout or of a part of it, (batch, time)."""
-        args = self.args
-        return self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
-            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
-            rollout["completion_ids"].shape[1],
-            batch_size=args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size,
-            compute_entropy=True,
-        )[0]
+        args, new = self.args, rollout["completion_ids"].shape[1]
+        ids, mask = (torch.cat([rollout[f"prompt_{x}"], rollout[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        score = self._get_per_token_logps_and_entropies
+        return score(self.model, ids, mask, new, batch_size=size, compute_entropy=True)[0]
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -26,10 +26,10 @@ from llmlab.settings.errors import UserError, reading
 from llmlab.settings.rl import PPOSettings
 from llmlab.training.online import advantages as formulas
 from llmlab.training.online.critic import Critic
-from llmlab.training.online.critic_file import load_scorer
-from llmlab.training.online.episodes import EpisodeRollouts
 from llmlab.training.online.passes import attributes, dropout_rates, policy_mask
+from llmlab.training.online.rollouts import Rollouts
 from llmlab.training.online.run import OnlineRun, RewardFunction
+from llmlab.training.online.scorer import load_scorer
 
 STOP_KL_FACTOR = 1.5
 """Times target_kl: the KL to the sampling policy at which the epochs over a rollout stop."""
@@ -66,7 +66,7 @@ class PPOConfig(GRPOConfig):
         self.num_generations = generations
 
 
-class PPOTrainer(EpisodeRollouts):
+class PPOTrainer(Rollouts):
     """Proximal policy optimization with a learned value function (`PPOConfig` says how).
 
     A token's reward is minus `beta` times its KL penalty; the last one also gets the completion's score. Advantages
@@ -127,9 +127,8 @@ class PPOTrainer(EpisodeRollouts):
         with attributes(self, beta=0.0):
             loss = policy_loss()
         mask = policy_mask(inputs)
-        losses, clipped = formulas.value_loss(
-            self.values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
-        )
+        clip = self.args.cliprange_value
+        losses, clipped = formulas.value_loss(self.values, inputs["old_values"], inputs["returns"], clip)
         divergences = formulas.k3(inputs["old_per_token_logps"], self.log_probs.detach())
         parts = {"value_loss": losses.detach(), "value_clip_ratio": clipped, "policy_kl": divergences}
         for name, part in parts.items():

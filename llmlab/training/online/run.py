@@ -1,7 +1,5 @@
-"""What GRPO and PPO share around their trainers: rewards, policy and reference model, prompts, the plan of a run.
-
-How rewards become advantages and a loss is each trainer's own business.
-"""
+"""What GRPO and PPO share around their trainers: rewards, policy and reference model, prompts, the plan of a run. How
+rewards become advantages and a loss is each trainer's own business."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -68,10 +66,9 @@ class OnlineRun(RewardedRun[S]):
             self.reference, self.reference_name = load_reference(settings, self.policy)
         self.with_adapters = settings.use_lora or isinstance(self.policy.model, PeftModel)
         if self.with_adapters and self.reference is not None:
-            raise UserError(
-                f"reference_checkpoint = {settings.reference_checkpoint}: not supported with LoRA, whose reference is "
-                "the policy with its adapters disabled; leave it out, or set use_lora=false"
-            )
+            named = f"reference_checkpoint = {settings.reference_checkpoint}"
+            problem = "not supported with LoRA, whose reference is the policy with its adapters disabled"
+            raise UserError(f"{named}: {problem}; leave it out, or set use_lora=false")
 
     def make_online_trainer(self, trainer: type, config: type, *, arguments: dict[str, Any], **options: Any) -> Any:
         """Reads the prompts and returns the trainer; validation prompts get one completion each, and their reward is
@@ -80,10 +77,8 @@ class OnlineRun(RewardedRun[S]):
         encoder = PromptEncoder(self.policy.tokenizer, max_prompt_length=settings.prompt_limit)
         rows = self.build_rows(encoder, rows_per_step=settings.batch_size / self.rollout.updates)
         if len(rows.train) < settings.batch_size:
-            raise UserError(
-                f"batch_size = {settings.batch_size}: there are only {len(rows.train)} prompts to train on; "
-                "give more, or a smaller batch_size"
-            )
+            problem = f"there are only {len(rows.train)} prompts to train on"
+            raise UserError(f"batch_size = {settings.batch_size}: {problem}; give more, or a smaller batch_size")
         validation = rows.validation and decode_prompts(rows.validation)
         self.prompts = Rows(decode_prompts(rows.train), validation, rows.reports)
         steps = settings.steps_for(len(rows.train), self.process.num_processes)
@@ -97,8 +92,8 @@ class OnlineRun(RewardedRun[S]):
         }
         options |= {"reference": self.reference, "reward_funcs": self.reward, "best_metric": "reward"}
         options |= {"arguments": arguments, "peft_config": self.policy.new_adapters(settings)}
-        policy = self.policy
-        made = self.make_trainer(trainer, config, policy.model, policy.tokenizer, self.prompts, **options)
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        made = self.make_trainer(trainer, config, model, tokenizer, self.prompts, **options)
         if self.environments:
             made.play_episodes(self)
         return made
@@ -127,19 +122,15 @@ class OnlineRun(RewardedRun[S]):
         weights = {name: part.weight for name, part in self.reward.components.items()}
         shares = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
         passes = f"{settings.ppo_epochs} passes, {rollout.per_update} completions a step"
-        return self.train(
-            trainer,
-            steps=settings.max_steps,
-            plan=[
-                *self.policy.rows(trainer.model),
-                ("reference", self.reference_name),
-                *plan,
-                ("data", prompts.summary()),
-                ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
-                ("rollout", f"{settings.batch_size} prompts, {rollout.completions} {what}; {sampling}"),
-                ("steps", f"{settings.max_steps:,}: {rollout.updates} for each rollout ({passes})"),
-            ],
-            parents=[*self.policy.parents, *parents],
-            data={**prompts.record(), "rewards": weights},
-            callbacks=[*callbacks, OnlineMetrics()],
-        )
+        plan = [
+            *self.policy.rows(trainer.model),
+            ("reference", self.reference_name),
+            *plan,
+            ("data", prompts.summary()),
+            ("rewards", shares + (", to [0, 1]" if self.reward.normalize else "")),
+            ("rollout", f"{settings.batch_size} prompts, {rollout.completions} {what}; {sampling}"),
+            ("steps", f"{settings.max_steps:,}: {rollout.updates} for each rollout ({passes})"),
+        ]
+        options = {"parents": [*self.policy.parents, *parents], "callbacks": [*callbacks, OnlineMetrics()]}
+        data = {**prompts.record(), "rewards": weights}
+        return self.train(trainer, steps=settings.max_steps, plan=plan, data=data, **options)

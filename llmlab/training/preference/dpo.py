@@ -1,7 +1,5 @@
-"""Direct preference optimization: policy and reference model, pairs, trainer.
-
-The loop and the loss are TRL's DPOTrainer; the pairs reach it as token ids, prompts already truncated.
-"""
+"""Direct preference optimization: policy and reference model, pairs, trainer. The loop and the loss are TRL's
+DPOTrainer; the pairs reach it as token ids, prompts already truncated."""
 
 from trl import DPOConfig, DPOTrainer
 
@@ -35,13 +33,6 @@ def dpo(run: PreferenceRun[DPOSettings]) -> RunResult:
     """
     policy = run.load_policy(attach=False)
     reference, description = load_reference(run.settings, policy)
-    return run.train_pairs(
-        LLMLabDPOTrainer,
-        DPOConfig,
-        policy,
-        run.read_pairs(policy),
-        plan=[("reference", description)],
-        beta=run.settings.beta,
-        ref_model=reference,
-        peft_config=policy.new_adapters(run.settings),
-    )
+    options = {"plan": [("reference", description)], "beta": run.settings.beta}
+    models = {"ref_model": reference, "peft_config": policy.new_adapters(run.settings)}
+    return run.train_pairs(LLMLabDPOTrainer, DPOConfig, policy, run.read_pairs(policy), **options, **models)

@@ -1,7 +1,5 @@
-"""Odds-ratio preference optimization: policy, pairs, trainer.
-
-The loop and the loss are TRL's ORPOTrainer, which is experimental in TRL; the pairs reach it as token ids.
-"""
+"""Odds-ratio preference optimization: policy, pairs, trainer. The loop and the loss are TRL's ORPOTrainer, which is
+experimental in TRL; the pairs reach it as token ids."""
 
 import os
 from typing import Any
@@ -25,19 +23,15 @@ from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
 
 class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrainer):
-    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes.
-
-    The NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs.
-    """
+    """TRL's ORPOTrainer with llmlab's optimizers; its loss depends neither on `mini_batch_size` nor on processes. The
+    NLL term is a mean over the tokens of an optimizer step, the odds-ratio term a mean over its pairs."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if isinstance(base.get_output_embeddings(), LoraLayer):
-            raise UserError(
-                "policy_checkpoint: its adapter has LoRA weights of the output head, which ORPO's loss does not "
-                "support; merge it first: llmlab merge"
-            )
+            problem = "its adapter has LoRA weights of the output head, which ORPO's loss does not support"
+            raise UserError(f"policy_checkpoint: {problem}; merge it first: llmlab merge")
         add_fused_lm_head(base, outputs=("log_probs", "mean_logits"))
         if self.eval_dataset is not None:
             masks = self.eval_dataset["chosen_attention_mask"]
@@ -85,13 +79,6 @@ def orpo(run: PreferenceRun[ORPOSettings]) -> RunResult:
     policy = run.load_policy()
     data = run.read_pairs(policy)
     tokens = sum(report.counts["tokens"] for report in data.reports) / sum(r.trained_rows for r in data.reports)
-    processes = run.process.num_processes
-    rows = run.settings.mini_batch_size * run.settings.accumulation(processes) * processes
-    return run.train_pairs(
-        LLMLabORPOTrainer,
-        ORPOConfig,
-        policy,
-        data,
-        arguments={"remove_unused_columns": False},  # its collator needs columns that are not model inputs
-        progress={"tokens_per_step": round(tokens * rows)},  # this trainer counts no tokens
-    )
+    arguments = {"remove_unused_columns": False}  # its collator needs columns that are not model inputs
+    progress = {"tokens_per_step": round(tokens * run.batch.rows)}  # this trainer counts no tokens
+    return run.train_pairs(LLMLabORPOTrainer, ORPOConfig, policy, data, arguments=arguments, progress=progress)

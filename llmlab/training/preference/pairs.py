@@ -1,8 +1,6 @@
-"""Preference pairs from a model's own completions: sampled, scored by rewards, the best against the worst.
-
-Nothing is trained here: `dpo.py` and `orpo.py` train on the file.  Prompts are read by `data/chat`, rewards are
-`rewards`' business, sampling is `inference.py`.
-"""
+"""Preference pairs from a model's own completions: sampled, scored by rewards, the best against the worst. Nothing is
+trained here: `dpo.py` and `orpo.py` train on the file. Prompts are read by `data/chat`, rewards are `rewards`'
+business, sampling is `inference.py`."""
 
 import json
 import statistics
@@ -16,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.chat.messages import Row
-from llmlab.data.samples import Prompt, Sample, group_samples
+from llmlab.data.samples import Prompt, Sample
 from llmlab.data.sources import Tally
 from llmlab.inference import Model, context_length, encode_prompt, end_tokens, generate_tokens
 from llmlab.rewards.compose import ComposedReward
@@ -24,7 +22,7 @@ from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import write_atomically
 from llmlab.settings.generation import SamplingSettings
-from llmlab.training.offline.sampling import complete, make_batches, score_samples, seed_batch
+from llmlab.training.offline.sampling import complete, draw, make_batches
 
 
 class Comparison(NamedTuple):
@@ -85,11 +83,9 @@ def sample_pairs(
         else:
             yield Comparison(number, [], None, f"longer than the model's context of {context:,} tokens")
     sample = partial(generate_tokens, model, tokenizer, sampling=sampling)
+    fill = partial(complete, sample=sample, tokenizer=tokenizer, ends=end_tokens(model, tokenizer))
     for batch in make_batches(tokenizer, fitting, num_samples):
-        seed_batch(batch, seed)
-        complete(batch, sample, tokenizer, end_tokens(model, tokenizer))
-        for samples in group_samples(batch):
-            score_samples(samples, reward)
+        for samples in draw(batch, fill, reward, seed):
             yield compare(samples, min_difference)
 
 
@@ -113,18 +109,15 @@ def summarize(comparisons: Iterable[Comparison], unusable: Counter[str]) -> Pair
 def write_pairs(report: PairsReport, path: Path) -> None:
     """Writes the pairs as JSON lines, which `llmlab dpo` and `llmlab data check` read."""
     if not report.pairs:
-        raise UserError(
-            f"{path}: not written, since none of the {report.prompts:,} prompts gave a pair "
-            f"({_reasons(report.without)}); sample more completions, or with a higher temperature"
-        )
+        why = f"none of the {report.prompts:,} prompts gave a pair ({_reasons(report.without)})"
+        advice = "sample more completions, or with a higher temperature"
+        raise UserError(f"{path}: not written, since {why}; {advice}")
     write_atomically(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in report.pairs))
 
 
 def compare(samples: Sequence[Sample], min_difference: float = 0.1) -> Comparison:
-    """Returns the best and the worst sample of a prompt as a pair, where rewards differ by `min_difference`.
-
-    An empty completion is in no pair. A truncated one is never chosen: the chat template would end the turn there.
-    """
+    """Returns the best and the worst sample of a prompt as a pair, where rewards differ by `min_difference`. An empty
+    completion is in no pair. A truncated one is never chosen: the chat template would end the turn there."""
     if not min_difference > 0:
         raise UserError(f"min_difference = {min_difference:g}: expected more than 0, so that chosen is better")
     no_pair = partial(Comparison, samples[0].prompt_id, list(samples), None)

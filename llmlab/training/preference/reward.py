@@ -1,7 +1,5 @@
-"""Reward models: a policy with a scalar head, pairs, trainer.
-
-The loop and the loss (Bradley-Terry) are TRL's RewardTrainer; scoring with the result is `llmlab.rewards`.
-"""
+"""Reward models: a policy with a scalar head, pairs, trainer. The loop and the loss (Bradley-Terry) are TRL's
+RewardTrainer; scoring with the result is `llmlab.rewards`."""
 
 from dataclasses import replace
 from typing import Any

@@ -17,13 +17,6 @@ from llmlab.runs.record import RunResult
 from llmlab.runs.run import Run
 from llmlab.runs.start import S
 
-NAMES = {  # TRL's metrics: their names here
-    "rewards/accuracies": "win_rate",
-    "rewards/margins": "margin",
-    "accuracy": "win_rate",
-    "logps/chosen": "chosen_logp",
-    "logps/rejected": "rejected_logp",
-}
 ADVICE = (
     "the log-probabilities of the chosen answers fall together with those of the rejected ones: the policy drifts "
     "away from both; lower learning_rate, raise beta, or fine-tune on the chosen answers first (llmlab sft)"
@@ -39,12 +32,8 @@ class PreferenceRun(Run[S]):
         length, prompt_length = policy.cap_length(settings.max_length), settings.max_prompt_length
         if prompt_length is not None and prompt_length >= length:
             prompt_length = length // 2  # leave room for a completion in a short context
-        return self.build_rows(
-            PreferenceEncoder(
-                policy.tokenizer, max_length=length, max_prompt_length=prompt_length, stops=policy.stops
-            ),
-            rows_per_step=self.batch.rows,
-        )
+        encoder = PreferenceEncoder(policy.tokenizer, length, prompt_length, policy.stops)
+        return self.build_rows(encoder, rows_per_step=self.batch.rows)
 
     def train_pairs(
         self,
@@ -62,37 +51,23 @@ class PreferenceRun(Run[S]):
         and `options` to `make_trainer`."""
         settings, processes = self.settings, self.process.num_processes
         size, accumulation = settings.mini_batch_size, settings.accumulation(processes)
-        made = self.make_trainer(
-            trainer,
-            config,
-            policy.model,
-            policy.tokenizer,
-            data,
-            arguments={
-                "per_device_eval_batch_size": size,
-                "prediction_loss_only": True,
-                "gradient_accumulation_steps": accumulation,
-                "eval_on_start": data.validation is not None and self.checkpoint is None,
-                **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
-                **(arguments or {}),
-            },
-            **options,
-        )
-        return self.train_rows(
-            made,
-            policy,
-            data,
-            batch=f"{self.batch.rows} pairs ({size} x {accumulation} x {processes})",
-            plan=plan,
-            callbacks=[PreferenceMetrics(self.progress, beta)],
-        )
+        arguments = {
+            "per_device_eval_batch_size": size,
+            "prediction_loss_only": True,
+            "gradient_accumulation_steps": accumulation,
+            "eval_on_start": data.validation is not None and self.checkpoint is None,
+            **({} if settings.epochs is None else {"max_steps": -1}),  # then epochs decide
+            **(arguments or {}),
+        }
+        made = self.make_trainer(trainer, config, policy.model, policy.tokenizer, data, arguments=arguments, **options)
+        batch = f"{self.batch.rows} pairs ({size} x {accumulation} x {processes})"
+        callbacks = [PreferenceMetrics(self.progress, beta)]
+        return self.train_rows(made, policy, data, batch=batch, plan=plan, callbacks=callbacks)
 
 
 class StepMeanLoss:
-    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step.
-
-    TRL averages per-forward-pass means, which weights the pairs of a short last batch more.
-    """
+    """Mixin for a trainer of pairs: its loss is the mean over the pairs of an optimizer step. TRL averages
+    per-forward-pass means, which weights the pairs of a short last batch more."""
 
     sizes: Tensor  # what `count_pairs` returns for a forward pass, a mean over those of the update on all processes
 
@@ -130,7 +105,13 @@ class PreferenceMetrics(StageMetrics):
     falling: int = 0
     warned: bool = False
 
-    names = NAMES
+    names = {
+        "rewards/accuracies": "win_rate",
+        "rewards/margins": "margin",
+        "accuracy": "win_rate",
+        "logps/chosen": "chosen_logp",
+        "logps/rejected": "rejected_logp",
+    }
 
     def add_metrics(self, logs: dict[str, Any], prefix: str, state: TrainerState) -> None:
         if logs.get(f"{prefix}margin") == 0 and logs.get(f"{prefix}win_rate") == 0:
@@ -140,13 +121,11 @@ class PreferenceMetrics(StageMetrics):
             logs[f"{prefix}kl"] = both / (2 * self.beta * logs[f"{prefix}completion_length"])
         if "eval_nll_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_nll_loss"])
-        if not prefix and "chosen_logp" in logs:
-            self._watch((logs["chosen_logp"], logs["rejected_logp"]))
-
-    def _watch(self, now: tuple[float, float]) -> None:
-        """Warns once when both log-probabilities stay at least 5 % below where they began."""
-        if self.first is None:
-            self.first = now
+        if prefix or "chosen_logp" not in logs:
+            return
+        now = logs["chosen_logp"], logs["rejected_logp"]
+        self.first = self.first or now
+        # at least 5 % below where they began
         falls = all(value < start - 0.05 * abs(start) for value, start in zip(now, self.first, strict=True))
         self.falling = self.falling + 1 if falls else 0
         if self.falling >= self.patience and not self.warned:

@@ -10,8 +10,8 @@ from llmlab.data.chat.conversations import (
     FORMATS,
     PLAIN_TEXT,
     label_column,
+    read_row,
     recognize,
-    to_messages,
     transcript_messages,
 )
 from llmlab.data.chat.messages import ROLES, UnusableRow
@@ -66,7 +66,7 @@ ROWS = {  # for each format a row that says PAIR
 
 
 def read(row):
-    return to_messages(row, recognize(row, "toy"))
+    return read_row(row, recognize(row, "toy"), "instructions")
 
 
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
@@ -280,7 +280,7 @@ def test_any_turns_are_messages_or_a_reason(turns, column):
 def test_any_values_are_messages_or_a_reason(data, form):
     row = {name: data.draw(JSON, name) for name in form.columns}
     try:
-        conversation = to_messages(row, form)
+        conversation = read_row(row, form, "instructions")
     except UnusableRow as reason:
         assert str(reason)
         return

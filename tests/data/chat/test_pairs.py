@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.chat.conversations import FORMATS, load_conversations, recognize, to_pair
+from llmlab.data.chat.conversations import FORMATS, load_conversations, read_row, recognize
 from llmlab.data.chat.messages import ROLES, UnusableRow
 from llmlab.data.sources import Tally
 from llmlab.settings.data import DataSource
@@ -48,7 +48,7 @@ ROWS = {  # for each format rows that say PAIR
 
 
 def read(row):
-    return to_pair(row, recognize(row, "toy", "preferences"))
+    return read_row(row, recognize(row, "toy", "preferences"), "preferences")
 
 
 def said(messages):
@@ -190,7 +190,7 @@ def test_any_values_are_a_pair_or_a_reason(data, form):
     value = st.lists(TURN, max_size=4) | TURN | JSON
     row = {name: data.draw(value, name) for name in (*form.columns, "tools", "system")}
     try:
-        pair = to_pair(row, form)
+        pair = read_row(row, form, "preferences")
     except UnusableRow as reason:
         assert str(reason)
         return

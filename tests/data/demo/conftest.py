@@ -5,8 +5,7 @@ from functools import cache
 
 import pytest
 
-from llmlab.data.demo.chat import PLANS, SYSTEMS, System, judge
-from llmlab.data.demo.preferences import faults
+from llmlab.data.demo.chat import PLANS, SYSTEMS, System, faults, judge
 from llmlab.data.demo.stories import WORLD
 
 NAMES = {"name", "friend_name", "quick", "steady"}

@@ -8,7 +8,7 @@ import pytest
 
 from llmlab.data.chat.conversations import load_conversations
 from llmlab.data.demo import CORPORA, demo_shards, read_shard
-from llmlab.data.demo.preferences import (
+from llmlab.data.demo.chat import (
     FAILURES,
     answer_something_else,
     break_off,

@@ -39,15 +39,15 @@ def test_two_sources_two_to_one(make_settings, tokenizer, play, pages, sample_id
     ids = [sample_id(corpus.train, i) for i in range(len(corpus.train))]
     assert Counter(name.rpartition(":")[0] for name in ids) == {play: 640, pages: 320}
     assert all(corpus.train[i]["input_ids"].shape == (LENGTH,) for i in range(0, 960, 97))
-    first, second = corpus.report.sources
+    first, second = corpus.sources
     assert (first.share, second.share) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert first.epochs == 640 / first.rows
     assert first.rows == first.tokens // LENGTH
     assert "documents by hash" in second.held_out
     assert "the last" in first.held_out  # a single play has an end, not documents
-    record = json.loads(json.dumps(corpus.report.record()))
+    record = json.loads(json.dumps(corpus.record()))
     assert record["sources"][1]["documents"] == 400
-    assert "66.7%" in corpus.report.summary()
+    assert "66.7%" in corpus.summary()
 
 
 def test_validation_rows_are_not_training_rows(make_settings, tokenizer, pages):
@@ -72,10 +72,10 @@ def test_unigram_entropy_is_that_of_the_validation_rows(make_settings, tokenizer
         counts.update(corpus.validation[i]["input_ids"].tolist())
     total = sum(counts.values())
     expected = -sum(count / total * math.log(count / total) for count in counts.values())
-    assert corpus.report.unigram_entropy == pytest.approx(expected)
+    assert corpus.unigram_entropy == pytest.approx(expected)
     assert 3 < expected < math.log(512)
-    assert corpus.report.sources[0].held_out == "its own validation split"
-    assert corpus.report.validation_rows == len(corpus.validation)
+    assert corpus.sources[0].held_out == "its own validation split"
+    assert corpus.record()["validation_rows"] == len(corpus.validation)
 
 
 def test_the_same_settings_give_the_same_rows(make_settings, tokenizer, play, pages):
@@ -92,10 +92,10 @@ def test_named_validation_data_leaves_training_whole(make_settings, tokenizer, p
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, validation_rows=5)
     assert len(corpus.validation) == 5
     assert sample_id(corpus.validation, 0).startswith(pages)
-    assert corpus.report.sources[0].held_out == "nothing"
+    assert corpus.sources[0].held_out == "nothing"
     whole = build_corpus(make_settings(play, validation_fraction=0), tokenizer, max_seq_len=LENGTH)
     assert whole.validation is None
-    assert whole.report.unigram_entropy is None
+    assert whole.unigram_entropy is None
     assert len(whole.train) == len(corpus.train)
 
 
@@ -109,7 +109,7 @@ def test_a_folder_brings_its_own_validation(make_settings, tokenizer, tmp_path):
         corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH)
         assert "Validation" in tokenizer.decode(corpus.validation[0]["input_ids"])
         assert "Training" in tokenizer.decode(next(iter(corpus.train))["input_ids"])
-        assert corpus.report.sources[0].held_out == "its own validation split"
+        assert corpus.sources[0].held_out == "its own validation split"
 
 
 def test_streaming_gives_the_same_kind_of_corpus(make_settings, tokenizer, pages, sample_id):
@@ -119,7 +119,7 @@ def test_streaming_gives_the_same_kind_of_corpus(make_settings, tokenizer, pages
     assert sum("stories" in sample_id(corpus.train, i) for i in range(64)) == 48
     assert all(row["input_ids"].shape == (LENGTH,) for row in rows)
     assert len(corpus.validation) == 12
-    assert corpus.report.sources[1].record()["documents"] > 100  # read so far
+    assert corpus.sources[1].record()["documents"] > 100  # read so far
     held = tokenizer.decode(torch.cat([corpus.validation[i]["input_ids"] for i in range(12)]))
     trained = tokenizer.decode(torch.cat([row["input_ids"] for row in itertools.islice(corpus.train, 1200)]))
     pages_held = [page.split(" ")[0] for page in held.split("<|endoftext|>Page ")[1:] if " of the web" in page]
@@ -158,19 +158,19 @@ def rows_of(rows):
 def test_a_source_is_read_only_as_far_as_the_run_needs(make_settings, tokenizer, web, small_windows, fraction):
     settings = make_settings(web, validation_fraction=fraction)
     corpus = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=100, validation_rows=3)
-    report = corpus.report.sources[0]
+    report = corpus.sources[0]
     documents = report.tally.documents
     assert not report.whole
     assert 100 * LENGTH <= report.tokens <= 100 * LENGTH + 4096  # whole windows
     assert documents < 0.3 * 4000
     assert report.count == pytest.approx(4000, rel=0.7)  # known from its bytes: about
-    assert f"reads {documents:,} of about {report.count:,} documents" in corpus.report.summary()
-    assert corpus.report.record()["sources"][0]["whole"] is False
+    assert f"reads {documents:,} of about {report.count:,} documents" in corpus.summary()
+    assert corpus.record()["sources"][0]["whole"] is False
     assert corpus.train.epochs()[0] < 1
     whole = build_corpus(settings, tokenizer, max_seq_len=LENGTH, rows_needed=10**6, validation_rows=3)
-    assert whole.report.sources[0].whole
-    assert whole.report.sources[0].tally.documents == 4000
-    assert "reads" not in whole.report.summary()
+    assert whole.sources[0].whole
+    assert whole.sources[0].tally.documents == 4000
+    assert "reads" not in whole.summary()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05])
@@ -187,7 +187,7 @@ def test_a_longer_run_sees_the_same_rows_first(
 
     first, second, third = (build(rows) for rows in (90, 400, 4000))
     again = build(90)  # after more was read
-    assert [corpus.report.sources[0].whole for corpus in (first, second, third)] == [False, False, True]
+    assert [corpus.sources[0].whole for corpus in (first, second, third)] == [False, False, True]
     assert rows_of(first.train) == rows_of(again.train) == rows_of(second.train)[:90]
     assert rows_of(second.train) == rows_of(third.train)[:400]
     ids = [name for name in (sample_id(second.train, row) for row in range(400)) if name.startswith(web)]

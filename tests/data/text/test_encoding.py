@@ -78,7 +78,7 @@ def test_batches_equal_single_documents(tokenizers, name):
     encoded = encoder_of(tokenizers[name]).encode(texts)
     expected = [reference(tokenizers[name], text) for text in texts]
     assert encoded.tokens.tolist() == [number for ids in expected for number in ids]
-    assert encoded.lengths.tolist() == [len(ids) for ids in expected]
+    assert encoded.documents["tokens"].tolist() == [len(ids) for ids in expected]
     assert encoded.characters == sum(map(len, texts))
 
 
@@ -101,16 +101,16 @@ def test_large_vocabularies_get_wider_ids(tokenizers):
     assert encoder.encode(["<65535>"]).tokens.tolist() == [tokenizer.token_to_id("<65535>"), 0]
 
 
-def test_fingerprint_and_pickle(tokenizers):
-    prints = {encoder_of(tokenizer).fingerprint for tokenizer in tokenizers.values()}
-    assert len(prints) == len(tokenizers)
+def test_identity_and_pickle(tokenizers):
+    identities = {encoder_of(tokenizer).identity for tokenizer in tokenizers.values()}
+    assert len(identities) == len(tokenizers)
     encoder = encoder_of(tokenizers["qwen"])
     copy = pickle.loads(pickle.dumps(encoder))
-    assert copy.fingerprint == encoder.fingerprint
+    assert copy.identity == encoder.identity
     assert np.array_equal(copy.encode(TEXTS[:3]).tokens, encoder.encode(TEXTS[:3]).tokens)
 
 
 def test_hashes_are_of_the_text(tokenizers):
-    first = encoder_of(tokenizers["qwen"]).encode(["a", "b", "a"]).hashes
-    second = encoder_of(tokenizers["gpt2"]).encode(["a"]).hashes
+    first = encoder_of(tokenizers["qwen"]).encode(["a", "b", "a"]).documents["hash"]
+    second = encoder_of(tokenizers["gpt2"]).encode(["a"]).documents["hash"]
     assert first[0] == first[2] == second[0] != first[1]

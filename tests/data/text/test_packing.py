@@ -71,7 +71,7 @@ def test_a_cache_is_used_again_until_anything_changes(open_, tmp_path, encoder):
     again = open_(source)
     assert not again.fresh
     assert again.tally.documents == 2
-    other_eos = TextEncoder(encoder.serialized, encoder.eos_token_id + 1)
+    other_eos = TextEncoder(encoder.identity[0], encoder.eos_token_id + 1)
     assert open_(source, other_eos).fresh
     before = path.stat()
     lines(path, ["one", "six"])

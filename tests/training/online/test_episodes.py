@@ -13,7 +13,7 @@ from llmlab.settings.rl import GRPOSettings, PPOSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.training import SFTSettings
 from llmlab.simulator.tasks import Curriculum
-from llmlab.training.online import episodes as rollouts
+from llmlab.training.online import rollouts
 from llmlab.training.online.grpo import grpo
 from llmlab.training.online.ppo import ppo
 from llmlab.training.sft import sft
@@ -117,9 +117,9 @@ def test_tokens_of_tools_are_masked_and_turns_are_not(levers, tmp_path, quiet, m
 
     masks = []
     monkeypatch.setattr(rollouts, "play", play)
-    kept = rollouts.EpisodeRollouts._generate_and_score_completions
+    kept = rollouts.Rollouts._generate_and_score_completions
     monkeypatch.setattr(
-        rollouts.EpisodeRollouts,
+        rollouts.Rollouts,
         "_generate_and_score_completions",
         lambda self, inputs: masks.append(kept(self, inputs)) or masks[-1],
     )

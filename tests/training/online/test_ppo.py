@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from llmlab.settings.rl import PPOSettings
 from llmlab.training.online.advantages import gae, per_turn, token_rewards
-from llmlab.training.online.critic_file import FILE
+from llmlab.training.online.critic import FILE
 from llmlab.training.online.ppo import PPOConfig, PPOTrainer
 
 WORDS, PAD, EOS, TARGET = 14, 14, 15, 7

@@ -18,7 +18,7 @@ from llmlab.settings.preference import RewardModelSettings
 from llmlab.settings.rl import OnlineSettings, PPOSettings
 from llmlab.settings.sources import resolve
 from llmlab.settings.training import SFTSettings
-from llmlab.training.online.critic_file import FILE
+from llmlab.training.online.critic import FILE
 from llmlab.training.online.ppo import PPOTrainer, ppo
 from llmlab.training.preference.reward import reward
 from llmlab.training.sft import sft
