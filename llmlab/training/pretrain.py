@@ -152,15 +152,8 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
     callbacks: list[TrainerCallback] = [StageMetrics()]
     if settings.streaming:
         stream = corpus.train
-        callbacks.append(
-            ProcessState(
-                "stream.pt",
-                trainer,
-                run.checkpoint,
-                lambda step: stream.state_at(step * rows_per_step),
-                stream.load_state_dict,
-            )
-        )
+        state = (lambda step: stream.state_at(step * rows_per_step), stream.load_state_dict)
+        callbacks.append(ProcessState("stream.pt", run.checkpoint, *state))
     entropy = corpus.report.unigram_entropy
     return run.train(
         trainer,
