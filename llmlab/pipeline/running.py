@@ -125,12 +125,10 @@ def _select(steps: dict[str, Step], only: str) -> list[Step]:
             problems.insert(0, f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
-    left_out = f"left out: only '{only}' was asked for"
-    selected = {name: replace(step, action="skip", reason=left_out) for name, step in steps.items()}
-    selected[only] = steps[only]
-    if steps[only].action == "skip":
-        selected[only] = replace(steps[only], action="run", reason="asked for by --only")
-    return list(selected.values())
+    chosen, left_out = steps[only], f"left out: only '{only}' was asked for"
+    if chosen.action == "skip":
+        chosen = replace(chosen, action="run", reason="asked for by --only")
+    return [chosen if name == only else replace(step, action="skip", reason=left_out) for name, step in steps.items()]
 
 
 def _check_folders(steps: list[Step], state: State) -> None:
