@@ -105,17 +105,14 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-@dataclass(eq=False)
 class ResumedSchedule(TrainerCallback):
     """Sets the learning rate of this run's schedule at the resumed step: that of the checkpoint is wrong where
     `max_steps` was extended, and missing where the optimizer's state was not loaded."""
 
-    step: int
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        rates = [base * scale(self.step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": self.step, "_last_lr": rates})
+        scheduler, step = kwargs["lr_scheduler"], state.global_step
+        rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_last_lr": rates})
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

@@ -259,7 +259,7 @@ class Run(Generic[S]):
         trainer.add_callback(health)
         trainer.on_event, trainer.passed_over = health.respond, steps_to_pass_over(self.folder, self.stage)
         if self.checkpoint is not None:
-            trainer.add_callback(ResumedSchedule(self.done))
+            trainer.add_callback(ResumedSchedule())
         if self.hardware.device == "mps":
             trainer.add_callback(EmptyCache())
         if isinstance(trainer.model, PeftModel):
