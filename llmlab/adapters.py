@@ -33,14 +33,11 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
                 problem = f"no linear module ends in '{ending}'{did_you_mean(ending, leaves)}"
                 raise UserError(f"lora_target_modules: {problem}; expected some of {', '.join(leaves)}")
         return endings
-    smallest = {*NAMES["query_or_value"], *NAMES["fused"]}
-    matches = {
-        "minimal": lambda name: roles[name] == "attention" and _leaf(name) in smallest,
-        "attention_only": lambda name: roles[name] == "attention",
-        "ffn_only": lambda name: roles[name] == "ffn",
-        "all": lambda name: roles[name] is not None,
-    }[preset]
-    targets = {name for name in roles if matches(name)}
+    attention, ffn = {"attention"}, {"ffn"}
+    wanted = {"minimal": attention, "attention_only": attention, "ffn_only": ffn, "all": attention | ffn}[preset]
+    targets = {name for name, role in roles.items() if role in wanted}
+    if preset == "minimal":
+        targets = {name for name in targets if _leaf(name) in (*NAMES["query_or_value"], *NAMES["fused"])}
     if not targets:
         raise UserError(
             f"lora_preset = {preset}: it matches no module of this architecture; set lora_preset=custom and "

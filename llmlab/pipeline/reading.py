@@ -44,7 +44,6 @@ class PipelineStage:
 class Pipeline:
     """A pipeline file, read and checked as a whole before anything starts."""
 
-    path: Path
     output_dir: Path
     stages: tuple[PipelineStage, ...]
     processes: int = 1  # of each stage that trains
@@ -119,7 +118,7 @@ def read_pipeline(
         found.append(PipelineStage(name, STAGES[kind], resolved, output_dir / name, tuple(dict.fromkeys(needs))))
     if problems:
         raise SettingsError(problems)
-    return Pipeline(Path(path), output_dir, tuple(found), processes)
+    return Pipeline(output_dir, tuple(found), processes)
 
 
 def _overrides(words: list[str], stages: dict[str, Any], problems: list[str]) -> dict[str, Any]:

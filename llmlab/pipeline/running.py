@@ -19,7 +19,7 @@ from llmlab.report.page import write_page
 from llmlab.runs.checkpoints import locked
 from llmlab.runs.history import RunFolder, curve_metric, flatten, open_or_note, open_run
 from llmlab.runs.page import PAGE, charts_of, try_writing, write_run_page
-from llmlab.runs.record import RECORD, library_versions, read_events, read_record
+from llmlab.runs.record import RECORD, library_versions, read_record
 from llmlab.settings.base import Resume, fields_of, local_names, show
 from llmlab.settings.errors import SettingsError, UserError, did_you_mean, shorten
 from llmlab.settings.files import dump, read_json
@@ -80,7 +80,16 @@ def plan(pipeline: Pipeline, *, first: str | None = None, only: str | None = Non
         steps[stage.name] = Step(stage, action, reason, inputs)
     chosen = list(steps.values()) if only is None else _select(steps, only)
     _check_folders(chosen, state)
-    _check_inputs(chosen)
+    problems: list[str] = []
+    for number, step in enumerate(chosen):
+        resolved, made = step.stage.resolved, [earlier.stage.folder for earlier in chosen[:number]]
+        try:
+            if step.action != "skip":
+                check_inputs(resolved.settings, resolved.sources, made)
+        except SettingsError as error:
+            problems += [f"{problem} (stage '{step.stage.name}')" for problem in error.problems]
+    if problems:
+        raise SettingsError(problems)
     return chosen
 
 
@@ -116,12 +125,10 @@ def _select(steps: dict[str, Step], only: str) -> list[Step]:
             problems.insert(0, f"--only {only}: {why}; leave --only out, or finish '{name}' first")
     if problems:
         raise SettingsError(problems)
-    left_out = f"left out: only '{only}' was asked for"
-    selected = {name: replace(step, action="skip", reason=left_out) for name, step in steps.items()}
-    selected[only] = steps[only]
-    if steps[only].action == "skip":
-        selected[only] = replace(steps[only], action="run", reason="asked for by --only")
-    return list(selected.values())
+    chosen, left_out = steps[only], f"left out: only '{only}' was asked for"
+    if chosen.action == "skip":
+        chosen = replace(chosen, action="run", reason="asked for by --only")
+    return [chosen if name == only else replace(step, action="skip", reason=left_out) for name, step in steps.items()]
 
 
 def _check_folders(steps: list[Step], state: State) -> None:
@@ -138,20 +145,6 @@ def _check_folders(steps: list[Step], state: State) -> None:
             if not (is_free or is_ours or is_empty):
                 move = "move it away, or choose another output_dir or stage name"
                 problems.append(f"stage '{name}': {place} was not written by this pipeline; {move}")
-    if problems:
-        raise SettingsError(problems)
-
-
-def _check_inputs(steps: list[Step]) -> None:
-    """Raises SettingsError for everything that a stage would read, that is missing and that no stage writes."""
-    problems = []
-    for number, step in enumerate(steps):
-        resolved, made = step.stage.resolved, [earlier.stage.folder for earlier in steps[:number]]
-        try:
-            if step.action != "skip":
-                check_inputs(resolved.settings, resolved.sources, made)
-        except SettingsError as error:
-            problems += [f"{problem} (stage '{step.stage.name}')" for problem in error.problems]
     if problems:
         raise SettingsError(problems)
 
@@ -179,8 +172,15 @@ def execute(pipeline: Pipeline, steps: list[Step], run: Callable[..., None] = ru
 def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., None]) -> None:
     name, folder, resumes = step.stage.name, step.stage.folder, step.action == "resume"
     _check_folders([step], state)
-    if not resumes:
-        _set_aside(folder)
+    if not resumes and folder.exists():
+        with locked(folder):
+            pass  # no run is writing into it
+        previous = _previous(folder)
+        if previous.is_symlink():
+            previous.unlink()
+        elif previous.exists():
+            shutil.rmtree(previous)
+        os.replace(folder, previous)
     state[name] = {
         "status": "started",
         "owner": state[name]["owner"] if name in state else uuid.uuid4().hex,
@@ -202,20 +202,8 @@ def _execute(pipeline: Pipeline, step: Step, state: State, run: Callable[..., No
             try_writing(lambda: write_pipeline_page(pipeline.output_dir))
 
 
-def _set_aside(folder: Path) -> None:
-    """Renames an earlier run folder to `<name>.previous`, replacing an older one."""
-    if folder.exists():
-        with locked(folder):
-            pass  # no run is writing into it
-        previous = _previous(folder)
-        if previous.is_symlink():
-            previous.unlink()
-        elif previous.exists():
-            shutil.rmtree(previous)
-        os.replace(folder, previous)
-
-
 def _previous(folder: Path) -> Path:
+    """Returns where the folder of an earlier run is set aside, in place of an older one."""
     return folder.with_name(f"{folder.name}.previous")
 
 
@@ -297,8 +285,8 @@ def write_pipeline_page(folder: Path) -> Path:
             "kind": run.stage or entry["inputs"].get("kind", {}).get("stage", name),
             "status": run.status if recorded or entry["status"] == "finished" else "failed",
             "run": run,
-            "charts": charts_of(run, metric, title=f"{name}: {charts[0].title}") if charts else [],
-            "events": len(read_events(run.folder)),
+            "charts": [replace(chart, title=f"{name}: {chart.title}") for chart in charts],
+            "events": len(run.events),
             "needs": list(entry["needed_runs"]),
         }
         stages.append(stage)

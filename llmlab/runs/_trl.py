@@ -199,15 +199,6 @@ class ResumableCheckpoint:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
-class GradientNorms:
-    """Mixin for a Trainer: calls `before_update(norm)` with the gradient norm before each optimizer step."""
-
-    def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # type: ignore[attr-defined]
-        return norm
-
-
 def gather(tree: Any, *, keep: bool) -> Any:
     """Returns nested values with sharded tensors whole on the CPU, or None on processes that do not `keep` them."""
 
@@ -227,16 +218,12 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
 
 def scatter_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns an optimizer's whole state dict with this process's shards of what has its parameter's shape."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def part(value: Any, parameter: Tensor) -> Any:
-        has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-        return scatter(value, parameter) if has_shape else value
-
-    shards = {
-        index: {name: part(value, parameters[index]) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
+    parameters, shards = [parameter for group in optimizer.param_groups for parameter in group["params"]], {}
+    for index, values in state["state"].items():
+        shape, shards[index] = parameters[index].shape, dict(values)
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                shards[index][name] = scatter(value, parameters[index])
     return {**state, "state": shards}
 
 

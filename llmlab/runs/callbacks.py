@@ -28,21 +28,18 @@ SAME_SIGNAL = 1.0  # seconds within which a second signal is the launcher passin
 NOT_METRICS = ("epoch", "total_flos", "num_tokens", "eval_num_tokens")
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class SaveSchedule(TrainerCallback):
     """Evaluates at the last step too, and saves a checkpoint at each new best, at the last step and on a stop signal.
-    `save_every` adds one every so many steps; without it, and without `best_only`, every evaluation saves one."""
+    `save_every` adds one every so many steps; without it and `load_best_model_at_end` every evaluation saves one."""
 
-    best_only: bool
-    evaluates: bool
-    save_every: int | None = None
-    best_metric: str = "loss"
+    save_every: int | None
     signal: int | None = None
     signal_time: float = 0.0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
-        if last and self.evaluates:
+        if last and args.eval_strategy != "no":
             control.should_evaluate = True
         if args.world_size > 1:  # all stop at the same step when one received a signal
             self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
@@ -54,8 +51,9 @@ class SaveSchedule(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:  # the baseline before training
             return
-        better = is_better(kwargs["metrics"][f"eval_{self.best_metric}"], state.best_metric, args.greater_is_better)
-        if better or not (self.best_only or self.save_every):
+        value = kwargs["metrics"][args.metric_for_best_model]
+        better = is_better(value, state.best_metric, args.greater_is_better)
+        if better or not (args.load_best_model_at_end or self.save_every):
             control.should_save = True
 
     @contextmanager
@@ -107,17 +105,14 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-@dataclass(eq=False)
 class ResumedSchedule(TrainerCallback):
     """Sets the learning rate of this run's schedule at the resumed step: that of the checkpoint is wrong where
     `max_steps` was extended, and missing where the optimizer's state was not loaded."""
 
-    step: int
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        scheduler = kwargs["lr_scheduler"]
-        rates = [base * scale(self.step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": self.step, "_last_lr": rates})
+        scheduler, step = kwargs["lr_scheduler"], state.global_step
+        rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_last_lr": rates})
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -161,31 +156,25 @@ class ProcessState(TrainerCallback):
     `required`, a process that has no file there (there were fewer) reads the first one's."""
 
     file: str
-    trainer: Trainer
     checkpoint: Path | None
     state_at: Callable[[int], Any]
     restore: Callable[[Any], None]
     required: bool = True
 
-    def path_in(self, checkpoint: Path) -> Path:
-        """Returns this process's file in a checkpoint."""
-        return checkpoint / f"{self.trainer.accelerator.process_index}-{self.file}"
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.checkpoint is None:
             return
-        path = self.path_in(self.checkpoint)
+        path = self.checkpoint / f"{args.process_index}-{self.file}"
         if not self.required and not path.is_file():
             path = self.checkpoint / f"0-{self.file}"
-            if not path.is_file():
-                return
-        with reading(path, "a state of the run"):
-            # the device type only: torch.load has no map_location `cpu:0`
-            self.restore(torch.load(path, map_location=args.device.type))
+        if self.required or path.is_file():
+            with reading(path, "a state of the run"):
+                # the device type only: torch.load has no map_location `cpu:0`
+                self.restore(torch.load(path, map_location=args.device.type))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save(self.state_at(state.global_step), self.path_in(checkpoint))
+        torch.save(self.state_at(state.global_step), checkpoint / f"{args.process_index}-{self.file}")
 
 
 @dataclass(eq=False)

@@ -103,8 +103,7 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
     except Exception as error:
         end("failed")
         reason = reason_of(error)
-        words = str(error) if isinstance(error, RuntimeError) else ""
-        if _is_write_error(error, folder) or any(part in words for part in TORCH_CANNOT_WRITE):
+        if _is_write_error(error, folder):
             raise UserError(f"output_dir = {folder}: writing stopped: the disk is full or gone ({reason})") from error
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{getattr(error, 'filename', None) or stage}: {reason}") from error
@@ -173,7 +172,9 @@ def phase_of(error: BaseException) -> str:
 
 
 def _is_write_error(error: Exception, folder: Path) -> bool:
-    """Returns whether an error of the system or of safetensors came from writing into the run folder, not reading."""
+    """Returns whether an error of the system or a library came from writing into the run folder, not reading."""
+    if isinstance(error, RuntimeError):
+        return any(part in str(error) for part in TORCH_CANNOT_WRITE)
     if isinstance(error, SafetensorError):
         return str(error).startswith("Error while serializing")
     if not isinstance(error, OSError):

@@ -90,9 +90,8 @@ class RunFolder:
     @property
     def silence(self) -> float:
         """Seconds since the folder last changed."""
-        signs = [self.folder / RECORD, self.folder / METRICS, *self.folder.glob("checkpoint-*")]
         changed = [0.0]
-        for path in signs:
+        for path in (self.folder / RECORD, self.folder / METRICS, *self.folder.glob("checkpoint-*")):
             with suppress(FileNotFoundError):  # a checkpoint, or the run, that was removed just now
                 changed.append(path.stat().st_mtime)
         return max(time.time() - max(changed), 0.0)
@@ -139,12 +138,6 @@ class RunFolder:
     @property
     def parents(self) -> list[str]:
         return [str(parent) for parent in self.record.get("parents", []) if parent]
-
-    @property
-    def data_sources(self) -> list[dict[str, Any]]:
-        """What was read of each data source, nested counts under dotted keys."""
-        found = (self.record.get("data") or {}).get("sources")
-        return [flatten(each) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """Returns the (step, value) where a metric was best; None without a curve or a better direction."""

@@ -147,11 +147,11 @@ def _convert(module: nn.Module, function: Any, recurse: bool = True) -> nn.Modul
                 if id(tensor) not in converted:
                     with torch.no_grad():
                         new = function(tensor)
-                    same = new.dtype == tensor.dtype
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    converted[id(tensor)] = (
-                        tensor if same else nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                    )
+                    if new.dtype == tensor.dtype:
+                        new = tensor
+                    elif isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    converted[id(tensor)] = new
                 tensors[name] = converted[id(tensor)]
     return module
 

@@ -12,7 +12,7 @@ from typing import Any
 from llmlab.report.page import Chart, Curve, Mark, group_curves, write_page
 from llmlab.runs import history
 from llmlab.runs.history import RunFolder
-from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_events, read_hardest_rows
+from llmlab.runs.record import RECORD, is_number, parse_lines, read_completions, read_hardest_rows
 from llmlab.settings.errors import reason_of
 from llmlab.terminal import safe, say
 
@@ -45,12 +45,13 @@ def try_writing(write: Callable[[], Path]) -> Path | None:
 
 def write_run_page(run: RunFolder) -> Path:
     """Writes `report.html` into a run folder, and returns its path."""
-    sources = run.data_sources
+    found = (run.record.get("data") or {}).get("sources")
+    sources = [history.flatten(each) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     # of numbers and text that are neither empty nor 0 everywhere
     filled = {key for row in sources for key, v in row.items() if isinstance(v, str) or (is_number(v) and v)}
     columns = list(dict.fromkeys(key for source in sources for key in source if key in filled))
     values = {"run": run, "history": history, "text_of": text_of, "sources": sources, "columns": columns}
-    values |= {"events": read_events(run.folder), "charts": charts_of(run), "samples": _samples(run.folder)}
+    values |= {"events": run.events, "charts": charts_of(run), "samples": _samples(run.folder)}
     return write_page(run.folder / PAGE, "run.html", hardest_rows=read_hardest_rows(run.folder), **values)
 
 
@@ -72,17 +73,17 @@ def write_comparison_page(runs: Sequence[RunFolder], page: Path) -> Path:
     return write_page(page, "comparison.html", **values)
 
 
-def charts_of(run: RunFolder, only: str | None = None, **options: Any) -> list[Chart]:
+def charts_of(run: RunFolder, only: str | None = None) -> list[Chart]:
     """Returns the charts of a run's metrics, or the one of `only` a metric, each with the health events of its
-    metrics, and the loss with all; `options` are those of `Chart`."""
-    events = list(enumerate(read_events(run.folder), start=1))
+    metrics, and the loss with all."""
+    events = list(enumerate(run.events, start=1))
     charts = []
     for group in group_curves(run.curves):
         if only is None or only in group.metrics:
             concerned = {*group.metrics, *(event.metric for _, event in events if "loss" in group.metrics)}
             marks = [Mark(each.step, each.severity, number) for number, each in events if each.metric in concerned]
             curves = [Curve(name, run.curves[name], number) for number, name in enumerate(group.metrics)]
-            charts.append(Chart(**{"title": group.title, "log": group.log, **options}, curves=curves, marks=marks))
+            charts.append(Chart(group.title, curves, marks, group.log))
     return charts
 
 

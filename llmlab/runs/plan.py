@@ -3,11 +3,11 @@ The memory is that of a rehearsed step (`rehearsal.py`), the time its FLOPs at a
 
 import gc
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from llmlab.inference import context_length
 from llmlab.model import build_config, load_config, measure, read_adapter
 from llmlab.model.size import BYTES, state_values
 from llmlab.runs.rehearsal import Rehearsals, Scene, rehearse, rehearse_layers
+from llmlab.settings.base import show
 from llmlab.settings.errors import UserError, reason_of
 from llmlab.settings.files import read_table
 from llmlab.terminal import duration, human
@@ -160,24 +161,24 @@ def make_plan(
     except UserError:
         raise
     except Exception as error:  # an architecture or argument with operators that need values
-        problem = "this model's step cannot be followed without memory"
-        raise UserError(f"not planned: {problem}: {reason_of(error)}") from error
+        problem = "not planned: this model's step cannot be followed without memory"
+        raise UserError(f"{problem}: {reason_of(error)}") from error
     trained = round(rehearsals.total(lambda run: sum(p.numel() for p in _trained(run))))
     states = round(rehearsals.total(lambda run: _state_bytes(run, settings.optimizer)))
     notes = []
     steps, batch_rows, passes = _count_work(settings, rows, processes)
-    if steps is None:
-        notes.append("steps, tokens and time are not known without the number of rows: --rows N")
     tokens = flops = seconds = None
     if mean is not None and mean > scene.length:
         raise UserError(f"--mean {mean:g}: expected at most the longest row, {scene.length} tokens")
-    if steps is not None:
+    if steps is None:
+        notes.append("steps, tokens and time are not known without the number of rows: --rows N")
+    else:
         share = (mean or scene.length) / scene.length
         tokens = steps * batch_rows * processes * scene.length * share
-        fixed, sampling = _step_flops(rehearsals, settings, hardware, passes, processes)
-        flops = steps * fixed * share
         peak = (hardware.peak_flops or measured_peak(hardware)) * (utilization or UTILIZATION[hardware.device])
-        seconds = flops / peak + sampling(peak) * steps
+        step, sampling = _step_work(rehearsals, settings, hardware, passes, processes, peak)
+        flops = steps * step * share
+        seconds = flops / peak + sampling * steps
     total = measure(scene.config).total
     checkpoint = 4 * trained + states
     kept = settings.save_total_limit or math.ceil((steps or 1) / getattr(settings, "save_every", settings.eval_every))
@@ -203,12 +204,15 @@ def fitting_changes(
     device's); else the shortest list of all together, the fewest GPUs that shard it, or nothing. Each plan takes
     seconds."""
     limit, tries = memory or hardware.memory, iter(range(at_most_plans))
+    chosen = {name: getattr(settings, name) for name in settings.model_fields_set}
+    for first, *others in type(settings).alternatives:  # of one quantity in several units, the one a run counts in
+        chosen = {name: value for name, value in chosen.items() if first not in chosen or name not in others}
 
     def fits(changes: dict[str, Any], **others: Any) -> bool:
         if next(tries, None) is None:
             return False
         try:
-            changed = type(settings).model_validate({**_values_set(settings), **changes})
+            changed = type(settings).model_validate({**chosen, **changes})
             return make_plan(function, changed, hardware, **{**options, **others}).total <= limit
         except (UserError, ValueError):
             return False
@@ -236,17 +240,8 @@ def fitting_changes(
     return []
 
 
-def _values_set(settings: Any) -> dict[str, Any]:
-    """Returns the values of settings that were set; of one quantity in several units, the one that a run counts in."""
-    values = {name: getattr(settings, name) for name in settings.model_fields_set}
-    for first, *others in type(settings).alternatives:
-        values = {name: value for name, value in values.items() if first not in values or name not in others}
-    return values
-
-
 def _words(changes: dict[str, Any]) -> str:
-    words = [f"{name} = {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items()]
-    return " with ".join(words)
+    return " with ".join(f"{name} = {show(value)}" for name, value in changes.items())
 
 
 def _changes(settings: Any) -> Iterator[list[dict[str, Any]]]:
@@ -289,27 +284,23 @@ def _count_work(settings: Any, rows: int | None, processes: int) -> tuple[int | 
     return steps, size * passes * (1 + is_pairs), passes
 
 
-def _step_flops(
-    rehearsals: Rehearsals, settings: Any, hardware: Hardware, passes: float, processes: int
-) -> tuple[float, Callable[[float], float]]:
-    """Returns the FLOPs of an optimizer step on one process, and its seconds of sampling given FLOP/s."""
+def _step_work(
+    rehearsals: Rehearsals, settings: Any, hardware: Hardware, passes: float, processes: int, peak: float
+) -> tuple[float, float]:
+    """Returns the FLOPs of an optimizer step on one process, and its seconds of sampling at `peak` FLOP/s."""
     run, total = rehearsals.runs[0], rehearsals.total
     flops = {name: total(lambda run: run.ledger.flops[name]) for name in run.ledger.flops}  # noqa: B023
     step = (flops["forward"] + flops["backward"]) * passes / run.settings.gradient_accumulation_steps
     if not hasattr(settings, "rollout"):
-        return step, lambda peak: 0.0
+        return step, 0.0
     rollout = settings.rollout(processes)
     completions = rollout.completions / processes
     scoring = flops.get("scoring", 0) * completions / run.rollout.completions
     step += (scoring + flops.get("sampling", 0)) / rollout.updates
     parameters = total(lambda run: sum(p.numel() for p in run.policy.model.parameters()))
     read = BYTES[hardware.dtype] * parameters + total(lambda run: run.ledger.most.get("KV cache", 0)) / 2
-
-    def sample(peak: float) -> float:
-        token = max(read / (DECODE * hardware.bandwidth), 2 * parameters * completions / peak)
-        return token * settings.max_new_tokens / rollout.updates
-
-    return step, sample
+    token = max(read / (DECODE * hardware.bandwidth), 2 * parameters * completions / peak)
+    return step, token * settings.max_new_tokens / rollout.updates
 
 
 def plan_memory(
@@ -392,13 +383,7 @@ def measured_peak(hardware: Hardware) -> float:
     """Returns the FLOP/s of a product of matrices on this machine's device, the best of a few."""
     size = 1024 if hardware.device == "cpu" else 4096
     ones = torch.ones(size, size, dtype=hardware.torch_dtype, device=hardware.device)  # draws no random numbers
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        (ones @ ones)[0, 0].item()
-        return time.perf_counter() - began
-
-    return 2 * size**3 / min(seconds() for _ in range(4))
+    return 2 * size**3 / min(repeat(lambda: (ones @ ones)[0, 0].item(), number=1, repeat=4))
 
 
 def needs_checkpointing(run: Any, rows: Any) -> bool:

@@ -71,9 +71,8 @@ class Policy:
         """Caps a length in tokens at the model's context length."""
         return min(length, context_length(self.model) or length)
 
-    def rows(self, model: PreTrainedModel | PeftModel | None = None) -> list[tuple[str, str]]:
+    def rows(self, model: PreTrainedModel | PeftModel) -> list[tuple[str, str]]:
         """Returns the plan's rows about the model; pass the trainer's model, which may have adapters attached."""
-        model = model or self.model
         trainable, total = trainable_share(model)
         rows = [("model", f"{' on '.join(self.parents)}: {human(total)} parameters")]
         if isinstance(model, PeftModel):

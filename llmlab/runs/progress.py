@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
@@ -60,10 +52,10 @@ def quiet_libraries() -> Iterator[None]:
             enable_progress_bars()
 
 
-class ValuesColumn(TextColumn):
+class ValuesColumn(bars.TextColumn):
     """A column that gives way to the others on a narrow terminal, and stays one line."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         text = super().render(task)
         text.no_wrap, text.overflow = True, "ellipsis"
         return text
@@ -82,7 +74,7 @@ class ProgressLine(TrainerCallback):
     _logged: tuple[int, float, float] = (0, 0.0, 0.0)  # step, training seconds and tokens at the last log event
     _step_began: float = 0.0
     _best: float | None = None
-    _progress: Progress | None = None
+    _progress: bars.Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._logged = (state.global_step, *self._logged[1:])
@@ -90,14 +82,14 @@ class ProgressLine(TrainerCallback):
         self._began, self._first_step = time.monotonic(), state.global_step
         if self.console.is_terminal:
             whole = Column(no_wrap=True)
-            self._progress = Progress(
-                TextColumn("[bold]step"),
-                MofNCompleteColumn(table_column=whole.copy()),
-                *([BarColumn(bar_width=16)] if self.console.width >= ROOM_FOR_BAR else []),
+            self._progress = bars.Progress(
+                bars.TextColumn("[bold]step"),
+                bars.MofNCompleteColumn(table_column=whole.copy()),
+                *([bars.BarColumn(bar_width=16)] if self.console.width >= ROOM_FOR_BAR else []),
                 ValuesColumn("{task.description}", table_column=Column()),
-                TimeElapsedColumn(table_column=whole.copy()),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True, table_column=whole.copy()),
+                bars.TimeElapsedColumn(table_column=whole.copy()),
+                bars.TextColumn("left"),
+                bars.TimeRemainingColumn(elapsed_when_finished=True, table_column=whole.copy()),
                 console=self.console,
             )
             self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)

@@ -8,7 +8,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,9 +92,7 @@ class Rehearsal:
         if task == "SEQ_CLS":
             config.num_labels, config.pad_token_id = 1, 2
         auto = getattr(transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}")
-        with ExitStack() as stack:
-            if self.ledger is not None:
-                stack.enter_context(no_init_weights())
+        with no_init_weights() if self.ledger is not None else nullcontext():
             model = auto.from_config(config, dtype=dtype, trust_remote_code=remote_code_allowed())
         model.tie_weights()
         return model
@@ -139,9 +137,8 @@ class Rehearsal:
         ledger.assign("weights", *model.parameters(), *model.buffers())
         if (reference := getattr(trainer, "ref_model", None)) is not None:
             ledger.assign("reference", *reference.parameters(), *reference.buffers())
-        if getattr(trainer, "critic", None) is not None:
-            own = {id(parameter) for parameter in trainer.critic.parameters() if parameter.requires_grad}
-            ledger.assign("value model", *(p for p in trainer.critic.parameters() if id(p) in own))
+        if (critic := getattr(trainer, "critic", None)) is not None:
+            ledger.assign("value model", *(p for p in critic.parameters() if p.requires_grad))
         optimizer = trainer.create_optimizer()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -254,25 +251,27 @@ def shorten(settings: Any, folder: str, steps: int) -> tuple[Any, int]:
         changes["batch_size"] = passes * settings.mini_batch_size
     else:
         passes = min(settings.gradient_accumulation_steps, 2)
-    changes |= {"gradient_accumulation_steps": passes, "report_to": []}
-    changes |= {"dataloader_num_workers": 0}  # tensors without memory cannot be sent
-    changes |= {"gradient_checkpointing": settings.gradient_checkpointing is True}
-    changes |= {"optimizer": REHEARSED.get(settings.optimizer, settings.optimizer)}
-    sends = {name for name, value in settings.trainer_args.items() if name in APART or leaves_machine(name, value)}
-    changes["trainer_args"] = {name: value for name, value in settings.trainer_args.items() if name not in sends}
-    # a copy of the policy stands in for a named reference or critic
-    others = dict.fromkeys(("epochs", "num_episodes", "value_checkpoint", "reference_checkpoint")) | {
-        "use_vllm": False
+    kept = settings.trainer_args.items()
+    changes |= {
+        "gradient_accumulation_steps": passes,
+        "report_to": [],
+        "dataloader_num_workers": 0,  # tensors without memory cannot be sent
+        "gradient_checkpointing": settings.gradient_checkpointing is True,
+        "optimizer": REHEARSED.get(settings.optimizer, settings.optimizer),
+        "trainer_args": {name: value for name, value in kept if not (name in APART or leaves_machine(name, value))},
+        "use_vllm": False,
+        # a copy of the policy stands in for a named reference or critic
+        **dict.fromkeys(("epochs", "num_episodes", "value_checkpoint", "reference_checkpoint")),
     }
-    changes |= {name: value for name, value in others.items() if hasattr(settings, name)}
-    return settings.model_copy(update=changes), rollout
+    names = type(settings).model_fields.keys()
+    return settings.model_copy(update={name: changes[name] for name in changes.keys() & names}), rollout
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def apart(device: torch.device) -> Iterator[None]:
     """Keeps what a trainer sets for the whole process from one that is about to train; and warnings off the screen."""
     states = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
-    level = logging.root.manager.disable
+    level, restore_random_states = logging.root.manager.disable, random_states(device)
     logging.disable(logging.WARNING)
     for state, _ in states:
         state._shared_state.clear()
@@ -285,31 +284,27 @@ def apart() -> Iterator[None]:
         for state, before in states:
             state._shared_state.clear()
             state._shared_state.update(before)
+        restore_random_states()
 
 
 def rehearse(
     stage: Any, settings: Any, hardware: Hardware, scene: Scene, *, processes: int = 1, follow: bool = True
 ) -> Any:
     """Runs a stage's function to its first step on rows of the scene's length and returns the run, a rollout shared by
-    so many processes; unless it is to `follow` tensors without memory in the run's `ledger`, the step is a real
-    one."""
+    so many processes. `follow` takes the step on tensors without memory, in the run's `ledger`; else it is real."""
     real, ledger = hardware, None
+    following: AbstractContextManager[Any] = nullcontext()
     if follow:
         ledger = Ledger({scene.config.get_text_config().vocab_size}, lazy=hardware.device == "cpu")
+        following = ledger.follow()
         hardware = replace(hardware, device="cpu", dtype="bf16" if hardware.dtype == "fp16" else hardware.dtype)
     own = {"scene": scene, "ledger": ledger, "samples_elsewhere": getattr(settings, "use_vllm", False)}
     own["on_cpu"] = real.device == "cpu"
     run_class = type("Rehearsal", (Rehearsal, stage.run_class), own)
     here = torch.device(real.device if getattr(torch, real.device).is_available() else "cpu")
-    with ExitStack() as stack:
-        stack.callback(random_states(here))
-        stack.enter_context(apart())
-        stack.enter_context(quiet_libraries())
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    with apart(here), quiet_libraries(), tempfile.TemporaryDirectory() as folder, following:
         # without a ledger a second step, which has the optimizer's states
         settings, completions = shorten(settings, folder, 1 if follow else 2)
-        if ledger is not None:
-            stack.enter_context(ledger.follow())
         process = PartialState(cpu=hardware.device == "cpu")
         resolved = Resolved(settings, {}, ())
         start = (stage.__name__, True, resolved, hardware, process, Terminal(quiet=True), Path(folder), None, None, {})

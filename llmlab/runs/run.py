@@ -9,8 +9,9 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, get_args
 
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from rich.console import Console
@@ -23,9 +24,11 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
+from llmlab.hardware import Hardware
 from llmlab.health.tables import find_outside
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
@@ -40,7 +43,7 @@ from llmlab.runs.plan import describe_cost, needs_checkpointing
 from llmlab.runs.policy import Policy, choose_kernels, compile_if_worth, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
-from llmlab.runs.start import S, Start, begin, check_steps_left, rollbacks_of, split_settings
+from llmlab.runs.start import Batch, S, begin, check_steps_left, rollbacks_of, split_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
 from llmlab.settings.gates import GATE, GatesSettings
@@ -108,11 +111,28 @@ def training_stage(
     return decorate
 
 
-class Run(Start[S]):
-    """One run of a stage."""
+@dataclass
+class Run(Generic[S]):
+    """One run of a stage. `resumed` is the status that an earlier part of it recorded, None for a new run."""
 
+    stage: str
+    load_optimizer: bool
+    resolved: Resolved[S]
+    hardware: Hardware
+    process: PartialState
+    console: Console
+    folder: Path
+    resumed: str | None
+    checkpoint: Path | None
+    data_files: dict[str, Any]
+    batch: Batch
     rolled_back = False  # in this process: the plan was printed
     on_cpu = property(lambda self: self.hardware.device == "cpu")  # a rehearsal is always, whatever it is about
+
+    def __post_init__(self) -> None:
+        self.settings: Any = self.resolved.settings
+        self.done = checkpoints.saved_step(self.checkpoint) if self.checkpoint else 0  # optimizer updates
+        set_seed(self.settings.seed)
 
     def load_policy(self, **options: Any) -> Policy:
         """Loads the policy; `options` are those of `llmlab.runs.policy.load_policy`."""
@@ -174,12 +194,7 @@ class Run(Start[S]):
                 "greater_is_better": best.sign > 0 if best else best_metric == "reward",
                 "load_best_model_at_end": settings.save_best_only,
             }
-        self.rhythm = SaveSchedule(
-            best_only=settings.save_best_only,
-            evaluates=evaluates,
-            save_every=getattr(settings, "save_every", None if evaluates else settings.eval_every),
-            best_metric=best_metric,
-        )
+        self.rhythm = SaveSchedule(getattr(settings, "save_every", None if evaluates else settings.eval_every))
         self.progress = ProgressLine(self.console, **(progress or {}))
         args = build_arguments(config, settings, self.hardware, **{**rhythm, **arguments})
         use_one_gpu(args)
@@ -244,11 +259,11 @@ class Run(Start[S]):
         trainer.add_callback(health)
         trainer.on_event, trainer.passed_over = health.respond, steps_to_pass_over(self.folder, self.stage)
         if self.checkpoint is not None:
-            trainer.add_callback(ResumedSchedule(self.done))
+            trainer.add_callback(ResumedSchedule())
         if self.hardware.device == "mps":
             trainer.add_callback(EmptyCache())
         if isinstance(trainer.model, PeftModel):
-            trainer.add_callback(BestAdapters(trainer, self.folder))
+            trainer.add_callback(BestAdapters(trainer))
         rotation = CheckpointRotation(trainer, self.settings.save_total_limit)
         trainer.add_callback(rotation)  # must run after all other callbacks
         with (
@@ -258,20 +273,18 @@ class Run(Start[S]):
             self.rhythm.listen(self.progress.say),
             trackers(trainer, record, self.folder, self.done) as tracked,
         ):
-            published = destinations(self.settings.trainer_args, self.settings.output_dir, self.settings.report_to)
-            batches = None
-            if trainer.eval_dataset is not None:
-                batches = getattr(self.settings, split_settings(self.settings)[2])
-            rows = [*plan, *describe_schedule(self.settings, steps, batches), *self.hardware.rows(self.settings.tf32)]
             if not self.rolled_back:
-                rows += describe_cost(self, trainer, steps - self.done)
+                settings = self.settings
+                rows = [*plan, *describe_schedule(settings, steps, trainer.eval_dataset is not None)]
+                rows += [*self.hardware.rows(settings.tf32), *describe_cost(self, trainer, steps - self.done)]
                 if trainer.args.gradient_checkpointing:
                     rows.append(("checkpointing", "activations are computed again in the backward pass"))
                 size = sum(parameter.numel() for parameter in trainer.model.parameters())
                 options = {"parameters": size, "processes": self.process.num_processes}
-                unusual = find_outside(self.stage, self.settings, self.resolved.sources, **options)
+                unusual = find_outside(self.stage, settings, self.resolved.sources, **options)
                 rows += [("unusual", Text(sentence, style="yellow")) for sentence in unusual]
-                rows += [("compile", compiled), *tracked, *published]
+                rows += [("compile", compiled), *tracked]
+                rows += destinations(settings.trainer_args, settings.output_dir, settings.report_to)
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
@@ -332,16 +345,17 @@ class Run(Start[S]):
         return per_row * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
 
 
-def describe_schedule(settings: Any, steps: int, eval_batches: int | None) -> list[tuple[str, str | Text]]:
-    """Returns the plan's rows for evaluation (None: there is no validation data), optimizer and learning rate."""
+def describe_schedule(settings: Any, steps: int, evaluates: bool) -> list[tuple[str, str | Text]]:
+    """Returns the plan's rows for evaluation, optimizer and learning rate."""
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else math.ceil(settings.warmup_steps * steps)
     schedule = f"{settings.scheduler} after {warmup} steps of warmup"
     if warmup >= steps:
         schedule += " [yellow](warmup is as long as the run: the peak learning rate is never reached)[/yellow]"
     rate = spellings_of(type(settings))["learning_rate"].of(settings)
     evaluation = "none: there is no validation data"
-    if eval_batches is not None:
-        evaluation = f"every {settings.eval_every:,} steps, on {eval_batches:,} batches at most"
+    if evaluates:
+        batches = getattr(settings, split_settings(settings)[2])
+        evaluation = f"every {settings.eval_every:,} steps, on {batches:,} batches at most"
     optimizer = Text.from_markup(f"{settings.optimizer}, lr {rate:g}, {schedule}")
     return [("evaluation", evaluation), ("optimizer", optimizer)]
 
@@ -351,17 +365,15 @@ class BestAdapters(TrainerCallback):
     """Writes the adapters of each new best evaluation into `best_lora_adapters/`."""
 
     trainer: Trainer
-    folder: Path
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.best_global_step == state.global_step:
-            with checkpoints.staged(self.folder) as temporary:
+            with checkpoints.staged(Path(args.output_dir)) as temporary:
                 save_weights(self.trainer, temporary / BEST_ADAPTERS)
 
 
 def save_policy(trainer: Trainer, folder: Path) -> None:
-    """Saves weights or adapters, tokenizer and generation config, and `best_lora_adapters/` if no evaluation has
-    written it."""
+    """Saves what `save_weights` does, and `best_lora_adapters/` if no evaluation has written it."""
     save_weights(trainer, folder)
     best = trainer.state.best_global_step and (Path(trainer.args.output_dir) / BEST_ADAPTERS).is_dir()
     if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel) and not best:
@@ -386,9 +398,9 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     """Returns the last value of each metric; those of validation from the best checkpoint where it was restored."""
     metrics: dict[str, float] = {}
     for line in trainer.state.log_history:
-        metrics.update({name: value for name, value in line.items() if isinstance(value, (int, float))})
-    state = trainer.state
-    if trainer.args.load_best_model_at_end and state.best_global_step:
-        for line in (line for line in state.log_history if line["step"] == state.best_global_step):
-            metrics.update({name: value for name, value in line.items() if name.startswith(("eval_", "gate/"))})
+        metrics |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
+    restored = trainer.args.load_best_model_at_end and trainer.state.best_global_step
+    for line in trainer.state.log_history if restored else ():
+        if line["step"] == restored:
+            metrics |= {name: value for name, value in line.items() if name.startswith(("eval_", "gate/"))}
     return metrics

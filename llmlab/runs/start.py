@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -21,12 +21,12 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from safetensors import safe_open
-from transformers import TrainerState, set_seed
+from transformers import TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import safe_globals
 
 from llmlab.data.files import files_of
-from llmlab.hardware import Hardware, check_packages, probe
+from llmlab.hardware import check_packages, probe
 from llmlab.optim.build import check_supported
 from llmlab.runs import checkpoints
 from llmlab.runs.record import read_record
@@ -42,7 +42,6 @@ from llmlab.terminal import Terminal
 # what `accelerate launch`, torchrun and notebook_launcher set in each process
 IN_LAUNCH = {"LOCAL_RANK", "ACCELERATE_DYNAMO_MODE"}
 S = TypeVar("S", bound=Settings)
-R = TypeVar("R", bound="Start[Any]")
 T = TypeVar("T")
 HASHED_BYTES = 2**30  # of all data files together, a second or two; larger ones are known by size and time
 
@@ -150,11 +149,14 @@ def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
     """Returns size, time and, unless they are too large together, the hash of each local data file."""
     sources = (*settings.datasets, *(settings.validation_datasets or ()))
     stats = {file: file.stat() for source in sources for file in files_of(source)}
-    hashed = sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES
-    return {
-        str(file): {"bytes": stat.st_size, "modified": stat.st_mtime_ns, **({"hash": _hash(file)} if hashed else {})}
-        for file, stat in stats.items()
-    }
+    found = {str(file): {"bytes": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats.items()}
+    for name in found if sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES else ():
+        digest = hashlib.blake2b(digest_size=16)
+        with reading(name), open(name, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        found[name]["hash"] = digest.hexdigest()
+    return found
 
 
 def check_data(run: Path, now: dict[str, dict[str, Any]], *, allow_changed: bool) -> list[str]:
@@ -174,14 +176,6 @@ def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a file's size and hash are the same; its time counts only where one of them has no hash."""
     by = "hash" if "hash" in before and "hash" in now else "modified"
     return bool(before and now) and (before.get("bytes"), before.get(by)) == (now.get("bytes"), now.get(by))
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with reading(file), file.open("rb") as handle:
-        while block := handle.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def recorded_settings(run: Path, settings: S) -> S:
@@ -232,10 +226,9 @@ def find_checkpoint(run: Path, settings: Settings, *, load_optimizer: bool, chos
         names = ", ".join(path.name for path in saved) or "none"
         raise UserError(f"--resume {chosen}: this is no complete checkpoint; expected one of those in {run}: {names}")
     finished = record.get("status", "finished") == "finished"
+    if not saved and finished:
+        raise UserError(f"--resume {run}: this run has no complete checkpoint; start it again in another output_dir")
     if not saved:
-        if finished:
-            problem = "this run has no complete checkpoint; start it again in another output_dir"
-            raise UserError(f"--resume {run}: {problem}")
         return None
     checkpoint = run / chosen.name if chosen else saved[-1]
     if not (getattr(settings, "epochs", None) or getattr(settings, "num_episodes", None)):
@@ -260,35 +253,9 @@ def check_steps_left(run: Path, done: int, steps: int, finished: bool) -> None:
         raise UserError(f"--resume {run}: it already is at step {done}; train longer to extend it")
 
 
-@dataclass
-class Start(Generic[S]):
-    """Where a run starts: `resumed` is the status that an earlier part of it recorded, None for a new run."""
-
-    stage: str
-    load_optimizer: bool
-    resolved: Resolved[S]
-    hardware: Hardware
-    process: PartialState
-    console: Console
-    folder: Path
-    resumed: str | None
-    checkpoint: Path | None
-    data_files: dict[str, Any]
-    batch: Batch
-
-    def __post_init__(self) -> None:
-        self.settings: Any = self.resolved.settings
-        set_seed(self.settings.seed)
-
-    @property
-    def done(self) -> int:
-        """The number of optimizer updates that the checkpoint holds."""
-        return checkpoints.saved_step(self.checkpoint) if self.checkpoint else 0
-
-
 @contextmanager
 def begin(
-    run_class: type[R],
+    run_class: type[T],
     stage: str,
     resolved: Resolved[Any],
     *,
@@ -296,8 +263,9 @@ def begin(
     load_optimizer: bool,
     allow_changed_data: bool,
     console: Console | None,
-) -> Iterator[R]:
-    """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others."""
+) -> Iterator[T]:
+    """Claims the run folder for as long as the run takes; the main process alone looks at it, and tells the others.
+    `run_class` has the fields of `Run`."""
     settings = resolved.settings
     try:
         hardware = probe(settings.device, settings.dtype)
@@ -317,14 +285,15 @@ def begin(
         console.print(f"[yellow]note[/yellow] {gpus} GPUs are visible, and this run uses one of them: {ways}")
     with lost_processes_named(process), ExitStack() as stack:
 
-        def claim() -> dict[str, Any]:
+        def claim() -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+            """Returns what the folder decides of the run, and the settings that resuming changes, with sources."""
             sharding = sharding_of(settings)
             check_supported(settings.optimizer, sharding or process.distributed_type)
             output, processes = Path(settings.output_dir), process.num_processes
             if resume is None:
                 folder = stack.enter_context(checkpoints.claim(output))
-                new = {"resumed": None, "checkpoint": None, "batch": batch_of(settings, processes)}
-                return {"folder": folder, "data_files": data_files(settings), "changes": {}, **new}
+                new = {"folder": folder, "data_files": data_files(settings), "batch": batch_of(settings, processes)}
+                return {**new, "resumed": None, "checkpoint": None}, {}, {}
             run, chosen = checkpoints.find_run(resume)
             if not run.is_dir():
                 raise UserError(f"--resume {resume}: there is no such run folder")
@@ -340,8 +309,8 @@ def begin(
                 check_undamaged(checkpoint)
                 used = sharding == "DEEPSPEED"
                 check_deepspeed(checkpoint, used=used, processes=processes, load_optimizer=load_optimizer)
-            before, record = recorded_settings(folder, now), read_record(folder)
-            batch, changes = split_again(now, before, record, processes)
+            record = read_record(folder)
+            batch, changes = split_again(now, recorded_settings(folder, now), record, processes)
             if changes:
                 values = ", ".join(f"{name} = {value}" for name, value in changes.items())
                 notes.append(f"an optimizer step keeps its {batch.rows} rows, with {values}")
@@ -352,17 +321,15 @@ def begin(
                 notes += [f"moved into {target}, since the run continues from before them: {names}"] if names else []
             for note in notes:
                 console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-            resumed = {"resumed": record.get("status", "finished"), "checkpoint": checkpoint, "batch": batch}
             sources = dict.fromkeys(changes, "batch of the resumed run") | dict.fromkeys(rolled_back, "rollback")
-            found = {"folder": folder, "data_files": files, "changes": changes | rolled_back, "sources": sources}
-            return {**found, **resumed}
+            resumed = {"folder": folder, "data_files": files, "batch": batch, "checkpoint": checkpoint}
+            return {**resumed, "resumed": record.get("status", "finished")}, changes | rolled_back, sources
 
-        found = on_main(process, claim)
-        changed_sources = found.pop("sources", {})
-        if changes := found.pop("changes"):
-            sources = {**resolved.sources, **changed_sources}
-            resolved = replace(resolved, settings=settings.model_copy(update=changes), sources=sources)
-        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **found)
+        start, changes, sources = on_main(process, claim)
+        if changes:
+            changed, sources = settings.model_copy(update=changes), {**resolved.sources, **sources}
+            resolved = replace(resolved, settings=changed, sources=sources)
+        yield run_class(stage, load_optimizer, resolved, hardware, process, console, **start)
 
 
 def sharding_of(settings: Any) -> str | None:

@@ -28,7 +28,7 @@ from llmlab.health.symptoms import Event
 from llmlab.optim.build import build_optimizer
 from llmlab.optim.sophia import estimate_hessian_if_due, estimate_is_due, next_token_logits
 from llmlab.runs import checkpoints
-from llmlab.runs._trl import GradientNorms, ResumableCheckpoint
+from llmlab.runs._trl import ResumableCheckpoint
 from llmlab.runs.arguments import blame_trainer_args
 from llmlab.runs.failures import DivisibleBatches, random_states
 from llmlab.runs.record import HARDEST_ROWS
@@ -43,7 +43,7 @@ LOSSES = {"loss": "loss", "eval_loss": "validation loss", "grad_norm": "gradient
 SPIKES = {"grad_norm": "gradient_norm_exploding", "loss": "loss_spike"}
 
 
-class Guard(GradientNorms):
+class Guard:
     """Mixin for a Trainer: no update with a loss or gradient norm that is not finite or beyond `skip_spikes` standard
     deviations of the last 128 steps, nor on the batches of steps in `passed_over`. On a GPU with a fused optimizer its
     kernel leaves the update out, and the numbers are read one step later, so that nothing waits for them."""
@@ -82,10 +82,16 @@ class Guard(GradientNorms):
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        self.before_update(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
+
     def before_update(self, norm: Tensor | float | None) -> None:
+        """Refuses an update by taking the gradients away: then neither weights nor optimizer states change."""
         if self.passes_over:
             self.left_out += 1
-            return self.drop_update()
+            return self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
         if norm is None:  # DeepSpeed has none before its first update
             return None
         args = self.args  # type: ignore[attr-defined]
@@ -101,7 +107,7 @@ class Guard(GradientNorms):
             good = numbers < numbers.new_tensor([highest[name] for name in SPIKES])  # NaN and infinity are not
             optimizer.found_inf = (~good.all()).to(torch.float32)
         elif not self.read_numbers():
-            self.drop_update()
+            self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
         return None
 
     def skipping_optimizer(self) -> Any:
@@ -120,7 +126,7 @@ class Guard(GradientNorms):
         numbers, highest = dict(zip(SPIKES, values.tolist(), strict=True)), self.highest()
         for name, value in numbers.items():
             if not math.isfinite(value):
-                self.on_nonfinite(name, value)
+                self.on_nonfinite(name, value)  # type: ignore[attr-defined]
                 return True  # left out by the loss scaler
         for name, value in numbers.items():
             if value >= highest[name]:
@@ -141,18 +147,10 @@ class Guard(GradientNorms):
             found |= {name: fmean(self.usual[name]) + deviations * pstdev(self.usual[name]) for name in names}
         return found
 
-    def on_nonfinite(self, name: str, value: float) -> None:
-        """Ends training at a number that is not finite, or returns where a loss scaler leaves the update out."""
-
-    def drop_update(self) -> None:
-        """Takes the gradients away, without which an optimizer changes neither weights nor state."""
-        self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
-
 
 class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
     """Mixin for a trainer of Transformers or TRL: optimizers of the settings, and an end at numbers that are not
-    finite. With `has_all_steps` it takes no step: the checkpoint has them all, and only the end of training is
-    left."""
+    finite. With `has_all_steps` it takes no step: the checkpoint has them all, and only the end is left."""
 
     has_all_steps = False
     on_cpu = True  # whether losses may use what is faster there
@@ -254,6 +252,7 @@ class StageTrainer(Guard, DivisibleBatches, ResumableCheckpoint):
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def on_nonfinite(self, name: str, value: float) -> None:
+        """Ends training at a number that is not finite, or returns where a loss scaler leaves the update out."""
         scaler = self.accelerator.scaler
         if self.args.fp16 and (scaler is None or scaler.get_scale() >= 1):
             return  # the loss scaler (DeepSpeed has its own) skips this update and lowers a scale that may be too high
@@ -403,8 +402,7 @@ class TokenMeanEvaluation:
 
 @dataclass(eq=False)
 class EstimateFirst(TrainerCallback):
-    """Runs a due Hessian estimate (Sophia's) before a step's micro-batches: gradients are empty, random states
-    restored."""
+    """Runs a due Hessian estimate (Sophia's) before a step has gradients; the random states are restored."""
 
     trainer: StageTrainer
 

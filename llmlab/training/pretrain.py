@@ -136,7 +136,7 @@ def pretrain(run: PretrainRun[PretrainSettings]) -> RunResult:
     if settings.streaming:
         stream, rows_per_step = corpus.train, run.batch.rows // processes
         state = (lambda step: stream.state_at(step * rows_per_step), stream.load_state_dict)
-        callbacks.append(ProcessState("stream.pt", trainer, run.checkpoint, *state))
+        callbacks.append(ProcessState("stream.pt", run.checkpoint, *state))
     entropy = corpus.unigram_entropy
     return run.train(
         trainer,

@@ -10,12 +10,12 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer
 from trl.experimental.orpo import ORPOTrainer
 
-from llmlab.runs import _trl
+from llmlab.runs import _trl, trainer
 from llmlab.runs.ledger import LOGPROB_CHUNK
 from llmlab.training.online import _trl as online
 from llmlab.training.online import passes, ppo, rollouts
 
-PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serves, its parameters
+PRIVATE_NAMES = {  # of `llmlab.runs._trl` and `trainer`: where it is, why no public name serves, its parameters
     # DPOTrainer tokenizes by itself, without a limit for prompts and without saying what it drops
     "trl.DPOTrainer._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     # restoring only weights and step count when a run switches its optimizer
@@ -44,7 +44,7 @@ PRIVATE_NAMES = {  # of `llmlab.runs._trl`: where it is, why no public name serv
     "torch.nn.Module._apply": ("self", "fn", "recurse"),
 }
 ONLINE = (online, passes, rollouts, ppo)
-TABLES = {_trl: PRIVATE_NAMES, **dict.fromkeys(ONLINE, online.PRIVATE_NAMES)}
+TABLES = {_trl: PRIVATE_NAMES, trainer: PRIVATE_NAMES, **dict.fromkeys(ONLINE, online.PRIVATE_NAMES)}
 
 
 @pytest.mark.parametrize(("place", "expected"), [*PRIVATE_NAMES.items(), *online.PRIVATE_NAMES.items()])

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from llmlab.hardware import probe
 from llmlab.runs import start
 from llmlab.runs._trl import use_one_gpu
+from llmlab.runs.run import Run
 from llmlab.settings.sources import as_resolved
 
 
@@ -44,7 +45,7 @@ def test_gpus_that_stay_idle_are_named(variable, said, two_gpus, settings, monke
     monkeypatch.setattr(start, "probe", lambda *choice: replace(probe("cpu", "fp32"), device="cuda"))
     console = Console(record=True, width=200, file=io.StringIO())
     begun = start.begin(
-        start.Start,
+        Run,
         "pretrain",
         as_resolved(settings()),
         resume=None,

@@ -105,7 +105,7 @@ class OnlineRun(RewardedRun[S]):
         settings, prompts, rollout = self.settings, self.prompts, self.rollout
         state = (trainer.rollout_state, trainer.load_rollout_state)
         callbacks: list[TrainerCallback] = [  # in reverse order of execution
-            ProcessState("rollout.pt", trainer, self.checkpoint, *state, required=False),
+            ProcessState("rollout.pt", self.checkpoint, *state, required=False),
             StopWithoutSignal(settings.stop_patience, settings.max_new_tokens),
         ]
         if settings.adaptive_kl:
