@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from torch._functorch import config as partitioning
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,6 +137,9 @@ def load_policy(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if adapter is not None:
         model = adapter.attach(model, is_trainable=True)
+        if isinstance(model.get_base_model().get_output_embeddings(), LoraLayer):
+            problem = "it has LoRA weights of the output head, which losses that read the head's weight leave out"
+            raise UserError(f"policy_checkpoint = {source}: {problem}; merge it first: llmlab merge")
     elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids, task=task))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read at import
@@ -17,7 +16,6 @@ from llmlab.runs._trl import TokenizedORPOPairs, chunked_head
 from llmlab.runs.record import RunResult
 from llmlab.runs.run import training_stage
 from llmlab.runs.trainer import StageTrainer
-from llmlab.settings.errors import UserError
 from llmlab.settings.preference import ORPOSettings
 from llmlab.training.preference.run import PreferenceRun, StepMeanLoss
 
@@ -29,9 +27,6 @@ class LLMLabORPOTrainer(StageTrainer, TokenizedORPOPairs, StepMeanLoss, ORPOTrai
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if isinstance(base.get_output_embeddings(), LoraLayer):
-            problem = "its adapter has LoRA weights of the output head, which ORPO's loss does not support"
-            raise UserError(f"policy_checkpoint: {problem}; merge it first: llmlab merge")
         add_fused_lm_head(base, outputs=("log_probs", "mean_logits"))
         if self.eval_dataset is not None:
             masks = self.eval_dataset["chosen_attention_mask"]
