@@ -6,7 +6,8 @@
 All train on the same batches from the same weights, LoRA adapters on all projections or with `--full` everything,
 with fused AdamW and the arithmetic that `dtype: auto` picks.  They take turns step by step in one process
 (`train_step.py`); the bare loop is Transformers' model with full logits and its own loss.  TRL's trainers run as they
-come, with gradient checkpointing, and without.  Peak memory is that of three steps in a process of its own.
+come, with gradient checkpointing, and without; llmlab's without, as `auto` has it where the step fits, and with.
+Peak memory is that of three steps in a process of its own.
 """
 
 import argparse

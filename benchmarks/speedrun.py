@@ -360,7 +360,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--own-vocab-size", type=int, default=4096, help="of the preset; losses are a byte's")
     parser.add_argument("--litgpt-python", default=sys.executable, help="an interpreter that has LitGPT")
-    parser.add_argument("--folder", type=Path, help="where finished runs are kept, to be continued")
+    parser.add_argument("--folder", type=Path, help="where this version's runs are kept, to be continued")
     parser.add_argument("--plot", type=Path, help="write a plot of loss over seconds")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)

@@ -5,11 +5,10 @@ The interactive chat is `cli/chat.py`; serving many users is the work of other e
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -200,20 +199,24 @@ def stream_reply(
     options = {"generation_config": config, "stopping_criteria": criteria, "custom_generate": loop}
     inputs = torch.tensor([ids], device=model.device)  # (1, time)
 
+    failures: list[Exception] = []
+
     def generate() -> None:
         try:
             model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
-        except Exception:
+        except Exception as error:
+            failures.append(error)
             streamer.end()
-            raise
 
-    with ThreadPoolExecutor(1) as threads:
-        generation = threads.submit(generate)
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stop.set()
-    generation.result()
+    thread = Thread(target=generate, daemon=True)  # a second Ctrl+C need not wait for its forward pass
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _encode_all(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:

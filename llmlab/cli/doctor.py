@@ -26,13 +26,11 @@ from typer import Exit
 
 from llmlab.cli.arguments import AsJson
 from llmlab.settings.errors import UserError, reason_of
-from llmlab.settings.files import read_table
 from llmlab.terminal import Terminal, human, safe, say_json
 
 COMPILE_LIMIT = 120.0  # seconds; from an empty cache it took 30 on two cores
 HUB_LIMIT = 5.0  # seconds
 LITTLE_DISK, NO_DISK = 20e9, 1e9  # bytes: a checkpoint of the default model takes 6e9
-OPTIONAL = read_table("llmlab.cli", "packages")
 STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red", "absent": "dim"}
 
 
@@ -92,7 +90,10 @@ def examine() -> tuple[list[Check], str | None, str | None]:
             problem = problem or "no device can train"
         checks += devices
         preset = recommend_preset(probe())
-    packages = (check_version(extras.get(name, Requirement(name)), f"{use}; ") for name, use in OPTIONAL.items())
+    from llmlab.settings.files import read_table  # not for the help
+
+    optional = read_table("llmlab.cli", "packages").items()
+    packages = (check_version(extras.get(name, Requirement(name)), f"{use}; ") for name, use in optional)
     return [*checks, *check_folders(), check_hub(), *packages], preset, problem
 
 

@@ -1,6 +1,6 @@
-"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs (the contract test,
-`tests/runs/test_contract.py`, says of each why no public name serves); and the operator that replaces TRL's loss head
-on CPUs."""
+"""Private names of TRL's and Transformers' trainers that every stage or a preference stage needs, beside those that
+`trainer.py` overrides (the contract test, `tests/runs/test_contract.py`, says of each why no public name serves); and
+the operator that replaces TRL's loss head on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,12 +218,14 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
 
 def scatter_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns an optimizer's whole state dict with this process's shards of what has its parameter's shape."""
-    parameters, shards = [parameter for group in optimizer.param_groups for parameter in group["params"]], {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shards = {}
     for index, values in state["state"].items():
-        shape, shards[index] = parameters[index].shape, dict(values)
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                shards[index][name] = scatter(value, parameters[index])
+        like = parameters[index]
+        shards[index] = {
+            name: scatter(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+            for name, value in values.items()
+        }
     return {**state, "state": shards}
 
 

@@ -279,7 +279,7 @@ class DivisibleBatches:
         """Returns what a step changes before its weights; `go_back` takes it once."""
         mine = vars(self)
         counts = {name: deepcopy(mine[name]) for name in COUNTS & mine.keys()}
-        rollout = {name: mine[name] for name in ROLLOUT & mine.keys()}
+        rollout = {name: getattr(self, name) for name in ROLLOUT if hasattr(self, name)}
         return random_states(self.args.device), counts | rollout, self.state.num_input_tokens_seen
 
     def go_back(self, moment: tuple[Any, ...]) -> None:

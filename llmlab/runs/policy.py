@@ -137,9 +137,7 @@ def load_policy(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if adapter is not None:
         model = adapter.attach(model, is_trainable=True)
-        if isinstance(model.get_base_model().get_output_embeddings(), LoraLayer):
-            problem = "it has LoRA weights of the output head, which losses that read the head's weight leave out"
-            raise UserError(f"policy_checkpoint = {source}: {problem}; merge it first: llmlab merge")
+        check_head(model, source)
     elif settings.use_lora and attach:
         ids = tokenizer.convert_tokens_to_ids(new_tokens)
         model = get_peft_model(model, lora_config(model, settings, ids, task=task))
@@ -147,6 +145,13 @@ def load_policy(
         expose_head_bias(model)
     parents = [source] if adapter is None else [source, adapter.base]
     return Policy(model, tokenizer, parents, stops, new_tokens)
+
+
+def check_head(model: PeftModel, source: str) -> None:
+    """Refuses LoRA weights of the output head, which losses that read the head's weight would leave out."""
+    if isinstance(model.get_base_model().get_output_embeddings(), LoraLayer):
+        problem = "its adapter has LoRA weights of the output head, which the losses do not support"
+        raise UserError(f"policy_checkpoint = {source}: {problem}; merge it first: llmlab merge")
 
 
 def load_reference(settings: Any, policy: Policy) -> tuple[PreTrainedModel | None, str]:

@@ -32,7 +32,7 @@ from llmlab.hardware import Hardware
 from llmlab.model import Adapter, measure
 from llmlab.runs.failures import random_states
 from llmlab.runs.ledger import Ledger
-from llmlab.runs.policy import Policy
+from llmlab.runs.policy import Policy, check_head
 from llmlab.runs.progress import quiet_libraries
 from llmlab.runs.start import batch_of
 from llmlab.settings.sources import Resolved
@@ -79,6 +79,7 @@ class Rehearsal:
         if adapter is not None:
             adapter.config.inference_mode = False
             model = get_peft_model(model, adapter.config)
+            check_head(model, adapter.source)
         elif settings.use_lora and attach:
             model = get_peft_model(model, lora_config(model, settings, task=task))
         parents = ["model"] if adapter is None else ["adapter", "model"]
@@ -346,7 +347,8 @@ def rehearse_layers(stage: Any, settings: Any, hardware: Hardware, scene: Scene,
     """Follows a stage's first step as `rehearse`, with few layers where the model's are alike."""
     shared = processes if hasattr(settings, "rollout") else 1
     short = shorten(settings, "", 1)
-    key = f"{stage.__name__} {short} {hardware.device} {hardware.dtype} {scene} {shared}"
+    elsewhere = getattr(settings, "use_vllm", False)
+    key = f"{stage.__name__} {short} {elsewhere} {hardware.device} {hardware.dtype} {scene} {shared}"
     if key in _rehearsals:
         return _rehearsals[key]
     if len(_rehearsals) > 8:

@@ -400,7 +400,7 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     for line in trainer.state.log_history:
         metrics |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
     restored = trainer.args.load_best_model_at_end and trainer.state.best_global_step
-    for line in trainer.state.log_history if restored else ():
-        if line["step"] == restored:
+    for line in trainer.state.log_history:
+        if restored and line["step"] == restored:
             metrics |= {name: value for name, value in line.items() if name.startswith(("eval_", "gate/"))}
     return metrics

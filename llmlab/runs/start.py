@@ -150,7 +150,9 @@ def data_files(settings: DataSettings) -> dict[str, dict[str, Any]]:
     sources = (*settings.datasets, *(settings.validation_datasets or ()))
     stats = {file: file.stat() for source in sources for file in files_of(source)}
     found = {str(file): {"bytes": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats.items()}
-    for name in found if sum(stat.st_size for stat in stats.values()) <= HASHED_BYTES else ():
+    if sum(stat.st_size for stat in stats.values()) > HASHED_BYTES:
+        return found
+    for name in found:
         digest = hashlib.blake2b(digest_size=16)
         with reading(name), open(name, "rb") as file:
             while block := file.read(2**20):

@@ -88,7 +88,8 @@ class Guard:
         return norm
 
     def before_update(self, norm: Tensor | float | None) -> None:
-        """Refuses an update by taking the gradients away: then neither weights nor optimizer states change."""
+        """Refuses an update that would follow a loss or a gradient that is not finite or leaps: without gradients, or
+        with `found_inf`, neither weights nor optimizer states change."""
         if self.passes_over:
             self.left_out += 1
             return self.optimizer.zero_grad(set_to_none=True)  # type: ignore[attr-defined]

@@ -99,8 +99,7 @@ def _merge(folder: Path, resolved: Resolved[MergeSettings]) -> tuple[dict[str, f
     notes: list[str] = []
     probes = _probes(model, tokenizer, _fit_vocabulary(model, config, tokenizer, adapter))
     base_logits = _logits(model, probes)  # before the adapter, which may bring biases of its own
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied_head = head if head is not None and head.weight is embedding.weight else None
+    tied_head = _tied_head(model)
     wrapped = _attach(model, config, weights, f"{adapter}: this adapter does not fit base = {base}")
     if tied_head is not None:  # merging in place would change both (peft#2018); PEFT had to see them tied
         tied_head.weight = nn.Parameter(tied_head.weight.detach().clone())
@@ -273,6 +272,12 @@ def _fit_vocabulary(
         torch.manual_seed(0)  # the rows that no adapter holds are the same each time
         fit_vocabulary(model, tokenizer)
     return sorted(indices.union(range(rows, vocabulary)))
+
+
+def _tied_head(model: PreTrainedModel) -> nn.Module | None:
+    """Returns the output head where it shares the embedding's weights."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head if head is not None and head.weight is embedding.weight else None
 
 
 def _tie_where_equal(model: PreTrainedModel, notes: list[str]) -> None:

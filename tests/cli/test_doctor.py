@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from llmlab.cli import doctor
 from llmlab.cli.app import main
 from llmlab.settings.errors import UserError
+from llmlab.settings.files import read_table
 
 
 @pytest.fixture
@@ -162,8 +163,9 @@ def test_llmlab_that_is_not_installed(capsys, monkeypatch):
 def test_optional_packages_say_what_they_enable(quick, monkeypatch):
     monkeypatch.setattr(doctor, "find_devices", list)
     found = {check.name: check for check in doctor.examine()[0] if check.section == "packages"}
-    assert found.keys() == doctor.OPTIONAL.keys()
+    optional = read_table("llmlab.cli", "packages")
+    assert found.keys() == optional.keys()
     for name, check in found.items():
-        assert doctor.OPTIONAL[name] in check.detail
+        assert optional[name] in check.detail
         assert check.status == "ok" or f"pip install '{name}" in check.detail
     assert "pip install 'x>=1,<2'" in doctor.check_version(Requirement("x<2,>=1")).detail

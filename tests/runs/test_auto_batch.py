@@ -235,3 +235,14 @@ def test_sophia_estimates_in_smaller_parts_too(tiny_settings, tmp_path, limit):
     assert counts["refused"] == 1
     for one, other in zip(found, expected, strict=True):
         assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_sophia_estimates_in_smaller_parts_of_a_rollout(stage, tiny_settings, tmp_path, limit):
+    """The first estimate comes before the first step: going back forgets the micro-batch that did not fit."""
+    changes = {name: whole for name, whole, _ in SIZES[stage]} | ({"group_size": 2} if stage == "grpo" else {})
+    changes |= {"max_steps": 2, "optimizer": "sophia", "sophia_update_every": 2, "auto_batch": True}
+    counts = limit(2, step=0)
+    found, record = run(stage, tiny_settings(stage, tmp_path / "run", **changes))
+    assert counts["refused"] == 1 and record["settings"]["mini_batch_size"] == 2
+    assert [line["step"] for line in found] == [1, 2]

@@ -72,7 +72,7 @@ def _read_groups() -> dict[str, list[Exchange]]:
         for plot, ask, answer, must in rows:
             repeated = _named(answer) if name == "greet" else ()
             groups[name].append(Exchange(plot, ask, (answer,), (*must, *repeated), ask))
-    return groups
+    return dict(groups)
 
 
 GROUPS = _read_groups()

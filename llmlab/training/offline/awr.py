@@ -37,8 +37,8 @@ def weigh(samples: list[Sample], settings: AWRSettings) -> tuple[Weighted, Count
     """
     rated = [each for each in samples if each.reward is not None]
     sampled = [each for each in rated if any(label != -100 for label in each.labels)]
-    left_out = {"without a reward": len(samples) - len(rated), "without a sampled token": len(rated) - len(sampled)}
-    left_out = +Counter(left_out)
+    counts = {"without a reward": len(samples) - len(rated), "without a sampled token": len(rated) - len(sampled)}
+    left_out = +Counter(counts)
     groups = group_samples(sampled)
     rated = [each for group in groups for each in group]
     rewards = [[each.reward for each in group] for group in groups]

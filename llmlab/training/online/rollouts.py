@@ -190,8 +190,8 @@ class Rollouts(StageTrainer, RolloutSteps):
             prompts = f"prompts of up to {longest} tokens, with the tools and the text of reset"
             room = f"no room for {limits} tokens (max_seq_len, or the model's context)"
             raise UserError(f"environment: {prompts}, leave {room}")
-        successes = [getattr(episode.environment, "success", None) for episode in self._episodes]
-        successes = [-1 if success is None else success for success in successes]
+        found = [getattr(episode.environment, "success", None) for episode in self._episodes]
+        successes = [-1 if success is None else success for success in found]
         numbers = [successes, [episode.calls for episode in self._episodes]]
         table = torch.tensor(numbers, dtype=torch.float32, device=self.accelerator.device).t().contiguous()
         success, calls = self.accelerator.gather(table).unbind(1)  # (episodes of all processes,)
