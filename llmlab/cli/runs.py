@@ -175,20 +175,25 @@ def monitor(
             runs = history.find_runs(folder, runs)
 
 
+def _cut(path: str, longest: int) -> str:
+    """Returns a path of so many characters at most, without its beginning where it is longer."""
+    return path if len(path) <= longest else f"…{path[1 - longest :]}"
+
+
 def draw(folder: Path, runs: list[RunFolder], width: int, height: int | None = None) -> RenderableType:
     """Returns a line for each run, running and then newest ones first, as far as the height of a terminal allows."""
     newest = runs[::-1]
     runs = sorted(newest, key=lambda run: run.record.get("status") != "running")
     counts = Counter(show_status(run) for run in runs)
     found = "  ".join(f"{n} {status}" for status, n in counts.items()) or "no runs yet"
-    title = one_line(f"[bold]{safe(folder)}[/]", found)
+    room = max(width - one_line(found).cell_len - 2, 15)
+    title = one_line(f"[bold]{safe(_cut(str(folder), room))}[/]", found)
     shown = runs if height is None else runs[: max(height - 2, 1)]  # below title and headings
     if not shown:
         return title
     roomy = width >= MONITOR_ROOMY
     longest = 40 if roomy else 15
-    names = [os.path.relpath(run.folder, folder) for run in shown]
-    names = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+    names = [_cut(os.path.relpath(run.folder, folder), longest) for run in shown]
     headings = ("run", "stage", "status", "step", "left", "metric", "", "health" if roomy else "")
     table = make_table(*(Column(each, no_wrap=True, overflow="ellipsis") for each in headings), gap=1)
     table.columns[3].justify = table.columns[4].justify = "right"

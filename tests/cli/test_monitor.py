@@ -115,6 +115,15 @@ def test_without_a_terminal_it_prints_once(tmp_path, capsys):
     assert caught.value.code == 2
 
 
+def test_a_long_folder_leaves_room_for_the_counts(tmp_path, capsys):
+    folder = tmp_path / ("long" * 20) / "last"
+    make_run(folder / "a")
+    with pytest.raises(SystemExit):
+        main(["monitor", str(folder)])
+    title = capsys.readouterr().out.splitlines()[0]
+    assert title.startswith("…") and title.rstrip().endswith("/last  1 running") and len(title) <= 80
+
+
 def test_on_a_terminal_it_redraws_and_ctrl_c_leaves_it_as_it_was(tmp_path):
     import pyte
 
