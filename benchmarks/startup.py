@@ -25,12 +25,13 @@ IMPORTS = {
 }
 HELP = [[], *([name] for name in COMMANDS)]
 PYTHON = [sys.executable, "-W", "ignore"]
+NARROW = {**os.environ, "COLUMNS": "80"}
 
 
 def seconds_until(wanted, command, folder, text=""):
     """Returns the seconds of a command that reads `text` until a line begins as wanted, or until its first letter."""
     began = time.perf_counter()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder, "env": NARROW}
     with subprocess.Popen(command, **pipes) as process:
         process.stdin.write(text)
         process.stdin.close()
@@ -65,7 +66,6 @@ def main():
     parser.add_argument("--record", action="store_true", help="append the tables to RESULTS.md")
     options = parser.parse_args()
     only, model, rows = options.only.split(","), options.model.resolve(), options.rows.resolve()
-    os.environ["COLUMNS"] = "80"
     commands = {
         "sft": lambda folder: sft_command(model, rows, folder),
         "chat": lambda folder: [*PYTHON, "-m", "llmlab", "chat", str(model), "--max-new-tokens", "8"],
@@ -83,7 +83,7 @@ def main():
         for _ in range(options.rounds):
             for text, seconds in times.items():
                 began = time.perf_counter()
-                subprocess.run([*PYTHON, "-m", *text.split()], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([*PYTHON, "-m", *text.split()], check=True, stdout=subprocess.DEVNULL, env=NARROW)
                 seconds.append(time.perf_counter() - began)
         lines += ["", "| help | s |", "| --- | ---: |"]
         lines += [f"| `{text}` | {statistics.median(seconds):.2f} |" for text, seconds in times.items()]

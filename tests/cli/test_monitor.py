@@ -115,7 +115,8 @@ def test_without_a_terminal_it_prints_once(tmp_path, capsys):
     assert caught.value.code == 2
 
 
-def test_a_long_folder_leaves_room_for_the_counts(tmp_path, capsys):
+def test_a_long_folder_leaves_room_for_the_counts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / ("long" * 20) / "last"
     make_run(folder / "a")
     with pytest.raises(SystemExit):
