@@ -34,8 +34,8 @@ def find_targets(model: nn.Module, preset: str, custom: Iterable[str] | None = N
                 raise UserError(f"lora_target_modules: {problem}; expected some of {', '.join(leaves)}")
         return endings
     attention, ffn = {"attention"}, {"ffn"}
-    wanted = {"minimal": attention, "attention_only": attention, "ffn_only": ffn, "all": attention | ffn}[preset]
-    targets = {name for name, role in roles.items() if role in wanted}
+    adapts = {"minimal": attention, "attention_only": attention, "ffn_only": ffn, "all": attention | ffn}[preset]
+    targets = {name for name, role in roles.items() if role in adapts}
     if preset == "minimal":
         targets = {name for name in targets if _leaf(name) in (*NAMES["query_or_value"], *NAMES["fused"])}
     if not targets:

@@ -29,12 +29,14 @@ TRAINER_ARGS = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb")  # of the RL 
 
 Response = Literal["warn", "stop", "rollback"]
 
-HEALTH = (
-    "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7."
-)
-FACTS_OF_HEALTH = {"panel": "Health", "resume": Resume.FREE}
 HealthLimits = settings_of_table(
-    "HealthLimits", __name__, HEALTH, "limits", Annotated[float | None, Gt(0)], **FACTS_OF_HEALTH
+    "HealthLimits",
+    __name__,
+    "Limits of the checks, each with the name of its symptom; none turns a check off. Source: RL guide, section 7.",
+    "limits",
+    Annotated[float | None, Gt(0)],
+    panel="Health",
+    resume=Resume.FREE,
 )
 
 
