@@ -108,8 +108,9 @@ def measure_point(axis, amount):
 def measure_corpus(megabytes):
     """Returns what it takes to tokenize and open a corpus of so many MB, with a tokenizer of 1024 entries."""
     from llmlab.data.sources import Tally, load_text
+    from llmlab.data.text.encoder import TextEncoder
     from llmlab.data.text.packing import PackedRows, hold_out
-    from llmlab.data.text.store import TextEncoder, open_store
+    from llmlab.data.text.store import open_store
     from llmlab.data.tokenizer import learn_bpe
     from llmlab.settings.data import DataSettings, DataSource
 

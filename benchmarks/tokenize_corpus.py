@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llmlab.data.sources import Tally, load_text
+from llmlab.data.text.encoder import TextEncoder
 from llmlab.data.text.packing import Mixture, PackedRows
-from llmlab.data.text.store import TextEncoder, open_store
+from llmlab.data.text.store import open_store
 from llmlab.data.tokenizer import learn_bpe, load_tokenizer
 from llmlab.settings.data import DataSettings, DataSource
 

@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.sources import Tally, TextSource, label_of, load_text
+from llmlab.data.text.encoder import TextEncoder
 from llmlab.data.text.packing import WINDOW, Mixture, PackedRows, Reader, RowStream, Schedule, hold_out, window_rows
-from llmlab.data.text.store import TextEncoder, open_store
+from llmlab.data.text.store import open_store
 from llmlab.settings.data import DataSource, TextDataSettings
 from llmlab.settings.errors import UserError
 

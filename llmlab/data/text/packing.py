@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from llmlab.data.sources import Tally, TextSource, take_texts
 from llmlab.data.splits import is_held_out, seeded_keys
-from llmlab.data.text.store import TextEncoder, TokenStore
+from llmlab.data.text.encoder import TextEncoder
+from llmlab.data.text.store import TokenStore
 from llmlab.settings.errors import UserError
 
 WINDOW = 2**24  # tokens that are shuffled together and decide what is held out, so that longer runs begin the same

@@ -1,26 +1,23 @@
-"""Documents to token ids, each ended by eos, and tokenized corpora on disk: a memory-mapped file of ids, written once
-and shared by every run that needs the same. The one place where text is tokenized for pretraining. The cache key
-covers the source's content, the tokenizer and this format's version, but neither the sequence length nor the split:
-those are views (`packing.py`). A run tokenizes the beginning of a source as far as it needs, and one that needs more
-appends to it. `meta.json` is replaced last and says how much of the other files counts; the last 256 MB are verified
-on opening, other blocks when they are first read."""
+"""Tokenized corpora on disk: a memory-mapped file of ids, written once and shared by every run that needs the same.
+The cache key covers the source's content, the tokenizer and this format's version, but neither the sequence length nor
+the split: those are views (`packing.py`). A run tokenizes the beginning of a source as far as it needs, and one that
+needs more appends to it. `meta.json` is replaced last and says how much of the other files counts; the last 256 MB are
+verified on opening, other blocks when they are first read."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from llmlab.data.cache import Checksums, cache_folder, open_cached
 from llmlab.data.sources import Tally, TextSource, spread, take_texts
-from llmlab.data.splits import is_held_out, text_hash
+from llmlab.data.splits import is_held_out
+from llmlab.data.text.encoder import DOCUMENT, TextEncoder
 from llmlab.data.workers import map_batches
 from llmlab.settings.data import DataSettings
 from llmlab.settings.errors import UserError, reading
@@ -33,51 +30,6 @@ BATCH_CHARACTERS = 1_000_000
 SMALL = 64_000_000  # bytes of a source that is read in the order of its files: every run needs about all of it
 BYTES_PER_TOKEN = 4  # of English text, to judge how many tokens there will be
 MOST_BYTES_PER_TOKEN = 6  # so many bytes of text are nearly always enough
-
-DOCUMENT = np.dtype([("tokens", np.int64), ("hash", np.uint64)])
-
-
-class EncodedBatch(NamedTuple):
-    """Ids of all documents (tokens,); length and hash of each, (documents,) of `DOCUMENT`; characters in all."""
-
-    tokens: np.ndarray
-    documents: np.ndarray
-    characters: int
-
-
-class TextEncoder:
-    """Encodes documents with a serialized tokenizer; special tokens written out in a document are plain text."""
-
-    def __init__(self, tokenizer: str, eos_token_id: int):
-        self.eos_token_id = eos_token_id
-        self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.identity = self.tokenizer.to_str(), eos_token_id  # all that decides the ids
-        self.tokenizer.encode_special_tokens = True
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.adds_eos = self.tokenizer.encode("a").ids[-1:] == [eos_token_id]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TextEncoder":
-        """Returns the encoder of a Transformers tokenizer, which must have an eos token."""
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no eos token, which has to end documents")
-        return cls(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TextEncoder, self.identity
-
-    def encode(self, texts: list[str]) -> EncodedBatch:
-        """Encodes documents, each with the special tokens that the tokenizer adds and an eos at its end."""
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
-        if not self.adds_eos:
-            for document in ids:
-                document.append(self.eos_token_id)
-        documents = np.array([(len(each), text_hash(text)) for each, text in zip(ids, texts, strict=True)], DOCUMENT)
-        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(documents["tokens"].sum()))
-        return EncodedBatch(tokens, documents, sum(map(len, texts)))
 
 
 class TokenStore:

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 from tokenizers import (
     AddedToken,
     Regex,
@@ -17,7 +18,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
-from llmlab.data.text.store import TextEncoder
+from llmlab.data.text.encoder import LLAMA3, TextEncoder, fast_encoder
 from llmlab.data.tokenizer import QWEN_PATTERN
 
 EOS = "<eos>"
@@ -33,6 +34,7 @@ CUTS = {
     "gpt2": GPT2,
     "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
     "qwen": split(QWEN_PATTERN),
+    "llama3": split(LLAMA3),
 }
 TEXTS = [row["text"] for shard in demo_shards("demo/stories", size="60kB") for row in read_shard(shard)]
 CODE = "def f(x):\n    return  x + 1\t# don't\r\n\r\n\n\tif x: pass\n" * 3
@@ -80,6 +82,64 @@ def test_batches_equal_single_documents(tokenizers, name):
     assert encoded.tokens.tolist() == [number for ids in expected for number in ids]
     assert encoded.documents["tokens"].tolist() == [len(ids) for ids in expected]
     assert encoded.characters == sum(map(len, texts))
+
+
+PIECES = strategies.sampled_from(
+    ["a", "'s", "'S", " ", "  ", "\n", "\r\n", "\t", "1", "²", "٣", "e\u0301", "é", "ſ", "!", "日"]
+)
+ANY_TEXT = strategies.one_of(strategies.text(), strategies.lists(PIECES).map("".join))
+
+
+@pytest.mark.parametrize("name", [*CUTS, "nfc"])
+def test_the_fast_encoder_gives_the_tokenizers_ids_for_any_text(tokenizers, name):
+    tokenizer = Tokenizer.from_str(tokenizers[name].to_str())
+    tokenizer.encode_special_tokens = True
+    encode = fast_encoder(tokenizer)
+
+    @settings(max_examples=200, deadline=None)
+    @given(ANY_TEXT)
+    def check(text):
+        assert encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+
+    check()
+    for first, last in ((0, 0x3400), (0xA000, 0xAC00), (0xD7A4, 0xD800), (0xE000, 0x11000), (0x1E000, 0x1F000)):
+        text = "".join(f"a{c} {c} 1{c}{c}'{c}\n" for c in map(chr, range(first, last)))
+        assert encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_what_the_fast_encoder_cannot_do_is_left_to_the_tokenizer(tokenizers):
+    encode = fast_encoder(tokenizers["qwen"])
+    assert encode("a <tag> b") is None is encode("a" + 10_000 * " \t")
+    spaces = "a" + 1_000_000 * " " + "b"
+    assert encoder_of(tokenizers["qwen"]).encode([spaces]).tokens.tolist() == reference(tokenizers["qwen"], spaces)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("b", "c"), ("a", "b"), ("ab", "c")]  # "abc" is a and bc, which are not on the list
+    words = [EOS, *letters, *map("".join, merges)]
+    for steps, fast in ((merges, False), (merges[:2], True)):
+        vocabulary = {word: number for number, word in enumerate(words[: 257 + len(steps)])}
+        tokenizer = Tokenizer(models.BPE(vocabulary, steps))
+        tokenizer.pre_tokenizer = GPT2
+        tokenizer.add_special_tokens([EOS])
+        assert (fast_encoder(tokenizer) is not None) is fast
+        assert encoder_of(tokenizer).encode(["abc ab"]).tokens.tolist() == reference(tokenizer, "abc ab")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": models.BPE(dropout=0.1)},
+        {"model": models.Unigram([("a", 0.0)], unk_id=0)},
+        {"normalizer": normalizers.Lowercase()},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+        {"pre_tokenizer": split(r"\w+|\s+")},
+        {"pre_tokenizer": pre_tokenizers.Whitespace()},
+    ],
+)
+def test_other_tokenizers_have_no_fast_encoder(tokenizers, change):
+    tokenizer = Tokenizer.from_str(tokenizers["gpt2"].to_str())
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    assert fast_encoder(tokenizer) is None
 
 
 def test_the_tokenizers_own_frame_is_kept_and_eos_is_not_doubled(tokenizers):

@@ -12,8 +12,9 @@ from llmlab.data import cache
 from llmlab.data import workers as workers_module
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
+from llmlab.data.text.encoder import TextEncoder
 from llmlab.data.text.packing import PackedRows, as_example, hold_out
-from llmlab.data.text.store import TextEncoder, open_store
+from llmlab.data.text.store import open_store
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from llmlab.data.sources import Tally, TextSource, load_text
 from llmlab.data.splits import is_held_out
 from llmlab.data.text import packing as streaming
+from llmlab.data.text.encoder import TextEncoder
 from llmlab.data.text.packing import Reader, RowStream
-from llmlab.data.text.store import TextEncoder
 from llmlab.settings.data import DataSource
 from llmlab.settings.errors import UserError
 
