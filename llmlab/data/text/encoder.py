@@ -23,6 +23,7 @@ SINGLE_DIGITS = (
 )
 LLAMA3 = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 LONG_SPACE = re.compile(r"\s{10000}")  # on a million, tiktoken's patterns overflow the stack
+NO_TOKEN = np.iinfo(np.uint32).max  # a byte that the vocabulary lacks
 MOST_ADDED = 64  # tokens of which each document is searched
 
 
@@ -108,18 +109,19 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray | None] | N
     if any(model.get(option) for option in options) or rest or len(set(words)) < len(words):
         return None
     parts = models.BPE(vocabulary, [tuple(pair) for pair in model["merges"]])
-    if any(word not in vocabulary or len(parts.tokenize(word)) != 1 for word in words):
+    if any(len(parts.tokenize(word)) != 1 for word in words if len(word) > 1 or word in vocabulary):
         return None
     values = {letter: byte for byte, letter in letters.items()}
     ranks = {bytes(values[letter] for letter in word): rank for rank, word in enumerate(words)}
     encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    ids = np.array([vocabulary[word] for word in words], np.uint32)
+    ids = np.array([vocabulary.get(word, NO_TOKEN) for word in words], np.uint32)
 
     def encode(text: str) -> np.ndarray | None:
         plain = text if normalizer is None or text.isascii() else tokenizer.normalizer.normalize_str(text)
         if any(word in text or word in plain for word in added) or LONG_SPACE.search(plain):
             return None
-        return ids[encoding.encode_to_numpy(plain, disallowed_special=())]
+        tokens = ids[encoding.encode_to_numpy(plain, disallowed_special=())]
+        return None if NO_TOKEN in tokens else tokens
 
     return encode
 

@@ -44,12 +44,12 @@ SPACED = (
 )  # merged where it can be
 
 
-def train(cut, vocab_size=500, normalizer=None):
+def train(cut, vocab_size=500, normalizer=None, alphabet=None):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = alphabet or pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
@@ -112,6 +112,7 @@ def test_what_the_fast_encoder_cannot_do_is_left_to_the_tokenizer(tokenizers):
     assert encode("a <tag> b") is None is encode("a" + 10_000 * " \t")
     spaces = "a" + 1_000_000 * " " + "b"
     assert encoder_of(tokenizers["qwen"]).encode([spaces]).tokens.tolist() == reference(tokenizers["qwen"], spaces)
+    assert fast_encoder(train(GPT2, alphabet=["a", "b"]))("a\x04") is None
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]  # "abc" is a and bc, which are not on the list
     words = [EOS, *letters, *map("".join, merges)]
