@@ -2,18 +2,19 @@
 
     python benchmarks/ceiling.py [--steps 6] [--batch 4] [--sequence 512] [--layers 30] [--eager] [--record]
 
-A step of `llmlab pretrain` at SmolLM2-135M's shape takes turns in one process with the same number of bare products of
+A step of `llmlab pretrain` at SmolLM2-135M's shape takes turns in one thread with the same number of bare products of
 the same shapes and dtype: of every linear layer and the head forward, by input and by weight, and those of causal
 attention in blocks of 64 queries.  Operands are reused, outputs are allocated before: no copy, no cast, nothing else.
 """
 
 import argparse
 import statistics
+import tempfile
+import time
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
-from train_step import SHAPE, make_rows, make_trainer, take_turns
+from train_step import SHAPE, make_rows, make_trainer
 
 BLOCK, HEAD_CHUNK = 64, 682  # queries; tokens that `llmlab.model.loss` takes at once
 
@@ -41,35 +42,36 @@ def count_flops(products):
     return sum(2 * times * batch * rows * inner * columns for times, batch, rows, inner, columns in products)
 
 
-def bare_products(options, callbacks):
-    """Returns what does a step's products alone, in place of a trainer."""
+def time_turns(options, name):
+    """Returns the seconds of steps, and of their products, which each step is followed by, in the same thread."""
     import torch
+    from transformers import TrainerCallback
 
-    from llmlab.hardware import probe
+    from llmlab.hardware import probe, reuse_freed_memory
 
-    dtype = probe().torch_dtype
-    work = []
-    for times, *shape in list_products(options):
-        batch, rows, inner, columns = shape
-        work.append((times, *(torch.randn(batch, *size).to(dtype) for size in ((rows, inner), (inner, columns)))))
+    work, seconds = [], {"step": [], "products": []}
+    for times, batch, rows, inner, columns in list_products(options):
+        left, right = (torch.randn(batch, *size).to(probe().torch_dtype) for size in ((rows, inner), (inner, columns)))
+        work.append((times, left, right, torch.bmm(left, right)))
 
-    def train():
-        args, state = SimpleNamespace(max_steps=options.steps), SimpleNamespace(global_step=0)
-        out = [torch.bmm(left, right) for _, left, right in work]
-        for _ in range(options.steps):
-            for callback in callbacks:
-                callback.on_step_begin(args, state, None)
-            for (times, left, right), result in zip(work, out, strict=True):
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            middle = time.perf_counter()
+            for times, left, right, out in work:
                 for _ in range(times):
                     if len(left) == 1:
-                        torch.mm(left[0], right[0], out=result[0])
+                        torch.mm(left[0], right[0], out=out[0])
                     else:
-                        torch.bmm(left, right, out=result)
-            state.global_step += 1
-            for callback in callbacks:
-                callback.on_step_end(args, state, None)
+                        torch.bmm(left, right, out=out)
+            seconds["step"].append(middle - self.began)
+            seconds["products"].append(time.perf_counter() - middle)
 
-    return SimpleNamespace(train=train)
+    with tempfile.TemporaryDirectory() as folder, reuse_freed_memory(probe().device):
+        make_trainer(name, make_rows(options), options, [Turns()], folder).train()
+    return seconds
 
 
 def main():
@@ -82,15 +84,8 @@ def main():
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
     name = "llmlab-eager" if options.eager else "llmlab"
-    rows = make_rows(options)
-
-    def make(which, callbacks, folder):
-        if which == "products":
-            return bare_products(options, callbacks)
-        return make_trainer(name, rows, options, callbacks, folder)
-
-    seconds = take_turns([name, "products"], make)
-    pairs = list(zip(seconds[name][2:], seconds["products"][2:], strict=True))
+    seconds = time_turns(options, name)
+    pairs = list(zip(seconds["step"][2:], seconds["products"][2:], strict=True))
     share = statistics.median(products / step for step, products in pairs)
     step, products = (statistics.median(column) for column in zip(*pairs, strict=True))
     peak = count_flops(list_products(options)) / products / 1e9

@@ -1,11 +1,15 @@
 """Choosing device and arithmetic by what is there."""
 
+import platform
+import resource
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from llmlab import hardware
+from llmlab.hardware import reuse_freed_memory
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import Layer
 from llmlab.settings.presets import HARDWARE_PRESETS
@@ -166,3 +170,24 @@ def test_this_machine():
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
     assert hardware.free_disk(tmp_path / "a" / "b") > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_memory_serves_the_next_tensors_and_is_returned_in_the_end():
+    def faults():
+        """Returns how many pages the system hands out for a tensor that was there before."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(20_000_000)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    torch.ones(1).add(1)  # what torch loads at first
+    outside = faults()
+    pages = 80_000_000 // resource.getpagesize()
+    with reuse_freed_memory("cuda"):
+        assert faults() > 0.5 * outside
+    with reuse_freed_memory("cpu"):
+        faults()
+        assert faults() < 0.01 * pages
+        full = psutil.Process().memory_info().rss
+    assert psutil.Process().memory_info().rss < full - 70_000_000
+    assert faults() > 0.5 * outside

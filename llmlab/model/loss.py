@@ -17,6 +17,7 @@ IGNORE_INDEX = -100
 # least tokens of a chunk: the head's gradient is accumulated once a chunk, which must be worth it
 CPU_CHUNK_TOKENS, CHUNK_TOKENS = 512, 2048
 CHUNK_BYTES = 2**26  # of logits, up to which a chunk has more tokens
+ADDED_ROWS = 2048  # of the head's gradient
 CPU_SOFTMAX_ELEMENTS, SOFTMAX_ELEMENTS = 2**20, 2**25  # of fp32 copies at a time: a CPU's have to fit its cache
 
 
@@ -90,7 +91,9 @@ def loss_and_gradients(
         elif weight_needs_grad and dtype == wide:
             grad_weight.addmm_(logits.t(), chunk)
         elif weight_needs_grad:
-            grad_weight += torch.mm(logits.t(), chunk, out=product)
+            torch.mm(logits.t(), chunk, out=product)
+            for total, part in zip(grad_weight.split(ADDED_ROWS), product.split(ADDED_ROWS), strict=True):
+                total += part  # in parts, whose cast copies stay in the cache
 
     grad_hidden = torch.zeros_like(hidden) if hidden_needs_grad else hidden.new_empty(0)
     if hidden_needs_grad:

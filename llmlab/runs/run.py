@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from llmlab.data.chat.rows import Rows, build_rows
-from llmlab.hardware import Hardware
+from llmlab.hardware import Hardware, reuse_freed_memory
 from llmlab.health.tables import find_outside
 from llmlab.model import fit_context
 from llmlab.runs import checkpoints
@@ -268,6 +268,7 @@ class Run(Generic[S]):
         trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
+            reuse_freed_memory(self.hardware.device),
             record_failures(self.stage, self.folder, record, self.progress),
             explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),
