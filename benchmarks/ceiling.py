@@ -1,6 +1,6 @@
 """What share of a pretraining step are the matrix products it cannot do without, at the machine's best speed for them?
 
-    python benchmarks/ceiling.py [--steps 6] [--batch 4] [--sequence 512] [--layers 30] [--eager] [--record]
+    python benchmarks/ceiling.py [--steps 6] [--batch 4] [--sequence 512] [--layers 30] [--eager] [--fresh-memory]
 
 A step of `llmlab pretrain` at SmolLM2-135M's shape takes turns in one thread with the same number of bare products of
 the same shapes and dtype: of every linear layer and the head forward, by input and by weight, and those of causal
@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def time_turns(options, name):
             seconds["step"].append(middle - self.began)
             seconds["products"].append(time.perf_counter() - middle)
 
-    with tempfile.TemporaryDirectory() as folder, reuse_freed_memory(probe().device):
+    memory = nullcontext() if options.fresh_memory else reuse_freed_memory(probe().device)
+    with tempfile.TemporaryDirectory() as folder, memory:
         make_trainer(name, make_rows(options), options, [Turns()], folder).train()
     return seconds
 
@@ -81,6 +83,7 @@ def main():
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--fresh-memory", action="store_true", help="return freed memory to the system, as glibc does")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
     name = "llmlab-eager" if options.eager else "llmlab"
@@ -91,7 +94,8 @@ def main():
     peak = count_flops(list_products(options)) / products / 1e9
     table = (
         f"## Ceiling of a pretraining step, {date.today()}\n\nSmolLM2-135M's shape, {options.layers} layers, "
-        f"{options.batch} x {options.sequence} tokens{', eager' * options.eager}: a step takes {step:.2f} s, "
+        f"{options.batch} x {options.sequence} tokens{', eager' * options.eager}"
+        f"{', fresh memory' * options.fresh_memory}: a step takes {step:.2f} s, "
         f"its products alone {products:.2f} s ({peak:.0f} GFLOP/s): {share:.0%} of the ceiling; median of "
         f"{options.steps - 2} turns. `python benchmarks/ceiling.py --record`\n"
     )
