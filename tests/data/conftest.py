@@ -44,7 +44,7 @@ def sample_id():
         if hasattr(rows, "readers"):
             source, number = rows.schedule.locate(index)
             return f"{rows.readers[source].name}:{number}"
-        source, number = rows.locate(index)
+        source, _, number = rows.locate(index)
         return f"{rows.sources[source].name}:{number}"
 
     return name

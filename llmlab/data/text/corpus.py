@@ -195,7 +195,6 @@ def unigram_entropy(rows: Mixture, vocab_size: int) -> float:
     """Returns the entropy of the token frequencies of the rows, in nats per token."""
     counts = np.zeros(vocab_size, np.int64)
     for index in range(min(len(rows), ENTROPY_ROWS)):
-        source, row = rows.locate(index)
-        np.add.at(counts, rows.sources[source].row(row), 1)
+        np.add.at(counts, rows[index]["input_ids"].numpy(), 1)
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum()) if len(frequencies) > 1 else 0.0

@@ -56,11 +56,18 @@ class PackedRows:
     def __len__(self) -> int:
         return self.rows
 
-    def row(self, index: int) -> np.ndarray:
-        """Returns the ids of a row, (length,)."""
+    def row(self, index: int, offset: int = 0) -> np.ndarray:
+        """Returns the ids of a row, (length,), if the first begins at an offset below `length`; past the end comes the
+        beginning."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        position, end = index * self.length, (index + 1) * self.length
+        begin = index * self.length + offset
+        rest = begin + self.length - self.tokens
+        pieces = self._read(begin, min(begin + self.length, self.tokens)) + (self._read(0, rest) if rest > 0 else [])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read(self, position: int, end: int) -> list[np.ndarray]:
+        """Returns the tokens from one position to another, a piece for each span."""
         span = int(np.searchsorted(self.starts, position, side="right")) - 1
         pieces = []
         while position < end:
@@ -69,7 +76,7 @@ class PackedRows:
             pieces.append(self.store.read(position + shift, stop + shift))
             position = stop
             span += 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces
 
 
 def as_example(row: np.ndarray) -> dict[str, torch.Tensor]:
@@ -157,7 +164,8 @@ class Schedule:
 
 
 class Mixture(Dataset):
-    """Map-style rows of several packed sources, one epoch by default; each is reshuffled, window by window."""
+    """Map-style rows of several packed sources, one epoch by default. Each epoch shuffles a source anew, window by
+    window, and after the first its rows begin at another token: a small corpus is overfitted later."""
 
     def __init__(
         self, sources: Sequence[PackedRows], weights: Sequence[float], *, seed: int, length: int | None = None
@@ -170,23 +178,29 @@ class Mixture(Dataset):
             block = self.schedule.block if len(self.sources) > 1 else 1
             length = math.ceil(max(math.ceil(len(rows) / share) for rows, share in shares) / block) * block
         self.length = length
-        self._order: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # source -> pass, stretch and its rows' order
+        self._order: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # source -> epoch, stretch and its rows' order
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        source, row = self.locate(index)
-        return as_example(self.sources[source].row(row))
+        return as_example(self._read(index)[2])
 
     def origins(self) -> Iterator[tuple[np.ndarray, str, int]]:
         """Yields the tokens of each row, the name of its source and its number there, from 1."""
         for index in range(self.length):
-            source, row = self.locate(index)
-            yield self.sources[source].row(row), self.sources[source].name.removesuffix("/held-out"), row + 1
+            source, row, ids = self._read(index)
+            yield ids, self.sources[source].name.removesuffix("/held-out"), row + 1
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Returns the source of a row, and its index within that source."""
+    def _read(self, index: int) -> tuple[int, int, np.ndarray]:
+        """Returns the source of a row, its index within that source, and its ids, (length,)."""
+        source, epoch, row = self.locate(index)
+        rows = self.sources[source]
+        offset = int(np.random.default_rng([self.seed, source, epoch]).integers(rows.length)) if epoch else 0
+        return source, row, rows.row(row, offset)
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Returns the source of a row, the epoch over it, and the row's index within it."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         source, number = self.schedule.locate(index)
@@ -198,7 +212,7 @@ class Mixture(Dataset):
             shuffled = np.random.default_rng([self.seed, source, epoch, stretch])
             order = shuffled.permutation(min(size, rows - stretch * size))
             self._order[source] = (epoch, stretch), order
-        return source, stretch * size + int(self._order[source][1][offset])
+        return source, epoch, stretch * size + int(self._order[source][1][offset])
 
     def epochs(self) -> list[float]:
         """Returns the epochs over each source."""

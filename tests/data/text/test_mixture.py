@@ -22,7 +22,7 @@ class Numbered:
     def __len__(self):
         return self.count
 
-    def row(self, index):
+    def row(self, index, offset=0):
         return np.full(self.length, index)
 
 

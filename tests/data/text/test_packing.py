@@ -13,7 +13,7 @@ from llmlab.data import workers as workers_module
 from llmlab.data.sources import load_text
 from llmlab.data.text import store as store_module
 from llmlab.data.text.encoder import TextEncoder
-from llmlab.data.text.packing import PackedRows, as_example, hold_out
+from llmlab.data.text.packing import Mixture, PackedRows, as_example, hold_out
 from llmlab.data.text.store import open_store
 from llmlab.settings.data import DataSettings, DataSource
 from llmlab.settings.errors import UserError
@@ -54,6 +54,23 @@ def test_rows_are_the_documents_each_ended_by_eos(open_, tokenizer):
     assert store.documents["tokens"].sum() == len(expected) == len(store)
     with pytest.raises(IndexError):
         rows.row(len(rows))
+
+
+def test_epochs_after_the_first_begin_their_rows_at_another_token(open_):
+    store = open_(STORIES)
+    spans = np.array([[0, 1000], [1500, 2600]])
+    rows = PackedRows("stories", store, 64, spans)
+    tokens = np.concatenate([store.tokens[:1000], store.tokens[1500:2600]])
+    for offset in (0, 1, 63):
+        shifted = np.concatenate([rows.row(i, offset) for i in range(len(rows))])
+        assert shifted.tolist() == np.roll(tokens, -offset)[: len(rows) * 64].tolist()
+    mixture = Mixture([rows], [1.0], seed=0, length=3 * len(rows))
+    epochs = [[tuple(mixture[i]["input_ids"].tolist()) for i in range(n, n + len(rows))] for n in (0, 32, 64)]
+    assert len(rows) == 32 and set(epochs[0]) == {tuple(rows.row(i).tolist()) for i in range(32)}
+    assert all(len(set(epoch)) == 32 for epoch in epochs) and len(set().union(*epochs)) == 96
+    for epoch in epochs[1:]:
+        counts = np.bincount(np.concatenate(epoch), minlength=1024) - np.bincount(tokens, minlength=1024)
+        assert counts.max() <= 0 and counts.sum() == len(rows) * 64 - len(tokens)  # each token is seen at most once
 
 
 def test_several_processes_write_what_one_writes(open_, tmp_path, monkeypatch):
