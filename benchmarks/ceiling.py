@@ -2,9 +2,10 @@
 
     python benchmarks/ceiling.py [--steps 6] [--batch 4] [--sequence 512] [--layers 30] [--eager] [--fresh-memory]
 
-A step of `llmlab pretrain` at SmolLM2-135M's shape takes turns in one thread with the same number of bare products of
-the same shapes and dtype: of every linear layer and the head forward, by input and by weight, and those of causal
-attention in blocks of 64 queries.  Operands are reused, outputs are allocated before: no copy, no cast, nothing else.
+Each step of `llmlab pretrain` at SmolLM2-135M's shape is followed, in the same thread, by its matrix products alone,
+of the same number, shapes and dtype: of every linear layer and the head forward, by input and by weight, and those of
+causal attention in blocks of 64 queries.  Operands are reused, outputs are allocated before: no copy, no cast, nothing
+else.
 """
 
 import argparse
@@ -27,9 +28,11 @@ def list_products(options):
     small = SHAPE["kv_heads"] * dim
     layers = [(width, width)] * 2 + [(width, small)] * 2 + [(width, inner)] * 2 + [(inner, width)]
     products = []
+    scored = options.batch * (options.sequence - 1)
+    chunks = -(-scored // HEAD_CHUNK)
     for times, rows, (n_in, n_out) in [
         *((options.layers, tokens, shape) for shape in layers),
-        (-(-tokens // HEAD_CHUNK), min(HEAD_CHUNK, tokens), (width, SHAPE["vocab"])),
+        (chunks, -(-scored // chunks), (width, SHAPE["vocab"])),
     ]:
         products += [(times, 1, rows, n_in, n_out), (times, 1, rows, n_out, n_in), (times, 1, n_out, rows, n_in)]
     batch, queries = options.batch * SHAPE["kv_heads"], BLOCK * SHAPE["heads"] // SHAPE["kv_heads"]
@@ -44,15 +47,15 @@ def count_flops(products):
 
 
 def time_turns(options, name):
-    """Returns the seconds of steps, and of their products, which each step is followed by, in the same thread."""
+    """Returns the seconds of each step, and of the bare products run right after it in the same thread."""
     import torch
     from transformers import TrainerCallback
 
     from llmlab.hardware import probe, reuse_freed_memory
 
-    work, seconds = [], {"step": [], "products": []}
+    machine, work, seconds = probe(), [], {"step": [], "products": []}
     for times, batch, rows, inner, columns in list_products(options):
-        left, right = (torch.randn(batch, *size).to(probe().torch_dtype) for size in ((rows, inner), (inner, columns)))
+        left, right = (torch.randn(batch, *size).to(machine.torch_dtype) for size in ((rows, inner), (inner, columns)))
         work.append((times, left, right, torch.bmm(left, right)))
 
     class Turns(TrainerCallback):
@@ -70,7 +73,7 @@ def time_turns(options, name):
             seconds["step"].append(middle - self.began)
             seconds["products"].append(time.perf_counter() - middle)
 
-    memory = nullcontext() if options.fresh_memory else reuse_freed_memory(probe().device)
+    memory = nullcontext() if options.fresh_memory else reuse_freed_memory(machine.device)
     with tempfile.TemporaryDirectory() as folder, memory:
         make_trainer(name, make_rows(options), options, [Turns()], folder).train()
     return seconds

@@ -19,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from llmlab.settings.errors import UserError
 from llmlab.settings.files import read_table
 
+GLIBC_CHOICES = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 NO_TF32 = "asked for, but CUDA GPUs since Ampere alone have it: no effect here"
 GPU_EXTRA = "'llmlab[gpu]'"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,10 +79,11 @@ def probe(device: str = "auto", dtype: str = "auto") -> Hardware:
 
 
 @contextmanager
-def reuse_freed_memory(device: str) -> Iterator[None]:
-    """Keeps freed memory for the next tensors, on a CPU and with glibc, which else returns large tensors to the system
-    at once: that it hands out fresh pages for the next ones takes up to a quarter of a training step."""
-    if device != "cpu" or platform.libc_ver()[0] != "glibc":
+def reuse_freed_memory(device: str, *, forks: bool = False) -> Iterator[None]:
+    """On a CPU with glibc, keeps freed memory in the process for the next tensors. By default glibc unmaps large
+    tensors as soon as they are freed, and the page faults of the next ones take up to a quarter of a training step.
+    Not where the user has chosen, nor with workers that `forks` makes: each would hold a copy of what is free."""
+    if device != "cpu" or forks or GLIBC_CHOICES & os.environ.keys() or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
@@ -91,8 +93,8 @@ def reuse_freed_memory(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(most_mappings, 65536)  # glibc's own
-        libc.mallopt(least_mapping, 32 << 20)  # to which it rises by itself
+        libc.mallopt(most_mappings, 65536)  # glibc's default
+        libc.mallopt(least_mapping, 32 << 20)  # the most that glibc's dynamic threshold reaches
         libc.mallopt(least_trim, 64 << 20)
         libc.malloc_trim(0)
 

@@ -173,9 +173,9 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
-def test_freed_memory_serves_the_next_tensors_and_is_returned_in_the_end():
+def test_freed_memory_serves_the_next_tensors_and_is_returned_in_the_end(monkeypatch):
     def faults():
-        """Returns how many pages the system hands out for a tensor that was there before."""
+        """Returns the page faults of making a tensor, of the same size each time."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(20_000_000)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -183,8 +183,13 @@ def test_freed_memory_serves_the_next_tensors_and_is_returned_in_the_end():
     torch.ones(1).add(1)  # what torch loads at first
     outside = faults()
     pages = 80_000_000 // resource.getpagesize()
-    with reuse_freed_memory("cuda"):
-        assert faults() > 0.5 * outside
+    for arguments in ({"device": "cuda"}, {"device": "cpu", "forks": True}):
+        with reuse_freed_memory(**arguments):
+            assert faults() > 0.5 * outside
+    with monkeypatch.context() as patch:
+        patch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+        with reuse_freed_memory("cpu"):
+            assert faults() > 0.5 * outside
     with reuse_freed_memory("cpu"):
         faults()
         assert faults() < 0.01 * pages

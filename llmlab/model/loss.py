@@ -17,7 +17,9 @@ IGNORE_INDEX = -100
 # least tokens of a chunk: the head's gradient is accumulated once a chunk, which must be worth it
 CPU_CHUNK_TOKENS, CHUNK_TOKENS = 512, 2048
 CHUNK_BYTES = 2**26  # of logits, up to which a chunk has more tokens
-ADDED_ROWS = 2048  # of the head's gradient
+ADDED_ROWS = (
+    2048  # of the head's gradient that a CPU adds at a time: the fp32 copy that it makes of them fits the cache
+)
 CPU_SOFTMAX_ELEMENTS, SOFTMAX_ELEMENTS = 2**20, 2**25  # of fp32 copies at a time: a CPU's have to fit its cache
 
 
@@ -92,8 +94,9 @@ def loss_and_gradients(
             grad_weight.addmm_(logits.t(), chunk)
         elif weight_needs_grad:
             torch.mm(logits.t(), chunk, out=product)
-            for total, part in zip(grad_weight.split(ADDED_ROWS), product.split(ADDED_ROWS), strict=True):
-                total += part  # in parts, whose cast copies stay in the cache
+            rows = ADDED_ROWS if hidden.device.type == "cpu" else len(head)
+            for total, part in zip(grad_weight.split(rows), product.split(rows), strict=True):
+                total += part
 
     grad_hidden = torch.zeros_like(hidden) if hidden_needs_grad else hidden.new_empty(0)
     if hidden_needs_grad:
@@ -144,9 +147,10 @@ def loss_cost(
     longest = max(CPU_CHUNK_TOKENS if on_cpu else CHUNK_TOKENS, CHUNK_BYTES // (vocabulary * dtype.itemsize))
     chunk = -(-tokens // max(1, -(-tokens // longest)))
     elements = max(vocabulary, min(chunk * vocabulary, CPU_SOFTMAX_ELEMENTS if on_cpu else SOFTMAX_ELEMENTS))
-    head = 0 if dtype == weight.dtype else 2 * vocabulary * width  # a cast copy, and a product before it is added
-    packed = 2 * vocabulary * width if on_cpu else 0  # measured: what a CPU's library keeps of such products
-    scratch = dtype.itemsize * (2 * tokens * width + chunk * vocabulary + head) + 8 * elements + packed
+    wide = torch.promote_types(dtype, torch.float32)
+    adds = options[1] and dtype != wide  # a product to the head's gradient, a sum in `wide`
+    copies = dtype.itemsize * ((dtype != weight.dtype) + adds) + wide.itemsize * (adds and weight.dtype != wide)
+    scratch = dtype.itemsize * (2 * tokens * width + chunk * vocabulary) + copies * vocabulary * width + 8 * elements
     return 2 * tokens * width * vocabulary * (1 + sum(options[:2])), scratch
 
 

@@ -268,7 +268,7 @@ class Run(Generic[S]):
         trainer.add_callback(rotation)  # must run after all other callbacks
         with (
             quiet_libraries(),
-            reuse_freed_memory(self.hardware.device),
+            reuse_freed_memory(self.hardware.device, forks=trainer.args.dataloader_num_workers > 0),
             record_failures(self.stage, self.folder, record, self.progress),
             explain_out_of_memory(self),
             self.rhythm.listen(self.progress.say),

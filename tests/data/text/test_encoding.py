@@ -1,5 +1,6 @@
 """The encoder gives the ids that the tokenizer itself gives, each document ended by one eos."""
 
+import json
 import pickle
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers import (
 )
 
 from llmlab.data.demo import demo_shards, read_shard
+from llmlab.data.text import encoder as encoder_module
 from llmlab.data.text.encoder import LLAMA3, TextEncoder, fast_encoder
 from llmlab.data.tokenizer import QWEN_PATTERN
 
@@ -75,7 +77,8 @@ def encoder_of(tokenizer):
 
 
 @pytest.mark.parametrize("name", [*CUTS, "nfc"])
-def test_batches_equal_single_documents(tokenizers, name):
+def test_batches_equal_single_documents(tokenizers, name, monkeypatch):
+    monkeypatch.setattr(encoder_module, "SMALL", 0)
     texts = ["\n\n".join(TEXTS[:20]), CODE, SPACED, f"a {EOS} <tag>b", "e\u0301 日本語", *TEXTS[20:]]
     encoded = encoder_of(tokenizers[name]).encode(texts)
     expected = [reference(tokenizers[name], text) for text in texts]
@@ -125,6 +128,31 @@ def test_what_the_fast_encoder_cannot_do_is_left_to_the_tokenizer(tokenizers):
         assert encoder_of(tokenizer).encode(["abc ab"]).tokens.tolist() == reference(tokenizer, "abc ab")
 
 
+def test_tokens_that_stand_for_whole_words_are_the_tokenizers(tokenizers):
+    tokenizer = Tokenizer.from_str(tokenizers["nfc"].to_str())
+    tokenizer.add_tokens([AddedToken("e\u0301x", normalized=True)])
+    assert fast_encoder(tokenizer)("éx") is None
+    state = json.loads(tokenizers["gpt2"].to_str())
+    state["model"]["vocab"]["PAD"] = 10_000
+    for ignores, expected in ((False, True), (True, False)):
+        state["model"]["ignore_merges"] = ignores
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.add_special_tokens(["PAD"])
+        assert (fast_encoder(tokenizer) is not None) is expected
+        text = "PAD " * 50_000
+        assert encoder_of(tokenizer).encode([text]).tokens.tolist() == reference(tokenizer, text)
+
+
+def test_a_vocabulary_without_the_letter_that_shows_the_frame():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = GPT2
+    trainer = trainers.BpeTrainer(vocab_size=20, special_tokens=[EOS, "<bos>"], show_progress=False)
+    tokenizer.train_from_iterator(["ACGTTGCA" * 50], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    for text in ("ACGT", "ACGT" * 30_000):
+        assert encoder_of(tokenizer).encode([text]).tokens.tolist() == [1, *reference(tokenizer, text)]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -143,7 +171,9 @@ def test_other_tokenizers_have_no_fast_encoder(tokenizers, change):
     assert fast_encoder(tokenizer) is None
 
 
-def test_the_tokenizers_own_frame_is_kept_and_eos_is_not_doubled(tokenizers):
+@pytest.mark.parametrize("small", [0, 10_000])
+def test_the_tokenizers_own_frame_is_kept_and_eos_is_not_doubled(tokenizers, small, monkeypatch):
+    monkeypatch.setattr(encoder_module, "SMALL", small)
     tokenizer = Tokenizer.from_str(tokenizers["gpt2"].to_str())
     tokenizer.add_special_tokens(["<bos>"])
     ids = {token: tokenizer.token_to_id(token) for token in (EOS, "<bos>")}
