@@ -287,7 +287,7 @@ def test_dead_source(train, monkeypatch, tmp_path):
 
 def test_overfitting_small_data(train, tmp_path, corpus_file):
     rows = corpus_file.read_text().splitlines()
-    (tmp_path / "few.jsonl").write_text("\n".join(rows[:4]) + "\n")
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:1]) + "\n")
     (tmp_path / "others.jsonl").write_text("\n".join(rows[100:140]) + "\n")
     data = {"datasets": [str(tmp_path / "few.jsonl")], "validation_datasets": [str(tmp_path / "others.jsonl")]}
     settings = {**TEXT, **data, "eval_every": 5, "save_best_only": True}
