@@ -38,7 +38,7 @@ SWITCHES = {  # the preset with one of its choices changed; a step of those in R
     "6 layers of 256": {"model": {"n_layers": 6, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
     "4 layers of 256": {"model": {"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
     "qk_norm: false": {"model": {"qk_norm": False}},
-    "initialization: normal": {"model": {"initialization": "normal"}},
+    "initialization: zero_outputs": {"model": {"initialization": "zero_outputs"}},
     "optimizer: adamw": {"optimizer": "adamw", "lr": 2e-3, "adamw_beta1": 0.9, "adamw_beta2": 0.95},
     "muon_momentum: 0.95": {"muon_momentum": 0.95},
     "one rate for all": {"embedding_lr": None, "head_lr": None},
