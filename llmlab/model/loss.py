@@ -17,9 +17,7 @@ IGNORE_INDEX = -100
 # least tokens of a chunk: the head's gradient is accumulated once a chunk, which must be worth it
 CPU_CHUNK_TOKENS, CHUNK_TOKENS = 512, 2048
 CHUNK_BYTES = 2**26  # of logits, up to which a chunk has more tokens
-ADDED_ROWS = (
-    2048  # of the head's gradient that a CPU adds at a time: the fp32 copy that it makes of them fits the cache
-)
+ADDED_ROWS = 2048  # of the head's gradient that a CPU adds at a time: the fp32 copy it makes fits the cache
 CPU_SOFTMAX_ELEMENTS, SOFTMAX_ELEMENTS = 2**20, 2**25  # of fp32 copies at a time: a CPU's have to fit its cache
 
 

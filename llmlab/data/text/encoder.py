@@ -18,9 +18,9 @@ from llmlab.settings.errors import UserError
 DOCUMENT = np.dtype([("tokens", np.int64), ("hash", np.uint64)])
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SINGLE_DIGITS = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # GPT-2's between digits
-)
+SINGLE_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+"""GPT-2's between digits that stand alone."""
+
 LLAMA3 = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 LONG_SPACE = re.compile(r"(?<!\s)\s{10000}")  # on a million whitespace characters tiktoken's regex overflows its stack
 NO_TOKEN = np.iinfo(np.uint32).max  # stands for a byte that is not in the vocabulary
