@@ -152,15 +152,15 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray | None] | N
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """Returns the regular expression equivalent to a pre-tokenizer, or None if it is not a known one."""
     match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": [first, {"type": "ByteLevel", "add_prefix_space": False} as last]}:
+            steps = first, last["use_regex"]
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return GPT2
-        case {
-            "type": "Sequence",
-            "pretokenizers": [first, {"type": "ByteLevel", "add_prefix_space": False} as second],
-        }:
-            match first, second["use_regex"]:
-                case {"type": "Digits", "individual_digits": True}, True:
-                    return SINGLE_DIGITS
-                case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}, False:
-                    return pattern if pattern in (QWEN_PATTERN, LLAMA3) else None
+        case _:
+            return None
+    match steps:
+        case {"type": "Digits", "individual_digits": True}, True:
+            return SINGLE_DIGITS
+        case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}, False:
+            return pattern if pattern in (QWEN_PATTERN, LLAMA3) else None
     return None
