@@ -249,8 +249,8 @@ def write_atomically(path: Path, text: str) -> None:
                 handle.write(text)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
+        except BaseException:  # such as a stop signal, even just after the renaming
+            Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -25,20 +25,28 @@ from tests.cli.screen import Screen
 
 FORMS = {"model": "pretrain", **{stage: stage for entry in TABLES["entries"] for stage in entry.get("stages", ())}}
 # plans are other tests'; a run is written down, and lasts until Ctrl+C
-MENU = """
+MENU = '''
 import json, subprocess, sys
 from llmlab.cli import questions
 from llmlab.cli.app import main
 questions.PLANNER.line = lambda *settings: "about 1 GB"
 start = subprocess.call
-program = "try:\\n  print('it runs', flush=True)\\n  input()\\nexcept KeyboardInterrupt:\\n  raise SystemExit(130)"
+program = """
+import time
+try:
+    print("it runs", flush=True)
+    while True:  # Ctrl+C just before one long wait would be seen after it
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    raise SystemExit(130)
+"""
 def call(words):
     with open("ran.jsonl", "a") as file:
         print(json.dumps(words[3:]), file=file)
     return start([sys.executable, "-c", program])
 subprocess.call = call
 main([])
-"""
+'''
 
 
 @pytest.fixture

@@ -81,6 +81,23 @@ def test_a_link_is_followed(tmp_path):
     assert (tmp_path / "file").read_text() == "after" and (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_stop_signal_while_a_file_is_written_stays_one(tmp_path, monkeypatch, renamed):
+    """Before and after the renaming; the file is whole, and nothing else is left."""
+    (tmp_path / "file").write_text("before")
+    replace = os.replace
+
+    def stopped(temporary, path):
+        if renamed:
+            replace(temporary, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == ("after" if renamed else "before") and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: Is a directory"):
         write_atomically(tmp_path, "text")
