@@ -34,15 +34,15 @@ class SaveSchedule(TrainerCallback):
     `save_every` adds one every so many steps; without it and `load_best_model_at_end` every evaluation saves one."""
 
     save_every: int | None
-    signal: int | None = None
-    signal_time: float = 0.0
+    received: int | None = None  # by this process
+    received_at: float = 0.0
+    signal: int | None = None  # by any process, as all know it
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         if last and args.eval_strategy != "no":
             control.should_evaluate = True
-        if args.world_size > 1:  # all stop at the same step when one received a signal
-            self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
+        self.agree(args)
         if self.signal:
             control.should_training_stop = True
         if last or self.signal or (self.save_every and state.global_step % self.save_every == 0):
@@ -61,17 +61,24 @@ class SaveSchedule(TrainerCallback):
         """Ends training after the current step, with a checkpoint, at the first stop signal; at once at a second."""
 
         def stop(number: int) -> None:
-            if self.signal and time.monotonic() - self.signal_time > SAME_SIGNAL:
+            if self.received and time.monotonic() - self.received_at > SAME_SIGNAL:
                 interrupt(number)
-            if not self.signal:
-                self.signal, self.signal_time = number, time.monotonic()
+            if not self.received:
+                self.received, self.received_at = number, time.monotonic()
                 say("stopping after the current step, with a checkpoint; a second Ctrl+C stops at once")
 
         with handle_signals(stop):
             yield
 
-    def end_if_interrupted(self) -> None:
+    def agree(self, args: Any) -> None:
+        """Tells every process of a signal that one received, so that all stop at the same step."""
+        self.signal = self.received
+        if args.world_size > 1:  # a signal that arrives while processes gather waits for the next step
+            self.signal = int(gather(torch.tensor(self.signal or 0, device=args.device)).max()) or None
+
+    def end_if_interrupted(self, args: Any) -> None:
         """Ends a run that a signal stopped, after its checkpoint was saved."""
+        self.agree(args)
         if self.signal:
             interrupt(self.signal)
 

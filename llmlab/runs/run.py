@@ -289,7 +289,7 @@ class Run(Generic[S]):
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             trainer.accelerator.wait_for_everyone()
-            self.rhythm.end_if_interrupted()
+            self.rhythm.end_if_interrupted(trainer.args)
             with checkpoints.staged(self.folder) as temporary:
                 save_policy(trainer, temporary)
         metrics = last_metrics(trainer) | (results or {})
