@@ -18,21 +18,26 @@ from pathlib import Path
 
 from train_step import SHAPE, make_rows, make_trainer
 
-BLOCK, HEAD_CHUNK = 64, 682  # queries; tokens that `llmlab.model.loss` takes at once
+BLOCK = 64  # queries that attention takes at once
 
 
 def list_products(options):
     """Returns the products of a step as (times, batch, rows, inner, columns)."""
+    import torch
+
+    from llmlab.model.loss import chunk_tokens
+
     tokens, width, inner = options.batch * options.sequence, SHAPE["hidden"], SHAPE["inner"]
     dim = width // SHAPE["heads"]
     small = SHAPE["kv_heads"] * dim
     layers = [(width, width)] * 2 + [(width, small)] * 2 + [(width, inner)] * 2 + [(inner, width)]
     products = []
     scored = options.batch * (options.sequence - 1)
-    chunks = -(-scored // HEAD_CHUNK)
+    chunk = chunk_tokens(scored, SHAPE["vocab"], torch.bfloat16, on_cpu=True)
     for times, rows, (n_in, n_out) in [
         *((options.layers, tokens, shape) for shape in layers),
-        (chunks, -(-scored // chunks), (width, SHAPE["vocab"])),
+        (scored // chunk, chunk, (width, SHAPE["vocab"])),
+        (1, scored % chunk, (width, SHAPE["vocab"])),
     ]:
         products += [(times, 1, rows, n_in, n_out), (times, 1, rows, n_out, n_in), (times, 1, n_out, rows, n_in)]
     batch, queries = options.batch * SHAPE["kv_heads"], BLOCK * SHAPE["heads"] // SHAPE["kv_heads"]

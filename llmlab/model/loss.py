@@ -5,6 +5,7 @@ scales them.  This file is saved beside the weights and needs torch alone.
 """
 
 import re
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 IGNORE_INDEX = -100
 # least tokens of a chunk: the head's gradient is accumulated once a chunk, which must be worth it
 CPU_CHUNK_TOKENS, CHUNK_TOKENS = 512, 2048
-CHUNK_BYTES = 2**26  # of logits, up to which a chunk has more tokens
+CPU_CHUNK_BYTES, CHUNK_BYTES = 2**27, 2**26  # of logits, up to which a chunk has more tokens
+MULTIPLE = 16  # of tokens in a chunk: products of other numbers take up to a quarter longer
 ADDED_ROWS = 2048  # of the head's gradient that a CPU adds at a time: the fp32 copy it makes fits the cache
 CPU_SOFTMAX_ELEMENTS, SOFTMAX_ELEMENTS = 2**20, 2**25  # of fp32 copies at a time: a CPU's have to fit its cache
 
@@ -73,14 +75,13 @@ def loss_and_gradients(
     loss, grad_weight, grad_states = hidden.new_zeros((), dtype=wide), None, torch.empty_like(states)
     columns = 4 if with_statistics else 1
     own, statistics = (hidden.new_zeros(len(x), columns, dtype=wide) for x in (states, hidden))
-    scales = torch.ones_like(own[:, :1]) if weights is None else weights[scored, None].to(wide)
+    scales = None if weights is None else weights[scored, None].to(wide)
 
-    least = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CHUNK_TOKENS
-    longest = max(least, CHUNK_BYTES // (len(head) * dtype.itemsize))
-    chunks = max(1, -(-len(scored) // longest))
-    buffer = hidden.new_empty(-(-len(scored) // chunks), len(head), dtype=dtype)  # reused: fresh pages are slow
-    parts = (x.chunk(chunks) for x in (states, targets, grad_states, own, scales))
-    for chunk, labels, grad_chunk, own_chunk, scale in zip(*parts, strict=True):
+    length = chunk_tokens(len(scored), len(head), dtype, on_cpu=hidden.device.type == "cpu")
+    buffer = hidden.new_empty(min(length, len(scored)), len(head), dtype=dtype)  # reused: fresh pages are slow
+    parts = (x.split(length) for x in (states, targets, grad_states, own))
+    of_chunks = repeat(None) if scales is None else scales.split(length)
+    for chunk, labels, grad_chunk, own_chunk, scale in zip(*parts, of_chunks, strict=False):
         logits = torch.mm(chunk, head.t(), out=buffer[: len(chunk)])  # (chunk, vocabulary)
         loss += _replace_by_gradient(logits, labels, wide, own_chunk, scale)
         if hidden_needs_grad:
@@ -104,15 +105,22 @@ def loss_and_gradients(
     return loss, grad_hidden, grad_weight, statistics
 
 
+def chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
+    """Returns how many tokens go through the head at once; the last chunk may have fewer."""
+    least, most = (CPU_CHUNK_TOKENS, CPU_CHUNK_BYTES) if on_cpu else (CHUNK_TOKENS, CHUNK_BYTES)
+    chunks = max(1, -(-tokens // max(least, most // (vocabulary * dtype.itemsize))))
+    return MULTIPLE * max(1, -(-tokens // (chunks * MULTIPLE)))
+
+
 def _replace_by_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
     wide: torch.dtype,
     statistics: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns the summed loss of logits, (tokens, vocabulary), and overwrites them with its gradient,
-    each row times its scale, (tokens, 1), and `statistics`, (tokens, 1 or 4), with each token's."""
+    each row times its scale, (tokens, 1) or None, and `statistics`, (tokens, 1 or 4), with each token's."""
     elements = CPU_SOFTMAX_ELEMENTS if logits.device.type == "cpu" else SOFTMAX_ELEMENTS
     rows = max(1, elements // logits.shape[1])
     scores, shares = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=wide)
@@ -132,7 +140,7 @@ def _replace_by_gradient(
             first = (target == largest).nonzero()[:, 0]  # of equal scores the first is the likeliest
             statistics[start + first, 3] = (score[first].argmax(-1) == index[first, 0]).to(wide)
         share.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-        torch.mul(share, scales[here], out=part)
+        part.copy_(share if scales is None else share.mul_(scales[here]))
     return statistics[:, 0].sum()
 
 
@@ -142,8 +150,7 @@ def loss_cost(
     """Returns the FLOPs of the operator with these arguments, and the bytes that it takes beside its outputs."""
     (tokens, width), vocabulary = hidden.shape, len(weight)
     on_cpu = hidden.device.type == "cpu"
-    longest = max(CPU_CHUNK_TOKENS if on_cpu else CHUNK_TOKENS, CHUNK_BYTES // (vocabulary * dtype.itemsize))
-    chunk = -(-tokens // max(1, -(-tokens // longest)))
+    chunk = min(tokens, chunk_tokens(tokens, vocabulary, dtype, on_cpu=on_cpu))
     elements = max(vocabulary, min(chunk * vocabulary, CPU_SOFTMAX_ELEMENTS if on_cpu else SOFTMAX_ELEMENTS))
     wide = torch.promote_types(dtype, torch.float32)
     adds = options[1] and dtype != wide  # a product to the head's gradient, a sum in `wide`

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmlab.model import loss as loss_module
-from llmlab.model.loss import linear_cross_entropy, loss_and_gradients
+from llmlab.model.loss import chunk_tokens, linear_cross_entropy, loss_and_gradients
 from llmlab.model.modeling import LanguageModelHead
 
 IGNORED = -100
@@ -22,7 +22,8 @@ IGNORED = -100
 def small_chunks(monkeypatch):
     """Makes a few tokens need several chunks, and several rows of softmax in each."""
     monkeypatch.setattr(loss_module, "CPU_CHUNK_TOKENS", 4)
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "MULTIPLE", 1)
     monkeypatch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", 50)
 
 
@@ -55,17 +56,19 @@ def relative_error(found, expected):
     width=st.integers(1, 6),
     vocabulary=st.integers(1, 40),
     chunk=st.integers(1, 12),
+    multiple=st.integers(1, 5),
     rows=st.integers(1, 5),
     ignored=st.sets(st.integers(0, 32)),
     seed=st.integers(0, 2**16),
 )
-def test_equals_full_logits(batch, time, width, vocabulary, chunk, rows, ignored, seed):
+def test_equals_full_logits(batch, time, width, vocabulary, chunk, multiple, rows, ignored, seed):
     tensors, labels = inputs(batch, time, width, vocabulary, seed)
     labels.view(-1)[[i for i in ignored if i < labels.numel()]] = IGNORED
     scored = (labels[:, 1:] != IGNORED).sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CPU_CHUNK_TOKENS", chunk)
-        patch.setattr(loss_module, "CHUNK_BYTES", 1)
+        patch.setattr(loss_module, "CPU_CHUNK_BYTES", 1)
+        patch.setattr(loss_module, "MULTIPLE", multiple)
         patch.setattr(loss_module, "CPU_SOFTMAX_ELEMENTS", rows * vocabulary)
         found = value_and_gradients(lambda: linear_cross_entropy(*tensors, labels), tensors)
     if scored == 0:
@@ -150,6 +153,20 @@ def test_frozen_head_gets_no_gradient(small_chunks):
     mine = value_and_gradients(lambda: linear_cross_entropy(hidden, weight, labels), [hidden])
     torch.testing.assert_close(mine, value_and_gradients(lambda: full_logits(hidden, weight, labels), [hidden]))
     assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "on_cpu", "expected"),
+    [
+        (2044, 49_152, True, 1024),  # as few chunks as 128 MiB allow, about equally long
+        (2044, 151_936, True, 512),  # at least 512
+        (2044, 151_936, False, 2048),
+        (1365, 49_152, True, 1376),  # in one: a few more than fit make the number a multiple of 16
+        (0, 49_152, True, 16),
+    ],
+)
+def test_length_of_a_chunk(tokens, vocabulary, on_cpu, expected):
+    assert chunk_tokens(tokens, vocabulary, torch.bfloat16, on_cpu=on_cpu) == expected
 
 
 class LargestTensor(TorchDispatchMode):

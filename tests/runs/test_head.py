@@ -25,7 +25,8 @@ SHAPE = {
 def test_each_token_has_its_own_gradient(frozen, equal, weights, monkeypatch):
     """Against log-softmax in float64; a promise of equal weights that does not hold costs time alone."""
     monkeypatch.setattr(loss_module, "CPU_CHUNK_TOKENS", 4)
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "MULTIPLE", 1)
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6).double().requires_grad_(), torch.randn(20, 6).double()
     weight.requires_grad_(not frozen)
