@@ -21,10 +21,8 @@ from train_step import SHAPE, make_rows, make_trainer
 BLOCK = 64  # queries that attention takes at once
 
 
-def list_products(options):
+def list_products(options, dtype):
     """Returns the products of a step as (times, batch, rows, inner, columns)."""
-    import torch
-
     from llmlab.model.loss import chunk_tokens
 
     tokens, width, inner = options.batch * options.sequence, SHAPE["hidden"], SHAPE["inner"]
@@ -33,11 +31,11 @@ def list_products(options):
     layers = [(width, width)] * 2 + [(width, small)] * 2 + [(width, inner)] * 2 + [(inner, width)]
     products = []
     scored = options.batch * (options.sequence - 1)
-    chunk = chunk_tokens(scored, SHAPE["vocab"], torch.bfloat16, on_cpu=True)
+    chunk = chunk_tokens(scored, SHAPE["vocab"], dtype, on_cpu=True)
     for times, rows, (n_in, n_out) in [
         *((options.layers, tokens, shape) for shape in layers),
         (scored // chunk, chunk, (width, SHAPE["vocab"])),
-        (1, scored % chunk, (width, SHAPE["vocab"])),
+        (int(scored % chunk > 0), scored % chunk, (width, SHAPE["vocab"])),
     ]:
         products += [(times, 1, rows, n_in, n_out), (times, 1, rows, n_out, n_in), (times, 1, n_out, rows, n_in)]
     batch, queries = options.batch * SHAPE["kv_heads"], BLOCK * SHAPE["heads"] // SHAPE["kv_heads"]
@@ -59,7 +57,7 @@ def time_turns(options, name):
     from llmlab.hardware import probe, reuse_freed_memory
 
     machine, work, seconds = probe(), [], {"step": [], "products": []}
-    for times, batch, rows, inner, columns in list_products(options):
+    for times, batch, rows, inner, columns in list_products(options, machine.torch_dtype):
         left, right = (torch.randn(batch, *size).to(machine.torch_dtype) for size in ((rows, inner), (inner, columns)))
         work.append((times, left, right, torch.bmm(left, right)))
 

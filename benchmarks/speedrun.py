@@ -34,9 +34,9 @@ NAMES = {
 SWITCHES = {  # the preset with one of its choices changed; a step of those in RECIPE takes as long as the preset's
     "vocabulary 1024": {},
     "value_embeddings: false": {"model": {"value_embeddings": False}},
-    "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 512}},  # as many weights
-    "6 layers of 256": {"model": {"n_layers": 6, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
-    "4 layers of 256": {"model": {"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_ff": 1024}},
+    "activation: swiglu": {"model": {"activation": "swiglu", "d_ff": 688}},  # as many weights
+    "6 layers of 256": {"model": {"n_layers": 6}},
+    "4 layers of 192": {"model": {"d_model": 192, "n_heads": 3, "n_kv_heads": 3, "d_ff": 768}},
     "qk_norm: false": {"model": {"qk_norm": False}},
     "initialization: zero_outputs": {"model": {"initialization": "zero_outputs"}},
     "optimizer: adamw": {"optimizer": "adamw", "lr": 2e-3, "adamw_beta1": 0.9, "adamw_beta2": 0.95},
@@ -358,7 +358,7 @@ def main():
     parser.add_argument("--trials", type=int, default=3, help="short runs of each contestant, which take turns")
     parser.add_argument("--trials-only", action="store_true", help="stop after them: the rest may share the machine")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--own-vocab-size", type=int, default=4096, help="of the preset; losses are a byte's")
+    parser.add_argument("--own-vocab-size", type=int, default=2048, help="of the preset; losses are a byte's")
     parser.add_argument("--litgpt-python", default=sys.executable, help="an interpreter that has LitGPT")
     parser.add_argument("--folder", type=Path, help="where this version's runs are kept, to be continued")
     parser.add_argument("--plot", type=Path, help="write a plot of loss over seconds")

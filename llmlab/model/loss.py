@@ -107,9 +107,14 @@ def loss_and_gradients(
 
 def chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
     """Returns how many tokens go through the head at once; the last chunk may have fewer."""
-    least, most = (CPU_CHUNK_TOKENS, CPU_CHUNK_BYTES) if on_cpu else (CHUNK_TOKENS, CHUNK_BYTES)
-    chunks = max(1, -(-tokens // max(least, most // (vocabulary * dtype.itemsize))))
+    chunks = max(1, -(-tokens // _longest_chunk(vocabulary, dtype, on_cpu)))
     return MULTIPLE * max(1, -(-tokens // (chunks * MULTIPLE)))
+
+
+def _longest_chunk(vocabulary: int, dtype: torch.dtype, on_cpu: bool) -> int:
+    """Returns the most tokens of a chunk, before they are made a multiple."""
+    least, most = (CPU_CHUNK_TOKENS, CPU_CHUNK_BYTES) if on_cpu else (CHUNK_TOKENS, CHUNK_BYTES)
+    return max(least, most // (vocabulary * dtype.itemsize))
 
 
 def _replace_by_gradient(
@@ -150,7 +155,8 @@ def loss_cost(
     """Returns the FLOPs of the operator with these arguments, and the bytes that it takes beside its outputs."""
     (tokens, width), vocabulary = hidden.shape, len(weight)
     on_cpu = hidden.device.type == "cpu"
-    chunk = min(tokens, chunk_tokens(tokens, vocabulary, dtype, on_cpu=on_cpu))
+    # the most of all numbers of scored tokens up to this one
+    chunk = min(tokens, _longest_chunk(vocabulary, dtype, on_cpu) + MULTIPLE - 1)
     elements = max(vocabulary, min(chunk * vocabulary, CPU_SOFTMAX_ELEMENTS if on_cpu else SOFTMAX_ELEMENTS))
     wide = torch.promote_types(dtype, torch.float32)
     adds = options[1] and dtype != wide  # a product to the head's gradient, a sum in `wide`

@@ -117,7 +117,10 @@ def run_job(job: Path, command: Sequence[str]) -> int:
         process = subprocess.Popen([*command, recipe], cwd=place, start_new_session=True)
         if signals:  # before there was a process
             process.send_signal(signals[0])
-        code = process.wait()
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL)  # in turns: a signal just before one long wait would be heard after it
+        code = process.returncode
     if signals:
         interrupt(signals[0])
     return code

@@ -43,6 +43,7 @@ from llmlab.runs.plan import describe_cost, needs_checkpointing
 from llmlab.runs.policy import Policy, choose_kernels, compile_if_worth, load_policy
 from llmlab.runs.progress import ProgressLine, print_plan, print_result, quiet_libraries
 from llmlab.runs.record import RunRecord, RunResult, read_record
+from llmlab.runs.signals import interrupt
 from llmlab.runs.start import Batch, S, begin, check_steps_left, rollbacks_of, split_settings
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import UserError
@@ -287,19 +288,25 @@ class Run(Generic[S]):
                 rows += [("compile", compiled), *tracked]
                 rows += destinations(settings.trainer_args, settings.output_dir, settings.report_to)
                 print_plan(self.console, f"{self.stage}: into {self.folder}", rows)
-            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            except RolledBack:  # by all processes at once
+                self.rhythm.end_if_interrupted(trainer.args)
+                raise
             trainer.accelerator.wait_for_everyone()
             self.rhythm.end_if_interrupted(trainer.args)
             with checkpoints.staged(self.folder) as temporary:
                 save_policy(trainer, temporary)
-        metrics = last_metrics(trainer) | (results or {})
-        if record is not None:
-            record.finish("finished", step=trainer.state.global_step, metrics=metrics)
-            rotation.rotate(trainer.args, trainer.state)
+            metrics = last_metrics(trainer) | (results or {})
+            if record is not None:
+                record.finish("finished", step=trainer.state.global_step, metrics=metrics)
+                rotation.rotate(trainer.args, trainer.state)
         first = (line for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
         print_result(self.console, self.folder, metrics, before=next(first, {}))
         if events := describe_events(self.folder):
             self.console.print(f"[yellow]health[/yellow] {events}", soft_wrap=True)
+        if self.rhythm.received:  # while the whole run was saved: nothing that follows it begins
+            interrupt(self.rhythm.received)
         return RunResult(self.folder, metrics)
 
     def make_record(self, parents: list[str], data: dict[str, Any]) -> RunRecord:

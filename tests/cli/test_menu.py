@@ -413,7 +413,7 @@ print(questions.active_children()[0].pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     script = f"if __name__ == '__main__':\n    exec({code!r})"
-    child = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60).stdout
+    child = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=240).stdout
     finish = time.monotonic() + 30
     while psutil.pid_exists(int(child)) and time.monotonic() < finish:
         time.sleep(0.05)

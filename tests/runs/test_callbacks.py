@@ -1,15 +1,19 @@
 """Callbacks that every stage shares, where no other test sees their effect."""
 
+import math
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerControl
+from transformers import Trainer, TrainerControl
 
 from llmlab.hardware import probe
+from llmlab.runs import run as run_module
 from llmlab.runs.callbacks import SaveSchedule
+from llmlab.runs.record import read_record
+from llmlab.stages import STAGES
 from llmlab.training.sft import sft
 
 
@@ -49,3 +53,37 @@ def test_a_signal_while_processes_gather_is_heard_at_the_next_step(monkeypatch):
         assert step() == (True, True)
         with pytest.raises(KeyboardInterrupt):
             schedule.end_if_interrupted(args)
+
+
+@pytest.mark.parametrize("where", ["save_policy", "last_metrics"])
+def test_a_signal_while_the_whole_run_is_saved(where, tiny_settings, quiet, tmp_path, monkeypatch):
+    """The run is finished, and what follows it, such as a pipeline's next stage, does not begin."""
+    original = getattr(run_module, where)
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, where, signalled)
+    with pytest.raises(KeyboardInterrupt):
+        STAGES["pretrain"].function(tiny_settings("pretrain", tmp_path / "run", max_steps=2), console=quiet)
+    assert read_record(tmp_path / "run")["status"] == "finished" and (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_signal_in_a_step_that_is_rolled_back(tiny_settings, quiet, tmp_path, monkeypatch):
+    """It ends the run, which would begin again at the last checkpoint."""
+    step, folder = Trainer.training_step, tmp_path / "run"
+
+    def diverged(self, *arguments, **options):
+        loss = step(self, *arguments, **options)
+        if self.state.global_step < 7:
+            return loss
+        signal.raise_signal(signal.SIGINT)
+        return loss * math.nan
+
+    monkeypatch.setattr(Trainer, "training_step", diverged)
+    health = {"on_warning": "rollback", "on_critical": "rollback"}
+    schedule = {"max_steps": 12, "lr": 0.02, "eval_every": 5, "save_best_only": False}
+    with pytest.raises(KeyboardInterrupt):
+        STAGES["pretrain"].function(tiny_settings("pretrain", folder, **schedule, **health), console=quiet)
+    assert read_record(folder)["status"] == "interrupted" and (folder / "checkpoint-5").is_dir()

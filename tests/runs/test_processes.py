@@ -92,7 +92,7 @@ def test_a_closed_terminal_ends_a_run_that_is_saved(script, file, tmp_path):
     with open(ours, closefd=False, errors="replace") as screen:
         wait_for("step 4", screen)
     os.close(ours)  # as when the window is closed: writing to it fails from now on
-    assert process.wait(60) == 129
+    assert process.wait(240) == 129
     folder = tmp_path / "run"
     assert read_record(folder)["status"] == "interrupted" and checkpoints.checkpoints(folder)
 
