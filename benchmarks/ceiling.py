@@ -50,14 +50,16 @@ def count_flops(products):
 
 
 def time_turns(options, name):
-    """Returns the seconds of each step, and of the bare products run right after it in the same thread."""
+    """Returns the seconds of each step, and of the bare products run right after it in the same thread, and the FLOP
+    of these."""
     import torch
     from transformers import TrainerCallback
 
     from llmlab.hardware import probe, reuse_freed_memory
 
     machine, work, seconds = probe(), [], {"step": [], "products": []}
-    for times, batch, rows, inner, columns in list_products(options, machine.torch_dtype):
+    products = list_products(options, machine.torch_dtype)
+    for times, batch, rows, inner, columns in products:
         left, right = (torch.randn(batch, *size).to(machine.torch_dtype) for size in ((rows, inner), (inner, columns)))
         work.append((times, left, right, torch.bmm(left, right)))
 
@@ -79,7 +81,7 @@ def time_turns(options, name):
     memory = nullcontext() if options.fresh_memory else reuse_freed_memory(machine.device)
     with tempfile.TemporaryDirectory() as folder, memory:
         make_trainer(name, make_rows(options), options, [Turns()], folder).train()
-    return seconds
+    return seconds, count_flops(products)
 
 
 def main():
@@ -93,11 +95,11 @@ def main():
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
     name = "llmlab-eager" if options.eager else "llmlab"
-    seconds = time_turns(options, name)
+    seconds, flops = time_turns(options, name)
     pairs = list(zip(seconds["step"][2:], seconds["products"][2:], strict=True))
     share = statistics.median(products / step for step, products in pairs)
     step, products = (statistics.median(column) for column in zip(*pairs, strict=True))
-    peak = count_flops(list_products(options)) / products / 1e9
+    peak = flops / products / 1e9
     table = (
         f"## Ceiling of a pretraining step, {date.today()}\n\nSmolLM2-135M's shape, {options.layers} layers, "
         f"{options.batch} x {options.sequence} tokens{', eager' * options.eager}"
