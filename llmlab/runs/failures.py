@@ -26,7 +26,7 @@ from llmlab.runs import checkpoints
 from llmlab.runs.health import RolledBack
 from llmlab.runs.progress import ProgressLine, human
 from llmlab.runs.record import COMPLETIONS, EVENTS, METRICS, RECORD, TENSORBOARD, RunRecord, read_metrics
-from llmlab.runs.signals import Interrupted
+from llmlab.runs.signals import Interrupted, handle_signals, interrupt
 from llmlab.runs.start import smaller_batch
 from llmlab.settings.base import spellings_of
 from llmlab.settings.errors import Diverged, OutOfMemory, UserError, is_out_of_memory, reason_of
@@ -66,10 +66,14 @@ def record_failures(stage: str, folder: Path, record: RunRecord | None, progress
     """Records how a run ended that did not finish, and raises system errors as UserError; bugs keep their type."""
 
     def end(status: str, **results: str) -> None:
-        progress.stop()
-        if record is not None:
-            checkpoints.remove_partial(folder)  # first: on a full disk the record needs the room
-            record.finish(status, **results)
+        stopped: list[int] = []
+        with handle_signals(stopped.append):  # such as a launcher's SIGTERM, which follows the loss of a process
+            progress.stop()
+            if record is not None:
+                checkpoints.remove_partial(folder)  # first: on a full disk the record needs the room
+                record.finish(status, **results)
+        if stopped:
+            interrupt(stopped[0])
 
     try:
         yield

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerControl
 from llmlab.hardware import probe
 from llmlab.runs import run as run_module
 from llmlab.runs.callbacks import SaveSchedule
+from llmlab.runs.failures import record_failures
 from llmlab.runs.record import read_record
 from llmlab.stages import STAGES
 from llmlab.training.sft import sft
@@ -87,3 +88,17 @@ def test_a_signal_in_a_step_that_is_rolled_back(tiny_settings, quiet, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         STAGES["pretrain"].function(tiny_settings("pretrain", folder, **schedule, **health), console=quiet)
     assert read_record(folder)["status"] == "interrupted" and (folder / "checkpoint-5").is_dir()
+
+
+def test_a_signal_while_a_failure_is_recorded_comes_after_it(tmp_path):
+    """A launcher's SIGTERM follows the loss of a process, which the record has to name."""
+    written = []
+
+    def finish(status, **results):
+        signal.raise_signal(signal.SIGTERM)
+        written.append(status)
+
+    record, progress = SimpleNamespace(finish=finish), SimpleNamespace(stop=lambda: None)
+    with pytest.raises(SystemExit) as ended, record_failures("pretrain", tmp_path, record, progress):
+        raise RuntimeError("a process is gone")
+    assert written == ["failed"] and ended.value.code == 143 and isinstance(ended.value.__context__, RuntimeError)
