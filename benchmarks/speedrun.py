@@ -3,10 +3,11 @@
     python benchmarks/speedrun.py tinyshakespeare.txt [--minutes 5] [--seeds 3] [--folder runs] [--record]
 
 Each contestant trains in a process of its own on the same text, and is scored on the same held-out text in bits per
-byte.  Its seconds are those that making the model takes, and its steps times the median step of short trials, which
-take turns on the idle machine; as many steps are planned as fit into the minutes, and rates decay over them.  So the
-long runs themselves may share the machine.  `--folder` keeps trials and finished runs: a comparison can be stopped and
-continued.  `--only` runs a part of it, `--switches` the preset with one of its choices changed.
+byte.  All are compiled, as in the peers' own scripts (`--eager`: none is).  Its seconds are those that making and
+compiling the model takes, from an empty cache, and its steps times the median step of short trials, which take turns
+on the idle machine; as many steps are planned as fit into the minutes, and rates decay over them.  So long runs may
+share the machine.  `--folder` keeps trials and finished runs, so that a comparison can be continued.  `--only` runs a
+part of it, `--switches` the preset with one of its choices changed.
 """
 
 import argparse
@@ -59,7 +60,8 @@ MIXTURE = {  # a larger text: the columns of data sets in one folder
     "alpaca_en_demo.json": ("instruction", "input", "output"),
     "dpo_en_demo.json": ("conversations", "chosen"),
 }
-BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations of a run, seconds of a trial
+BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations, seconds of a trial after its first step
+EARLY = 5  # steps: among them those that compile
 
 
 def read_text(path):
@@ -141,12 +143,12 @@ def settings_of(options, name, rate, seed, steps, output):
         log_every=100,
         report=False,
         num_proc=1,
-        compile=False,  # what it saves in minutes of so small a model is less than its warm-up
+        compile=not options.eager,
     )
 
 
 def run_llmlab(options, name, rate, seed, steps, output, limit=None):
-    """Returns the curve of an llmlab run, or after `limit` seconds how many steps a second it takes."""
+    """Returns the curve of an llmlab run, or what it did until `limit` seconds after its first step."""
     import numpy as np
     import torch
     from speedrun_peers import bits_per_byte
@@ -167,7 +169,7 @@ def run_llmlab(options, name, rate, seed, steps, output, limit=None):
             parameters = sum(parameter.numel() for parameter in model.parameters())
             times.append(time.perf_counter() - began)
             if limit is not None:
-                control.should_training_stop = len(times) > 1 and times[-1] > limit
+                control.should_training_stop = len(times) > EARLY and times[-1] - times[0] > limit
             elif state.global_step * EVALUATIONS // steps > (state.global_step - 1) * EVALUATIONS // steps:
                 model.eval()
 
@@ -223,23 +225,24 @@ def load(options, name, rate, seed):
 
 
 def seconds_of(options, name):
-    """Returns what making the model and its first step take before the step itself, and the step, by the trials."""
+    """Returns what making and compiling the model takes beside the steps themselves, and a step, by the trials."""
     name = "speedrun" if name in RECIPE else name
     trials = [
         json.loads(path.read_text())["times"]
         for path in options.folder.glob(path_of(options, name, "trial", "*").name)
     ]
-    steps = [statistics.median(after - before for before, after in itertools.pairwise(times)) for times in trials]
-    step = statistics.median(steps)
-    return max(statistics.median(times[0] for times in trials) - step, 0.0), step
+    later = [[after - before for before, after in itertools.pairwise(times[EARLY - 1 :])] for times in trials]
+    step = statistics.median(statistics.median(steps) for steps in later)
+    return max(statistics.median(times[EARLY - 1] for times in trials) - EARLY * step, 0.0), step
 
 
-def start(words):
-    return subprocess.run(words, check=True)
+def start(words, cache=None):
+    environment = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache}
+    return subprocess.run(words, check=True, env=os.environ | environment)
 
 
 def train(options, name, rate, seed, steps, out, limit=None):
-    """Runs one contestant in a process of its own, unless the folder has it; a trial ends after `limit` seconds."""
+    """Runs one contestant in a process of its own, unless the folder has it; a trial compiles anew and ends early."""
     if out.exists():
         return
     parts = [NAMES.get(name, name), *([] if rate is None else [f"rate {rate:g}"]), f"{steps} steps, seed {seed}"]
@@ -249,13 +252,14 @@ def train(options, name, rate, seed, steps, out, limit=None):
         words = [python, Path(__file__).with_name("speedrun_peers.py"), name, tokens_of(options, name), out]
         words += ["--steps", steps, "--seed", seed, "--evaluations", EVALUATIONS, "--batch", BATCH]
         words += [] if rate is None else ["--rate", rate]
-        words += [] if limit is None else ["--limit", limit]
+        words += [*(["--eager"] if options.eager else []), *([] if limit is None else ["--limit", limit])]
         words += ["--layers", SHAPE["n_layers"], "--width", SHAPE["d_model"], "--sequence", SHAPE["max_seq_len"]]
     else:
         words = [sys.executable, __file__, options.text, "--folder", options.folder]
-        words += ["--vocab-size", options.vocab_size]
+        words += ["--vocab-size", options.vocab_size, *(["--eager"] if options.eager else [])]
         words += ["--own-vocab-size", options.own_vocab_size, "--run", name, rate, seed, steps, out, limit]
-    start([str(word) for word in words])
+    with tempfile.TemporaryDirectory() as empty:
+        start([str(word) for word in words], None if limit is None else empty)
 
 
 def seconds_until(curve, target):
@@ -360,6 +364,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--own-vocab-size", type=int, default=2048, help="of the preset; losses are a byte's")
     parser.add_argument("--litgpt-python", default=sys.executable, help="an interpreter that has LitGPT")
+    parser.add_argument("--eager", action="store_true", help="compile none")
     parser.add_argument("--folder", type=Path, help="where this version's runs are kept, to be continued")
     parser.add_argument("--plot", type=Path, help="write a plot of loss over seconds")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/RESULTS.md")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+EARLY = 5  # steps of a trial at least, among them those that compile
 POLAR_EXPRESS = (  # Amsel et al. 2025, arXiv 2505.16932, for five iterations
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -244,7 +245,10 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=300, help="over which the rates decay")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds, after which a trial ends")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds after the first step, when a trial ends"
+    )
+    parser.add_argument("--eager", action="store_true", help="not compiled")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-3, help="LitGPT's peak learning rate")
     parser.add_argument("--evaluations", type=int, default=10)
@@ -258,7 +262,9 @@ def main():
     data = batches(train, options)
     began = time.perf_counter()
     model, logits, update = (make_nanochat if options.peer == "nanochat" else make_litgpt)(options, len(sizes))
-    while len(times) < options.steps and not (len(times) > 1 and times[-1] > options.limit):
+    if not options.eager:
+        model.compile()
+    while len(times) < options.steps and not (len(times) > EARLY and times[-1] - times[0] > options.limit):
         rows = next(data)
         F.cross_entropy(logits(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
         update(len(times), len(times) / options.steps)

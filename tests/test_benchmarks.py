@@ -117,9 +117,9 @@ def test_speedrun(benchmark, tmp_path, monkeypatch):
     shape = {"d_model": 64, "n_layers": 2, "n_heads": 1, "n_kv_heads": 1, "d_ff": 64, "max_seq_len": 32}
     small = {"SHAPE": shape, "PEERS": {"nanochat": [None]}, "OURS": {"adamw": [1e-3, 4e-3]}, "EVALUATIONS": 2}
     words = [text, "--minutes", 0.01, "--seeds", 1, "--folder", folder, "--plot", tmp_path / "plot.png"]
-    words += ["--only", "nanochat", "adamw", "--vocab-size", 270, "--own-vocab-size", 270]
+    words += ["--only", "nanochat", "adamw", "--vocab-size", 270, "--own-vocab-size", 270, "--eager"]
 
-    def start(words):
+    def start(words, cache=None):
         name = Path(words[1]).stem
         pretrain = importlib.import_module("llmlab.training.pretrain")
         with monkeypatch.context() as patch:  # the runs are in processes of their own, which end
