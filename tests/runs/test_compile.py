@@ -48,7 +48,7 @@ def test_the_time_saved_is_worth_the_wait_with_margin(all_tools):
             for part in reason.split("up to")
         )
         rounding = 30 if saved >= 3600 else 1
-        assert (saved + rounding >= 1.5 * waited) if chosen else (saved - rounding <= 1.5 * waited), reason
+        assert (saved + rounding >= 1.25 * waited) if chosen else (saved - rounding <= 1.25 * waited), reason
 
 
 def test_wishes_are_followed(all_tools):
