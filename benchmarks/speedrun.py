@@ -3,7 +3,7 @@
     python benchmarks/speedrun.py tinyshakespeare.txt [--minutes 5] [--seeds 3] [--folder runs] [--record]
 
 Each contestant trains in a process of its own on the same text, and is scored on the same held-out text in bits per
-byte.  All are compiled, as in the peers' own scripts (`--eager`: none is).  Its seconds are those that making and
+byte.  All models are compiled, as in the peers' own scripts (`--eager`: none).  Its seconds are those that making and
 compiling the model takes, from an empty cache, and its steps times the median step of short trials, which take turns
 on the idle machine; as many steps are planned as fit into the minutes, and rates decay over them.  So long runs may
 share the machine.  `--folder` keeps trials and finished runs, so that a comparison can be continued.  `--only` runs a

@@ -110,25 +110,36 @@ class Nanochat(nn.Module):
 
 
 class NanochatOptimizer(torch.optim.Optimizer):
-    """AdamW by kind of parameter, and Muon with normalized rows, Polar Express and a factored second moment."""
+    """AdamW by kind of parameter, and Muon with normalized rows, Polar Express, a factored second moment and cautious
+    weight decay.
 
-    def __init__(self, model):
+    Its script lowers rates by the root of a small batch's share of 2^19 tokens and raises Muon's decay as much, by the
+    horizon too.  Here rates are not lowered, which learns faster, so decays are: rate times decay is the script's.
+    """
+
+    def __init__(self, model, batch_tokens):
         scale = (model.embed.embedding_dim / 768) ** -0.5
-        kinds = (  # parameters, rate, betas
-            (model.head.parameters(), 0.004 * scale, (0.8, 0.96)),
-            (model.embed.parameters(), 0.2 * scale, (0.8, 0.995)),
-            (model.values.parameters(), 0.1 * scale, (0.8, 0.995)),
-            ([model.stream], 0.005, (0.8, 0.95)),
-            ([model.skip], 0.5, (0.96, 0.95)),
-            ([model.smear, model.smear_gate.weight, model.backout], 0.2, (0.8, 0.95)),
+        share = batch_tokens / 2**19
+        kinds = (  # parameters, rate, betas, weight decay
+            (model.head.parameters(), 0.004 * scale, (0.8, 0.96), 0.01),
+            (model.embed.parameters(), 0.2 * scale, (0.8, 0.995), 0.001),
+            (model.values.parameters(), 0.1 * scale, (0.8, 0.995), 0.01),
+            ([model.stream], 0.005, (0.8, 0.95), 0.05),
+            ([model.skip], 0.5, (0.96, 0.95), 0.0),
+            ([model.smear, model.smear_gate.weight, model.backout], 0.2, (0.8, 0.95), 0.0),
         )
-        groups = [{"params": list(ps), "peak": rate, "betas": betas} for ps, rate, betas in kinds]
+        groups = [
+            {"params": list(ps), "peak": rate, "betas": betas, "weight_decay": decay * share**0.5}
+            for ps, rate, betas, decay in kinds
+        ]
+        scaling = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters())
+        self.decay = 0.28 * share * (12 * 12 * 768**2 + 32768 * 768) / scaling  # by the reference model of 12 layers
         matrices = list(model.blocks.parameters())
         for shape in sorted({p.shape for p in matrices}):
             groups.append({"params": [p for p in matrices if p.shape == shape], "peak": 0.02, "momentum": 0.95})
         super().__init__(groups, {})
-        adam = [{k: g[k] for k in ("params", "peak", "betas")} for g in groups[: len(kinds)]]
-        self.adamw = torch.optim.AdamW(adam, lr=0.0, eps=1e-10, weight_decay=0.0, fused=True)
+        adam = [{k: g[k] for k in ("params", "peak", "betas", "weight_decay")} for g in groups[: len(kinds)]]
+        self.adamw = torch.optim.AdamW(adam, lr=0.0, eps=1e-10, fused=True)
         self.muon = self.param_groups[len(kinds) :]
 
     @torch.no_grad()
@@ -139,10 +150,11 @@ class NanochatOptimizer(torch.optim.Optimizer):
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * rate
         self.adamw.step()
+        decay = self.decay * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.muon:
-            self._orthogonalize(group, momentum, rate)
+            self._orthogonalize(group, momentum, rate, decay)
 
-    def _orthogonalize(self, group, momentum, rate):
+    def _orthogonalize(self, group, momentum, rate, decay):
         grads, weights = (torch.stack(xs) for xs in ([p.grad for p in group["params"]], group["params"]))
         rows, columns = grads.shape[-2:]
         first, second = group.setdefault("buffers", (torch.zeros_like(grads), torch.zeros(())))
@@ -161,6 +173,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
         group["buffers"] = (first, second)
         scaled = x * second.clamp_min(1e-10).rsqrt()
         x = scaled * x.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+        x += decay * weights * (x * weights >= 0)
         weights -= group["peak"] * rate * max(1.0, rows / columns) ** 0.5 * x
         for parameter, weight in zip(group["params"], weights, strict=True):
             parameter.copy_(weight)
@@ -169,7 +182,7 @@ class NanochatOptimizer(torch.optim.Optimizer):
 def make_nanochat(options, vocabulary):
     """Returns the model, its logits, and a function that takes a step: its number, the share of the run."""
     model = Nanochat(vocabulary, options.layers, options.width, options.width // 64, options.sequence)
-    optimizer = NanochatOptimizer(model)
+    optimizer = NanochatOptimizer(model, options.batch * options.sequence)
 
     def update(step, progress):
         rate = min((step + 1) / 40, 1.0) * min(1.0, 0.05 + 0.95 * (1 - progress) / 0.65)
