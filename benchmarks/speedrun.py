@@ -45,7 +45,7 @@ SWITCHES = {  # the preset with one of its choices changed; a step of those in R
     "one rate for all": {"embedding_lr": None, "head_lr": None},
     "scheduler: linear": {"scheduler": "linear"},
     "scheduler: cosine": {"scheduler": "cosine"},
-    "weight_decay: 0.1": {"weight_decay": 0.1},
+    "weight_decay: 0": {"weight_decay": 0.0},
     "4 x 256 tokens a step": {"batch_size": 4},
     "16 x 256 tokens a step": {"batch_size": 16},
 }
