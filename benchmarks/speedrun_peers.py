@@ -113,8 +113,8 @@ class NanochatOptimizer(torch.optim.Optimizer):
     """AdamW by kind of parameter, and Muon with normalized rows, Polar Express, a factored second moment and cautious
     weight decay.
 
-    Its script scales rates by the root of the batch's share of 2^19 tokens, and Muon's decay by that root and the ratio
-    of the horizons.  Here rates are not scaled, which learns faster, but decays are: rate times decay is the script's.
+    Its script scales rates by the root of the batch's share of 2^19 tokens, and Muon's decay by that root and by the
+    horizon.  Here rates are not scaled, which learns faster, but decays are: rate times decay is the script's.
     """
 
     def __init__(self, model, batch_tokens):
