@@ -61,7 +61,7 @@ MIXTURE = {  # a larger text: the columns of data sets in one folder
     "dpo_en_demo.json": ("conversations", "chosen"),
 }
 BATCH, EVALUATIONS, TRIAL = 16, 10, 10  # rows of a step, evaluations, seconds of a trial after its first step
-EARLY = 5  # steps: among them those that compile
+EARLY = 5  # steps, among them those that compile; a trial takes more
 
 
 def read_text(path):
@@ -236,13 +236,12 @@ def seconds_of(options, name):
     return max(statistics.median(times[EARLY - 1] for times in trials) - EARLY * step, 0.0), step
 
 
-def start(words, cache=None):
-    environment = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache}
-    return subprocess.run(words, check=True, env=os.environ | environment)
+def start(words, cache):
+    return subprocess.run(words, check=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
 
 
 def train(options, name, rate, seed, steps, out, limit=None):
-    """Runs one contestant in a process of its own, unless the folder has it; a trial compiles anew and ends early."""
+    """Runs one contestant in a process of its own, unless the folder has it; a trial ends after `limit` seconds."""
     if out.exists():
         return
     parts = [NAMES.get(name, name), *([] if rate is None else [f"rate {rate:g}"]), f"{steps} steps, seed {seed}"]
@@ -252,14 +251,15 @@ def train(options, name, rate, seed, steps, out, limit=None):
         words = [python, Path(__file__).with_name("speedrun_peers.py"), name, tokens_of(options, name), out]
         words += ["--steps", steps, "--seed", seed, "--evaluations", EVALUATIONS, "--batch", BATCH]
         words += [] if rate is None else ["--rate", rate]
-        words += [*(["--eager"] if options.eager else []), *([] if limit is None else ["--limit", limit])]
+        words += [] if limit is None else ["--limit", limit]
         words += ["--layers", SHAPE["n_layers"], "--width", SHAPE["d_model"], "--sequence", SHAPE["max_seq_len"]]
     else:
         words = [sys.executable, __file__, options.text, "--folder", options.folder]
-        words += ["--vocab-size", options.vocab_size, *(["--eager"] if options.eager else [])]
+        words += ["--vocab-size", options.vocab_size]
         words += ["--own-vocab-size", options.own_vocab_size, "--run", name, rate, seed, steps, out, limit]
+    words += ["--eager"] if options.eager else []
     with tempfile.TemporaryDirectory() as empty:
-        start([str(word) for word in words], None if limit is None else empty)
+        start([str(word) for word in words], empty)
 
 
 def seconds_until(curve, target):

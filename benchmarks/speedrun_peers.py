@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from speedrun import EARLY
 from torch import nn
 
-EARLY = 5  # steps of a trial at least, among them those that compile
 POLAR_EXPRESS = (  # Amsel et al. 2025, arXiv 2505.16932, for five iterations
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),

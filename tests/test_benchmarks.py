@@ -119,7 +119,7 @@ def test_speedrun(benchmark, tmp_path, monkeypatch):
     words = [text, "--minutes", 0.01, "--seeds", 1, "--folder", folder, "--plot", tmp_path / "plot.png"]
     words += ["--only", "nanochat", "adamw", "--vocab-size", 270, "--own-vocab-size", 270, "--eager"]
 
-    def start(words, cache=None):
+    def start(words, cache):
         name = Path(words[1]).stem
         pretrain = importlib.import_module("llmlab.training.pretrain")
         with monkeypatch.context() as patch:  # the runs are in processes of their own, which end
